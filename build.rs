@@ -1,0 +1,136 @@
+//! Makes the C++ half of the library.
+//!
+//! With feature `bridge`, generates the bridge between `src/bridge.rs` and `cpp/` into `OUT_DIR/cxxbridge`. With
+//! feature `torch`, also finds libtorch, compiles `cpp/` against it and links it in. Nothing is downloaded.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    // The major version alone: a program keeps running with every library of the same major version.
+    let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
+    #[cfg(feature = "bridge")]
+    bridge::build();
+}
+
+#[cfg(feature = "bridge")]
+mod bridge {
+    /// Generates the bridge; compiles it with `cpp/` where torch is wanted.
+    pub fn build() {
+        println!("cargo:rerun-if-changed=src/bridge.rs");
+        #[cfg_attr(not(feature = "torch"), expect(unused_mut, unused_variables))]
+        let mut build = cxx_build::bridge("src/bridge.rs");
+        #[cfg(feature = "torch")]
+        super::torch::compile(&mut build);
+    }
+}
+
+#[cfg(feature = "torch")]
+mod torch {
+    use std::env;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    /// The archive of `cpp/` and the bridge.
+    const ARCHIVE: &str = "safetensors_torch_cpp";
+
+    /// Where libtorch is, and how it was compiled.
+    struct LibTorch {
+        include: PathBuf,
+        lib: PathBuf,
+        cxx11_abi: String,
+    }
+
+    /// Asks a Python with torch for its folder and its ABI.
+    const ASK_PYTHON: &str = "import os, torch; print(os.path.dirname(torch.__file__)); \
+                              print(int(torch._C._GLIBCXX_USE_CXX11_ABI))";
+
+    /// Compiles `cpp/` and links it, whole, and libtorch.
+    pub fn compile(build: &mut cc::Build) {
+        println!("cargo:rerun-if-changed=cpp");
+        let torch = find();
+        let mut sources: Vec<PathBuf> = std::fs::read_dir("cpp")
+            .expect("cpp/ stands beside build.rs")
+            .map(|entry| entry.expect("cpp/ is readable").path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "cpp"))
+            .collect();
+        sources.sort();
+        build
+            .files(sources)
+            .include(".")
+            .std("c++17")
+            .warnings(true)
+            .extra_warnings(true)
+            // g++ 12 sees overflows in the reference counts of torch's own headers where there are none.
+            .flag_if_supported("-Wno-stringop-overflow")
+            .flag("-isystem")
+            .flag(&torch.include)
+            .flag("-isystem")
+            .flag(torch.include.join("torch/csrc/api/include"))
+            .define("_GLIBCXX_USE_CXX11_ABI", torch.cxx11_abi.as_str())
+            .cargo_metadata(false)
+            .compile(ARCHIVE);
+        // Nothing refers to the objects that register the ops, so the linker would drop them one by one.
+        println!("cargo:rustc-link-search=native={}", env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+        println!("cargo:rustc-link-lib=static:+whole-archive={ARCHIVE}");
+        println!("cargo:rustc-link-search=native={}", torch.lib.display());
+        for library in ["torch_cpu", "c10"] {
+            println!("cargo:rustc-link-lib=dylib={library}");
+        }
+        println!("cargo:rustc-link-lib=dylib=stdc++");
+        // For this crate's own tests only; what is shipped carries no path of the machine that built it.
+        println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", torch.lib.display());
+    }
+
+    /// Finds libtorch by the environment variables that tch-rs uses, else by the Python at hand.
+    fn find() -> LibTorch {
+        for name in ["LIBTORCH", "LIBTORCH_INCLUDE", "LIBTORCH_LIB", "LIBTORCH_USE_PYTORCH", "LIBTORCH_CXX11_ABI"] {
+            println!("cargo:rerun-if-env-changed={name}");
+        }
+        let root = env::var_os("LIBTORCH").map(PathBuf::from);
+        let include = env::var_os("LIBTORCH_INCLUDE").map(PathBuf::from).or_else(|| root.clone());
+        let lib = env::var_os("LIBTORCH_LIB").map(PathBuf::from).or(root);
+        let abi = env::var("LIBTORCH_CXX11_ABI").ok();
+        let prefer_python = env::var("LIBTORCH_USE_PYTORCH").is_ok_and(|value| value != "0");
+        if let (Some(include), Some(lib), false) = (include, lib, prefer_python) {
+            return check(LibTorch {
+                include: include.join("include"),
+                lib: lib.join("lib"),
+                cxx11_abi: abi.unwrap_or_else(|| "1".into()),
+            });
+        }
+        let candidates = [".venv/bin/python", "python3", "python"];
+        for python in candidates {
+            if let Some((folder, python_abi)) = ask(python) {
+                println!("cargo:rerun-if-changed={}", folder.join("version.py").display());
+                return check(LibTorch {
+                    include: folder.join("include"),
+                    lib: folder.join("lib"),
+                    cxx11_abi: abi.unwrap_or(python_abi),
+                });
+            }
+        }
+        panic!(
+            "libtorch was not found. Set LIBTORCH to its folder (the one with include/ and lib/), or have a Python with \
+             torch on PATH or in .venv, or build the C library alone with --no-default-features. Asked: {candidates:?}"
+        );
+    }
+
+    /// The folder of the torch that `python` imports, and its ABI.
+    fn ask(python: &str) -> Option<(PathBuf, String)> {
+        // A path relative to this package is not one that Command would find from another folder.
+        let local = Path::new(python);
+        let program = if local.components().count() > 1 { env::current_dir().ok()?.join(local) } else { local.into() };
+        let output = Command::new(program).args(["-c", ASK_PYTHON]).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
+        let mut lines = text.lines();
+        Some((PathBuf::from(lines.next()?), lines.next()?.to_string()))
+    }
+
+    /// Stops with a clear message where the headers or the libraries are not what they should be.
+    fn check(torch: LibTorch) -> LibTorch {
+        for file in [torch.include.join("torch/library.h"), torch.lib.join("libtorch_cpu.so"), torch.lib.join("libc10.so")] {
+            assert!(file.exists(), "{} is missing: LIBTORCH and its variants must name a libtorch folder", file.display());
+        }
+        torch
+    }
+}

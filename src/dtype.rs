@@ -1,0 +1,138 @@
+//! The element types of the format: their codes, their widths and their order in a file.
+//!
+//! Knows nothing of torch; which of these a tensor library can hold is that library's business.
+
+use std::fmt;
+
+macro_rules! dtypes {
+    ($( $(#[$doc:meta])* $variant:ident = $number:literal, $code:literal, $bits:literal; )*) => {
+        /// An element type.
+        ///
+        /// The discriminant is the number that the C ABI uses, fixed for ever. The order in which the format
+        /// lays tensors out is [`Dtype::layout_rank`], which is another thing.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Dtype {
+            $( $(#[$doc])* $variant = $number, )*
+        }
+
+        impl Dtype {
+            /// Every dtype, in the order in which a written file holds them.
+            pub const ALL: &'static [Dtype] = &[ $( Dtype::$variant, )* ];
+
+            /// The code in the header, such as `F32`.
+            pub const fn code(self) -> &'static str {
+                match self { $( Dtype::$variant => $code, )* }
+            }
+
+            /// The width of one element in bits: 4, 6, or a multiple of 8.
+            pub const fn bits(self) -> u64 {
+                match self { $( Dtype::$variant => $bits, )* }
+            }
+
+            /// The dtype of a header code; `None` for a code that the format does not know.
+            pub fn from_code(code: &str) -> Option<Dtype> {
+                match code { $( $code => Some(Dtype::$variant), )* _ => None }
+            }
+
+            /// The dtype of a C ABI number; `None` for a number that none has.
+            pub const fn from_number(number: u32) -> Option<Dtype> {
+                match number { $( $number => Some(Dtype::$variant), )* _ => None }
+            }
+        }
+    };
+}
+
+// In file order: the dtypes whose elements need the strictest alignment come first.
+dtypes! {
+    /// Unsigned 64-bit integer.
+    U64 = 21, "U64", 64;
+    /// Signed 64-bit integer.
+    I64 = 20, "I64", 64;
+    /// IEEE 754 binary64.
+    F64 = 19, "F64", 64;
+    /// Two F32: real, imaginary.
+    C64 = 18, "C64", 64;
+    /// IEEE 754 binary32.
+    F32 = 17, "F32", 32;
+    /// Unsigned 32-bit integer.
+    U32 = 16, "U32", 32;
+    /// Signed 32-bit integer.
+    I32 = 15, "I32", 32;
+    /// bfloat16: the upper half of an F32.
+    BF16 = 14, "BF16", 16;
+    /// IEEE 754 binary16.
+    F16 = 13, "F16", 16;
+    /// Unsigned 16-bit integer.
+    U16 = 12, "U16", 16;
+    /// Signed 16-bit integer.
+    I16 = 11, "I16", 16;
+    /// 8-bit float, 5 exponent bits, no negative zero, no infinities.
+    F8E5M2FNUZ = 10, "F8_E5M2FNUZ", 8;
+    /// 8-bit float, 4 exponent bits, no negative zero, no infinities.
+    F8E4M3FNUZ = 9, "F8_E4M3FNUZ", 8;
+    /// 8-bit exponent without sign and mantissa: a scale.
+    F8E8M0 = 8, "F8_E8M0", 8;
+    /// 8-bit float, 4 exponent bits, no infinities (torch's `float8_e4m3fn`).
+    F8E4M3 = 7, "F8_E4M3", 8;
+    /// 8-bit float, 5 exponent bits.
+    F8E5M2 = 6, "F8_E5M2", 8;
+    /// Signed 8-bit integer.
+    I8 = 5, "I8", 8;
+    /// Unsigned 8-bit integer.
+    U8 = 4, "U8", 8;
+    /// 6-bit float, 3 exponent bits.
+    F6E3M2 = 3, "F6_E3M2", 6;
+    /// 6-bit float, 2 exponent bits.
+    F6E2M3 = 2, "F6_E2M3", 6;
+    /// 4-bit float, 2 exponent bits; two to a byte.
+    F4 = 1, "F4", 4;
+    /// One byte, 0 or 1.
+    Bool = 0, "BOOL", 8;
+}
+
+impl Dtype {
+    /// The place of this dtype in a file: tensors of a smaller rank come first.
+    pub fn layout_rank(self) -> usize {
+        Self::ALL.iter().position(|&dtype| dtype == self).unwrap_or(Self::ALL.len())
+    }
+
+    /// How an address must be aligned for this dtype, in bytes.
+    pub const fn alignment(self) -> usize {
+        match self {
+            // A complex number is aligned as its parts are.
+            Dtype::C64 => 4,
+            _ if self.bits() < 8 => 1,
+            _ => (self.bits() / 8) as usize,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_and_numbers_are_inverse() {
+        for &dtype in Dtype::ALL {
+            assert_eq!(Dtype::from_code(dtype.code()), Some(dtype));
+            assert_eq!(Dtype::from_number(dtype as u32), Some(dtype));
+        }
+        assert_eq!(Dtype::ALL.len(), 22);
+        assert_eq!(Dtype::from_number(22), None);
+        assert_eq!(Dtype::from_code("f32"), None);
+    }
+
+    #[test]
+    fn layout_puts_wider_alignment_first() {
+        let widths: Vec<u64> = Dtype::ALL.iter().filter(|d| **d != Dtype::Bool).map(|d| d.bits()).collect();
+        assert!(widths.is_sorted_by(|a, b| a >= b), "{widths:?}");
+        assert_eq!(Dtype::Bool.layout_rank(), 21);
+    }
+}

@@ -1,0 +1,165 @@
+//! The one error type: what went wrong, with which file and tensor, and what to do about it.
+//!
+//! Each variant has a number in the C header, which is never reused.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What every fallible function of this crate returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error, and the file that it happened in where there is one.
+///
+/// `Display` gives one line for a person: the file, then the tensor or field, the fault, and the remedy.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    detail: String,
+    path: Option<PathBuf>,
+    source: Option<io::Error>,
+}
+
+macro_rules! kinds {
+    ($( $(#[$doc:meta])* $variant:ident = $number:literal; )*) => {
+        /// The kinds of error. The discriminant is the number in the C header.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(i32)]
+        pub enum ErrorKind {
+            $( $(#[$doc])* $variant = $number, )*
+        }
+
+        impl ErrorKind {
+            /// Every kind, in the order of the numbers.
+            pub const ALL: &'static [ErrorKind] = &[ $( ErrorKind::$variant, )* ];
+        }
+    };
+}
+
+kinds! {
+    /// An argument that no call of this kind takes.
+    InvalidArgument = 1;
+    /// The operating system refused; [`Error::os_error`] says why.
+    Io = 2;
+    /// Fewer than the 8 bytes of the header length.
+    FileTooSmall = 3;
+    /// A header of more than 100,000,000 bytes.
+    HeaderTooLarge = 4;
+    /// The header runs past the end of the file.
+    HeaderTruncated = 5;
+    /// The bytes are of another format: a Git LFS pointer, an HTML page, a zip, a pickle.
+    ForeignFormat = 6;
+    /// The header is not UTF-8.
+    HeaderUtf8 = 7;
+    /// The header is not the JSON that the format asks for.
+    HeaderJson = 8;
+    /// A name, a field or a metadata key that stands twice.
+    Duplicate = 9;
+    /// A dtype code that the format does not know.
+    UnknownDtype = 10;
+    /// A shape whose number of elements, bytes or strides does not fit in 63 bits.
+    ShapeOverflow = 11;
+    /// Offsets that do not span the bytes which dtype and shape need.
+    SizeMismatch = 12;
+    /// Offsets that are reversed, overlap, or leave a hole.
+    Offsets = 13;
+    /// Data that ends before the last tensor does, or goes on behind it.
+    DataLength = 14;
+    /// No tensor of that name.
+    TensorNotFound = 15;
+    /// A tensor called `__metadata__`.
+    ReservedName = 16;
+    /// A dtype that the format, or the tensor library, cannot hold.
+    UnsupportedDtype = 17;
+    /// A slice outside the tensor, of step 0, or that splits a byte.
+    Slice = 18;
+    /// A caller's buffer of the wrong size.
+    BufferSize = 19;
+    /// The file was closed.
+    Closed = 20;
+    /// The file shrank while it was open.
+    FileChanged = 21;
+    /// A panic, stopped at the C boundary: a bug of this library.
+    Panic = 22;
+}
+
+impl Error {
+    /// An error of `kind`; `detail` names the tensor or field, the fault and the remedy.
+    pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Error {
+        Error { kind, detail: detail.into(), path: None, source: None }
+    }
+
+    /// The operating system's refusal to do `action` ("read", "create") with the file at `path`.
+    pub fn io(action: &str, path: &Path, source: io::Error) -> Error {
+        let detail = match source.kind() {
+            io::ErrorKind::NotFound => format!("No such file or directory: {}", path.display()),
+            _ => format!("cannot {action} {}: {source}", path.display()),
+        };
+        Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) }
+    }
+
+    /// The same error, said of the file at `path`. An error that names its file already stays as it is.
+    #[must_use]
+    pub fn in_file(mut self, path: &Path) -> Error {
+        if self.path.is_none() && self.kind != ErrorKind::Io {
+            self.path = Some(path.to_path_buf());
+        }
+        self
+    }
+
+    /// What kind of error this is.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The number of this error in the C header.
+    pub fn code(&self) -> i32 {
+        self.kind as i32
+    }
+
+    /// `errno`, for an error of kind [`ErrorKind::Io`] that the operating system raised.
+    pub fn os_error(&self) -> Option<i32> {
+        self.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(path) = &self.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        f.write_str(&self.detail)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_run_without_a_gap() {
+        for (index, kind) in ErrorKind::ALL.iter().enumerate() {
+            assert_eq!(*kind as usize, index + 1);
+        }
+    }
+
+    #[test]
+    fn a_missing_file_reads_as_python_says_it() {
+        let missing = io::Error::from_raw_os_error(libc::ENOENT);
+        let error = Error::io("open", Path::new("a/b"), missing);
+        assert_eq!(error.to_string(), "No such file or directory: a/b");
+        assert_eq!(error.os_error(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn the_file_is_named_once() {
+        let error = Error::new(ErrorKind::HeaderJson, "bad").in_file(Path::new("x")).in_file(Path::new("y"));
+        assert_eq!(error.to_string(), "x: bad");
+    }
+}

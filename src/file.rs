@@ -1,0 +1,237 @@
+//! An open safetensors file: its header, and the source that its tensors' bytes come from.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::{Header, LENGTH_BYTES, TensorInfo};
+use crate::reader::{self, Transfer};
+use crate::slice::{AxisRange, Slice};
+use crate::source::{Backend, Source, open_regular, read_exact_at};
+
+/// Enough of a file's start to tell what else it may be.
+const PROBE_BYTES: u64 = 512;
+
+/// Runs of a slice that are closer than this, in bytes, come with one read: the kernel reads whole pages anyway.
+const GATHER_GAP: u64 = 4096;
+
+/// The most bytes of a slice that are read before they are gathered.
+const GATHER_BYTES: u64 = 1 << 20;
+
+/// A safetensors file, or the bytes of one, with a validated header.
+#[derive(Debug)]
+pub struct TensorFile {
+    header: Header,
+    source: Source,
+    path: Option<PathBuf>,
+}
+
+impl TensorFile {
+    /// Opens the file at `path`, reads its header, and checks it against the file's length. The header is read even
+    /// where the data is mapped.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] where the file cannot be opened, read or mapped; the kinds from
+    /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for.
+    pub fn open(path: &Path, backend: Backend) -> Result<TensorFile> {
+        let (file, length) = open_regular(path)?;
+        let header = {
+            let mut start = vec![0; length.min(PROBE_BYTES) as usize];
+            read_exact_at(&file, path, &mut start, 0)?;
+            let header_length = Header::length(&start, length).map_err(|error| error.in_file(path))?;
+            let mut json = vec![0; header_length as usize];
+            read_exact_at(&file, path, &mut json, LENGTH_BYTES)?;
+            Header::parse(&json, length).map_err(|error| error.in_file(path))?
+        };
+        let source = match backend {
+            Backend::Mmap => Source::mapped(&file, path, length)?,
+            Backend::Pread => Source::File(file, path.to_path_buf()),
+        };
+        Ok(TensorFile { header, source, path: Some(path.to_path_buf()) })
+    }
+
+    /// Reads the header of the file whose bytes lie in memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::open`], less those of the operating system.
+    ///
+    /// # Safety
+    ///
+    /// The bytes must stay valid, and nobody may write to them, until the result is dropped.
+    pub unsafe fn from_memory(start: *const u8, length: usize) -> Result<TensorFile> {
+        // A slice wants a pointer that is not null even where it is empty.
+        let bytes: &[u8] = if length == 0 {
+            &[]
+        } else {
+            // SAFETY: the caller vouches for the bytes, for longer than this borrow.
+            unsafe { std::slice::from_raw_parts(start, length) }
+        };
+        let header_length = Header::length(bytes, length as u64)?;
+        let json = &bytes[LENGTH_BYTES as usize..][..header_length as usize];
+        let header = Header::parse(json, length as u64)?;
+        // SAFETY: as the caller promised.
+        let source = unsafe { Source::borrowed(start, length) };
+        Ok(TensorFile { header, source, path: None })
+    }
+
+    /// What the file holds.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where the bytes come from.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// The path that the file was opened by; `None` for bytes in memory.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// The tensor `name`, or an error that names it and the file.
+    pub fn require(&self, name: &str) -> Result<usize> {
+        self.header.require(name)
+    }
+
+    /// The tensor at `index` in file order.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] where there are not so many.
+    pub fn tensor(&self, index: usize) -> Result<TensorInfo<'_>> {
+        self.header.get(index).ok_or_else(|| {
+            let detail = format!("tensor index {index}: the file has {} tensor(s)", self.header.len());
+            self.locate(Error::new(ErrorKind::InvalidArgument, detail))
+        })
+    }
+
+    /// Where a tensor's bytes lie, from the start of the file.
+    pub fn byte_range(&self, tensor: &TensorInfo<'_>) -> Range<u64> {
+        self.header.data_start() + tensor.begin..self.header.data_start() + tensor.end
+    }
+
+    /// The address of a tensor's bytes where they are in memory (mapped, or bytes that were handed in); `None` for
+    /// a file that is read.
+    pub fn data_ptr(&self, tensor: &TensorInfo<'_>) -> Option<*const u8> {
+        // The header was checked against the source's length, so this stays inside.
+        self.source.as_ptr().map(|start| start.wrapping_add(self.byte_range(tensor).start as usize))
+    }
+
+    /// Reads whole tensors, in parallel where it pays: `(index in file order, destination, its bytes)` each.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BufferSize`] where a destination has not the tensor's size, before anything is read;
+    /// [`ErrorKind::Io`] and [`ErrorKind::FileChanged`] while reading: the destinations then hold anything.
+    ///
+    /// # Safety
+    ///
+    /// Every destination must be valid for writes of its bytes until the call returns, and no two may overlap.
+    pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
+        let mut transfers = Vec::with_capacity(requests.len());
+        for &(index, destination, length) in requests {
+            let tensor = self.tensor(index)?;
+            if tensor.nbytes() != length as u64 {
+                return Err(self.wrong_size(tensor.name, tensor.nbytes(), length));
+            }
+            transfers.push(Transfer { offset: self.byte_range(&tensor).start, destination, length });
+        }
+        // SAFETY: the caller vouches for the destinations.
+        unsafe { reader::read(&self.source, transfers) }.map_err(|error| self.locate(error))
+    }
+
+    /// Plans a slice of the tensor at `index`, one range a dimension.
+    pub fn slice(&self, index: usize, ranges: &[AxisRange]) -> Result<Slice> {
+        let tensor = self.tensor(index)?;
+        Slice::plan(tensor.name, tensor.dtype, tensor.shape, ranges).map_err(|error| self.locate(error))
+    }
+
+    /// Reads the bytes of `slice`, which was planned for the tensor at `index`. No page of the file is read that the
+    /// slice has nothing in.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::read_tensors`].
+    ///
+    /// # Safety
+    ///
+    /// `destination` must be valid for writes of `length` bytes until the call returns.
+    pub unsafe fn read_slice(
+        &self,
+        index: usize,
+        slice: &Slice,
+        destination: *mut u8,
+        length: usize,
+    ) -> Result<()> {
+        let tensor = self.tensor(index)?;
+        if slice.nbytes() != length as u64 {
+            return Err(self.wrong_size(tensor.name, slice.nbytes(), length));
+        }
+        let base = self.byte_range(&tensor).start;
+        let mut direct = Vec::new();
+        let mut written = 0;
+        let mut runs = slice.byte_ranges().peekable();
+        while let Some(first) = runs.next() {
+            let mut group = vec![first.clone()];
+            let mut end = first.end;
+            while let Some(next) = runs.next_if(|next| {
+                next.start >= end && next.start - end < GATHER_GAP && next.end - first.start <= GATHER_BYTES
+            }) {
+                end = next.end;
+                group.push(next);
+            }
+            let target = destination.wrapping_add(written);
+            written += group.iter().map(|run| (run.end - run.start) as usize).sum::<usize>();
+            if let [run] = &group[..] {
+                let length = (run.end - run.start) as usize;
+                direct.push(Transfer { offset: base + run.start, destination: target, length });
+            } else {
+                // SAFETY: `written` never passes `slice.nbytes()`, which is `length`.
+                unsafe { self.gather(base, &group, target)? };
+            }
+        }
+        // SAFETY: each run has its own part of the destination.
+        unsafe { reader::read(&self.source, direct) }.map_err(|error| self.locate(error))
+    }
+
+    /// Reads from the first run to the last at once, and copies the runs out.
+    ///
+    /// # Safety
+    ///
+    /// `target` must be valid for writes of the runs' bytes.
+    unsafe fn gather(&self, base: u64, runs: &[Range<u64>], target: *mut u8) -> Result<()> {
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(()) };
+        let mut scratch = vec![0u8; (last.end - first.start) as usize];
+        let transfer = Transfer {
+            offset: base + first.start,
+            destination: scratch.as_mut_ptr(),
+            length: scratch.len(),
+        };
+        // SAFETY: `scratch` is exactly that long, and nobody else has it.
+        unsafe { reader::read(&self.source, vec![transfer]) }.map_err(|error| self.locate(error))?;
+        let mut written = 0;
+        for run in runs {
+            let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];
+            // SAFETY: the caller's target holds all runs one after the other, and is no part of `scratch`.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.add(written), bytes.len()) };
+            written += bytes.len();
+        }
+        Ok(())
+    }
+
+    fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {
+        let detail = format!("tensor {name:?} takes {needed} bytes, but the buffer has {given}");
+        self.locate(Error::new(ErrorKind::BufferSize, detail))
+    }
+
+    /// Says of an error which file it is about.
+    pub fn locate(&self, error: Error) -> Error {
+        match &self.path {
+            Some(path) => error.in_file(path),
+            None => error,
+        }
+    }
+}

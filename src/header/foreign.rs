@@ -1,0 +1,79 @@
+//! Recognises what else a file may be, so that the error can say what to do.
+
+use crate::error::{Error, ErrorKind};
+
+/// What a file of another format begins with, what it is called, and the remedy.
+const SIGNATURES: &[(&[u8], &str, &str)] = &[
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (b"PK\x03\x04", "a zip archive, such as torch.save writes", "load it with torch.load and save it again"),
+    (b"\x80\x02", "a pickle, such as older torch.save writes", "load it with torch.load and save it again"),
+    (b"\x80\x04", "a pickle", "load it with torch.load and save it again"),
+    (b"\x80\x05", "a pickle", "load it with torch.load and save it again"),
+    (b"GGUF", "a GGUF model", "convert it to safetensors first"),
+    (b"\x93NUMPY", "a NumPy array", "load it with numpy.load and save it again"),
+    (b"\x89HDF\r\n", "an HDF5 file", "load it with h5py and save it again"),
+    (b"\x1f\x8b", "gzip data", "decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "zstd data", "decompress it first"),
+    (b"\x7fELF", "an ELF program or library", "check the file name"),
+    (b"%PDF", "a PDF document", "check the file name"),
+];
+
+/// The error for a file that begins with `start` and is of another format; `None` if it is none of those known.
+pub(super) fn recognise(start: &[u8]) -> Option<Error> {
+    let (what, remedy) = identify(start)?;
+    let detail = format!("this is {what}, and no safetensors file: {remedy}");
+    Some(Error::new(ErrorKind::ForeignFormat, detail))
+}
+
+fn identify(start: &[u8]) -> Option<(&'static str, &'static str)> {
+    for (signature, what, remedy) in SIGNATURES {
+        if start.starts_with(signature) {
+            return Some((what, remedy));
+        }
+    }
+    let text = start.trim_ascii_start();
+    let head: Vec<u8> = text.iter().take(16).map(u8::to_ascii_lowercase).collect();
+    if head.starts_with(b"<!doctype html") || head.starts_with(b"<html") {
+        return Some((
+            "an HTML page",
+            "the download was probably answered by a login or error page: fetch it again",
+        ));
+    }
+    if head.starts_with(b"<?xml") {
+        return Some((
+            "an XML document",
+            "the download was probably answered by an error page: fetch it again",
+        ));
+    }
+    // JSON from the first byte: the length that should stand before it is missing.
+    if matches!(head.first(), Some(b'{' | b'[')) && text.get(1).is_some_and(|b| b"\"{[ \n\r\t}]".contains(b))
+    {
+        return Some((
+            "JSON without the 8 bytes of header length before it",
+            "it may be an index or a server's error message: open it in an editor",
+        ));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_the_format_and_the_remedy() {
+        for (start, expected) in [
+            (&b"version https://git-lfs.github.com/spec/v1\noid"[..], "git lfs pull"),
+            (b"  <!DOCTYPE HTML><p>", "HTML page"),
+            (b"<html lang=en>", "HTML page"),
+            (b"PK\x03\x04rest", "torch.load"),
+            (b"{\"error\":\"not found\"}", "JSON without"),
+            (b"GGUF\x03\0\0\0", "GGUF"),
+        ] {
+            let message = recognise(start).expect("known").to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+        assert!(recognise(b"\x40\0\0\0\0\0\0\0{\"a\"").is_none());
+        assert!(recognise(b"").is_none());
+    }
+}

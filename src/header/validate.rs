@@ -1,0 +1,87 @@
+//! Checks what a parsed header says: unique names, offsets that cover the data without hole or overlap, and sizes
+//! that fit dtype and shape. Brings the tensors into file order.
+
+use super::{Header, METADATA_KEY, tensor_bytes};
+use crate::error::{Error, ErrorKind, Result};
+
+pub(super) fn validate(header: &mut Header, file_length: u64) -> Result<()> {
+    sort_into_file_order(header);
+    index_by_name(header)?;
+    check_offsets(header, file_length)
+}
+
+fn sort_into_file_order(header: &mut Header) {
+    let names = &header.names;
+    header.tensors.sort_by(|a, b| {
+        (a.begin, a.end)
+            .cmp(&(b.begin, b.end))
+            .then_with(|| names[a.name.range()].cmp(&names[b.name.range()]))
+    });
+}
+
+fn index_by_name(header: &mut Header) -> Result<()> {
+    let mut by_name: Vec<u32> = (0..header.tensors.len() as u32).collect();
+    by_name.sort_by(|&a, &b| header.name_at(a).cmp(header.name_at(b)));
+    if let Some(pair) = by_name.windows(2).find(|pair| header.name_at(pair[0]) == header.name_at(pair[1])) {
+        let name = header.name_at(pair[0]);
+        return Err(Error::new(ErrorKind::Duplicate, format!("the header has two tensors named {name:?}")));
+    }
+    header.by_name = by_name;
+    if header.find(METADATA_KEY).is_some() {
+        return Err(Error::new(ErrorKind::ReservedName, format!("no tensor may be named {METADATA_KEY:?}")));
+    }
+    Ok(())
+}
+
+fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
+    let mut position = 0;
+    let mut previous = None;
+    for tensor in header.iter() {
+        let (begin, end, name) = (tensor.begin, tensor.end, tensor.name);
+        if end < begin {
+            return Err(Error::new(
+                ErrorKind::Offsets,
+                format!("tensor {name:?}: data_offsets [{begin}, {end}] end before they begin"),
+            ));
+        }
+        let needed = tensor_bytes(name, tensor.dtype, tensor.shape)?;
+        if end - begin != needed {
+            return Err(Error::new(
+                ErrorKind::SizeMismatch,
+                format!(
+                    "tensor {name:?}: data_offsets [{begin}, {end}] span {} bytes, but {} of shape {:?} takes {needed}",
+                    end - begin,
+                    tensor.dtype,
+                    tensor.shape
+                ),
+            ));
+        }
+        if begin != position {
+            let after =
+                previous.map_or("the start of the data".to_string(), |name| format!("tensor {name:?}"));
+            let fault = if begin > position { "leave a hole behind" } else { "overlap" };
+            return Err(Error::new(
+                ErrorKind::Offsets,
+                format!(
+                    "tensor {name:?}: data_offsets [{begin}, {end}] {fault} {after}, which ends at {position}"
+                ),
+            ));
+        }
+        position = end;
+        previous = Some(name);
+    }
+    let available = file_length - header.data_start;
+    if position != available {
+        let cause = if position > available {
+            "the file was cut short: fetch or save it again"
+        } else {
+            "bytes that belong to no tensor follow the last one"
+        };
+        let last = previous.map_or(String::new(), |name| format!(" (the last is {name:?})"));
+        return Err(Error::new(
+            ErrorKind::DataLength,
+            format!("the tensors{last} need {position} bytes of data, but the file has {available}: {cause}"),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! Where each tensor goes when a file is written: the order, the offsets and the header.
+//!
+//! Writes nothing itself; the writer and the serializers follow the plan that is made here.
+
+use crate::dtype::Dtype;
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::{METADATA_KEY, Metadata, TensorEntry, encode, tensor_bytes};
+
+/// A tensor that is to be written: everything but its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorSpec<'a> {
+    /// The name, any string but `__metadata__`.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The dimensions, in elements of `dtype`.
+    pub shape: &'a [u64],
+}
+
+/// A settled layout.
+#[derive(Debug)]
+pub struct Layout {
+    header: Vec<u8>,
+    order: Vec<Place>,
+    data_bytes: u64,
+}
+
+/// Where one tensor goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The tensor's index in the list that the layout was made from.
+    pub index: usize,
+    /// Where its bytes begin, counted from the start of the data.
+    pub begin: u64,
+    /// Where its bytes end.
+    pub end: u64,
+}
+
+/// The alignment of the data's start that every reader expects at the least, in bytes.
+pub const DEFAULT_ALIGNMENT: u64 = 8;
+
+/// The largest alignment that can be asked for, in bytes.
+pub const MAX_ALIGNMENT: u64 = 1 << 20;
+
+impl Layout {
+    /// Lays `tensors` out: sorted by dtype, then by name, without gaps; the data starts at a multiple of `alignment`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ReservedName`], [`ErrorKind::Duplicate`], [`ErrorKind::ShapeOverflow`],
+    /// [`ErrorKind::SizeMismatch`] (elements that end in the middle of a byte), [`ErrorKind::HeaderTooLarge`], and
+    /// [`ErrorKind::InvalidArgument`] where `alignment` is not a power of two from 8 to [`MAX_ALIGNMENT`].
+    pub fn plan(tensors: &[TensorSpec<'_>], metadata: Option<&Metadata>, alignment: u64) -> Result<Layout> {
+        if !alignment.is_power_of_two() || !(DEFAULT_ALIGNMENT..=MAX_ALIGNMENT).contains(&alignment) {
+            let detail = format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
+            return Err(Error::new(ErrorKind::InvalidArgument, detail));
+        }
+        let mut sorted: Vec<(usize, usize)> =
+            tensors.iter().enumerate().map(|(index, tensor)| (tensor.dtype.layout_rank(), index)).collect();
+        sorted.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| tensors[a.1].name.cmp(tensors[b.1].name)));
+        check_names(tensors)?;
+
+        let mut data_bytes: u64 = 0;
+        let mut order = Vec::with_capacity(tensors.len());
+        for (_, index) in sorted {
+            let tensor = &tensors[index];
+            let begin = data_bytes;
+            data_bytes = tensor_bytes(tensor.name, tensor.dtype, tensor.shape)?
+                .checked_add(begin)
+                .filter(|&end| end <= i64::MAX as u64)
+                .ok_or_else(|| {
+                    let detail = format!("tensor {:?}: the file would pass 2^63 bytes", tensor.name);
+                    Error::new(ErrorKind::ShapeOverflow, detail)
+                })?;
+            order.push(Place { index, begin, end: data_bytes });
+        }
+        let entries = order.iter().map(|place| {
+            let TensorSpec { name, dtype, shape } = tensors[place.index];
+            TensorEntry { name, dtype, shape, begin: place.begin, end: place.end }
+        });
+        let header = encode(entries, metadata, alignment)?;
+        Ok(Layout { header, order, data_bytes })
+    }
+
+    /// The bytes before the data: length, JSON, padding.
+    pub fn header(&self) -> &[u8] {
+        &self.header
+    }
+
+    /// The tensors in file order.
+    pub fn order(&self) -> &[Place] {
+        &self.order
+    }
+
+    /// The bytes of the whole file.
+    pub fn total_bytes(&self) -> u64 {
+        self.header.len() as u64 + self.data_bytes
+    }
+}
+
+fn check_names(tensors: &[TensorSpec<'_>]) -> Result<()> {
+    let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        let detail = format!("two tensors are named {:?}: give each its own name", pair[0]);
+        return Err(Error::new(ErrorKind::Duplicate, detail));
+    }
+    if names.binary_search(&METADATA_KEY).is_ok() {
+        let detail = format!(
+            "a tensor is named {METADATA_KEY:?}, where the format keeps its metadata: nothing could read the file; \
+             rename the tensor"
+        );
+        return Err(Error::new(ErrorKind::ReservedName, detail));
+    }
+    Ok(())
+}

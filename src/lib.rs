@@ -1,0 +1,31 @@
+//! The safetensors format: reading, validating and writing it, on files and in memory.
+//!
+//! This is the core under the C ABI (`include/safetensors_torch.h`), and under the C++ and Python layers. It knows
+//! nothing of torch. Start at [`TensorFile`] to read and at [`save_file`] to write.
+
+#![deny(missing_docs)]
+
+pub mod capi;
+mod dtype;
+mod error;
+mod file;
+mod header;
+mod layout;
+mod reader;
+mod serialize;
+mod slice;
+mod source;
+mod writer;
+
+#[cfg(feature = "bridge")]
+mod bridge;
+
+pub use dtype::Dtype;
+pub use error::{Error, ErrorKind, Result};
+pub use file::TensorFile;
+pub use header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
+pub use layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};
+pub use serialize::{SaveOptions, save_file, save_into};
+pub use slice::{AxisRange, Slice};
+pub use source::{Backend, Mapping, Source};
+pub use writer::AtomicFile;

@@ -1,0 +1,202 @@
+//! Where a file's bytes come from: a mapping, positional reads, or memory.
+//!
+//! A source gives bytes at offsets. It knows nothing of headers and tensors.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a file's tensors come into memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// One private, writable mapping: nothing is copied, and writes stay in memory.
+    Mmap,
+    /// Reads into memory that the caller owns; the file is never mapped.
+    Pread,
+}
+
+impl FromStr for Backend {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Backend> {
+        match name {
+            "mmap" => Ok(Backend::Mmap),
+            "pread" => Ok(Backend::Pread),
+            _ => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("unknown backend {name:?}: choose \"mmap\" or \"pread\""),
+            )),
+        }
+    }
+}
+
+/// A private, copy-on-write mapping of a whole file, which lives until the last owner lets go.
+///
+/// Pages that were not written to still show the file: if another process changes the file in place, they change,
+/// and if it cuts the file short, touching them ends this process with SIGBUS. Files that are replaced by rename,
+/// as this library does, are safe.
+#[derive(Debug)]
+pub struct Mapping {
+    map: MmapRaw,
+}
+
+impl Mapping {
+    fn new(file: &File, path: &Path, length: u64) -> Result<Mapping> {
+        let length = usize::try_from(length)
+            .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
+        // No swap is set aside: a model larger than memory can be mapped, as most of it is never written to.
+        // SAFETY: nothing here makes a reference to the pages; what may change them is said of this type.
+        let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
+        let map = map.map_err(|source| Error::io("map", path, source))?;
+        Ok(Mapping { map: map.into() })
+    }
+
+    /// The first byte of the file. The pages are readable and writable for [`Mapping::len`] bytes.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// The length of the file when it was mapped, in bytes.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether the mapping has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Bytes that somebody else keeps in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Borrowed {
+    start: *const u8,
+    length: usize,
+}
+
+// SAFETY: a `Borrowed` only reads, and whoever made one promised (`Source::borrowed`) that the bytes stay valid and
+// unchanged while it lives, on whichever thread.
+unsafe impl Send for Borrowed {}
+// SAFETY: as above.
+unsafe impl Sync for Borrowed {}
+
+/// A place that bytes are read from.
+#[derive(Debug)]
+pub enum Source {
+    /// A mapped file.
+    Mapped(Arc<Mapping>),
+    /// A file that is read.
+    File(File, PathBuf),
+    /// Memory.
+    Memory(Borrowed),
+}
+
+impl Source {
+    /// A source over `length` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// The bytes must stay valid, and nobody may write to them, until the source is dropped.
+    pub unsafe fn borrowed(start: *const u8, length: usize) -> Source {
+        Source::Memory(Borrowed { start, length })
+    }
+
+    /// Maps `file`, whose length is `length` bytes.
+    pub fn mapped(file: &File, path: &Path, length: u64) -> Result<Source> {
+        Mapping::new(file, path, length).map(|mapping| Source::Mapped(Arc::new(mapping)))
+    }
+
+    /// The first byte, where the source is memory; `None` for a file that is read.
+    pub fn as_ptr(&self) -> Option<*const u8> {
+        match self {
+            Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
+            Source::Memory(memory) => Some(memory.start),
+            Source::File(..) => None,
+        }
+    }
+
+    /// The bytes of a source in memory.
+    pub fn memory_bytes(&self) -> usize {
+        match self {
+            Source::Mapped(mapping) => mapping.len(),
+            Source::Memory(memory) => memory.length,
+            Source::File(..) => 0,
+        }
+    }
+}
+
+/// Opens a regular file for reading; gives its length in bytes too.
+///
+/// # Errors
+///
+/// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::InvalidInput => bad_path(path),
+            _ => Error::io("open", path, source),
+        })?;
+    let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
+    refuse_irregular(path, &metadata)?;
+    Ok((file, metadata.len()))
+}
+
+fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let errno = if metadata.is_dir() { libc::EISDIR } else { libc::ENODEV };
+    Err(Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno)))
+}
+
+/// The error for a path that no file can have.
+pub(crate) fn bad_path(path: &Path) -> Error {
+    let detail = format!("file name {:?} contains a NUL byte: no file can have it", path);
+    Error::new(ErrorKind::InvalidArgument, detail)
+}
+
+/// Reads exactly `buffer.len()` bytes at `offset`.
+pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> Result<()> {
+    file.read_exact_at(buffer, offset).map_err(|source| match source.kind() {
+        io::ErrorKind::UnexpectedEof => shrank(path),
+        _ => Error::io("read", path, source),
+    })
+}
+
+/// The error for a file that has become shorter since it was opened.
+pub(crate) fn shrank(path: &Path) -> Error {
+    let detail = format!("{} became shorter while it was read: something is writing to it", path.display());
+    Error::new(ErrorKind::FileChanged, detail)
+}
+
+/// Reads into `parts` one after the other from `offset` on; gives how many bytes came, 0 at the end of the file.
+///
+/// # Safety
+///
+/// Every part must be valid for writes of its length.
+pub(crate) unsafe fn read_vectored_at(file: &File, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    loop {
+        // SAFETY: the caller vouches for the parts; the kernel writes to nothing else.
+        let read = unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset) };
+        if read >= 0 {
+            return Ok(read as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
