@@ -1,0 +1,15 @@
+// What differs between the versions of torch that are supported (2.6 and later). Nothing else asks for the version.
+#pragma once
+
+#include <torch/version.h>
+
+#define SAFETENSORS_TORCH_AT_LEAST(major, minor) \
+    (TORCH_VERSION_MAJOR > (major) || (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
+
+#if !SAFETENSORS_TORCH_AT_LEAST(2, 6)
+#error "safetensors_torch needs torch 2.6 or later"
+#endif
+
+// float8_e8m0fnu came with torch 2.7, float4_e2m1fn_x2 with 2.8.
+#define SAFETENSORS_TORCH_HAS_FLOAT8_E8M0 SAFETENSORS_TORCH_AT_LEAST(2, 7)
+#define SAFETENSORS_TORCH_HAS_FLOAT4 SAFETENSORS_TORCH_AT_LEAST(2, 8)

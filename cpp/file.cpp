@@ -1,0 +1,165 @@
+#include "cpp/file.h"
+
+#include <atomic>
+
+#include "cpp/dtype.h"
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+std::string name_at(const core::File& file, size_t index) { return std::string(file.name(index)); }
+
+uint64_t not_negative(int64_t value) {
+    if (value < 0) {
+        fail(Kind::value, "a slice is given by starts, stops and steps that are not negative");
+    }
+    return static_cast<uint64_t>(value);
+}
+
+}  // namespace
+
+File::File(const std::string& path, const std::string& backend)
+    : file_(guarded([&] { return open_file(path, backend); })) {
+    lender_.lends = backend == "mmap";
+}
+
+SharedFile File::opened() const {
+    SharedFile file = std::atomic_load(&file_);
+    if (file == nullptr) {
+        fail(Kind::safetensor, "File is closed");
+    }
+    return file;
+}
+
+size_t File::find(const core::File& file, const std::string& name) const { return file.find(as_bytes(name)); }
+
+std::vector<std::string> File::keys() const {
+    const auto file = opened();
+    std::vector<std::string> names;
+    names.reserve((*file)->count());
+    for (const uint32_t index : (*file)->sorted_by_name()) {
+        names.push_back(name_at(**file, index));
+    }
+    return names;
+}
+
+std::vector<std::string> File::offset_keys() const {
+    const auto file = opened();
+    std::vector<std::string> names;
+    names.reserve((*file)->count());
+    for (size_t index = 0; index < (*file)->count(); ++index) {
+        names.push_back(name_at(**file, index));
+    }
+    return names;
+}
+
+std::optional<Metadata> File::metadata() const {
+    const auto file = opened();
+    if (!(*file)->has_metadata()) {
+        return std::nullopt;
+    }
+    Metadata metadata;
+    for (const auto& entry : (*file)->metadata()) {
+        metadata.insert(std::string(entry.key.begin(), entry.key.end()),
+                        std::string(entry.value.begin(), entry.value.end()));
+    }
+    return metadata;
+}
+
+int64_t File::size() const { return static_cast<int64_t>((*opened())->count()); }
+
+bool File::contains(const std::string& name) const { return (*opened())->contains(as_bytes(name)); }
+
+std::vector<int64_t> File::shape(const std::string& name) const {
+    const auto file = opened();
+    const auto shape = (*file)->shape(find(**file, name));
+    return {shape.begin(), shape.end()};
+}
+
+std::vector<int64_t> File::tensor_shape(const std::string& name) const {
+    const auto file = opened();
+    return describe(**file, find(**file, name)).second;
+}
+
+c10::ScalarType File::tensor_dtype(const std::string& name) const {
+    const auto file = opened();
+    return describe(**file, find(**file, name)).first;
+}
+
+std::string File::dtype(const std::string& name) const {
+    const auto file = opened();
+    return std::string(core::dtype_code((*file)->dtype(find(**file, name))));
+}
+
+at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
+    const auto file = opened();
+    return load_tensors(**file, lender_, {find(**file, name)}, device).front();
+}
+
+std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
+    const auto file = opened();
+    std::vector<size_t> indices;
+    indices.reserve(names.size());
+    for (const std::string& name : names) {
+        indices.push_back(find(**file, name));
+    }
+    return load_tensors(**file, lender_, indices, device);
+}
+
+at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
+                           const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                           c10::Device device) const {
+    const auto file = opened();
+    if (starts.size() != stops.size() || starts.size() != steps.size()) {
+        fail(Kind::value, "a slice takes one start, one stop and one step a dimension");
+    }
+    std::vector<core::Range> ranges;
+    for (size_t axis = 0; axis < starts.size(); ++axis) {
+        ranges.push_back({not_negative(starts[axis]), not_negative(stops[axis]), not_negative(steps[axis])});
+    }
+    return load_slice(**file, find(**file, name), std::move(ranges), device);
+}
+
+Mismatch File::load_state(const Tensors& state, const std::vector<std::string>& optional,
+                          const std::string& class_name, bool strict) const {
+    const auto file = opened();
+    return safetensors_torch::load_state(**file, lender_, state, optional, class_name, strict);
+}
+
+void File::close() { std::atomic_store(&file_, SharedFile()); }
+
+bool File::is_open() const { return std::atomic_load(&file_) != nullptr; }
+
+namespace {
+
+// A method that torch can call, with clean errors.
+template <typename Result, typename... Args>
+auto clean(Result (File::*method)(Args...) const) {
+    return [method](const c10::intrusive_ptr<File>& self, Args... args) -> Result {
+        return guarded([&] { return ((*self).*method)(args...); });
+    };
+}
+
+}  // namespace
+
+void register_file(torch::Library& library) {
+    library.class_<File>("File")
+        .def(torch::init<const std::string&, const std::string&>())
+        .def("keys", clean(&File::keys))
+        .def("offset_keys", clean(&File::offset_keys))
+        .def("metadata", clean(&File::metadata))
+        .def("size", clean(&File::size))
+        .def("contains", clean(&File::contains))
+        .def("shape", clean(&File::shape))
+        .def("tensor_shape", clean(&File::tensor_shape))
+        .def("tensor_dtype", clean(&File::tensor_dtype))
+        .def("dtype", clean(&File::dtype))
+        .def("get_tensor", clean(&File::get_tensor))
+        .def("get_tensors", clean(&File::get_tensors))
+        .def("get_slice", clean(&File::get_slice))
+        .def("close", &File::close)
+        .def("is_open", &File::is_open);
+}
+
+}  // namespace safetensors_torch

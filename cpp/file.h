@@ -1,0 +1,51 @@
+// The open file that Python and C++ hold: `torch.classes.safetensors_torch.File`.
+#pragma once
+
+#include <torch/custom_class.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpp/load.h"
+#include "cpp/model.h"
+#include "cpp/save.h"
+
+namespace safetensors_torch {
+
+// A file that is open until close(); after that, every method but is_open() fails with "File is closed".
+class File : public torch::CustomClassHolder {
+  public:
+    File(const std::string& path, const std::string& backend);
+
+    std::vector<std::string> keys() const;
+    std::vector<std::string> offset_keys() const;
+    std::optional<Metadata> metadata() const;
+    int64_t size() const;
+    bool contains(const std::string& name) const;
+    std::vector<int64_t> shape(const std::string& name) const;
+    std::vector<int64_t> tensor_shape(const std::string& name) const;
+    c10::ScalarType tensor_dtype(const std::string& name) const;
+    std::string dtype(const std::string& name) const;
+    at::Tensor get_tensor(const std::string& name, c10::Device device) const;
+    std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names, c10::Device device) const;
+    at::Tensor get_slice(const std::string& name, const std::vector<int64_t>& starts, const std::vector<int64_t>& stops,
+                         const std::vector<int64_t>& steps, c10::Device device) const;
+    Mismatch load_state(const Tensors& state, const std::vector<std::string>& optional, const std::string& class_name,
+                        bool strict) const;
+    void close();
+    bool is_open() const;
+
+  private:
+    // The core's file; held by the caller for as long as it uses it, so that close() on another thread is harmless.
+    SharedFile opened() const;
+    size_t find(const core::File& file, const std::string& name) const;
+
+    SharedFile file_;
+    Lender lender_;
+};
+
+// Tells torch of the class.
+void register_file(torch::Library& library);
+
+}  // namespace safetensors_torch

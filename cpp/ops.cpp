@@ -1,0 +1,116 @@
+// The ops: their schemas in one block, their kernels above it. The schemas are the C++ ABI of this library.
+
+#include <torch/library.h>
+
+#include "cpp/error.h"
+#include "cpp/file.h"
+#include "cpp/load.h"
+#include "cpp/model.h"
+#include "cpp/save.h"
+#include "cpp/shared.h"
+
+namespace safetensors_torch {
+namespace {
+
+using Names = std::vector<std::string>;
+
+Tensors load_file_op(const std::string& filename, c10::Device device, const std::string& backend) {
+    return guarded([&] {
+        const auto file = open_file(filename, backend);
+        return load_all(**file, Lender{backend == "mmap", {}}, device);
+    });
+}
+
+Tensors load_op(const at::Tensor& data, c10::Device device) {
+    return guarded([&] { return load_all(**open_bytes(data), Lender{}, device); });
+}
+
+Tensors load_shared_op(const at::Tensor& data) {
+    return guarded([&] { return load_all(**open_bytes(data), Lender{true, data}, at::kCPU); });
+}
+
+at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c10::Device device) {
+    return guarded([&] {
+        const auto file = open_file(filename, "mmap");
+        return load_tensors(**file, Lender{true, {}}, {(*file)->find(as_bytes(name))}, device).front();
+    });
+}
+
+void save_file_op(const Tensors& tensors, const std::string& filename, const std::optional<Metadata>& metadata) {
+    guarded([&] { save_file(tensors, filename, metadata); });
+}
+
+at::Tensor save_op(const Tensors& tensors, const std::optional<Metadata>& metadata) {
+    return guarded([&] { return save(tensors, metadata); });
+}
+
+int64_t save_size_op(const Tensors& tensors, const std::optional<Metadata>& metadata) {
+    return guarded([&] { return save_size(tensors, metadata); });
+}
+
+void save_into_op(const Tensors& tensors, const at::Tensor& out, const std::optional<Metadata>& metadata) {
+    guarded([&] { save_into(tensors, out, metadata); });
+}
+
+void check_save_op(const Tensors& tensors) {
+    guarded([&] { check_saveable(named(tensors)); });
+}
+
+c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names& preferred) {
+    return guarded([&] {
+        c10::Dict<std::string, std::string> result;
+        for (const auto& [dropped, kept] : tied_names(named(tensors), {preferred.begin(), preferred.end()})) {
+            result.insert(dropped, kept);
+        }
+        return result;
+    });
+}
+
+std::tuple<Names, Names> load_state_op(const c10::intrusive_ptr<File>& file, const Tensors& state,
+                                       const Names& optional, const std::string& class_name, bool strict) {
+    return guarded([&]() -> std::tuple<Names, Names> {
+        auto [missing, unexpected] = file->load_state(state, optional, class_name, strict);
+        return {std::move(missing), std::move(unexpected)};
+    });
+}
+
+c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string& backend) {
+    return c10::make_intrusive<File>(filename, backend);
+}
+
+}  // namespace
+
+// Kernels stand under CompositeExplicitAutograd: ops without a tensor argument have no other key to be found by.
+TORCH_LIBRARY(safetensors_torch, library) {
+    const auto key = c10::DispatchKey::CompositeExplicitAutograd;
+    register_file(library);
+
+    library.def(R"(load_file(str filename, *, Device device="cpu", str backend="mmap") -> Dict(str, Tensor))",
+                torch::dispatch(key, load_file_op));
+    library.def(R"(load(Tensor data, *, Device device="cpu") -> Dict(str, Tensor))", torch::dispatch(key, load_op));
+    library.def("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None) -> ()",
+                torch::dispatch(key, save_file_op));
+    library.def("save(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> Tensor",
+                torch::dispatch(key, save_op));
+    library.def(R"(get_tensor(str filename, str name, *, Device device="cpu") -> Tensor)",
+                torch::dispatch(key, get_tensor_op));
+
+    // What the Python package and the C++ header are made of; no promise to anyone else.
+    library.def("_load_shared(Tensor data) -> Dict(str, Tensor)", torch::dispatch(key, load_shared_op));
+    library.def("_save_size(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> int",
+                torch::dispatch(key, save_size_op));
+    library.def("_save_into(Dict(str, Tensor) tensors, Tensor(a!) out, Dict(str, str)? metadata=None) -> ()",
+                torch::dispatch(key, save_into_op));
+    library.def("_check_save(Dict(str, Tensor) tensors) -> ()", torch::dispatch(key, check_save_op));
+    library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
+    library.def(
+        "_load_state(__torch__.torch.classes.safetensors_torch.File file, Dict(str, Tensor) state, str[] optional, "
+        "str class_name, bool strict) -> (str[] missing, str[] unexpected)",
+        torch::dispatch(key, load_state_op));
+    library.def("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File",
+                torch::dispatch(key, open_op));
+    library.def("_last_error() -> (str kind, int code, int os_error, str message)",
+                torch::dispatch(key, last_error));
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,138 @@
+#include "cpp/shared.h"
+
+#include <algorithm>
+#include <tuple>
+#include <unordered_map>
+
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+// What tells one memory from another. The same address means something else on each device.
+using StorageKey = std::tuple<c10::DeviceType, c10::DeviceIndex, const void*, size_t>;
+
+// The bytes that a tensor's elements lie in; `name` is an index into the caller's tensors.
+struct Extent {
+    uintptr_t begin;
+    uintptr_t end;
+    size_t index;
+};
+
+const void* storage_data(const at::Tensor& tensor) {
+    // Past the checks of Storage::data(), which refuses fake tensors and materializes copy-on-write ones.
+    return tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get();
+}
+
+bool has_memory(const at::Tensor& tensor) {
+    return tensor.has_storage() && !tensor.storage().device().is_meta() && storage_data(tensor) != nullptr &&
+           tensor.storage().nbytes() != 0;
+}
+
+Extent extent_of(const at::Tensor& tensor, size_t index) {
+    const auto itemsize = tensor.itemsize();
+    const auto begin = reinterpret_cast<uintptr_t>(storage_data(tensor)) + tensor.storage_offset() * itemsize;
+    if (tensor.numel() == 0) {
+        return {begin, begin, index};
+    }
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+        last += (tensor.size(axis) - 1) * tensor.stride(axis);
+    }
+    return {begin, begin + (last + 1) * itemsize, index};
+}
+
+bool covers_storage(const at::Tensor& tensor) {
+    return tensor.storage_offset() == 0 && tensor.numel() * tensor.itemsize() == tensor.storage().nbytes();
+}
+
+// Splits the extents of one storage into runs that overlap, and adds those with more than one tensor.
+void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors, std::vector<std::vector<std::string>>& groups) {
+    std::sort(extents.begin(), extents.end(),
+              [](const Extent& a, const Extent& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+    std::vector<std::string> run;
+    uintptr_t furthest = 0;
+    const auto finish = [&] {
+        if (run.size() > 1) {
+            std::sort(run.begin(), run.end());
+            groups.push_back(run);
+        }
+        run.clear();
+    };
+    for (const Extent& extent : extents) {
+        if (extent.begin == extent.end) {
+            continue;
+        }
+        if (extent.begin >= furthest) {
+            finish();
+        }
+        furthest = std::max(furthest, extent.end);
+        run.push_back(tensors[extent.index].first);
+    }
+    finish();
+}
+
+}  // namespace
+
+std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
+    std::map<StorageKey, std::vector<Extent>> by_storage;
+    for (size_t index = 0; index < tensors.size(); ++index) {
+        const at::Tensor& tensor = tensors[index].second;
+        if (has_memory(tensor)) {
+            const c10::Device device = tensor.device();
+            const StorageKey key{device.type(), device.index(), storage_data(tensor), tensor.storage().nbytes()};
+            by_storage[key].push_back(extent_of(tensor, index));
+        }
+    }
+    std::vector<std::vector<std::string>> groups;
+    for (auto& [key, extents] : by_storage) {
+        if (extents.size() > 1) {
+            add_runs(extents, tensors, groups);
+        }
+    }
+    std::sort(groups.begin(), groups.end());
+    return groups;
+}
+
+std::map<std::string, std::string> tied_names(const NamedTensors& tensors,
+                                              const std::unordered_set<std::string>& preferred) {
+    std::unordered_map<std::string, const at::Tensor*> by_name;
+    for (const auto& [name, tensor] : tensors) {
+        by_name.emplace(name, &tensor);
+    }
+    std::map<std::string, std::string> dropped;
+    for (const auto& group : overlapping(tensors)) {
+        const std::string* kept = nullptr;
+        bool kept_is_preferred = false;
+        for (const std::string& name : group) {
+            const bool is_preferred = preferred.count(name) != 0;
+            if (covers_storage(*by_name.at(name)) && (kept == nullptr || (is_preferred && !kept_is_preferred))) {
+                kept = &name;
+                kept_is_preferred = is_preferred;
+            }
+        }
+        if (kept == nullptr) {
+            fail(Kind::runtime,
+                 "No tensor among " + repr_set(group) +
+                     " covers the entire storage that they share, so none can be kept for the others: saving them all "
+                     "would store the same memory several times. Give each its own memory with `.clone()`, or keep the "
+                     "whole tensor and take the views of it after loading");
+        }
+        for (const std::string& name : group) {
+            if (&name != kept) {
+                dropped.emplace(name, *kept);
+            }
+        }
+    }
+    return dropped;
+}
+
+std::string repr_set(const std::vector<std::string>& names) {
+    std::string out = "{";
+    for (const std::string& name : names) {
+        out += (out.size() > 1 ? ", " : "") + repr(name);
+    }
+    return out + "}";
+}
+
+}  // namespace safetensors_torch
