@@ -1,0 +1,113 @@
+# make demo      the main job, with real files, from Python and C++
+# make test      every test, in every language
+# make build     the library, and the Python package in .venv
+# make lint      formatters, linters, and the compiler's warnings
+# make install   the library, headers and CMake package into PREFIX
+# make bench     ours beside the reference, in one run
+# make clean     what was built; .venv stays
+#
+# Each does its own set-up, once: .venv with the pinned torch, the build, the package in .venv.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAGE   := out/prefix
+# Tools that pip installed (cmake, ninja, ruff, clang-format) are found before others.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+MAJOR   := $(firstword $(subst ., ,$(VERSION)))
+
+CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
+PYTHON_SOURCES := setup.py pyproject.toml $(shell find python -name '*.py')
+CPP_FILES      := $(shell find cpp include tests/c tests/cpp examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+
+.PHONY: build demo test bench lint install clean test-rust test-c test-cpp test-python test-examples library
+
+build: library out/python.stamp
+
+# --- set-up
+
+$(VENV)/requirements.stamp: requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+library: out/prefix.stamp
+
+# The shared library with its torch layer, and the static library of the core alone.
+out/library.stamp: $(CORE_SOURCES) $(VENV)/requirements.stamp
+	cargo build --release --locked
+	cargo build --release --locked --no-default-features --target-dir target/core
+	mkdir -p out && touch $@
+
+out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	mkdir -p out && touch $@
+
+# --- install
+
+install: out/library.stamp
+	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include
+	install -m 644 include/safetensors_torch.h include/safetensors_torch.hpp $(DESTDIR)$(PREFIX)/include
+	install -m 755 target/release/libsafetensors_torch.so $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
+	ln -sf libsafetensors_torch.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(MAJOR)
+	ln -sf libsafetensors_torch.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so
+	install -m 644 target/core/release/libsafetensors_torch.a $(DESTDIR)$(PREFIX)/lib
+	install -m 644 cmake/*.cmake $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch
+
+# The installed tree that tests, examples and the demo are built against.
+out/prefix.stamp: out/library.stamp $(wildcard cmake/*)
+	rm -rf $(STAGE)
+	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE) DESTDIR= >/dev/null
+	touch $@
+
+# --- demo
+
+demo: build
+	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) WORK=$(CURDIR)/out/demo examples/gpt2/run.sh
+
+# --- tests
+
+test: test-rust test-c test-cpp test-examples test-python
+
+# The core has no torch in it, so neither have its tests.
+test-rust: $(VENV)/requirements.stamp
+	cargo test --release --locked --no-default-features --target-dir target/core
+
+test-c: out/library.stamp
+	tests/c/run.sh target/core/release
+
+TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
+
+test-cpp: library
+	cmake -S tests/cpp -B out/tests-cpp -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_PREFIX_PATH="$(CURDIR)/$(STAGE);$(TORCH_DIR)" >/dev/null
+	cmake --build out/tests-cpp --parallel
+	ctest --test-dir out/tests-cpp --output-on-failure
+
+test-examples: build
+	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) WORK=$(CURDIR)/out/examples tests/examples.sh
+
+test-python: out/python.stamp
+	$(PY) -m pytest
+
+# --- the rest
+
+bench: build
+	$(PY) benches/bench.py
+
+lint: out/library.stamp
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	tests/warnings.sh
+
+clean:
+	rm -rf target out build dist
