@@ -91,17 +91,19 @@ bool takes_bytes(const core::File& file, const Match& match) {
            !tensor.is_conj() && !tensor.is_neg() && tensor.sizes() == c10::IntArrayRef(shape);
 }
 
-void fill(const core::File& file, const Lender& lender, const std::vector<Match>& matches) {
+// Fills the model's tensors: in parallel, straight into their memory, where the bytes fit and no two share it. With
+// `aliased`, some do, and the file has both: one after the other then, so that the last one counts.
+void fill(const core::File& file, const Lender& lender, const std::vector<Match>& matches, bool aliased) {
     const at::NoGradGuard no_grad;
     std::vector<std::pair<size_t, at::Tensor>> direct;
     for (const Match& match : matches) {
-        if (takes_bytes(file, match)) {
+        if (!aliased && takes_bytes(file, match)) {
             direct.emplace_back(match.index, match.destination);
         }
     }
     read_into(file, direct);
     for (const Match& match : matches) {
-        if (!takes_bytes(file, match)) {
+        if (aliased || !takes_bytes(file, match)) {
             at::Tensor loaded = load_tensors(file, lender, {match.index}, at::kCPU).front();
             if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
                 loaded = loaded.select(0, 0);
@@ -126,6 +128,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
 
     std::vector<Match> matches;
     Mismatch mismatch;
+    bool aliased = false;
     for (const auto& [name, tensor] : tensors) {
         const bool is_dropped = dropped.count(name) != 0;
         if (in_file.count(name) == 0) {
@@ -137,6 +140,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
         // A file with a tied name beside the kept one was not made from such a model.
         if (is_dropped) {
             mismatch.second.push_back(name);
+            aliased = true;
         }
         matches.push_back({file.find(as_bytes(name)), name, tensor});
         in_file.erase(name);
@@ -149,7 +153,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
     if (strict) {
         check_names(mismatch, class_name);
     }
-    fill(file, lender, matches);
+    fill(file, lender, matches, aliased);
     return mismatch;
 }
 

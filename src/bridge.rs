@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind};
 use crate::file::TensorFile;
-use crate::header::Metadata;
+use crate::header::{Metadata, absent};
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::slice::{AxisRange, Slice};
 use crate::source::{Mapping, Source};
@@ -170,7 +170,11 @@ impl File {
     }
 
     fn find(&self, name: &[u8]) -> Result<usize> {
-        Ok(self.0.require(&String::from_utf8_lossy(name))?)
+        // A name that is not UTF-8 is in no file; its readable form might be.
+        match std::str::from_utf8(name) {
+            Ok(name) => Ok(self.0.require(name)?),
+            Err(_) => Err(absent(&String::from_utf8_lossy(name)).into()),
+        }
     }
 
     fn contains(&self, name: &[u8]) -> bool {

@@ -91,7 +91,7 @@ impl TensorFile {
         self.path.as_deref()
     }
 
-    /// The tensor `name`, or an error that names it and the file.
+    /// The place of the tensor `name` in file order, or an error that says so.
     pub fn require(&self, name: &str) -> Result<usize> {
         self.header.require(name)
     }
@@ -205,11 +205,8 @@ impl TensorFile {
     unsafe fn gather(&self, base: u64, runs: &[Range<u64>], target: *mut u8) -> Result<()> {
         let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(()) };
         let mut scratch = vec![0u8; (last.end - first.start) as usize];
-        let transfer = Transfer {
-            offset: base + first.start,
-            destination: scratch.as_mut_ptr(),
-            length: scratch.len(),
-        };
+        let transfer =
+            Transfer { offset: base + first.start, destination: scratch.as_mut_ptr(), length: scratch.len() };
         // SAFETY: `scratch` is exactly that long, and nobody else has it.
         unsafe { reader::read(&self.source, vec![transfer]) }.map_err(|error| self.locate(error))?;
         let mut written = 0;

@@ -52,7 +52,8 @@ impl Layout {
     /// [`ErrorKind::InvalidArgument`] where `alignment` is not a power of two from 8 to [`MAX_ALIGNMENT`].
     pub fn plan(tensors: &[TensorSpec<'_>], metadata: Option<&Metadata>, alignment: u64) -> Result<Layout> {
         if !alignment.is_power_of_two() || !(DEFAULT_ALIGNMENT..=MAX_ALIGNMENT).contains(&alignment) {
-            let detail = format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
+            let detail =
+                format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
         let mut sorted: Vec<(usize, usize)> =

@@ -107,7 +107,8 @@ fn chunk(transfers: &[Transfer]) -> Vec<Range<usize>> {
     for (index, transfer) in transfers.iter().enumerate() {
         let joins = index > 0 && {
             let previous = &transfers[index - 1];
-            previous.offset + previous.length as u64 == transfer.offset && bytes + transfer.length <= CHUNK_BYTES
+            previous.offset + previous.length as u64 == transfer.offset
+                && bytes + transfer.length <= CHUNK_BYTES
         };
         match chunks.last_mut() {
             Some(last) if joins && last.len() < CHUNK_PARTS => {

@@ -140,14 +140,13 @@ impl Source {
 /// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
 pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     // Without O_NONBLOCK, opening a pipe would wait for a writer.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(|source| match source.kind() {
-            io::ErrorKind::InvalidInput => bad_path(path),
-            _ => Error::io("open", path, source),
-        })?;
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path).map_err(
+            |source| match source.kind() {
+                io::ErrorKind::InvalidInput => bad_path(path),
+                _ => Error::io("open", path, source),
+            },
+        )?;
     let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
     refuse_irregular(path, &metadata)?;
     Ok((file, metadata.len()))
@@ -177,8 +176,8 @@ pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -
 
 /// The error for a file that has become shorter since it was opened.
 pub(crate) fn shrank(path: &Path) -> Error {
-    let detail = format!("{} became shorter while it was read: something is writing to it", path.display());
-    Error::new(ErrorKind::FileChanged, detail)
+    let detail = "the file became shorter while it was read: something is writing to it";
+    Error::new(ErrorKind::FileChanged, detail).in_file(path)
 }
 
 /// Reads into `parts` one after the other from `offset` on; gives how many bytes came, 0 at the end of the file.
@@ -190,7 +189,8 @@ pub(crate) unsafe fn read_vectored_at(file: &File, parts: &[libc::iovec], offset
     let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
     loop {
         // SAFETY: the caller vouches for the parts; the kernel writes to nothing else.
-        let read = unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset) };
+        let read =
+            unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset) };
         if read >= 0 {
             return Ok(read as usize);
         }

@@ -54,6 +54,9 @@ impl AtomicFile {
             return Err(bad_path(path));
         }
         let fail = |source| Error::io("create", path, source);
+        if path.as_os_str().is_empty() {
+            return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
+        }
         let target = follow_links(path).map_err(fail)?;
         let existing = match std::fs::metadata(&target) {
             Ok(metadata) => Some(metadata),
@@ -98,8 +101,7 @@ impl AtomicFile {
 
     /// Sets the blocks aside, so that a full disk is found before the first byte is written.
     fn reserve(&self, length: u64) -> io::Result<()> {
-        let length =
-            libc::off_t::try_from(length).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let length = libc::off_t::try_from(length).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
         if length == 0 {
             return Ok(());
         }
@@ -196,7 +198,9 @@ fn follow_links(path: &Path) -> io::Result<PathBuf> {
         match std::fs::read_link(&path) {
             Ok(link) => path = directory_of(&path).join(link),
             // No link: EINVAL for other files, ENOENT where there is nothing.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => return Ok(path),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                return Ok(path);
+            }
             Err(error) => return Err(error),
         }
     }
@@ -212,6 +216,9 @@ fn directory_of(path: &Path) -> &Path {
 
 /// A new file in the target's directory: without a name where the filesystem can, else under a fresh one.
 fn stage(target: &Path) -> io::Result<(File, Staging)> {
+    if target.as_os_str().is_empty() {
+        return Err(io::Error::from_raw_os_error(libc::ENOENT));
+    }
     if target.file_name().is_none() || target.as_os_str().as_bytes().ends_with(b"/") {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
@@ -222,11 +229,13 @@ fn stage(target: &Path) -> io::Result<(File, Staging)> {
         Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
         Ok(_) => {}
         // What kernels and filesystems without O_TMPFILE answer.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {}
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {}
         Err(error) => return Err(error),
     }
-    let (file, name) =
-        with_fresh_name(target, |name| OpenOptions::new().write(true).create_new(true).mode(0o666).open(name))?;
+    let (file, name) = with_fresh_name(target, |name| {
+        OpenOptions::new().write(true).create_new(true).mode(0o666).open(name)
+    })?;
     Ok((file, Staging::Named(name)))
 }
 

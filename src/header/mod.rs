@@ -166,9 +166,7 @@ impl Header {
 
     /// The place of the tensor `name` in file order, or an error that says so.
     pub fn require(&self, name: &str) -> Result<usize> {
-        self.find(name).ok_or_else(|| {
-            Error::new(ErrorKind::TensorNotFound, format!("File does not contain tensor {name}"))
-        })
+        self.find(name).ok_or_else(|| absent(name))
     }
 
     /// The tensors in file order.
@@ -218,6 +216,11 @@ fn check_length(length: u64, file_length: u64) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// The error for a name that no tensor of a file has.
+pub(crate) fn absent(name: &str) -> Error {
+    Error::new(ErrorKind::TensorNotFound, format!("File does not contain tensor {name}"))
 }
 
 /// The number of bytes that a tensor of `dtype` and `shape` takes, or why there can be no such tensor.

@@ -1,0 +1,86 @@
+//! The metadata of an open file: text entries, sorted by key.
+
+use std::ffi::c_char;
+
+use super::boundary;
+use super::file::sft_file;
+use super::options::sft_str;
+use super::pointer::{self, Out, invalid};
+use super::status::sft_status;
+use crate::header::Header;
+
+/// The entries by number, which the header's map cannot give in constant time.
+pub(super) struct MetadataTable(Vec<(sft_str, sft_str)>);
+
+impl MetadataTable {
+    /// The entries of `header`; they point into it, and are as long valid.
+    pub(super) fn new(header: &Header) -> MetadataTable {
+        let entries = header.metadata().into_iter().flatten();
+        MetadataTable(entries.map(|(key, value)| (pointer::lend(key), pointer::lend(value))).collect())
+    }
+}
+
+/// Whether the header has metadata, be it empty.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_has_metadata(file: *const sft_file, present: *mut i32) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle and a place for a number (header).
+        let (open, out) = unsafe { (sft_file::open(file)?, Out::new(present, "present")?) };
+        out.set(open.file.header().metadata().is_some().into());
+        Ok(())
+    })
+}
+
+/// The number of entries of the metadata.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_metadata_count(file: *const sft_file, count: *mut usize) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle and a place for a number (header).
+        let (open, out) = unsafe { (sft_file::open(file)?, Out::new(count, "count")?) };
+        out.set(open.metadata.0.len());
+        Ok(())
+    })
+}
+
+/// The entry at `position` in the order of keys.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_metadata_at(
+    file: *const sft_file,
+    position: usize,
+    key: *mut sft_str,
+    value: *mut sft_str,
+) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle and two places for text (header).
+        let (open, key_out, value_out) =
+            unsafe { (sft_file::open(file)?, Out::new(key, "key")?, Out::new(value, "value")?) };
+        let entries = &open.metadata.0;
+        let &(key, value) = entries.get(position).ok_or_else(|| {
+            let detail = format!("position {position}: the metadata has {} entries", entries.len());
+            open.file.locate(invalid(detail))
+        })?;
+        key_out.set(key);
+        value_out.set(value);
+        Ok(())
+    })
+}
+
+/// The value of `key`; NULL where there is none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_metadata_get(
+    file: *const sft_file,
+    key: *const c_char,
+    key_length: usize,
+    value: *mut sft_str,
+) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle, `key_length` bytes and a place for text (header).
+        let (open, key, out) = unsafe {
+            (sft_file::open(file)?, pointer::text(key, key_length, "key")?, Out::new(value, "value")?)
+        };
+        let found = open.file.header().metadata().and_then(|metadata| metadata.get(key));
+        let absent = sft_str { data: std::ptr::null(), length: 0 };
+        out.set(found.map_or(absent, |value| pointer::lend(value)));
+        Ok(())
+    })
+}

@@ -1,0 +1,169 @@
+//! The plain structs of the ABI: options, ranges, requests, and what is told of a tensor.
+
+use std::ffi::{c_char, c_void};
+
+use super::pointer::{self, Versioned, invalid};
+use crate::error::Result;
+use crate::layout::DEFAULT_ALIGNMENT;
+use crate::serialize::SaveOptions;
+use crate::source::Backend;
+
+/// A backend's number.
+pub type sft_backend = u32;
+
+/// The number of [`Backend::Mmap`].
+pub const SFT_BACKEND_MMAP: sft_backend = 0;
+
+/// The number of [`Backend::Pread`].
+pub const SFT_BACKEND_PREAD: sft_backend = 1;
+
+/// Text with a length: UTF-8, in which NUL is a character like others.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_str {
+    /// The first byte.
+    pub data: *const c_char,
+    /// The number of bytes.
+    pub length: usize,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_open_options {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// How the tensors come into memory.
+    pub backend: sft_backend,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers only.
+unsafe impl Versioned for sft_open_options {
+    const NAME: &'static str = "sft_open_options";
+    const FIRST_SIZE: usize = 16;
+}
+
+impl sft_open_options {
+    /// # Safety
+    ///
+    /// As for [`pointer::options`].
+    pub(super) unsafe fn read(options: *const sft_open_options) -> Result<Backend> {
+        let defaults = sft_open_options {
+            struct_size: size_of::<sft_open_options>(),
+            backend: SFT_BACKEND_MMAP,
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise.
+        let options = unsafe { pointer::options(options, defaults) }?;
+        if options.reserved != 0 {
+            return Err(invalid("sft_open_options: reserved must be 0"));
+        }
+        match options.backend {
+            SFT_BACKEND_MMAP => Ok(Backend::Mmap),
+            SFT_BACKEND_PREAD => Ok(Backend::Pread),
+            other => {
+                Err(invalid(format!("unknown backend {other}: give SFT_BACKEND_MMAP or SFT_BACKEND_PREAD")))
+            }
+        }
+    }
+}
+
+/// How a file is written.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_save_options {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// Where the data begins: at a multiple of so many bytes; 0 for the default.
+    pub alignment: u64,
+    /// 1 to return only once the bytes are on the disk.
+    pub sync: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers only.
+unsafe impl Versioned for sft_save_options {
+    const NAME: &'static str = "sft_save_options";
+    const FIRST_SIZE: usize = 24;
+}
+
+impl sft_save_options {
+    /// # Safety
+    ///
+    /// As for [`pointer::options`].
+    pub(super) unsafe fn read(options: *const sft_save_options) -> Result<SaveOptions> {
+        let defaults = sft_save_options {
+            struct_size: size_of::<sft_save_options>(),
+            alignment: DEFAULT_ALIGNMENT,
+            sync: 0,
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise.
+        let options = unsafe { pointer::options(options, defaults) }?;
+        if options.reserved != 0 {
+            return Err(invalid("sft_save_options: reserved must be 0"));
+        }
+        if options.sync > 1 {
+            return Err(invalid(format!("sft_save_options: sync is {}: give 0 or 1", options.sync)));
+        }
+        let alignment = if options.alignment == 0 { DEFAULT_ALIGNMENT } else { options.alignment };
+        Ok(SaveOptions { alignment, sync: options.sync == 1 })
+    }
+}
+
+/// What a file says of one tensor.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_tensor_info {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// The name.
+    pub name: sft_str,
+    /// The number of dimensions.
+    pub rank: usize,
+    /// The dimensions, in elements.
+    pub shape: *const u64,
+    /// The number of bytes.
+    pub nbytes: u64,
+    /// Where the bytes begin, from the start of the file.
+    pub begin: u64,
+    /// Where the bytes end.
+    pub end: u64,
+    /// The element type.
+    pub dtype: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers and raw pointers only.
+unsafe impl Versioned for sft_tensor_info {
+    const NAME: &'static str = "sft_tensor_info";
+    const FIRST_SIZE: usize = 72;
+}
+
+/// The part of one dimension that a slice takes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_range {
+    /// The first index.
+    pub start: u64,
+    /// The index to stop before.
+    pub stop: u64,
+    /// The distance between two indices.
+    pub step: u64,
+}
+
+/// One tensor of many that are read at once.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_read {
+    /// The tensor, in file order.
+    pub index: usize,
+    /// Where its bytes go.
+    pub buffer: *mut c_void,
+    /// The number of bytes of `buffer`.
+    pub nbytes: usize,
+}
