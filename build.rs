@@ -83,7 +83,9 @@ mod torch {
 
     /// Finds libtorch by the environment variables that tch-rs uses, else by the Python at hand.
     fn find() -> LibTorch {
-        for name in ["LIBTORCH", "LIBTORCH_INCLUDE", "LIBTORCH_LIB", "LIBTORCH_USE_PYTORCH", "LIBTORCH_CXX11_ABI"] {
+        for name in
+            ["LIBTORCH", "LIBTORCH_INCLUDE", "LIBTORCH_LIB", "LIBTORCH_USE_PYTORCH", "LIBTORCH_CXX11_ABI"]
+        {
             println!("cargo:rerun-if-env-changed={name}");
         }
         let root = env::var_os("LIBTORCH").map(PathBuf::from);
@@ -119,7 +121,8 @@ mod torch {
     fn ask(python: &str) -> Option<(PathBuf, String)> {
         // A path relative to this package is not one that Command would find from another folder.
         let local = Path::new(python);
-        let program = if local.components().count() > 1 { env::current_dir().ok()?.join(local) } else { local.into() };
+        let program =
+            if local.components().count() > 1 { env::current_dir().ok()?.join(local) } else { local.into() };
         let output = Command::new(program).args(["-c", ASK_PYTHON]).output().ok()?;
         let text = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
         let mut lines = text.lines();
@@ -128,8 +131,16 @@ mod torch {
 
     /// Stops with a clear message where the headers or the libraries are not what they should be.
     fn check(torch: LibTorch) -> LibTorch {
-        for file in [torch.include.join("torch/library.h"), torch.lib.join("libtorch_cpu.so"), torch.lib.join("libc10.so")] {
-            assert!(file.exists(), "{} is missing: LIBTORCH and its variants must name a libtorch folder", file.display());
+        for file in [
+            torch.include.join("torch/library.h"),
+            torch.lib.join("libtorch_cpu.so"),
+            torch.lib.join("libc10.so"),
+        ] {
+            assert!(
+                file.exists(),
+                "{} is missing: LIBTORCH and its variants must name a libtorch folder",
+                file.display()
+            );
         }
         torch
     }

@@ -76,8 +76,9 @@ bool packs_two(c10::ScalarType type) {
 c10::ScalarType to_torch(uint8_t dtype, const std::string& tensor) {
     const auto type = tables().to_torch[dtype];
     if (!type) {
-        fail(Kind::safetensor, "tensor " + repr(tensor) + " has dtype " + std::string(core::dtype_code(dtype)) +
-                                   ", which this version of torch has no dtype for; its bytes can be read through the C API");
+        fail(Kind::safetensor,
+             "tensor " + repr(tensor) + " has dtype " + std::string(core::dtype_code(dtype)) +
+                 ", which this version of torch has no dtype for; its bytes can be read through the C API");
     }
     return *type;
 }
@@ -89,9 +90,10 @@ std::vector<int64_t> to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> s
     std::vector<int64_t> out(shape.begin(), shape.end());
     if (packs_two(to_torch(dtype, tensor))) {
         if (out.empty() || out.back() % 2 != 0) {
-            fail(Kind::safetensor, "tensor " + repr(tensor) +
-                                       " is F4 with a last dimension that is not even: torch packs two values into each "
-                                       "element of it, so it has no tensor for this");
+            fail(Kind::safetensor,
+                 "tensor " + repr(tensor) +
+                     " is F4 with a last dimension that is not even: torch packs two values into each "
+                     "element of it, so it has no tensor for this");
         }
         out.back() /= 2;
     }

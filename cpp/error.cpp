@@ -6,8 +6,7 @@
 namespace safetensors_torch {
 namespace {
 
-// Numbers of include/safetensors_torch.h that are not a SafetensorError in Python.
-constexpr int64_t kInvalidArgument = 1;
+// The number in include/safetensors_torch.h of the one error that is no SafetensorError in Python.
 constexpr int64_t kIo = 2;
 
 // Thrown by fail(), so that rethrow_clean() leaves what fail() noted alone.
@@ -46,13 +45,8 @@ const char* name_of(Kind kind) {
     const int64_t code = std::strtoll(text, &end, 10);
     const int64_t os_error = std::strtoll(end, &end, 10);
     const std::string message = *end == ' ' ? end + 1 : end;
-    Kind kind = Kind::safetensor;
-    if (code == kInvalidArgument) {
-        kind = Kind::value;
-    } else if (code == kIo && os_error != 0) {
-        kind = Kind::os;
-    }
-    note_and_throw(kind, code, os_error, message);
+    const bool from_system = code == kIo && os_error != 0;
+    note_and_throw(from_system ? Kind::os : Kind::safetensor, code, os_error, message);
 }
 
 }  // namespace

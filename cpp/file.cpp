@@ -121,8 +121,8 @@ at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& 
     return load_slice(**file, find(**file, name), std::move(ranges), device);
 }
 
-Mismatch File::load_state(const Tensors& state, const std::vector<std::string>& optional,
-                          const std::string& class_name, bool strict) const {
+Mismatch File::load_state(const Tensors& state, const std::vector<std::string>& optional, const std::string& class_name,
+                          bool strict) const {
     const auto file = opened();
     return safetensors_torch::load_state(**file, lender_, state, optional, class_name, strict);
 }

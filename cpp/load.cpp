@@ -141,9 +141,10 @@ at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Ra
     if (!ranges.empty() && !torch_shape.empty() && file.shape(index).back() != uint64_t(torch_shape.back())) {
         core::Range& last = ranges.back();
         if (last.step != 1) {
-            fail(Kind::safetensor, "slice of tensor " + repr(name) +
-                                       ": values packed in bytes can be taken with step 1 along the last dimension only; "
-                                       "load the whole tensor and index that");
+            fail(Kind::safetensor,
+                 "slice of tensor " + repr(name) +
+                     ": values packed in bytes can be taken with step 1 along the last dimension only; "
+                     "load the whole tensor and index that");
         }
         last.start *= 2;
         last.stop *= 2;

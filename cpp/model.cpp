@@ -2,9 +2,11 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/copy.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <unordered_set>
 
 #include "cpp/error.h"
@@ -83,12 +85,35 @@ void check_names(const Mismatch& mismatch, const std::string& class_name) {
     fail(Kind::runtime, text);
 }
 
+// Tries each conversion that the load will need on one element, as torch has no other way to ask.
+void check_conversions(const core::File& file, const std::vector<Match>& matches, const std::string& class_name) {
+    const at::NoGradGuard no_grad;
+    std::set<std::pair<c10::ScalarType, c10::ScalarType>> known;
+    for (const Match& match : matches) {
+        const auto from = describe(file, match.index).first;
+        const auto to = match.destination.scalar_type();
+        if (from == to || known.count({from, to}) != 0) {
+            continue;
+        }
+        try {
+            const auto options = at::TensorOptions().device(at::kCPU);
+            at::empty({1}, options.dtype(to)).copy_(at::empty({1}, options.dtype(from)));
+        } catch (const c10::Error& error) {
+            fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + match.name + ": a param of " +
+                                    c10::getDtypeNames(from).first + " from checkpoint cannot be copied into the " +
+                                    c10::getDtypeNames(to).first +
+                                    " of the current model: " + error.what_without_backtrace());
+        }
+        known.insert({from, to});
+    }
+}
+
 // Whether the file's bytes are, as they are, what the tensor is to hold.
 bool takes_bytes(const core::File& file, const Match& match) {
     const auto [type, shape] = describe(file, match.index);
     const at::Tensor& tensor = match.destination;
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == type && tensor.is_contiguous() &&
-           !tensor.is_conj() && !tensor.is_neg() && tensor.sizes() == c10::IntArrayRef(shape);
+    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == type &&
+           tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() && tensor.sizes() == c10::IntArrayRef(shape);
 }
 
 // Fills the model's tensors: in parallel, straight into their memory, where the bytes fit and no two share it. With
@@ -150,6 +175,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
     std::sort(mismatch.second.begin(), mismatch.second.end());
 
     check_shapes(file, matches, class_name);
+    check_conversions(file, matches, class_name);
     if (strict) {
         check_names(mismatch, class_name);
     }

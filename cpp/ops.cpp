@@ -78,6 +78,11 @@ c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string&
     return c10::make_intrusive<File>(filename, backend);
 }
 
+// An op that reads or writes files: TorchScript must neither drop, move nor fold it.
+c10::FunctionSchema effectful(const char* schema) {
+    return torch::schema(schema, c10::AliasAnalysisKind::CONSERVATIVE);
+}
+
 }  // namespace
 
 // Kernels stand under CompositeExplicitAutograd: ops without a tensor argument have no other key to be found by.
@@ -85,14 +90,15 @@ TORCH_LIBRARY(safetensors_torch, library) {
     const auto key = c10::DispatchKey::CompositeExplicitAutograd;
     register_file(library);
 
-    library.def(R"(load_file(str filename, *, Device device="cpu", str backend="mmap") -> Dict(str, Tensor))",
-                torch::dispatch(key, load_file_op));
+    library.def(
+        effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap") -> Dict(str, Tensor))"),
+        torch::dispatch(key, load_file_op));
     library.def(R"(load(Tensor data, *, Device device="cpu") -> Dict(str, Tensor))", torch::dispatch(key, load_op));
-    library.def("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None) -> ()",
+    library.def(effectful("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None) -> ()"),
                 torch::dispatch(key, save_file_op));
     library.def("save(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> Tensor",
                 torch::dispatch(key, save_op));
-    library.def(R"(get_tensor(str filename, str name, *, Device device="cpu") -> Tensor)",
+    library.def(effectful(R"(get_tensor(str filename, str name, *, Device device="cpu") -> Tensor)"),
                 torch::dispatch(key, get_tensor_op));
 
     // What the Python package and the C++ header are made of; no promise to anyone else.
@@ -101,15 +107,14 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, save_size_op));
     library.def("_save_into(Dict(str, Tensor) tensors, Tensor(a!) out, Dict(str, str)? metadata=None) -> ()",
                 torch::dispatch(key, save_into_op));
-    library.def("_check_save(Dict(str, Tensor) tensors) -> ()", torch::dispatch(key, check_save_op));
+    library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
-    library.def(
-        "_load_state(__torch__.torch.classes.safetensors_torch.File file, Dict(str, Tensor) state, str[] optional, "
-        "str class_name, bool strict) -> (str[] missing, str[] unexpected)",
-        torch::dispatch(key, load_state_op));
-    library.def("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File",
+    library.def(effectful("_load_state(__torch__.torch.classes.safetensors_torch.File file, Dict(str, Tensor) state, "
+                          "str[] optional, str class_name, bool strict) -> (str[] missing, str[] unexpected)"),
+                torch::dispatch(key, load_state_op));
+    library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
-    library.def("_last_error() -> (str kind, int code, int os_error, str message)",
+    library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
                 torch::dispatch(key, last_error));
 }
 

@@ -32,17 +32,20 @@ void refuse_shared(const NamedTensors& tensors) {
     }
     if (!groups.empty()) {
         fail(Kind::runtime,
-             "Some tensors share memory, so the file would hold it more than once and loading would not share it again: [" +
-                 groups + "]. Save the model with `save_model`, which keeps one name of each group, or `.clone()` them.");
+             "Some tensors share memory, so the file would hold it more than once and loading would not share it "
+             "again: [" +
+                 groups +
+                 "]. Save the model with `save_model`, which keeps one name of each group, or `.clone()` them.");
     }
 }
 
 void refuse_not_contiguous(const NamedTensors& tensors) {
     for (const auto& [name, tensor] : tensors) {
         if (!tensor.is_contiguous()) {
-            fail(Kind::value, "You are trying to save a non contiguous tensor: `" + name +
-                                  "` which is not allowed. Call `.contiguous()` on it to pack it before saving, or, if it "
-                                  "is a view of another tensor, save only that one and take the view again after loading.");
+            fail(Kind::value,
+                 "You are trying to save a non contiguous tensor: `" + name +
+                     "` which is not allowed. Call `.contiguous()` on it to pack it before saving, or, if it "
+                     "is a view of another tensor, save only that one and take the view again after loading.");
         }
     }
 }
@@ -55,9 +58,10 @@ void refuse_without_data(const NamedTensors& tensors) {
                                     "` is on the meta device (or fake): materialize it before saving.");
         }
         if (!tensor.has_storage()) {
-            fail(Kind::safetensor, "tensor " + repr(name) +
-                                       " is of a kind that has no memory of its own (a wrapper subclass): convert it to a "
-                                       "plain tensor before saving");
+            fail(Kind::safetensor,
+                 "tensor " + repr(name) +
+                     " is of a kind that has no memory of its own (a wrapper subclass): convert it to a "
+                     "plain tensor before saving");
         }
     }
 }
@@ -99,7 +103,8 @@ Plan make_plan(const Tensors& dict, const std::optional<Metadata>& metadata, con
     for (const auto& [name, tensor] : tensors) {
         const auto dtype = from_torch(tensor.scalar_type());
         if (!dtype) {
-            fail(Kind::safetensor, "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
+            fail(Kind::safetensor, "tensor " + repr(name) + " has dtype " +
+                                       c10::getDtypeNames(tensor.scalar_type()).first +
                                        ", for which the safetensors format has no code: convert it before saving");
         }
         const size_t start = dims.size();
@@ -138,7 +143,8 @@ void stream(const Plan& plan, Sink&& sink) {
         const at::Tensor host = on_host(tensor);
         const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
         if (data == nullptr || host.nbytes() != nbytes) {
-            fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
+            fail(Kind::safetensor,
+                 "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
         }
         sink(rust::Slice<const uint8_t>(data, nbytes));
     }

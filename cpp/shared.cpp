@@ -47,7 +47,8 @@ bool covers_storage(const at::Tensor& tensor) {
 }
 
 // Splits the extents of one storage into runs that overlap, and adds those with more than one tensor.
-void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors, std::vector<std::vector<std::string>>& groups) {
+void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors,
+              std::vector<std::vector<std::string>>& groups) {
     std::sort(extents.begin(), extents.end(),
               [](const Extent& a, const Extent& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
     std::vector<std::string> run;

@@ -90,13 +90,18 @@ impl AtomicFile {
     fn take_over(&self, uid: u32, gid: u32, permissions: Permissions) -> io::Result<()> {
         let own = self.file.metadata()?;
         if (own.uid(), own.gid()) != (uid, gid) {
-            // Only root may give a file away; everyone else keeps what they wrote, as with every other program.
-            match fchown(&self.file, Some(uid), Some(gid)) {
-                Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
-                _ => {}
+            // Only root may give a file away (EPERM), and nobody to an owner that this user namespace does not know
+            // (EINVAL) or on a filesystem without owners. Everyone else keeps what they wrote, as with every program.
+            match fchown(&self.file, Some(uid), Some(gid)).map_err(|error| (error.raw_os_error(), error)) {
+                Ok(()) | Err((Some(libc::EPERM | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP), _)) => {}
+                Err((_, error)) => return Err(error),
             }
         }
-        self.file.set_permissions(Permissions::from_mode(permissions.mode() & 0o7777))
+        let wanted = permissions.mode() & 0o7777;
+        if self.file.metadata()?.mode() & 0o7777 == wanted {
+            return Ok(());
+        }
+        self.file.set_permissions(Permissions::from_mode(wanted))
     }
 
     /// Sets the blocks aside, so that a full disk is found before the first byte is written.

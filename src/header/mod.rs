@@ -113,7 +113,7 @@ impl Header {
             }));
         };
         let length = u64::from_le_bytes(*length);
-        // A valid length has a zero among its upper bytes, so text and archives are caught before they are believed.
+        // Behind a length that means anything comes JSON; a short header of ours may begin like another format.
         let believable = length <= MAX_HEADER_BYTES.min(file_length.saturating_sub(LENGTH_BYTES));
         if (!believable || rest.first().is_some_and(|byte| !b" {".contains(byte)))
             && let Some(error) = foreign::recognise(start)
@@ -225,33 +225,31 @@ pub(crate) fn absent(name: &str) -> Error {
 
 /// The number of bytes that a tensor of `dtype` and `shape` takes, or why there can be no such tensor.
 ///
-/// Refuses what no tensor library can index either: dimensions, element counts or contiguous strides of 2^63 and more.
+/// Refuses what torch can make no tensor of either: dimensions, element counts or contiguous strides of 2^63 and more,
+/// and dimensions whose product overflows before a zero among them is reached.
 pub fn tensor_bytes(name: &str, dtype: Dtype, shape: &[u64]) -> Result<u64> {
-    const LIMIT: u64 = i64::MAX as u64;
-    let overflow = || {
-        Error::new(
-            ErrorKind::ShapeOverflow,
-            format!("tensor {name:?}: shape {shape:?} of {dtype} overflows: it needs more than 2^63 - 1"),
-        )
+    let Some(bits) = element_bits(dtype, shape) else {
+        let detail =
+            format!("tensor {name:?}: shape {shape:?} of {dtype} overflows: it needs more than 2^63 - 1");
+        return Err(Error::new(ErrorKind::ShapeOverflow, detail));
     };
-    let mut elements: u64 = 1;
-    let mut stride: u64 = 1;
-    for (axis, &dim) in shape.iter().enumerate().rev() {
-        elements = elements.checked_mul(dim).filter(|&n| n <= LIMIT).ok_or_else(overflow)?;
-        if dim > LIMIT {
-            return Err(overflow());
-        }
-        // The first dimension's size is in no stride.
-        if axis > 0 {
-            stride = stride.checked_mul(dim.max(1)).filter(|&n| n <= LIMIT).ok_or_else(overflow)?;
-        }
-    }
-    let bits = elements.checked_mul(dtype.bits()).filter(|&n| n <= LIMIT).ok_or_else(overflow)?;
-    if bits % 8 != 0 {
-        return Err(Error::new(
-            ErrorKind::SizeMismatch,
-            format!("tensor {name:?}: {elements} element(s) of {dtype} end in the middle of a byte"),
-        ));
+    if !bits.is_multiple_of(8) {
+        let detail = format!("tensor {name:?}: shape {shape:?} of {dtype} ends in the middle of a byte");
+        return Err(Error::new(ErrorKind::SizeMismatch, detail));
     }
     Ok(bits / 8)
+}
+
+/// The bits of all elements; `None` where a size or a stride overflows.
+fn element_bits(dtype: Dtype, shape: &[u64]) -> Option<u64> {
+    const LIMIT: u64 = i64::MAX as u64;
+    let within = |n: &u64| *n <= LIMIT;
+    if !shape.iter().all(within) {
+        return None;
+    }
+    let elements = shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim))?;
+    // The first dimension's size is in no stride; a size of 0 counts as 1 in them.
+    let inner = shape.get(1..).unwrap_or_default();
+    inner.iter().try_fold(1u64, |stride, &dim| stride.checked_mul(dim.max(1)).filter(within))?;
+    elements.checked_mul(dtype.bits()).filter(within)
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::{Entry, Header, METADATA_KEY, Metadata, Span};
 use crate::dtype::Dtype;
@@ -214,7 +214,8 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                     offsets.replace(pair).is_some()
                 }
                 _ => {
-                    map.next_value::<IgnoredAny>()?;
+                    // Not IgnoredAny, which passes over nesting of any depth.
+                    map.next_value::<serde_json::Value>().map_err(in_field)?;
                     false
                 }
             };
