@@ -42,7 +42,7 @@ enum Staging {
 }
 
 impl AtomicFile {
-    /// Begins a file of `length` bytes that will be at `path`. A symbolic link is followed; an existing file's
+    /// Begins a file of exactly `length` bytes that will be at `path`. A symbolic link is followed; an existing file's
     /// permissions (and its owner, where the process may) are taken over, a new one gets those of the umask.
     ///
     /// # Errors
@@ -176,13 +176,9 @@ impl AtomicFile {
 
     /// For a target that cannot be renamed over, such as a file that is itself a mount point.
     fn overwrite_in_place(&mut self, sync: bool) -> io::Result<()> {
-        let mut staged = match &self.staging {
-            Staging::Named(name) => File::open(name)?,
-            _ => return Ok(()),
-        };
-        staged.rewind()?;
+        self.file.rewind()?;
         let mut target = OpenOptions::new().write(true).truncate(true).open(&self.target)?;
-        io::copy(&mut staged, &mut target)?;
+        io::copy(&mut self.file, &mut target)?;
         if sync { target.sync_all() } else { Ok(()) }
     }
 }
@@ -228,7 +224,8 @@ fn stage(target: &Path) -> io::Result<(File, Staging)> {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
     let mut options = OpenOptions::new();
-    options.write(true).mode(0o666).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC);
+    // Readable too: should the target have to be overwritten in place, the bytes come from here.
+    options.read(true).write(true).mode(0o666).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC);
     match options.open(directory_of(target)) {
         // Without /proc an unnamed file could never be given a name.
         Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
@@ -239,7 +236,7 @@ fn stage(target: &Path) -> io::Result<(File, Staging)> {
         Err(error) => return Err(error),
     }
     let (file, name) = with_fresh_name(target, |name| {
-        OpenOptions::new().write(true).create_new(true).mode(0o666).open(name)
+        OpenOptions::new().read(true).write(true).create_new(true).mode(0o666).open(name)
     })?;
     Ok((file, Staging::Named(name)))
 }
@@ -278,5 +275,9 @@ fn c_path(path: &OsStr) -> io::Result<CString> {
 }
 
 fn sync_directory(target: &Path) -> io::Result<()> {
-    File::open(directory_of(target))?.sync_all()
+    match File::open(directory_of(target))?.sync_all() {
+        // What filesystems answer whose directories need no synchronizing, or know none.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        outcome => outcome,
+    }
 }

@@ -114,8 +114,8 @@ impl Header {
         };
         let length = u64::from_le_bytes(*length);
         // Behind a length that means anything comes JSON; a short header of ours may begin like another format.
-        let believable = length <= MAX_HEADER_BYTES.min(file_length.saturating_sub(LENGTH_BYTES));
-        if (!believable || rest.first().is_some_and(|byte| !b" {".contains(byte)))
+        let json_follows = rest.first().is_some_and(|byte| b" \t\r\n{".contains(byte));
+        if !(length <= MAX_HEADER_BYTES && json_follows)
             && let Some(error) = foreign::recognise(start)
         {
             return Err(error);

@@ -1,0 +1,39 @@
+/* Counts checks, and remembers which status numbers were seen. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include <safetensors_torch.h>
+#include <stdbool.h>
+
+#define CHECK(condition) check_that((condition), #condition, __FILE__, __LINE__)
+#define CHECK_STATUS(call, expected) check_status((call), (expected), #call, __FILE__, __LINE__)
+#define CHECK_OK(call) CHECK_STATUS(call, SFT_OK)
+
+void check_that(bool holds, const char* what, const char* file, int line);
+
+/* An error must also have left a message. */
+void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line);
+
+/* Whether a call has returned this status. */
+bool check_seen(sft_status status);
+
+/* The bytes of a file: the length of `json`, `json` itself, `nbytes` of zeros. Freed by the caller. */
+void* make_file(const char* json, size_t nbytes, size_t* length);
+
+/* A path in the folder of this run; valid until the next call. */
+const char* path_of(const char* name);
+
+bool text_is(sft_str text, const char* expected);
+
+void test_version_and_status(void);
+void test_dtypes(void);
+void test_reading(void);
+void test_slices(void);
+void test_metadata(void);
+void test_threads(void);
+void test_writing(void);
+void test_refused_files(void);
+void test_arguments(void);
+void test_struct_sizes(void);
+
+#endif

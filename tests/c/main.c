@@ -1,0 +1,84 @@
+/* Runs the tests of the C interface in the folder that is given. Ends in "N passed, N failed". */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+
+#define STATUS_COUNT 23
+
+static int passed, failed;
+static bool seen[STATUS_COUNT];
+static const char* folder;
+
+void check_that(bool holds, const char* what, const char* file, int line) {
+    if (holds) {
+        passed++;
+        return;
+    }
+    failed++;
+    printf("%s:%d: failed: %s\n", file, line, what);
+}
+
+void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line) {
+    if (given >= 0 && given < STATUS_COUNT) {
+        seen[given] = true;
+    }
+    const bool said = given == SFT_OK || strlen(sft_last_error_message()) > 0;
+    check_that(given == expected && said, what, file, line);
+    if (given != expected) {
+        printf("    %s, not %s: %s\n", sft_status_name(given), sft_status_name(expected), sft_last_error_message());
+    }
+}
+
+bool check_seen(sft_status status) { return seen[status]; }
+
+void* make_file(const char* json, size_t nbytes, size_t* length) {
+    const size_t header = strlen(json);
+    *length = 8 + header + nbytes;
+    unsigned char* bytes = calloc(*length, 1);
+    if (bytes == NULL) {
+        abort();
+    }
+    for (int i = 0; i < 8; i++) {
+        bytes[i] = (unsigned char)(header >> (8 * i));
+    }
+    memcpy(bytes + 8, json, header);
+    return bytes;
+}
+
+const char* path_of(const char* name) {
+    static char path[4096];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return path;
+}
+
+bool text_is(sft_str text, const char* expected) {
+    return text.length == strlen(expected) && memcmp(text.data, expected, text.length) == 0;
+}
+
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        return 2;
+    }
+    folder = argv[1];
+    test_version_and_status();
+    test_dtypes();
+    test_writing();
+    test_reading();
+    test_slices();
+    test_metadata();
+    test_threads();
+    test_refused_files();
+    test_arguments();
+    test_struct_sizes();
+
+    /* Every error was met, but for PANIC: there is no bug to meet, and the Rust tests raise one. */
+    for (sft_status status = SFT_OK; status < SFT_ERROR_PANIC; status++) {
+        check_that(check_seen(status), sft_status_name(status), "met by no test", status);
+    }
+    CHECK(!check_seen(SFT_ERROR_PANIC));
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed == 0 ? 0 : 1;
+}

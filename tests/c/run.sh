@@ -1,0 +1,36 @@
+#!/bin/sh
+# Builds the tests of the C interface with sanitizers, against the library in the folder that is given, and runs them:
+#
+#     cargo build --release --no-default-features --target-dir target/core
+#     tests/c/run.sh target/core/release
+#
+# Uses $CC, $CXX and $CFLAGS where they are set.
+set -eu
+
+library=$(cd "${1:-${SFT_LIBRARY_DIR:?usage: $0 FOLDER_OF_THE_LIBRARY}}" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+header=$here/../../include/safetensors_torch.h
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# The header alone, as C and as C++.
+${CC:-cc} -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c "$header"
+${CXX:-g++} -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c++ "$header"
+
+# Every function of the header has a test, and so has every error.
+names=$(grep -o 'sft_[a-z0-9_]*(' "$header" | tr -d '(' | grep -v _error_message | sort -u)
+names="$names sft_last_error_message $(grep -o 'SFT_ERROR_[A-Z0-9_]* =' "$header" | tr -d ' =')"
+for name in $names; do
+    grep -qw "$name" "$here"/*.c || { echo "tests/c has no test of $name" >&2; exit 1; }
+done
+
+# A program finds the library by its soname, which a build folder has no file for.
+soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
+ln -s "$library/libsafetensors_torch.so" "$work/$soname"
+
+${CC:-cc} -std=c11 -D_DEFAULT_SOURCE -g -O1 -Wall -Wextra -Werror ${CFLAGS:-} \
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+    -I"$here/../../include" "$here"/*.c -o "$work/tests" \
+    -L"$library" -lsafetensors_torch -pthread -Wl,-rpath,"$work"
+mkdir "$work/files"
+ASAN_OPTIONS=detect_leaks=1:${ASAN_OPTIONS:-} "$work/tests" "$work/files"

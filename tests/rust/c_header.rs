@@ -1,0 +1,313 @@
+//! `include/safetensors_torch.h` and the Rust that implements it say the same: functions, prototypes, numbers, struct
+//! layouts, version. The header is read as text, and as a C compiler (`cc`) understands it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem::offset_of;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safetensors_torch::capi::*;
+use safetensors_torch::{Dtype, ErrorKind};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The header without comments, preprocessor lines and the `extern "C"` around it.
+fn declarations() -> String {
+    let text = header_text();
+    let mut code = String::new();
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once("/*") {
+        code.push_str(before);
+        rest = after.split_once("*/").expect("a comment ends").1;
+    }
+    code.push_str(rest);
+    let code: String =
+        code.lines().filter(|line| !line.starts_with('#')).map(|line| format!("{line}\n")).collect();
+    let (before, inside) = code.split_once("extern \"C\" {").expect("C++ needs it");
+    let inside = inside.trim_end().strip_suffix('}').expect("extern \"C\" ends");
+    format!("{before}{inside}")
+}
+
+fn header_text() -> String {
+    std::fs::read_to_string(root().join("include/safetensors_torch.h")).expect("the header is there")
+}
+
+/// One space between words, none around punctuation, so that only what a compiler sees is compared.
+fn normalized(code: &str) -> String {
+    let mut out = String::new();
+    for c in code.chars() {
+        let word = |c: char| c.is_alphanumeric() || c == '_';
+        if c.is_whitespace() {
+            if !out.ends_with(' ') {
+                out.push(' ');
+            }
+            continue;
+        }
+        if !word(c) {
+            out.truncate(out.trim_end().len());
+        } else if out.ends_with(' ') && !out.trim_end().ends_with(word) {
+            out.pop();
+        }
+        out.push(c);
+    }
+    out.trim().to_string()
+}
+
+/// Statements outside braces: `declarations` without the bodies of structs and enums.
+fn prototypes_in_header() -> BTreeMap<String, String> {
+    let mut depth = 0;
+    let flat: String = declarations()
+        .chars()
+        .filter(|&c| {
+            depth += i32::from(c == '{');
+            let keep = depth == 0;
+            depth -= i32::from(c == '}');
+            keep
+        })
+        .collect();
+    flat.split(';')
+        .filter(|statement| statement.contains('(') && !statement.contains("typedef"))
+        .map(|statement| {
+            let name = statement.split('(').next().expect("split gives one").trim();
+            let name = name.rsplit([' ', '*', '\n']).next().expect("split gives one");
+            (name.to_string(), normalized(statement))
+        })
+        .collect()
+}
+
+fn capi_sources() -> String {
+    let folder = root().join("src/capi");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder).expect("src/capi").map(|entry| entry.expect("readable").path()).collect();
+    files.sort();
+    files.iter().map(|path| std::fs::read_to_string(path).expect("a source")).collect()
+}
+
+/// A Rust type of the ABI as C writes it.
+fn c_type(rust: &str) -> String {
+    let rust = rust.trim();
+    if let Some(inner) = rust.strip_prefix("*mut ") {
+        return format!("{}*", c_type(inner));
+    }
+    if let Some(inner) = rust.strip_prefix("*const ") {
+        assert!(!inner.starts_with('*'), "a const pointer to a pointer is written otherwise in C: {rust}");
+        return format!("const {}*", c_type(inner));
+    }
+    match rust {
+        "c_char" => "char",
+        "c_void" | "()" => "void",
+        "usize" => "size_t",
+        "u64" => "uint64_t",
+        "u32" => "uint32_t",
+        "i32" => "int32_t",
+        named => {
+            assert!(named.starts_with("sft_"), "no C type for {named}");
+            named
+        }
+    }
+    .to_string()
+}
+
+/// The functions that Rust exports, each as the C prototype that it must have.
+fn prototypes_in_rust() -> BTreeMap<String, String> {
+    let sources = capi_sources();
+    let mut prototypes = BTreeMap::new();
+    for after in sources.split("#[unsafe(no_mangle)]").skip(1) {
+        let (_, function) = after.split_once("extern \"C\" fn ").expect("what is exported is a function");
+        let (name, function) = function.split_once('(').expect("arguments");
+        let (arguments, function) = function.split_once(')').expect("arguments end");
+        let result = function.split_once('{').expect("a body").0.trim().strip_prefix("->").unwrap_or("()");
+        let arguments: Vec<String> = arguments
+            .split(',')
+            .filter(|argument| !argument.trim().is_empty())
+            .map(|argument| {
+                let (name, rust) = argument.split_once(':').expect("name: type");
+                format!("{} {}", c_type(rust), name.trim())
+            })
+            .collect();
+        let arguments = if arguments.is_empty() { "void".to_string() } else { arguments.join(",") };
+        let prototype = format!("{} {name}({arguments})", c_type(result));
+        prototypes.insert(name.to_string(), normalized(&prototype));
+    }
+    prototypes
+}
+
+#[test]
+fn prototypes_agree() {
+    let (header, rust) = (prototypes_in_header(), prototypes_in_rust());
+    assert!(rust.len() > 20, "the parser lost functions: {rust:?}");
+    let names = |map: &BTreeMap<String, String>| map.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&header), names(&rust));
+    for (name, prototype) in &header {
+        assert_eq!(prototype, &rust[name]);
+    }
+}
+
+#[test]
+fn the_library_exports_what_is_declared() {
+    let tests = std::env::current_exe().expect("this test is a file");
+    let library = tests.parent().expect("in a folder").join("libsafetensors_torch.so");
+    let output = Command::new("nm")
+        .args(["--dynamic", "--defined-only", "--format=just-symbols"])
+        .arg(&library)
+        .output()
+        .expect("nm comes with the C compiler");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let symbols = String::from_utf8(output.stdout).expect("names are text");
+    let exported: BTreeSet<String> =
+        symbols.lines().filter(|name| name.starts_with("sft_")).map(String::from).collect();
+    assert_eq!(exported, prototypes_in_header().into_keys().collect::<BTreeSet<_>>());
+}
+
+/// Compiles a C program that prints lines `name value`, and gives what it printed.
+fn ask_c(body: &str) -> BTreeMap<String, i64> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let source = folder.path().join("ask.c");
+    let program = folder.path().join("ask");
+    let text = format!(
+        "#include <safetensors_torch.h>\n#include <stdio.h>\n\
+         #define SAY(name, value) printf(\"%s %lld\\n\", name, (long long)(value))\n\
+         int main(void) {{\n{body}\nreturn 0;\n}}\n"
+    );
+    std::fs::write(&source, text).expect("written");
+    let compiled = Command::new("cc")
+        .args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-I"])
+        .arg(root().join("include"))
+        .arg(&source)
+        .arg("-o")
+        .arg(&program)
+        .output()
+        .expect("cc is a C compiler");
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let printed = Command::new(&program).output().expect("runs");
+    assert!(printed.status.success());
+    String::from_utf8(printed.stdout)
+        .expect("text")
+        .lines()
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').expect("name value");
+            (name.to_string(), value.parse().expect("a number"))
+        })
+        .collect()
+}
+
+#[test]
+fn numbers_agree() {
+    let code = declarations();
+    let constants: BTreeSet<&str> = code
+        .split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("SFT_"))
+        .collect();
+    let body: String = constants.iter().map(|name| format!("SAY(\"{name}\", {name});\n")).collect();
+
+    let mut expected: BTreeMap<String, i64> = BTreeMap::new();
+    expected.insert("SFT_OK".into(), SFT_OK.into());
+    expected.insert("SFT_BACKEND_MMAP".into(), SFT_BACKEND_MMAP.into());
+    expected.insert("SFT_BACKEND_PREAD".into(), SFT_BACKEND_PREAD.into());
+    for &(number, name) in STATUS_NAMES {
+        expected.insert(name.into(), number.into());
+    }
+    for &dtype in Dtype::ALL {
+        expected.insert(format!("SFT_DTYPE_{}", dtype.code()), dtype as i64);
+    }
+    assert_eq!(ask_c(&body), expected);
+    assert_eq!(STATUS_NAMES.len(), ErrorKind::ALL.len());
+}
+
+/// Size, alignment and offsets of structs, by the names that the C program gives them too. Naming every field in a
+/// pattern makes a field that is not listed an error.
+macro_rules! layouts {
+    ($( $name:ident { $( $field:ident ),* } )*) => {{
+        let mut map: BTreeMap<String, i64> = BTreeMap::new();
+        let mut body = String::new();
+        $(
+            let _ = |value: $name| { let $name { $( $field: _ ),* } = value; };
+            let name = stringify!($name);
+            map.insert(format!("sizeof {name}"), size_of::<$name>() as i64);
+            map.insert(format!("alignof {name}"), align_of::<$name>() as i64);
+            body.push_str(&format!("SAY(\"sizeof {name}\", sizeof({name}));\n"));
+            body.push_str(&format!("SAY(\"alignof {name}\", _Alignof({name}));\n"));
+            $(
+                let field = stringify!($field);
+                map.insert(format!("{name}.{field}"), offset_of!($name, $field) as i64);
+                body.push_str(&format!("SAY(\"{name}.{field}\", offsetof({name}, {field}));\n"));
+                map.insert(format!("sizeof {name}.{field}"), size_of_field(|value: &$name| &value.$field));
+                body.push_str(&format!("SAY(\"sizeof {name}.{field}\", sizeof((({name}*)0)->{field}));\n"));
+            )*
+        )*
+        (map, body)
+    }};
+}
+
+fn size_of_field<S, F>(_: fn(&S) -> &F) -> i64 {
+    size_of::<F>() as i64
+}
+
+#[test]
+fn layouts_agree() {
+    let (expected, body) = layouts! {
+        sft_str { data, length }
+        sft_open_options { struct_size, backend, reserved }
+        sft_save_options { struct_size, alignment, sync, reserved }
+        sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
+        sft_range { start, stop, step }
+        sft_read { index, buffer, nbytes }
+    };
+    assert_eq!(ask_c(&body), expected);
+
+    // No struct and no field of the header is missing above.
+    let mut in_header = BTreeSet::new();
+    for after in declarations().split("typedef struct ").skip(1) {
+        let Some((name, after)) = after.split_once('{').filter(|(name, _)| !name.contains(';')) else {
+            continue;
+        };
+        for field in after.split_once('}').expect("a struct ends").0.split(';') {
+            if let Some(field) = field.trim().rsplit([' ', '*']).next().filter(|field| !field.is_empty()) {
+                in_header.insert(format!("{}.{field}", name.trim()));
+            }
+        }
+    }
+    let in_rust: BTreeSet<String> =
+        expected.into_keys().filter(|name| name.contains('.') && !name.contains(' ')).collect();
+    assert_eq!(in_header, in_rust);
+}
+
+#[test]
+fn aliases_and_initializers_agree() {
+    let said = ask_c(
+        "SAY(\"status\", sizeof(sft_status)); SAY(\"status signed\", (sft_status)-1 < 0);\n\
+         SAY(\"dtype\", sizeof(sft_dtype)); SAY(\"dtype signed\", (sft_dtype)-1 < 1);\n\
+         SAY(\"backend\", sizeof(sft_backend)); SAY(\"backend signed\", (sft_backend)-1 < 1);\n\
+         sft_open_options open = SFT_OPEN_OPTIONS_INIT; sft_save_options save = SFT_SAVE_OPTIONS_INIT;\n\
+         sft_tensor_info info = SFT_TENSOR_INFO_INIT;\n\
+         SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
+         SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);",
+    );
+    let expected = [
+        ("status", size_of::<sft_status>()),
+        ("status signed", 1),
+        ("dtype", size_of::<sft_dtype>()),
+        ("dtype signed", 0),
+        ("backend", size_of::<sft_backend>()),
+        ("backend signed", 0),
+        ("open", size_of::<sft_open_options>()),
+        ("save", size_of::<sft_save_options>()),
+        ("info", size_of::<sft_tensor_info>()),
+        ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
+        ("mmap", SFT_BACKEND_MMAP as usize),
+    ];
+    for (name, value) in expected {
+        assert_eq!(said[name], value as i64, "{name}");
+    }
+}
+
+#[test]
+fn versions_agree() {
+    let defined = format!("#define SFT_VERSION_STRING \"{}\"", env!("CARGO_PKG_VERSION"));
+    assert!(header_text().lines().any(|line| line == defined), "the header lacks: {defined}");
+    // SAFETY: a constant that ends in NUL.
+    let linked = unsafe { std::ffi::CStr::from_ptr(sft_version()) };
+    assert_eq!(linked.to_str(), Ok(env!("CARGO_PKG_VERSION")));
+}

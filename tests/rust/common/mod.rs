@@ -1,0 +1,94 @@
+//! What several test programs need: files made by hand, and the bytes of tensors.
+
+// Each test program uses a part of this.
+#![allow(dead_code)]
+
+use safetensors_torch::{AxisRange, Error, ErrorKind, Layout, Metadata, TensorFile, TensorSpec, save_into};
+
+/// The bytes of a file with this header, as it stands, and this data.
+pub fn file_bytes(json: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
+    let json = json.as_ref();
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(json);
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+/// Opens bytes, and gives what `look` makes of the file.
+pub fn with_file<T>(bytes: &[u8], look: impl FnOnce(&TensorFile) -> T) -> Result<T, Error> {
+    // SAFETY: the bytes outlive the file, which is dropped here, and are not written to.
+    let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) }?;
+    Ok(look(&file))
+}
+
+/// The kind of the error that opening bytes gives; `None` where they are a valid file.
+pub fn kind_of(bytes: &[u8]) -> Option<ErrorKind> {
+    with_file(bytes, |_| ()).err().map(|error| error.kind())
+}
+
+/// Everything that a file says and holds, in file order.
+#[derive(Debug, PartialEq)]
+pub struct Contents {
+    pub tensors: Vec<(String, safetensors_torch::Dtype, Vec<u64>, Vec<u8>)>,
+    pub metadata: Option<Metadata>,
+}
+
+/// Reads a whole file.
+pub fn contents(file: &TensorFile) -> Contents {
+    let tensors = (0..file.header().len())
+        .map(|index| {
+            let tensor = file.tensor(index).expect("within the count");
+            (tensor.name.to_string(), tensor.dtype, tensor.shape.to_vec(), read(file, index))
+        })
+        .collect();
+    Contents { tensors, metadata: file.header().metadata().cloned() }
+}
+
+/// Reads one tensor.
+pub fn read(file: &TensorFile, index: usize) -> Vec<u8> {
+    let mut bytes = vec![0xAA; file.tensor(index).expect("there").nbytes() as usize];
+    let request = (index, bytes.as_mut_ptr(), bytes.len());
+    // SAFETY: the buffer is that long and nobody else's.
+    unsafe { file.read_tensors(&[request]) }.expect("read");
+    bytes
+}
+
+/// Reads one slice.
+pub fn read_slice(file: &TensorFile, index: usize, ranges: &[AxisRange]) -> Result<Vec<u8>, Error> {
+    let slice = file.slice(index, ranges)?;
+    let mut bytes = vec![0xAA; slice.nbytes() as usize];
+    // SAFETY: the buffer is that long and nobody else's.
+    unsafe { file.read_slice(index, &slice, bytes.as_mut_ptr(), bytes.len()) }?;
+    Ok(bytes)
+}
+
+/// The elements of a slice picked one by one: what `read_slice` must give.
+pub fn naive_slice(data: &[u8], item: usize, shape: &[u64], ranges: &[AxisRange]) -> Vec<u8> {
+    let mut offsets = vec![0usize];
+    for (range, &dim) in ranges.iter().zip(shape) {
+        let steps: Vec<usize> =
+            (range.start..range.stop).step_by(range.step as usize).map(|i| i as usize).collect();
+        offsets = offsets
+            .iter()
+            .flat_map(|&offset| steps.iter().map(move |&step| offset * dim as usize + step))
+            .collect();
+    }
+    offsets.iter().flat_map(|&offset| data[offset * item..(offset + 1) * item].iter().copied()).collect()
+}
+
+/// The bytes of a file with these tensors.
+pub fn saved(
+    tensors: &[TensorSpec<'_>],
+    data: &[&[u8]],
+    metadata: Option<&Metadata>,
+    alignment: u64,
+) -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0xAA; Layout::plan(tensors, metadata, alignment)?.total_bytes() as usize];
+    save_into(tensors, data, metadata, &mut bytes, alignment)?;
+    Ok(bytes)
+}
+
+/// Bytes that differ from their neighbours, so that a shift by one shows.
+pub fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|i| (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
+}

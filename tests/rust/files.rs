@@ -1,0 +1,318 @@
+//! Reading real files: the backends, whole tensors, slices, files that change, and misuse. Saving is in `saving`.
+
+mod common;
+mod saving;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use common::{contents, naive_slice, pattern, read, read_slice, saved, with_file};
+use safetensors_torch::{
+    AxisRange, Backend, Dtype, ErrorKind, Metadata, SaveOptions, Source, TensorFile, TensorSpec, save_file,
+};
+use tempfile::TempDir;
+
+const BACKENDS: [Backend; 2] = [Backend::Mmap, Backend::Pread];
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder for the test")
+}
+
+/// A file of one tensor `a` of U8 with this shape, holding a pattern.
+fn one_tensor(folder: &TempDir, shape: &[u64]) -> (PathBuf, Vec<u8>) {
+    let data = pattern(shape.iter().product::<u64>() as usize);
+    let path = folder.path().join("one.safetensors");
+    let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape };
+    save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
+    (path, data)
+}
+
+fn range(start: u64, stop: u64, step: u64) -> AxisRange {
+    AxisRange { start, stop, step }
+}
+
+#[test]
+fn backends_and_memory_agree() {
+    let folder = folder();
+    let path = folder.path().join("a.safetensors");
+    let specs = [
+        TensorSpec { name: "scalar", dtype: Dtype::F64, shape: &[] },
+        TensorSpec { name: "none", dtype: Dtype::F32, shape: &[0, 7] },
+        TensorSpec { name: "bytes\0é", dtype: Dtype::Bool, shape: &[3] },
+    ];
+    let metadata: Metadata = [("format".to_string(), "pt".to_string())].into();
+    let data: [&[u8]; 3] = [&[7; 8], &[], &[1, 0, 1]];
+    save_file(&specs, &data, Some(&metadata), &path, SaveOptions::default()).expect("saved");
+
+    let bytes = fs::read(&path).expect("it is there");
+    assert_eq!(bytes, saved(&specs, &data, Some(&metadata), 8).expect("saved"));
+    let in_memory = with_file(&bytes, contents).expect("valid");
+    assert_eq!(in_memory.tensors.len(), 3);
+    for backend in BACKENDS {
+        let file = TensorFile::open(&path, backend).expect("valid");
+        assert_eq!(contents(&file), in_memory);
+        assert_eq!(file.path(), Some(path.as_path()));
+        for index in 0..3 {
+            let tensor = file.tensor(index).expect("three");
+            let range = file.byte_range(&tensor);
+            let expected = &bytes[range.start as usize..range.end as usize];
+            match (backend, file.data_ptr(&tensor)) {
+                (Backend::Pread, pointer) => assert_eq!(pointer, None),
+                (Backend::Mmap, None) => panic!("a mapping has an address"),
+                (Backend::Mmap, Some(start)) => {
+                    // SAFETY: the range of a tensor lies in the mapping, which `file` keeps.
+                    assert_eq!(unsafe { std::slice::from_raw_parts(start, expected.len()) }, expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn large_tensors_arrive_whole() {
+    // Several chunks of 8 MiB, and an end that fills none.
+    let folder = folder();
+    let (path, data) = one_tensor(&folder, &[5, 4_194_304 + 3]);
+    for backend in BACKENDS {
+        let file = TensorFile::open(&path, backend).expect("valid");
+        assert!(read(&file, 0) == data, "{backend:?}");
+    }
+}
+
+#[test]
+fn many_tensors_at_once_in_any_order() {
+    let folder = folder();
+    let path = folder.path().join("many.safetensors");
+    // More neighbours than one vectored read takes, some of them empty, and more bytes than one thread reads.
+    let count = 3000;
+    let names: Vec<String> = (0..count).map(|i| format!("{i:04}")).collect();
+    let shapes: Vec<[u64; 1]> = (0..count).map(|i| [if i % 7 == 0 { 0 } else { i * 3 % 5000 }]).collect();
+    let data: Vec<Vec<u8>> =
+        shapes.iter().enumerate().map(|(i, [n])| pattern(i + *n as usize)[i..].to_vec()).collect();
+    let specs: Vec<TensorSpec> =
+        names.iter().zip(&shapes).map(|(name, shape)| TensorSpec { name, dtype: Dtype::I8, shape }).collect();
+    let slices: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
+    save_file(&specs, &slices, None, &path, SaveOptions::default()).expect("saved");
+
+    for backend in BACKENDS {
+        let file = TensorFile::open(&path, backend).expect("valid");
+        let orders: [Vec<usize>; 3] = [
+            (0..count as usize).collect(),
+            (0..count as usize).rev().collect(),
+            (0..count as usize).map(|i| i * 1001 % count as usize).collect(),
+        ];
+        for order in orders {
+            let mut buffers: Vec<Vec<u8>> = order.iter().map(|&i| vec![0xAA; data[i].len()]).collect();
+            let requests: Vec<(usize, *mut u8, usize)> = order
+                .iter()
+                .zip(&mut buffers)
+                .map(|(&i, b)| (file.require(&names[i]).expect("saved"), b.as_mut_ptr(), b.len()))
+                .collect();
+            // SAFETY: every buffer is its own allocation of that length.
+            unsafe { file.read_tensors(&requests) }.expect("read");
+            for (&i, buffer) in order.iter().zip(&buffers) {
+                assert!(*buffer == data[i], "{backend:?}, tensor {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn slices_are_what_picking_elements_gives() {
+    let folder = folder();
+    for (shape, ranges) in [
+        (vec![], vec![]),
+        (vec![10], vec![range(2, 9, 3)]),
+        (vec![4, 5, 6], vec![range(0, 4, 1), range(1, 4, 1), range(0, 6, 1)]),
+        (vec![4, 5, 6], vec![range(1, 4, 2), range(0, 5, 2), range(1, 6, 2)]),
+        (vec![4, 5, 6], vec![range(3, 4, 1), range(2, 3, 9), range(5, 6, 1)]),
+        (vec![4, 5, 6], vec![range(0, 4, 1), range(2, 2, 1), range(0, 6, 1)]),
+        (vec![3, 1, 7], vec![range(0, 3, 2), range(0, 1, 5), range(0, 7, 1)]),
+        // Runs that lie closer than a page are read together ...
+        (vec![300, 4000], vec![range(5, 300, 1), range(7, 3500, 1)]),
+        (vec![700, 4000], vec![range(0, 700, 1), range(17, 18, 1)]),
+        // ... those that lie further apart one by one ...
+        (vec![50, 9000], vec![range(1, 50, 2), range(3, 30, 1)]),
+        // ... both in turn, and a group that ends at the limit of what is read at once.
+        (vec![40, 2, 6000], vec![range(0, 40, 3), range(0, 2, 1), range(10, 5000, 1)]),
+        (vec![3_000_000], vec![range(1, 2_999_999, 2)]),
+        // One run that is larger than what is gathered.
+        (vec![2, 3_000_000], vec![range(1, 2, 1), range(1, 2_900_001, 1)]),
+    ] {
+        let (path, data) = one_tensor(&folder, &shape);
+        let expected = naive_slice(&data, 1, &shape, &ranges);
+        for backend in BACKENDS {
+            let file = TensorFile::open(&path, backend).expect("valid");
+            let given = read_slice(&file, 0, &ranges).expect("read");
+            assert!(given == expected, "{backend:?} {shape:?} {ranges:?}");
+        }
+    }
+}
+
+#[test]
+fn a_mapping_is_private() {
+    let folder = folder();
+    let (path, data) = one_tensor(&folder, &[16]);
+    let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
+    let Source::Mapped(mapping) = file.source() else { panic!("mapped") };
+    let start = file.byte_range(&file.tensor(0).expect("one")).start as usize;
+    // SAFETY: the mapping is writable for its length, and nobody holds a reference into it.
+    unsafe { mapping.as_ptr().add(start).write(data[0] ^ 0xFF) };
+    assert_eq!(read(&file, 0)[0], data[0] ^ 0xFF);
+    let other = TensorFile::open(&path, Backend::Mmap).expect("valid");
+    assert_eq!(read(&other, 0), data);
+    assert!(fs::read(&path).expect("there").ends_with(&data));
+}
+
+#[test]
+fn an_open_file_outlives_its_replacement() {
+    let folder = folder();
+    let (path, data) = one_tensor(&folder, &[5000]);
+    let files = BACKENDS.map(|backend| TensorFile::open(&path, backend).expect("valid"));
+    one_tensor(&folder, &[3]);
+    for file in &files {
+        assert_eq!(read(file, 0), data);
+    }
+    fs::remove_file(&path).expect("there");
+    for file in &files {
+        assert_eq!(read(file, 0), data);
+    }
+}
+
+#[test]
+fn a_file_cut_short_while_open_is_an_error() {
+    let folder = folder();
+    for shape in [vec![100], vec![300, 40_000]] {
+        let (path, data) = one_tensor(&folder, &shape);
+        let file = TensorFile::open(&path, Backend::Pread).expect("valid");
+        let length = fs::metadata(&path).expect("there").len();
+        OpenOptions::new().write(true).open(&path).expect("there").set_len(length - 1).expect("cut");
+        let mut buffer = vec![0; data.len()];
+        // SAFETY: the buffer is that long and nobody else's.
+        let error =
+            unsafe { file.read_tensors(&[(0, buffer.as_mut_ptr(), buffer.len())]) }.expect_err("short");
+        assert_eq!(error.kind(), ErrorKind::FileChanged);
+        assert_eq!(error.to_string().matches("one.safetensors").count(), 1, "{error}");
+
+        let mut head: Vec<AxisRange> = shape.iter().map(|&dim| range(0, dim, 1)).collect();
+        head[0] = range(0, 2, 1);
+        assert!(read_slice(&file, 0, &head).is_ok(), "what is still there can be read");
+        let tail: Vec<AxisRange> = shape.iter().map(|&dim| range(dim - 1, dim, 1)).collect();
+        assert_eq!(read_slice(&file, 0, &tail).expect_err("gone").kind(), ErrorKind::FileChanged);
+    }
+}
+
+#[test]
+fn what_cannot_be_opened() {
+    let folder = folder();
+    let fifo = folder.path().join("fifo");
+    let name = std::ffi::CString::new(fifo.as_os_str().as_bytes()).expect("no NUL");
+    // SAFETY: a string that ends in NUL.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let file = folder.path().join("file");
+    fs::write(&file, "").expect("written");
+    for (path, errno) in [
+        (folder.path().join("absent"), libc::ENOENT),
+        (folder.path().join("absent/file"), libc::ENOENT),
+        (folder.path().to_path_buf(), libc::EISDIR),
+        (file.join("below"), libc::ENOTDIR),
+        (folder.path().join("n".repeat(300)), libc::ENAMETOOLONG),
+        (fifo, libc::ENODEV),
+        (PathBuf::from("/dev/null"), libc::ENODEV),
+    ] {
+        for backend in BACKENDS {
+            let error = TensorFile::open(&path, backend).expect_err("refused");
+            assert_eq!((error.kind(), error.os_error()), (ErrorKind::Io, Some(errno)), "{error}");
+            assert_eq!(error.to_string().matches(&path.display().to_string()).count(), 1, "{error}");
+        }
+    }
+    let error = TensorFile::open(Path::new("a\0b"), Backend::Mmap).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn errors_name_the_file() {
+    let folder = folder();
+    let path = folder.path().join("bad.safetensors");
+    for (bytes, kind) in [
+        (vec![], ErrorKind::FileTooSmall),
+        (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), ErrorKind::ForeignFormat),
+        (common::file_bytes("{}", &[0]), ErrorKind::DataLength),
+        (common::file_bytes("[]", &[]), ErrorKind::HeaderJson),
+    ] {
+        fs::write(&path, bytes).expect("written");
+        for backend in BACKENDS {
+            let error = TensorFile::open(&path, backend).expect_err("invalid");
+            assert_eq!(error.kind(), kind);
+            assert!(error.to_string().starts_with(&format!("{}: ", path.display())), "{error}");
+        }
+    }
+}
+
+#[test]
+fn misuse_is_refused() {
+    let folder = folder();
+    let (path, _) = one_tensor(&folder, &[4, 4]);
+    for backend in BACKENDS {
+        let file = TensorFile::open(&path, backend).expect("valid");
+        assert_eq!(file.require("b").expect_err("absent").kind(), ErrorKind::TensorNotFound);
+        assert_eq!(file.tensor(1).expect_err("one only").kind(), ErrorKind::InvalidArgument);
+        let mut buffer = [0xAA; 17];
+        for (index, length, kind) in [
+            (0, 15, ErrorKind::BufferSize),
+            (0, 17, ErrorKind::BufferSize),
+            (1, 16, ErrorKind::InvalidArgument),
+        ] {
+            // SAFETY: no more than the buffer's length is asked for.
+            let refused = unsafe { file.read_tensors(&[(index, buffer.as_mut_ptr(), length)]) };
+            assert_eq!(refused.expect_err("refused").kind(), kind);
+        }
+        // One wrong size among many, and nothing is read.
+        let start = buffer.as_mut_ptr();
+        // SAFETY: as above; the second request is refused for its size.
+        let refused = unsafe { file.read_tensors(&[(0, start, 16), (0, start, 1)]) };
+        assert_eq!(refused.expect_err("refused").kind(), ErrorKind::BufferSize);
+        let slice = file.slice(0, &[range(0, 2, 1), range(0, 4, 1)]).expect("fits");
+        // SAFETY: as above.
+        let refused = unsafe { file.read_slice(0, &slice, buffer.as_mut_ptr(), 9) };
+        assert_eq!(refused.expect_err("refused").kind(), ErrorKind::BufferSize);
+        assert_eq!(buffer, [0xAA; 17]);
+        for ranges in [
+            vec![],
+            vec![range(0, 4, 1)],
+            vec![range(0, 5, 1), range(0, 4, 1)],
+            vec![range(3, 2, 1), range(0, 4, 1)],
+            vec![range(0, 4, 0), range(0, 4, 1)],
+            vec![range(0, u64::MAX, 1), range(0, 4, 1)],
+        ] {
+            let error = file.slice(0, &ranges).expect_err("does not fit");
+            assert_eq!(error.kind(), ErrorKind::Slice, "{ranges:?}");
+            assert!(error.to_string().contains("\"a\""), "{error}");
+        }
+        // A step beyond the dimension is as good as one element.
+        assert_eq!(read_slice(&file, 0, &[range(0, 4, u64::MAX), range(0, 4, 1)]).expect("fits").len(), 4);
+    }
+    assert_eq!("mmap".parse::<Backend>().ok(), Some(Backend::Mmap));
+    assert_eq!("pread".parse::<Backend>().ok(), Some(Backend::Pread));
+    let error = "io_uring".parse::<Backend>().expect_err("unknown");
+    assert!(error.to_string().contains("mmap") && error.to_string().contains("pread"), "{error}");
+}
+
+#[test]
+fn sparse_files_are_read_where_they_have_no_blocks() {
+    let folder = folder();
+    let path = folder.path().join("sparse");
+    let length: u64 = 40 << 20;
+    let json = format!("{{\"a\":{{\"dtype\":\"U8\",\"shape\":[{length}],\"data_offsets\":[0,{length}]}}}}");
+    let start = common::file_bytes(&json, &[]);
+    let mut file = File::create(&path).expect("made");
+    file.write_all(&start).expect("written");
+    file.set_len(start.len() as u64 + length).expect("grown");
+    file.write_all_at(&[9], start.len() as u64 + length - 1).expect("written");
+    let file = TensorFile::open(&path, Backend::Pread).expect("valid");
+    let bytes = read(&file, 0);
+    assert_eq!((bytes.iter().filter(|&&b| b == 0).count() as u64, bytes.last()), (length - 1, Some(&9)));
+}

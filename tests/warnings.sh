@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Compiles our own C++ with -Wall -Wextra -Werror and throws the result away. Torch's headers are not ours.
+# Takes the generated bridge from the release build, which `make lint` makes first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch=$(.venv/bin/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+bridge=$(ls -dt target/release/build/safetensors-torch-*/out/cxxbridge/include | head -n 1)
+
+check() {
+    g++ -std=c++17 -fsyntax-only -Wall -Wextra -Wpedantic -Werror -I. -Iinclude -isystem "$bridge" \
+        -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" "$@"
+}
+
+for source in cpp/*.cpp; do
+    check "$source"
+done
+check -x c++ include/safetensors_torch.hpp
+echo "no warnings in cpp/ and include/"
