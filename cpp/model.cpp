@@ -40,9 +40,9 @@ std::string torch_size(c10::IntArrayRef shape) {
 
 std::string heading(const std::string& class_name) { return "Error(s) in loading state_dict for " + class_name + ":"; }
 
-// load_state_dict takes the first element of a 1-D tensor for a scalar, as files from torch 0.3 need it.
+// load_state_dict takes a 1-D tensor of one element for a scalar, as files from torch 0.3 need it.
 bool is_old_scalar(c10::IntArrayRef source, c10::IntArrayRef destination) {
-    return destination.empty() && source.size() == 1 && source[0] > 0;
+    return destination.empty() && source.size() == 1 && source[0] == 1;
 }
 
 void check_shapes(const core::File& file, const std::vector<Match>& matches, const std::string& class_name) {

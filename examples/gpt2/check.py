@@ -1,0 +1,140 @@
+"""Checks the file that forward.cpp wrote, then measures this library beside the reference package.
+
+Run:  python check.py FOLDER        (after make_model.py FOLDER and forward FOLDER)
+
+Every tensor is compared with the weights drawn again from the seed, so that nothing rests on what was read before.
+The last part needs the PyPI package `safetensors`, and is left out where that is not installed. Ends with a status
+other than 0 at the first difference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import safetensors_torch
+import torch
+from make_model import METADATA, build, different_tensors, duration, megabytes, report, tied_names
+
+ROUNDS = 3
+
+
+def first_difference(a: Path, b: Path) -> int | None:
+    """The offset of the first byte that differs, or None."""
+    chunk, offset = 1 << 23, 0
+    with open(a, "rb") as left, open(b, "rb") as right:
+        while True:
+            x, y = left.read(chunk), right.read(chunk)
+            if x != y:
+                return offset + len(os.path.commonprefix([x, y]))
+            if not x:
+                return None
+            offset += len(x)
+
+
+def header_size(path: Path) -> int:
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def compare_files(ours: Path, original: Path) -> None:
+    """Both files hold the same tensors and forward.cpp passes the metadata on, so every byte has to agree."""
+    start = time.perf_counter()
+    offset = first_difference(ours, original)
+    elapsed = time.perf_counter() - start
+    if offset is not None:
+        where = (
+            "the tensors' data"
+            if offset >= header_size(original)
+            else "the header (other metadata, or another order of tensors)"
+        )
+        sys.exit(f"{ours} and {original} differ from byte {offset} on, in {where}")
+    what = f"{ours.name} and {original.name}: the same bytes"
+    report("compare", what, ours.stat().st_size, elapsed)
+
+
+def measure(call: Callable[[Any], Any], *libraries: Any) -> list[float]:
+    """The best time of each. The libraries take turns, first in one order and then in the other, so that what disturbs
+    the machine, or what one leaves to the next, meets all of them."""
+    times: list[list[float]] = [[] for _ in libraries]
+    for number in range(ROUNDS):
+        order = list(zip(libraries, times))
+        for library, own in order if number % 2 else reversed(order):
+            start = time.perf_counter()
+            result = call(library)
+            own.append(time.perf_counter() - start)
+            del result
+    return [min(own) for own in times]
+
+
+def beside_the_reference(path: Path, folder: Path, model: torch.nn.Module) -> None:
+    import safetensors
+    import safetensors.torch as reference
+
+    size = path.stat().st_size
+    state = safetensors_torch.load_file(path)
+    data = path.read_bytes()
+    # Each library replaces a file of its own: what the kernel still has to do for the old one is its writer's doing.
+    scratch = {library: folder / f"scratch.{library.__name__}" for library in (safetensors_torch, reference)}
+    work: dict[str, Callable[[Any], Any]] = {
+        "load_file, mapped": lambda library: library.load_file(path),
+        "load_file, read": lambda library: library.load_file(path, backend="pread"),
+        "load_model": lambda library: library.load_model(model, path),
+        "load, from bytes": lambda library: library.load(data),
+        "save_file, over an old one": lambda library: library.save_file(state, scratch[library], METADATA),
+        "save, to bytes": lambda library: library.save(state, METADATA),
+    }
+    print(
+        f"\n  {megabytes(size)}, {len(state)} tensors, page cache warm, best of {ROUNDS}\n"
+        f"  {'':<28}{'safetensors_torch':>18}{'safetensors ' + safetensors.__version__:>20}{'ratio':>9}"
+    )
+    try:
+        for name, call in work.items():
+            ours, theirs = measure(call, safetensors_torch, reference)
+            print(f"  {name:<28}{duration(ours):>18}{duration(theirs):>20}{theirs / ours:>8.1f}x", flush=True)
+    finally:
+        for file in scratch.values():
+            file.unlink(missing_ok=True)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    original, ours = folder / "model.safetensors", folder / "from_cpp.safetensors"
+
+    start = time.perf_counter()
+    state = torch.ops.safetensors_torch.load_file(os.fspath(ours))
+    elapsed = time.perf_counter() - start
+    report("torch.ops", f"load_file of {ours.name}: {len(state)} tensors", ours.stat().st_size, elapsed)
+
+    model = build()
+    ties = tied_names(ours)
+    state.update({dropped: state[kept] for dropped, kept in ties.items()})
+    start = time.perf_counter()
+    if different := different_tensors(state, model):
+        sys.exit(f"{ours}: not the weights of the seed: {', '.join(different)}")
+    elapsed = time.perf_counter() - start
+    what = f"{len(state)} names: the same bits as weights drawn again from the seed"
+    report("compare", what, sum(parameter.nbytes for parameter in model.parameters()), elapsed)
+    compare_files(ours, original)
+
+    if importlib.util.find_spec("safetensors") is None:
+        print("\n  The package safetensors is not installed: no comparison with it.")
+        return
+    import safetensors.torch as reference
+
+    start = time.perf_counter()
+    state = reference.load_file(ours)
+    elapsed = time.perf_counter() - start
+    state.update({dropped: state[kept] for dropped, kept in ties.items()})
+    if different := different_tensors(state, model):
+        sys.exit(f"{ours}: safetensors reads other weights: {', '.join(different)}")
+    report("safetensors", "the reference package reads the same bits from it", ours.stat().st_size, elapsed)
+    beside_the_reference(ours, folder, model)
+
+
+if __name__ == "__main__":
+    main()
