@@ -2,7 +2,7 @@
 # make test      every test, in every language
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
-# make install   the library, headers and CMake package into PREFIX
+# make install   the library, headers and CMake package into PREFIX; with TORCH=0 the C library alone
 # make bench     ours beside the reference, in one run
 # make clean     what was built; .venv stays
 #
@@ -11,6 +11,8 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+# 0 installs the C library alone, which needs no libtorch.
+TORCH   ?= 1
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
@@ -39,8 +41,13 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 library: out/prefix.stamp
 
 # The shared library with its torch layer, and the static library of the core alone.
+# The shared library with its torch layer.
 out/library.stamp: $(CORE_SOURCES) $(VENV)/requirements.stamp
 	cargo build --release --locked
+	mkdir -p out && touch $@
+
+# The core alone: a shared library for C, and the static one.
+out/core.stamp: $(CORE_SOURCES)
 	cargo build --release --locked --no-default-features --target-dir target/core
 	mkdir -p out && touch $@
 
@@ -50,19 +57,28 @@ out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
 
 # --- install
 
-install: out/library.stamp
+ifeq ($(TORCH),0)
+SHARED := target/core/release/libsafetensors_torch.so
+install: out/core.stamp
+else
+SHARED := target/release/libsafetensors_torch.so
+install: out/library.stamp out/core.stamp
+endif
+
+install:
 	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include
 	install -m 644 include/safetensors_torch.h include/safetensors_torch.hpp $(DESTDIR)$(PREFIX)/include
-	install -m 755 target/release/libsafetensors_torch.so $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
+	install -m 755 $(SHARED) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
 	ln -sf libsafetensors_torch.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(MAJOR)
 	ln -sf libsafetensors_torch.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so
 	install -m 644 target/core/release/libsafetensors_torch.a $(DESTDIR)$(PREFIX)/lib
 	install -m 644 cmake/*.cmake $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch
 
-# The installed tree that tests, examples and the demo are built against.
-out/prefix.stamp: out/library.stamp $(wildcard cmake/*)
-	rm -rf $(STAGE)
-	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE) DESTDIR= >/dev/null
+# The installed trees that tests, examples and the demo are built against: with torch, and the C library alone.
+out/prefix.stamp: out/library.stamp out/core.stamp $(wildcard cmake/*)
+	rm -rf $(STAGE) $(STAGE)-c
+	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE) DESTDIR= TORCH=1 >/dev/null
+	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE)-c DESTDIR= TORCH=0 >/dev/null
 	touch $@
 
 # --- demo
@@ -78,7 +94,7 @@ test: test-rust test-c test-cpp test-examples test-python
 test-rust: $(VENV)/requirements.stamp
 	cargo test --release --locked --no-default-features --target-dir target/core
 
-test-c: out/library.stamp
+test-c: out/core.stamp
 	tests/c/run.sh target/core/release
 
 TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
@@ -90,7 +106,8 @@ test-cpp: library
 	ctest --test-dir out/tests-cpp --output-on-failure
 
 test-examples: build
-	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) WORK=$(CURDIR)/out/examples tests/examples.sh
+	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \
+	    tests/examples.sh
 
 test-python: out/python.stamp
 	$(PY) -m pytest
@@ -100,7 +117,7 @@ test-python: out/python.stamp
 bench: build
 	$(PY) benches/bench.py
 
-lint: out/library.stamp
+lint: out/library.stamp out/core.stamp
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings

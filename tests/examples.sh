@@ -1,14 +1,37 @@
 #!/usr/bin/env bash
 # Builds and runs every example but the demo, each the way its first lines say, against an installed tree.
-# Environment: PYTHON, PREFIX (the installed tree), WORK (a folder for what is built and written).
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a folder for what is built).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${PYTHON:?}" "${PREFIX:?}" "${WORK:?}"
+: "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
 mkdir -p "$WORK"
-torch_dir=$("$PYTHON" -c 'import torch; print(torch.utils.cmake_prefix_path)')
+libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 sample="$WORK/sample.safetensors"
 
-"$PYTHON" examples/python/quickstart.py "$sample"
+# Stops unless the text on standard input has a line that matches.
+expect() {
+    local output
+    output=$(cat)
+    grep -Eq "$1" <<<"$output" || { echo "no line matches '$1' in:"; echo "$output"; exit 1; }
+}
 
-cmake -S examples/cpp -B "$WORK/cpp" -DCMAKE_BUILD_TYPE=Release "-DCMAKE_PREFIX_PATH=$PREFIX;$torch_dir" >/dev/null
+"$PYTHON" examples/python/quickstart.py "$sample" | expect '^weight +torch.float32 +\(3, 4\)'
+
+make -s -C examples/c PREFIX="$C_PREFIX"
+examples/c/list "$sample" weight | expect '^.*weight.*F32'
+make -s -C examples/c clean
+
+cmake -S examples/cpp -B "$WORK/cpp" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch" >/dev/null
 cmake --build "$WORK/cpp" >/dev/null
+"$WORK/cpp/inspect" "$sample" "$WORK/scaled.safetensors" 2 | expect 'weight'
+"$PYTHON" - "$sample" "$WORK/scaled.safetensors" <<'CHECK'
+import sys
+
+import torch
+
+from safetensors_torch import load_file
+
+source, scaled = (load_file(path) for path in sys.argv[1:])
+assert torch.equal(source["weight"] * 2, scaled["weight"])
+CHECK
+echo "examples: 3 passed, 0 failed"

@@ -1,7 +1,7 @@
 /*
  * Lists the tensors of a safetensors file, and reads one.
  *
- *     make PREFIX=/usr/local                    # where `make install PREFIX=...` of the library has put it
+ *     make PREFIX=/usr/local                    # where `make install TORCH=0 PREFIX=...` of the library has put it
  *     ./list model.safetensors                  # names, dtypes, shapes, places
  *     ./list model.safetensors h.0.attn.bias    # the same, and the first bytes of one tensor
  *
