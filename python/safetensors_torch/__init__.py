@@ -1,0 +1,34 @@
+"""safetensors for torch: the functions of ``safetensors.torch``, over a native library.
+
+Owns the public names. Importing it loads the native operators (``torch.ops.safetensors_torch``), and compiles their
+thin libtorch layer first where the installed torch has not been met before.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+from . import _loader
+
+_loader.ensure_loaded()
+
+# The modules below look the operators up when they are imported.
+from . import _fake  # noqa: E402, F401
+from ._errors import SafetensorError  # noqa: E402
+from ._ops import load, load_file, save, save_file  # noqa: E402
+from .model import load_model, save_model  # noqa: E402
+from .safe_open import safe_open  # noqa: E402
+
+__version__: str = _version("safetensors-torch")
+
+__all__ = [
+    "SafetensorError",
+    "__version__",
+    "load",
+    "load_file",
+    "load_model",
+    "safe_open",
+    "save",
+    "save_file",
+    "save_model",
+]

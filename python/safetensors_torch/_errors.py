@@ -1,0 +1,72 @@
+"""The exceptions of the package, and their translation from what the operators throw.
+
+Owns the class SafetensorError and the one place where a RuntimeError out of torch becomes the exception that the
+caller is promised. It decides nothing about when something is an error: the native library does, and says so
+through the operator ``_last_error``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+
+from ._dynamo import opaque
+
+
+class SafetensorError(Exception):
+    """A file or buffer that is not valid safetensors, a tensor that the format cannot hold, or a wrong request."""
+
+
+_BUILTIN: dict[str, type[Exception]] = {
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "IndexError": IndexError,
+}
+
+
+def _text_of(error: Exception) -> str:
+    # torch hands the native text to Python as UTF-8; a file name in it may be any bytes.
+    if isinstance(error, UnicodeDecodeError):
+        return bytes(error.object).decode("utf-8", "surrogateescape")
+    return str(error)
+
+
+def translate(error: Exception) -> Exception:
+    """The exception that ``error``, thrown by an operator or a method of File, stands for.
+
+    Args:
+        error: a RuntimeError, or the UnicodeDecodeError into which torch turns one whose text is not UTF-8.
+
+    Returns:
+        An exception of the promised class, or ``error`` itself where it did not come from this library.
+    """
+    text = _text_of(error)
+    try:
+        kind, _code, os_error, message = torch.ops.safetensors_torch._last_error()
+    except UnicodeDecodeError as undecodable:
+        kind, os_error, message = "SafetensorError", 0, _text_of(undecodable)
+    # A backtrace may follow the message (TORCH_SHOW_CPP_STACKTRACES); another text is another error.
+    if not message or not text.startswith(message):
+        return error
+    if kind == "SafetensorError":
+        return SafetensorError(message)
+    if kind == "OSError":
+        # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
+        translated = type(OSError(os_error, ""))(message)
+        translated.errno = os_error
+        return translated
+    builtin = _BUILTIN.get(kind)
+    return error if builtin is None else builtin(message)
+
+
+@opaque
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` for an operator or a method of File, with its errors translated."""
+    try:
+        return function(*args, **kwargs)
+    except (RuntimeError, UnicodeDecodeError) as error:
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise translated from None

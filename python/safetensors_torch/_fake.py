@@ -1,0 +1,89 @@
+"""Fake kernels: what each operator returns, without the data, for torch.compile, torch.export and FakeTensorMode.
+
+Owns the registrations with torch.library, and what differs between versions of torch there. The shapes come from
+the native library, which reads a file's header for them.
+
+``load`` and ``_load_shared`` can have no fake kernel: how many tensors they return, and of which shapes, stands in
+the bytes, which a fake tensor has not.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ._errors import call
+
+_NAMESPACE = "safetensors_torch"
+
+
+def _open(filename: str):
+    # The header alone is read; with this backend no data is mapped or read.
+    return call(torch.classes.safetensors_torch.File, os.fsencode(filename), "pread")
+
+
+def _like(file, name: str, device: torch.device) -> torch.Tensor:
+    with _disable_current_modes():
+        real = call(file.get_tensor, name, torch.device("meta"))
+    # Outside of the block: the mode that asks makes it a tensor of its own kind.
+    return torch.empty(real.shape, dtype=real.dtype, device=device)
+
+
+def _get_tensor(filename: str, name: str, *, device: torch.device = torch.device("cpu")) -> torch.Tensor:  # noqa: B008
+    return _like(_open(filename), name, device)
+
+
+def _load_file(
+    filename: str,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    backend: str = "mmap",
+) -> dict[str, torch.Tensor]:
+    file = _open(filename)
+    return {name: _like(file, name, device) for name in call(file.offset_keys)}
+
+
+def _save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None) -> torch.Tensor:
+    # The size depends on names and shapes, and only the native library knows how; to a tracer it is a new symbol.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def _save_file(tensors: dict[str, torch.Tensor], filename: str, metadata: Optional[dict[str, str]] = None) -> None:
+    return None
+
+
+def _save_into(tensors: dict[str, torch.Tensor], out: torch.Tensor, metadata: Optional[dict[str, str]] = None) -> None:
+    return None
+
+
+def _keep_in_graphs(op: torch._ops.OpOverload) -> None:
+    """Marks an operator as one that reads or writes what others do, so that no compiler drops or reorders it."""
+    torch.fx.node.has_side_effect(op)
+    try:
+        from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+        _register_effectful_op(op, _EffectType.ORDERED)
+    except (ImportError, AttributeError, TypeError):
+        # An interface of torch's own that may change; the mark above keeps the call in a graph of torch.fx.
+        return
+
+
+def register() -> None:
+    """Registers the fake kernels and effects. To be called once in a process, after the operators are there."""
+    for name, kernel in (
+        ("get_tensor", _get_tensor),
+        ("load_file", _load_file),
+        ("save", _save),
+        ("save_file", _save_file),
+        ("_save_into", _save_into),
+    ):
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", kernel)
+    for op in (torch.ops.safetensors_torch.save_file.default, torch.ops.safetensors_torch.get_tensor.default):
+        _keep_in_graphs(op)
+
+
+register()

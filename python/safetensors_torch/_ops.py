@@ -1,0 +1,215 @@
+"""load_file, load, save_file and save: the operators with the argument types and the checks of Python.
+
+Owns what only Python can know: paths, devices by number, buffers, keys that are no str. Everything about the format
+and about the tensors' memory is checked by the native library.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional, Union
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from . import _buffer
+from ._dynamo import opaque
+from ._errors import call
+
+Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Device = Union[str, int, torch.device, None]
+
+_ops = torch.ops.safetensors_torch
+_load_file = _ops.load_file.default
+_load = _ops.load.default
+_load_shared = _ops._load_shared.default
+_save_file = _ops.save_file.default
+_save_size = _ops._save_size.default
+_save_into = _ops._save_into.default
+_check_save = _ops._check_save.default
+
+
+def encode_path(filename: Path) -> bytes:
+    """``filename`` as the bytes that the operating system takes.
+
+    Raises:
+        TypeError: ``filename`` is no path.
+        ValueError: it contains a null byte.
+    """
+    path = os.fsencode(filename)
+    if b"\0" in path:
+        raise ValueError(f"embedded null byte in the file name {filename!r}")
+    return path
+
+
+def to_device(device: Device) -> torch.device:
+    """``device`` as a torch.device: a number is an index of the current accelerator, None the CPU.
+
+    torch's default device plays no part: the functions take "cpu" where the caller names none.
+
+    Raises:
+        TypeError: ``device`` is of another type.
+        ValueError: a negative number.
+        RuntimeError: a name that torch does not know, or a number where torch has no accelerator.
+    """
+    if isinstance(device, (str, torch.device)):
+        return torch.device(device)
+    if device is None:
+        return torch.device("cpu")
+    if not isinstance(device, int) or isinstance(device, bool):
+        raise TypeError(f"device must be a str, an int, a torch.device or None, not {type(device).__name__}")
+    if device < 0:
+        raise ValueError(f"device {device} is invalid: the index of an accelerator is not negative")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        raise RuntimeError(f"device {device} is invalid: this torch has no accelerator that a number could mean")
+    return torch.device(accelerator.type, device)
+
+
+def check_backend(backend: Any) -> str:
+    """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
+    return backend if isinstance(backend, str) else repr(backend)
+
+
+@opaque
+def load_file(filename: Path, device: Device = "cpu", *, backend: str = "mmap") -> dict[str, torch.Tensor]:
+    """Loads every tensor of a safetensors file.
+
+    Args:
+        filename: the file; str, bytes or os.PathLike.
+        device: where the tensors shall be; a name, a torch.device, the index of an accelerator, or None for the CPU.
+        backend: "mmap" maps the file: CPU tensors are read when they are touched, and writing to one changes memory
+            only. A file that another process cuts short meanwhile ends this one with SIGBUS. "pread" reads the
+            file into memory that the tensors own.
+
+    Returns:
+        The tensors by name, in the order of their data in the file, each with the dtype and shape in the header.
+
+    Raises:
+        SafetensorError: the file is not valid safetensors, or holds a dtype that torch has not; another backend.
+        OSError: it cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
+        ValueError: a negative device, or a null byte in the file name.
+        TypeError: an argument of another type.
+        RuntimeError: a device that torch does not know or cannot use.
+    """
+    return call(_load_file, encode_path(filename), device=to_device(device), backend=check_backend(backend))
+
+
+@opaque
+def load(data: Any, device: Device = "cpu", *, copy: bool = True) -> dict[str, torch.Tensor]:
+    """Loads every tensor of a safetensors file that is in memory.
+
+    Args:
+        data: the contents of the file, in bytes or any other object with the buffer protocol (bytearray, memoryview,
+            mmap, an array), of any item type.
+        device: where the tensors shall be, as for load_file.
+        copy: False lets the tensors share the memory of ``data``, which must be writable and contiguous and stays
+            exported while one of them lives; tensors whose data is not aligned to their dtype are copied all the
+            same. Only for the CPU.
+
+    Returns:
+        The tensors by name, in the order of their data, each with the dtype and shape in the header.
+
+    Raises:
+        SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not.
+        TypeError: ``data`` has no buffer protocol.
+        ValueError: copy=False with a read-only or scattered buffer, or with another device than the CPU.
+    """
+    target = to_device(device)
+    if copy:
+        with _buffer.borrowed(data) as tensor:
+            return call(_load, tensor, device=target)
+    if target.type != "cpu":
+        raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
+    return call(_load_shared, _buffer.shared(data))
+
+
+@opaque
+def save_file(tensors: dict[str, torch.Tensor], filename: Path, metadata: Optional[dict[str, str]] = None) -> None:
+    """Saves tensors into a safetensors file, which appears complete or not at all.
+
+    Args:
+        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory.
+        filename: the file, replaced if it exists; str, bytes or os.PathLike.
+        metadata: text to store in the header; None stores none, an empty dict an empty object.
+
+    Raises:
+        ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).
+        RuntimeError: tensors that share memory, or a tensor on the meta device.
+        TypeError: a key, or a metadata key or value, that is no str.
+        UnicodeEncodeError: one of those with a lone surrogate.
+        SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
+        OSError: the file cannot be written.
+
+    Nothing is written if a check fails.
+    """
+    _check(tensors, metadata)
+    call(_save_file, tensors, encode_path(filename), metadata)
+
+
+@opaque
+def save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None) -> bytes:
+    """Saves tensors as the bytes of a safetensors file.
+
+    Args:
+        tensors: as for save_file.
+        metadata: as for save_file.
+
+    Returns:
+        The bytes, which save_file would write.
+
+    Raises:
+        What save_file raises, but for OSError.
+    """
+    _check(tensors, metadata)
+    size = call(_save_size, tensors, metadata)
+    return _buffer.new_bytes(size, lambda out: call(_save_into, tensors, out, metadata))
+
+
+def _check(tensors: Any, metadata: Any) -> None:
+    """The checks that need the Python objects. Faults of names come last, after what the native library checks."""
+    if not isinstance(tensors, dict):
+        raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
+    tensor_class = torch.Tensor
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, tensor_class):
+            raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise ValueError(
+                f"Key `{name}` is invalid: a lazy module has not given it a shape yet. Run the module once"
+            )
+    try:
+        # One pass in C over every name, instead of two checks for each.
+        "".join(tensors).encode()
+        if metadata is not None:
+            _check_metadata(metadata)
+    except (TypeError, UnicodeEncodeError):
+        call(_check_save, _with_printable_names(tensors))
+        for name in tensors:
+            _check_text(name, f"the key {name!r}")
+        raise
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict):
+        raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
+    for key, value in metadata.items():
+        _check_text(key, f"the metadata key {key!r}")
+        _check_text(value, f"the metadata value of {key!r}")
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a str, not {type(text).__name__}")
+    text.encode()
+
+
+def _with_printable_names(tensors: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under names that the operators take, none lost, so that the checks before can speak of them."""
+    named: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = str(key).encode("utf-8", "backslashreplace").decode()
+        while name in named:
+            name += "'"
+        named[name] = tensor
+    return named

@@ -1,0 +1,228 @@
+"""load_model and save_model: modules whose parameters may share memory.
+
+Owns the choice between reading straight into a module's tensors and going through its load_state_dict, and the
+rollback of the latter. Which names are kept for shared memory, and what counts as missing or unexpected, the native
+library decides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from ._dynamo import opaque
+from ._errors import call
+from ._ops import Device, Path, load_file, save_file, to_device
+from .safe_open import open_file
+
+_ops = torch.ops.safetensors_torch
+_tied = _ops._tied.default
+_load_state = _ops._load_state.default
+
+# What a module may replace of the machinery that load_state_dict runs through.
+_METHODS = (
+    "load_state_dict",
+    "state_dict",
+    "_save_to_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+)
+_HOOKS = (
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+
+
+@opaque
+def load_model(
+    model: nn.Module, filename: Path, strict: bool = True, device: Device = "cpu", *, backend: str = "mmap"
+) -> tuple[set[str], list[str]]:
+    """Loads a safetensors file into a module, in place.
+
+    The data is read straight into the memory of the module's parameters and buffers, whatever their device. Modules
+    with hooks or methods of their own in the way of load_state_dict get a load_file and a load_state_dict instead;
+    that path keeps a copy of the module's tensors until it has succeeded. If loading fails, the module is as it was
+    (lazy modules excepted, which load_state_dict gives their shape for good).
+
+    Args:
+        model: the module; none of its tensors may be on the meta device.
+        filename: the file; str, bytes or os.PathLike.
+        strict: whether a missing or unexpected name is an error.
+        device: where a load_state_dict finds the tensors of the file. Not where the module's own tensors go.
+        backend: how the file is read, as for load_file.
+
+    Returns:
+        The names of the module that the file does not have, and the names of the file that the module does not have.
+        Of names that share memory one suffices.
+
+    Raises:
+        RuntimeError: a shape that does not fit; missing or unexpected names with strict; a tensor on the meta
+            device; shared memory that none of its names covers.
+        SafetensorError, OSError, ValueError: what load_file raises.
+    """
+    target = to_device(device)
+    state = model.state_dict()
+    _refuse_meta(model, state)
+    if not _is_plain(model, state):
+        return _load_through_state_dict(model, state, filename, strict, target, backend)
+    file = open_file(filename, backend)
+    missing, unexpected = call(_load_state, file, state, _optional_names(model), type(model).__name__, strict)
+    return set(missing), unexpected
+
+
+@opaque
+def save_model(
+    model: nn.Module, filename: Path, metadata: Optional[dict[str, str]] = None, force_contiguous: bool = True
+) -> None:
+    """Saves the state of a module into a safetensors file. Of names that share memory one is written.
+
+    Args:
+        model: the module.
+        filename: the file; str, bytes or os.PathLike.
+        metadata: text to store in the header. Each name that is left out is added to the file's metadata, with the
+            name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
+        force_contiguous: whether tensors that are not contiguous are copied, or refused.
+
+    Raises:
+        RuntimeError: shared memory that none of its names covers.
+        ValueError: a tensor that is not contiguous, with force_contiguous=False.
+        And what save_file raises.
+    """
+    state = dict(model.state_dict())
+    dropped = call(_tied, _dense(state), [])
+    if dropped:
+        if metadata is not None and not isinstance(metadata, dict):
+            raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
+        metadata = {**dropped, **(metadata or {})}
+        for name in dropped:
+            del state[name]
+    if force_contiguous:
+        state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
+    try:
+        save_file(state, filename, metadata=metadata)
+    except ValueError as error:
+        if force_contiguous:
+            raise
+        raise ValueError(
+            f"{error} Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
+        ) from None
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not is_lazy(value) and value.layout == torch.strided
+
+
+def _dense(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if _is_dense(value)}
+
+
+def _refuse_meta(model: nn.Module, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_meta and not is_lazy(value):
+            raise RuntimeError(
+                f"Cannot load into {type(model).__name__}: its tensor `{name}` is on the meta device and has no"
+                " memory. Give the model memory first, with model.to_empty(device=...)"
+            )
+
+
+def _is_plain(model: nn.Module, state: dict[str, Any]) -> bool:
+    """Whether writing into the tensors of ``state`` is all that load_state_dict would do."""
+    return all(map(_is_plain_module, model.modules())) and all(map(_is_plain_tensor, state.values()))
+
+
+def _is_plain_module(module: nn.Module) -> bool:
+    kind = type(module)
+    load = kind._load_from_state_dict
+    if load is not nn.Module._load_from_state_dict and load is not _NormBase._load_from_state_dict:
+        return False
+    own = module.__dict__
+    return (
+        all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)
+        and not any(name in own for name in (*_METHODS, "_load_from_state_dict"))
+        and not any(own.get(name) for name in _HOOKS)
+    )
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return (
+        type(value) is torch.Tensor
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_conj()
+        and not value.is_neg()
+    )
+
+
+def _optional_names(model: nn.Module) -> list[str]:
+    """Names that files from before torch 0.4.1 lack, and that BatchNorm therefore does not miss."""
+    return [
+        f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase) and module.num_batches_tracked is not None
+    ]
+
+
+def _load_through_state_dict(
+    model: nn.Module, state: dict[str, Any], filename: Path, strict: bool, device: torch.device, backend: str
+) -> tuple[set[str], list[str]]:
+    tensors = load_file(filename, device, backend=backend)
+    dropped = call(_tied, _dense(state), list(tensors))
+    snapshot = _Snapshot(model)
+    try:
+        result = model.load_state_dict(tensors, strict=False)
+        missing = set(result.missing_keys)
+        # A file with a tied name beside the kept one was not made from such a model.
+        unexpected = sorted([*result.unexpected_keys, *(name for name in dropped if name not in missing)])
+        missing.difference_update(dropped)
+        if strict and (missing or unexpected):
+            raise RuntimeError(_strict_error(model, missing, unexpected))
+    except BaseException:
+        snapshot.restore()
+        raise
+    return missing, unexpected
+
+
+def _strict_error(model: nn.Module, missing: set[str], unexpected: list[str]) -> str:
+    text = f"Error(s) in loading state_dict for {type(model).__name__}:"
+    for what, names in (("Missing", sorted(missing)), ("Unexpected", unexpected)):
+        if names:
+            quoted = ", ".join(f'"{name}"' for name in names)
+            text += f"\n    {what} key(s) in state_dict: {quoted}"
+    return text
+
+
+class _Snapshot:
+    """The tensors and extra state of a module at one moment: which objects they are, and a copy of their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tables = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
+        tensors = {id(value): value for _, values in self._tables for value in values.values() if value is not None}
+        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values() if not is_lazy(tensor)]
+        self._extra = [
+            (module, copy.deepcopy(module.get_extra_state()))
+            for module in model.modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        ]
+
+    def restore(self) -> None:
+        for table, values in self._tables:
+            table.clear()
+            table.update(values)
+        with torch.no_grad():
+            for tensor, value in self._values:
+                tensor.detach().copy_(value)
+        for module, extra in self._extra:
+            module.set_extra_state(extra)
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Optional[torch.Tensor]]]:
+    yield module._parameters
+    yield module._buffers

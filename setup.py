@@ -1,0 +1,227 @@
+"""Builds the Python package: the core with cargo, the libtorch layer ahead of time where torch is at hand.
+
+Owns what goes into the wheel's ``safetensors_torch/native``. How the libtorch layer is compiled stands in
+``safetensors_torch/_loader.py``, which does the same at first import where nothing that fits was built here.
+
+SAFETENSORS_TORCH_AOT=0 leaves the libtorch layer to the first import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "safetensors_torch"
+CRATE = "safetensors_torch"
+TARGET = ROOT / "target" / "python"
+
+
+def cargo_version() -> str:
+    """The version in Cargo.toml, which is that of the package."""
+    section = (ROOT / "Cargo.toml").read_text(encoding="utf-8").partition("[package]")[2].partition("\n[")[0]
+    found = re.search(r'^version\s*=\s*"([^"]+)"', section, re.MULTILINE)
+    if found is None:
+        raise SystemExit("Cargo.toml names no version")
+    return found.group(1)
+
+
+def find_cargo() -> str:
+    named = os.environ.get("CARGO") or shutil.which("cargo")
+    usual = Path.home() / ".cargo" / "bin" / "cargo"
+    if named or usual.exists():
+        return named or str(usual)
+    raise SystemExit("cargo is needed to build safetensors-torch from source. Install Rust: https://rustup.rs")
+
+
+class Core:
+    """What cargo made: the static library of the core, and the generated C++ half of the bridge."""
+
+    def __init__(self) -> None:
+        # Messages of panics and assertions name source files: without this, by their paths here.
+        home = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
+        remap = [f"--remap-path-prefix={home}=cargo", f"--remap-path-prefix={ROOT}=safetensors-torch"]
+        environment = dict(os.environ)
+        if not re.search(r"\s", str(home)):  # at which cargo's C++ builds split the variable
+            flags = [environment.get("CXXFLAGS"), f"-ffile-prefix-map={home}=cargo"]
+            environment["CXXFLAGS"] = " ".join(filter(None, flags))
+        command = [
+            find_cargo(),
+            "build",
+            "--release",
+            "--no-default-features",
+            "--features=bridge",
+            f"--target-dir={TARGET}",
+            f"--config=build.rustflags={json.dumps(remap)}",
+            "--message-format=json-render-diagnostics",
+        ]
+        result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=False)
+        if result.returncode != 0:
+            raise SystemExit(f"cargo failed with status {result.returncode}: {' '.join(command)}")
+        messages = [json.loads(line) for line in result.stdout.splitlines() if line.startswith(b"{")]
+        artifacts = [message for message in messages if message["reason"] == "compiler-artifact"]
+        library = next(a for a in artifacts if a["target"]["name"] == CRATE and "staticlib" in a["target"]["kind"])
+        script = next(
+            message
+            for message in messages
+            if message["reason"] == "build-script-executed" and message["package_id"] == library["package_id"]
+        )
+        cxx = next(a for a in artifacts if a["target"]["name"] == "cxx" and "lib" in a["target"]["kind"])
+        self.archive = next(Path(name) for name in library["filenames"] if name.endswith(".a"))
+        self.bridge = Path(script["out_dir"]) / "cxxbridge"
+        self.cxx = Path(cxx["target"]["src_path"]).parent.parent
+
+    def stage(self, native: Path) -> None:
+        """Fills ``native`` with all that the libtorch layer is compiled from."""
+        for source in (ROOT / "cpp").glob("*"):
+            if source.suffix in (".cpp", ".h"):
+                copy(source, native / "cpp" / source.name)
+        # Links in a build folder; copied as files, and without the C++ headers of other packages.
+        for header in ("rust/cxx.h", f"{CRATE.replace('_', '-')}/src/bridge.rs.h"):
+            copy(self.bridge / "include" / header, native / "include" / header)
+        generated = self.bridge / "sources" / CRATE.replace("_", "-") / "src" / "bridge.rs.cc"
+        copy(generated, native / "bridge" / generated.name)
+        # Compiled with the layer, in place of the copy in the archive: its std::string must be that of torch's C++ ABI.
+        copy(self.cxx / "src" / "cxx.cc", native / "bridge" / "cxx.cc")
+        copy(self.cxx / "include" / "cxx.h", native / "include" / "cxx.h")
+        archive = native / "lib" / self.archive.name
+        copy(self.archive, archive)
+        strip = shutil.which("strip")
+        if strip:
+            subprocess.run([strip, "-g", str(archive)], check=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+
+
+class BuildPackage(build_py):
+    """Adds ``native`` to the package, in the build folder alone."""
+
+    def run(self) -> None:
+        if getattr(self, "editable_mode", False):
+            raise SystemExit("an editable install has no place for what is built. Use: pip install .")
+        folder = Path(self.build_lib) / PACKAGE
+        # What an earlier build left here, for another torch or from a removed file, would be packed too.
+        shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+        Core().stage(folder / "native")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        native = Path(self.build_lib) / PACKAGE / "native"
+        return [*super().get_outputs(include_bytecode), *(str(path) for path in native.rglob("*") if path.is_file())]
+
+
+class BinaryDistribution(Distribution):
+    """Platform dependent also where no extension is built."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class Wheel(bdist_wheel):
+    """For one platform, and every Python: nothing in it touches libpython."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def load_loader() -> ModuleType:
+    """The package's _loader, by its path: the package itself cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location("_loader", ROOT / "python" / PACKAGE / "_loader.py")
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    return loader
+
+
+def ahead_of_time() -> dict:
+    """Arguments of setup() that compile the libtorch layer for the torch that is importable; none where none is."""
+    if os.environ.get("SAFETENSORS_TORCH_AOT") == "0":
+        return {}
+    try:
+        from torch.utils.cpp_extension import TORCH_LIB_PATH, BuildExtension, CppExtension
+    except ImportError:
+        return {}
+    loader = load_loader()
+
+    class BuildLayer(BuildExtension):
+        """A plain shared library: no PyInit, no libpython, no path of this machine."""
+
+        def __init__(self, *args, **kwargs) -> None:
+            with loader.ninja_on_path():  # torch looks for it here, once more when it compiles
+                super().__init__(*args, **kwargs)
+
+        def run(self) -> None:
+            self.run_command("build_py")
+            native = (Path(self.build_lib) / PACKAGE / "native").resolve()
+            (extension,) = self.extensions
+            extension.sources = loader.sources(native)
+            system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
+            extension.include_dirs = loader.include_dirs(native)
+            # Neither debug information, which Python's own flags ask for, nor file names of this machine.
+            headers = Path(TORCH_LIB_PATH).parent
+            private = ["-g0", f"-ffile-prefix-map={native}=native", f"-ffile-prefix-map={headers}=torch"]
+            extension.extra_compile_args = [*loader.COMPILE_FLAGS, *private, *system]
+            extension.extra_link_args = loader.link_flags(native)
+            extension.libraries = ["torch_cpu", "c10"]
+            extension.library_dirs = [TORCH_LIB_PATH]
+            extension.runtime_library_dirs = []
+            with loader.ninja_on_path():
+                super().run()
+
+        def build_extensions(self) -> None:
+            # Some Pythons link extensions with a search path into their own folder.
+            for name in ("linker_so", "linker_so_cxx"):
+                command = getattr(self.compiler, name, None)
+                if command:
+                    setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])
+            super().build_extensions()
+
+        def get_ext_filename(self, fullname: str) -> str:
+            # setuptools asks for the whole name and for its last part, whose folder it adds itself.
+            package = fullname.split(".")[:-1]
+            return os.path.join(*package, "native", "lib", loader.library_name())
+
+        def get_export_symbols(self, ext) -> list[str]:
+            return []
+
+    return {
+        "ext_modules": [CppExtension(f"{PACKAGE}.native", [])],
+        "cmdclass": {"build_ext": BuildLayer},
+    }
+
+
+if sys.platform != "linux":
+    raise SystemExit("safetensors-torch supports Linux only")
+
+layer = ahead_of_time()
+setup(
+    version=cargo_version(),
+    license="Apache-2.0",
+    packages=[PACKAGE],
+    package_dir={"": "python"},
+    package_data={PACKAGE: ["py.typed"]},
+    ext_modules=layer.get("ext_modules", []),
+    distclass=BinaryDistribution,
+    cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel, **layer.get("cmdclass", {})},
+)
