@@ -1,0 +1,70 @@
+"""Fixtures of the Python tests; helpers that are no fixtures live in the modules beside them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from support import encode
+
+# Bound once, so that a test which patches the reference's modules changes nothing of what others compare with.
+_REFERENCE = types.SimpleNamespace(
+    load=safetensors.torch.load,
+    load_file=safetensors.torch.load_file,
+    load_model=safetensors.torch.load_model,
+    save=safetensors.torch.save,
+    save_file=safetensors.torch.save_file,
+    save_model=safetensors.torch.save_model,
+    safe_open=safetensors.safe_open,
+)
+
+
+@pytest.fixture
+def reference() -> types.SimpleNamespace:
+    """The functions of the PyPI package, for the sentences on which both agree."""
+    return _REFERENCE
+
+
+@pytest.fixture(params=["mmap", "pread"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    """A few dtypes and shapes, a scalar and a zero-size tensor among them."""
+    return {
+        "weight": torch.linspace(-1, 1, 24).reshape(4, 6),
+        "bias": torch.linspace(0, 1, 6, dtype=torch.float64),
+        "half": torch.linspace(-3, 3, 15).to(torch.bfloat16).reshape(3, 5),
+        "steps": torch.arange(5),
+        "mask": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A file that holds `tensors` and the metadata {"format": "pt"}, alone in its folder."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(encode(tensors, {"format": "pt"}))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes bytes, or tensors and metadata, to a new file and gives its path."""
+
+    def write(content: bytes | dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+        target = tmp_path / "given.safetensors"
+        target.write_bytes(content if isinstance(content, bytes) else encode(content, metadata))
+        return target
+
+    return write

@@ -1,0 +1,257 @@
+"""How the native library is found, compiled and loaded, and what the shipped one depends on.
+
+Every case is a process of its own. The package is copied without its ahead-of-time library where compilation at first
+import is what is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import safetensors_torch
+from safetensors_torch import _loader
+
+PACKAGE = Path(safetensors_torch.__file__).parent
+SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
+COMPILING = "safetensors_torch: compiling"
+
+# Imports the package, uses it, and says which libraries of its name the process has mapped and how long that took.
+USE = """
+    import time
+    import torch
+    start = time.monotonic()
+    import safetensors_torch
+    took = time.monotonic() - start
+    data = safetensors_torch.save({"weight": torch.arange(5.0)}, {"format": "pt"})
+    assert torch.equal(safetensors_torch.load(data)["weight"], torch.arange(5.0))
+    assert torch.classes.safetensors_torch.File
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split()[-1] for line in maps if "safetensors_torch" in line and ".so" in line}
+    print("package", safetensors_torch.__file__)
+    print("took", took)
+    for path in mapped:
+        print("mapped", path)
+"""
+
+needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
+
+
+def start(program: str, **environment: str | None) -> subprocess.Popen:
+    """A new Python that runs `program`, in the environment of this one but for what is named; None unsets."""
+    changed = {**os.environ, _loader.CACHE_VARIABLE: "/proc/none", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={name: value for name, value in changed.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
+    stdout, stderr = process.communicate(timeout=600)
+    return process.returncode, stdout, stderr
+
+
+def said(stdout: str, what: str) -> list[str]:
+    return re.findall(rf"^{what} (.*)$", stdout, re.MULTILINE)
+
+
+def copy_package(folder: Path) -> Path:
+    """The installed package without any library for torch, in `folder`, for PYTHONPATH."""
+    shutil.copytree(PACKAGE, folder / "safetensors_torch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A copy that two processes imported at the same moment, with an empty cache before them."""
+    folder = tmp_path_factory.mktemp("first_import")
+    environment = {"PYTHONPATH": str(copy_package(folder / "site")), _loader.CACHE_VARIABLE: str(folder / "cache")}
+    processes = [start(USE, **environment) for _ in range(2)]
+    return {"folder": folder, "environment": environment, "outcomes": [outcome(process) for process in processes]}
+
+
+def test_first_import_compiles_once(compiled: dict) -> None:
+    for status, stdout, stderr in compiled["outcomes"]:
+        assert status == 0, stderr
+        assert said(stdout, "package") == [str(compiled["folder"] / "site" / "safetensors_torch" / "__init__.py")]
+        assert "Traceback" not in stderr
+    messages = [stderr for _, _, stderr in compiled["outcomes"]]
+    assert sum(COMPILING in message for message in messages) == 1, messages
+    assert sum("waiting" in message for message in messages) == 1, messages
+    assert torch.__version__ in "".join(messages)
+    assert len(list(libraries(compiled))) == 1
+
+
+def libraries(compiled: dict):
+    return (compiled["folder"] / "cache").rglob("*.so")
+
+
+def test_nothing_but_the_library_stays_in_the_cache(compiled: dict) -> None:
+    files = [path for path in (compiled["folder"] / "cache").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".so", ".lock"}, files
+
+
+def test_second_import_is_quick_and_silent(compiled: dict) -> None:
+    status, stdout, stderr = outcome(start(USE, CXX="/nonexistent/c++", **compiled["environment"]))
+    assert status == 0, stderr
+    assert stderr == ""
+    # Both of the first two had to wait for the compiler.
+    first = min(float(said(stdout, "took")[0]) for _, stdout, _ in compiled["outcomes"])
+    assert float(said(stdout, "took")[0]) < first / 2
+    assert said(stdout, "mapped") == [str(path) for path in libraries(compiled)]
+
+
+def test_a_library_that_does_not_load_is_replaced(compiled: dict, tmp_path: Path) -> None:
+    site = copy_package(tmp_path / "site")
+    broken = site / "safetensors_torch" / "native" / "lib" / _loader.library_name()
+    broken.write_bytes(b"\x7fELF, and no more")
+    status, stdout, stderr = outcome(start(USE, **{**compiled["environment"], "PYTHONPATH": str(site)}))
+    assert status == 0, stderr
+    assert broken.name in stderr
+    assert said(stdout, "mapped") == [str(path) for path in libraries(compiled)]
+
+
+@needs_shipped
+def test_the_shipped_library_is_taken_without_a_word() -> None:
+    status, stdout, stderr = outcome(start(USE, CXX="/nonexistent/c++"))
+    assert (status, stderr) == (0, "")
+    assert said(stdout, "mapped") == [str(SHIPPED)]
+
+
+@needs_shipped
+def test_ops_of_another_copy_are_used(tmp_path: Path) -> None:
+    """A second library that registers the same operators would end the process."""
+    other = tmp_path / "libsafetensors_torch_other.so"
+    shutil.copy(SHIPPED, other)
+    load_first = f"""
+    import torch
+    torch.ops.load_library({str(other)!r})
+    """
+    status, stdout, stderr = outcome(start(load_first + USE))
+    assert (status, stderr) == (0, "")
+    assert said(stdout, "mapped") == [str(other)]
+
+
+@needs_shipped
+def test_the_library_alone_needs_no_package(tmp_path: Path) -> None:
+    program = f"""
+    import sys
+    import torch
+    torch.ops.load_library({str(SHIPPED)!r})
+    data = torch.ops.safetensors_torch.save({{"a": torch.ones(3)}})
+    assert torch.equal(torch.ops.safetensors_torch.load(data)["a"], torch.ones(3))
+    torch.ops.safetensors_torch.save_file({{"a": torch.ones(3)}}, {str(tmp_path / "out")!r})
+    assert "safetensors_torch" not in sys.modules
+    """
+    assert outcome(start(program)) == (0, "", "")
+    assert safetensors_torch.load_file(tmp_path / "out")["a"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_ops_of_another_version_are_reported() -> None:
+    program = """
+    import torch
+    library = torch.library.Library("safetensors_torch", "DEF")
+    library.define("load_file(str filename) -> Tensor")
+    try:
+        import safetensors_torch
+    except ImportError as error:
+        print(error)
+    """
+    status, stdout, stderr = outcome(start(program))
+    assert (status, stderr) == (0, "")
+    assert "another version" in stdout
+
+
+REPORT = """
+    try:
+        import safetensors_torch
+    except ImportError as error:
+        print(error)
+    else:
+        print("imported")
+"""
+
+
+@pytest.mark.parametrize("how", ["CXX", "PATH"])
+def test_a_missing_compiler_is_reported(how: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    missing = {"CXX": "/nonexistent/c++"} if how == "CXX" else {"CXX": None, "PATH": str(tmp_path)}
+    environment = {"PYTHONPATH": str(copy_package(tmp_path / "site")), _loader.CACHE_VARIABLE: str(cache), **missing}
+    status, stdout, _ = outcome(start(REPORT, **environment))
+    assert status == 0
+    assert f"libtorch layer for torch {torch.__version__}" in stdout
+    compiler = re.escape(missing["CXX"] or "c++")
+    assert re.search(rf"(?m)^ *- .*C\+\+ compiler.*{compiler}.*g\+\+.*CXX", stdout), stdout
+    for other in ("ninja", "cache folder", "headers", "too old"):
+        assert other in stdout
+    assert "pip install ninja" not in stdout, "ninja is there"
+    assert [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    environment = {
+        "PYTHONPATH": str(copy_package(tmp_path / "site")),
+        _loader.CACHE_VARIABLE: str(tmp_path / "file" / "cache"),
+    }
+    status, stdout, stderr = outcome(start(REPORT, **environment))
+    assert (status, stderr) == (0, "")
+    cache = re.escape(environment[_loader.CACHE_VARIABLE])
+    assert re.search(rf"(?m)^ *- .*cache folder.*{cache}.*{_loader.CACHE_VARIABLE}", stdout), stdout
+    assert "install g++" not in stdout, "the compiler is there"
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+ALLOWED = re.compile(r"lib(c10|torch_cpu|torch)\.so|lib(stdc\+\+|gcc_s|c|m|dl|pthread)\.so\.\d|ld-linux[\w-]*\.so\.\d")
+
+
+def expect_portable(library: Path) -> None:
+    dynamic = tool("readelf", "--wide", "--dynamic", str(library))
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert {"libc10.so", "libtorch_cpu.so"} <= set(needed)
+    assert [name for name in needed if not ALLOWED.fullmatch(name)] == []
+    assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic) == []
+    undefined = tool("nm", "--dynamic", "--undefined-only", str(library)).split()
+    assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
+
+
+@needs_shipped
+def test_the_shipped_library_depends_on_torch_alone() -> None:
+    expect_portable(SHIPPED)
+
+
+def test_the_compiled_library_depends_on_torch_alone(compiled: dict) -> None:
+    for library in libraries(compiled):
+        expect_portable(library)
+
+
+def test_no_path_of_the_build_is_shipped() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for path in (PACKAGE / "native").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert os.fsencode(root) not in content, path
+            assert os.fsencode(Path.home() / ".cargo") not in content, path
+
+
+def test_symbols_of_the_core_stay_inside(compiled: dict) -> None:
+    """Another Rust library, or the C library of this project, may be in the same process."""
+    for library in [*libraries(compiled), *([SHIPPED] if SHIPPED.exists() else [])]:
+        exported = tool("nm", "--dynamic", "--defined-only", str(library))
+        assert re.findall(r"\b(?:sft_|rust_|_R)\w*", exported) == []

@@ -1,0 +1,226 @@
+"""torch.ops.safetensors_torch and its TorchBind class, called directly: schemas, and what they give in eager mode.
+
+TorchScript, compilers and error messages have files of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch as reference
+import torch
+
+import safetensors_torch  # noqa: F401 - registers the ops
+from random_state import DTYPES, difference, flat_bytes, offset_order, random_state
+
+ops = torch.ops.safetensors_torch
+CPU = torch.device("cpu")
+
+# name -> arguments as (name, type, keyword only, (default,) where there is one), and the types returned
+SCHEMAS = {
+    "load_file": (
+        [
+            ("filename", "str", False, ()),
+            ("device", "Device", True, (CPU,)),
+            ("backend", "str", True, ("mmap",)),
+        ],
+        ["Dict[str, Tensor]"],
+    ),
+    "load": ([("data", "Tensor", False, ()), ("device", "Device", True, (CPU,))], ["Dict[str, Tensor]"]),
+    "save_file": (
+        [
+            ("tensors", "Dict[str, Tensor]", False, ()),
+            ("filename", "str", False, ()),
+            ("metadata", "Optional[Dict[str, str]]", False, (None,)),
+        ],
+        [],
+    ),
+    "save": (
+        [
+            ("tensors", "Dict[str, Tensor]", False, ()),
+            ("metadata", "Optional[Dict[str, str]]", False, (None,)),
+        ],
+        ["Tensor"],
+    ),
+    "get_tensor": (
+        [("filename", "str", False, ()), ("name", "str", False, ()), ("device", "Device", True, (CPU,))],
+        ["Tensor"],
+    ),
+}
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.tensor([True, False]), "step": torch.tensor(7)}
+
+
+@pytest.fixture
+def path(tmp_path: Path, state: dict[str, torch.Tensor]) -> str:
+    reference.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    return str(tmp_path / "model.safetensors")
+
+
+def as_bytes(data: torch.Tensor) -> bytes:
+    return bytes(data.tolist())
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    return torch.tensor(list(data), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas(name: str) -> None:
+    arguments, returns = SCHEMAS[name]
+    assert getattr(ops, name).overloads() == ["default"]
+    schema = getattr(ops, name).default._schema
+    found = []
+    for argument in schema.arguments:
+        default = (argument.default_value,) if argument.has_default_value() else ()
+        found.append((argument.name, str(argument.type), argument.kwarg_only, default))
+        assert argument.alias_info is None
+    assert found == arguments
+    assert [str(result.type) for result in schema.returns] == returns
+    assert not schema.is_mutable
+
+
+def test_load_file(path: str, state: dict[str, torch.Tensor]) -> None:
+    for loaded in (
+        ops.load_file(path),
+        ops.load_file(path, device="cpu"),
+        ops.load_file(path, device=CPU, backend="pread"),
+    ):
+        assert isinstance(loaded, dict)
+        assert difference(loaded, state) is None
+        assert list(loaded) == ["step", "weight", "bias"]
+
+
+def test_load(path: str, state: dict[str, torch.Tensor]) -> None:
+    data = as_tensor(Path(path).read_bytes())
+    loaded = ops.load(data)
+    data.zero_()
+    assert difference(loaded, state) is None
+    assert difference(ops._load_shared(as_tensor(Path(path).read_bytes())), state) is None
+
+
+def test_load_wants_plain_bytes(path: str) -> None:
+    data = as_tensor(Path(path).read_bytes())
+    wrong = {
+        "int8": data.view(torch.int8),
+        "2-D": data.reshape(1, -1),
+        "strided": torch.stack([data, data], dim=1)[:, 0],
+        "meta": data.to("meta"),
+    }
+    for what, tensor in wrong.items():
+        with pytest.raises((RuntimeError, NotImplementedError)) as refusal:
+            ops.load(tensor)
+        assert "frame #" not in str(refusal.value), what
+
+
+def test_get_tensor(path: str, state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in state.items():
+        assert difference({name: ops.get_tensor(path, name, device="cpu")}, {name: tensor}) is None
+
+
+def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}, {}):
+        expected = reference.save(state, metadata)
+        data = ops.save(state, metadata)
+        assert (data.dtype, data.dim(), data.device) == (torch.uint8, 1, CPU)
+        assert as_bytes(data) == expected
+        assert ops._save_size(state, metadata) == len(expected)
+        out = torch.zeros(len(expected), dtype=torch.uint8)
+        assert ops._save_into(state, out, metadata) is None
+        assert as_bytes(out) == expected
+        assert ops.save_file(state, str(tmp_path / "saved"), metadata) is None
+        assert (tmp_path / "saved").read_bytes() == expected
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_save_into_wants_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
+    out = torch.full((ops._save_size(state) + change,), 7, dtype=torch.uint8)
+    with pytest.raises(RuntimeError):
+        ops._save_into(state, out)
+    assert bool((out == 7).all()), "the buffer was written to"
+
+
+def test_random_states_through_the_ops(tmp_path: Path) -> None:
+    path = str(tmp_path / "random.safetensors")
+    for seed in range(2000, 2050):
+        case = random_state(seed)
+        expected = reference.save(case.tensors, case.metadata)
+        ops.save_file(case.tensors, path, case.metadata)
+        assert as_bytes(ops.save(case.tensors, case.metadata)) == expected, seed
+        assert Path(path).read_bytes() == expected, seed
+        assert difference(ops.load(as_tensor(expected)), case.tensors) is None, seed
+        assert difference(ops.load_file(path), case.tensors) is None, seed
+        for name, tensor in case.tensors.items():
+            assert difference({name: ops.get_tensor(path, name)}, {name: tensor}) is None, seed
+
+
+def test_tied(state: dict[str, torch.Tensor]) -> None:
+    shared = torch.ones(4)
+    tied = {"b": shared, "a": shared, "part": shared[:2], "alone": torch.ones(1)}
+    assert ops._tied(tied, []) == {"b": "a", "part": "a"}
+    assert ops._tied(tied, ["b"]) == {"a": "b", "part": "b"}
+    assert ops._tied(state, []) == {}
+    with pytest.raises(RuntimeError):
+        ops._tied({"left": shared[:3], "right": shared[1:]}, [])
+
+
+# The TorchBind class
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_file(backend: str, path: str, state: dict[str, torch.Tensor]) -> None:
+    file = torch.classes.safetensors_torch.File(path, backend)
+    assert file.is_open()
+    assert file.keys() == ["bias", "step", "weight"]
+    assert file.offset_keys() == offset_order(Path(path).read_bytes())
+    assert file.metadata() == {"format": "pt"}
+    assert file.size() == 3
+    assert file.contains("step")
+    assert not file.contains("stop")
+    assert (file.shape("weight"), file.tensor_shape("weight"), file.dtype("weight")) == ([3, 4], [3, 4], "F32")
+    assert (file.shape("step"), file.dtype("step"), file.dtype("bias")) == ([], "I64", "BOOL")
+    several = dict(zip(["step", "bias", "weight"], file.get_tensors(["step", "bias", "weight"], CPU)))
+    assert difference(several, state) is None
+    part = file.get_slice("weight", [0, 1], [3, 3], [2, 1], CPU)
+    assert torch.equal(part, state["weight"][::2, 1:3])
+    assert file.get_slice("weight", [2, 0], [2, 4], [1, 1], CPU).shape == (0, 4)
+    first, second = file.get_tensor("weight", CPU), file.get_tensor("weight", CPU)
+    assert (first.data_ptr() == second.data_ptr()) == (backend == "mmap")
+    file.close()
+    assert not file.is_open()
+    assert torch.equal(first, state["weight"]), "a tensor outlives its file"
+    for call in (
+        file.keys,
+        file.metadata,
+        file.size,
+        lambda: file.shape("weight"),
+        lambda: file.get_tensor("weight", CPU),
+    ):
+        with pytest.raises(RuntimeError, match="File is closed"):
+            call()
+    assert (ops._last_error()[0], ops._last_error()[3]) == ("SafetensorError", "File is closed")
+
+
+def test_packed_values_have_two_shapes(tmp_path: Path) -> None:
+    tensor = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3)
+    reference.save_file({"packed": tensor}, tmp_path / "f4")
+    file = torch.classes.safetensors_torch.File(str(tmp_path / "f4"), "mmap")
+    assert (file.shape("packed"), file.tensor_shape("packed"), file.dtype("packed")) == ([2, 6], [2, 3], "F4")
+    part = file.get_slice("packed", [1, 1], [2, 3], [1, 1], CPU)
+    assert flat_bytes(part).tolist() == [4, 5]
+    assert part.dtype == torch.float4_e2m1fn_x2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_file_reads_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.ones(16, dtype=torch.uint8).view(dtype)
+    reference.save_file({"t": tensor}, tmp_path / "one")
+    for backend in ("mmap", "pread"):
+        file = torch.classes.safetensors_torch.File(str(tmp_path / "one"), backend)
+        assert difference({"t": file.get_tensor("t", CPU)}, {"t": tensor}) is None
+        half = file.get_slice("t", [len(tensor) // 2], [len(tensor)], [1], CPU)
+        assert flat_bytes(half).tolist() == [1] * 8

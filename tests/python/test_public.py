@@ -1,0 +1,89 @@
+"""The package's public names, their signatures, and what type checkers see of them."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+
+import safetensors_torch
+
+REQUIRED = inspect.Parameter.empty
+# (name, default) of each parameter; those behind "*" by keyword only.
+SIGNATURES = {
+    "load_file": [("filename", REQUIRED), ("device", "cpu"), "*", ("backend", "mmap")],
+    "load": [("data", REQUIRED), ("device", "cpu"), "*", ("copy", True)],
+    "save_file": [("tensors", REQUIRED), ("filename", REQUIRED), ("metadata", None)],
+    "save": [("tensors", REQUIRED), ("metadata", None)],
+    "load_model": [
+        ("model", REQUIRED),
+        ("filename", REQUIRED),
+        ("strict", True),
+        ("device", "cpu"),
+        "*",
+        ("backend", "mmap"),
+    ],
+    "save_model": [("model", REQUIRED), ("filename", REQUIRED), ("metadata", None), ("force_contiguous", True)],
+    "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
+}
+FUNCTIONS = [name for name in SIGNATURES if name != "safe_open"]
+
+
+def described(function: object) -> list[object]:
+    result: list[object] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in result:
+            result.append("*")
+        else:
+            assert parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY), name
+        result.append((name, parameter.default))
+    return result
+
+
+@pytest.mark.parametrize("name", [*SIGNATURES, "SafetensorError"])
+def test_name_is_public(name: str) -> None:
+    assert name in safetensors_torch.__all__
+    assert getattr(safetensors_torch, name).__name__ == name
+    assert inspect.getdoc(getattr(safetensors_torch, name))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    assert described(getattr(safetensors_torch, name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_type_hints_resolve_and_cover_every_parameter(name: str) -> None:
+    function = getattr(safetensors_torch, name)
+    hints = typing.get_type_hints(function)
+    assert set(hints) == {*inspect.signature(function).parameters, "return"}
+
+
+METHODS = "__enter__ __exit__ __contains__ __len__ __iter__ keys offset_keys metadata get_tensor get_tensors get_slice"
+
+
+@pytest.mark.parametrize("method", ["__init__", *METHODS.split()])
+def test_type_hints_of_safe_open_resolve(method: str) -> None:
+    function = getattr(safetensors_torch.safe_open, method)
+    hints = typing.get_type_hints(function)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    assert set(hints) >= {parameter.name for parameter in parameters if parameter.kind not in variadic} | {"return"}
+
+
+def test_safe_open_is_a_class() -> None:
+    assert inspect.isclass(safetensors_torch.safe_open)
+
+
+def test_error_class_catches_what_the_package_raises_and_nothing_wider() -> None:
+    error = safetensors_torch.SafetensorError
+    assert issubclass(error, Exception)
+    assert not issubclass(error, (OSError, ValueError, TypeError, RuntimeError))
+    with pytest.raises(error):
+        safetensors_torch.load(b"")
+
+
+def test_types_are_marked_as_shipped() -> None:
+    assert (Path(safetensors_torch.__file__).parent / "py.typed").is_file()

@@ -1,0 +1,279 @@
+"""save_file: the file is replaced at once and whole, keeps its permissions, and nothing stray is left beside it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from random_state import difference
+from safetensors_torch import SafetensorError, load_file, save_file
+from support import encode, entries, mode, umask, unprivileged
+
+ONES = {"a": torch.ones(1000)}
+TWOS = {"a": torch.full((1000,), 2.0)}
+
+
+def constant(value: int) -> dict[str, torch.Tensor]:
+    """8 MiB, which no single write call or page holds."""
+    return {"first": torch.full((1 << 20,), value), "last": torch.full((1 << 17,), value, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode], ids=["str", "PathLike", "bytes"])
+def test_path_kinds(kind: Callable, tmp_path: Path) -> None:
+    save_file(ONES, kind(tmp_path / "a"))
+    assert entries(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == encode(ONES)
+
+
+def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file(ONES, "a")
+    save_file(TWOS, "./a")
+    assert entries(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == encode(TWOS)
+
+
+@pytest.mark.parametrize("filename", [None, 3, ["a"]], ids=["None", "int", "list"])
+def test_what_is_no_path_is_a_type_error(filename: object) -> None:
+    with pytest.raises(TypeError):
+        save_file(ONES, filename)
+
+
+def test_path_with_a_null_byte_is_not_cut_there(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError, SafetensorError)):
+        save_file(ONES, f"{tmp_path}/a\0b")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [1, 200, 255])
+def test_long_file_names(length: int, tmp_path: Path) -> None:
+    """As long as the filesystem allows, the name of anything written beside the target notwithstanding."""
+    target = tmp_path / ("n" * length)
+    for tensors in (ONES, TWOS):
+        save_file(tensors, target)
+        assert entries(tmp_path) == [target.name]
+        assert target.read_bytes() == encode(tensors)
+
+
+def test_shorter_file_replaces_a_longer_one(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    save_file(constant(1), target)
+    save_file(ONES, target)
+    assert target.read_bytes() == encode(ONES)
+
+
+@pytest.mark.parametrize("mask, expected", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0, 0o666)])
+def test_new_file_has_the_permissions_that_the_umask_gives(mask: int, expected: int, tmp_path: Path) -> None:
+    with umask(mask):
+        save_file(ONES, tmp_path / "a")
+        assert mode(tmp_path / "a") == expected
+        assert os.umask(mask) == mask
+
+
+@pytest.mark.parametrize("kept", [0o600, 0o640, 0o644, 0o666, 0o755, 0o440])
+def test_existing_file_keeps_its_permissions(kept: int, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    target.chmod(kept)
+    with umask(0o027):
+        save_file(ONES, target)
+    assert mode(target) == kept
+    assert target.read_bytes() == encode(ONES)
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+@pytest.mark.parametrize("dangling", [True, False], ids=["dangling", "existing"])
+def test_symlink_is_followed(relative: bool, dangling: bool, tmp_path: Path) -> None:
+    real, links = tmp_path / "real", tmp_path / "links"
+    real.mkdir()
+    links.mkdir()
+    target, link = real / "model", links / "latest"
+    if not dangling:
+        target.write_bytes(b"old")
+        target.chmod(0o640)
+    link.symlink_to("../real/model" if relative else target)
+    save_file(ONES, link)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert target.read_bytes() == encode(ONES)
+    assert entries(real) == ["model"] and entries(links) == ["latest"]
+    assert dangling or mode(target) == 0o640
+
+
+def test_chain_of_symlinks_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"old")
+    (tmp_path / "one").symlink_to("model")
+    (tmp_path / "two").symlink_to("one")
+    save_file(ONES, tmp_path / "two")
+    assert (tmp_path / "one").is_symlink() and (tmp_path / "two").is_symlink()
+    assert (tmp_path / "model").read_bytes() == encode(ONES)
+    assert entries(tmp_path) == ["model", "one", "two"]
+
+
+def test_another_hard_link_keeps_the_old_file(tmp_path: Path) -> None:
+    """The target is replaced, not written into."""
+    target, other = tmp_path / "a", tmp_path / "b"
+    save_file(ONES, target)
+    os.link(target, other)
+    save_file(TWOS, target)
+    assert other.read_bytes() == encode(ONES)
+    assert target.read_bytes() == encode(TWOS)
+
+
+@pytest.mark.parametrize("after", [TWOS, {}], ids=["same size", "smaller"])
+def test_tensors_of_the_replaced_file_keep_their_values(after: dict, backend: str, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    save_file(constant(1), target)
+    loaded = load_file(target, backend=backend)
+    save_file(after, target)
+    assert difference(loaded, constant(1)) is None
+    assert difference(load_file(target), after) is None
+
+
+def test_saving_over_the_file_that_the_tensors_come_from(backend: str, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    save_file(constant(1), target)
+    loaded = load_file(target, backend=backend)
+    loaded["last"].fill_(3)
+    save_file(loaded, target)
+    expected = {**constant(1), "last": constant(3)["last"]}
+    assert difference(load_file(target), expected) is None
+    assert difference(loaded, expected) is None
+
+
+def test_readers_see_the_old_file_or_the_new_one(backend: str, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    save_file(constant(0), target)
+    seen: list[set[int]] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            loaded = load_file(target, backend=backend)
+            seen.append({int(value) for tensor in loaded.values() for value in tensor[[0, len(tensor) // 2, -1]]})
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for value in range(1, 25):
+            save_file(constant(value), target)
+    finally:
+        done.set()
+        reader.join()
+    assert seen
+    assert all(len(values) == 1 for values in seen)
+    assert entries(tmp_path) == ["a"]
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """No file may grow beyond 1 MiB, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_failed_write_leaves_what_was_there(exists: bool, no_room: None, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    if exists:
+        save_file(ONES, target)
+    with pytest.raises(OSError, match=str(target)):
+        save_file(constant(1), target)
+    assert entries(tmp_path) == (["a"] if exists else [])
+    assert not exists or target.read_bytes() == encode(ONES)
+
+
+def test_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        save_file(ONES, folder)
+    assert str(folder) in str(caught.value)
+    assert entries(tmp_path) == ["folder"] and entries(folder) == []
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    target = tmp_path / "absent" / "a"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_file(ONES, target)
+    assert str(target) in str(caught.value)
+    assert entries(tmp_path) == []
+
+
+def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(NotADirectoryError) as caught:
+        save_file(ONES, tmp_path / "file" / "a")
+    assert str(tmp_path / "file" / "a") in str(caught.value)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_folder_without_write_permission(exists: bool, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    if exists:
+        target.write_bytes(b"old")
+        target.chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        with unprivileged(), pytest.raises(PermissionError) as caught:
+            save_file(ONES, target)
+    finally:
+        tmp_path.chmod(0o755)
+    assert str(target) in str(caught.value)
+    assert entries(tmp_path) == (["a"] if exists else [])
+    assert not exists or target.read_bytes() == b"old"
+
+
+def holds_unnamed_files(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+
+KILLED = """
+    import os, signal, sys, time
+    import torch
+    from safetensors_torch import save_file
+
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork
+    target = sys.argv[1]
+    tensors = {"a": torch.zeros(1 << 21)}
+    for attempt in range(8):
+        before = os.stat(target).st_mtime_ns
+        child = os.fork()
+        if child == 0:
+            while True:
+                tensors["a"].fill_(attempt)
+                save_file(tensors, target)
+        while os.stat(target).st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(0.002 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+"""
+
+
+def test_a_killed_process_leaves_nothing_stray(tmp_path: Path) -> None:
+    if not holds_unnamed_files(tmp_path):
+        pytest.skip("this filesystem has no unnamed files")
+    target = tmp_path / "a"
+    save_file({"a": torch.full((1 << 21,), -1.0)}, target)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(target)], check=True, timeout=60)
+    assert entries(tmp_path) == ["a"]
+    assert len(load_file(target)["a"].unique()) == 1
