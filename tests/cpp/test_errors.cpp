@@ -1,0 +1,161 @@
+// What loading and saving refuse: a c10::Error, its text, and nothing left behind.
+
+#include "support.h"
+
+using namespace support;
+
+namespace {
+
+// Saving must refuse `tensors` with a text that has `part`, through both doors, and touch nothing.
+void check_refused(const st::Tensors& tensors, const std::string& part) {
+    const TempDir dir;
+    write_file(dir.file("f"), "as it was");
+    const std::string text = ERROR_OF(st::save_file(tensors, dir.file("f")));
+    EXPECT_HAS(text, part);
+    EXPECT_HAS(ERROR_OF(st::save_file(tensors, dir.file("new"))), part);
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), part);
+    EXPECT_EQ(read_file(dir.file("f")), "as it was");
+    EXPECT_EQ(dir.count(), 1U);
+}
+
+st::Tensors dict(const std::string& name, const at::Tensor& tensor) {
+    st::Tensors tensors;
+    tensors.insert(name, tensor);
+    return tensors;
+}
+
+// Loading must refuse a file of these bytes, whichever way it is opened. Returns what it says.
+std::string refused(const std::string& bytes) {
+    const TempDir dir;
+    write_file(dir.file("bad"), bytes);
+    const std::string text = ERROR_OF(st::load_file(dir.file("bad")));
+    EXPECT_HAS(text, dir.file("bad"));
+    for (const st::Backend backend : kBackends) {
+        EXPECT_EQ(ERROR_OF(st::load_file(dir.file("bad"), at::kCPU, backend)), text);
+        EXPECT_EQ(ERROR_OF(st::File(dir.file("bad"), at::kCPU, backend)), text);
+    }
+    EXPECT(!ERROR_OF(st::load(bytes)).empty());
+    return text;
+}
+
+}  // namespace
+
+TEST(a_missing_file) {
+    const TempDir dir;
+    const std::string path = dir.file("not here");
+    for (const st::Backend backend : kBackends) {
+        EXPECT_EQ(ERROR_OF(st::load_file(path, at::kCPU, backend)), "No such file or directory: " + path);
+        EXPECT_EQ(ERROR_OF(st::File(path, at::kCPU, backend)), "No such file or directory: " + path);
+    }
+    EXPECT_EQ(ERROR_OF(st::load_file("")), "No such file or directory: ");
+}
+
+TEST(a_folder_is_no_file) {
+    const TempDir dir;
+    for (const st::Backend backend : kBackends) {
+        EXPECT_HAS(ERROR_OF(st::load_file(dir.file("."), at::kCPU, backend)), dir.file("."));
+    }
+    EXPECT_HAS(ERROR_OF(st::save_file(st::Tensors(), dir.file("."))), dir.file("."));
+    EXPECT_HAS(ERROR_OF(st::save_file(st::Tensors(), dir.file("no/such/folder"))), "No such file or directory");
+    EXPECT_EQ(dir.count(), 0U);
+}
+
+TEST(truncated_files) {
+    const std::string bytes = st::save(dict("x", make({100}, at::kFloat)));
+    for (const std::size_t length : {std::size_t{0}, std::size_t{4}, std::size_t{7}, std::size_t{8}, std::size_t{20},
+                                     bytes.size() - 400, bytes.size() - 1}) {
+        EXPECT(!refused(bytes.substr(0, length)).empty());
+    }
+    EXPECT(!refused(bytes + '\0').empty());
+}
+
+TEST(garbage_files) {
+    refused(std::string(64, '\0'));
+    refused(std::string(64, '\xff'));
+    refused(file_bytes("[]"));
+    refused(file_bytes("{\"x\":"));
+    refused(file_bytes("\xc3\x28"));
+    refused(file_bytes(R"({"x":{"dtype":"F99","shape":[],"data_offsets":[0,4]}})", "1234"));
+    refused(file_bytes(R"({"x":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})", "1234"));
+    refused(file_bytes(R"({"x":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}})", "1"));
+    refused(file_bytes(R"({"x":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "12"));
+    EXPECT_HAS(refused("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "Git LFS");
+}
+
+TEST(a_dtype_without_a_torch_dtype) {
+    const TempDir dir;
+    write_file(dir.file("f6"), file_bytes(R"({"six":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}})", "123"));
+    const std::string text = ERROR_OF(st::load_file(dir.file("f6")));
+    EXPECT_HAS(text, "six");
+    EXPECT_HAS(text, "F6_E2M3");
+    const st::File file(dir.file("f6"));
+    EXPECT_EQ(file.dtype("six"), "F6_E2M3");
+    EXPECT_EQ(file.shape("six"), (std::vector<std::int64_t>{4}));
+    EXPECT_HAS(ERROR_OF(file.get_tensor("six")), "F6_E2M3");
+    EXPECT_HAS(ERROR_OF(file.tensor_dtype("six")), "F6_E2M3");
+}
+
+TEST(sparse_tensors) {
+    check_refused(
+        dict("test", at::eye(3).to_sparse()),
+        "You are trying to save a sparse tensors: `['test']` which this library does not support. You can make "
+        "it a dense tensor before saving with `.to_dense()` but be aware this might make a much larger file "
+        "than needed.");
+}
+
+TEST(shared_memory) {
+    const at::Tensor whole = make({4, 4}, at::kFloat);
+    st::Tensors tensors = dict("whole", whole);
+    tensors.insert("row", whole[1]);
+    tensors.insert("other", make({2}, at::kFloat));
+    check_refused(tensors, "share memory");
+    check_refused(tensors, "{'row', 'whole'}");
+    check_refused(tensors, "save_model");
+    // Neighbours in one storage share nothing.
+    st::Tensors halves = dict("first", whole.slice(0, 0, 2));
+    halves.insert("second", whole.slice(0, 2, 4));
+    EXPECT(identical(st::load(st::save(halves)), halves));
+}
+
+TEST(tensors_that_are_not_contiguous) {
+    const st::Tensors tensors = dict("bent", make({2, 3}, at::kFloat).t());
+    check_refused(tensors, "`bent`");
+    check_refused(tensors, ".contiguous()");
+}
+
+TEST(meta_tensors) { check_refused(dict("m", at::empty({2}, at::kMeta)), "Cannot copy out of meta tensor"); }
+
+TEST(dtypes_without_a_code) {
+    check_refused(dict("wide", make({2}, at::kComplexDouble)), "wide");
+    check_refused(dict("wide", make({2}, at::kComplexDouble)), "omplex");
+}
+
+TEST(reserved_names) { check_refused(dict("__metadata__", make({2}, at::kFloat)), "__metadata__"); }
+
+TEST(text_that_is_not_utf8) {
+    check_refused(dict("\xff", make({2}, at::kFloat)), "UTF-8");
+    EXPECT_HAS(ERROR_OF(st::save(dict("x", make({2}, at::kFloat)), {{"key", "\xff"}})), "UTF-8");
+}
+
+TEST(checks_come_in_order) {
+    // Every fault at once: the first in the list is named.
+    const at::Tensor bent = make({2, 3}, at::kFloat).t();
+    st::Tensors tensors = dict("meta", at::empty({2}, at::kMeta));
+    tensors.insert("bent", bent);
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), "`bent`");
+    tensors.insert("same", bent);
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), "share memory");
+    tensors.insert("sparse", at::eye(2).to_sparse());
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), "['sparse']");
+}
+
+TEST(an_error_is_a_plain_c10_error) {
+    const TempDir dir;
+    try {
+        st::load_file(dir.file("absent"));
+        EXPECT(!"thrown");
+    } catch (const c10::Error& error) {
+        EXPECT_EQ(std::string(error.what()), std::string(error.what_without_backtrace()));
+        EXPECT_EQ(error.msg(), "No such file or directory: " + dir.file("absent"));
+    }
+}

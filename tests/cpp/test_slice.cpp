@@ -1,0 +1,155 @@
+// File::get_slice gives what indexing the whole tensor gives, and refuses what it refuses.
+
+#include "support.h"
+
+using namespace support;
+using at::indexing::Ellipsis;
+using at::indexing::None;
+using at::indexing::Slice;
+using Index = std::vector<at::indexing::TensorIndex>;
+
+namespace {
+
+constexpr at::IntArrayRef::value_type kDims[] = {5, 4, 6};
+
+// Opens one tensor of shape 5x4x6, "x", and a scalar and a hollow one, on each backend.
+struct Fixture {
+    TempDir dir;
+    at::Tensor x = at::arange(5 * 4 * 6, at::kInt).reshape(kDims);
+    std::vector<st::File> files;
+
+    Fixture() {
+        st::Tensors tensors;
+        tensors.insert("x", x);
+        tensors.insert("scalar", at::scalar_tensor(7, at::kInt));
+        tensors.insert("hollow", at::empty({0, 3}, at::kInt));
+        st::save_file(tensors, dir.file("f"));
+        for (const st::Backend backend : kBackends) {
+            files.emplace_back(dir.file("f"), at::kCPU, backend);
+        }
+    }
+};
+
+void check_same(const Fixture& fixture, const Index& index, int line) {
+    const at::Tensor expected = fixture.x.index(index);
+    for (const st::File& file : fixture.files) {
+        const at::Tensor part = file.get_slice("x", index);
+        if (part.sizes() != expected.sizes() || !at::equal(part, expected)) {
+            std::ostringstream out;
+            out << "get_slice gives shape " << part.sizes() << ", index() gives " << expected.sizes()
+                << ", or other values";
+            check::report(__FILE__, line, out.str());
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPECT_SAME(...) check_same(fixture, Index{__VA_ARGS__}, __LINE__)
+
+TEST(slice_by_integers_slices_and_ellipsis) {
+    const Fixture fixture;
+    EXPECT_SAME(0);
+    EXPECT_SAME(4);
+    EXPECT_SAME(-1);
+    EXPECT_SAME(-5, -4, -6);
+    EXPECT_SAME(2, 3);
+    EXPECT_SAME(1, 2, 3);
+    EXPECT_SAME(Slice());
+    EXPECT_SAME(Slice(1, 3));
+    EXPECT_SAME(Slice(None, 3));
+    EXPECT_SAME(Slice(2, None));
+    EXPECT_SAME(Slice(None, None, 2));
+    EXPECT_SAME(Slice(1, None, 3), Slice(), Slice(0, 6, 4));
+    EXPECT_SAME(Slice(-3, -1), Slice(-100, 100), Slice(5, 2));
+    EXPECT_SAME(Slice(100, 200));
+    EXPECT_SAME(Slice(0, 5, 100));
+    EXPECT_SAME(Slice(0, 2), 1, Slice(2, 5));
+    EXPECT_SAME(1, Slice(0, 2), -2);
+    EXPECT_SAME(Ellipsis);
+    EXPECT_SAME("...", 2);
+    EXPECT_SAME(2, Ellipsis);
+    EXPECT_SAME(1, Ellipsis, Slice(0, 2));
+    EXPECT_SAME(1, Ellipsis, 2, 3);
+    EXPECT_SAME(Slice(1, 2), Ellipsis, Slice(), Slice());
+}
+
+TEST(slice_of_everything) {
+    const Fixture fixture;
+    for (const st::File& file : fixture.files) {
+        EXPECT(identical(file.get_slice("x", {}), fixture.x));
+        EXPECT_EQ(file.get_slice("scalar", {}).item<int>(), 7);
+        EXPECT_EQ(file.get_slice("scalar", {Ellipsis}).item<int>(), 7);
+        EXPECT_EQ(file.get_slice("hollow", {Slice(0, 2), 1}).sizes(), (at::IntArrayRef{0}));
+    }
+}
+
+TEST(slice_by_new_axes_booleans_and_tensors) {
+    const Fixture fixture;
+    const at::Tensor rows = at::tensor({3, 0, 3}, at::kLong);
+    const at::Tensor mask = at::tensor({1, 0, 1, 1}).to(at::kBool);
+    EXPECT_SAME(None);
+    EXPECT_SAME(None, 1, None, Slice(0, 2));
+    EXPECT_SAME(Ellipsis, None);
+    EXPECT_SAME(true);
+    EXPECT_SAME(false, 1);
+    EXPECT_SAME(rows);
+    EXPECT_SAME(rows, 1);
+    EXPECT_SAME(1, rows, Slice(1, 3));
+    EXPECT_SAME(Slice(1, 3), mask);
+    EXPECT_SAME(rows, Slice(), rows);
+    EXPECT_SAME(fixture.x > 50);
+    EXPECT_SAME(fixture.x.select(2, 0) > 50, Slice(0, 2));
+    EXPECT_SAME(at::scalar_tensor(2, at::kLong), Slice(1, 2));
+}
+
+TEST(slice_refuses_what_indexing_refuses) {
+    const Fixture fixture;
+    for (const st::File& file : fixture.files) {
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {5})), "index 5 is out of bounds for dimension 0 with size 5");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {Slice(), -5})),
+                  "index -5 is out of bounds for dimension 1 with size 4");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {0, 0, 0, 0})), "too many indices for tensor of dimension 3");
+        EXPECT_EQ(ERROR_OF(file.get_slice("scalar", {0})), "too many indices for tensor of dimension 0");
+        EXPECT_HAS(ERROR_OF(file.get_slice("x", {Ellipsis, Ellipsis})), "ellipsis");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {Slice(None, None, -1)})), "step must be greater than zero");
+        EXPECT_EQ(ERROR_OF(file.get_slice("hollow", {0})), "index 0 is out of bounds for dimension 0 with size 0");
+    }
+    try {
+        fixture.files.front().get_slice("x", {5});
+        EXPECT(!"thrown");
+    } catch (const c10::IndexError&) {
+    }
+    try {
+        fixture.files.front().get_slice("x", {Slice(None, None, -1)});
+        EXPECT(!"thrown");
+    } catch (const c10::ValueError&) {
+    }
+}
+
+TEST(slice_owns_no_more_than_it_needs) {
+    const Fixture fixture;
+    for (const st::File& file : fixture.files) {
+        const at::Tensor part = file.get_slice("x", {1, Slice(0, 2)});
+        EXPECT_EQ(part.storage().nbytes(), part.nbytes());
+        part.zero_();
+        EXPECT(identical(file.get_tensor("x"), fixture.x));
+    }
+}
+
+TEST(slice_of_every_dtype) {
+    const TempDir dir;
+    st::Tensors tensors;
+    for (const Dtype& dtype : dtypes()) {
+        tensors.insert(dtype.code, make({4, 6}, dtype.type));
+    }
+    st::save_file(tensors, dir.file("all"));
+    for (const st::Backend backend : kBackends) {
+        const st::File file(dir.file("all"), at::kCPU, backend);
+        for (const auto& entry : tensors) {
+            const at::Tensor expected = entry.value().slice(0, 1, 3);
+            EXPECT(identical(file.get_slice(entry.key(), {Slice(1, 3)}), expected));
+            EXPECT_EQ(file.get_slice(entry.key(), {2, Slice(2, 4)}).sizes(), (at::IntArrayRef{2}));
+        }
+    }
+}
