@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-import safetensors_torch
 import torch
 from make_model import METADATA, build, different_tensors, duration, megabytes, report, tied_names
+
+import safetensors_torch
 
 ROUNDS = 3
 

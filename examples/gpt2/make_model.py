@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-import safetensors_torch
 import torch
 from torch import nn
+
+import safetensors_torch
 
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT = 12, 768, 12, 50257, 1024
 SEED, TOKENS = 2019, 64
