@@ -66,8 +66,9 @@ install: out/library.stamp out/core.stamp
 endif
 
 install:
-	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include
+	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include/safetensors_torch
 	install -m 644 include/safetensors_torch.h include/safetensors_torch.hpp $(DESTDIR)$(PREFIX)/include
+	install -m 644 include/safetensors_torch/*.hpp $(DESTDIR)$(PREFIX)/include/safetensors_torch
 	install -m 755 $(SHARED) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
 	ln -sf libsafetensors_torch.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(MAJOR)
 	ln -sf libsafetensors_torch.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so

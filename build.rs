@@ -67,6 +67,8 @@ mod torch {
             .flag("-isystem")
             .flag(torch.include.join("torch/csrc/api/include"))
             .define("_GLIBCXX_USE_CXX11_ABI", torch.cxx11_abi.as_str())
+            // The asserts in torch's headers name their files: without this, by the paths of the machine that built.
+            .flag_if_supported(format!("-ffile-prefix-map={}=torch", torch.include.display()))
             .cargo_metadata(false)
             .compile(ARCHIVE);
         // Nothing refers to the objects that register the ops, so the linker would drop them one by one.

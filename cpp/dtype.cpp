@@ -78,7 +78,8 @@ c10::ScalarType to_torch(uint8_t dtype, const std::string& tensor) {
     if (!type) {
         fail(Kind::safetensor,
              "tensor " + repr(tensor) + " has dtype " + std::string(core::dtype_code(dtype)) +
-                 ", which this version of torch has no dtype for; its bytes can be read through the C API");
+                 ", which this version of torch has no dtype for; its bytes can be read through the C API",
+             kUnsupportedDtype);
     }
     return *type;
 }

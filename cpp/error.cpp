@@ -53,7 +53,7 @@ const char* name_of(Kind kind) {
 
 LastError last_error() { return last(); }
 
-void fail(Kind kind, const std::string& message) { note_and_throw(kind, 0, 0, message); }
+void fail(Kind kind, const std::string& message, int64_t code) { note_and_throw(kind, code, 0, message); }
 
 void rethrow_clean() {
     try {

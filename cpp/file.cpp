@@ -27,7 +27,7 @@ File::File(const std::string& path, const std::string& backend)
 SharedFile File::opened() const {
     SharedFile file = std::atomic_load(&file_);
     if (file == nullptr) {
-        fail(Kind::safetensor, "File is closed");
+        fail(Kind::safetensor, "File is closed", kClosed);
     }
     return file;
 }

@@ -103,9 +103,10 @@ Plan make_plan(const Tensors& dict, const std::optional<Metadata>& metadata, con
     for (const auto& [name, tensor] : tensors) {
         const auto dtype = from_torch(tensor.scalar_type());
         if (!dtype) {
-            fail(Kind::safetensor, "tensor " + repr(name) + " has dtype " +
-                                       c10::getDtypeNames(tensor.scalar_type()).first +
-                                       ", for which the safetensors format has no code: convert it before saving");
+            fail(Kind::safetensor,
+                 "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
+                     ", for which the safetensors format has no code: convert it before saving",
+                 kUnsupportedDtype);
         }
         const size_t start = dims.size();
         append_header_shape(dims, tensor.scalar_type(), tensor.sizes(), name);

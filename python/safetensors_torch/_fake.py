@@ -3,14 +3,14 @@
 Owns the registrations with torch.library, and what differs between versions of torch there. The shapes come from
 the native library, which reads a file's header for them.
 
-``load`` and ``_load_shared`` can have no fake kernel: how many tensors they return, and of which shapes, stands in
-the bytes, which a fake tensor has not.
+``load`` and ``_load_shared`` can have no such kernel: how many tensors they return, and of which shapes, stands in
+the bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the real one outside of its graph.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -46,6 +46,15 @@ def _load_file(
     return {name: _like(file, name, device) for name in call(file.offset_keys)}
 
 
+def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., dict[str, torch.Tensor]]:
+    def kernel(data: torch.Tensor, *, device: Optional[torch.device] = None) -> dict[str, torch.Tensor]:
+        from torch._subclasses.fake_tensor import DataDependentOutputException
+
+        raise DataDependentOutputException(op)
+
+    return kernel
+
+
 def _save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None) -> torch.Tensor:
     # The size depends on names and shapes, and only the native library knows how; to a tracer it is a new symbol.
     size = torch.library.get_ctx().new_dynamic_size()
@@ -74,7 +83,10 @@ def _keep_in_graphs(op: torch._ops.OpOverload) -> None:
 
 def register() -> None:
     """Registers the fake kernels and effects. To be called once in a process, after the operators are there."""
+    ops = torch.ops.safetensors_torch
     for name, kernel in (
+        ("load", _depends_on_data(ops.load.default)),
+        ("_load_shared", _depends_on_data(ops._load_shared.default)),
         ("get_tensor", _get_tensor),
         ("load_file", _load_file),
         ("save", _save),
@@ -82,8 +94,8 @@ def register() -> None:
         ("_save_into", _save_into),
     ):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", kernel)
-    for op in (torch.ops.safetensors_torch.save_file.default, torch.ops.safetensors_torch.get_tensor.default):
-        _keep_in_graphs(op)
+    for op in (ops.get_tensor, ops.load_file, ops.save, ops.save_file):
+        _keep_in_graphs(op.default)
 
 
 register()

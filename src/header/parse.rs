@@ -14,6 +14,10 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) fn parse(json: &[u8]) -> Result<Header> {
+    if json.is_empty() {
+        let detail = "the header length is 0: the file is all zeros so far, or no safetensors file";
+        return Err(Error::new(ErrorKind::HeaderJson, detail));
+    }
     let text = std::str::from_utf8(json).map_err(|error| {
         Error::new(
             ErrorKind::HeaderUtf8,

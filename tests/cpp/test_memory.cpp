@@ -1,5 +1,7 @@
 // Who owns the memory of loaded tensors: lifetimes, aliasing, copy-on-write, and threads.
 
+#include <algorithm>
+#include <atomic>
 #include <thread>
 
 #include "support.h"
@@ -95,6 +97,27 @@ TEST(reads_through_one_file_alias_only_where_it_is_mapped) {
     const st::File read(dir.file("f"), at::kCPU, st::Backend::pread);
     const at::Tensor once = read.get_tensor("a");
     EXPECT(data_of(once) != data_of(read.get_tensor("a")));
+}
+
+TEST(the_file_is_mapped_by_mmap_alone_until_the_last_tensor_dies) {
+    const TempDir dir;
+    st::save_file(some_tensors(), dir.file("f"));
+    const auto is_mapped = [&] { return has(read_file("/proc/self/maps"), dir.file("f")); };
+    {
+        const st::Tensors read = st::load_file(dir.file("f"), at::kCPU, st::Backend::pread);
+        const st::File file(dir.file("f"), at::kCPU, st::Backend::pread);
+        const at::Tensor tensor = file.get_tensor("a");
+        EXPECT(!is_mapped());
+    }
+    at::Tensor last;
+    {
+        const st::Tensors mapped = st::load_file(dir.file("f"));
+        last = mapped.at("b");
+        EXPECT(is_mapped());
+    }
+    EXPECT(is_mapped());
+    last.reset();
+    EXPECT(!is_mapped());
 }
 
 TEST(each_tensor_owns_a_storage_of_its_size) {

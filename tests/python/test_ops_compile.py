@@ -213,3 +213,23 @@ def test_fake_mode_refuses_what_the_real_op_refuses(path: str, tmp_path: Path) -
             ops.get_tensor(path, "wait")
         with pytest.raises(Exception, match="No such file or directory"):
             ops.get_tensor(str(tmp_path / "absent"), "weight")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_runs_load_outside_of_the_graph(backend: str) -> None:
+    """What load returns stands in the bytes, so no graph can hold it."""
+
+    def run(data: torch.Tensor) -> torch.Tensor:
+        return ops.load(data)["weight"] + 1
+
+    data = ops.save({"weight": torch.arange(3.0)})
+    assert torch.compile(run, backend=backend)(data).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_holds_save(backend: str) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return ops.save({"weight": x})
+
+    data = torch.compile(run, fullgraph=True, backend=backend)(torch.arange(3.0))
+    assert ops.load(data)["weight"].tolist() == [0, 1, 2]
