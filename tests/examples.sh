@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs every example but the demo, each the way its first lines say, against an installed tree.
+# Builds and runs every example but the demo, each the way its first lines say, and the code in README.md, against
+# installed trees.
 # Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a folder for what is built).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,4 +35,24 @@ from safetensors_torch import load_file
 source, scaled = (load_file(path) for path in sys.argv[1:])
 assert torch.equal(source["weight"] * 2, scaled["weight"])
 CHECK
-echo "examples: 3 passed, 0 failed"
+readme="$WORK/readme"
+mkdir -p "$readme"
+for block in python:use.py cpp:app.cpp cmake:link.cmake c:app.c; do
+    "$PYTHON" tests/readme_block.py "${block%%:*}" >"$readme/${block#*:}"
+done
+cat >"$readme/CMakeLists.txt" <<'CMAKE'
+cmake_minimum_required(VERSION 3.18)
+project(app LANGUAGES CXX)
+add_executable(app app.cpp)
+include(link.cmake)
+CMAKE
+(
+    cd "$readme"
+    "$PYTHON" use.py
+    cc -std=c11 app.c -I"$C_PREFIX/include" -L"$C_PREFIX/lib" -Wl,-rpath,"$C_PREFIX/lib" -lsafetensors_torch -o app-c
+    ./app-c | expect '^-?[0-9]+\.[0-9]+$'
+    cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch" >/dev/null
+    cmake --build build >/dev/null
+    build/app | expect '^weight \[3, 4\]$'
+)
+echo "examples and README: 6 passed, 0 failed"

@@ -1,0 +1,62 @@
+"""A target that no file can be renamed over: one that is itself a mount point, as containers have them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import safetensors_torch
+
+SAVE = """
+import sys, torch, safetensors_torch
+try:
+    safetensors_torch.save_file({"a": torch.arange(5), "b": eval(sys.argv[2])}, sys.argv[1])
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def in_mount(target: Path, tensor: str) -> subprocess.CompletedProcess[str]:
+    """Saves to `target` in a process that sees another file mounted over it."""
+    backing = target.with_name("backing")
+    mount_then_run = 'mount --bind "$1" "$2"; shift 2; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mount_then_run, "sh", str(backing), str(target)]
+    command += [sys.executable, "-c", SAVE, str(target), tensor]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    probe = subprocess.run(
+        ["unshare", "--mount", "mount", "--bind", str(tmp_path), str(tmp_path)], capture_output=True, check=False
+    )
+    if probe.returncode != 0:
+        pytest.skip("this process may not mount")
+    target = tmp_path / "mounted.safetensors"
+    target.write_bytes(b"shown outside of the mount")
+    (tmp_path / "backing").write_bytes(b"old and longer than what is written over it " * 50)
+    return target
+
+
+def test_the_file_is_overwritten_in_place(target: Path) -> None:
+    done = in_mount(target, "torch.ones(2)")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    loaded = safetensors_torch.load_file(target.with_name("backing"))
+    assert torch.equal(loaded["a"], torch.arange(5)) and torch.equal(loaded["b"], torch.ones(2))
+    assert sorted(path.name for path in target.parent.iterdir()) == ["backing", "mounted.safetensors"]
+    assert target.read_bytes() == b"shown outside of the mount"
+
+
+def test_a_refused_save_leaves_it_alone(target: Path) -> None:
+    backing = target.with_name("backing")
+    before = backing.read_bytes()
+    done = in_mount(target, "torch.ones(2, device='meta')")
+    assert done.stdout.startswith("refused: Cannot copy out of meta tensor"), done.stderr
+    assert backing.read_bytes() == before
