@@ -46,7 +46,7 @@ def find_cargo() -> str:
     usual = Path.home() / ".cargo" / "bin" / "cargo"
     if named or usual.exists():
         return named or str(usual)
-    raise SystemExit("cargo is needed to build safetensors-torch from source. Install Rust: https://rustup.rs")
+    raise SystemExit("cargo is needed to build safetensors-torch from source. Install Rust with rustup")
 
 
 class Core:

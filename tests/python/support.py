@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from random_state import flat_bytes
 
@@ -142,3 +143,24 @@ def umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def as_bytes(data: torch.Tensor) -> bytes:
+    """What an operator gives for the bytes of a file, as bytes."""
+    return bytes(data.tolist())
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    """What an operator takes for the bytes of a file."""
+    return torch.tensor(list(data), dtype=torch.uint8)
+
+
+class Tied(nn.Module):
+    """A head and an embedding with one weight; the embedding's name is what save_model keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 7, bias=False)
+        self.embedding = nn.Embedding(7, 4)
+        self.embedding.weight = self.head.weight
+        self.norm = nn.LayerNorm(4)

@@ -16,18 +16,7 @@ from torch import nn
 import safetensors_torch.model
 from random_state import difference
 from safetensors_torch import load_model, save_model
-from support import DTYPES, sample, snapshot
-
-
-class Tied(nn.Module):
-    """A head and an embedding with one weight; the embedding's name is what save_model keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 7, bias=False)
-        self.embedding = nn.Embedding(7, 4)
-        self.embedding.weight = self.head.weight
-        self.norm = nn.LayerNorm(4)
+from support import DTYPES, Tied, sample, snapshot
 
 
 def holding(**tensors: torch.Tensor) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 
 import safetensors_torch  # noqa: F401 - registers the ops
 from random_state import DTYPES, difference, flat_bytes, offset_order, random_state
+from support import as_bytes, as_tensor
 
 ops = torch.ops.safetensors_torch
 CPU = torch.device("cpu")
@@ -59,14 +60,6 @@ def state() -> dict[str, torch.Tensor]:
 def path(tmp_path: Path, state: dict[str, torch.Tensor]) -> str:
     reference.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     return str(tmp_path / "model.safetensors")
-
-
-def as_bytes(data: torch.Tensor) -> bytes:
-    return bytes(data.tolist())
-
-
-def as_tensor(data: bytes) -> torch.Tensor:
-    return torch.tensor(list(data), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

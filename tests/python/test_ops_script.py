@@ -12,6 +12,7 @@ import torch
 
 import safetensors_torch  # noqa: F401 - registers the ops
 from random_state import difference
+from support import as_bytes, as_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -25,14 +26,6 @@ def state() -> dict[str, torch.Tensor]:
 def path(tmp_path: Path, state: dict[str, torch.Tensor]) -> str:
     reference.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     return str(tmp_path / "model.safetensors")
-
-
-def as_bytes(data: torch.Tensor) -> bytes:
-    return bytes(data.tolist())
-
-
-def as_tensor(data: bytes) -> torch.Tensor:
-    return torch.tensor(list(data), dtype=torch.uint8)
 
 
 @torch.jit.script

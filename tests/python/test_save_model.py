@@ -13,7 +13,7 @@ from torch import nn
 
 from random_state import difference
 from safetensors_torch import load_file, load_model, save, save_model
-from support import encode, entries, snapshot, unpack
+from support import Tied, encode, entries, snapshot, unpack
 
 FORCE_TEXT = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
 
@@ -26,17 +26,6 @@ class Named(nn.Module):
         for name, tensor in tensors.items():
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)
-
-
-class Tied(nn.Module):
-    """An embedding and a head with one weight, as language models have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 7, bias=False)
-        self.embedding = nn.Embedding(7, 4)
-        self.embedding.weight = self.head.weight
-        self.norm = nn.LayerNorm(4)
 
 
 @pytest.fixture
