@@ -42,8 +42,9 @@ Extent extent_of(const at::Tensor& tensor, size_t index) {
     return {begin, begin + (last + 1) * itemsize, index};
 }
 
+// Whether every byte of the storage belongs to exactly one element; an expanded tensor has as many, but not all.
 bool covers_storage(const at::Tensor& tensor) {
-    return tensor.storage_offset() == 0 && tensor.numel() * tensor.itemsize() == tensor.storage().nbytes();
+    return tensor.is_non_overlapping_and_dense() && tensor.numel() * tensor.itemsize() == tensor.storage().nbytes();
 }
 
 // Splits the extents of one storage into runs that overlap, and adds those with more than one tensor.

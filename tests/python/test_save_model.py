@@ -77,6 +77,8 @@ TIES = {
     "a part of the whole": ({"a": BASE[2:5], "b": BASE}, ["b"], {"a": "b"}),
     "a part at the start": ({"a": BASE[:5], "b": BASE}, ["b"], {"a": "b"}),
     "several wholes": ({"a": BASE[2:5], "d": BASE, "c": BASE.view(3, 4)}, ["c"], {"a": "c", "d": "c"}),
+    # As many elements as the storage has, all of them the first.
+    "an expanded part": ({"a": BASE[:1].expand(12), "b": BASE}, ["b"], {"a": "b"}),
     "parts that are apart": (
         {"a": BASE[:2], "b": BASE[8:], "whole": BASE},
         ["whole"],
