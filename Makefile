@@ -40,7 +40,6 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 
 library: out/prefix.stamp
 
-# The shared library with its torch layer, and the static library of the core alone.
 # The shared library with its torch layer.
 out/library.stamp: $(CORE_SOURCES) $(VENV)/requirements.stamp
 	cargo build --release --locked
@@ -59,16 +58,21 @@ out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
 
 ifeq ($(TORCH),0)
 SHARED := target/core/release/libsafetensors_torch.so
+HEADERS := include/safetensors_torch.h
 install: out/core.stamp
 else
 SHARED := target/release/libsafetensors_torch.so
+HEADERS := include/safetensors_torch.h include/safetensors_torch.hpp
 install: out/library.stamp out/core.stamp
 endif
 
 install:
-	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include/safetensors_torch
-	install -m 644 include/safetensors_torch.h include/safetensors_torch.hpp $(DESTDIR)$(PREFIX)/include
+	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(HEADERS) $(DESTDIR)$(PREFIX)/include
+ifneq ($(TORCH),0)
+	install -d $(DESTDIR)$(PREFIX)/include/safetensors_torch
 	install -m 644 include/safetensors_torch/*.hpp $(DESTDIR)$(PREFIX)/include/safetensors_torch
+endif
 	install -m 755 $(SHARED) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
 	ln -sf libsafetensors_torch.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(MAJOR)
 	ln -sf libsafetensors_torch.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so

@@ -91,6 +91,7 @@ class Core:
         for source in (ROOT / "cpp").glob("*"):
             if source.suffix in (".cpp", ".h"):
                 copy(source, native / "cpp" / source.name)
+        copy(ROOT / "include" / "safetensors_torch.h", native / "include" / "safetensors_torch.h")
         # Links in a build folder; copied as files, and without the C++ headers of other packages.
         for header in ("rust/cxx.h", f"{CRATE.replace('_', '-')}/src/bridge.rs.h"):
             copy(self.bridge / "include" / header, native / "include" / header)

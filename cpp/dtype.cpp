@@ -4,6 +4,7 @@
 
 #include "cpp/compat.h"
 #include "cpp/error.h"
+#include "include/safetensors_torch.h"
 #include "safetensors-torch/src/bridge.rs.h"
 
 namespace safetensors_torch {
@@ -79,7 +80,7 @@ c10::ScalarType to_torch(uint8_t dtype, const std::string& tensor) {
         fail(Kind::safetensor,
              "tensor " + repr(tensor) + " has dtype " + std::string(core::dtype_code(dtype)) +
                  ", which this version of torch has no dtype for; its bytes can be read through the C API",
-             kUnsupportedDtype);
+             SFT_ERROR_UNSUPPORTED_DTYPE);
     }
     return *type;
 }

@@ -3,11 +3,10 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "include/safetensors_torch.h"
+
 namespace safetensors_torch {
 namespace {
-
-// The number in include/safetensors_torch.h of the one error that is no SafetensorError in Python.
-constexpr int64_t kIo = 2;
 
 // Thrown by fail(), so that rethrow_clean() leaves what fail() noted alone.
 class NotedError : public c10::Error {
@@ -45,7 +44,7 @@ const char* name_of(Kind kind) {
     const int64_t code = std::strtoll(text, &end, 10);
     const int64_t os_error = std::strtoll(end, &end, 10);
     const std::string message = *end == ' ' ? end + 1 : end;
-    const bool from_system = code == kIo && os_error != 0;
+    const bool from_system = code == SFT_ERROR_IO && os_error != 0;
     note_and_throw(from_system ? Kind::os : Kind::safetensor, code, os_error, message);
 }
 
@@ -67,6 +66,8 @@ void rethrow_clean() {
         throw;
     } catch (const c10::Error& error) {
         note_and_throw(Kind::runtime, 0, 0, error.what_without_backtrace());
+    } catch (const std::exception& error) {
+        note_and_throw(Kind::runtime, 0, 0, error.what());
     }
 }
 

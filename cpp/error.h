@@ -20,11 +20,7 @@ enum class Kind { safetensor, os, value, runtime };
 using LastError = std::tuple<std::string, int64_t, int64_t, std::string>;
 LastError last_error();
 
-// Numbers of include/safetensors_torch.h, for errors that begin here and that the core has too.
-constexpr int64_t kUnsupportedDtype = 17;
-constexpr int64_t kClosed = 20;
-
-// Throws a c10::Error that says `message`. `code` is its number in the C header, 0 if it has none.
+// Throws a c10::Error that says `message`. `code` is its SFT_ERROR_ number in the C header, 0 if it has none.
 [[noreturn]] void fail(Kind kind, const std::string& message, int64_t code = 0);
 
 // Throws the error in flight again, as a c10::Error without a backtrace, once it is noted as the last one.

@@ -4,6 +4,7 @@
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
+#include "include/safetensors_torch.h"
 
 namespace safetensors_torch {
 namespace {
@@ -27,7 +28,7 @@ File::File(const std::string& path, const std::string& backend)
 SharedFile File::opened() const {
     SharedFile file = std::atomic_load(&file_);
     if (file == nullptr) {
-        fail(Kind::safetensor, "File is closed", kClosed);
+        fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
     }
     return file;
 }

@@ -82,7 +82,7 @@ NamedTensors named(const Tensors& tensors) {
 }
 
 SharedFile open_file(const std::string& path, const std::string& backend) {
-    return std::make_shared<const rust::Box<core::File>>(core::open_file(as_bytes(path), backend));
+    return std::make_shared<const rust::Box<core::File>>(core::open_file(as_bytes(path), as_bytes(backend)));
 }
 
 SharedFile open_bytes(const at::Tensor& data) {

@@ -1,5 +1,6 @@
 #include "cpp/model.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/copy.h>
 #include <ATen/ops/empty.h>
@@ -83,6 +84,18 @@ void check_names(const Mismatch& mismatch, const std::string& class_name) {
         text += "\n    Unexpected key(s) in state_dict: " + quoted_list(unexpected);
     }
     fail(Kind::runtime, text);
+}
+
+// Torch refuses to copy into an expanded tensor, whose elements share memory with each other.
+void check_destinations(const std::vector<Match>& matches, const std::string& class_name) {
+    for (const Match& match : matches) {
+        if (at::has_internal_overlap(match.destination) == at::MemOverlap::Yes) {
+            fail(Kind::runtime,
+                 heading(class_name) + "\n\t" + match.name +
+                     " is expanded: several of its elements are one place in memory, so that nothing can "
+                     "be loaded into it. Give it memory of its own with `.clone()`.");
+        }
+    }
 }
 
 // Tries each conversion that the load will need on one element, as torch has no other way to ask.
@@ -174,6 +187,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
     std::sort(mismatch.first.begin(), mismatch.first.end());
     std::sort(mismatch.second.begin(), mismatch.second.end());
 
+    check_destinations(matches, class_name);
     check_shapes(file, matches, class_name);
     check_conversions(file, matches, class_name);
     if (strict) {

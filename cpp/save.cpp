@@ -7,6 +7,7 @@
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
+#include "include/safetensors_torch.h"
 
 namespace safetensors_torch {
 namespace {
@@ -106,7 +107,7 @@ Plan make_plan(const Tensors& dict, const std::optional<Metadata>& metadata, con
             fail(Kind::safetensor,
                  "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
                      ", for which the safetensors format has no code: convert it before saving",
-                 kUnsupportedDtype);
+                 SFT_ERROR_UNSUPPORTED_DTYPE);
         }
         const size_t start = dims.size();
         append_header_shape(dims, tensor.scalar_type(), tensor.sizes(), name);

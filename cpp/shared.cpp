@@ -1,5 +1,7 @@
 #include "cpp/shared.h"
 
+#include <c10/core/impl/COW.h>
+
 #include <algorithm>
 #include <tuple>
 #include <unordered_map>
@@ -18,6 +20,14 @@ struct Extent {
     uintptr_t end;
     size_t index;
 };
+
+// What two tensors have in common that share memory: an address, but for a lazy copy, which has its original's until
+// one of them is written to.
+const void* identity(const at::Tensor& tensor) {
+    c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+    const c10::DataPtr& data = storage->_mutable_data_ptr_no_checks();
+    return c10::impl::cow::is_cow_data_ptr(data) ? static_cast<const void*>(storage) : data.get();
+}
 
 const void* storage_data(const at::Tensor& tensor) {
     // Past the checks of Storage::data(), which refuses fake tensors and materializes copy-on-write ones.
@@ -82,7 +92,7 @@ std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
         const at::Tensor& tensor = tensors[index].second;
         if (has_memory(tensor)) {
             const c10::Device device = tensor.device();
-            const StorageKey key{device.type(), device.index(), storage_data(tensor), tensor.storage().nbytes()};
+            const StorageKey key{device.type(), device.index(), identity(tensor), tensor.storage().nbytes()};
             by_storage[key].push_back(extent_of(tensor, index));
         }
     }

@@ -49,7 +49,7 @@ mod ffi {
     // An open file, or the bytes of one. Indices are places in file order, and must be below `count`.
     extern "Rust" {
         type File;
-        fn open_file(path: &[u8], backend: &str) -> Result<Box<File>>;
+        fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>>;
         unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>>;
         fn count(self: &File) -> usize;
         fn find(self: &File, name: &[u8]) -> Result<usize>;
@@ -152,8 +152,9 @@ fn dtype_number(code: &str) -> Result<u8> {
 /// An open file as C++ sees it.
 struct File(TensorFile);
 
-fn open_file(path: &[u8], backend: &str) -> Result<Box<File>> {
-    Ok(Box::new(File(TensorFile::open(as_path(path), backend.parse()?)?)))
+fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
+    let backend = String::from_utf8_lossy(backend).parse()?;
+    Ok(Box::new(File(TensorFile::open(as_path(path), backend)?)))
 }
 
 /// # Safety

@@ -98,6 +98,13 @@ impl Error {
         Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) }
     }
 
+    /// The same error, with what there is to know or to do about it.
+    #[must_use]
+    pub(crate) fn with_remedy(mut self, remedy: &str) -> Error {
+        self.detail = format!("{}; {remedy}", self.detail);
+        self
+    }
+
     /// The same error, said of the file at `path`. An error that names its file already stays as it is.
     #[must_use]
     pub fn in_file(mut self, path: &Path) -> Error {

@@ -18,6 +18,9 @@ const GATHER_GAP: u64 = 4096;
 /// The most bytes of a slice that are read before they are gathered.
 const GATHER_BYTES: u64 = 1 << 20;
 
+/// The most runs of a slice that are noted before they are read: a slice of many small runs needs no more memory.
+const SLICE_BATCH: usize = 1 << 16;
+
 /// A safetensors file, or the bytes of one, with a validated header.
 #[derive(Debug)]
 pub struct TensorFile {
@@ -69,8 +72,9 @@ impl TensorFile {
             unsafe { std::slice::from_raw_parts(start, length) }
         };
         let header_length = Header::length(bytes, length as u64)?;
-        let json = &bytes[LENGTH_BYTES as usize..][..header_length as usize];
-        let header = Header::parse(json, length as u64)?;
+        // A copy: should somebody write to the bytes all the same, what was checked is still what is parsed.
+        let json = bytes[LENGTH_BYTES as usize..][..header_length as usize].to_vec();
+        let header = Header::parse(&json, length as u64)?;
         // SAFETY: as the caller promised.
         let source = unsafe { Source::borrowed(start, length) };
         Ok(TensorFile { header, source, path: None })
@@ -188,6 +192,11 @@ impl TensorFile {
             if let [run] = &group[..] {
                 let length = (run.end - run.start) as usize;
                 direct.push(Transfer { offset: base + run.start, destination: target, length });
+                if direct.len() == SLICE_BATCH {
+                    // SAFETY: each run has its own part of the destination.
+                    unsafe { reader::read(&self.source, std::mem::take(&mut direct)) }
+                        .map_err(|error| self.locate(error))?;
+                }
             } else {
                 // SAFETY: `written` never passes `slice.nbytes()`, which is `length`.
                 unsafe { self.gather(base, &group, target)? };

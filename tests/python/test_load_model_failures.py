@@ -260,3 +260,10 @@ def test_meta_model(make: Callable, strict: bool, write: Callable[..., Path], ba
     with pytest.raises(RuntimeError, match=r"\bmeta\b"):
         load_model(model, write(state), strict=strict, backend=backend)
     assert difference({name: model.state_dict()[name] for name in names}, before) is None
+
+
+def test_an_expanded_buffer_is_refused_before_anything_changes(write: Callable[..., Path], backend: str) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.zeros(1).expand(3))
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "mask": torch.ones(3)}
+    assert "mask" in load_refused(model, write(state), True, backend)

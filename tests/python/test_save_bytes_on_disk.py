@@ -226,3 +226,11 @@ def test_sizes_around_a_page_and_a_chunk(size: int, tmp_path: Path) -> None:
     blob = (tmp_path / "a").read_bytes()
     assert blob == save({"a": data, "b": torch.ones(3)})
     assert unpack(blob)[1] == b"\0\0\x80\x3f" * 3 + data.numpy().tobytes()
+
+
+def test_lazy_copies_share_no_memory() -> None:
+    """A copy that is made at the first write has its original's address until then."""
+    original = torch.arange(4.0)
+    copy = torch._lazy_clone(original)
+    loaded = load(save({"original": original, "copy": copy}))
+    assert torch.equal(loaded["original"], original) and torch.equal(loaded["copy"], original)

@@ -1,7 +1,8 @@
-"""A target that no file can be renamed over: one that is itself a mount point, as containers have them."""
+"""Targets that no file can be renamed over: mount points, as containers have them, and pipes."""
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -60,3 +61,35 @@ def test_a_refused_save_leaves_it_alone(target: Path) -> None:
     done = in_mount(target, "torch.ones(2, device='meta')")
     assert done.stdout.startswith("refused: Cannot copy out of meta tensor"), done.stderr
     assert backing.read_bytes() == before
+
+
+FILL = """
+import sys, torch, safetensors_torch
+before = open(sys.argv[1], "rb").read()
+try:
+    safetensors_torch.save_file({"a": torch.zeros(80_000, dtype=torch.uint8)}, sys.argv[1])
+except OSError as error:
+    print(error.errno, open(sys.argv[1], "rb").read() == before)
+"""
+
+
+def test_a_mount_without_room_keeps_the_old_file(target: Path) -> None:
+    """The new file fits where it is staged, and not on the filesystem that is mounted over the target."""
+    small = target.with_name("small")
+    small.mkdir()
+    prepare = (
+        'mount -t tmpfs -o size=64k tmpfs "$1" && head -c 20000 /dev/urandom >"$1/old" && mount --bind "$1/old" "$2"; '
+        'shift 2; exec "$@"'
+    )
+    command = ["unshare", "--mount", "sh", "-c", prepare, "sh", str(small), str(target), sys.executable, "-c", FILL]
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(errno.ENOSPC), "True"], done.stderr
+    assert sorted(path.name for path in target.parent.iterdir()) == ["backing", "mounted.safetensors", "small"]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    script = 'import sys, torch, safetensors_torch; safetensors_torch.save_file({"a": torch.arange(9)}, sys.argv[1])'
+    for name in ("/dev/stdout", "/dev/fd/1"):
+        done = subprocess.run([sys.executable, "-c", script, name], capture_output=True, check=False, cwd=tmp_path)
+        assert done.stdout == safetensors_torch.save({"a": torch.arange(9)}), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,164 @@
+//! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
+//!
+//! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
+//! space. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here knows of headers
+//! and tensors.
+
+mod attributes;
+mod staging;
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::source::bad_path;
+use staging::Staging;
+
+/// A file that is being written, and is there under its name only once [`AtomicFile::commit`] has returned.
+///
+/// Dropped before that, it leaves the target as it was and nothing beside it.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: File,
+    /// What the caller named; for the errors.
+    path: PathBuf,
+    /// `path` with its symbolic links followed.
+    target: PathBuf,
+    staging: Staging,
+}
+
+impl AtomicFile {
+    /// Begins a file of exactly `length` bytes that will be at `path`. A symbolic link is followed; an existing file's
+    /// permissions (and its owner, where the process may) are taken over, a new one gets those of the umask.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no such directory, no permission, no space for `length` bytes, the
+    /// target is a directory.
+    pub fn create(path: &Path, length: u64) -> Result<AtomicFile> {
+        if path.as_os_str().as_bytes().contains(&0) {
+            return Err(bad_path(path));
+        }
+        let fail = |source| Error::io("create", path, source);
+        if path.as_os_str().is_empty() {
+            return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
+        }
+        // Asked of the path itself: the links under /proc that name a pipe lead to no path.
+        let existing = existing(path).map_err(fail)?;
+        if let Some(metadata) = &existing {
+            let kind = metadata.file_type();
+            if kind.is_dir() {
+                return Err(fail(io::Error::from_raw_os_error(libc::EISDIR)));
+            }
+            if kind.is_fifo() || kind.is_char_device() {
+                let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
+                let path = path.to_path_buf();
+                return Ok(AtomicFile { file, target: path.clone(), path, staging: Staging::Direct });
+            }
+            if !kind.is_file() {
+                return Err(fail(io::Error::from_raw_os_error(libc::ENODEV)));
+            }
+        }
+        let target = staging::follow_links(path).map_err(fail)?;
+        let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
+        // From here on, dropping `staged` removes what was staged.
+        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging };
+        if let Some(metadata) = &existing {
+            attributes::take_over(&staged.file, metadata).map_err(fail)?;
+        }
+        attributes::reserve(&staged.file, length)
+            .map_err(|source| Error::io("reserve space for", path, source))?;
+        Ok(staged)
+    }
+
+    /// Appends `bytes`.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// Puts the file where the target was. With `sync`, returns once file and directory entry are on the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io). The target is then as it was, with two exceptions: it could only be
+    /// overwritten in place, and that failed half-way (the error then names the complete new file); or all is done
+    /// but for the directory entry, which could not be synchronized.
+    pub fn commit(mut self, sync: bool) -> Result<()> {
+        let fail = |path: &Path, source| Error::io("write", path, source);
+        if sync && !matches!(self.staging, Staging::Direct) {
+            self.file.sync_all().map_err(|source| fail(&self.path, source))?;
+        }
+        if self.put_in_place().map_err(|source| fail(&self.path, source))? {
+            let directory = if sync { staging::sync_directory(&self.target) } else { Ok(()) };
+            return directory.map_err(|source| Error::io("synchronize the directory of", &self.path, source));
+        }
+        self.overwrite_in_place(sync)
+    }
+
+    /// Links or renames the staged file to the target; `false` where that cannot be renamed over.
+    fn put_in_place(&mut self) -> io::Result<bool> {
+        if matches!(self.staging, Staging::Unnamed) {
+            // Nothing at the target: the link is the commit.
+            match staging::link_unnamed(&self.file, &self.target) {
+                Ok(()) => return Ok(true),
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                Err(_) => self.staging = Staging::Named(staging::link_beside(&self.file, &self.target)?),
+            }
+        }
+        let Staging::Named(name) = &self.staging else { return Ok(true) };
+        match std::fs::rename(name, &self.target) {
+            Ok(()) => {
+                self.staging = Staging::Direct;
+                Ok(true)
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EXDEV)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// For a target that cannot be renamed over, such as a file that is itself a mount point. Its space is there
+    /// before its first byte changes, and should the copy fail all the same, the staged file stays.
+    fn overwrite_in_place(&mut self, sync: bool) -> Result<()> {
+        let fail = |path: &Path, source| Error::io("overwrite", path, source);
+        let opened = OpenOptions::new().write(true).open(&self.target);
+        let mut target = opened.map_err(|source| fail(&self.path, source))?;
+        let length = self.file.metadata().map_err(|source| fail(&self.path, source))?.len();
+        attributes::reserve_beyond(&target, length)
+            .map_err(|source| Error::io("reserve space for", &self.path, source))?;
+        let copied = self.file.rewind().and_then(|()| io::copy(&mut self.file, &mut target)).and_then(|_| {
+            target.set_len(length)?;
+            if sync { target.sync_all() } else { Ok(()) }
+        });
+        copied.map_err(|source| {
+            let error = fail(&self.path, source);
+            match std::mem::replace(&mut self.staging, Staging::Direct) {
+                Staging::Named(name) => error.with_remedy(&format!(
+                    "its old contents are lost; the new file is complete at {}",
+                    name.display()
+                )),
+                _ => error,
+            }
+        })
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if let Staging::Named(name) = &self.staging {
+            // There is nobody left to tell; the error that led here is already on its way.
+            let _ = std::fs::remove_file(name);
+        }
+    }
+}
+
+/// What is at `path`, links followed; `None` if there is nothing.
+fn existing(path: &Path) -> io::Result<Option<Metadata>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

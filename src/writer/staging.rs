@@ -1,0 +1,115 @@
+//! The file beside the target: where it goes, how it is made, how it gets a name.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// As many links as the kernel follows in one path.
+const MAX_SYMLINKS: usize = 40;
+
+/// Where the bytes are until the commit.
+#[derive(Debug)]
+pub(super) enum Staging {
+    /// A file without a name (`O_TMPFILE`), which vanishes with the process.
+    Unnamed,
+    /// A file beside the target.
+    Named(PathBuf),
+    /// The target itself: a pipe or a device, or a file that was put in place.
+    Direct,
+}
+
+/// Follows the symbolic links at the end of `path`, also to a place where there is nothing yet.
+pub(super) fn follow_links(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_path_buf();
+    for _ in 0..MAX_SYMLINKS {
+        match std::fs::read_link(&path) {
+            Ok(link) => path = directory_of(&path).join(link),
+            // No link: EINVAL for other files, ENOENT where there is nothing.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                return Ok(path);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ELOOP))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A new file in the target's directory: without a name where the filesystem can, else under a fresh one. With
+/// `private`, nobody else can open it until it is given other permissions.
+pub(super) fn stage(target: &Path, private: bool) -> io::Result<(File, Staging)> {
+    if target.file_name().is_none() || target.as_os_str().as_bytes().ends_with(b"/") {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    // Readable too: should the target have to be overwritten in place, the bytes come from here.
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(if private { 0o600 } else { 0o666 });
+    match options.clone().custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(directory_of(target)) {
+        // Without /proc an unnamed file could never be given a name.
+        Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
+        Ok(_) => {}
+        // What kernels and filesystems without O_TMPFILE answer.
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {}
+        Err(error) => return Err(error),
+    }
+    let (file, name) = with_fresh_name(target, |name| options.clone().create_new(true).open(name))?;
+    Ok((file, Staging::Named(name)))
+}
+
+/// Gives an unnamed file a fresh name beside `target`.
+pub(super) fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
+    with_fresh_name(target, |name| link_unnamed(file, name)).map(|((), name)| name)
+}
+
+/// Calls `make` with names beside `target` until one is free.
+fn with_fresh_name<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(T, PathBuf)> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        // Short whatever the target's name: a long one with a suffix could pass the filesystem's limit.
+        let name = directory_of(target).join(format!(".safetensors-{}-{number}.tmp", std::process::id()));
+        match make(&name) {
+            Ok(made) => return Ok((made, name)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn descriptor_path(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+pub(super) fn link_unnamed(file: &File, name: &Path) -> io::Result<()> {
+    let from = c_path(descriptor_path(file).as_ref())?;
+    let to = c_path(name.as_os_str())?;
+    // SAFETY: both are NUL-terminated strings that outlive the call.
+    let linked = unsafe {
+        libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW)
+    };
+    if linked == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn c_path(path: &OsStr) -> io::Result<CString> {
+    CString::new(path.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+pub(super) fn sync_directory(target: &Path) -> io::Result<()> {
+    match File::open(directory_of(target))?.sync_all() {
+        // What filesystems answer whose directories need no synchronizing, or know none.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        outcome => outcome,
+    }
+}
