@@ -25,29 +25,23 @@ _BUILTIN: dict[str, type[Exception]] = {
 }
 
 
-def _text_of(error: Exception) -> str:
-    # torch hands the native text to Python as UTF-8; a file name in it may be any bytes.
-    if isinstance(error, UnicodeDecodeError):
-        return bytes(error.object).decode("utf-8", "surrogateescape")
-    return str(error)
-
-
-def translate(error: Exception) -> Exception:
+def translate(error: RuntimeError) -> Exception:
     """The exception that ``error``, thrown by an operator or a method of File, stands for.
 
     Args:
-        error: a RuntimeError, or the UnicodeDecodeError into which torch turns one whose text is not UTF-8.
+        error: the RuntimeError in which torch hands the native text to Python. The text is UTF-8: file names that
+            are not are in it with U+FFFD in place of the odd bytes.
 
     Returns:
         An exception of the promised class, or ``error`` itself where it did not come from this library.
     """
-    text = _text_of(error)
     try:
         kind, _code, os_error, message = torch.ops.safetensors_torch._last_error()
-    except UnicodeDecodeError as undecodable:
-        kind, os_error, message = "SafetensorError", 0, _text_of(undecodable)
+    except UnicodeDecodeError:
+        # The last error is an older one, of an operator that somebody called with names that are not UTF-8.
+        return error
     # A backtrace may follow the message (TORCH_SHOW_CPP_STACKTRACES); another text is another error.
-    if not message or not text.startswith(message):
+    if not message or not str(error).startswith(message):
         return error
     if kind == "SafetensorError":
         return SafetensorError(message)
@@ -65,7 +59,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` for an operator or a method of File, with its errors translated."""
     try:
         return function(*args, **kwargs)
-    except (RuntimeError, UnicodeDecodeError) as error:
+    except RuntimeError as error:
         translated = translate(error)
         if translated is error:
             raise

@@ -10,7 +10,9 @@ import os
 from typing import Any, Optional, Union
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
 from ._dynamo import opaque
@@ -27,6 +29,9 @@ _save_file = _ops.save_file.default
 _save_size = _ops._save_size.default
 _save_into = _ops._save_into.default
 _check_save = _ops._check_save.default
+
+# Those of nearly all tensors, about which there is nothing to ask.
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def encode_path(filename: Path) -> bytes:
@@ -68,7 +73,8 @@ def to_device(device: Device) -> torch.device:
 
 def check_backend(backend: Any) -> str:
     """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
-    return backend if isinstance(backend, str) else repr(backend)
+    # Both names are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
+    return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
 
 
 @opaque
@@ -135,7 +141,7 @@ def save_file(tensors: dict[str, torch.Tensor], filename: Path, metadata: Option
 
     Raises:
         ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).
-        RuntimeError: tensors that share memory, or a tensor on the meta device.
+        RuntimeError: tensors that share memory, or a tensor on the meta device or a fake one.
         TypeError: a key, or a metadata key or value, that is no str.
         UnicodeEncodeError: one of those with a lone surrogate.
         SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
@@ -170,24 +176,35 @@ def _check(tensors: Any, metadata: Any) -> None:
     """The checks that need the Python objects. Faults of names come last, after what the native library checks."""
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
-    tensor_class = torch.Tensor
+    fake = False
     for name, tensor in tensors.items():
-        if not isinstance(tensor, tensor_class):
+        if type(tensor) in _PLAIN_CLASSES:
+            continue
+        if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
         if isinstance(tensor, UninitializedTensorMixin):
             raise ValueError(
                 f"Key `{name}` is invalid: a lazy module has not given it a shape yet. Run the module once"
             )
+        fake = fake or isinstance(tensor, FakeTensor)
     try:
         # One pass in C over every name, instead of two checks for each.
         "".join(tensors).encode()
         if metadata is not None:
             _check_metadata(metadata)
     except (TypeError, UnicodeEncodeError):
-        call(_check_save, _with_printable_names(tensors))
+        _check_memory(_with_printable_names(tensors))
         for name in tensors:
             _check_text(name, f"the key {name!r}")
         raise
+    if fake:
+        _check_memory(tensors)
+
+
+def _check_memory(tensors: dict[str, torch.Tensor]) -> None:
+    """What the native library checks of the tensors, also where a mode would run a fake kernel instead."""
+    with _disable_current_modes():
+        call(_check_save, tensors)
 
 
 def _check_metadata(metadata: Any) -> None:

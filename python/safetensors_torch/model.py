@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import Device, Path, load_file, save_file, to_device
+from ._ops import Device, Path, encode_path, load_file, save_file, to_device
 from .safe_open import open_file
 
 _ops = torch.ops.safetensors_torch
@@ -106,10 +106,14 @@ def save_model(
             del state[name]
     if force_contiguous:
         state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
+    path = encode_path(filename)
     try:
-        save_file(state, filename, metadata=metadata)
+        save_file(state, path, metadata=metadata)
     except ValueError as error:
-        if force_contiguous:
+        # Of the ValueErrors only that of strides: not a UnicodeEncodeError, nor one about what is no dense tensor.
+        if type(error) is not ValueError or not all(map(_is_dense, state.values())):
+            raise
+        if all(value.is_contiguous() for value in state.values()):
             raise
         raise ValueError(
             f"{error} Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
@@ -184,8 +188,10 @@ def _load_through_state_dict(
         missing.difference_update(dropped)
         if strict and (missing or unexpected):
             raise RuntimeError(_strict_error(model, missing, unexpected))
-    except BaseException:
-        snapshot.restore()
+    except BaseException as error:
+        faults = snapshot.restore()
+        if faults and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note("Not all of the module is as it was before the load: " + "; ".join(map(str, faults)))
         raise
     return missing, unexpected
 
@@ -212,15 +218,33 @@ class _Snapshot:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
 
-    def restore(self) -> None:
+    def restore(self) -> list[Exception]:
+        """Puts back as much as can be, and gives what went wrong with the rest."""
+        faults = []
         for table, values in self._tables:
             table.clear()
             table.update(values)
         with torch.no_grad():
             for tensor, value in self._values:
-                tensor.detach().copy_(value)
+                try:
+                    if not _same_bits(tensor, value):
+                        tensor.detach().copy_(value)
+                except Exception as error:
+                    faults.append(error)
         for module, extra in self._extra:
-            module.set_extra_state(extra)
+            try:
+                module.set_extra_state(extra)
+            except Exception as error:
+                faults.append(error)
+        return faults
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether nothing has to be copied. The version of a tensor does not tell: a change through ``.data`` keeps it."""
+    try:
+        return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+    except Exception:  # a layout or class of tensor that has no bytes to look at
+        return False
 
 
 def _tables(module: nn.Module) -> Iterator[dict[str, Optional[torch.Tensor]]]:

@@ -28,7 +28,19 @@ def open_file(filename: Path, backend: str) -> Any:
 def _name(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"the name of a tensor is a str, not {type(name).__name__}")
+    if not _is_unicode(name):
+        printable = name.encode("utf-8", "backslashreplace").decode()
+        raise SafetensorError(f"File does not contain tensor {printable}")
     return name
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a file can have this name. A lone surrogate has no UTF-8, and the operators do not take it for a str."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class safe_open:  # noqa: N801 - the name that users of safetensors know
@@ -122,7 +134,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 
     def __contains__(self, name: object) -> bool:
         file = self._file()
-        return isinstance(name, str) and call(file.contains, name)
+        return isinstance(name, str) and _is_unicode(name) and call(file.contains, name)
 
     def __len__(self) -> int:
         return call(self._file().size)
@@ -185,17 +197,16 @@ def _is_basic(item: Any) -> bool:
 
 
 def _ranges(items: tuple[Any, ...], shape: list[int]) -> list[tuple[int, int, int]]:
-    """An index of ints, slices and at most one ``...``, which torch has accepted, as (start, stop, step) a dimension.
+    """An index of ints, slices and ``...``, which torch has accepted, as (start, stop, step) a dimension.
 
-    0 <= start <= stop <= size and step >= 1 for each; an int selects a range of one.
+    0 <= start <= stop <= size and step >= 1 for each; an int selects a range of one. The first ``...`` stands for the
+    dimensions that the other items leave, each further one for none.
     """
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        missing = len(shape) - (len(items) - 1)
-        items = items[:at] + (slice(None),) * missing + items[at + 1 :]
-    items += (slice(None),) * (len(shape) - len(items))
+    named = [item for item in items if item is not Ellipsis]
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), len(named))
+    named[at:at] = [slice(None)] * (len(shape) - len(named))
     ranges = []
-    for item, size in zip(items, shape):
+    for item, size in zip(named, shape):
         if isinstance(item, slice):
             start, stop, step = item.indices(size)
             # A step beyond the size selects the first element whatever it is, and may not fit the operators' int.

@@ -233,6 +233,84 @@ def test_a_loader_that_raises(write: Callable[..., Path], backend: str) -> None:
     assert difference(snapshot(model), before) is None
 
 
+class WithUnwritable(nn.Linear):
+    """Whoever copies into its buffer gets an error, for one element stands for three."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_buffer("expanded", torch.zeros(1).expand(3), persistent=False)
+
+
+def test_what_cannot_be_copied_back_hides_no_error(write: Callable[..., Path], backend: str) -> None:
+    model = nn.Sequential(WithUnwritable(), nn.ReLU(), RaisesAtTheEnd(3, 3))
+    before = snapshot(model)
+    with pytest.raises(LookupError, match="not today") as caught:
+        load_model(model, write(state_of(plain)), backend=backend)
+    assert not hasattr(caught.value, "__notes__")
+    assert difference(snapshot(model), before) is None
+
+
+class ForgetsHowToGoBack(RaisesAtTheEnd):
+    """Its extra state cannot be set, and a tensor of it that load_state_dict changed cannot be written any more."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_buffer("expanded", torch.zeros(1).expand(3), persistent=False)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def set_extra_state(self, state: object) -> None:
+        raise ArithmeticError("no way back")
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        self.expanded[0] = 5
+        super()._load_from_state_dict(*arguments)
+
+
+def test_a_rollback_goes_on_where_it_cannot_do_all(write: Callable[..., Path], backend: str) -> None:
+    model = nn.Sequential(ForgetsHowToGoBack(), nn.ReLU(), nn.Linear(3, 3))
+    before = {name: value for name, value in snapshot(model).items() if name != "0._extra_state"}
+    with pytest.raises(LookupError, match="not today") as caught:
+        load_model(model, write(state_of(plain)), strict=False, backend=backend)
+    if hasattr(caught.value, "add_note"):
+        (note,) = caught.value.__notes__
+        assert "written-to tensor" in note and "no way back" in note
+    assert difference({name: model.state_dict()[name] for name in before}, before) is None
+
+
+def test_a_rollback_undoes_what_went_through_data(write: Callable[..., Path], backend: str) -> None:
+    """Which no version counter of torch counts."""
+    model = with_pre_hook()
+    before = snapshot(model)
+
+    def write_and_raise(*arguments: object) -> None:
+        model[0].weight.data.fill_(5)
+        raise LookupError("not today")
+
+    model.register_load_state_dict_pre_hook(write_and_raise)
+    with pytest.raises(LookupError, match="not today"):
+        load_model(model, write(state_of(plain)), backend=backend)
+    assert difference(snapshot(model), before) is None
+
+
+def test_a_rollback_does_not_touch_what_did_not_change(write: Callable[..., Path], backend: str) -> None:
+    """What autograd has kept of the module stays good."""
+    model = with_pre_hook()
+    model[0].bias.data.fill_(float("nan"))
+    loss = model[2](torch.ones(3)).pow(2).sum()
+    versions = [parameter._version for parameter in model.parameters()]
+
+    def refuse(*arguments: object) -> None:
+        raise LookupError("not today")
+
+    model.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(LookupError, match="not today"):
+        load_model(model, write(state_of(plain)), backend=backend)
+    assert [parameter._version for parameter in model.parameters()] == versions
+    loss.backward()
+
+
 def test_no_name_covers_the_memory(write: Callable[..., Path], backend: str) -> None:
     shared = torch.zeros(10)
     model = nn.Module()

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch as reference
 import torch
 
-import safetensors_torch  # noqa: F401 - registers the ops
 from malformed_files import entry, one
+from safetensors_torch import _errors
 
 ops = torch.ops.safetensors_torch
 CPU = torch.device("cpu")
@@ -88,6 +88,17 @@ def test_last_error_belongs_to_its_thread(folder: Path) -> None:
     thread.join()
     assert "theirs" in seen[0]
     assert "mine" in ops._last_error()[3]
+
+
+def test_an_older_error_that_is_not_utf8_hides_no_other() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        ops.save({b"\xff": torch.ones(2, 3).t()})
+
+    def fail() -> None:
+        raise RuntimeError("of somebody else")
+
+    with pytest.raises(RuntimeError, match="of somebody else"):
+        _errors.call(fail)
 
 
 def test_methods_of_a_file_keep_their_error_too(folder: Path) -> None:

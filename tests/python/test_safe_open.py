@@ -135,6 +135,22 @@ def test_absent_name(name: str, method: str, path: Path, backend: str) -> None:
     assert str(caught.value) == f"File does not contain tensor {name}"
 
 
+def test_a_lone_surrogate_is_in_no_file(path: Path, backend: str) -> None:
+    with safe_open(path, backend) as file:
+        assert "\ud800" not in file
+        for method in (file.get_tensor, file.get_slice):
+            with pytest.raises(SafetensorError) as caught:
+                method("a\ud800")
+            assert str(caught.value) == "File does not contain tensor a\\ud800"
+
+
+@pytest.mark.parametrize("unknown", ["\ud800", "mmap\ud800", "é", "io", 3, None], ids=ascii)
+def test_an_unknown_backend_is_told_both(unknown: object, path: Path) -> None:
+    for function in (safetensors_torch.safe_open, safetensors_torch.load_file):
+        with pytest.raises(SafetensorError, match="(?s)mmap.*pread"):
+            function(path, backend=unknown)
+
+
 AFTER_CLOSING = {
     "keys": lambda file: file.keys(),
     "offset_keys": lambda file: file.offset_keys(),
@@ -215,6 +231,10 @@ INDICES = {
     "two": (slice(0, 2), 3),
     "ellipsis": (..., slice(1, 3)),
     "all": ...,
+    "two ellipses": (..., ...),
+    "two ellipses around an int": (..., 1, ...),
+    "two ellipses before an int": (0, ..., ..., 1),
+    "three ellipses": (..., slice(1, 3), ..., ...),
     "none": None,
     "true": True,
     "list": ([0, 2],),

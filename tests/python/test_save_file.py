@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -246,34 +248,70 @@ def holds_unnamed_files(folder: Path) -> bool:
     return True
 
 
+# Eight times a process saves in a loop and is killed, ever later in a save. Afterwards the script says what is there.
 KILLED = """
-    import os, signal, sys, time
+    import ctypes, json, os, select, signal, sys, time
     import torch
-    from safetensors_torch import save_file
+    from safetensors_torch import load_file, save_file
 
+    def die_with_the_parent(parent):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    die_with_the_parent(int(sys.argv[3]))
     torch.set_num_threads(1)  # a pool of threads does not survive the fork
-    target = sys.argv[1]
+    folder, replaces = sys.argv[1], sys.argv[2] == "replaced"
+    target = os.path.join(folder, "a")
     tensors = {"a": torch.zeros(1 << 21)}
     for attempt in range(8):
-        before = os.stat(target).st_mtime_ns
+        parent = os.getpid()
+        saved, tell = os.pipe()
         child = os.fork()
         if child == 0:
-            while True:
+            try:
+                die_with_the_parent(parent)
                 tensors["a"].fill_(attempt)
-                save_file(tensors, target)
-        while os.stat(target).st_mtime_ns == before:
-            time.sleep(0.001)
+                while True:
+                    if not replaces and os.path.exists(target):
+                        os.unlink(target)
+                    save_file(tensors, target)
+                    os.write(tell, b".")
+            finally:
+                os._exit(1)
+        os.close(tell)
+        in_time = select.select([saved], [], [], 30)[0] and os.read(saved, 1)
         time.sleep(0.002 * attempt)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(saved)
+        if not in_time:
+            sys.exit("nothing was saved")
+        left = sorted(os.listdir(folder))
+        values = load_file(target)["a"].unique().tolist() if "a" in left else None
+        print(json.dumps([left, values]))
+        for name in left:
+            if name != "a":
+                os.unlink(os.path.join(folder, name))
 """
 
 
-def test_a_killed_process_leaves_nothing_stray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["new", "replaced"])
+def test_a_killed_process_leaves_nothing_torn_or_stray(what: str, tmp_path: Path) -> None:
+    """A new file has no name before it is whole. One that replaces another has a name of its own for a moment."""
     if not holds_unnamed_files(tmp_path):
         pytest.skip("this filesystem has no unnamed files")
-    target = tmp_path / "a"
-    save_file({"a": torch.full((1 << 21,), -1.0)}, target)
-    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(target)], check=True, timeout=60)
-    assert entries(tmp_path) == ["a"]
-    assert len(load_file(target)["a"].unique()) == 1
+    if what == "replaced":
+        save_file({"a": torch.full((1 << 21,), -1.0)}, tmp_path / "a")
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), what, str(os.getpid())]
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=400)
+    kills = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kills) == 8
+    for attempt, (left, values) in enumerate(kills):
+        stray = [name for name in left if name != "a"]
+        if what == "new":
+            assert stray == []
+            assert values in (None, [attempt])
+        else:
+            assert len(stray) <= 1 and all(fnmatch(name, ".safetensors-*.tmp") for name in stray)
+            assert values == [attempt]

@@ -151,6 +151,35 @@ def test_without_force_contiguous(target: Path) -> None:
     assert target.read_bytes() == b"old"
 
 
+class WithMore(Named):
+    """Something beside tensors that are not contiguous, which save refuses for another reason."""
+
+    def __init__(self, more: object) -> None:
+        super().__init__(odd=strided().odd)
+        self.more = (more,)  # a tensor that the module does not take for a buffer
+
+    def state_dict(self, *arguments: object, **options: object) -> dict:
+        return {**super().state_dict(*arguments, **options), "more": self.more[0]}
+
+
+NOT_OF_STRIDES = {
+    "sparse": lambda target: save_model(WithMore(torch.eye(3).to_sparse()), target, force_contiguous=False),
+    "lazy": lambda target: save_model(WithMore(nn.UninitializedBuffer()), target, force_contiguous=False),
+    "no tensor": lambda target: save_model(WithMore({"a": 1}), target, force_contiguous=False),
+    "null byte": lambda target: save_model(strided(), f"{target}\0", force_contiguous=False),
+    "surrogate": lambda target: save_model(nn.Linear(1, 1), target, {"a": "\ud800"}, force_contiguous=False),
+}
+
+
+@pytest.mark.parametrize("what", NOT_OF_STRIDES)
+def test_other_refusals_do_not_speak_of_force_contiguous(what: str, target: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        NOT_OF_STRIDES[what](target)
+    assert "force_contiguous" not in str(caught.value)
+    assert type(caught.value) is (UnicodeEncodeError if what == "surrogate" else ValueError)
+    assert entries(target.parent) == []
+
+
 def test_without_force_contiguous_a_contiguous_model_is_saved(target: Path) -> None:
     model = Tied()
     save_model(model, target, force_contiguous=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,21 @@ def test_strides_that_mean_nothing_are_contiguous() -> None:
 def test_tensors_without_data(make: Callable, saver: Callable) -> None:
     with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
         saver({"test": make()})
+
+
+def test_fake_tensors_under_their_mode(saver: Callable, tmp_path: Path) -> None:
+    """There the operator would run its fake kernel, which writes nothing."""
+    sparse = ONES.to_sparse()
+    with FakeTensorMode():
+        model = torch.nn.Linear(2, 3)
+        for tensors in ({"test": torch.ones(2)}, {"good": ONES, "test": torch.ones(2)}, dict(model.named_parameters())):
+            with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
+                saver(tensors)
+        with pytest.raises(ValueError, match="sparse"):
+            saver({"test": torch.ones(2), "sparse": sparse})
+        with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
+            saver({"test": torch.ones(2), 1: ONES})
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("key", [1, None, b"name", ("a",), 1.5], ids=repr)
