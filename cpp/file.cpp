@@ -9,6 +9,8 @@
 namespace safetensors_torch {
 namespace {
 
+size_t find(const core::File& file, const std::string& name) { return file.find(as_bytes(name)); }
+
 std::string name_at(const core::File& file, size_t index) { return std::string(file.name(index)); }
 
 uint64_t not_negative(int64_t value) {
@@ -32,8 +34,6 @@ SharedFile File::opened() const {
     }
     return file;
 }
-
-size_t File::find(const core::File& file, const std::string& name) const { return file.find(as_bytes(name)); }
 
 std::vector<std::string> File::keys() const {
     const auto file = opened();

@@ -39,7 +39,6 @@ class File : public torch::CustomClassHolder {
   private:
     // The core's file; held by the caller for as long as it uses it, so that close() on another thread is harmless.
     SharedFile opened() const;
-    size_t find(const core::File& file, const std::string& name) const;
 
     SharedFile file_;
     Lender lender_;

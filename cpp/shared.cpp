@@ -14,24 +14,25 @@ namespace {
 // What tells one memory from another. The same address means something else on each device.
 using StorageKey = std::tuple<c10::DeviceType, c10::DeviceIndex, const void*, size_t>;
 
-// The bytes that a tensor's elements lie in; `name` is an index into the caller's tensors.
+// The bytes that a tensor's elements lie in; `index` is a place among the caller's tensors.
 struct Extent {
     uintptr_t begin;
     uintptr_t end;
     size_t index;
 };
 
+// Past the checks of Storage::data(), which refuses fake tensors and materializes copy-on-write ones.
+const c10::DataPtr& data_ptr(const at::Tensor& tensor) {
+    return tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+}
+
+const void* storage_data(const at::Tensor& tensor) { return data_ptr(tensor).get(); }
+
 // What two tensors have in common that share memory: an address, but for a lazy copy, which has its original's until
 // one of them is written to.
 const void* identity(const at::Tensor& tensor) {
-    c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-    const c10::DataPtr& data = storage->_mutable_data_ptr_no_checks();
-    return c10::impl::cow::is_cow_data_ptr(data) ? static_cast<const void*>(storage) : data.get();
-}
-
-const void* storage_data(const at::Tensor& tensor) {
-    // Past the checks of Storage::data(), which refuses fake tensors and materializes copy-on-write ones.
-    return tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get();
+    const bool is_lazy_copy = c10::impl::cow::is_cow_data_ptr(data_ptr(tensor));
+    return is_lazy_copy ? tensor.storage().unsafeGetStorageImpl() : storage_data(tensor);
 }
 
 bool has_memory(const at::Tensor& tensor) {

@@ -32,7 +32,7 @@ pub struct AtomicFile {
 
 impl AtomicFile {
     /// Begins a file of exactly `length` bytes that will be at `path`. A symbolic link is followed; an existing file's
-    /// permissions (and its owner, where the process may) are taken over, a new one gets those of the umask.
+    /// permissions (and its owner and group, where the process may) are taken over, a new one gets those of the umask.
     ///
     /// # Errors
     ///
@@ -87,8 +87,11 @@ impl AtomicFile {
     /// overwritten in place, and that failed half-way (the error then names the complete new file); or all is done
     /// but for the directory entry, which could not be synchronized.
     pub fn commit(mut self, sync: bool) -> Result<()> {
+        if matches!(self.staging, Staging::Direct) {
+            return Ok(());
+        }
         let fail = |path: &Path, source| Error::io("write", path, source);
-        if sync && !matches!(self.staging, Staging::Direct) {
+        if sync {
             self.file.sync_all().map_err(|source| fail(&self.path, source))?;
         }
         if self.put_in_place().map_err(|source| fail(&self.path, source))? {
