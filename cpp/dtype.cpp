@@ -1,6 +1,7 @@
 #include "cpp/dtype.h"
 
 #include <array>
+#include <string_view>
 
 #include "cpp/compat.h"
 #include "cpp/error.h"
@@ -72,13 +73,15 @@ bool packs_two(c10::ScalarType type) {
 #endif
 }
 
+std::string_view as_view(rust::Str text) { return {text.data(), text.size()}; }
+
 }  // namespace
 
-c10::ScalarType to_torch(uint8_t dtype, const std::string& tensor) {
+c10::ScalarType to_torch(uint8_t dtype, rust::Str tensor) {
     const auto type = tables().to_torch[dtype];
     if (!type) {
         fail(Kind::safetensor,
-             "tensor " + repr(tensor) + " has dtype " + std::string(core::dtype_code(dtype)) +
+             "tensor " + repr(as_view(tensor)) + " has dtype " + std::string(core::dtype_code(dtype)) +
                  ", which this version of torch has no dtype for; its bytes can be read through the C API",
              SFT_ERROR_UNSUPPORTED_DTYPE);
     }
@@ -87,13 +90,13 @@ c10::ScalarType to_torch(uint8_t dtype, const std::string& tensor) {
 
 std::optional<uint8_t> from_torch(c10::ScalarType type) { return tables().from_torch[static_cast<uint8_t>(type)]; }
 
-std::vector<int64_t> to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> shape, const std::string& tensor) {
+c10::DimVector to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> shape, rust::Str tensor) {
     // The core refuses dimensions that do not fit in 63 bits.
-    std::vector<int64_t> out(shape.begin(), shape.end());
+    c10::DimVector out(shape.begin(), shape.end());
     if (packs_two(to_torch(dtype, tensor))) {
         if (out.empty() || out.back() % 2 != 0) {
             fail(Kind::safetensor,
-                 "tensor " + repr(tensor) +
+                 "tensor " + repr(as_view(tensor)) +
                      " is F4 with a last dimension that is not even: torch packs two values into each "
                      "element of it, so it has no tensor for this");
         }

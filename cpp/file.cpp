@@ -80,7 +80,8 @@ std::vector<int64_t> File::shape(const std::string& name) const {
 
 std::vector<int64_t> File::tensor_shape(const std::string& name) const {
     const auto file = opened();
-    return describe(**file, find(**file, name)).second;
+    const auto shape = describe(**file, find(**file, name)).second;
+    return {shape.begin(), shape.end()};
 }
 
 c10::ScalarType File::tensor_dtype(const std::string& name) const {

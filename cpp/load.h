@@ -4,9 +4,12 @@
 #include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
+#include <c10/util/DimVector.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,6 +22,12 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 // The tensors of a dict, in its order.
 NamedTensors named(const Tensors& tensors);
+
+// Names and tensors, in one order: what Python and C++ make their dicts of.
+using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
+
+// A dict of them, in their order.
+Tensors to_dict(const Lists& lists);
 
 // A file of the core that many can hold: the open file, and the slices taken from it.
 using SharedFile = std::shared_ptr<const rust::Box<core::File>>;
@@ -41,7 +50,11 @@ std::vector<at::Tensor> load_tensors(const core::File& file, const Lender& lende
                                      c10::Device device);
 
 // All tensors, in file order.
-Tensors load_all(const core::File& file, const Lender& lender, c10::Device device);
+Lists load_all(const core::File& file, const Lender& lender, c10::Device device);
+
+// All tensors of the file at `path`, in file order. What is mapped is brought in before this returns, or not at all, or,
+// where `prefault` has no value, in the background.
+Lists load_file(const std::string& path, c10::Device device, const std::string& backend, std::optional<bool> prefault);
 
 // Part of the tensor at `index`: one range a dimension of torch's shape; reads only the bytes that it needs.
 at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Range> ranges, c10::Device device);
@@ -50,7 +63,7 @@ at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Ra
 void read_into(const core::File& file, const std::vector<std::pair<size_t, at::Tensor>>& destinations);
 
 // torch's dtype and shape of the tensor at `index`.
-std::pair<c10::ScalarType, std::vector<int64_t>> describe(const core::File& file, size_t index);
+std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index);
 
 // A name for the core, as bytes: whether it is UTF-8 is for the core to say.
 inline rust::Slice<const uint8_t> as_bytes(const std::string& text) {

@@ -3,7 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
-#include <cstring>
+#include <utility>
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
@@ -67,12 +67,6 @@ void refuse_without_data(const NamedTensors& tensors) {
     }
 }
 
-// A settled layout, and the tensors that it is of.
-struct Plan {
-    NamedTensors tensors;
-    rust::Box<core::SavePlan> layout;
-};
-
 rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
     const auto copy = [](const std::string& text) {
         rust::Vec<uint8_t> bytes;
@@ -91,9 +85,8 @@ rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
     return entries;
 }
 
-// Checks everything and settles the layout; nothing is written yet. `path` is for the errors, empty if there is none.
-Plan make_plan(const Tensors& dict, const std::optional<Metadata>& metadata, const std::string& path) {
-    NamedTensors tensors = named(dict);
+rust::Box<core::SavePlan> plan(const NamedTensors& tensors, const std::optional<Metadata>& metadata,
+                               const std::string& path) {
     check_saveable(tensors);
     // All shapes in one array, which must not move any more once the specs point into it.
     std::vector<uint64_t> dims;
@@ -120,44 +113,29 @@ Plan make_plan(const Tensors& dict, const std::optional<Metadata>& metadata, con
         specs.push_back({as_bytes(tensors[i].first), dtypes[i], {dims.data() + spans[i].first, spans[i].second}});
     }
     const auto entries = entries_of(metadata);
-    auto layout = core::plan_save({specs.data(), specs.size()}, {entries.data(), entries.size()}, metadata.has_value(),
-                                  as_bytes(path));
-    return {std::move(tensors), std::move(layout)};
+    return core::plan_save({specs.data(), specs.size()}, {entries.data(), entries.size()}, metadata.has_value(),
+                           as_bytes(path));
 }
 
-// The values of a tensor in host memory: itself where it is there as it is. One tensor at a time, so that a model on a
-// device never lies on the host as a whole.
-at::Tensor on_host(const at::Tensor& tensor) {
+// Whether the bytes to be written are those that the tensor has in host memory.
+bool is_on_host(const at::Tensor& tensor) {
+    return tensor.is_cpu() && !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous();
+}
+
+// The values of a tensor, copied to host memory.
+at::Tensor to_host(const at::Tensor& tensor) {
     const at::NoGradGuard no_grad;
     return tensor.to(at::kCPU).resolve_conj().resolve_neg().contiguous();
 }
 
-// Calls `sink(bytes)` with the header, then with each tensor's bytes, in file order.
-template <typename Sink>
-void stream(const Plan& plan, Sink&& sink) {
-    sink(plan.layout->header());
-    for (size_t place = 0; place < plan.tensors.size(); ++place) {
-        const auto& [name, tensor] = plan.tensors[plan.layout->tensor(place)];
-        const uint64_t nbytes = plan.layout->nbytes(place);
-        if (nbytes == 0) {
-            continue;
-        }
-        const at::Tensor host = on_host(tensor);
-        const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
-        if (data == nullptr || host.nbytes() != nbytes) {
-            fail(Kind::safetensor,
-                 "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
-        }
-        sink(rust::Slice<const uint8_t>(data, nbytes));
+// The bytes of a tensor in host memory.
+core::Piece piece_of(const at::Tensor& host, const std::string& name, uint64_t nbytes) {
+    const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
+    if (data == nullptr || host.nbytes() != nbytes) {
+        fail(Kind::safetensor,
+             "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
     }
-}
-
-void write_to(const Plan& plan, const at::Tensor& out) {
-    auto* position = static_cast<uint8_t*>(out.mutable_data_ptr());
-    stream(plan, [&](rust::Slice<const uint8_t> bytes) {
-        std::memcpy(position, bytes.data(), bytes.size());
-        position += bytes.size();
-    });
+    return {{data, nbytes}};
 }
 
 }  // namespace
@@ -169,33 +147,82 @@ void check_saveable(const NamedTensors& tensors) {
     refuse_without_data(tensors);
 }
 
-void save_file(const Tensors& tensors, const std::string& path, const std::optional<Metadata>& metadata) {
-    const Plan plan = make_plan(tensors, metadata, path);
-    auto writer = core::create_file(as_bytes(path), plan.layout->total_bytes());
-    stream(plan, [&](rust::Slice<const uint8_t> bytes) { writer->write(bytes); });
-    core::commit_file(std::move(writer));
+PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path)
+    : tensors_(std::move(tensors)), layout_(plan(tensors_, metadata, path)) {}
+
+int64_t PendingSave::size() const { return static_cast<int64_t>(layout_->total_bytes()); }
+
+// Gives `writer` the header and each tensor's bytes, in file order: those in host memory all at once, straight from
+// there, others one at a time, so that a model on a device never lies on the host as a whole.
+template <typename Writer>
+void PendingSave::stream(Writer&& writer) const {
+    std::vector<core::Piece> pieces;
+    pieces.reserve(tensors_.size() + 1);
+    const auto flush = [&] {
+        writer.write({pieces.data(), pieces.size()});
+        pieces.clear();
+    };
+    pieces.push_back({layout_->header()});
+    for (size_t place = 0; place < tensors_.size(); ++place) {
+        const auto& [name, tensor] = tensors_[layout_->tensor(place)];
+        const uint64_t nbytes = layout_->nbytes(place);
+        if (nbytes == 0) {
+            continue;
+        }
+        if (is_on_host(tensor)) {
+            pieces.push_back(piece_of(tensor, name, nbytes));
+            continue;
+        }
+        flush();
+        const at::Tensor host = to_host(tensor);
+        pieces.push_back(piece_of(host, name, nbytes));
+        flush();
+    }
+    flush();
 }
 
-at::Tensor save(const Tensors& tensors, const std::optional<Metadata>& metadata) {
-    const Plan plan = make_plan(tensors, metadata, "");
-    at::Tensor out = at::empty({static_cast<int64_t>(plan.layout->total_bytes())},
-                               at::TensorOptions().dtype(at::kByte).device(at::kCPU).requires_grad(false));
-    write_to(plan, out);
+void PendingSave::write_file(const std::string& path, bool durable) const {
+    auto writer = core::create_file(as_bytes(path), layout_->total_bytes());
+    stream(*writer);
+    core::commit_file(std::move(writer), durable);
+}
+
+void PendingSave::write_into(const at::Tensor& out) const {
+    if (out.scalar_type() != at::kByte || !out.is_cpu() || !out.is_contiguous() ||
+        out.nbytes() != layout_->total_bytes()) {
+        fail(Kind::value, "save needs a contiguous uint8 tensor on the CPU of " +
+                              std::to_string(layout_->total_bytes()) + " elements to write into");
+    }
+    stream(*core::fill_memory(static_cast<uint8_t*>(out.mutable_data_ptr()), out.nbytes()));
+}
+
+at::Tensor PendingSave::write() const {
+    at::Tensor out = at::empty({size()}, at::TensorOptions().dtype(at::kByte).device(at::kCPU).requires_grad(false));
+    write_into(out);
     return out;
 }
 
-int64_t save_size(const Tensors& tensors, const std::optional<Metadata>& metadata) {
-    return static_cast<int64_t>(make_plan(tensors, metadata, "").layout->total_bytes());
-}
-
-void save_into(const Tensors& tensors, const at::Tensor& out, const std::optional<Metadata>& metadata) {
-    const Plan plan = make_plan(tensors, metadata, "");
-    if (out.scalar_type() != at::kByte || !out.is_cpu() || !out.is_contiguous() ||
-        out.nbytes() != plan.layout->total_bytes()) {
-        fail(Kind::value, "save needs a contiguous uint8 tensor on the CPU of " +
-                              std::to_string(plan.layout->total_bytes()) + " elements to write into");
-    }
-    write_to(plan, out);
+void register_pending_save(torch::Library& library) {
+    using Self = c10::intrusive_ptr<PendingSave>;
+    library.class_<PendingSave>("PendingSave")
+        .def(torch::init([](const std::vector<std::string>& names, const std::vector<at::Tensor>& tensors,
+                            const std::optional<Metadata>& metadata, const std::string& path) {
+            return guarded([&] {
+                if (names.size() != tensors.size()) {
+                    fail(Kind::value, "a save takes as many names as tensors");
+                }
+                NamedTensors named;
+                named.reserve(names.size());
+                for (size_t i = 0; i < names.size(); ++i) {
+                    named.emplace_back(names[i], tensors[i]);
+                }
+                return c10::make_intrusive<PendingSave>(std::move(named), metadata, path);
+            });
+        }))
+        .def("size", [](const Self& self) { return self->size(); })
+        .def("write_file", [](const Self& self, const std::string& path,
+                              bool durable) { guarded([&] { self->write_file(path, durable); }); })
+        .def("write_into", [](const Self& self, const at::Tensor& out) { guarded([&] { self->write_into(out); }); });
 }
 
 }  // namespace safetensors_torch

@@ -3,6 +3,7 @@
 #include <c10/core/impl/COW.h>
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 #include <unordered_map>
 
@@ -12,7 +13,7 @@ namespace safetensors_torch {
 namespace {
 
 // What tells one memory from another. The same address means something else on each device.
-using StorageKey = std::tuple<c10::DeviceType, c10::DeviceIndex, const void*, size_t>;
+using StorageKey = std::tuple<const void*, size_t, c10::Device>;
 
 // The bytes that a tensor's elements lie in; `index` is a place among the caller's tensors.
 struct Extent {
@@ -85,23 +86,38 @@ void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors,
     finish();
 }
 
+// Any order that brings equal keys together.
+bool by_address(const std::pair<StorageKey, size_t>& left, const std::pair<StorageKey, size_t>& right) {
+    const auto rank = [](const std::pair<StorageKey, size_t>& entry) {
+        const auto& [address, nbytes, device] = entry.first;
+        return std::make_tuple(reinterpret_cast<uintptr_t>(address), nbytes, device.type(), device.index());
+    };
+    return rank(left) < rank(right);
+}
+
 }  // namespace
 
 std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
-    std::map<StorageKey, std::vector<Extent>> by_storage;
+    std::vector<std::pair<StorageKey, size_t>> storages;
+    storages.reserve(tensors.size());
     for (size_t index = 0; index < tensors.size(); ++index) {
         const at::Tensor& tensor = tensors[index].second;
         if (has_memory(tensor)) {
-            const c10::Device device = tensor.device();
-            const StorageKey key{device.type(), device.index(), identity(tensor), tensor.storage().nbytes()};
-            by_storage[key].push_back(extent_of(tensor, index));
+            storages.push_back({{identity(tensor), tensor.storage().nbytes(), tensor.device()}, index});
         }
     }
+    std::sort(storages.begin(), storages.end(), by_address);
     std::vector<std::vector<std::string>> groups;
-    for (auto& [key, extents] : by_storage) {
-        if (extents.size() > 1) {
+    std::vector<Extent> extents;
+    for (auto first = storages.begin(); first != storages.end();) {
+        const auto last = std::find_if(first, storages.end(), [&](const auto& s) { return s.first != first->first; });
+        if (last - first > 1) {
+            extents.clear();
+            std::transform(first, last, std::back_inserter(extents),
+                           [&](const auto& s) { return extent_of(tensors[s.second].second, s.second); });
             add_runs(extents, tensors, groups);
         }
+        first = last;
     }
     std::sort(groups.begin(), groups.end());
     return groups;

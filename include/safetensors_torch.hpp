@@ -60,6 +60,13 @@ enum class Backend {
     pread,
 };
 
+/// How a file is written.
+struct SaveOptions {
+    /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
+    /// and its directory). Otherwise the kernel writes it there within half a minute or so.
+    bool durable = false;
+};
+
 namespace detail {
 
 using Strings = c10::Dict<std::string, std::string>;
@@ -90,10 +97,17 @@ inline OptionalStrings to_dict(const Metadata& metadata) {
     return dict;
 }
 
-// An open file, as the TorchBind object that the library registers.
-using FileObject = c10::intrusive_ptr<c10::ivalue::Object>;
+// An object of a class that the library registers with torch.
+using Object = c10::intrusive_ptr<c10::ivalue::Object>;
 
-inline FileObject open(const std::string& path, Backend backend) {
+template <typename... Args>
+c10::IValue call_method(const Object& object, const char* method, const Args&... args) {
+    torch::jit::Stack stack{c10::IValue(object), c10::IValue(args)...};
+    object->type()->getMethod(method).run(stack);
+    return std::move(stack.back());
+}
+
+inline Object open(const std::string& path, Backend backend) {
     static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
     torch::jit::Stack stack{path, name_of(backend)};
     op.callBoxed(stack);
@@ -134,12 +148,18 @@ inline void collect_state(const torch::nn::Module& module, const std::string& pr
 /// A tensor owns its storage, is writable and needs no grad. Two calls never give tensors that share memory.
 /// On the meta device: shapes and dtypes, nothing is read but the header.
 ///
+/// `prefault` is about Backend::mmap, whose tensors cost a page fault every few pages where they are touched first, and
+/// a wait for the disk where the file is not in memory. Without a value, threads in the background bring the file in
+/// while the caller goes on; true has that done when the call returns, false leaves it to the touch.
+///
 /// Throws c10::Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
 /// cut short; a dtype that torch does not have.
-inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap) {
-    static const auto op = detail::find_op("safetensors_torch::load_file")
-                               .typed<Tensors(const std::string&, at::Device, const std::string&)>();
-    return op.call(path, device, detail::name_of(backend));
+inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
+                         std::optional<bool> prefault = std::nullopt) {
+    static const auto op =
+        detail::find_op("safetensors_torch::load_file")
+            .typed<Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>)>();
+    return op.call(path, device, detail::name_of(backend), prefault);
 }
 
 /// Every tensor of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may go away.
@@ -164,23 +184,24 @@ inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
 /// Throws c10::Error before anything is written: a sparse tensor; tensors that share memory (see save_model); one that
 /// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`. And when the
 /// operating system refuses.
-inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {}) {
+inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
+                      SaveOptions options = {}) {
     static const auto op = detail::find_op("safetensors_torch::save_file")
-                               .typed<void(const Tensors&, const std::string&, const detail::OptionalStrings&)>();
-    op.call(tensors, path, detail::to_dict(metadata));
+                               .typed<void(const Tensors&, const std::string&, const detail::OptionalStrings&, bool)>();
+    op.call(tensors, path, detail::to_dict(metadata), options.durable);
 }
 
 /// The bytes that save_file would write.
 ///
 /// Throws c10::Error for the tensors that save_file refuses.
 inline std::string save(const Tensors& tensors, const Metadata& metadata = {}) {
-    static const auto size_op = detail::find_op("safetensors_torch::_save_size")
-                                    .typed<int64_t(const Tensors&, const detail::OptionalStrings&)>();
-    static const auto op = detail::find_op("safetensors_torch::_save_into")
-                               .typed<void(const Tensors&, const at::Tensor&, const detail::OptionalStrings&)>();
-    const auto entries = detail::to_dict(metadata);
-    std::string bytes(static_cast<std::size_t>(size_op.call(tensors, entries)), '\0');
-    op.call(tensors, at::from_blob(bytes.data(), {static_cast<int64_t>(bytes.size())}, at::kByte), entries);
+    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_plan_save");
+    torch::jit::Stack stack{tensors, detail::to_dict(metadata)};
+    op.callBoxed(stack);
+    const auto plan = stack.back().toObject();
+    std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');
+    const auto size = static_cast<int64_t>(bytes.size());
+    detail::call_method(plan, "write_into", at::from_blob(bytes.data(), {size}, at::kByte));
     return bytes;
 }
 
@@ -289,12 +310,10 @@ class File {
         if (!object_) {
             detail::fail("File is closed");
         }
-        torch::jit::Stack stack{c10::IValue(object_), c10::IValue(args)...};
-        object_->type()->getMethod(method).run(stack);
-        return std::move(stack.back());
+        return detail::call_method(object_, method, args...);
     }
 
-    detail::FileObject object_;
+    detail::Object object_;
     at::Device device_;
 };
 
@@ -330,7 +349,7 @@ inline LoadResult load_model(torch::nn::Module& module, const std::string& path,
 ///
 /// Throws c10::Error: as save_file does; tied tensors of which none covers the memory.
 inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata = {},
-                       bool force_contiguous = true) {
+                       bool force_contiguous = true, SaveOptions options = {}) {
     static const auto tied = detail::find_op("safetensors_torch::_tied")
                                  .typed<detail::Strings(const Tensors&, const std::vector<std::string>&)>();
     static const auto last_error = detail::find_op("safetensors_torch::_last_error")
@@ -358,7 +377,7 @@ inline void save_model(const torch::nn::Module& module, const std::string& path,
         kept.insert(item.key(), tensor);
     }
     try {
-        save_file(kept, path, entries);
+        save_file(kept, path, entries, options);
     } catch (const c10::Error& error) {
         // Layouts are checked before gaps, so with strided tensors alone the ValueError is about a gap.
         if (!has_gaps || !all_strided || std::get<0>(last_error.call()) != "ValueError") {

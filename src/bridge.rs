@@ -13,6 +13,9 @@ use crate::error::{Error, ErrorKind};
 use crate::file::TensorFile;
 use crate::header::{Metadata, absent};
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
+use crate::memory::{Block, Memory};
+use crate::prefault::Prefault;
+use crate::serialize::Filler;
 use crate::slice::{AxisRange, Slice};
 use crate::source::{Mapping, Source};
 use crate::writer::AtomicFile;
@@ -37,6 +40,11 @@ mod ffi {
         start: u64,
         stop: u64,
         step: u64,
+    }
+
+    /// Bytes to be saved, which are part of a file's.
+    struct Piece<'a> {
+        bytes: &'a [u8],
     }
 
     /// A tensor to be saved: everything but its bytes.
@@ -65,7 +73,11 @@ mod ffi {
         /// The tensor's bytes where they are in memory and aligned to its dtype, else null.
         fn shareable(self: &File, index: usize) -> *mut u8;
         /// Keeps the mapping alive; for a file with the mmap backend.
-        fn share_mapping(self: &File) -> Box<MappingOwner>;
+        fn share_mapping(self: &File) -> Box<Owner>;
+        /// Brings the pages of a mapping in: before this returns, or in the background.
+        fn prefault(self: &File, wait: bool) -> Result<()>;
+        /// Reads tensors into memory made for them, a place for each of `indices`.
+        fn load(self: &File, indices: &[usize]) -> Result<Box<Loaded>>;
         unsafe fn read(self: &File, requests: &[Request]) -> Result<()>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
@@ -76,7 +88,12 @@ mod ffi {
             length: usize,
         ) -> Result<()>;
 
-        type MappingOwner;
+        type Loaded;
+        fn data(self: &Loaded, place: usize) -> *mut u8;
+        fn share(self: &Loaded, place: usize) -> Box<Owner>;
+
+        /// Keeps a tensor's memory alive.
+        type Owner;
     }
 
     // Where tensors go in a file, and the writing of one.
@@ -97,8 +114,12 @@ mod ffi {
 
         type FileWriter;
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
-        fn write(self: &mut FileWriter, bytes: &[u8]) -> Result<()>;
-        fn commit_file(writer: Box<FileWriter>) -> Result<()>;
+        fn write(self: &mut FileWriter, pieces: &[Piece]) -> Result<()>;
+        fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()>;
+
+        type MemoryWriter;
+        unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;
+        fn write(self: &mut MemoryWriter, pieces: &[Piece]) -> Result<()>;
     }
 
     extern "Rust" {
@@ -109,7 +130,7 @@ mod ffi {
     }
 }
 
-use ffi::{Entry, Range, Request, Spec};
+use ffi::{Entry, Piece, Range, Request, Spec};
 
 /// What C++ gets to see of an [`Error`].
 struct BridgeError(Error);
@@ -223,20 +244,28 @@ impl File {
         }
     }
 
-    fn share_mapping(&self) -> Box<MappingOwner> {
+    fn share_mapping(&self) -> Box<Owner> {
         match self.0.source() {
-            Source::Mapped(mapping) => Box::new(MappingOwner { _mapping: Arc::clone(mapping) }),
+            Source::Mapped(mapping, _) => Box::new(Owner::Mapping { _mapping: Arc::clone(mapping) }),
             _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
         }
     }
 
+    fn prefault(&self, wait: bool) -> Result<()> {
+        Ok(self.0.prefault(if wait { Prefault::Wait } else { Prefault::Background })?)
+    }
+
+    fn load(&self, indices: &[usize]) -> Result<Box<Loaded>> {
+        Ok(Box::new(Loaded(self.0.load_tensors(indices)?)))
+    }
+
     /// # Safety
     ///
-    /// As for [`TensorFile::read_tensors`].
+    /// As for [`TensorFile::read_stored_tensors`].
     unsafe fn read(&self, requests: &[Request]) -> Result<()> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
         // SAFETY: the C++ caller made each destination for this one tensor, with the length that it gives.
-        Ok(unsafe { self.0.read_tensors(&requests) }?)
+        Ok(unsafe { self.0.read_stored_tensors(&requests) }?)
     }
 
     fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
@@ -265,9 +294,23 @@ impl File {
     }
 }
 
-/// Keeps a mapping alive for one tensor.
-struct MappingOwner {
-    _mapping: Arc<Mapping>,
+/// Tensors that were read.
+struct Loaded(Memory);
+
+impl Loaded {
+    fn data(&self, place: usize) -> *mut u8 {
+        self.0.start(place)
+    }
+
+    fn share(&self, place: usize) -> Box<Owner> {
+        Box::new(Owner::Block { _block: self.0.owner(place) })
+    }
+}
+
+/// Keeps memory alive for one tensor.
+enum Owner {
+    Mapping { _mapping: Arc<Mapping> },
+    Block { _block: Arc<Block> },
 }
 
 /// A settled layout as C++ sees it.
@@ -322,13 +365,30 @@ fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
 }
 
 impl FileWriter {
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        Ok(self.0.write(bytes)?)
+    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
+        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
     }
 }
 
 // By value, as the bridge hands over a Box: the writer is gone afterwards.
 #[allow(clippy::boxed_local)]
-fn commit_file(writer: Box<FileWriter>) -> Result<()> {
-    Ok(writer.0.commit(false)?)
+fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
+    Ok(writer.0.commit(sync)?)
+}
+
+/// Memory that is being written, as C++ sees it.
+struct MemoryWriter(Filler);
+
+/// # Safety
+///
+/// As for [`Filler::new`].
+unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
+    // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
+    Box::new(MemoryWriter(unsafe { Filler::new(start, length) }))
+}
+
+impl MemoryWriter {
+    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
+        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
+    }
 }

@@ -105,6 +105,13 @@ impl Error {
         self
     }
 
+    /// The same error, raised by the operating system with `source`.
+    #[must_use]
+    pub(crate) fn with_os_error(mut self, source: io::Error) -> Error {
+        self.source = Some(source);
+        self
+    }
+
     /// The same error, said of the file at `path`. An error that names its file already stays as it is.
     #[must_use]
     pub fn in_file(mut self, path: &Path) -> Error {

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{Header, LENGTH_BYTES, TensorInfo};
+use crate::memory::Memory;
+use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
-use crate::source::{Backend, Source, open_regular, read_exact_at};
+use crate::source::{Backend, OpenFile, Origin, Source, open_regular, read_exact_at};
 
 /// Enough of a file's start to tell what else it may be.
 const PROBE_BYTES: u64 = 512;
@@ -47,9 +49,10 @@ impl TensorFile {
             read_exact_at(&file, path, &mut json, LENGTH_BYTES)?;
             Header::parse(&json, length).map_err(|error| error.in_file(path))?
         };
+        let file = OpenFile { file, path: path.to_path_buf() };
         let source = match backend {
-            Backend::Mmap => Source::mapped(&file, path, length)?,
-            Backend::Pread => Source::File(file, path.to_path_buf()),
+            Backend::Mmap => Source::mapped(file, length)?,
+            Backend::Pread => Source::File(file),
         };
         Ok(TensorFile { header, source, path: Some(path.to_path_buf()) })
     }
@@ -124,6 +127,44 @@ impl TensorFile {
         self.source.as_ptr().map(|start| start.wrapping_add(self.byte_range(tensor).start as usize))
     }
 
+    /// Brings the pages of a mapped file into reach, so that touching them takes no page fault and waits for no disk.
+    /// Does nothing for a file that is not mapped.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] and [`ErrorKind::FileChanged`], with [`Prefault::Wait`] alone: whoever goes on meanwhile
+    /// finds out by touching the page.
+    pub fn prefault(&self, when: Prefault) -> Result<()> {
+        match &self.source {
+            Source::Mapped(mapping, file) => prefault::prefault(mapping, file, when),
+            Source::File(_) | Source::Memory(_) => Ok(()),
+        }
+    }
+
+    /// Reads the tensors at `indices` (in file order) into fresh memory, each into the place of the same number; in
+    /// parallel where it pays, and from the file even where it is mapped.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
+    pub fn load_tensors(&self, indices: &[usize]) -> Result<Memory> {
+        let mut sizes = Vec::with_capacity(indices.len());
+        for &index in indices {
+            // A size that a header gives is at most that of the file, which the backends can address.
+            sizes.push(self.tensor(index)?.nbytes() as usize);
+        }
+        let memory = Memory::new(&sizes).map_err(|error| self.locate(error))?;
+        let requests: Vec<_> = indices
+            .iter()
+            .zip(sizes)
+            .enumerate()
+            .map(|(place, (&index, size))| (index, memory.start(place), size))
+            .collect();
+        // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
+        unsafe { self.read_stored_tensors(&requests) }?;
+        Ok(memory)
+    }
+
     /// Reads whole tensors, in parallel where it pays: `(index in file order, destination, its bytes)` each.
     ///
     /// # Errors
@@ -135,6 +176,29 @@ impl TensorFile {
     ///
     /// Every destination must be valid for writes of its bytes until the call returns, and no two may overlap.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
+        // SAFETY: as the caller promised.
+        unsafe { self.read_from(self.source.as_shown(), requests) }
+    }
+
+    /// As [`TensorFile::read_tensors`], but what the file holds, even where what is mapped was written to. That is
+    /// faster too, and a file that is cut short is an error rather than a signal.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::read_tensors`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_tensors`].
+    pub unsafe fn read_stored_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
+        // SAFETY: as the caller promised.
+        unsafe { self.read_from(self.source.as_stored(), requests) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_tensors`].
+    unsafe fn read_from(&self, origin: Origin<'_>, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
         let mut transfers = Vec::with_capacity(requests.len());
         for &(index, destination, length) in requests {
             let tensor = self.tensor(index)?;
@@ -144,7 +208,7 @@ impl TensorFile {
             transfers.push(Transfer { offset: self.byte_range(&tensor).start, destination, length });
         }
         // SAFETY: the caller vouches for the destinations.
-        unsafe { reader::read(&self.source, transfers) }.map_err(|error| self.locate(error))
+        unsafe { reader::read(origin, &transfers) }.map_err(|error| self.locate(error))
     }
 
     /// Plans a slice of the tensor at `index`, one range a dimension.
@@ -194,8 +258,9 @@ impl TensorFile {
                 direct.push(Transfer { offset: base + run.start, destination: target, length });
                 if direct.len() == SLICE_BATCH {
                     // SAFETY: each run has its own part of the destination.
-                    unsafe { reader::read(&self.source, std::mem::take(&mut direct)) }
+                    unsafe { reader::read(self.source.as_shown(), &direct) }
                         .map_err(|error| self.locate(error))?;
+                    direct.clear();
                 }
             } else {
                 // SAFETY: `written` never passes `slice.nbytes()`, which is `length`.
@@ -203,7 +268,7 @@ impl TensorFile {
             }
         }
         // SAFETY: each run has its own part of the destination.
-        unsafe { reader::read(&self.source, direct) }.map_err(|error| self.locate(error))
+        unsafe { reader::read(self.source.as_shown(), &direct) }.map_err(|error| self.locate(error))
     }
 
     /// Reads from the first run to the last at once, and copies the runs out.
@@ -217,7 +282,7 @@ impl TensorFile {
         let transfer =
             Transfer { offset: base + first.start, destination: scratch.as_mut_ptr(), length: scratch.len() };
         // SAFETY: `scratch` is exactly that long, and nobody else has it.
-        unsafe { reader::read(&self.source, vec![transfer]) }.map_err(|error| self.locate(error))?;
+        unsafe { reader::read(self.source.as_shown(), &[transfer]) }.map_err(|error| self.locate(error))?;
         let mut written = 0;
         for run in runs {
             let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];

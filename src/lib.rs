@@ -6,11 +6,16 @@
 #![deny(missing_docs)]
 
 pub mod capi;
+mod copy;
 mod dtype;
 mod error;
 mod file;
 mod header;
 mod layout;
+mod memory;
+mod page_cache;
+mod parallel;
+mod prefault;
 mod reader;
 mod serialize;
 mod slice;
@@ -25,7 +30,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use file::TensorFile;
 pub use header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
 pub use layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};
+pub use memory::{Block, Memory};
+pub use prefault::Prefault;
 pub use serialize::{SaveOptions, save_file, save_into};
 pub use slice::{AxisRange, Slice};
-pub use source::{Backend, Mapping, Source};
+pub use source::{Backend, Borrowed, Mapping, OpenFile, Source};
 pub use writer::AtomicFile;

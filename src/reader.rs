@@ -1,25 +1,15 @@
-//! Copies byte ranges of a source to memory: threads pull chunks from one counter.
+//! Copies byte ranges of a source to memory: threads take chunks of equal size from all ranges together.
 
-use std::fs::File;
-use std::ops::Range;
-use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io;
+use std::os::fd::AsRawFd;
 
+use crate::copy::{self, Copy};
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::{Source, read_vectored_at, shrank};
-
-/// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
-const CHUNK_BYTES: usize = 8 << 20;
+use crate::parallel::{self, Chunks};
+use crate::source::{Borrowed, OpenFile, Origin, shrank};
 
 /// The most ranges in one vectored read; Linux allows 1024.
-const CHUNK_PARTS: usize = 512;
-
-/// Below this a second thread costs more than it saves.
-const PARALLEL_BYTES: usize = 4 << 20;
-
-/// More threads than this find no more memory bandwidth.
-const MAX_THREADS: usize = 8;
+const MAX_PARTS: usize = 512;
 
 /// One range of a source, and where it goes.
 #[derive(Clone, Copy, Debug)]
@@ -49,136 +39,123 @@ unsafe impl Sync for Transfer {}
 ///
 /// Every destination must be valid for writes of its length until the call returns, and no two may overlap each
 /// other or the source.
-pub unsafe fn read(source: &Source, transfers: Vec<Transfer>) -> Result<()> {
-    let total: usize = transfers.iter().map(|transfer| transfer.length).sum();
-    let transfers = split(transfers);
-    let chunks = chunk(&transfers);
-    let threads = if total < PARALLEL_BYTES {
-        1
-    } else {
-        std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(chunks.len())
-    };
-    let next = AtomicUsize::new(0);
-    let failure = Mutex::new(None);
-    let work = || {
-        while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            // SAFETY: the caller of `read` vouches for the destinations, and no other thread gets this chunk.
-            if let Err(error) = unsafe { read_chunk(source, &transfers[chunk.clone()]) } {
-                // Leaves nothing to pull for the others.
-                next.store(chunks.len(), Ordering::Relaxed);
-                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // A machine that gives no more threads still has this one.
-            if std::thread::Builder::new().spawn_scoped(scope, work).is_err() {
-                break;
-            }
-        }
-        work();
-    });
-    failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).map_or(Ok(()), Err)
-}
-
-/// Cuts what is longer than a chunk into chunks; drops what is empty.
-fn split(transfers: Vec<Transfer>) -> Vec<Transfer> {
-    let mut pieces = Vec::with_capacity(transfers.len());
-    for transfer in transfers {
-        let mut done = 0;
-        while done < transfer.length {
-            let length = (transfer.length - done).min(CHUNK_BYTES);
-            pieces.push(Transfer {
-                offset: transfer.offset + done as u64,
-                destination: transfer.destination.wrapping_add(done),
-                length,
-            });
-            done += length;
-        }
-    }
-    pieces
-}
-
-/// Groups neighbours in the file, so that one vectored read serves many small tensors.
-fn chunk(transfers: &[Transfer]) -> Vec<Range<usize>> {
-    let mut chunks: Vec<Range<usize>> = Vec::new();
-    let mut bytes = 0;
-    for (index, transfer) in transfers.iter().enumerate() {
-        let joins = index > 0 && {
-            let previous = &transfers[index - 1];
-            previous.offset + previous.length as u64 == transfer.offset
-                && bytes + transfer.length <= CHUNK_BYTES
-        };
-        match chunks.last_mut() {
-            Some(last) if joins && last.len() < CHUNK_PARTS => {
-                last.end = index + 1;
-                bytes += transfer.length;
-            }
-            _ => {
-                chunks.push(index..index + 1);
-                bytes = transfer.length;
-            }
-        }
-    }
-    chunks
-}
-
-/// # Safety
-///
-/// As for [`read`].
-unsafe fn read_chunk(source: &Source, transfers: &[Transfer]) -> Result<()> {
-    if let Source::File(file, path) = source {
+pub(crate) unsafe fn read(origin: Origin<'_>, transfers: &[Transfer]) -> Result<()> {
+    match origin {
         // SAFETY: the caller vouches for the destinations.
-        return unsafe { read_file_chunk(file, path, transfers) };
+        Origin::File(file) => unsafe { read_file(file, transfers) },
+        // SAFETY: as above.
+        Origin::Memory(memory) => unsafe { read_memory(memory, transfers) },
     }
-    // Only files have no address.
-    let Some(start) = source.as_ptr() else { return Ok(()) };
-    for transfer in transfers {
-        let end = transfer.offset.checked_add(transfer.length as u64);
-        if end.is_none_or(|end| end > source.memory_bytes() as u64) {
-            return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
-        }
-        // SAFETY: the range lies in the source (just checked), the destination is valid and apart from it (caller).
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                start.add(transfer.offset as usize),
-                transfer.destination,
-                transfer.length,
-            );
-        }
-    }
-    Ok(())
 }
 
 /// # Safety
 ///
 /// As for [`read`].
-unsafe fn read_file_chunk(file: &File, path: &Path, transfers: &[Transfer]) -> Result<()> {
-    let Some(first) = transfers.first() else { return Ok(()) };
-    let mut parts: Vec<libc::iovec> = transfers
+unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
+    let copies: Result<Vec<Copy>> = transfers
         .iter()
-        .map(|transfer| libc::iovec { iov_base: transfer.destination.cast(), iov_len: transfer.length })
-        .collect();
-    let mut offset = first.offset;
-    let mut rest = &mut parts[..];
-    while !rest.is_empty() {
-        // SAFETY: the caller vouches for the destinations, and `rest` is what is left of them.
-        let mut count = unsafe { read_vectored_at(file, rest, offset) }
-            .map_err(|source| Error::io("read", path, source))?;
-        if count == 0 {
-            return Err(shrank(path));
-        }
-        offset += count as u64;
-        while let Some(part) = rest.first_mut() {
-            if count < part.iov_len {
-                part.iov_base = part.iov_base.wrapping_byte_add(count);
-                part.iov_len -= count;
-                break;
+        .map(|&Transfer { offset, destination, length }| {
+            let end = offset.checked_add(length as u64);
+            if end.is_none_or(|end| end > memory.length as u64) {
+                return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
             }
-            count -= part.iov_len;
-            rest = &mut rest[1..];
+            Ok(Copy { source: memory.start.wrapping_add(offset as usize), destination, length })
+        })
+        .collect();
+    // SAFETY: the ranges lie in the source (just checked), the destinations are valid and apart from it (caller).
+    unsafe { copy::copy(&copies?) }
+}
+
+/// # Safety
+///
+/// As for [`read`].
+unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
+    let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
+    parallel::pull(chunks.len(), parallel::threads_for(chunks.bytes(), chunks.len()), |chunk| {
+        // Neighbours in the file come with one read, however small they are.
+        let mut run = Run::default();
+        for (index, part) in chunks.parts(chunk) {
+            let Transfer { offset, destination, .. } = transfers[index];
+            let offset = offset + part.start as u64;
+            if run.parts.len() == MAX_PARTS || offset != run.end {
+                // SAFETY: the caller vouches for the destinations, and no other chunk has these parts of them.
+                unsafe { run.read(file) }?;
+                run.start_at(offset);
+            }
+            run.add(destination.wrapping_add(part.start), part.len());
+        }
+        // SAFETY: as above.
+        unsafe { run.read(file) }
+    })
+}
+
+/// A range of a file that is read with one call, into several places.
+#[derive(Default)]
+struct Run {
+    start: u64,
+    end: u64,
+    parts: Vec<libc::iovec>,
+}
+
+impl Run {
+    fn start_at(&mut self, offset: u64) {
+        self.parts.clear();
+        (self.start, self.end) = (offset, offset);
+    }
+
+    fn add(&mut self, destination: *mut u8, length: usize) {
+        self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: length });
+        self.end += length as u64;
+    }
+
+    /// Reads all of it.
+    ///
+    /// # Safety
+    ///
+    /// Every part must be valid for writes of its length.
+    unsafe fn read(&mut self, file: &OpenFile) -> Result<()> {
+        let mut offset = self.start;
+        let mut rest = &mut self.parts[..];
+        while !rest.is_empty() {
+            // SAFETY: the caller vouches for the parts, and `rest` is what is left of them.
+            let mut count = unsafe { read_vectored_at(file, rest, offset) }
+                .map_err(|source| Error::io("read", &file.path, source))?;
+            if count == 0 {
+                return Err(shrank(&file.path));
+            }
+            offset += count as u64;
+            while let Some(part) = rest.first_mut() {
+                if count < part.iov_len {
+                    part.iov_base = part.iov_base.wrapping_byte_add(count);
+                    part.iov_len -= count;
+                    break;
+                }
+                count -= part.iov_len;
+                rest = &mut rest[1..];
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads into `parts` one after the other from `offset` on; gives how many bytes came, 0 at the end of the file.
+///
+/// # Safety
+///
+/// Every part must be valid for writes of its length.
+unsafe fn read_vectored_at(file: &OpenFile, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    loop {
+        // SAFETY: the caller vouches for the parts; the kernel writes to nothing else.
+        let read = unsafe {
+            libc::preadv(file.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset)
+        };
+        if read >= 0 {
+            return Ok(read as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
     }
-    Ok(())
 }

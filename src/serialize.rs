@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use crate::copy::{self, Copy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
+use crate::memory;
 use crate::writer::AtomicFile;
 
 /// How a file is written.
@@ -51,10 +53,8 @@ pub fn save_file(
 ) -> Result<()> {
     let layout = plan(tensors, data, metadata, options.alignment).map_err(|error| error.in_file(path))?;
     let mut file = AtomicFile::create(path, layout.total_bytes())?;
-    file.write(layout.header())?;
-    for place in layout.order() {
-        file.write(data[place.index])?;
-    }
+    let pieces = layout.order().iter().map(|place| data[place.index]);
+    file.write(std::iter::once(layout.header()).chain(pieces))?;
     file.commit(options.sync)
 }
 
@@ -92,16 +92,52 @@ pub(crate) unsafe fn save_into_raw(
         let detail = format!("the buffer has {length} bytes, but {} are needed", layout.total_bytes());
         return Err(Error::new(ErrorKind::BufferSize, detail));
     }
-    let header = layout.header();
     let pieces = layout.order().iter().map(|place| data[place.index]);
-    let mut written = 0;
-    for piece in std::iter::once(header).chain(pieces) {
-        // SAFETY: the places follow one another without gaps up to `total_bytes`, which is `length`, and `plan` has
-        // checked that every tensor's bytes are as many as its place has; the rest is the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer.add(written), piece.len()) };
-        written += piece.len();
+    // SAFETY: the places follow one another without gaps up to `total_bytes`, which is `length`, and `plan` has checked
+    // that every tensor's bytes are as many as its place has; the rest is the caller's promise.
+    let mut filler = unsafe { Filler::new(buffer, length) };
+    filler.write(std::iter::once(layout.header()).chain(pieces))
+}
+
+/// Memory that is written from its start to its end, in parallel where it pays.
+#[derive(Debug)]
+pub(crate) struct Filler {
+    next: *mut u8,
+    left: usize,
+}
+
+impl Filler {
+    /// Fills `length` bytes from `start` on.
+    ///
+    /// # Safety
+    ///
+    /// They must be valid for writes, and nobody else may use them, until the last write has returned.
+    pub(crate) unsafe fn new(start: *mut u8, length: usize) -> Filler {
+        memory::prefer_huge_pages(start, length);
+        Filler { next: start, left: length }
     }
-    Ok(())
+
+    /// Appends `pieces`, none of which may lie in the memory that is written.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BufferSize`] where they are more than is left; nothing is written then.
+    pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = &'a [u8]>) -> Result<()> {
+        let mut copies = Vec::with_capacity(pieces.size_hint().0);
+        let (mut next, mut left) = (self.next, self.left);
+        for piece in pieces {
+            let Some(rest) = left.checked_sub(piece.len()) else {
+                let detail = "more bytes were given than the layout has room for";
+                return Err(Error::new(ErrorKind::BufferSize, detail));
+            };
+            copies.push(Copy { source: piece.as_ptr(), destination: next, length: piece.len() });
+            (next, left) = (next.wrapping_add(piece.len()), rest);
+        }
+        // SAFETY: the pieces are borrowed, their destinations follow one another in the memory that `new` was promised.
+        unsafe { copy::copy(&copies) }?;
+        (self.next, self.left) = (next, left);
+        Ok(())
+    }
 }
 
 fn plan(

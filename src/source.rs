@@ -4,13 +4,12 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -64,6 +63,11 @@ impl Mapping {
         self.map.as_mut_ptr()
     }
 
+    /// Gives the kernel a hint for `length` bytes from `start` on, which must lie in the mapping.
+    pub(crate) fn advise(&self, advice: Advice, start: usize, length: usize) -> io::Result<()> {
+        self.map.advise_range(advice, start, length)
+    }
+
     /// The length of the file when it was mapped, in bytes.
     pub fn len(&self) -> usize {
         self.map.len()
@@ -78,8 +82,8 @@ impl Mapping {
 /// Bytes that somebody else keeps in memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Borrowed {
-    start: *const u8,
-    length: usize,
+    pub(crate) start: *const u8,
+    pub(crate) length: usize,
 }
 
 // SAFETY: a `Borrowed` only reads, and whoever made one promised (`Source::borrowed`) that the bytes stay valid and
@@ -88,14 +92,30 @@ unsafe impl Send for Borrowed {}
 // SAFETY: as above.
 unsafe impl Sync for Borrowed {}
 
+/// An open file, and the path that it was opened by.
+#[derive(Debug)]
+pub struct OpenFile {
+    pub(crate) file: File,
+    pub(crate) path: PathBuf,
+}
+
 /// A place that bytes are read from.
 #[derive(Debug)]
 pub enum Source {
     /// A mapped file.
-    Mapped(Arc<Mapping>),
+    Mapped(Arc<Mapping>, OpenFile),
     /// A file that is read.
-    File(File, PathBuf),
+    File(OpenFile),
     /// Memory.
+    Memory(Borrowed),
+}
+
+/// The way in which bytes are copied out of a source.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Origin<'a> {
+    /// By reads.
+    File(&'a OpenFile),
+    /// From memory.
     Memory(Borrowed),
 }
 
@@ -109,26 +129,38 @@ impl Source {
         Source::Memory(Borrowed { start, length })
     }
 
-    /// Maps `file`, whose length is `length` bytes.
-    pub fn mapped(file: &File, path: &Path, length: u64) -> Result<Source> {
-        Mapping::new(file, path, length).map(|mapping| Source::Mapped(Arc::new(mapping)))
+    /// Maps a file whose length is `length` bytes.
+    pub(crate) fn mapped(file: OpenFile, length: u64) -> Result<Source> {
+        let mapping = Mapping::new(&file.file, &file.path, length)?;
+        Ok(Source::Mapped(Arc::new(mapping), file))
     }
 
     /// The first byte, where the source is memory; `None` for a file that is read.
     pub fn as_ptr(&self) -> Option<*const u8> {
         match self {
-            Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
+            Source::Mapped(mapping, _) => Some(mapping.as_ptr().cast_const()),
             Source::Memory(memory) => Some(memory.start),
-            Source::File(..) => None,
+            Source::File(_) => None,
         }
     }
 
-    /// The bytes of a source in memory.
-    pub fn memory_bytes(&self) -> usize {
+    /// For copies of what the file holds: by reads wherever there is a file, which are faster than page faults, and
+    /// answer with an error where a mapping raises a signal.
+    pub(crate) fn as_stored(&self) -> Origin<'_> {
         match self {
-            Source::Mapped(mapping) => mapping.len(),
-            Source::Memory(memory) => memory.length,
-            Source::File(..) => 0,
+            Source::Mapped(_, file) | Source::File(file) => Origin::File(file),
+            Source::Memory(memory) => Origin::Memory(*memory),
+        }
+    }
+
+    /// For copies of what tensors over the source show: in a mapping, also what was written to them.
+    pub(crate) fn as_shown(&self) -> Origin<'_> {
+        match self {
+            Source::Mapped(mapping, _) => {
+                Origin::Memory(Borrowed { start: mapping.as_ptr().cast_const(), length: mapping.len() })
+            }
+            Source::File(file) => Origin::File(file),
+            Source::Memory(memory) => Origin::Memory(*memory),
         }
     }
 }
@@ -178,25 +210,4 @@ pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -
 pub(crate) fn shrank(path: &Path) -> Error {
     let detail = "the file became shorter while it was read: something is writing to it";
     Error::new(ErrorKind::FileChanged, detail).in_file(path)
-}
-
-/// Reads into `parts` one after the other from `offset` on; gives how many bytes came, 0 at the end of the file.
-///
-/// # Safety
-///
-/// Every part must be valid for writes of its length.
-pub(crate) unsafe fn read_vectored_at(file: &File, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-    loop {
-        // SAFETY: the caller vouches for the parts; the kernel writes to nothing else.
-        let read =
-            unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset) };
-        if read >= 0 {
-            return Ok(read as usize);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
 }

@@ -3,14 +3,14 @@
 Owns the registrations with torch.library, and what differs between versions of torch there. The shapes come from
 the native library, which reads a file's header for them.
 
-``load`` and ``_load_shared`` can have no such kernel: how many tensors they return, and of which shapes, stands in
+``load``, ``_load_lists`` and ``_load_shared`` can have no such kernel: how many tensors they return, and of which shapes, stands in
 the bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the real one outside of its graph.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Callable, Optional
+from typing import Callable, NoReturn, Optional
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -41,13 +41,21 @@ def _load_file(
     *,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     backend: str = "mmap",
+    prefault: Optional[bool] = None,
 ) -> dict[str, torch.Tensor]:
     file = _open(filename)
     return {name: _like(file, name, device) for name in call(file.offset_keys)}
 
 
-def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., dict[str, torch.Tensor]]:
-    def kernel(data: torch.Tensor, *, device: Optional[torch.device] = None) -> dict[str, torch.Tensor]:
+def _load_file_lists(
+    filename: str, *, device: torch.device, backend: str, prefault: Optional[bool]
+) -> tuple[list[str], list[torch.Tensor]]:
+    tensors = _load_file(filename, device=device)
+    return list(tensors), list(tensors.values())
+
+
+def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., NoReturn]:
+    def kernel(data: torch.Tensor, *, device: Optional[torch.device] = None) -> NoReturn:
         from torch._subclasses.fake_tensor import DataDependentOutputException
 
         raise DataDependentOutputException(op)
@@ -61,11 +69,13 @@ def _save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] =
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _save_file(tensors: dict[str, torch.Tensor], filename: str, metadata: Optional[dict[str, str]] = None) -> None:
-    return None
-
-
-def _save_into(tensors: dict[str, torch.Tensor], out: torch.Tensor, metadata: Optional[dict[str, str]] = None) -> None:
+def _save_file(
+    tensors: dict[str, torch.Tensor],
+    filename: str,
+    metadata: Optional[dict[str, str]] = None,
+    *,
+    durable: bool = False,
+) -> None:
     return None
 
 
@@ -86,12 +96,13 @@ def register() -> None:
     ops = torch.ops.safetensors_torch
     for name, kernel in (
         ("load", _depends_on_data(ops.load.default)),
+        ("_load_lists", _depends_on_data(ops._load_lists.default)),
         ("_load_shared", _depends_on_data(ops._load_shared.default)),
         ("get_tensor", _get_tensor),
         ("load_file", _load_file),
+        ("_load_file_lists", _load_file_lists),
         ("save", _save),
         ("save_file", _save_file),
-        ("_save_into", _save_into),
     ):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", kernel)
     for op in (ops.get_tensor, ops.load_file, ops.save, ops.save_file):

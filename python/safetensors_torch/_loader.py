@@ -83,8 +83,8 @@ def _registered() -> bool:
     namespace = torch.ops.safetensors_torch
     if not hasattr(namespace, "load_file"):
         return False
-    needed = ("load", "save_file", "get_tensor", "_load_shared", "_save_into", "_check_save", "_tied", "_load_state")
-    if not all(hasattr(namespace, name) for name in (*needed, "_save_size", "_last_error")):
+    needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_load_shared", "_check_save")
+    if not all(hasattr(namespace, name) for name in (*needed, "_tied", "_load_state", "_last_error")):
         raise ImportError(
             "another version of the safetensors_torch library is loaded in this process, and lacks operators that this"
             " package needs. Use one version of both, or import safetensors_torch first"

@@ -6,7 +6,10 @@ and about the tensors' memory is checked by the native library.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional, Union
 
 import torch
@@ -22,12 +25,10 @@ Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Device = Union[str, int, torch.device, None]
 
 _ops = torch.ops.safetensors_torch
-_load_file = _ops.load_file.default
-_load = _ops.load.default
+_load_file = _ops._load_file_lists.default
+_load = _ops._load_lists.default
 _load_shared = _ops._load_shared.default
-_save_file = _ops.save_file.default
-_save_size = _ops._save_size.default
-_save_into = _ops._save_into.default
+_PendingSave = torch.classes.safetensors_torch.PendingSave
 _check_save = _ops._check_save.default
 
 # Those of nearly all tensors, about which there is nothing to ask.
@@ -77,8 +78,45 @@ def check_backend(backend: Any) -> str:
     return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
 
 
+def check_flag(value: Any, name: str) -> bool:
+    """``value`` if it is a bool.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the cycle collector from running, as from Python 3.12 on it never does inside of one call into C.
+
+    A load makes as many objects as the file has tensors and drops none, so that before 3.12 the collector looks
+    through all of them again and again, for nothing.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """The dict of the names and tensors that ``op`` gives as two lists."""
+    with _no_collection():
+        names, tensors = call(op, *args, **kwargs)
+        return dict(zip(names, tensors))
+
+
 @opaque
-def load_file(filename: Path, device: Device = "cpu", *, backend: str = "mmap") -> dict[str, torch.Tensor]:
+def load_file(
+    filename: Path, device: Device = "cpu", *, backend: str = "mmap", prefault: Optional[bool] = None
+) -> dict[str, torch.Tensor]:
     """Loads every tensor of a safetensors file.
 
     Args:
@@ -87,6 +125,10 @@ def load_file(filename: Path, device: Device = "cpu", *, backend: str = "mmap") 
         backend: "mmap" maps the file: CPU tensors are read when they are touched, and writing to one changes memory
             only. A file that another process cuts short meanwhile ends this one with SIGBUS. "pread" reads the
             file into memory that the tensors own.
+        prefault: what becomes of mapped pages before they are touched. None lets threads in the background bring the
+            file in while the caller goes on; what is not in memory yet is read with large reads, unless the file
+            takes more than half of the memory that is available. True has the whole file in when the call returns.
+            False leaves every page to the first touch. No matter with "pread".
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the dtype and shape in the header.
@@ -98,7 +140,10 @@ def load_file(filename: Path, device: Device = "cpu", *, backend: str = "mmap") 
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
     """
-    return call(_load_file, encode_path(filename), device=to_device(device), backend=check_backend(backend))
+    if prefault is not None:
+        check_flag(prefault, "prefault")
+    path, target, backend = encode_path(filename), to_device(device), check_backend(backend)
+    return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
 
 
 @opaque
@@ -124,20 +169,28 @@ def load(data: Any, device: Device = "cpu", *, copy: bool = True) -> dict[str, t
     target = to_device(device)
     if copy:
         with _buffer.borrowed(data) as tensor:
-            return call(_load, tensor, device=target)
+            return _load_with(_load, tensor, device=target)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
-    return call(_load_shared, _buffer.shared(data))
+    return _load_with(_load_shared, _buffer.shared(data))
 
 
 @opaque
-def save_file(tensors: dict[str, torch.Tensor], filename: Path, metadata: Optional[dict[str, str]] = None) -> None:
+def save_file(
+    tensors: dict[str, torch.Tensor],
+    filename: Path,
+    metadata: Optional[dict[str, str]] = None,
+    *,
+    durable: bool = False,
+) -> None:
     """Saves tensors into a safetensors file, which appears complete or not at all.
 
     Args:
         tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory.
         filename: the file, replaced if it exists; str, bytes or os.PathLike.
         metadata: text to store in the header; None stores none, an empty dict an empty object.
+        durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
+            the file and its directory). Otherwise the kernel brings it there within half a minute or so.
 
     Raises:
         ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).
@@ -149,8 +202,10 @@ def save_file(tensors: dict[str, torch.Tensor], filename: Path, metadata: Option
 
     Nothing is written if a check fails.
     """
+    check_flag(durable, "durable")
     _check(tensors, metadata)
-    call(_save_file, tensors, encode_path(filename), metadata)
+    path = encode_path(filename)
+    call(_plan(tensors, metadata, path).write_file, path, durable)
 
 
 @opaque
@@ -168,8 +223,13 @@ def save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = 
         What save_file raises, but for OSError.
     """
     _check(tensors, metadata)
-    size = call(_save_size, tensors, metadata)
-    return _buffer.new_bytes(size, lambda out: call(_save_into, tensors, out, metadata))
+    plan = _plan(tensors, metadata, b"")
+    return _buffer.new_bytes(call(plan.size), lambda out: call(plan.write_into, out))
+
+
+def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:
+    """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
+    return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path)
 
 
 def _check(tensors: Any, metadata: Any) -> None:

@@ -80,7 +80,12 @@ def load_model(
 
 @opaque
 def save_model(
-    model: nn.Module, filename: Path, metadata: Optional[dict[str, str]] = None, force_contiguous: bool = True
+    model: nn.Module,
+    filename: Path,
+    metadata: Optional[dict[str, str]] = None,
+    force_contiguous: bool = True,
+    *,
+    durable: bool = False,
 ) -> None:
     """Saves the state of a module into a safetensors file. Of names that share memory one is written.
 
@@ -90,6 +95,7 @@ def save_model(
         metadata: text to store in the header. Each name that is left out is added to the file's metadata, with the
             name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
         force_contiguous: whether tensors that are not contiguous are copied, or refused.
+        durable: whether to return only once the file is on the disk, as for save_file.
 
     Raises:
         RuntimeError: shared memory that none of its names covers.
@@ -108,7 +114,7 @@ def save_model(
         state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
     path = encode_path(filename)
     try:
-        save_file(state, path, metadata=metadata)
+        save_file(state, path, metadata=metadata, durable=durable)
     except ValueError as error:
         # Of the ValueErrors only that of strides: not a UnicodeEncodeError, nor one about what is no dense tensor.
         if type(error) is not ValueError or not all(map(_is_dense, state.values())):

@@ -1,14 +1,16 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here knows of headers
+//! space, `vectored` fills it, `release` lets go of the file that it replaces. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here knows of headers
 //! and tensors.
 
 mod attributes;
+mod release;
 mod staging;
+mod vectored;
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Seek, Write};
+use std::io::{self, Seek};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -69,14 +71,22 @@ impl AtomicFile {
         if let Some(metadata) = &existing {
             attributes::take_over(&staged.file, metadata).map_err(fail)?;
         }
-        attributes::reserve(&staged.file, length)
-            .map_err(|source| Error::io("reserve space for", path, source))?;
+        let mut reserved = attributes::reserve(&staged.file, length);
+        // The space that is missing may be that of a file that was replaced just now.
+        if is_full(&reserved) && release::wait() {
+            reserved = attributes::reserve(&staged.file, length);
+        }
+        reserved.map_err(|source| Error::io("reserve space for", path, source))?;
         Ok(staged)
     }
 
-    /// Appends `bytes`.
-    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|source| Error::io("write", &self.path, source))
+    /// Appends `pieces`, many with one system call, straight from where they are.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no space left, or whatever else the system refuses.
+    pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
+        vectored::write_all(&mut self.file, pieces).map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// Puts the file where the target was. With `sync`, returns once file and directory entry are on the disk.
@@ -112,8 +122,10 @@ impl AtomicFile {
             }
         }
         let Staging::Named(name) = &self.staging else { return Ok(true) };
+        let old = release::hold(&self.target);
         match std::fs::rename(name, &self.target) {
             Ok(()) => {
+                release::let_go(old);
                 self.staging = Staging::Direct;
                 Ok(true)
             }
@@ -155,6 +167,12 @@ impl Drop for AtomicFile {
             let _ = std::fs::remove_file(name);
         }
     }
+}
+
+/// Whether there was not enough space.
+fn is_full(outcome: &io::Result<()>) -> bool {
+    let full = [libc::ENOSPC, libc::EDQUOT];
+    outcome.as_ref().is_err_and(|error| error.raw_os_error().is_some_and(|number| full.contains(&number)))
 }
 
 /// What is at `path`, links followed; `None` if there is nothing.

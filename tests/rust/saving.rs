@@ -158,7 +158,7 @@ fn a_save_that_is_given_up_leaves_nothing() {
             fs::write(&path, "old").expect("written");
         }
         let mut file = AtomicFile::create(&path, 100).expect("begun");
-        file.write(&[1; 50]).expect("written");
+        file.write([&[1; 50][..]]).expect("written");
         drop(file);
         assert_eq!(path.exists(), existing);
         assert_eq!(names(folder.path()).len(), usize::from(existing));
@@ -171,7 +171,7 @@ fn a_commit_that_fails_leaves_nothing() {
     let folder = folder();
     let path = folder.path().join("file");
     let mut file = AtomicFile::create(&path, 3).expect("begun");
-    file.write(&[1; 3]).expect("written");
+    file.write([&[1; 3][..]]).expect("written");
     fs::create_dir(&path).expect("made");
     let error = file.commit(false).expect_err("a folder is in the way");
     assert_eq!(error.os_error(), Some(libc::EISDIR), "{error}");

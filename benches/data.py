@@ -1,0 +1,129 @@
+"""The data sets: names, shapes and dtypes, and the files made of them.
+
+Owns what is in them and how they come to be on disk and in memory, without this library: the reference writes the
+files, and `read_tensors` reads them with plain Python. What is done with them is in works.py.
+
+Run: python data.py SET FOLDER    makes FOLDER/SET.safetensors and, but for `million`, FOLDER/SET.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set of tensors of one dtype."""
+
+    title: str
+    dtype: str  # as torch names it
+    element_bytes: int
+    shapes: Callable[[], Shapes]
+    pickled: bool = True  # whether there is a .pt of it beside the .safetensors
+
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes().values()) * self.element_bytes
+
+
+def _small(count: int) -> Shapes:
+    return {f"model.layers.{index}.weight": (64,) for index in range(count)}
+
+
+def _gpt2() -> Shapes:
+    """GPT-2 small, as its checkpoint has it: 12 layers."""
+    width = 768
+
+    def both(name: str, *shape: int) -> Shapes:
+        return {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+
+    shapes: Shapes = {"transformer.wte.weight": (50257, width), "transformer.wpe.weight": (1024, width)}
+    for layer in range(12):
+        prefix = f"transformer.h.{layer}"
+        shapes |= both(f"{prefix}.ln_1", width)
+        shapes |= both(f"{prefix}.attn.c_attn", width, 3 * width)
+        shapes |= both(f"{prefix}.attn.c_proj", width, width)
+        shapes |= both(f"{prefix}.ln_2", width)
+        shapes |= both(f"{prefix}.mlp.c_fc", width, 4 * width)
+        shapes |= both(f"{prefix}.mlp.c_proj", 4 * width, width)
+    return shapes | both("transformer.ln_f", width)
+
+
+def _shard() -> Shapes:
+    """The first shard of a large language model: a vocabulary of 64,000 and 8 layers of 9 tensors."""
+    width, inner = 4096, 11008
+    shapes: Shapes = {"model.embed_tokens.weight": (64000, width)}
+    for layer in range(8):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (width, inner)
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return shapes
+
+
+DATA_SETS = {
+    "small": DataSet("20,000 tensors of 256 bytes, float32", "float32", 4, lambda: _small(20_000)),
+    "gpt2": DataSet("the tensors of GPT-2 small, float32", "float32", 4, _gpt2),
+    "shard": DataSet("a shard of a language model, bfloat16", "bfloat16", 2, _shard),
+    "million": DataSet("a million tensors of 256 bytes", "float32", 4, lambda: _small(1_000_000), pickled=False),
+}
+
+
+def make(name: str, folder: Path) -> None:
+    """Writes the files of the data set `name`, always with the same numbers in it."""
+    import safetensors.torch
+    import torch
+
+    data = DATA_SETS[name]
+    torch.manual_seed(0)
+    # Numbers enough that nothing can take the tensors for equal; drawing each anew would take a minute.
+    numbers = torch.randn(1 << 24).to(getattr(torch, data.dtype))
+    tensors = {}
+    for index, (key, shape) in enumerate(data.shapes().items()):
+        count, start = math.prod(shape), 97 * index % (1 << 23)
+        if count <= 1 << 23:
+            values = numbers[start : start + count].clone()
+        else:
+            values = numbers.repeat(-(-count // len(numbers)))[:count].clone()
+        tensors[key] = values.reshape(shape)
+    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    if data.pickled:
+        torch.save(tensors, folder / f"{name}.pt")
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """What the header of a safetensors file says of its tensors, and where the data begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def read_tensors(path: Path, names: set[str] | None = None) -> dict:
+    """The tensors of a file (those called `names`, if given), each in memory of its own."""
+    import torch
+
+    header, start = read_header(path)
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    tensors = {}
+    with path.open("rb") as file:
+        for name, entry in header.items():
+            if names is None or name in names:
+                tensor = torch.empty(entry["shape"], dtype=dtypes[entry["dtype"]])
+                file.seek(start + entry["data_offsets"][0])
+                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+                tensors[name] = tensor
+    return tensors
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,229 @@
+/* The raw limit of a machine: bare loops that move the same bytes as the works, with no format and no tensors.
+ *
+ * Owns the loops and their clock. What a loop stands beside, and how often it runs, is decided elsewhere.
+ *
+ * raw LOOP SOURCE TARGET [sync]     answers each line "run" on stdin with the seconds of one run, in JSON.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, CHUNK = 8 << 20, BLOCK = 16 << 20, HUGE = 2 << 20, MOST_THREADS = 64 };
+
+static const char* source;
+static const char* target;
+static bool synced;
+static size_t size;  /* of the source */
+static char* held;   /* the source's bytes, where a loop starts from memory */
+static char* result; /* what a run made, freed after the clock */
+static int leftover; /* a descriptor that is closed after the clock */
+
+static void fail(const char* what) {
+    printf("{\"error\": \"%s: %s\"}\n", what, strerror(errno));
+    exit(1);
+}
+
+static int checked(int value, const char* what) {
+    if (value < 0) fail(what);
+    return value;
+}
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* Fresh memory that may get huge pages, aligned to them. */
+static char* new_memory(void) {
+    char* start = mmap(NULL, size + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) fail("mmap");
+    size_t before = -(uintptr_t)start % HUGE;
+    size_t after = HUGE - before; /* at least a page, as both are multiples of pages */
+    if (before) munmap(start, before);
+    munmap(start + before + (size + PAGE - 1) / PAGE * PAGE, after);
+    madvise(start + before, size, MADV_HUGEPAGE);
+    return start + before;
+}
+
+static void read_fully(int file, char* to, size_t length, size_t offset) {
+    while (length > 0) {
+        ssize_t count = pread(file, to, length, (off_t)offset);
+        if (count <= 0) fail("pread");
+        to += count;
+        offset += (size_t)count;
+        length -= (size_t)count;
+    }
+}
+
+static void write_fully(int file) {
+    for (size_t done = 0; done < size;) {
+        ssize_t count = write(file, held + done, size - done);
+        if (count < 0) fail("write");
+        done += (size_t)count;
+    }
+}
+
+/* --- loops over chunks, as many threads as cores */
+
+struct shared {
+    atomic_size_t next;
+    int file; /* or -1: from memory */
+    char* to;
+};
+
+static void* move_chunks(void* argument) {
+    struct shared* shared = argument;
+    for (;;) {
+        size_t begin = atomic_fetch_add(&shared->next, CHUNK);
+        if (begin >= size) return NULL;
+        size_t length = size - begin < CHUNK ? size - begin : CHUNK;
+        if (shared->file < 0)
+            memcpy(shared->to + begin, held + begin, length);
+        else
+            read_fully(shared->file, shared->to + begin, length, begin);
+    }
+}
+
+static void move_all(int file, char* to) {
+    struct shared shared = {.next = 0, .file = file, .to = to};
+    pthread_t threads[MOST_THREADS];
+    cpu_set_t cores;
+    checked(sched_getaffinity(0, sizeof cores, &cores), "sched_getaffinity");
+    int count = CPU_COUNT(&cores) < MOST_THREADS ? CPU_COUNT(&cores) : MOST_THREADS;
+    for (int i = 1; i < count; i++) {
+        if (pthread_create(&threads[i], NULL, move_chunks, &shared)) fail("pthread_create");
+    }
+    move_chunks(&shared);
+    for (int i = 1; i < count; i++) pthread_join(threads[i], NULL);
+}
+
+static void read_to(char* to) {
+    int file = checked(open(source, O_RDONLY | O_CLOEXEC), "open");
+    move_all(file, to);
+    close(file);
+}
+
+static void loop_read(void) { read_to(result = new_memory()); }
+
+static void loop_read_warm(void) { read_to(held); }
+
+static void loop_copy(void) { move_all(-1, result = new_memory()); }
+
+/* --- loops in one thread */
+
+static void loop_touch(void) {
+    int file = checked(open(source, O_RDONLY | O_CLOEXEC), "open");
+    result = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (result == MAP_FAILED) fail("mmap");
+    close(file);
+    for (size_t at = 0; at < size; at += PAGE) (void)*(volatile char*)(result + at);
+}
+
+static void loop_sequential(void) {
+    static char block[BLOCK];
+    int file = checked(open(source, O_RDONLY | O_CLOEXEC), "open");
+    for (size_t at = 0; at < size; at += BLOCK) {
+        read_fully(file, block, size - at < BLOCK ? size - at : BLOCK, at);
+    }
+    close(file);
+}
+
+static void fill(int file) {
+    checked(fallocate(file, 0, 0, (off_t)size), "fallocate");
+    write_fully(file);
+    if (synced) checked(fsync(file), "fsync");
+}
+
+static const char* folder(void) {
+    static char path[4096];
+    snprintf(path, sizeof path, "%s", target);
+    return dirname(path);
+}
+
+static void sync_folder(void) {
+    if (!synced) return;
+    int directory = checked(open(folder(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), "open the folder");
+    checked(fsync(directory), "fsync of the folder");
+    close(directory);
+}
+
+static void loop_write(void) {
+    int file = checked(open(target, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), "create");
+    fill(file);
+    checked(close(file), "close");
+    sync_folder();
+}
+
+static void loop_replace(void) {
+    char link[64], fresh[4096];
+    snprintf(fresh, sizeof fresh, "%s.fresh", target);
+    leftover = checked(open(target, O_RDONLY | O_CLOEXEC), "open the old file");
+    int file = checked(open(folder(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666), "create");
+    fill(file);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    checked(linkat(AT_FDCWD, link, AT_FDCWD, fresh, AT_SYMLINK_FOLLOW), "link");
+    checked(rename(fresh, target), "rename");
+    checked(close(file), "close");
+    sync_folder();
+}
+
+/* --- the worker */
+
+static const struct {
+    const char* name;
+    void (*run)(void);
+    bool holds; /* whether it starts from the bytes in memory, or reads into warm memory */
+} loops[] = {
+    {"touch", loop_touch, false},    {"sequential", loop_sequential, false},
+    {"read", loop_read, false},      {"read warm", loop_read_warm, true},
+    {"copy", loop_copy, true},       {"write", loop_write, true},
+    {"replace", loop_replace, true},
+};
+
+int main(int count, char** arguments) {
+    if (count < 4) {
+        fprintf(stderr, "usage: raw LOOP SOURCE TARGET [sync]\n");
+        return 2;
+    }
+    source = arguments[2];
+    target = arguments[3];
+    synced = count > 4;
+    struct stat status;
+    checked(stat(source, &status), source);
+    size = (size_t)status.st_size;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    size_t chosen = 0;
+    while (strcmp(loops[chosen].name, arguments[1]) != 0) {
+        if (++chosen == sizeof loops / sizeof *loops) {
+            fprintf(stderr, "no loop %s\n", arguments[1]);
+            return 2;
+        }
+    }
+    if (loops[chosen].holds) read_to(held = new_memory());
+    printf("{\"ready\": \"%zu bytes\"}\n", size);
+    for (char line[16]; fgets(line, sizeof line, stdin);) {
+        result = NULL;
+        leftover = -1;
+        double start = now();
+        loops[chosen].run();
+        double seconds = now() - start;
+        if (result) munmap(result, size);
+        if (leftover >= 0) close(leftover);
+        printf("{\"seconds\": %.9f}\n", seconds);
+    }
+    return 0;
+}

@@ -1,0 +1,215 @@
+"""A process in which one subject does one work, once for each line of stdin.
+
+Owns the calls and their clock. When to run, the files, the page cache and the memory's measure are its parent's.
+
+Run: python worker.py JSON    where JSON is what bench.py says of the work; it answers in lines of JSON:
+    {"ready": VERSION}        once everything that the work starts from is in memory
+    line "run"                one run:  {"seconds": S}
+    line "check"              the same, and the result is compared with the data set
+    line "hold"               one run, announced with {"about": "to run"} and begun at the next line; the result is kept
+                              until the line after that
+    {"error": TRACEBACK}      where one fails; the process ends
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import data
+
+
+def torch_functions() -> SimpleNamespace:
+    """torch's own functions, in the roles of this library's."""
+    import torch
+
+    def load_model(model: torch.nn.Module, path: str, mmap: bool) -> object:
+        return model.load_state_dict(torch.load(path, mmap=mmap))
+
+    def load_file(path: str, mmap: bool) -> dict:
+        return torch.load(path, mmap=mmap)
+
+    return SimpleNamespace(load_file=load_file, load_model=load_model, save_file=torch.save)
+
+
+def import_library(library: str, folder: str, version: str) -> tuple[Any, str]:
+    """The module (or what stands for it) of a subject, and its version; only the wanted version will do."""
+    if library == "torch":
+        import torch
+
+        return torch_functions(), torch.__version__
+    if library == "ours":
+        module = importlib.import_module("safetensors_torch")
+        return module, module.__version__
+    if folder:
+        sys.path.insert(0, folder)
+    module = importlib.import_module("safetensors.torch")
+    native = importlib.import_module("safetensors._safetensors_rust")
+    found = importlib.metadata.version("safetensors")
+    misplaced = folder and not Path(str(native.__file__)).resolve().is_relative_to(Path(folder).resolve())
+    if found != version or misplaced:
+        raise ImportError(f"wanted safetensors {version} {folder}, imported {found} from {native.__file__}")
+    return module, found
+
+
+def model_of(shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A module with parameters of those names, its memory touched."""
+    import torch
+
+    root = torch.nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, torch.nn.Parameter(torch.ones(shape), requires_grad=False))
+    return root
+
+
+def touched(tensors: dict, every_page: bool) -> dict:
+    """The tensors, after a byte of each of their pages was read if that is wanted."""
+    if every_page:
+        import torch
+
+        for tensor in tensors.values():
+            tensor.view(-1).view(torch.uint8)[::4096].sum().item()
+    return tensors
+
+
+def synchronize(path: str) -> None:
+    """Waits until a file and its folder are on the disk."""
+    for name in (path, os.path.dirname(path)):
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Task:
+    """The work of this process: what it starts from, the call that is timed, and what its result must be."""
+
+    def __init__(self, plan: dict) -> None:
+        self._module, self.version = import_library(plan["library"], plan["path"], plan["version"])
+        self._plan = plan
+        self._source = Path(plan["source"])  # what the subject reads
+        self._neutral = Path(plan["neutral"])  # the .safetensors that the expectations come from
+        self._model: Any = None
+        options = dict(plan["options"])
+        if plan["durable"] and plan["library"] == "ours":
+            options["durable"] = True
+        self.call = self._bind(getattr(self._module, plan["call"]), options)
+
+    def _bind(self, function: Callable, options: dict) -> Callable[[], Any]:
+        plan, source, target = self._plan, str(self._source), self._plan["target"]
+        if plan["call"] == "load_file":
+            return lambda: touched(function(source, **options), plan["touch"])
+        if plan["call"] == "load":
+            contents = self._source.read_bytes()
+            given = bytearray(contents) if plan["mutable"] else contents
+            return lambda: function(given, **options)
+        if plan["call"] == "load_model":
+            self._model = model_of(data.DATA_SETS[plan["data"]].shapes())
+            return lambda: function(self._model, source, **options)
+        tensors = data.read_tensors(self._neutral)
+        if plan["call"] == "save":
+            return lambda: function(tensors, **options)
+        if plan["durable"] and plan["library"] != "ours":
+            return lambda: (function(tensors, target, **options), synchronize(target))
+        return lambda: function(tensors, target, **options)
+
+    def prepare(self) -> None:
+        """Brings the process into the same state before each run."""
+        if self._model is not None:
+            for parameter in self._model.parameters():
+                parameter.zero_()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier runs left behind would be warm
+
+    def check(self, result: Any) -> None:
+        """Compares the result with the data set: the names, and the contents of some tensors."""
+        import torch
+
+        header, _ = data.read_header(self._neutral)
+        names = list(header)
+        some = data.read_tensors(self._neutral, {names[0], names[len(names) // 2], names[-1]})
+        found = self._found(result)
+        if set(found) != set(names):
+            raise ValueError(f"{len(found)} tensors came out, not the {len(names)} of the data set")
+        for name, tensor in some.items():
+            if not torch.equal(found[name], tensor):
+                raise ValueError(f"tensor {name} is not as in the data set")
+
+    def _found(self, result: Any) -> dict:
+        import torch
+
+        call, target = self._plan["call"], self._plan["target"]
+        if call == "load_model":
+            return self._model.state_dict()
+        if call == "save":
+            with io.BytesIO(result) as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            view = torch.frombuffer(bytearray(memoryview(result)[8 + length :]), dtype=torch.uint8)
+            dtype = getattr(torch, data.DATA_SETS[self._plan["data"]].dtype)
+            return {
+                name: view[slice(*entry["data_offsets"])].view(dtype).view(entry["shape"])
+                for name, entry in header.items()
+            }
+        if call == "save_file":
+            return torch.load(target) if self._plan["library"] == "torch" else data.read_tensors(Path(target))
+        return result
+
+
+def serve(task: Task, requests: io.TextIOBase, answer: Callable[[dict], None]) -> None:
+    """Does what the lines of `requests` say, until they end."""
+    while line := requests.readline():
+        request = line.strip()
+        task.prepare()
+        if request == "hold":
+            answer({"about": "to run"})
+            requests.readline()
+        start = time.perf_counter()
+        result = task.call()
+        seconds = time.perf_counter() - start
+        if request == "check":
+            task.check(result)
+        answer({"seconds": seconds})
+        if request == "hold":
+            requests.readline()
+        del result
+
+
+def main() -> None:
+    # The answers get a descriptor of their own: what libraries print goes to stderr.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(message: dict) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    try:
+        task = Task(json.loads(sys.argv[1]))
+        answer({"ready": task.version})
+        serve(task, sys.stdin, answer)
+    except Exception:
+        answer({"error": traceback.format_exc()})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

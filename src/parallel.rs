@@ -1,0 +1,161 @@
+//! Several threads on one job: they pull its items from one counter, so that none waits for a slower one.
+//!
+//! Also cuts a job of many lengths into items of one size. Knows nothing of what the items are.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::Result;
+
+/// Below this many bytes a second thread costs more than it saves.
+pub const PARALLEL_BYTES: usize = 4 << 20;
+
+/// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
+pub const CHUNK_BYTES: usize = 8 << 20;
+
+/// More threads than this find no more memory bandwidth.
+const MAX_THREADS: usize = 8;
+
+/// How many threads `bytes` in `items` are worth, the calling one among them.
+pub fn threads_for(bytes: usize, items: usize) -> usize {
+    if bytes < PARALLEL_BYTES {
+        return 1;
+    }
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(items).max(1)
+}
+
+/// Calls `work` with every number below `items`, on `threads` threads including this one.
+///
+/// # Errors
+///
+/// The first error that `work` returned; no more items are begun after it.
+pub fn pull(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    let run = || {
+        loop {
+            let item = next.fetch_add(1, Ordering::Relaxed);
+            if item >= items {
+                return;
+            }
+            if let Err(error) = work(item) {
+                // Leaves nothing to pull for the others.
+                next.store(items, Ordering::Relaxed);
+                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // A machine that gives no more threads still has this one.
+            if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
+                break;
+            }
+        }
+        run();
+    });
+    failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).map_or(Ok(()), Err)
+}
+
+/// Lengths laid end to end and cut into chunks of [`CHUNK_BYTES`], whatever the lengths are.
+#[derive(Debug)]
+pub struct Chunks {
+    /// Where each length ends.
+    ends: Vec<usize>,
+}
+
+impl Chunks {
+    /// Cuts `lengths`, whose sum must fit.
+    pub fn new(lengths: impl Iterator<Item = usize>) -> Chunks {
+        let mut end = 0;
+        let ends = lengths.map(|length| {
+            end += length;
+            end
+        });
+        Chunks { ends: ends.collect() }
+    }
+
+    /// The sum of the lengths.
+    pub fn bytes(&self) -> usize {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// The number of chunks.
+    pub fn len(&self) -> usize {
+        self.bytes().div_ceil(CHUNK_BYTES)
+    }
+
+    /// What chunk number `chunk` holds: parts of lengths, none of them empty, each with the length's index.
+    pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        let from = chunk * CHUNK_BYTES;
+        let to = (from + CHUNK_BYTES).min(self.bytes());
+        let first = self.ends.partition_point(|&end| end <= from);
+        (first..self.ends.len())
+            .map(move |index| {
+                let start = if index == 0 { 0 } else { self.ends[index - 1] };
+                (index, start, from.max(start)..to.min(self.ends[index]))
+            })
+            .take_while(move |(_, start, _)| *start < to)
+            .filter(|(_, _, part)| !part.is_empty())
+            .map(|(index, start, part)| (index, part.start - start..part.end - start))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+
+    #[test]
+    fn every_item_is_done_once() {
+        for threads in [1, 2, 5] {
+            let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            let done = pull(seen.len(), threads, |item| {
+                seen[item].fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            });
+            assert!(done.is_ok());
+            assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn an_error_stops_the_rest() {
+        let begun = AtomicUsize::new(0);
+        let outcome = pull(1_000_000, 2, |item| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            if item == 10 { Err(Error::new(ErrorKind::Io, "no")) } else { Ok(()) }
+        });
+        assert_eq!(outcome.expect_err("item 10").kind(), ErrorKind::Io);
+        assert!(begun.load(Ordering::Relaxed) < 1_000_000);
+    }
+
+    #[test]
+    fn chunks_hold_every_byte_once_and_are_of_one_size() {
+        let lengths = [0, 3, 0, CHUNK_BYTES, 1, 2 * CHUNK_BYTES - 4, 0, 5, 5, 0];
+        let chunks = Chunks::new(lengths.into_iter());
+        assert_eq!((chunks.bytes(), chunks.len()), (lengths.iter().sum(), 4));
+        let mut next = [0; 10];
+        for chunk in 0..chunks.len() {
+            let mut bytes = 0;
+            for (index, part) in chunks.parts(chunk) {
+                assert_eq!(part.start, next[index]);
+                assert!(!part.is_empty());
+                next[index] = part.end;
+                bytes += part.len();
+            }
+            assert_eq!(bytes, if chunk == 3 { 10 } else { CHUNK_BYTES });
+        }
+        assert_eq!(next, lengths);
+        assert_eq!(Chunks::new([0, 0].into_iter()).len(), 0);
+        assert_eq!(Chunks::new(std::iter::empty()).len(), 0);
+    }
+
+    #[test]
+    fn little_stays_on_one_thread() {
+        assert_eq!(threads_for(PARALLEL_BYTES - 1, 100), 1);
+        assert_eq!(threads_for(usize::MAX, 1), 1);
+        assert_eq!(threads_for(usize::MAX, 0), 1);
+    }
+}
