@@ -96,7 +96,7 @@ std::string File::dtype(const std::string& name) const {
 
 at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
     const auto file = opened();
-    return load_tensors(**file, lender_, {find(**file, name)}, device).front();
+    return load_tensor(file, lender_, find(**file, name), device);
 }
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
@@ -106,7 +106,7 @@ std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names,
     for (const std::string& name : names) {
         indices.push_back(find(**file, name));
     }
-    return load_tensors(**file, lender_, indices, device);
+    return tensors_of(Loader(file, lender_, std::move(indices), device));
 }
 
 at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
@@ -126,7 +126,7 @@ at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& 
 Mismatch File::load_state(const Tensors& state, const std::vector<std::string>& optional, const std::string& class_name,
                           bool strict) const {
     const auto file = opened();
-    return safetensors_torch::load_state(**file, lender_, state, optional, class_name, strict);
+    return safetensors_torch::load_state(file, lender_, state, optional, class_name, strict);
 }
 
 void File::close() { std::atomic_store(&file_, SharedFile()); }

@@ -5,21 +5,33 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/TensorImpl.h>
 
+#include <limits>
+#include <numeric>
+
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 
 namespace safetensors_torch {
 namespace {
 
-void release_owner(void* context) {
-    // The Box was given up when the memory was lent; taking it back drops it.
-    rust::Box<core::Owner>::from_raw(static_cast<core::Owner*>(context));
-}
+// In Loader::places_: a tensor over the file's own memory.
+constexpr size_t kLent = std::numeric_limits<size_t>::max();
+
+void release_mapping(void* context) { core::release_mapping(static_cast<const core::Mapping*>(context)); }
+
+void release_block(void* context) { core::release_block(static_cast<const core::Block*>(context)); }
 
 void release_tensor(void* context) { delete static_cast<at::Tensor*>(context); }
 
-c10::DataPtr owned(uint8_t* data, rust::Box<core::Owner> owner) {
-    return {data, owner.into_raw(), &release_owner, c10::kCPU};
+// What a DataPtr gives back to its deleter.
+template <typename T>
+void* as_context(const T* owner) {
+    return const_cast<T*>(owner);
+}
+
+// Where the file's memory can be lent to the tensor at `index`, its address, else null.
+uint8_t* lendable(const core::File& file, const Lender& lender, size_t index) {
+    return lender.lends && file.nbytes(index) != 0 ? file.shareable(index) : nullptr;
 }
 
 // A pointer into the file's memory, which keeps that memory alive.
@@ -27,7 +39,7 @@ c10::DataPtr lend(const core::File& file, const Lender& lender, uint8_t* data) {
     if (lender.data.defined()) {
         return {data, new at::Tensor(lender.data), &release_tensor, c10::kCPU};
     }
-    return owned(data, file.share_mapping());
+    return {data, as_context(file.share_mapping()), &release_mapping, c10::kCPU};
 }
 
 // A contiguous CPU tensor over `data`, with a storage of exactly its bytes. With an allocator it can be resized.
@@ -46,37 +58,6 @@ at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
     return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
 }
 
-// The tensors in host memory: lent where that is possible, else read, all in one go.
-std::vector<at::Tensor> load_on_host(const core::File& file, const Lender& lender, const std::vector<size_t>& indices) {
-    std::vector<at::Tensor> tensors(indices.size());
-    // Those to be read: where they go among `tensors`, and their places in the file.
-    std::vector<size_t> targets;
-    std::vector<size_t> sources;
-    for (size_t i = 0; i < indices.size(); ++i) {
-        const size_t index = indices[i];
-        const auto [type, shape] = describe(file, index);
-        const uint64_t nbytes = file.nbytes(index);
-        uint8_t* data = lender.lends && nbytes != 0 ? file.shareable(index) : nullptr;
-        if (data != nullptr) {
-            tensors[i] = over(lend(file, lender, data), nbytes, type, shape, nullptr);
-        } else if (nbytes == 0) {
-            tensors[i] = empty_on(at::kCPU, type, shape);
-        } else {
-            targets.push_back(i);
-            sources.push_back(index);
-        }
-    }
-    if (!sources.empty()) {
-        const auto loaded = file.load({sources.data(), sources.size()});
-        for (size_t place = 0; place < sources.size(); ++place) {
-            const auto [type, shape] = describe(file, sources[place]);
-            tensors[targets[place]] = over(owned(loaded->data(place), loaded->share(place)), file.nbytes(sources[place]),
-                                           type, shape, c10::GetCPUAllocator());
-        }
-    }
-    return tensors;
-}
-
 }  // namespace
 
 NamedTensors named(const Tensors& tensors) {
@@ -84,16 +65,6 @@ NamedTensors named(const Tensors& tensors) {
     result.reserve(tensors.size());
     for (const auto& entry : tensors) {
         result.emplace_back(entry.key(), entry.value());
-    }
-    return result;
-}
-
-Tensors to_dict(const Lists& lists) {
-    const auto& [names, tensors] = lists;
-    Tensors result;
-    result.reserve(names.size());
-    for (size_t i = 0; i < names.size(); ++i) {
-        result.insert(names[i], tensors[i]);
     }
     return result;
 }
@@ -116,42 +87,88 @@ std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size
     return {to_torch(dtype, name), to_torch_shape(dtype, file.shape(index), name)};
 }
 
-std::vector<at::Tensor> load_tensors(const core::File& file, const Lender& lender, const std::vector<size_t>& indices,
-                                     c10::Device device) {
-    if (device.is_cpu()) {
-        return load_on_host(file, lender, indices);
-    }
-    std::vector<at::Tensor> tensors;
-    tensors.reserve(indices.size());
-    for (const size_t index : indices) {
-        if (device.is_meta()) {
-            const auto [type, shape] = describe(file, index);
-            tensors.push_back(empty_on(device, type, shape));
-            continue;
+Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, c10::Device device)
+    : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), device_(device) {
+    std::vector<size_t> to_read;
+    for (size_t i = 0; i < indices_.size(); ++i) {
+        // Fails for a tensor that torch cannot hold, before anything is read.
+        describe(**file_, indices_[i]);
+        if (device_.is_cpu() && lendable(**file_, lender_, indices_[i]) == nullptr) {
+            places_.resize(indices_.size(), kLent);
+            places_[i] = to_read.size();
+            to_read.push_back(indices_[i]);
         }
-        // One at a time, so that the host never holds more than one tensor's copy.
-        tensors.push_back(load_on_host(file, lender, {index}).front().to(device));
+    }
+    if (!to_read.empty()) {
+        loaded_ = (*file_)->load({to_read.data(), to_read.size()});
+    }
+}
+
+std::string Loader::name(size_t i) const { return std::string((*file_)->name(indices_[i])); }
+
+at::Tensor Loader::tensor(size_t i) const {
+    const core::File& file = **file_;
+    const size_t index = indices_[i];
+    const auto [type, shape] = describe(file, index);
+    const uint64_t nbytes = file.nbytes(index);
+    if (device_.is_meta() || (nbytes == 0 && device_.is_cpu())) {
+        return empty_on(device_, type, shape);
+    }
+    if (!device_.is_cpu()) {
+        return load_tensor(file_, lender_, index, at::kCPU).to(device_);
+    }
+    if (places_.empty() || places_[i] == kLent) {
+        return over(lend(file, lender_, lendable(file, lender_, index)), nbytes, type, shape, nullptr);
+    }
+    const core::Loaded& loaded = **loaded_;
+    c10::DataPtr data(loaded.data(places_[i]), as_context(loaded.share(places_[i])), &release_block, c10::kCPU);
+    return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
+}
+
+Loader load_all(SharedFile file, Lender lender, c10::Device device) {
+    std::vector<size_t> indices((*file)->count());
+    std::iota(indices.begin(), indices.end(), 0);
+    return {std::move(file), std::move(lender), std::move(indices), device};
+}
+
+Loader load_file(const std::string& path, c10::Device device, const std::string& backend,
+                 std::optional<bool> prefault) {
+    auto file = open_file(path, backend);
+    if (prefault.value_or(true) && !device.is_meta()) {
+        (*file)->prefault(/*wait=*/prefault.has_value());
+    }
+    return load_all(std::move(file), Lender{backend == "mmap", {}}, device);
+}
+
+std::vector<at::Tensor> tensors_of(const Loader& loader) {
+    std::vector<at::Tensor> tensors;
+    tensors.reserve(loader.size());
+    for (size_t i = 0; i < loader.size(); ++i) {
+        tensors.push_back(loader.tensor(i));
     }
     return tensors;
 }
 
-Lists load_all(const core::File& file, const Lender& lender, c10::Device device) {
-    std::vector<size_t> indices(file.count());
-    std::vector<std::string> names;
-    names.reserve(indices.size());
-    for (size_t index = 0; index < indices.size(); ++index) {
-        indices[index] = index;
-        names.emplace_back(file.name(index));
+Tensors dict_of(const Loader& loader) {
+    Tensors tensors;
+    tensors.reserve(loader.size());
+    for (size_t i = 0; i < loader.size(); ++i) {
+        tensors.insert(loader.name(i), loader.tensor(i));
     }
-    return {std::move(names), load_tensors(file, lender, indices, device)};
+    return tensors;
 }
 
-Lists load_file(const std::string& path, c10::Device device, const std::string& backend, std::optional<bool> prefault) {
-    const auto file = open_file(path, backend);
-    if (prefault.value_or(true) && !device.is_meta()) {
-        (*file)->prefault(/*wait=*/prefault.has_value());
+Lists lists_of(const Loader& loader) {
+    std::vector<std::string> names;
+    names.reserve(loader.size());
+    for (size_t i = 0; i < loader.size(); ++i) {
+        names.push_back(loader.name(i));
     }
-    return load_all(**file, Lender{backend == "mmap", {}}, device);
+    return {std::move(names), tensors_of(loader)};
+}
+
+at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device) {
+    return Loader(std::move(file), lender, {index}, device).tensor(0);
 }
 
 at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Range> ranges, c10::Device device) {

@@ -23,12 +23,6 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 // The tensors of a dict, in its order.
 NamedTensors named(const Tensors& tensors);
 
-// Names and tensors, in one order: what Python and C++ make their dicts of.
-using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
-
-// A dict of them, in their order.
-Tensors to_dict(const Lists& lists);
-
 // A file of the core that many can hold: the open file, and the slices taken from it.
 using SharedFile = std::shared_ptr<const rust::Box<core::File>>;
 
@@ -45,16 +39,52 @@ struct Lender {
     at::Tensor data;
 };
 
-// The tensors at `indices` (places in file order), each with a storage of its own, without grad.
-std::vector<at::Tensor> load_tensors(const core::File& file, const Lender& lender, const std::vector<size_t>& indices,
-                                     c10::Device device);
+// The tensors at some places of a file, made one by one, each with a storage of its own, without grad.
+//
+// What has to be read into host memory is read when the loader is made, all of it in parallel. Tensors for another
+// device come to the host one at a time, as they are made, so that the host never holds more than one of them.
+class Loader {
+  public:
+    Loader(SharedFile file, Lender lender, std::vector<size_t> indices, c10::Device device);
 
-// All tensors, in file order.
-Lists load_all(const core::File& file, const Lender& lender, c10::Device device);
+    // How many tensors there are.
+    size_t size() const { return indices_.size(); }
 
-// All tensors of the file at `path`, in file order. What is mapped is brought in before this returns, or not at all, or,
-// where `prefault` has no value, in the background.
-Lists load_file(const std::string& path, c10::Device device, const std::string& backend, std::optional<bool> prefault);
+    // The name of number `i` below size().
+    std::string name(size_t i) const;
+
+    // Number `i` below size(). To be called once for each.
+    at::Tensor tensor(size_t i) const;
+
+  private:
+    SharedFile file_;
+    Lender lender_;
+    std::vector<size_t> indices_;
+    c10::Device device_;
+    // What was read, and for each tensor its place there or kLent; both empty where nothing had to be read.
+    std::optional<rust::Box<core::Loaded>> loaded_;
+    std::vector<size_t> places_;
+};
+
+// All tensors of `file`, in file order.
+Loader load_all(SharedFile file, Lender lender, c10::Device device);
+
+// All tensors of the file at `path`, in file order. What is mapped is brought in before this returns, or not at all,
+// or, where `prefault` has no value, in the background.
+Loader load_file(const std::string& path, c10::Device device, const std::string& backend, std::optional<bool> prefault);
+
+// All that `loader` makes.
+std::vector<at::Tensor> tensors_of(const Loader& loader);
+
+// The same as a dict.
+Tensors dict_of(const Loader& loader);
+
+// The same as a list of names and one of tensors, which become a Python dict in half the time that a Dict takes.
+using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
+Lists lists_of(const Loader& loader);
+
+// One tensor of a file.
+at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device);
 
 // Part of the tensor at `index`: one range a dimension of torch's shape; reads only the bytes that it needs.
 at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Range> ranges, c10::Device device);

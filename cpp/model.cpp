@@ -131,8 +131,9 @@ bool takes_bytes(const core::File& file, const Match& match) {
 
 // Fills the model's tensors: in parallel, straight into their memory, where the bytes fit and no two share it. With
 // `aliased`, some do, and the file has both: one after the other then, so that the last one counts.
-void fill(const core::File& file, const Lender& lender, const std::vector<Match>& matches, bool aliased) {
+void fill(const SharedFile& shared_file, const Lender& lender, const std::vector<Match>& matches, bool aliased) {
     const at::NoGradGuard no_grad;
+    const core::File& file = **shared_file;
     std::vector<std::pair<size_t, at::Tensor>> direct;
     for (const Match& match : matches) {
         if (!aliased && takes_bytes(file, match)) {
@@ -142,7 +143,7 @@ void fill(const core::File& file, const Lender& lender, const std::vector<Match>
     read_into(file, direct);
     for (const Match& match : matches) {
         if (aliased || !takes_bytes(file, match)) {
-            at::Tensor loaded = load_tensors(file, lender, {match.index}, at::kCPU).front();
+            at::Tensor loaded = load_tensor(shared_file, lender, match.index, at::kCPU);
             if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
                 loaded = loaded.select(0, 0);
             }
@@ -153,8 +154,9 @@ void fill(const core::File& file, const Lender& lender, const std::vector<Match>
 
 }  // namespace
 
-Mismatch load_state(const core::File& file, const Lender& lender, const Tensors& state,
+Mismatch load_state(const SharedFile& shared_file, const Lender& lender, const Tensors& state,
                     const std::vector<std::string>& optional, const std::string& class_name, bool strict) {
+    const core::File& file = **shared_file;
     const NamedTensors tensors = named(state);
     check_on_device(tensors);
     std::unordered_set<std::string> in_file;
@@ -193,7 +195,7 @@ Mismatch load_state(const core::File& file, const Lender& lender, const Tensors&
     if (strict) {
         check_names(mismatch, class_name);
     }
-    fill(file, lender, matches, aliased);
+    fill(shared_file, lender, matches, aliased);
     return mismatch;
 }
 

@@ -15,7 +15,7 @@ using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
 // Reads the file's tensors into those of `state`, by name, whatever their device. Tied names count once. `optional`
 // holds names whose absence from the file is no fault. Everything is checked before the first tensor changes.
 // Fails where `strict` and the names differ, where a shape does not fit, and for a tensor on the meta device.
-Mismatch load_state(const core::File& file, const Lender& lender, const Tensors& state,
+Mismatch load_state(const SharedFile& shared_file, const Lender& lender, const Tensors& state,
                     const std::vector<std::string>& optional, const std::string& class_name, bool strict);
 
 }  // namespace safetensors_torch

@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "cpp/dtype.h"
@@ -12,10 +13,21 @@
 namespace safetensors_torch {
 namespace {
 
+bool is_dense(const at::Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_nested(); }
+
+bool is_without_data(const at::Tensor& tensor) {
+    return tensor.is_meta() || !tensor.has_storage() || tensor.storage().device().is_meta();
+}
+
+// Whether nothing but its sharing of memory could be against saving it.
+bool is_plain(const at::Tensor& tensor) {
+    return is_dense(tensor) && tensor.is_contiguous() && !is_without_data(tensor);
+}
+
 void refuse_sparse(const NamedTensors& tensors) {
     std::string names;
     for (const auto& [name, tensor] : tensors) {
-        if (tensor.layout() != at::kStrided || tensor.is_nested()) {
+        if (!is_dense(tensor)) {
             names += (names.empty() ? "" : ", ") + repr(name);
         }
     }
@@ -53,12 +65,13 @@ void refuse_not_contiguous(const NamedTensors& tensors) {
 
 void refuse_without_data(const NamedTensors& tensors) {
     for (const auto& [name, tensor] : tensors) {
-        const bool is_meta = tensor.is_meta() || (tensor.has_storage() && tensor.storage().device().is_meta());
-        if (is_meta) {
+        if (!is_without_data(tensor)) {
+            continue;
+        }
+        if (tensor.is_meta() || tensor.has_storage()) {
             fail(Kind::runtime, "Cannot copy out of meta tensor; no data! Tensor `" + name +
                                     "` is on the meta device (or fake): materialize it before saving.");
-        }
-        if (!tensor.has_storage()) {
+        } else {
             fail(Kind::safetensor,
                  "tensor " + repr(name) +
                      " is of a kind that has no memory of its own (a wrapper subclass): convert it to a "
@@ -132,8 +145,7 @@ at::Tensor to_host(const at::Tensor& tensor) {
 core::Piece piece_of(const at::Tensor& host, const std::string& name, uint64_t nbytes) {
     const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
     if (data == nullptr || host.nbytes() != nbytes) {
-        fail(Kind::safetensor,
-             "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
+        fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
     }
     return {{data, nbytes}};
 }
@@ -141,10 +153,18 @@ core::Piece piece_of(const at::Tensor& host, const std::string& name, uint64_t n
 }  // namespace
 
 void check_saveable(const NamedTensors& tensors) {
-    refuse_sparse(tensors);
+    // One look at each tensor, as with many of them each look waits for memory. Only where one is not as most are is
+    // every question asked of all, in the order in which the answers count.
+    const bool all_plain =
+        std::all_of(tensors.begin(), tensors.end(), [](const auto& entry) { return is_plain(entry.second); });
+    if (!all_plain) {
+        refuse_sparse(tensors);
+    }
     refuse_shared(tensors);
-    refuse_not_contiguous(tensors);
-    refuse_without_data(tensors);
+    if (!all_plain) {
+        refuse_not_contiguous(tensors);
+        refuse_without_data(tensors);
+    }
 }
 
 PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path)

@@ -3,7 +3,6 @@
 #include <c10/core/impl/COW.h>
 
 #include <algorithm>
-#include <iterator>
 #include <tuple>
 #include <unordered_map>
 
@@ -12,8 +11,8 @@
 namespace safetensors_torch {
 namespace {
 
-// What tells one memory from another. The same address means something else on each device.
-using StorageKey = std::tuple<const void*, size_t, c10::Device>;
+// What tells memories of one address from each other. It means something else on each device.
+using StorageKey = std::tuple<c10::DeviceType, c10::DeviceIndex, size_t>;
 
 // The bytes that a tensor's elements lie in; `index` is a place among the caller's tensors.
 struct Extent {
@@ -86,38 +85,43 @@ void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors,
     finish();
 }
 
-// Any order that brings equal keys together.
-bool by_address(const std::pair<StorageKey, size_t>& left, const std::pair<StorageKey, size_t>& right) {
-    const auto rank = [](const std::pair<StorageKey, size_t>& entry) {
-        const auto& [address, nbytes, device] = entry.first;
-        return std::make_tuple(reinterpret_cast<uintptr_t>(address), nbytes, device.type(), device.index());
-    };
-    return rank(left) < rank(right);
+// Adds the groups among `members`, places among `tensors` whose storages have one address.
+void add_groups(const std::vector<size_t>& members, const NamedTensors& tensors,
+                std::vector<std::vector<std::string>>& groups) {
+    std::map<StorageKey, std::vector<Extent>> by_storage;
+    for (const size_t index : members) {
+        const at::Tensor& tensor = tensors[index].second;
+        const c10::Device device = tensor.device();
+        by_storage[{device.type(), device.index(), tensor.storage().nbytes()}].push_back(extent_of(tensor, index));
+    }
+    for (auto& [key, extents] : by_storage) {
+        if (extents.size() > 1) {
+            add_runs(extents, tensors, groups);
+        }
+    }
 }
 
 }  // namespace
 
 std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
-    std::vector<std::pair<StorageKey, size_t>> storages;
-    storages.reserve(tensors.size());
+    std::vector<std::pair<uintptr_t, size_t>> addresses;
+    addresses.reserve(tensors.size());
     for (size_t index = 0; index < tensors.size(); ++index) {
-        const at::Tensor& tensor = tensors[index].second;
-        if (has_memory(tensor)) {
-            storages.push_back({{identity(tensor), tensor.storage().nbytes(), tensor.device()}, index});
+        if (has_memory(tensors[index].second)) {
+            addresses.emplace_back(reinterpret_cast<uintptr_t>(identity(tensors[index].second)), index);
         }
     }
-    std::sort(storages.begin(), storages.end(), by_address);
+    std::sort(addresses.begin(), addresses.end());
     std::vector<std::vector<std::string>> groups;
-    std::vector<Extent> extents;
-    for (auto first = storages.begin(); first != storages.end();) {
-        const auto last = std::find_if(first, storages.end(), [&](const auto& s) { return s.first != first->first; });
-        if (last - first > 1) {
-            extents.clear();
-            std::transform(first, last, std::back_inserter(extents),
-                           [&](const auto& s) { return extent_of(tensors[s.second].second, s.second); });
-            add_runs(extents, tensors, groups);
+    std::vector<size_t> members;
+    for (size_t first = 0; first < addresses.size(); first += members.size()) {
+        members.clear();
+        for (size_t i = first; i < addresses.size() && addresses[i].first == addresses[first].first; ++i) {
+            members.push_back(addresses[i].second);
         }
-        first = last;
+        if (members.size() > 1) {
+            add_groups(members, tensors, groups);
+        }
     }
     std::sort(groups.begin(), groups.end());
     return groups;

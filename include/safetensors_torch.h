@@ -159,13 +159,24 @@ enum {
     SFT_BACKEND_PREAD = 1 /* the file is read; for network file systems, and for files that others may cut short */
 };
 
+/* When the pages of a mapped file are brought in, which otherwise cost a page fault every few pages where they are
+ * touched first, and a wait for the disk where the file is not in memory. No matter with SFT_BACKEND_PREAD. */
+typedef uint32_t sft_prefault;
+
+enum {
+    SFT_PREFAULT_NONE = 0,       /* when they are touched */
+    SFT_PREFAULT_BACKGROUND = 1, /* by threads of their own, while the caller goes on; what is not in memory yet is read
+                                    with large reads, unless the file takes more than half of the memory available */
+    SFT_PREFAULT_WAIT = 2        /* before sft_file_open returns */
+};
+
 typedef struct sft_open_options {
-    size_t struct_size;  /* sizeof(sft_open_options) */
-    sft_backend backend; /* SFT_BACKEND_MMAP */
-    uint32_t reserved;   /* 0 */
+    size_t struct_size;    /* sizeof(sft_open_options) */
+    sft_backend backend;   /* SFT_BACKEND_MMAP */
+    sft_prefault prefault; /* SFT_PREFAULT_NONE */
 } sft_open_options;
 
-#define SFT_OPEN_OPTIONS_INIT {sizeof(sft_open_options), SFT_BACKEND_MMAP, 0}
+#define SFT_OPEN_OPTIONS_INIT {sizeof(sft_open_options), SFT_BACKEND_MMAP, SFT_PREFAULT_NONE}
 
 /* Opens the file at `path`, and checks its header against the format and the length of the file. `options` may be NULL
  * for the defaults. `*file` becomes a handle to free with sft_file_free, or NULL on an error.

@@ -72,8 +72,8 @@ mod ffi {
 
         /// The tensor's bytes where they are in memory and aligned to its dtype, else null.
         fn shareable(self: &File, index: usize) -> *mut u8;
-        /// Keeps the mapping alive; for a file with the mmap backend.
-        fn share_mapping(self: &File) -> Box<Owner>;
+        /// Keeps the mapping alive until `release_mapping`; for a file with the mmap backend.
+        fn share_mapping(self: &File) -> *const Mapping;
         /// Brings the pages of a mapping in: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
         /// Reads tensors into memory made for them, a place for each of `indices`.
@@ -90,10 +90,13 @@ mod ffi {
 
         type Loaded;
         fn data(self: &Loaded, place: usize) -> *mut u8;
-        fn share(self: &Loaded, place: usize) -> Box<Owner>;
+        /// Keeps the place's memory alive until `release_block`.
+        fn share(self: &Loaded, place: usize) -> *const Block;
 
-        /// Keeps a tensor's memory alive.
-        type Owner;
+        type Mapping;
+        unsafe fn release_mapping(mapping: *const Mapping);
+        type Block;
+        unsafe fn release_block(block: *const Block);
     }
 
     // Where tensors go in a file, and the writing of one.
@@ -244,9 +247,9 @@ impl File {
         }
     }
 
-    fn share_mapping(&self) -> Box<Owner> {
+    fn share_mapping(&self) -> *const Mapping {
         match self.0.source() {
-            Source::Mapped(mapping, _) => Box::new(Owner::Mapping { _mapping: Arc::clone(mapping) }),
+            Source::Mapped(mapping, _) => Arc::into_raw(Arc::clone(mapping)),
             _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
         }
     }
@@ -302,15 +305,25 @@ impl Loaded {
         self.0.start(place)
     }
 
-    fn share(&self, place: usize) -> Box<Owner> {
-        Box::new(Owner::Block { _block: self.0.owner(place) })
+    fn share(&self, place: usize) -> *const Block {
+        Arc::into_raw(self.0.owner(place))
     }
 }
 
-/// Keeps memory alive for one tensor.
-enum Owner {
-    Mapping { _mapping: Arc<Mapping> },
-    Block { _block: Arc<Block> },
+/// # Safety
+///
+/// `mapping` must come from [`File::share_mapping`], which this call makes undone.
+unsafe fn release_mapping(mapping: *const Mapping) {
+    // SAFETY: the pointer of an `Arc` that was given up there, and that nobody else takes back (caller).
+    drop(unsafe { Arc::from_raw(mapping) });
+}
+
+/// # Safety
+///
+/// `block` must come from [`Loaded::share`], which this call makes undone.
+unsafe fn release_block(block: *const Block) {
+    // SAFETY: as in `release_mapping`.
+    drop(unsafe { Arc::from_raw(block) });
 }
 
 /// A settled layout as C++ sees it.

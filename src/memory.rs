@@ -44,7 +44,8 @@ impl Block {
     /// `length` bytes at a multiple of [`ALIGNMENT`]. Their contents are not defined.
     fn new(length: usize) -> Result<Block> {
         let refused = || {
-            let detail = format!("cannot allocate {length} bytes for the tensors: there is not enough memory");
+            let detail =
+                format!("cannot allocate {length} bytes for the tensors: there is not enough memory");
             Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
         };
         if length >= HUGE_PAGE {

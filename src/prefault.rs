@@ -62,8 +62,7 @@ pub fn prefault(mapping: &Arc<Mapping>, file: &OpenFile, when: Prefault) -> Resu
                 return Ok(());
             }
             // What is cold stays so where it would push out itself, or all else.
-            let read_cold =
-                cold && available_memory().is_some_and(|bytes| mapping.len() as u64 <= bytes / 2);
+            let read_cold = cold && available_memory().is_some_and(|bytes| mapping.len() as u64 <= bytes / 2);
             let threads = if read_cold { COLD_READERS.min(pieces) } else { 1 };
             let next = Arc::new(AtomicUsize::new(0));
             for _ in 0..threads {

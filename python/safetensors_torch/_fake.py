@@ -3,8 +3,8 @@
 Owns the registrations with torch.library, and what differs between versions of torch there. The shapes come from
 the native library, which reads a file's header for them.
 
-``load``, ``_load_lists`` and ``_load_shared`` can have no such kernel: how many tensors they return, and of which shapes, stands in
-the bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the real one outside of its graph.
+``load`` and its variants can have no such kernel: how many tensors they return, and of which shapes, stands in the
+bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the real one outside of its graph.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def register() -> None:
     for name, kernel in (
         ("load", _depends_on_data(ops.load.default)),
         ("_load_lists", _depends_on_data(ops._load_lists.default)),
-        ("_load_shared", _depends_on_data(ops._load_shared.default)),
+        ("_load_shared_lists", _depends_on_data(ops._load_shared_lists.default)),
         ("get_tensor", _get_tensor),
         ("load_file", _load_file),
         ("_load_file_lists", _load_file_lists),

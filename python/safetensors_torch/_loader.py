@@ -83,7 +83,7 @@ def _registered() -> bool:
     namespace = torch.ops.safetensors_torch
     if not hasattr(namespace, "load_file"):
         return False
-    needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_load_shared", "_check_save")
+    needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_plan_save", "_check_save")
     if not all(hasattr(namespace, name) for name in (*needed, "_tied", "_load_state", "_last_error")):
         raise ImportError(
             "another version of the safetensors_torch library is loaded in this process, and lacks operators that this"

@@ -27,7 +27,7 @@ Device = Union[str, int, torch.device, None]
 _ops = torch.ops.safetensors_torch
 _load_file = _ops._load_file_lists.default
 _load = _ops._load_lists.default
-_load_shared = _ops._load_shared.default
+_load_shared = _ops._load_shared_lists.default
 _PendingSave = torch.classes.safetensors_torch.PendingSave
 _check_save = _ops._check_save.default
 

@@ -59,8 +59,12 @@ pub unsafe extern "C" fn sft_file_open(
         let out = unsafe { Out::new(file, "file") }?;
         out.set(std::ptr::null_mut());
         // SAFETY: as above.
-        let (path, backend) = unsafe { (pointer::path(path)?, sft_open_options::read(options)?) };
-        out.set(pointer::hand_over(sft_file::new(TensorFile::open(path, backend)?)));
+        let (path, (backend, prefault)) = unsafe { (pointer::path(path)?, sft_open_options::read(options)?) };
+        let opened = TensorFile::open(path, backend)?;
+        if let Some(when) = prefault {
+            opened.prefault(when)?;
+        }
+        out.set(pointer::hand_over(sft_file::new(opened)));
         Ok(())
     })
 }

@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_void};
 use super::pointer::{self, Versioned, invalid};
 use crate::error::Result;
 use crate::layout::DEFAULT_ALIGNMENT;
+use crate::prefault::Prefault;
 use crate::serialize::SaveOptions;
 use crate::source::Backend;
 
@@ -16,6 +17,18 @@ pub const SFT_BACKEND_MMAP: sft_backend = 0;
 
 /// The number of [`Backend::Pread`].
 pub const SFT_BACKEND_PREAD: sft_backend = 1;
+
+/// The number of a way to bring mapped pages in.
+pub type sft_prefault = u32;
+
+/// Pages come when they are touched.
+pub const SFT_PREFAULT_NONE: sft_prefault = 0;
+
+/// The number of [`Prefault::Background`].
+pub const SFT_PREFAULT_BACKGROUND: sft_prefault = 1;
+
+/// The number of [`Prefault::Wait`].
+pub const SFT_PREFAULT_WAIT: sft_prefault = 2;
 
 /// Text with a length: UTF-8, in which NUL is a character like others.
 #[derive(Clone, Copy, Debug)]
@@ -35,8 +48,8 @@ pub struct sft_open_options {
     pub struct_size: usize,
     /// How the tensors come into memory.
     pub backend: sft_backend,
-    /// 0.
-    pub reserved: u32,
+    /// When mapped pages are brought in.
+    pub prefault: sft_prefault,
 }
 
 // SAFETY: `repr(C)`, begins with its size, holds integers only.
@@ -49,24 +62,34 @@ impl sft_open_options {
     /// # Safety
     ///
     /// As for [`pointer::options`].
-    pub(super) unsafe fn read(options: *const sft_open_options) -> Result<Backend> {
+    pub(super) unsafe fn read(options: *const sft_open_options) -> Result<(Backend, Option<Prefault>)> {
         let defaults = sft_open_options {
             struct_size: size_of::<sft_open_options>(),
             backend: SFT_BACKEND_MMAP,
-            reserved: 0,
+            prefault: SFT_PREFAULT_NONE,
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
-        if options.reserved != 0 {
-            return Err(invalid("sft_open_options: reserved must be 0"));
-        }
-        match options.backend {
-            SFT_BACKEND_MMAP => Ok(Backend::Mmap),
-            SFT_BACKEND_PREAD => Ok(Backend::Pread),
+        let backend = match options.backend {
+            SFT_BACKEND_MMAP => Backend::Mmap,
+            SFT_BACKEND_PREAD => Backend::Pread,
             other => {
-                Err(invalid(format!("unknown backend {other}: give SFT_BACKEND_MMAP or SFT_BACKEND_PREAD")))
+                let detail = format!("unknown backend {other}: give SFT_BACKEND_MMAP or SFT_BACKEND_PREAD");
+                return Err(invalid(detail));
             }
-        }
+        };
+        let prefault = match options.prefault {
+            SFT_PREFAULT_NONE => None,
+            SFT_PREFAULT_BACKGROUND => Some(Prefault::Background),
+            SFT_PREFAULT_WAIT => Some(Prefault::Wait),
+            other => {
+                let detail = format!(
+                    "unknown prefault {other}: give SFT_PREFAULT_NONE, SFT_PREFAULT_BACKGROUND or SFT_PREFAULT_WAIT"
+                );
+                return Err(invalid(detail));
+            }
+        };
+        Ok((backend, prefault))
     }
 }
 

@@ -20,7 +20,8 @@ static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
 /// The file at `target`, if there is a large one that nobody else keeps. Needs no right to read it.
 pub(super) fn hold(target: &Path) -> Option<File> {
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;
     let metadata = file.metadata().ok()?;
     (metadata.is_file() && metadata.nlink() == 1 && metadata.len() >= LARGE_BYTES).then_some(file)
 }

@@ -28,6 +28,7 @@ bool text_is(sft_str text, const char* expected);
 void test_version_and_status(void);
 void test_dtypes(void);
 void test_reading(void);
+void test_prefault(void);
 void test_slices(void);
 void test_metadata(void);
 void test_threads(void);

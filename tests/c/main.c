@@ -67,6 +67,7 @@ int main(int argc, char** argv) {
     test_dtypes();
     test_writing();
     test_reading();
+    test_prefault();
     test_slices();
     test_metadata();
     test_threads();

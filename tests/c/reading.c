@@ -15,6 +15,39 @@ static sft_file* open_three(sft_backend backend) {
     return file;
 }
 
+/* However the pages come in, they hold the same; on a file that is read there is nothing to bring in. */
+void test_prefault(void) {
+    enum { LENGTH = 20 << 20 };
+    const sft_backend backends[] = {SFT_BACKEND_MMAP, SFT_BACKEND_PREAD};
+    unsigned char* bytes = malloc(LENGTH);
+    unsigned char* read = malloc(LENGTH);
+    for (size_t i = 0; i < LENGTH; i++) {
+        bytes[i] = (unsigned char)(i % 251);
+    }
+    const uint64_t shape[] = {LENGTH};
+    sft_writer* writer = NULL;
+    CHECK_OK(sft_writer_new(&writer));
+    CHECK_OK(sft_writer_add_tensor(writer, "large", 5, SFT_DTYPE_U8, shape, 1, bytes, LENGTH));
+    CHECK_OK(sft_writer_write_file(writer, path_of("large.safetensors"), NULL));
+    sft_writer_free(writer);
+    for (sft_prefault prefault = SFT_PREFAULT_NONE; prefault <= SFT_PREFAULT_WAIT; prefault++) {
+        for (size_t i = 0; i < 2; i++) {
+            sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+            options.backend = backends[i];
+            options.prefault = prefault;
+            sft_file* file = NULL;
+            CHECK_OK(sft_file_open(path_of("large.safetensors"), &options, &file));
+            memset(read, 0, LENGTH);
+            CHECK_OK(sft_file_read(file, 0, read, LENGTH));
+            CHECK(memcmp(read, bytes, LENGTH) == 0);
+            sft_file_free(file);
+        }
+    }
+    unlink(path_of("large.safetensors"));
+    free(bytes);
+    free(read);
+}
+
 static void check_three(const sft_file* file, bool in_memory) {
     size_t count = 0, index = 99;
     CHECK_OK(sft_file_count(file, &count));

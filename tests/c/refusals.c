@@ -167,7 +167,7 @@ void test_struct_sizes(void) {
     open.options.struct_size = SIZE_MAX;
     CHECK_STATUS(sft_file_open(path, &open.options, &file), invalid);
     open.options = (sft_open_options)SFT_OPEN_OPTIONS_INIT;
-    open.options.reserved = 1;
+    open.options.prefault = 3;
     CHECK_STATUS(sft_file_open(path, &open.options, &file), invalid);
     open.options = (sft_open_options)SFT_OPEN_OPTIONS_INIT;
     open.options.backend = 2;

@@ -35,6 +35,20 @@ st::Tensors to_cpu(const st::Tensors& tensors) {
 
 }  // namespace
 
+TEST(prefault_and_durable_change_no_byte) {
+    const TempDir dir;
+    st::Tensors tensors = one_of_each();
+    tensors.insert("large", make({20 << 20}, at::kByte, 7));
+    st::save_file(tensors, dir.file("plain"));
+    st::save_file(tensors, dir.file("durable"), {}, {/*durable=*/true});
+    EXPECT(read_file(dir.file("durable")) == read_file(dir.file("plain")));
+    for (const st::Backend backend : kBackends) {
+        for (const std::optional<bool> prefault : {std::optional<bool>(), {true}, {false}}) {
+            EXPECT(identical(st::load_file(dir.file("plain"), at::kCPU, backend, prefault), tensors));
+        }
+    }
+}
+
 TEST(every_dtype_on_every_backend_and_device) {
     const TempDir dir;
     const st::Tensors tensors = one_of_each();

@@ -25,6 +25,7 @@ SCHEMAS = {
             ("filename", "str", False, ()),
             ("device", "Device", True, (CPU,)),
             ("backend", "str", True, ("mmap",)),
+            ("prefault", "Optional[bool]", True, (None,)),
         ],
         ["Dict[str, Tensor]"],
     ),
@@ -34,6 +35,7 @@ SCHEMAS = {
             ("tensors", "Dict[str, Tensor]", False, ()),
             ("filename", "str", False, ()),
             ("metadata", "Optional[Dict[str, str]]", False, (None,)),
+            ("durable", "bool", True, (False,)),
         ],
         [],
     ),
@@ -82,6 +84,7 @@ def test_load_file(path: str, state: dict[str, torch.Tensor]) -> None:
         ops.load_file(path),
         ops.load_file(path, device="cpu"),
         ops.load_file(path, device=CPU, backend="pread"),
+        ops.load_file(path, prefault=True),
     ):
         assert isinstance(loaded, dict)
         assert difference(loaded, state) is None
@@ -93,7 +96,8 @@ def test_load(path: str, state: dict[str, torch.Tensor]) -> None:
     loaded = ops.load(data)
     data.zero_()
     assert difference(loaded, state) is None
-    assert difference(ops._load_shared(as_tensor(Path(path).read_bytes())), state) is None
+    names, tensors = ops._load_shared_lists(as_tensor(Path(path).read_bytes()))
+    assert difference(dict(zip(names, tensors)), state) is None
 
 
 def test_load_wants_plain_bytes(path: str) -> None:
@@ -121,20 +125,32 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
         data = ops.save(state, metadata)
         assert (data.dtype, data.dim(), data.device) == (torch.uint8, 1, CPU)
         assert as_bytes(data) == expected
-        assert ops._save_size(state, metadata) == len(expected)
         out = torch.zeros(len(expected), dtype=torch.uint8)
-        assert ops._save_into(state, out, metadata) is None
-        assert as_bytes(out) == expected
+        for plan in (
+            ops._plan_save(state, metadata),
+            torch.classes.safetensors_torch.PendingSave(list(state), list(state.values()), metadata, ""),
+        ):
+            assert plan.size() == len(expected)
+            assert plan.write_into(out.zero_()) is None
+            assert as_bytes(out) == expected
+            plan.write_file(str(tmp_path / "planned"), False)
+            assert (tmp_path / "planned").read_bytes() == expected
         assert ops.save_file(state, str(tmp_path / "saved"), metadata) is None
         assert (tmp_path / "saved").read_bytes() == expected
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_save_into_wants_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
-    out = torch.full((ops._save_size(state) + change,), 7, dtype=torch.uint8)
+def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
+    plan = ops._plan_save(state)
+    out = torch.full((plan.size() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
-        ops._save_into(state, out)
+        plan.write_into(out)
     assert bool((out == 7).all()), "the buffer was written to"
+
+
+def test_a_save_wants_as_many_names_as_tensors() -> None:
+    with pytest.raises(RuntimeError, match="as many names as tensors"):
+        torch.classes.safetensors_torch.PendingSave(["a", "b"], [torch.zeros(1)], None, "")
 
 
 def test_random_states_through_the_ops(tmp_path: Path) -> None:

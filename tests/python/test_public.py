@@ -13,9 +13,9 @@ import safetensors_torch
 REQUIRED = inspect.Parameter.empty
 # (name, default) of each parameter; those behind "*" by keyword only.
 SIGNATURES = {
-    "load_file": [("filename", REQUIRED), ("device", "cpu"), "*", ("backend", "mmap")],
+    "load_file": [("filename", REQUIRED), ("device", "cpu"), "*", ("backend", "mmap"), ("prefault", None)],
     "load": [("data", REQUIRED), ("device", "cpu"), "*", ("copy", True)],
-    "save_file": [("tensors", REQUIRED), ("filename", REQUIRED), ("metadata", None)],
+    "save_file": [("tensors", REQUIRED), ("filename", REQUIRED), ("metadata", None), "*", ("durable", False)],
     "save": [("tensors", REQUIRED), ("metadata", None)],
     "load_model": [
         ("model", REQUIRED),
@@ -25,7 +25,14 @@ SIGNATURES = {
         "*",
         ("backend", "mmap"),
     ],
-    "save_model": [("model", REQUIRED), ("filename", REQUIRED), ("metadata", None), ("force_contiguous", True)],
+    "save_model": [
+        ("model", REQUIRED),
+        ("filename", REQUIRED),
+        ("metadata", None),
+        ("force_contiguous", True),
+        "*",
+        ("durable", False),
+    ],
     "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
 }
 FUNCTIONS = [name for name in SIGNATURES if name != "safe_open"]

@@ -206,6 +206,9 @@ fn numbers_agree() {
     expected.insert("SFT_OK".into(), SFT_OK.into());
     expected.insert("SFT_BACKEND_MMAP".into(), SFT_BACKEND_MMAP.into());
     expected.insert("SFT_BACKEND_PREAD".into(), SFT_BACKEND_PREAD.into());
+    expected.insert("SFT_PREFAULT_NONE".into(), SFT_PREFAULT_NONE.into());
+    expected.insert("SFT_PREFAULT_BACKGROUND".into(), SFT_PREFAULT_BACKGROUND.into());
+    expected.insert("SFT_PREFAULT_WAIT".into(), SFT_PREFAULT_WAIT.into());
     for &(number, name) in STATUS_NAMES {
         expected.insert(name.into(), number.into());
     }
@@ -249,7 +252,7 @@ fn size_of_field<S, F>(_: fn(&S) -> &F) -> i64 {
 fn layouts_agree() {
     let (expected, body) = layouts! {
         sft_str { data, length }
-        sft_open_options { struct_size, backend, reserved }
+        sft_open_options { struct_size, backend, prefault }
         sft_save_options { struct_size, alignment, sync, reserved }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
@@ -280,10 +283,12 @@ fn aliases_and_initializers_agree() {
         "SAY(\"status\", sizeof(sft_status)); SAY(\"status signed\", (sft_status)-1 < 0);\n\
          SAY(\"dtype\", sizeof(sft_dtype)); SAY(\"dtype signed\", (sft_dtype)-1 < 1);\n\
          SAY(\"backend\", sizeof(sft_backend)); SAY(\"backend signed\", (sft_backend)-1 < 1);\n\
+         SAY(\"prefault\", sizeof(sft_prefault)); SAY(\"prefault signed\", (sft_prefault)-1 < 1);\n\
          sft_open_options open = SFT_OPEN_OPTIONS_INIT; sft_save_options save = SFT_SAVE_OPTIONS_INIT;\n\
          sft_tensor_info info = SFT_TENSOR_INFO_INIT;\n\
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
-         SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);",
+         SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
+         SAY(\"none\", open.prefault);",
     );
     let expected = [
         ("status", size_of::<sft_status>()),
@@ -292,11 +297,14 @@ fn aliases_and_initializers_agree() {
         ("dtype signed", 0),
         ("backend", size_of::<sft_backend>()),
         ("backend signed", 0),
+        ("prefault", size_of::<sft_prefault>()),
+        ("prefault signed", 0),
         ("open", size_of::<sft_open_options>()),
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
         ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("mmap", SFT_BACKEND_MMAP as usize),
+        ("none", SFT_PREFAULT_NONE as usize),
     ];
     for (name, value) in expected {
         assert_eq!(said[name], value as i64, "{name}");

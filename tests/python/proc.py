@@ -1,0 +1,55 @@
+"""What Linux tells of this process's memory, for the tests of who pays for a load or a save.
+
+Owns no test.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PAGE = 4096
+
+
+def mapped_bytes(path: Path) -> int | None:
+    """How many bytes of the mapping of ``path`` this process has page table entries for; None if it is not mapped."""
+    found = None
+    for entry in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
+        if entry.split("\n", 1)[0].endswith(f" {path}"):
+            found = (found or 0) + 1024 * int(re.search(r"^Rss:\s+(\d+) kB", entry, re.MULTILINE)[1])
+    return found
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether ``holds`` becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def peak_growth(setup: str, work: str) -> int:
+    """By how many bytes the memory of a fresh Python grows, at its peak, while it runs ``work`` after ``setup``."""
+    program = """
+import gc, pathlib, torch, safetensors_torch
+status = pathlib.Path("/proc/self/status")
+def kib(name):
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+{setup}
+gc.collect()
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS:")
+{work}
+print(1024 * (kib("VmHWM:") - before))
+"""
+    source = program.format(setup=textwrap.dedent(setup), work=textwrap.dedent(work))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])

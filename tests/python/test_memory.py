@@ -1,0 +1,150 @@
+"""What a load or a save costs in memory, and whose memory the tensors have."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+import safetensors_torch
+from proc import peak_growth
+from safetensors_torch import SafetensorError, load, load_file, save, save_file
+
+MIB = 2**20
+TOTAL = 160 * MIB
+# Room for what Python and torch take beside the tensors.
+SLACK = 8 * MIB
+
+TENSORS = f"""
+    tensors = {{f"t{{i}}": torch.full(({TOTAL // 16 // 4},), float(i)) for i in range(16)}}
+"""
+MODEL = f"""
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i in range(16):
+                self.register_parameter(f"t{{i}}", torch.nn.Parameter(torch.ones({TOTAL // 16 // 4})))
+    model = Model()
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "model.safetensors"
+    save_file({f"t{i}": torch.full((TOTAL // 16 // 4,), float(i)) for i in range(16)}, path)
+    return path
+
+
+def test_save_takes_the_bytes_and_no_more() -> None:
+    growth = peak_growth(TENSORS, "data = safetensors_torch.save(tensors)")
+    assert TOTAL <= growth < 1.1 * TOTAL
+
+
+def test_save_file_takes_nothing(tmp_path: Path) -> None:
+    growth = peak_growth(TENSORS, f"safetensors_torch.save_file(tensors, {str(tmp_path / 'out')!r})")
+    assert growth < SLACK
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_load_model_takes_nothing(backend: str, file: Path) -> None:
+    growth = peak_growth(MODEL, f"safetensors_torch.load_model(model, {str(file)!r}, backend={backend!r})")
+    assert growth < SLACK
+
+
+def test_load_file_pread_takes_the_tensors_and_no_more(file: Path) -> None:
+    growth = peak_growth("", f"tensors = safetensors_torch.load_file({str(file)!r}, backend='pread')")
+    assert TOTAL <= growth < 1.1 * TOTAL
+
+
+def test_load_takes_the_tensors_and_no_more(file: Path) -> None:
+    setup = f"data = pathlib.Path({str(file)!r}).read_bytes()"
+    growth = peak_growth(setup, "tensors = safetensors_torch.load(data)")
+    assert TOTAL <= growth < 1.1 * TOTAL
+
+
+def test_load_without_a_copy_takes_nothing(file: Path) -> None:
+    setup = f"data = bytearray(pathlib.Path({str(file)!r}).read_bytes())"
+    assert peak_growth(setup, "tensors = safetensors_torch.load(data, copy=False)") < SLACK
+
+
+def loaded_into_own_memory(path: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path, backend="pread"), load(path.read_bytes())]
+
+
+def test_neighbours_in_a_file_are_strangers_in_memory(tmp_path: Path) -> None:
+    sizes = [1, 3, 0, 64, 65, 4096, 100_003, 3 * MIB + 1]
+    tensors = {f"t{size}": torch.arange(size).remainder(250).to(torch.uint8) for size in sizes}
+    save_file(tensors, tmp_path / "many")
+    for loaded in loaded_into_own_memory(tmp_path / "many"):
+        for name, tensor in loaded.items():
+            storage = tensor.untyped_storage()
+            assert storage.nbytes() == tensor.nbytes
+            assert tensor.data_ptr() % 64 == 0
+            assert tensor.data_ptr() == storage.data_ptr()
+            tensor.fill_(255)
+            others = {other: value for other, value in loaded.items() if other != name}
+            assert all(torch.equal(value, tensors[other]) for other, value in others.items())
+            tensor.copy_(tensors[name])
+
+
+def test_a_tensor_outlives_its_neighbours(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((100_000,), i) for i in range(40)}
+    save_file(tensors, tmp_path / "many")
+    for loaded in loaded_into_own_memory(tmp_path / "many"):
+        kept = loaded["t7"]
+        del loaded
+        gc.collect()
+        _overwrite_free_memory()
+        assert torch.equal(kept, tensors["t7"])
+
+
+def _overwrite_free_memory() -> None:
+    for size in (64, 4096, 800_000, 32 * MIB):
+        torch.full((size,), 255, dtype=torch.uint8)
+
+
+def test_tensors_in_own_memory_can_grow(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.arange(4.0, 8.0)}, tmp_path / "two")
+    for loaded in loaded_into_own_memory(tmp_path / "two"):
+        loaded["a"].resize_(1000)
+        assert loaded["a"][:4].tolist() == [0, 1, 2, 3]
+        loaded["a"].fill_(9)
+        assert loaded["b"].tolist() == [4, 5, 6, 7]
+
+
+def test_another_file_of_the_same_size_is_no_shortcut(tmp_path: Path) -> None:
+    """Memory that was used before must show nothing of what it held."""
+    for value in (1, 2):
+        save_file({f"t{i}": torch.full((MIB,), value, dtype=torch.uint8) for i in range(8)}, tmp_path / "same")
+        for loaded in loaded_into_own_memory(tmp_path / "same"):
+            assert all(bool((tensor == value).all()) for tensor in loaded.values())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_cycle_collector_is_left_as_it_was(enabled: bool, path: Path) -> None:
+    data = path.read_bytes()
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        load_file(path)
+        load(data)
+        with pytest.raises(SafetensorError):
+            load(b"")
+        with pytest.raises(FileNotFoundError):
+            load_file(path.with_name("absent"))
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable() if before else gc.disable()
+
+
+def test_many_small_tensors_round_trip(tmp_path: Path) -> None:
+    """More than fit in one vectored read or write."""
+    tensors = {f"layer.{i}.weight": torch.full((i % 5,), float(i)) for i in range(5000)}
+    save_file(tensors, tmp_path / "many")
+    assert save(tensors) == (tmp_path / "many").read_bytes()
+    for backend in ("mmap", "pread"):
+        loaded = safetensors_torch.load_file(tmp_path / "many", backend=backend)
+        assert len(loaded) == len(tensors)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
