@@ -1,8 +1,8 @@
 //! Memory for tensors that are read: blocks that neighbours in a file share, on huge pages where they are large.
 //!
 //! Memory fresh from the kernel is paid for page by page; with pages of 2 MiB a large read takes little more than half
-//! the time. Tensors share a block, as most are smaller than such a page, and a block is no larger than that a tensor
-//! which outlives its neighbours keeps little more than itself. Knows nothing of files.
+//! the time. Tensors share a block, as most are smaller than such a page; a block is small enough that one which outlives
+//! its neighbours keeps little beside itself. Knows nothing of files.
 
 use std::alloc;
 use std::io;
@@ -19,7 +19,7 @@ const ALIGNMENT: usize = 64;
 /// A huge page of x86-64, and of arm64 with the usual base pages.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A block takes no further tensor once it has this many bytes.
+/// The most bytes of a block of several tensors. What has more has a block of its own.
 const BLOCK_BYTES: usize = 64 << 20;
 
 /// Uninitialized memory, freed with its last owner.
@@ -119,7 +119,7 @@ impl Memory {
             let mut length = 0usize;
             let mut next = first;
             let block = memory.blocks.len() as u32;
-            while next < sizes.len() && length < BLOCK_BYTES {
+            while next < sizes.len() && (next == first || length.saturating_add(sizes[next]) <= BLOCK_BYTES) {
                 memory.places.push(Place { block, offset: length });
                 // A file's tensors are together no larger than the file, so only the last rounding could overflow.
                 length = length.saturating_add(sizes[next]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
@@ -183,6 +183,8 @@ mod tests {
     fn small_tensors_do_not_keep_much_alive() {
         let memory = Memory::new(&[1 << 20; 200]).expect("memory");
         assert_eq!(memory.blocks.len(), 4, "200 MiB in blocks of 64 MiB");
+        let memory = Memory::new(&[5, BLOCK_BYTES + 1, 2]).expect("memory");
+        assert_eq!(memory.blocks.len(), 3, "what is large stands alone");
     }
 
     #[test]
