@@ -225,7 +225,7 @@ at::Tensor PendingSave::write() const {
 void register_pending_save(torch::Library& library) {
     using Self = c10::intrusive_ptr<PendingSave>;
     library.class_<PendingSave>("PendingSave")
-        .def(torch::init([](const std::vector<std::string>& names, const std::vector<at::Tensor>& tensors,
+        .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> tensors,
                             const std::optional<Metadata>& metadata, const std::string& path) {
             return guarded([&] {
                 if (names.size() != tensors.size()) {
@@ -234,7 +234,7 @@ void register_pending_save(torch::Library& library) {
                 NamedTensors named;
                 named.reserve(names.size());
                 for (size_t i = 0; i < names.size(); ++i) {
-                    named.emplace_back(names[i], tensors[i]);
+                    named.emplace_back(std::move(names[i]), std::move(tensors[i]));
                 }
                 return c10::make_intrusive<PendingSave>(std::move(named), metadata, path);
             });

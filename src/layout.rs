@@ -56,14 +56,15 @@ impl Layout {
                 format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
-        let mut sorted: Vec<(usize, usize)> =
-            tensors.iter().enumerate().map(|(index, tensor)| (tensor.dtype.layout_rank(), index)).collect();
-        sorted.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| tensors[a.1].name.cmp(tensors[b.1].name)));
-        check_names(tensors)?;
+        let mut sorted: Vec<usize> = (0..tensors.len()).collect();
+        sorted.sort_by(|&a, &b| tensors[a].name.cmp(tensors[b].name));
+        check_names(tensors, &sorted)?;
+        // Stable: those of one dtype stay sorted by name.
+        sorted.sort_by_key(|&index| tensors[index].dtype.layout_rank());
 
         let mut data_bytes: u64 = 0;
         let mut order = Vec::with_capacity(tensors.len());
-        for (_, index) in sorted {
+        for index in sorted {
             let tensor = &tensors[index];
             let begin = data_bytes;
             data_bytes = tensor_bytes(tensor.name, tensor.dtype, tensor.shape)?
@@ -99,14 +100,14 @@ impl Layout {
     }
 }
 
-fn check_names(tensors: &[TensorSpec<'_>]) -> Result<()> {
-    let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name).collect();
-    names.sort_unstable();
-    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        let detail = format!("two tensors are named {:?}: give each its own name", pair[0]);
+/// Checks the names, given the tensors' indices sorted by them.
+fn check_names(tensors: &[TensorSpec<'_>], sorted: &[usize]) -> Result<()> {
+    let name = |index: usize| tensors[index].name;
+    if let Some(pair) = sorted.windows(2).find(|pair| name(pair[0]) == name(pair[1])) {
+        let detail = format!("two tensors are named {:?}: give each its own name", name(pair[0]));
         return Err(Error::new(ErrorKind::Duplicate, detail));
     }
-    if names.binary_search(&METADATA_KEY).is_ok() {
+    if sorted.binary_search_by(|&index| name(index).cmp(METADATA_KEY)).is_ok() {
         let detail = format!(
             "a tensor is named {METADATA_KEY:?}, where the format keeps its metadata: nothing could read the file; \
              rename the tensor"

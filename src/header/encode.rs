@@ -1,7 +1,5 @@
 //! Writes the header of a file whose layout is settled.
 
-use std::io::Write;
-
 use super::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -49,8 +47,9 @@ pub fn encode<'a>(
         out.extend_from_slice(entry.dtype.code().as_bytes());
         out.extend_from_slice(b"\",\"shape\":");
         write_json(&mut out, entry.shape);
-        // Writing to a Vec cannot fail.
-        let _ = write!(out, ",\"data_offsets\":[{},{}]}}", entry.begin, entry.end);
+        out.extend_from_slice(b",\"data_offsets\":");
+        write_json(&mut out, &[entry.begin, entry.end]);
+        out.push(b'}');
     }
     out.push(b'}');
     let padded = (out.len() as u64).next_multiple_of(alignment);
