@@ -3,7 +3,8 @@
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers and CMake package into PREFIX; with TORCH=0 the C library alone
-# make bench     ours beside the reference, in one run
+# make bench     every load and save beside the reference, torch and the bare machine, in one run
+# make bench-header   micro-benchmarks of the header
 # make clean     what was built; .venv stays
 #
 # Each does its own set-up, once: .venv with the pinned torch, the build, the package in .venv.
@@ -25,9 +26,9 @@ MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find python -name '*.py')
-CPP_FILES      := $(shell find cpp include tests/c tests/cpp examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench lint install clean test-rust test-c test-cpp test-python test-examples library
+.PHONY: build demo test bench bench-header lint install clean test-rust test-c test-cpp test-python test-examples library
 
 build: library out/python.stamp
 
@@ -119,8 +120,16 @@ test-python: out/python.stamp
 
 # --- the rest
 
-bench: build
-	$(PY) benches/bench.py
+$(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check -r benches/requirements.txt
+	touch $@
+
+# BENCH: options of benches/bench.py, such as BENCH=--quick or BENCH="--docs docs/performance.md".
+bench: build $(VENV)/bench.stamp
+	$(PY) benches/bench.py $(BENCH)
+
+bench-header:
+	cargo bench --locked --no-default-features --target-dir target/core --bench header
 
 lint: out/library.stamp out/core.stamp
 	cargo fmt --check

@@ -1,95 +1,204 @@
-"""Times this library beside the reference `safetensors`, in turn, in one run, with the page cache hot.
+"""Times this library beside the reference `safetensors`, torch's own files and the raw limit of the machine.
 
-Run: make bench    or    .venv/bin/python benches/bench.py [--runs N] [--folder DIR] [--quick]
+Run: make bench    or    .venv/bin/python benches/bench.py [options]
 
-Prints the median of each, and the ratio reference / ours. These are figures of the machine that ran it.
+Owns the command line, the set-up and the order of the works. Each subject of a work has a process of its own; they
+take turns, in an order that rotates, and wait while another runs. Between two runs the process's freed memory goes
+back to the system, files are put back, and what was written is on the disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import datetime
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import safetensors.torch as reference
-import torch
+import machine
+import report
+import works
+from data import DATA_SETS
+from measure import Measurement, Setting
+from works import WORKS, Subject, Work
 
-import safetensors_torch as ours
-
-Work = Callable[[], object]
-
-
-def small_tensors(count: int) -> dict[str, torch.Tensor]:
-    """Tensors of 256 bytes."""
-    return {f"model.layers.{index}.weight": torch.full((64,), float(index)) for index in range(count)}
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "bench"
+ROUNDS, QUICK_ROUNDS = 5, 3
+QUICK_SUBJECTS = (works.OURS, works.REFERENCE, works.RAW)
+QUICK_DATA = ("small", "gpt2")
 
 
-def gpt2_tensors(layers: int) -> dict[str, torch.Tensor]:
-    """The shapes of GPT-2 small, with that many layers."""
-    width = 768
-    shapes = {"wte": (50257, width), "wpe": (1024, width)}
-    for layer in range(layers):
-        shapes |= {
-            f"h.{layer}.attn.c_attn": (width, 3 * width),
-            f"h.{layer}.attn.c_proj": (width, width),
-            f"h.{layer}.mlp.c_fc": (width, 4 * width),
-            f"h.{layer}.mlp.c_proj": (4 * width, width),
+def is_quick(work: Work) -> bool:
+    """Whether --quick does it."""
+    return work.data in QUICK_DATA and not work.cold and not work.durable
+
+
+class Run:
+    """One run of the bench: which works, of whom, and what was found."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._notes: list[str] = []
+        self._failures: list[str] = []
+        self._results: list[dict] = []
+        self._plan = self._choose()
+
+    def _choose(self) -> list[tuple[Work, list[Subject]]]:
+        quick, only, subjects = self._arguments.quick, self._arguments.only, self._arguments.subjects
+        plan = []
+        for work in WORKS:
+            chosen = [
+                subject
+                for subject in work.subjects
+                if re.search(subjects, subject.title) and not (quick and subject.title not in QUICK_SUBJECTS)
+            ]
+            if re.search(only, work.name) and chosen and not (quick and not is_quick(work)):
+                plan.append((work, chosen))
+        if not plan:
+            sys.exit(f"bench: no work matches; there are:\n  {chr(10).join(work.name for work in WORKS)}")
+        if quick:
+            left_out = [name for name in DATA_SETS if name not in QUICK_DATA]
+            self._note(
+                f"--quick: without the data sets {' and '.join(left_out)}, cold and durable works, torch's own"
+                " functions, the pre-release and prefault; memory only of ours and where there is a target for it"
+            )
+        return plan
+
+    def _note(self, text: str) -> None:
+        print(f"note: {text}", flush=True)
+        self._notes.append(text)
+
+    def _has(self, library: str) -> bool:
+        return any(subject.library == library for _, subjects in self._plan for subject in subjects)
+
+    def _drop(self, library: str) -> None:
+        left = [(work, [one for one in subjects if one.library != library]) for work, subjects in self._plan]
+        self._plan = [(work, subjects) for work, subjects in left if subjects]
+
+    def _install_prerelease(self, folder: Path) -> None:
+        """Puts the pre-release into `folder`, or leaves it out where it cannot be had."""
+        if not self._has("prerelease") or list(folder.glob(f"safetensors-{works.PRERELEASE_VERSION}.dist-info")):
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        wanted = f"safetensors=={works.PRERELEASE_VERSION}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        if subprocess.run([*command, "--pre", "--target", str(folder), wanted]).returncode != 0:
+            self._note(f"{wanted} cannot be installed: left out")
+            self._drop("prerelease")
+
+    def _compile_raw(self, program: Path) -> None:
+        if self._has("raw"):
+            source = Path(__file__).with_name("raw.c")
+            subprocess.run(["cc", "-O2", "-pthread", str(source), "-o", str(program)], check=True)
+
+    def measure(self) -> dict:
+        """Measures all that was chosen, and returns it as it goes into the JSON file."""
+        OUT.mkdir(parents=True, exist_ok=True)
+        prerelease, raw = OUT / "safetensors-pre", OUT / "raw"
+        self._install_prerelease(prerelease)
+        self._compile_raw(raw)
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self._arguments.folder) as name:
+            setting = Setting(Path(name), raw, prerelease, self._arguments.rounds, self._arguments.quick)
+            for data in DATA_SETS:
+                mine = [entry for entry in self._plan if entry[0].data == data]
+                if mine and self._make(data, setting.folder):
+                    self._measure_set(mine, setting)
+                    for path in setting.folder.glob(f"{data}.*"):
+                        path.unlink()
+            described = machine.describe(setting.folder)
+        return {
+            "date": datetime.date.today().isoformat(),
+            "command": shown_command(),
+            "machine": described | {"torch": version("torch"), "safetensors-torch": version("safetensors-torch")},
+            "rounds": self._arguments.rounds,
+            "notes": self._notes,
+            "failures": self._failures,
+            "works": self._results,
         }
-    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+    def _make(self, name: str, folder: Path) -> bool:
+        """Makes the files of a data set; False where the machine has no room for it."""
+        nbytes = DATA_SETS[name].nbytes()
+        if machine.available_memory() < 3 * nbytes or machine.free_disk(folder) < 6 * nbytes:
+            self._note(f"{name} left out: it takes {3 * nbytes / 1e9:.0f} GB of memory, {6 * nbytes / 1e9:.0f} of disk")
+            return False
+        print(f"\n{DATA_SETS[name].title}, {nbytes / 1e6:,.0f} MB", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), name, str(folder)], check=True)
+        return True
+
+    def _measure_set(self, plan: list[tuple[Work, list[Subject]]], setting: Setting) -> None:
+        for work, subjects in plan:
+            if work.cold and not machine.can_drop_caches():
+                self._note(f"{work.name} left out: only root can drop the page cache")
+                continue
+            measurement = Measurement(work, subjects, setting)
+            result = measurement.run()
+            self._failures += measurement.failures
+            self._results.append(result)
+            print(report.text_table([result]), flush=True)
 
 
-def cases(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tuple[Work, Work]]:
-    """What is timed: its name, ours, the reference's."""
-    source, target = folder / "source.safetensors", folder / "target.safetensors"
-    ours.save_file(tensors, source)
-    data = source.read_bytes()
-    return {
-        "load_file mmap": (lambda: ours.load_file(source), lambda: reference.load_file(source)),
-        "load_file pread": (
-            lambda: ours.load_file(source, backend="pread"),
-            lambda: reference.load_file(source, backend="pread"),
-        ),
-        "load": (lambda: ours.load(data), lambda: reference.load(data)),
-        "save": (lambda: ours.save(tensors), lambda: reference.save(tensors)),
-        "save_file, replacing": (
-            lambda: ours.save_file(tensors, target),
-            lambda: reference.save_file(tensors, target),
-        ),
-    }
+def shown_command() -> str:
+    """The command, without the options that name places on this machine."""
+    hidden = ("--folder", "--json", "--docs")
+    words = []
+    skip = False
+    for word in sys.argv[1:]:
+        if not skip and not word.startswith(hidden):
+            words.append(word)
+        skip = word in hidden
+    return " ".join(["python benches/bench.py", *words])
 
 
-def seconds(work: Work) -> float:
-    start = time.perf_counter()
-    result = work()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the most telling part, in under two minutes")
+    parser.add_argument(
+        "--rounds", type=int, help=f"timed runs of each, {ROUNDS} unless given; fewer where each takes seconds"
+    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="the works whose name matches")
+    parser.add_argument("--subjects", default="", metavar="REGEX", help="the subjects whose name matches")
+    parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder otherwise")
+    parser.add_argument("--json", type=Path, default=OUT / "results.json", metavar="FILE", help="where results go")
+    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the tables into this file, a plot beside it")
+    parser.add_argument("--reuse", action="store_true", help="measure nothing: take the results in the --json file")
+    arguments = parser.parse_args()
+    if arguments.rounds is None:
+        arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    if arguments.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each")
-    parser.add_argument("--folder", help="where the files go; a temporary folder otherwise")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the tensors")
-    arguments = parser.parse_args()
-    scale = 5 if arguments.quick else 1
-    sets = {
-        f"{20_000 // scale:,} tensors of 256 bytes": small_tensors(20_000 // scale),
-        "GPT-2 shapes": gpt2_tensors(12 // scale),
-    }
-    print(f"{'work':22} {'ours ms':>9} {'reference ms':>13} {'ratio':>6}")
-    for title, tensors in sets.items():
-        megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-        print(f"\n{title} ({megabytes:.0f} MB)")
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            for name, (mine, theirs) in cases(tensors, Path(folder)).items():
-                mine(), theirs()
-                pairs = [(seconds(mine), seconds(theirs)) for _ in range(arguments.runs)]
-                a, b = (1e3 * statistics.median(column) for column in zip(*pairs))
-                print(f"{name:22} {a:9.1f} {b:13.1f} {b / a:6.1f}")
+    arguments = parse()
+    # As an exit like others, so that the files, which are large, do not stay behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    started = time.monotonic()
+    if arguments.reuse:
+        results = json.loads(arguments.json.read_text())
+        print(report.text_table(results["works"]))
+    else:
+        results = Run(arguments).measure()
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.text_targets(results))
+    if not arguments.reuse:
+        print(f"\n{time.monotonic() - started:.0f} seconds; results in {arguments.json}")
+    if arguments.docs:
+        report.write_docs(results, arguments.docs)
+    for failure in results["failures"]:
+        print(f"FAILED: {failure.splitlines()[0]} ... {failure.splitlines()[-1]}", file=sys.stderr)
+    if results["failures"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

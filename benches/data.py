@@ -27,6 +27,7 @@ class DataSet:
     element_bytes: int
     shapes: Callable[[], Shapes]
     pickled: bool = True  # whether there is a .pt of it beside the .safetensors
+    most_rounds: int = 1000  # where a run takes seconds, few must do
 
     def nbytes(self) -> int:
         """The bytes of all tensors."""
@@ -72,8 +73,10 @@ def _shard() -> Shapes:
 DATA_SETS = {
     "small": DataSet("20,000 tensors of 256 bytes, float32", "float32", 4, lambda: _small(20_000)),
     "gpt2": DataSet("the tensors of GPT-2 small, float32", "float32", 4, _gpt2),
-    "shard": DataSet("a shard of a language model, bfloat16", "bfloat16", 2, _shard),
-    "million": DataSet("a million tensors of 256 bytes", "float32", 4, lambda: _small(1_000_000), pickled=False),
+    "shard": DataSet("a shard of a language model, bfloat16", "bfloat16", 2, _shard, most_rounds=3),
+    "million": DataSet(
+        "a million tensors of 256 bytes", "float32", 4, lambda: _small(1_000_000), pickled=False, most_rounds=3
+    ),
 }
 
 

@@ -5,6 +5,7 @@ Owns the dealings with /proc and with files that are not part of a timed run.
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import shutil
@@ -82,6 +83,18 @@ def warm(path: Path) -> None:
             pass
     finally:
         os.close(descriptor)
+
+
+def back_memory(nbytes: int) -> None:
+    """Has that much memory in use for a moment.
+
+    A hypervisor that takes free memory away gives it back at the first touch, which takes longer than anything that is
+    timed here: no run shall meet with that by chance. Huge pages, as those are what it takes.
+    """
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, nbytes, mmap.PAGESIZE):
+            memory[offset] = 1
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -69,6 +69,7 @@ class Worker:
         highest = max(highest, machine.anonymous_bytes(pid))
         risen = machine.peak(pid) - resident
         self._send("end")
+        self._answer()
         return highest - before, max(risen, 0)
 
     def _send(self, line: str) -> None:

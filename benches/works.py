@@ -39,6 +39,7 @@ class Work:
     cold: bool = False  # the page cache is dropped before every run
     fresh: bool = False  # save_file: the target does not exist before
     durable: bool = False  # save_file: file and folder are on the disk at the end
+    moves: bool = True  # whether the data's bytes are moved, so that bytes a second mean something
     loop: str = ""  # the loop of raw.c that stands beside it
 
     @property
@@ -83,12 +84,12 @@ def _raw(*subjects: Subject) -> tuple[Subject, ...]:
 
 
 WORKS = (
-    Work("load_file mmap", "small", "load_file", (*_ALL, _TORCH_MAP), _MMAP),
+    Work("load_file mmap", "small", "load_file", (*_ALL, _TORCH_MAP), _MMAP, moves=False),
     Work("load_file pread", "small", "load_file", (*_ALL, _TORCH_LOAD), _PREAD),
     Work("load", "small", "load", _ALL),
     Work("save_file, over a file", "small", "save_file", (*_ALL, _TORCH_SAVE)),
     Work("save", "small", "save", _ALL),
-    Work("load_file mmap, untouched", "gpt2", "load_file", (*_ALL, *_PREFAULT, _TORCH_MAP), _MMAP),
+    Work("load_file mmap, untouched", "gpt2", "load_file", (*_ALL, *_PREFAULT, _TORCH_MAP), _MMAP, moves=False),
     Work(
         "load_file mmap, touched",
         "gpt2",
@@ -100,7 +101,7 @@ WORKS = (
     ),
     Work("load_file pread", "gpt2", "load_file", _raw(*_ALL, _TORCH_LOAD), _PREAD, loop="read"),
     Work("load", "gpt2", "load", _raw(*_ALL), loop="copy"),
-    Work("load copy=False", "gpt2", "load", _SHARED),
+    Work("load copy=False", "gpt2", "load", _SHARED, moves=False),
     Work("load_model", "gpt2", "load_model", _raw(*_ALL, _TORCH_MODEL), loop="read warm"),
     Work("save", "gpt2", "save", _raw(*_ALL), loop="copy"),
     Work("save_file, new file", "gpt2", "save_file", _raw(*_ALL, _TORCH_SAVE), fresh=True, loop="write"),
@@ -144,7 +145,7 @@ WORKS = (
         cold=True,
         loop="sequential",
     ),
-    Work("load_file mmap", "million", "load_file", _BOTH, _MMAP),
+    Work("load_file mmap", "million", "load_file", _BOTH, _MMAP, moves=False),
     Work("load_file pread", "million", "load_file", (_OURS,), _PREAD),
     Work("load", "million", "load", (_OURS,)),
     Work("save_file, over a file", "million", "save_file", _BOTH),

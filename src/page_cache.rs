@@ -1,8 +1,18 @@
-//! Asks the kernel how much of a file is in memory already.
+//! What of a file is in memory already, and how to read what is not.
 
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+
+/// How many threads read a file that is not in the page cache; most of the time they wait.
+pub const COLD_READERS: usize = 4;
+
+/// The bytes of one read of such a file. The disk is asked for more than that ahead, and goes on while these are copied.
+pub const COLD_READ_BYTES: usize = 1 << 20;
+
+/// In how many places [`looks_cold`] looks, and at how many bytes in each.
+const SAMPLES: u64 = 16;
+const SAMPLE_BYTES: u64 = 1 << 20;
 
 /// `cachestat(2)`, Linux 6.5 and later: one number on every architecture that Rust has a libc for.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -40,6 +50,19 @@ pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     (status == 0).then(|| told.cached.saturating_mul(page_bytes()))
 }
 
+/// Whether part of `range` seems to be on the disk alone. Looks at a few places only, as asking about every page of a
+/// large file can take milliseconds. Where the kernel cannot tell, the answer is no.
+pub fn looks_cold(file: &File, range: Range<u64>) -> bool {
+    let length = range.end.saturating_sub(range.start);
+    let window = SAMPLE_BYTES.min(length);
+    (0..SAMPLES).any(|sample| {
+        // From the start of the range to its end, both included.
+        let start =
+            range.start + (u128::from(length - window) * u128::from(sample) / u128::from(SAMPLES - 1)) as u64;
+        cached_bytes(file, start..start + window).is_some_and(|cached| cached < window)
+    })
+}
+
 fn page_bytes() -> u64 {
     // SAFETY: a call without pointers.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
@@ -68,6 +91,22 @@ mod tests {
         if let Some(cached) = cached_bytes(&file, 0..100_000) {
             assert!((100_000..200_000).contains(&cached), "{cached}");
             assert_eq!(cached_bytes(&file, 5..5), Some(0));
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_dropped_from_memory_looks_cold() {
+        let mut file = tempfile::tempfile().expect("a file");
+        let length = 20 * SAMPLE_BYTES + 77;
+        file.write_all(&vec![1; length as usize]).and_then(|()| file.sync_all()).expect("write");
+        assert!(!looks_cold(&file, 0..length));
+        // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        // Kernels before 6.5 do not tell, and a filesystem in memory drops nothing.
+        if cached_bytes(&file, 0..length) == Some(0) {
+            assert!(looks_cold(&file, 0..length));
+            assert!(looks_cold(&file, length - 5..length));
+            assert!(!looks_cold(&file, 5..5));
         }
     }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use memmap2::Advice;
 
 use crate::error::{Error, Result};
-use crate::page_cache::{available_memory, cached_bytes};
+use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, available_memory, cached_bytes, looks_cold};
 use crate::parallel::{self, CHUNK_BYTES};
 use crate::source::{Mapping, OpenFile, shrank};
 
@@ -32,12 +32,6 @@ const POPULATE_BYTES: usize = 1 << 20;
 
 /// Smaller mappings are not worth a thread: all their faults together take less than starting it.
 const BACKGROUND_BYTES: usize = 16 << 20;
-
-/// The bytes of one read of what is not in the page cache; they stay in the processor's cache.
-const READ_BYTES: usize = 1 << 20;
-
-/// How many threads read a file that is not in the page cache, most of the time waiting.
-const COLD_READERS: usize = 4;
 
 /// Brings in all of `mapping`, which is of `file`.
 ///
@@ -58,7 +52,7 @@ pub fn prefault(mapping: &Arc<Mapping>, file: &OpenFile, when: Prefault) -> Resu
 
 fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
     let pieces = pieces_of(mapping);
-    let cold = is_cold(mapping, &file.file);
+    let cold = looks_cold(&file.file, 0..mapping.len() as u64);
     let threads = parallel::threads_for(mapping.len(), pieces).max(if cold { COLD_READERS } else { 1 });
     parallel::pull(pieces, threads, |piece| {
         bring_in(mapping, &file.file, piece, true).map_err(|source| match source.raw_os_error() {
@@ -95,7 +89,7 @@ impl Crew {
     fn lead(self: &Arc<Crew>) {
         let Some(mapping) = self.mapping.upgrade() else { return };
         // What is cold stays so where it would push out itself, or all else.
-        let cold = is_cold(&mapping, &self.file);
+        let cold = looks_cold(&self.file, 0..mapping.len() as u64);
         let read_cold = cold && available_memory().is_some_and(|bytes| mapping.len() as u64 <= bytes / 2);
         drop(mapping);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -129,13 +123,6 @@ fn pieces_of(mapping: &Mapping) -> usize {
     mapping.len().div_ceil(CHUNK_BYTES)
 }
 
-/// Whether part of the file must come from the disk. Files of which the kernel cannot tell are taken for cached:
-/// populating them reads them too, if less well.
-fn is_cold(mapping: &Mapping, file: &File) -> bool {
-    let length = mapping.len() as u64;
-    cached_bytes(file, 0..length).is_some_and(|cached| cached < length)
-}
-
 /// Brings in piece number `piece`; with `read_cold` also where it must come from the disk.
 fn bring_in(mapping: &Mapping, file: &File, piece: usize, read_cold: bool) -> io::Result<()> {
     let start = piece * CHUNK_BYTES;
@@ -145,7 +132,7 @@ fn bring_in(mapping: &Mapping, file: &File, piece: usize, read_cold: bool) -> io
         if !read_cold {
             return Ok(());
         }
-        let mut scratch = vec![0; READ_BYTES.min(length)];
+        let mut scratch = vec![0; COLD_READ_BYTES.min(length)];
         let mut position = from;
         while position < to {
             let wanted = (scratch.len() as u64).min(to - position) as usize;

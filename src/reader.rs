@@ -1,10 +1,12 @@
 //! Copies byte ranges of a source to memory: threads take chunks of equal size from all ranges together.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use crate::copy::{self, Copy};
 use crate::error::{Error, ErrorKind, Result};
+use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, looks_cold};
 use crate::parallel::{self, Chunks};
 use crate::source::{Borrowed, OpenFile, Origin, shrank};
 
@@ -71,41 +73,69 @@ unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
 /// As for [`read`].
 unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
     let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    parallel::pull(chunks.len(), parallel::threads_for(chunks.bytes(), chunks.len()), |chunk| {
+    let mut threads = parallel::threads_for(chunks.bytes(), chunks.len());
+    let mut most_bytes = usize::MAX;
+    if chunks.bytes() >= parallel::PARALLEL_BYTES && looks_cold(&file.file, extent(transfers)) {
+        threads = threads.max(COLD_READERS);
+        most_bytes = COLD_READ_BYTES;
+    }
+    parallel::pull(chunks.len(), threads, |chunk| {
         // Neighbours in the file come with one read, however small they are.
-        let mut run = Run::default();
+        let mut run = Run::new(file, most_bytes);
         for (index, part) in chunks.parts(chunk) {
             let Transfer { offset, destination, .. } = transfers[index];
-            let offset = offset + part.start as u64;
-            if run.parts.len() == MAX_PARTS || offset != run.end {
-                // SAFETY: the caller vouches for the destinations, and no other chunk has these parts of them.
-                unsafe { run.read(file) }?;
-                run.start_at(offset);
-            }
-            run.add(destination.wrapping_add(part.start), part.len());
+            // SAFETY: the caller vouches for the destinations, and no other chunk has these parts of them.
+            unsafe { run.add(offset + part.start as u64, destination.wrapping_add(part.start), part.len()) }?;
         }
         // SAFETY: as above.
-        unsafe { run.read(file) }
+        unsafe { run.read() }
     })
 }
 
+/// From where to where the transfers reach in the file.
+fn extent(transfers: &[Transfer]) -> Range<u64> {
+    let start = transfers.iter().map(|transfer| transfer.offset).min().unwrap_or(0);
+    let end = transfers.iter().map(|transfer| transfer.offset + transfer.length as u64).max();
+    start..end.unwrap_or(start)
+}
+
 /// A range of a file that is read with one call, into several places.
-#[derive(Default)]
-struct Run {
+struct Run<'a> {
+    file: &'a OpenFile,
+    /// No more than this is read at a time.
+    most_bytes: usize,
     start: u64,
-    end: u64,
+    bytes: usize,
     parts: Vec<libc::iovec>,
 }
 
-impl Run {
-    fn start_at(&mut self, offset: u64) {
-        self.parts.clear();
-        (self.start, self.end) = (offset, offset);
+impl<'a> Run<'a> {
+    fn new(file: &'a OpenFile, most_bytes: usize) -> Run<'a> {
+        Run { file, most_bytes, start: 0, bytes: 0, parts: Vec::new() }
     }
 
-    fn add(&mut self, destination: *mut u8, length: usize) {
-        self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: length });
-        self.end += length as u64;
+    /// Adds a range; reads what was added before where that range does not follow, or where it is enough.
+    ///
+    /// # Safety
+    ///
+    /// `destination` must be valid for writes of `length` bytes until the run was read.
+    unsafe fn add(&mut self, mut offset: u64, mut destination: *mut u8, mut length: usize) -> Result<()> {
+        while length > 0 {
+            let follows = self.start + self.bytes as u64 == offset;
+            if !follows || self.bytes == self.most_bytes || self.parts.len() == MAX_PARTS {
+                // SAFETY: the caller's promise, for what was added before.
+                unsafe { self.read() }?;
+                (self.start, self.bytes) = (offset, 0);
+                self.parts.clear();
+            }
+            let taken = length.min(self.most_bytes - self.bytes);
+            self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken });
+            self.bytes += taken;
+            offset += taken as u64;
+            destination = destination.wrapping_add(taken);
+            length -= taken;
+        }
+        Ok(())
     }
 
     /// Reads all of it.
@@ -113,7 +143,8 @@ impl Run {
     /// # Safety
     ///
     /// Every part must be valid for writes of its length.
-    unsafe fn read(&mut self, file: &OpenFile) -> Result<()> {
+    unsafe fn read(&mut self) -> Result<()> {
+        let file = self.file;
         let mut offset = self.start;
         let mut rest = &mut self.parts[..];
         while !rest.is_empty() {

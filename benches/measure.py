@@ -1,0 +1,173 @@
+"""Measures one work: its subjects take turns, each in a process of its own.
+
+Owns the order of the runs and what happens between them. The table of works is in works.py, the processes' side in
+worker.py and raw.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import machine
+import works
+from data import DATA_SETS
+from process import Worker, WorkerError
+from works import Subject, Work
+
+# The memory that a run may need beside that for the data: for each tensor, and for all else.
+_TENSOR, _SPARE = 2 << 10, 64 << 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all works of a run have in common."""
+
+    folder: Path  # of the data sets and of the files that are saved
+    raw: Path  # the program made of raw.c
+    prerelease: Path  # what goes first on sys.path for the pre-release
+    rounds: int
+    quick: bool  # memory is measured only where a target speaks of it
+
+
+class Measurement:
+    """The runs of one work."""
+
+    def __init__(self, work: Work, subjects: list[Subject], setting: Setting) -> None:
+        self._work = work
+        self._setting = setting
+        shapes = DATA_SETS[work.data].shapes()
+        self._nbytes = DATA_SETS[work.data].nbytes()
+        copies = 2 if work.call in ("save", "save_file") else 0 if work.options.get("backend") == "mmap" else 1
+        # What is read from the disk goes into the page cache too.
+        copies += work.cold
+        self._needed = copies * self._nbytes + len(shapes) * _TENSOR + _SPARE
+        self._subjects = list(subjects)
+        self._seconds: dict[str, list[float]] = {subject.title: [] for subject in subjects}
+        self._memory: dict[str, tuple[int, int]] = {}
+        self.failures: list[str] = []
+
+    def run(self) -> dict:
+        """Measures time, then memory; what failed is in `failures`, and has no row in what is returned."""
+        self._heat()
+        self._time()
+        for subject in list(self._subjects):
+            wanted = not self._setting.quick or (subject.title == works.OURS and self._has_memory_target())
+            if subject.library != "raw" and wanted:
+                self._measure_memory(subject)
+        for subject in self._work.subjects:
+            shutil.rmtree(self._target(subject).parent, ignore_errors=True)
+        rows = [
+            {
+                "subject": subject.title,
+                "seconds": self._seconds[subject.title],
+                "extra_bytes": self._memory.get(subject.title, (None, None))[0],
+                "extra_resident_bytes": self._memory.get(subject.title, (None, None))[1],
+            }
+            for subject in self._subjects
+        ]
+        return {
+            "name": self._work.name,
+            "title": self._work.title,
+            "data": self._work.data,
+            "bytes": self._nbytes,
+            "moves": self._work.moves,
+            "rows": rows,
+        }
+
+    def _has_memory_target(self) -> bool:
+        return any(target.kind == "copies" and target.work == self._work.name for target in works.TARGETS)
+
+    def _source(self, subject: Subject) -> Path:
+        reads_pickle = subject.library == "torch" and self._work.reads_file
+        return self._neutral().with_suffix(".pt") if reads_pickle else self._neutral()
+
+    def _neutral(self) -> Path:
+        return self._setting.folder / f"{self._work.data}.safetensors"
+
+    def _target(self, subject: Subject) -> Path:
+        number = self._work.subjects.index(subject)
+        return self._setting.folder / f"target-{number}" / f"{self._work.data}{self._source(subject).suffix}"
+
+    def _heat(self) -> None:
+        """Makes the page cache's state of what is read certain, where it is not made so before each run."""
+        if self._work.reads_file and not self._work.cold:
+            for path in sorted({self._source(subject) for subject in self._subjects}):
+                machine.warm(path)
+
+    def _time(self) -> None:
+        with contextlib.ExitStack() as stack:
+            workers = {subject.title: stack.enter_context(self._start(subject)) for subject in self._subjects}
+            for subject in list(self._subjects):
+                with self._guard(subject):
+                    workers[subject.title].ready()
+            rounds = min(self._setting.rounds, DATA_SETS[self._work.data].most_rounds)
+            for number in range(rounds + 1):
+                turn = number % max(len(self._subjects), 1)
+                for subject in self._subjects[turn:] + self._subjects[:turn]:
+                    with self._guard(subject):
+                        self._prepare(subject)
+                        if number == 0:  # the warm-up
+                            workers[subject.title].seconds("check")
+                        else:
+                            self._seconds[subject.title].append(workers[subject.title].seconds())
+
+    def _measure_memory(self, subject: Subject) -> None:
+        with self._guard(subject), self._start(subject) as worker:
+            worker.ready()
+            self._prepare(subject)
+            self._memory[subject.title] = worker.memory()
+
+    @contextlib.contextmanager
+    def _guard(self, subject: Subject):
+        """Notes a failure, and leaves its subject out from then on."""
+        try:
+            yield
+        except WorkerError as error:
+            print(f"\nFAILED: {error}\n", file=sys.stderr, flush=True)
+            self.failures.append(str(error))
+            self._subjects.remove(subject)
+
+    def _prepare(self, subject: Subject) -> None:
+        """Brings files and page cache into the same state before each run."""
+        if self._work.call == "save_file":
+            target = self._target(subject)
+            if self._work.fresh:
+                target.unlink(missing_ok=True)
+            elif not target.exists():
+                shutil.copyfile(self._neutral(), target)
+            os.sync()  # what earlier runs wrote shall not be written during this one
+        if self._work.cold:
+            machine.drop_caches()
+        machine.back_memory(self._needed)
+
+    def _start(self, subject: Subject) -> Worker:
+        what = f"{self._work.name} / {subject.title}"
+        target = self._target(subject)
+        target.parent.mkdir(exist_ok=True)
+        if subject.library == "raw":
+            command = [str(self._setting.raw), self._work.loop, str(self._source(subject)), str(target)]
+            return Worker(what, command + (["sync"] if self._work.durable else []))
+        prerelease = subject.library == "prerelease"
+        # torch has no backends; its options stand with the subject alone.
+        options = subject.options if subject.library == "torch" else {**self._work.options, **subject.options}
+        plan = {
+            "library": subject.library,
+            "path": str(self._setting.prerelease) if prerelease else "",
+            "version": works.PRERELEASE_VERSION if prerelease else works.REFERENCE_VERSION,
+            "data": self._work.data,
+            "call": self._work.call,
+            "options": options,
+            "mutable": subject.mutable,
+            "touch": self._work.touch,
+            "durable": self._work.durable,
+            "source": str(self._source(subject)),
+            "neutral": str(self._neutral()),
+            "target": str(target),
+        }
+        return Worker(what, [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(plan)])
