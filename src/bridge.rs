@@ -264,11 +264,11 @@ impl File {
 
     /// # Safety
     ///
-    /// As for [`TensorFile::read_stored_tensors`].
+    /// As for [`TensorFile::read_tensors`].
     unsafe fn read(&self, requests: &[Request]) -> Result<()> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
         // SAFETY: the C++ caller made each destination for this one tensor, with the length that it gives.
-        Ok(unsafe { self.0.read_stored_tensors(&requests) }?)
+        Ok(unsafe { self.0.read_tensors(&requests) }?)
     }
 
     fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {

@@ -161,7 +161,7 @@ impl TensorFile {
             .map(|(place, (&index, size))| (index, memory.start(place), size))
             .collect();
         // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
-        unsafe { self.read_stored_tensors(&requests) }?;
+        unsafe { self.read_from(self.source.as_stored(), &requests) }?;
         Ok(memory)
     }
 
@@ -178,21 +178,6 @@ impl TensorFile {
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
         // SAFETY: as the caller promised.
         unsafe { self.read_from(self.source.as_shown(), requests) }
-    }
-
-    /// As [`TensorFile::read_tensors`], but what the file holds, even where what is mapped was written to. That is
-    /// faster too, and a file that is cut short is an error rather than a signal.
-    ///
-    /// # Errors
-    ///
-    /// As [`TensorFile::read_tensors`].
-    ///
-    /// # Safety
-    ///
-    /// As for [`TensorFile::read_tensors`].
-    pub unsafe fn read_stored_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
-        // SAFETY: as the caller promised.
-        unsafe { self.read_from(self.source.as_stored(), requests) }
     }
 
     /// # Safety

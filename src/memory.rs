@@ -12,6 +12,7 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::page_cache::page_bytes;
 
 /// Where a tensor may begin: torch's own memory is aligned so too.
 const ALIGNMENT: usize = 64;
@@ -93,6 +94,15 @@ pub(crate) fn prefer_huge_pages(start: *mut u8, length: usize) {
     }
 }
 
+/// Whether the page at `address` has memory already, so that writing there takes no page fault.
+pub(crate) fn has_page(address: *mut u8) -> bool {
+    let page = address.map_addr(|address| address & !(page_bytes() - 1));
+    let mut resident = 0u8;
+    // SAFETY: the kernel only looks, refuses addresses that are not mapped, and writes one byte for one page.
+    let status = unsafe { libc::mincore(page.cast(), 1, &raw mut resident) };
+    status == 0 && resident & 1 != 0
+}
+
 /// Memory for several tensors: a place for each, in blocks.
 #[derive(Debug, Default)]
 pub struct Memory {
@@ -146,6 +156,16 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_is_there_once_it_was_written_to() {
+        let memory = Memory::new(&[4 * HUGE_PAGE]).expect("memory");
+        let start = memory.start(0);
+        assert!(!has_page(start.wrapping_add(123)));
+        // SAFETY: the place has these bytes.
+        unsafe { std::ptr::write_bytes(start, 1, 200) };
+        assert!(has_page(start.wrapping_add(123)));
+    }
 
     #[test]
     fn places_are_aligned_and_apart() {

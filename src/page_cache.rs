@@ -47,7 +47,7 @@ pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     let status = unsafe {
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const asked, &raw mut told, 0 as libc::c_uint)
     };
-    (status == 0).then(|| told.cached.saturating_mul(page_bytes()))
+    (status == 0).then(|| told.cached.saturating_mul(page_bytes() as u64))
 }
 
 /// Whether part of `range` seems to be on the disk alone. Looks at a few places only, as asking about every page of a
@@ -63,10 +63,11 @@ pub fn looks_cold(file: &File, range: Range<u64>) -> bool {
     })
 }
 
-fn page_bytes() -> u64 {
+/// The size of a page.
+pub fn page_bytes() -> usize {
     // SAFETY: a call without pointers.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(bytes).unwrap_or(4096)
+    usize::try_from(bytes).unwrap_or(4096)
 }
 
 /// The bytes that programs could still use without the machine running out of memory, as `/proc/meminfo` has it;

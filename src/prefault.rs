@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -54,13 +55,21 @@ fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
     let pieces = pieces_of(mapping);
     let cold = looks_cold(&file.file, 0..mapping.len() as u64);
     let threads = parallel::threads_for(mapping.len(), pieces).max(if cold { COLD_READERS } else { 1 });
-    parallel::pull(pieces, threads, |piece| {
-        bring_in(mapping, &file.file, piece, true).map_err(|source| match source.raw_os_error() {
-            // What populating answers where touching would raise a signal.
-            Some(libc::EFAULT) => shrank(&file.path),
-            _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(&file.path),
-            _ => Error::io("read", &file.path, source),
-        })
+    parallel::pull(pieces, threads, |piece| bring_in(mapping, file, bytes_of(mapping, piece)))
+}
+
+/// Brings in the pages of `bytes`, from the disk if need be.
+///
+/// # Errors
+///
+/// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the
+/// file ends before them.
+pub(crate) fn bring_in(mapping: &Mapping, file: &OpenFile, bytes: Range<usize>) -> Result<()> {
+    populate(mapping, &file.file, bytes, true).map_err(|source| match source.raw_os_error() {
+        // What populating answers where touching would raise a signal.
+        Some(libc::EFAULT) => shrank(&file.path),
+        _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(&file.path),
+        _ => Error::io("read", &file.path, source),
     })
 }
 
@@ -112,7 +121,7 @@ impl Crew {
             // start would have both wait for each other.
             let piece = if read_cold { turn } else { pieces - 1 - turn };
             // An error is for whoever touches the page to see.
-            if bring_in(&mapping, &self.file, piece, read_cold).is_err() {
+            if populate(&mapping, &self.file, bytes_of(&mapping, piece), read_cold).is_err() {
                 return;
             }
         }
@@ -123,16 +132,20 @@ fn pieces_of(mapping: &Mapping) -> usize {
     mapping.len().div_ceil(CHUNK_BYTES)
 }
 
-/// Brings in piece number `piece`; with `read_cold` also where it must come from the disk.
-fn bring_in(mapping: &Mapping, file: &File, piece: usize, read_cold: bool) -> io::Result<()> {
+/// The bytes of piece number `piece`.
+fn bytes_of(mapping: &Mapping, piece: usize) -> Range<usize> {
     let start = piece * CHUNK_BYTES;
-    let length = CHUNK_BYTES.min(mapping.len() - start);
-    let (from, to) = (start as u64, (start + length) as u64);
-    if cached_bytes(file, from..to).is_some_and(|cached| cached < length as u64) {
+    start..mapping.len().min(start + CHUNK_BYTES)
+}
+
+/// Brings in the pages of `bytes`; with `read_cold` also where they must come from the disk.
+fn populate(mapping: &Mapping, file: &File, bytes: Range<usize>, read_cold: bool) -> io::Result<()> {
+    let (from, to) = (bytes.start as u64, bytes.end as u64);
+    if cached_bytes(file, from..to).is_some_and(|cached| cached < to - from) {
         if !read_cold {
             return Ok(());
         }
-        let mut scratch = vec![0; COLD_READ_BYTES.min(length)];
+        let mut scratch = vec![0; COLD_READ_BYTES.min(bytes.len())];
         let mut position = from;
         while position < to {
             let wanted = (scratch.len() as u64).min(to - position) as usize;
@@ -140,8 +153,8 @@ fn bring_in(mapping: &Mapping, file: &File, piece: usize, read_cold: bool) -> io
             position += wanted as u64;
         }
     }
-    for start in (start..start + length).step_by(POPULATE_BYTES) {
-        let length = POPULATE_BYTES.min(mapping.len() - start);
+    for start in bytes.clone().step_by(POPULATE_BYTES) {
+        let length = POPULATE_BYTES.min(bytes.end - start);
         match mapping.advise(Advice::PopulateRead, start, length) {
             Ok(()) => {}
             // A kernel before 5.14: the pages come when they are touched.

@@ -6,12 +6,20 @@ use std::os::fd::AsRawFd;
 
 use crate::copy::{self, Copy};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::has_page;
 use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, looks_cold};
 use crate::parallel::{self, Chunks};
-use crate::source::{Borrowed, OpenFile, Origin, shrank};
+use crate::prefault::bring_in;
+use crate::source::{Borrowed, Mapping, OpenFile, Origin, shrank};
 
 /// The most ranges in one vectored read; Linux allows 1024.
 const MAX_PARTS: usize = 512;
+
+/// Fewer neighbouring bytes of a mapping are not worth a call that brings them in.
+const BRING_IN_BYTES: usize = 256 << 10;
+
+/// Fewer bytes may well be used while they are still in the processor's caches.
+const STREAM_BYTES: usize = 1 << 20;
 
 /// One range of a source, and where it goes.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +54,8 @@ pub(crate) unsafe fn read(origin: Origin<'_>, transfers: &[Transfer]) -> Result<
         // SAFETY: the caller vouches for the destinations.
         Origin::File(file) => unsafe { read_file(file, transfers) },
         // SAFETY: as above.
+        Origin::Mapped(mapping, file) => unsafe { read_mapped(mapping, file, transfers) },
+        // SAFETY: as above.
         Origin::Memory(memory) => unsafe { read_memory(memory, transfers) },
     }
 }
@@ -54,18 +64,82 @@ pub(crate) unsafe fn read(origin: Origin<'_>, transfers: &[Transfer]) -> Result<
 ///
 /// As for [`read`].
 unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
-    let copies: Result<Vec<Copy>> = transfers
+    check_within(transfers, memory.length)?;
+    let copies: Vec<Copy> = transfers
         .iter()
-        .map(|&Transfer { offset, destination, length }| {
-            let end = offset.checked_add(length as u64);
-            if end.is_none_or(|end| end > memory.length as u64) {
-                return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
-            }
-            Ok(Copy { source: memory.start.wrapping_add(offset as usize), destination, length })
+        .map(|&Transfer { offset, destination, length }| Copy {
+            source: memory.start.wrapping_add(offset as usize),
+            destination,
+            length,
         })
         .collect();
     // SAFETY: the ranges lie in the source (just checked), the destinations are valid and apart from it (caller).
-    unsafe { copy::copy(&copies?) }
+    unsafe { copy::copy(&copies) }
+}
+
+fn check_within(transfers: &[Transfer], length: usize) -> Result<()> {
+    let leaves = |transfer: &Transfer| {
+        transfer.offset.checked_add(transfer.length as u64).is_none_or(|end| end > length as u64)
+    };
+    if transfers.iter().any(leaves) {
+        return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
+    }
+    Ok(())
+}
+
+/// Copies out of a mapping: its pages are brought in first, many with one call, and where the destination has memory
+/// already the copies go past the processor's caches.
+///
+/// # Safety
+///
+/// As for [`read`].
+unsafe fn read_mapped(mapping: &Mapping, file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
+    check_within(transfers, mapping.len())?;
+    let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
+    let threads = threads_for(file, transfers, &chunks).0;
+    parallel::pull(chunks.len(), threads, |chunk| {
+        let mut neighbours: Vec<Range<usize>> = Vec::new();
+        for (index, part) in chunks.parts(chunk) {
+            let start = transfers[index].offset as usize + part.start;
+            match neighbours.last_mut() {
+                Some(last) if last.end == start => last.end += part.len(),
+                _ => neighbours.push(start..start + part.len()),
+            }
+        }
+        for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
+            bring_in(mapping, file, bytes)?;
+        }
+        for (index, part) in chunks.parts(chunk) {
+            let Transfer { offset, destination, .. } = transfers[index];
+            let source = mapping.as_ptr().wrapping_add(offset as usize + part.start);
+            let destination = destination.wrapping_add(part.start);
+            // SAFETY: the part lies in the mapping (checked) and in its destination, which no other chunk has (caller).
+            unsafe {
+                if part.len() >= STREAM_BYTES && has_page(destination.wrapping_add(part.len() / 2)) {
+                    copy::stream(source, destination, part.len());
+                } else {
+                    std::ptr::copy_nonoverlapping(source, destination, part.len());
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// How many threads the transfers are worth, and how many bytes a read shall have at most.
+fn threads_for(file: &OpenFile, transfers: &[Transfer], chunks: &Chunks) -> (usize, usize) {
+    let threads = parallel::threads_for(chunks.bytes(), chunks.len());
+    if chunks.bytes() >= parallel::PARALLEL_BYTES && looks_cold(&file.file, extent(transfers)) {
+        return (threads.max(COLD_READERS), COLD_READ_BYTES);
+    }
+    (threads, usize::MAX)
+}
+
+/// From where to where the transfers reach in the file.
+fn extent(transfers: &[Transfer]) -> Range<u64> {
+    let start = transfers.iter().map(|transfer| transfer.offset).min().unwrap_or(0);
+    let end = transfers.iter().map(|transfer| transfer.offset + transfer.length as u64).max();
+    start..end.unwrap_or(start)
 }
 
 /// # Safety
@@ -73,12 +147,7 @@ unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
 /// As for [`read`].
 unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
     let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    let mut threads = parallel::threads_for(chunks.bytes(), chunks.len());
-    let mut most_bytes = usize::MAX;
-    if chunks.bytes() >= parallel::PARALLEL_BYTES && looks_cold(&file.file, extent(transfers)) {
-        threads = threads.max(COLD_READERS);
-        most_bytes = COLD_READ_BYTES;
-    }
+    let (threads, most_bytes) = threads_for(file, transfers, &chunks);
     parallel::pull(chunks.len(), threads, |chunk| {
         // Neighbours in the file come with one read, however small they are.
         let mut run = Run::new(file, most_bytes);
@@ -90,13 +159,6 @@ unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
         // SAFETY: as above.
         unsafe { run.read() }
     })
-}
-
-/// From where to where the transfers reach in the file.
-fn extent(transfers: &[Transfer]) -> Range<u64> {
-    let start = transfers.iter().map(|transfer| transfer.offset).min().unwrap_or(0);
-    let end = transfers.iter().map(|transfer| transfer.offset + transfer.length as u64).max();
-    start..end.unwrap_or(start)
 }
 
 /// A range of a file that is read with one call, into several places.

@@ -115,6 +115,8 @@ pub enum Source {
 pub(crate) enum Origin<'a> {
     /// By reads.
     File(&'a OpenFile),
+    /// From the mapping of a file.
+    Mapped(&'a Mapping, &'a OpenFile),
     /// From memory.
     Memory(Borrowed),
 }
@@ -144,8 +146,7 @@ impl Source {
         }
     }
 
-    /// For copies of what the file holds: by reads wherever there is a file, which are faster than page faults, and
-    /// answer with an error where a mapping raises a signal.
+    /// For copies of what the file holds: by reads wherever there is a file.
     pub(crate) fn as_stored(&self) -> Origin<'_> {
         match self {
             Source::Mapped(_, file) | Source::File(file) => Origin::File(file),
@@ -156,9 +157,7 @@ impl Source {
     /// For copies of what tensors over the source show: in a mapping, also what was written to them.
     pub(crate) fn as_shown(&self) -> Origin<'_> {
         match self {
-            Source::Mapped(mapping, _) => {
-                Origin::Memory(Borrowed { start: mapping.as_ptr().cast_const(), length: mapping.len() })
-            }
+            Source::Mapped(mapping, file) => Origin::Mapped(mapping, file),
             Source::File(file) => Origin::File(file),
             Source::Memory(memory) => Origin::Memory(*memory),
         }

@@ -50,7 +50,9 @@ def test_save_file_takes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_load_model_takes_nothing(backend: str, file: Path) -> None:
     growth = peak_growth(MODEL, f"safetensors_torch.load_model(model, {str(file)!r}, backend={backend!r})")
-    assert growth < SLACK
+    # Pages of a mapped file count as the process's own, and are the page cache's.
+    mapped = file.stat().st_size if backend == "mmap" else 0
+    assert growth < mapped + SLACK
 
 
 def test_load_file_pread_takes_the_tensors_and_no_more(file: Path) -> None:
