@@ -21,7 +21,7 @@ class Subject:
     """One row of a work: who does it, and with which arguments of its own."""
 
     title: str
-    library: str  # "ours", "reference", "prerelease", "torch" or "raw"
+    library: str  # "ours", "reference", "prerelease", "torch", "python" or "raw"
     options: dict[str, object] = field(default_factory=dict)
     mutable: bool = False  # load: from a bytearray instead of bytes
 
@@ -32,7 +32,7 @@ class Work:
 
     title: str
     data: str  # the key of a data set
-    call: str  # "load_file", "load", "load_model", "save" or "save_file"
+    call: str  # "load_file", "load", "load_model", "save", "save_file" or "dict"
     subjects: tuple[Subject, ...]
     options: dict[str, object] = field(default_factory=dict)
     touch: bool = False  # every page of the result is read, within the time
@@ -76,6 +76,7 @@ _TORCH_SAVE = Subject("torch.save", "torch")
 _TORCH_MODEL = Subject("torch.load + load_state_dict", "torch", {"mmap": False})
 _MMAP: dict[str, object] = {"backend": "mmap"}
 _PREAD: dict[str, object] = {"backend": "pread"}
+_PYTHON = Subject("Python", "python")
 _SHARED = (Subject(OURS, "ours", {"copy": False}, mutable=True), *_ALL[1:])
 
 
@@ -89,6 +90,7 @@ WORKS = (
     Work("load", "small", "load", _ALL),
     Work("save_file, over a file", "small", "save_file", (*_ALL, _TORCH_SAVE)),
     Work("save", "small", "save", _ALL),
+    Work("a dict of the names", "small", "dict", (_PYTHON,), moves=False),
     Work("load_file mmap, untouched", "gpt2", "load_file", (*_ALL, *_PREFAULT, _TORCH_MAP), _MMAP, moves=False),
     Work(
         "load_file mmap, touched",
@@ -150,6 +152,7 @@ WORKS = (
     Work("load", "million", "load", (_OURS,)),
     Work("save_file, over a file", "million", "save_file", _BOTH),
     Work("save", "million", "save", (_OURS,)),
+    Work("a dict of the names", "million", "dict", (_PYTHON,), moves=False),
 )
 
 TARGETS = (
@@ -176,5 +179,5 @@ TARGETS = (
     Target("shard load_file mmap, cold, touched", "raw", 0.9),
     Target("shard load_file pread, cold, touched", "times", 1.0),
     Target("shard load_file pread, cold, touched", "raw", 0.9),
-    *(Target(work.name, "scale", 1.3) for work in WORKS if work.data == "million"),
+    *(Target(work.name, "scale", 1.3) for work in WORKS if work.data == "million" and _OURS in work.subjects),
 )
