@@ -1,5 +1,6 @@
 #include "cpp/error.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 
@@ -27,6 +28,8 @@ const char* name_of(Kind kind) {
             return "ValueError";
         case Kind::runtime:
             return "RuntimeError";
+        case Kind::memory:
+            return "MemoryError";
         case Kind::safetensor:
             break;
     }
@@ -44,8 +47,11 @@ const char* name_of(Kind kind) {
     const int64_t code = std::strtoll(text, &end, 10);
     const int64_t os_error = std::strtoll(end, &end, 10);
     const std::string message = *end == ' ' ? end + 1 : end;
-    const bool from_system = code == SFT_ERROR_IO && os_error != 0;
-    note_and_throw(from_system ? Kind::os : Kind::safetensor, code, os_error, message);
+    Kind kind = Kind::safetensor;
+    if (code == SFT_ERROR_IO && os_error != 0) {
+        kind = os_error == ENOMEM ? Kind::memory : Kind::os;
+    }
+    note_and_throw(kind, code, os_error, message);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 namespace safetensors_torch {
 
 // The exception that Python raises. C++ callers get c10::Error for each.
-enum class Kind { safetensor, os, value, runtime };
+enum class Kind { safetensor, os, value, runtime, memory };
 
 // What the calling thread's last failure was: kind, number in the C header (0 if it began here), errno, message.
 using LastError = std::tuple<std::string, int64_t, int64_t, std::string>;

@@ -93,7 +93,8 @@ Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, c10:
     for (size_t i = 0; i < indices_.size(); ++i) {
         // Fails for a tensor that torch cannot hold, before anything is read.
         describe(**file_, indices_[i]);
-        if (device_.is_cpu() && lendable(**file_, lender_, indices_[i]) == nullptr) {
+        const bool has_bytes = (*file_)->nbytes(indices_[i]) != 0;
+        if (device_.is_cpu() && has_bytes && lendable(**file_, lender_, indices_[i]) == nullptr) {
             places_.resize(indices_.size(), kLent);
             places_[i] = to_read.size();
             to_read.push_back(indices_[i]);
@@ -159,12 +160,15 @@ Tensors dict_of(const Loader& loader) {
 }
 
 Lists lists_of(const Loader& loader) {
-    std::vector<std::string> names;
+    Lists lists;
+    auto& [names, tensors] = lists;
     names.reserve(loader.size());
+    tensors.reserve(loader.size());
     for (size_t i = 0; i < loader.size(); ++i) {
         names.push_back(loader.name(i));
+        tensors.push_back(loader.tensor(i));
     }
-    return {std::move(names), tensors_of(loader)};
+    return lists;
 }
 
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device) {

@@ -150,7 +150,8 @@ inline void collect_state(const torch::nn::Module& module, const std::string& pr
 ///
 /// `prefault` is about Backend::mmap, whose tensors cost a page fault every few pages where they are touched first, and
 /// a wait for the disk where the file is not in memory. Without a value, threads in the background bring the file in
-/// while the caller goes on; true has that done when the call returns, false leaves it to the touch.
+/// while the caller goes on (a cold one only if it takes no more than half of the memory available); true has that done
+/// when the call returns, false leaves it to the touch.
 ///
 /// Throws c10::Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
 /// cut short; a dtype that torch does not have.

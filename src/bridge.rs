@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind};
 use crate::file::TensorFile;
 use crate::header::{Metadata, absent};
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::memory::{Block, Memory};
+use crate::memory::{Block, Memory, prefer_huge_pages};
 use crate::prefault::Prefault;
 use crate::serialize::Filler;
 use crate::slice::{AxisRange, Slice};
@@ -392,10 +392,13 @@ fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
 /// Memory that is being written, as C++ sees it.
 struct MemoryWriter(Filler);
 
+/// Of memory that was allocated for this, and that nobody has written to: it may get huge pages.
+///
 /// # Safety
 ///
 /// As for [`Filler::new`].
 unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
+    prefer_huge_pages(start, length);
     // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
     Box::new(MemoryWriter(unsafe { Filler::new(start, length) }))
 }

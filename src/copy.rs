@@ -5,7 +5,7 @@ use crate::parallel::{self, Chunks};
 
 /// One run of bytes, and where it goes.
 #[derive(Clone, Copy, Debug)]
-pub struct Copy {
+pub struct Move {
     /// The first byte.
     pub source: *const u8,
     /// Where it goes.
@@ -15,22 +15,22 @@ pub struct Copy {
 }
 
 // SAFETY: a plain instruction; `copy` requires of its caller that sources and destinations are valid on any thread.
-unsafe impl Send for Copy {}
+unsafe impl Send for Move {}
 // SAFETY: as above.
-unsafe impl Sync for Copy {}
+unsafe impl Sync for Move {}
 
-/// Carries out `copies`.
+/// Carries out `moves`.
 ///
 /// # Safety
 ///
 /// Every source must be valid for reads and every destination for writes of its length until the call returns, nobody
 /// else may write to any of them, and no destination may overlap another or a source.
-pub unsafe fn copy(copies: &[Copy]) -> Result<()> {
-    let chunks = Chunks::new(copies.iter().map(|copy| copy.length));
+pub unsafe fn copy(moves: &[Move]) -> Result<()> {
+    let chunks = Chunks::new(moves.iter().map(|one| one.length));
     parallel::pull(chunks.len(), parallel::threads_for(chunks.bytes(), chunks.len()), |chunk| {
         for (index, part) in chunks.parts(chunk) {
-            let Copy { source, destination, .. } = copies[index];
-            // SAFETY: the part lies in the copy's length, for which the caller vouches; no other chunk has this part.
+            let Move { source, destination, .. } = moves[index];
+            // SAFETY: the part lies in the move's length, for which the caller vouches; no other chunk has this part.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     source.add(part.start),
@@ -98,16 +98,16 @@ mod tests {
     fn every_byte_arrives() {
         let source: Vec<u8> = (0..20 << 20).map(|n: u32| (n % 251) as u8).collect();
         let mut target = vec![0; source.len()];
-        let mut copies = Vec::new();
+        let mut moves = Vec::new();
         let (mut at, mut length) = (0, 1);
         while at < source.len() {
             let bytes = length.min(source.len() - at);
             let destination = target.as_mut_ptr().wrapping_add(at);
-            copies.push(Copy { source: source[at..].as_ptr(), destination, length: bytes });
+            moves.push(Move { source: source[at..].as_ptr(), destination, length: bytes });
             (at, length) = (at + bytes, length * 3 % 5_000_011);
         }
         // SAFETY: the parts of `target` are apart from each other and from `source`.
-        unsafe { copy(&copies) }.expect("memory");
+        unsafe { copy(&moves) }.expect("memory");
         assert!(target == source);
     }
 

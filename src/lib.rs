@@ -5,6 +5,7 @@
 
 #![deny(missing_docs)]
 
+mod available;
 pub mod capi;
 mod copy;
 mod dtype;

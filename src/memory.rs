@@ -82,8 +82,9 @@ impl Drop for Block {
     }
 }
 
-/// Asks for huge pages in `length` bytes of anonymous memory from `start` on that are about to be written for the first
-/// time. Changes nothing else, whatever memory it is.
+/// Asks for huge pages in `length` bytes of fresh memory from `start` on. The wish stays with the addresses until they
+/// are unmapped, so it is not for memory that belongs to somebody else. No byte changes, whatever memory it is.
+#[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ hands in fresh memory"))]
 pub(crate) fn prefer_huge_pages(start: *mut u8, length: usize) {
     let skipped = start.align_offset(HUGE_PAGE);
     let whole = length.saturating_sub(skipped) / HUGE_PAGE * HUGE_PAGE;

@@ -10,7 +10,7 @@ pub const COLD_READERS: usize = 4;
 /// The bytes of one read of such a file. The disk is asked for more than that ahead, and goes on while these are copied.
 pub const COLD_READ_BYTES: usize = 1 << 20;
 
-/// In how many places [`looks_cold`] looks, and at how many bytes in each.
+/// In how many places [`residency`] looks, and at how many bytes in each.
 const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 1 << 20;
 
@@ -35,8 +35,43 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// How many bytes of `range` of `file` are in the page cache, in whole pages; `None` where the kernel cannot tell.
-pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
+/// Where the bytes of a file are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residency {
+    /// In memory, as far as one looked.
+    Cached,
+    /// Some of them on the disk alone.
+    Cold,
+    /// The kernel does not say: it is too old, the file belongs to somebody else, or lies on a filesystem over another.
+    Unknown,
+}
+
+/// Where the bytes in `range` of `file` are, of which the first page was read just now. Looks at a few places only, as
+/// asking about every page of a large file can take milliseconds.
+pub fn residency(file: &File, range: Range<u64>) -> Residency {
+    // Filesystems that keep their files in another one answer that nothing is ever cached.
+    if cached_bytes(file, 0..1).is_none_or(|cached| cached == 0) {
+        return Residency::Unknown;
+    }
+    let length = range.end.saturating_sub(range.start);
+    let window = SAMPLE_BYTES.min(length);
+    let cold = (0..SAMPLES).any(|sample| {
+        // From the start of the range to its end, both included.
+        let start =
+            range.start + (u128::from(length - window) * u128::from(sample) / u128::from(SAMPLES - 1)) as u64;
+        !is_cached(file, start..start + window)
+    });
+    if cold { Residency::Cold } else { Residency::Cached }
+}
+
+/// Whether all of `range` is in memory, of a file whose residency is known.
+pub fn is_cached(file: &File, range: Range<u64>) -> bool {
+    let length = range.end.saturating_sub(range.start);
+    cached_bytes(file, range).is_none_or(|cached| cached >= length)
+}
+
+/// How many bytes of `range` of `file` are in the page cache, in whole pages; `None` where the kernel does not say.
+fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     // A length of 0 would mean all the rest of the file.
     if range.is_empty() {
         return Some(0);
@@ -50,19 +85,6 @@ pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     (status == 0).then(|| told.cached.saturating_mul(page_bytes() as u64))
 }
 
-/// Whether part of `range` seems to be on the disk alone. Looks at a few places only, as asking about every page of a
-/// large file can take milliseconds. Where the kernel cannot tell, the answer is no.
-pub fn looks_cold(file: &File, range: Range<u64>) -> bool {
-    let length = range.end.saturating_sub(range.start);
-    let window = SAMPLE_BYTES.min(length);
-    (0..SAMPLES).any(|sample| {
-        // From the start of the range to its end, both included.
-        let start =
-            range.start + (u128::from(length - window) * u128::from(sample) / u128::from(SAMPLES - 1)) as u64;
-        cached_bytes(file, start..start + window).is_some_and(|cached| cached < window)
-    })
-}
-
 /// The size of a page.
 pub fn page_bytes() -> usize {
     // SAFETY: a call without pointers.
@@ -70,49 +92,56 @@ pub fn page_bytes() -> usize {
     usize::try_from(bytes).unwrap_or(4096)
 }
 
-/// The bytes that programs could still use without the machine running out of memory, as `/proc/meminfo` has it;
-/// `None` where it cannot be read.
-pub fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write;
 
+    const LENGTH: u64 = 20 * SAMPLE_BYTES + 77;
+
+    fn written() -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(&vec![1; LENGTH as usize]).and_then(|()| file.sync_all()).expect("write");
+        file
+    }
+
     #[test]
     fn what_was_just_written_is_cached() {
-        let mut file = tempfile::tempfile().expect("a file");
-        file.write_all(&[1; 100_000]).expect("write");
-        // Kernels before 6.5, and sandboxes, do not answer.
-        if let Some(cached) = cached_bytes(&file, 0..100_000) {
-            assert!((100_000..200_000).contains(&cached), "{cached}");
+        let file = written();
+        // Where the kernel says anything of this filesystem.
+        if residency(&file, 0..LENGTH) != Residency::Unknown {
+            assert_eq!(residency(&file, 0..LENGTH), Residency::Cached);
+            let cached = cached_bytes(&file, 0..LENGTH).expect("known");
+            assert!((LENGTH..LENGTH + page_bytes() as u64).contains(&cached), "{cached}");
             assert_eq!(cached_bytes(&file, 5..5), Some(0));
         }
     }
 
     #[test]
-    fn a_file_that_was_dropped_from_memory_looks_cold() {
-        let mut file = tempfile::tempfile().expect("a file");
-        let length = 20 * SAMPLE_BYTES + 77;
-        file.write_all(&vec![1; length as usize]).and_then(|()| file.sync_all()).expect("write");
-        assert!(!looks_cold(&file, 0..length));
+    fn what_was_dropped_from_memory_is_cold() {
+        let file = written();
+        let page = page_bytes() as u64;
+        // All but the first page, as after a header was read.
         // SAFETY: a call without pointers on a descriptor that `file` keeps open.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        // Kernels before 6.5 do not tell, and a filesystem in memory drops nothing.
-        if cached_bytes(&file, 0..length) == Some(0) {
-            assert!(looks_cold(&file, 0..length));
-            assert!(looks_cold(&file, length - 5..length));
-            assert!(!looks_cold(&file, 5..5));
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), page as i64, 0, libc::POSIX_FADV_DONTNEED) };
+        // A filesystem in memory drops nothing.
+        let dropped = cached_bytes(&file, LENGTH - page..LENGTH) == Some(0);
+        if dropped && residency(&file, 0..LENGTH) != Residency::Unknown {
+            assert_eq!(residency(&file, 0..LENGTH), Residency::Cold);
+            assert_eq!(residency(&file, LENGTH - 5..LENGTH), Residency::Cold);
+            assert_eq!(residency(&file, 0..1), Residency::Cached);
+            assert!(!is_cached(&file, LENGTH - 5..LENGTH));
         }
     }
 
     #[test]
-    fn a_machine_has_memory() {
-        assert!(available_memory().is_none_or(|bytes| bytes > 1 << 20));
+    fn where_the_kernel_says_nothing_is_cached_nothing_is_known() {
+        // As a filesystem over another has it: the first page is not there, though somebody must have read it.
+        let file = written();
+        // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        if cached_bytes(&file, 0..1) == Some(0) {
+            assert_eq!(residency(&file, 0..LENGTH), Residency::Unknown);
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! Brings the pages of a mapped file into reach before they are touched.
 //!
 //! Touching a mapping costs a page fault every few pages, and where the file is not in memory a wait for the disk. Here
-//! threads go through the mapping in file order: what the page cache lacks is read with large reads, and then whole
-//! pieces are mapped with one call. Only page tables and the page cache change, never a byte.
+//! threads go through the mapping piece by piece: what the page cache lacks is read, and then the pages are mapped, many
+//! with one call (Linux 5.14 and later). Only page tables and the page cache change, never a byte.
 
 use std::fs::File;
 use std::io;
@@ -13,8 +13,9 @@ use std::sync::{Arc, Weak};
 
 use memmap2::Advice;
 
+use crate::available::available_memory;
 use crate::error::{Error, Result};
-use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, available_memory, cached_bytes, looks_cold};
+use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
 use crate::parallel::{self, CHUNK_BYTES};
 use crate::source::{Mapping, OpenFile, shrank};
 
@@ -53,9 +54,11 @@ pub fn prefault(mapping: &Arc<Mapping>, file: &OpenFile, when: Prefault) -> Resu
 
 fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
     let pieces = pieces_of(mapping);
-    let cold = looks_cold(&file.file, 0..mapping.len() as u64);
-    let threads = parallel::threads_for(mapping.len(), pieces).max(if cold { COLD_READERS } else { 1 });
-    parallel::pull(pieces, threads, |piece| bring_in(mapping, file, bytes_of(mapping, piece)))
+    let residency = residency(&file.file, 0..mapping.len() as u64);
+    let readers = if residency == Residency::Cold { COLD_READERS } else { 1 };
+    parallel::pull(pieces, parallel::threads_for(mapping.len(), pieces).max(readers), |piece| {
+        bring_in(mapping, file, bytes_of(mapping, piece), residency)
+    })
 }
 
 /// Brings in the pages of `bytes`, from the disk if need be.
@@ -64,12 +67,22 @@ fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
 ///
 /// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the
 /// file ends before them.
-pub(crate) fn bring_in(mapping: &Mapping, file: &OpenFile, bytes: Range<usize>) -> Result<()> {
-    populate(mapping, &file.file, bytes, true).map_err(|source| match source.raw_os_error() {
-        // What populating answers where touching would raise a signal.
-        Some(libc::EFAULT) => shrank(&file.path),
-        _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(&file.path),
-        _ => Error::io("read", &file.path, source),
+pub(crate) fn bring_in(
+    mapping: &Mapping,
+    file: &OpenFile,
+    bytes: Range<usize>,
+    residency: Residency,
+) -> Result<()> {
+    let end = bytes.end as u64;
+    populate(mapping, &file.file, bytes, residency).map_err(|source| {
+        let is_short = || file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
+        match source.raw_os_error() {
+            // What populating answers where touching would raise a signal: beyond the end, or a disk that fails.
+            Some(libc::EFAULT) if is_short() => shrank(&file.path),
+            Some(libc::EFAULT) => Error::io("read", &file.path, io::Error::from_raw_os_error(libc::EIO)),
+            _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(&file.path),
+            _ => Error::io("read", &file.path, source),
+        }
     })
 }
 
@@ -79,6 +92,34 @@ struct Crew {
     mapping: Weak<Mapping>,
     file: File,
     next: AtomicUsize,
+}
+
+/// How a crew goes about its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Plan {
+    residency: Residency,
+    threads: usize,
+    /// From the end of the file to its start.
+    backwards: bool,
+}
+
+impl Plan {
+    /// The plan for a mapping of `bytes`; `None` where its pages are better left to the touch.
+    fn new(residency: Residency, bytes: u64, available: Option<u64>, cores: usize) -> Option<Plan> {
+        // What may have to be read stays where it is if it would push out itself, or all else.
+        let fits = available.is_some_and(|available| bytes <= available / 2);
+        match residency {
+            // Whoever goes through the file at once meets this crew half-way, where a race from the same start would
+            // have both wait for each other.
+            Residency::Cached => {
+                Some(Plan { residency, threads: (cores / 2).clamp(1, COLD_READERS), backwards: true })
+            }
+            // In the order in which it is probably wanted.
+            Residency::Cold if fits => Some(Plan { residency, threads: COLD_READERS, backwards: false }),
+            Residency::Unknown if fits => Some(Plan { residency, threads: 1, backwards: false }),
+            Residency::Cold | Residency::Unknown => None,
+        }
+    }
 }
 
 impl Crew {
@@ -94,34 +135,35 @@ impl Crew {
         let _ = std::thread::Builder::new().name("sft-prefault".into()).spawn(move || work(&crew));
     }
 
-    /// Looks how much there is to do, gets help for it, and works too.
+    /// Looks what there is to do, gets help for it, and works too.
     fn lead(self: &Arc<Crew>) {
-        let Some(mapping) = self.mapping.upgrade() else { return };
-        // What is cold stays so where it would push out itself, or all else.
-        let cold = looks_cold(&self.file, 0..mapping.len() as u64);
-        let read_cold = cold && available_memory().is_some_and(|bytes| mapping.len() as u64 <= bytes / 2);
-        drop(mapping);
+        let Some(bytes) = self.mapping.upgrade().map(|mapping| mapping.len() as u64) else { return };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = if read_cold { COLD_READERS } else { (cores / 2).clamp(1, COLD_READERS) };
-        for _ in 1..threads {
-            self.spawn(move |crew| crew.work(read_cold));
+        let plan = Plan::new(residency(&self.file, 0..bytes), bytes, available_memory(), cores);
+        let Some(plan) = plan else { return };
+        for _ in 1..plan.threads {
+            self.spawn(move |crew| crew.work(plan));
         }
-        self.work(read_cold);
+        self.work(plan);
     }
 
     /// Brings in pieces until none is left, or nobody wants them any more.
-    fn work(&self, read_cold: bool) {
+    fn work(&self, plan: Plan) {
         while let Some(mapping) = self.mapping.upgrade() {
             let (pieces, turn) = (pieces_of(&mapping), self.next.fetch_add(1, Ordering::Relaxed));
             if turn >= pieces {
                 return;
             }
-            // What the disk has comes in the order in which it is probably wanted. What is in memory comes from the
-            // end on: whoever goes through the file at once meets this thread half-way, where a race from the same
-            // start would have both wait for each other.
-            let piece = if read_cold { turn } else { pieces - 1 - turn };
+            let piece = if plan.backwards { pieces - 1 - turn } else { turn };
+            let bytes = bytes_of(&mapping, piece);
+            // Samples said that all of the file is in memory; what is not, for all that, stays on the disk.
+            if plan.residency == Residency::Cached
+                && !is_cached(&self.file, bytes.start as u64..bytes.end as u64)
+            {
+                continue;
+            }
             // An error is for whoever touches the page to see.
-            if populate(&mapping, &self.file, bytes_of(&mapping, piece), read_cold).is_err() {
+            if populate(&mapping, &self.file, bytes, plan.residency).is_err() {
                 return;
             }
         }
@@ -138,13 +180,11 @@ fn bytes_of(mapping: &Mapping, piece: usize) -> Range<usize> {
     start..mapping.len().min(start + CHUNK_BYTES)
 }
 
-/// Brings in the pages of `bytes`; with `read_cold` also where they must come from the disk.
-fn populate(mapping: &Mapping, file: &File, bytes: Range<usize>, read_cold: bool) -> io::Result<()> {
+/// Brings in the pages of `bytes`, after it has read what is not in memory. Where it cannot know, the kernel reads that
+/// page by page.
+fn populate(mapping: &Mapping, file: &File, bytes: Range<usize>, residency: Residency) -> io::Result<()> {
     let (from, to) = (bytes.start as u64, bytes.end as u64);
-    if cached_bytes(file, from..to).is_some_and(|cached| cached < to - from) {
-        if !read_cold {
-            return Ok(());
-        }
+    if residency != Residency::Unknown && !is_cached(file, from..to) {
         let mut scratch = vec![0; COLD_READ_BYTES.min(bytes.len())];
         let mut position = from;
         while position < to {
@@ -157,7 +197,7 @@ fn populate(mapping: &Mapping, file: &File, bytes: Range<usize>, read_cold: bool
         let length = POPULATE_BYTES.min(bytes.end - start);
         match mapping.advise(Advice::PopulateRead, start, length) {
             Ok(()) => {}
-            // A kernel before 5.14: the pages come when they are touched.
+            // Linux before 5.14: the pages come when they are touched.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
             Err(error) => return Err(error),
         }
@@ -191,6 +231,41 @@ mod tests {
         let entry = smaps.split_once(&head).expect("the mapping is listed").1;
         let line = entry.lines().find_map(|line| line.strip_prefix("Rss:")).expect("Rss");
         line.trim().trim_end_matches("kB").trim().parse::<u64>().expect("a number") * 1024
+    }
+
+    #[test]
+    fn what_must_be_read_is_not_where_it_would_fill_the_memory() {
+        let half = Some(2_000_000);
+        for residency in [Residency::Cold, Residency::Unknown] {
+            assert!(Plan::new(residency, 1_000_000, half, 2).is_some_and(|plan| !plan.backwards));
+            assert_eq!(Plan::new(residency, 1_000_001, half, 2), None);
+            assert_eq!(Plan::new(residency, 1, None, 2), None);
+        }
+        assert_eq!(Plan::new(Residency::Cold, 1, half, 2).map(|plan| plan.threads), Some(COLD_READERS));
+        assert_eq!(Plan::new(Residency::Unknown, 1, half, 64).map(|plan| plan.threads), Some(1));
+        for (cores, threads) in [(1, 1), (2, 1), (4, 2), (64, COLD_READERS)] {
+            let plan = Plan::new(Residency::Cached, u64::MAX, None, cores).expect("nothing to read");
+            assert!(plan.backwards && plan.threads == threads);
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_is_brought_in_too() {
+        let (_file, source) = mapped();
+        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
+        bring_in(mapping, opened, 0..BYTES, Residency::Unknown).expect("brought in");
+        assert!(resident(mapping) >= BYTES as u64);
+    }
+
+    #[test]
+    fn a_small_mapping_gets_no_thread() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(BACKGROUND_BYTES as u64 - 1).expect("grow");
+        let opened = OpenFile { file, path: "small".into() };
+        let source = Source::mapped(opened, BACKGROUND_BYTES as u64 - 1).expect("map");
+        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
+        prefault(mapping, opened, Prefault::Background).expect("prefault");
+        assert_eq!((Arc::strong_count(mapping), Arc::weak_count(mapping)), (1, 0));
     }
 
     #[test]

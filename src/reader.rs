@@ -4,10 +4,10 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use crate::copy::{self, Copy};
+use crate::copy::{self, Move};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::has_page;
-use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, looks_cold};
+use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
 use crate::parallel::{self, Chunks};
 use crate::prefault::bring_in;
 use crate::source::{Borrowed, Mapping, OpenFile, Origin, shrank};
@@ -16,7 +16,7 @@ use crate::source::{Borrowed, Mapping, OpenFile, Origin, shrank};
 const MAX_PARTS: usize = 512;
 
 /// Fewer neighbouring bytes of a mapping are not worth a call that brings them in.
-const BRING_IN_BYTES: usize = 256 << 10;
+const BRING_IN_BYTES: usize = 64 << 10;
 
 /// Fewer bytes may well be used while they are still in the processor's caches.
 const STREAM_BYTES: usize = 1 << 20;
@@ -65,16 +65,16 @@ pub(crate) unsafe fn read(origin: Origin<'_>, transfers: &[Transfer]) -> Result<
 /// As for [`read`].
 unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
     check_within(transfers, memory.length)?;
-    let copies: Vec<Copy> = transfers
+    let moves: Vec<Move> = transfers
         .iter()
-        .map(|&Transfer { offset, destination, length }| Copy {
+        .map(|&Transfer { offset, destination, length }| Move {
             source: memory.start.wrapping_add(offset as usize),
             destination,
             length,
         })
         .collect();
     // SAFETY: the ranges lie in the source (just checked), the destinations are valid and apart from it (caller).
-    unsafe { copy::copy(&copies) }
+    unsafe { copy::copy(&moves) }
 }
 
 fn check_within(transfers: &[Transfer], length: usize) -> Result<()> {
@@ -96,8 +96,8 @@ fn check_within(transfers: &[Transfer], length: usize) -> Result<()> {
 unsafe fn read_mapped(mapping: &Mapping, file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
     check_within(transfers, mapping.len())?;
     let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    let threads = threads_for(file, transfers, &chunks).0;
-    parallel::pull(chunks.len(), threads, |chunk| {
+    let pace = Pace::new(file, transfers, &chunks);
+    parallel::pull(chunks.len(), pace.threads, |chunk| {
         let mut neighbours: Vec<Range<usize>> = Vec::new();
         for (index, part) in chunks.parts(chunk) {
             let start = transfers[index].offset as usize + part.start;
@@ -107,7 +107,7 @@ unsafe fn read_mapped(mapping: &Mapping, file: &OpenFile, transfers: &[Transfer]
             }
         }
         for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
-            bring_in(mapping, file, bytes)?;
+            bring_in(mapping, file, bytes, pace.residency)?;
         }
         for (index, part) in chunks.parts(chunk) {
             let Transfer { offset, destination, .. } = transfers[index];
@@ -126,13 +126,30 @@ unsafe fn read_mapped(mapping: &Mapping, file: &OpenFile, transfers: &[Transfer]
     })
 }
 
-/// How many threads the transfers are worth, and how many bytes a read shall have at most.
-fn threads_for(file: &OpenFile, transfers: &[Transfer], chunks: &Chunks) -> (usize, usize) {
-    let threads = parallel::threads_for(chunks.bytes(), chunks.len());
-    if chunks.bytes() >= parallel::PARALLEL_BYTES && looks_cold(&file.file, extent(transfers)) {
-        return (threads.max(COLD_READERS), COLD_READ_BYTES);
+/// How a file is read.
+struct Pace {
+    residency: Residency,
+    threads: usize,
+    /// The most bytes of one read.
+    most_bytes: usize,
+}
+
+impl Pace {
+    fn new(file: &OpenFile, transfers: &[Transfer], chunks: &Chunks) -> Pace {
+        let threads = parallel::threads_for(chunks.bytes(), chunks.len());
+        // For little it makes no difference.
+        let residency = if chunks.bytes() < parallel::PARALLEL_BYTES {
+            Residency::Unknown
+        } else {
+            residency(&file.file, extent(transfers))
+        };
+        match residency {
+            Residency::Cold => {
+                Pace { residency, threads: threads.max(COLD_READERS), most_bytes: COLD_READ_BYTES }
+            }
+            Residency::Cached | Residency::Unknown => Pace { residency, threads, most_bytes: usize::MAX },
+        }
     }
-    (threads, usize::MAX)
 }
 
 /// From where to where the transfers reach in the file.
@@ -147,10 +164,10 @@ fn extent(transfers: &[Transfer]) -> Range<u64> {
 /// As for [`read`].
 unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
     let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    let (threads, most_bytes) = threads_for(file, transfers, &chunks);
-    parallel::pull(chunks.len(), threads, |chunk| {
+    let pace = Pace::new(file, transfers, &chunks);
+    parallel::pull(chunks.len(), pace.threads, |chunk| {
         // Neighbours in the file come with one read, however small they are.
-        let mut run = Run::new(file, most_bytes);
+        let mut run = Run::new(file, pace.most_bytes);
         for (index, part) in chunks.parts(chunk) {
             let Transfer { offset, destination, .. } = transfers[index];
             // SAFETY: the caller vouches for the destinations, and no other chunk has these parts of them.

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use crate::copy::{self, Copy};
+use crate::copy::{self, Move};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::memory;
 use crate::writer::AtomicFile;
 
 /// How a file is written.
@@ -113,7 +112,6 @@ impl Filler {
     ///
     /// They must be valid for writes, and nobody else may use them, until the last write has returned.
     pub(crate) unsafe fn new(start: *mut u8, length: usize) -> Filler {
-        memory::prefer_huge_pages(start, length);
         Filler { next: start, left: length }
     }
 
@@ -123,18 +121,18 @@ impl Filler {
     ///
     /// [`ErrorKind::BufferSize`] where they are more than is left; nothing is written then.
     pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = &'a [u8]>) -> Result<()> {
-        let mut copies = Vec::with_capacity(pieces.size_hint().0);
+        let mut moves = Vec::with_capacity(pieces.size_hint().0);
         let (mut next, mut left) = (self.next, self.left);
         for piece in pieces {
             let Some(rest) = left.checked_sub(piece.len()) else {
                 let detail = "more bytes were given than the layout has room for";
                 return Err(Error::new(ErrorKind::BufferSize, detail));
             };
-            copies.push(Copy { source: piece.as_ptr(), destination: next, length: piece.len() });
+            moves.push(Move { source: piece.as_ptr(), destination: next, length: piece.len() });
             (next, left) = (next.wrapping_add(piece.len()), rest);
         }
         // SAFETY: the pieces are borrowed, their destinations follow one another in the memory that `new` was promised.
-        unsafe { copy::copy(&copies) }?;
+        unsafe { copy::copy(&moves) }?;
         (self.next, self.left) = (next, left);
         Ok(())
     }

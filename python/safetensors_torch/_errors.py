@@ -22,6 +22,7 @@ _BUILTIN: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "TypeError": TypeError,
     "IndexError": IndexError,
+    "MemoryError": MemoryError,
 }
 
 

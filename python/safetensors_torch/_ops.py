@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
@@ -94,9 +95,10 @@ def _no_collection() -> Iterator[None]:
     """Keeps the cycle collector from running, as from Python 3.12 on it never does inside of one call into C.
 
     A load makes as many objects as the file has tensors and drops none, so that before 3.12 the collector looks
-    through all of them again and again, for nothing.
+    through all of them again and again, for nothing. The switch is the whole process's: other threads collect nothing
+    meanwhile either, and one that turns the collector off at this very moment finds it on again.
     """
-    if not gc.isenabled():
+    if sys.version_info >= (3, 12) or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -128,7 +130,7 @@ def load_file(
         prefault: what becomes of mapped pages before they are touched. None lets threads in the background bring the
             file in while the caller goes on; what is not in memory yet is read with large reads, unless the file
             takes more than half of the memory that is available. True has the whole file in when the call returns.
-            False leaves every page to the first touch. No matter with "pread".
+            False leaves every page to the first touch. No matter with "pread", or before Linux 5.14.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the dtype and shape in the header.
@@ -136,6 +138,7 @@ def load_file(
     Raises:
         SafetensorError: the file is not valid safetensors, or holds a dtype that torch has not; another backend.
         OSError: it cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
+        MemoryError: there is not enough memory for the tensors, or to map the file.
         ValueError: a negative device, or a null byte in the file name.
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
@@ -163,6 +166,7 @@ def load(data: Any, device: Device = "cpu", *, copy: bool = True) -> dict[str, t
 
     Raises:
         SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not.
+        MemoryError: there is not enough memory for the tensors.
         TypeError: ``data`` has no buffer protocol.
         ValueError: copy=False with a read-only or scattered buffer, or with another device than the CPU.
     """
@@ -205,7 +209,8 @@ def save_file(
     check_flag(durable, "durable")
     _check(tensors, metadata)
     path = encode_path(filename)
-    call(_plan(tensors, metadata, path).write_file, path, durable)
+    with _disable_current_modes():
+        call(_plan(tensors, metadata, path).write_file, path, durable)
 
 
 @opaque
@@ -223,8 +228,9 @@ def save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = 
         What save_file raises, but for OSError.
     """
     _check(tensors, metadata)
-    plan = _plan(tensors, metadata, b"")
-    return _buffer.new_bytes(call(plan.size), lambda out: call(plan.write_into, out))
+    with _disable_current_modes():
+        plan = _plan(tensors, metadata, b"")
+        return _buffer.new_bytes(call(plan.size), lambda out: call(plan.write_into, out))
 
 
 def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:

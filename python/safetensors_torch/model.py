@@ -49,8 +49,9 @@ def load_model(
 
     The data is read straight into the memory of the module's parameters and buffers, whatever their device. Modules
     with hooks or methods of their own in the way of load_state_dict get a load_file and a load_state_dict instead;
-    that path keeps a copy of the module's tensors until it has succeeded. If loading fails, the module is as it was
-    (lazy modules excepted, which load_state_dict gives their shape for good).
+    that path keeps a copy of the module's tensors until it has succeeded. If loading fails, the module is as it was.
+    Two cases excepted: lazy modules, which load_state_dict gives their shape for good; and a read that fails half-way,
+    straight into the parameters, as from a broken disk or a file that is cut short meanwhile.
 
     Args:
         model: the module; none of its tensors may be on the meta device.

@@ -1,8 +1,8 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space, `vectored` fills it, `release` lets go of the file that it replaces. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here knows of headers
-//! and tensors.
+//! space, `vectored` fills it, `release` lets go of the file that it replaces. What happens where a rename is impossible
+//! is described in `docs/saving.md`. Nothing here knows of headers and tensors.
 
 mod attributes;
 mod release;

@@ -4,9 +4,10 @@
 //! the new one took. Held open meanwhile, it is freed when it is closed, and that can be done by another thread.
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Below this many bytes a file is freed faster than a thread is started.
@@ -15,20 +16,43 @@ const LARGE_BYTES: u64 = 16 << 20;
 /// As long as space is waited for that a file gives back.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Files that are being closed.
+/// Filesystems that free a file when it is closed. Others need not be asked to keep one open: NFS, for instance, would
+/// have to give it another name in the folder.
+const LOCAL: [libc::c_long; 5] = [
+    libc::EXT4_SUPER_MAGIC as libc::c_long,
+    libc::XFS_SUPER_MAGIC as libc::c_long,
+    libc::BTRFS_SUPER_MAGIC as libc::c_long,
+    libc::TMPFS_MAGIC as libc::c_long,
+    libc::OVERLAYFS_SUPER_MAGIC as libc::c_long,
+];
+
+/// Files that are being closed, and the process that does it: a fork has the number, but not the threads.
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
+static CLOSER: AtomicU32 = AtomicU32::new(0);
 
 /// The file at `target`, if there is a large one that nobody else keeps. Needs no right to read it.
 pub(super) fn hold(target: &Path) -> Option<File> {
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;
     let metadata = file.metadata().ok()?;
-    (metadata.is_file() && metadata.nlink() == 1 && metadata.len() >= LARGE_BYTES).then_some(file)
+    let worth_it = metadata.is_file() && metadata.nlink() == 1 && metadata.len() >= LARGE_BYTES;
+    (worth_it && is_local(&file)).then_some(file)
+}
+
+fn is_local(file: &File) -> bool {
+    // SAFETY: a plain struct of integers, for which zeros are a value.
+    let mut told: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: a descriptor that `file` keeps open, and a place for the answer.
+    let status = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut told) };
+    status == 0 && LOCAL.contains(&(told.f_type as libc::c_long))
 }
 
 /// Closes what [`hold`] gave, in the background.
 pub(super) fn let_go(old: Option<File>) {
     let Some(old) = old else { return };
+    if CLOSER.swap(std::process::id(), Ordering::AcqRel) != std::process::id() {
+        CLOSING.store(0, Ordering::Release);
+    }
     CLOSING.fetch_add(1, Ordering::AcqRel);
     let close = move || {
         drop(old);
@@ -40,11 +64,9 @@ pub(super) fn let_go(old: Option<File>) {
     }
 }
 
-/// Waits until the space of the files that were let go of is free; whether there were any.
-///
-/// Gives up after a while: in the child of a fork, the threads that it waits for do not exist.
+/// Waits until the space of the files that were let go of is free, but not for ever; whether there were any.
 pub(super) fn wait() -> bool {
-    if CLOSING.load(Ordering::Acquire) == 0 {
+    if CLOSER.load(Ordering::Acquire) != std::process::id() || CLOSING.load(Ordering::Acquire) == 0 {
         return false;
     }
     let deadline = Instant::now() + PATIENCE;

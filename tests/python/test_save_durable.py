@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,42 @@ import torch
 from safetensors_torch import save_file, save_model
 
 _CACHESTAT = 451  # the number of the system call on every architecture, Linux 6.5 and later
+
+TENSORS = {"weight": torch.arange(3_000_000)}
+
+# Writes down the calls that matter, in their order.
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static void note(const char* what, const char* name) {
+    FILE* log = fopen(getenv("SHIM_LOG"), "a");
+    fprintf(log, "%s %s\\n", what, name);
+    fclose(log);
+}
+
+int fsync(int file) {
+    char link[64], name[PATH_MAX] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (readlink(link, name, sizeof name - 1) < 0) abort();
+    note("fsync", name);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
+}
+
+int rename(const char* from, const char* to) {
+    note("rename", to);
+    return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+
+int linkat(int a, const char* from, int b, const char* to, int flags) {
+    note("linkat", to);
+    return ((int (*)(int, const char*, int, const char*, int))dlsym(RTLD_NEXT, "linkat"))(a, from, b, to, flags);
+}
+"""
 
 
 def dirty_pages(path: Path) -> int:
@@ -27,16 +65,13 @@ def dirty_pages(path: Path) -> int:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
+    """A name in a folder of which the kernel tells what is not on the disk yet."""
+    probe = tmp_path / "probe"
+    save_file(TENSORS, probe)
+    if dirty_pages(probe) == 0:
+        pytest.skip("this filesystem keeps nothing back, or does not tell")
+    probe.unlink()
     return tmp_path / "model.safetensors"
-
-
-TENSORS = {"weight": torch.arange(3_000_000)}
-
-
-def test_a_plain_save_leaves_writing_to_the_kernel(target: Path) -> None:
-    save_file(TENSORS, target)
-    if dirty_pages(target) == 0:
-        pytest.skip("this filesystem keeps nothing back")
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -56,8 +91,42 @@ def test_save_model(target: Path) -> None:
     assert dirty_pages(target) == 0
 
 
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(SHIM)
+    command = ["cc", "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"]
+    subprocess.run(command, check=True)
+    return folder / "shim.so"
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_file_then_name_then_folder(durable: bool, shim: Path, tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "folder"
+    folder.mkdir()
+    program = f"""
+import torch, safetensors_torch
+for value in (1.0, 2.0):
+    safetensors_torch.save_file({{"a": torch.full((3,), value)}}, {str(folder / "saved")!r}, durable={durable})
+"""
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "SHIM_LOG": str(log)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    calls = [line.split(" ", 1) for line in log.read_text().splitlines() if str(folder) in line]
+    names = [Path(name.removesuffix(" (deleted)")) for _, name in calls]
+    saved = [what for (what, _), name in zip(calls, names) if what != "fsync" and name == folder / "saved"]
+    # The second save finds the name taken, and renames over it.
+    assert saved == ["linkat", "linkat", "rename"]
+    synced = [(index, name) for index, ((what, _), name) in enumerate(zip(calls, names)) if what == "fsync"]
+    if not durable:
+        assert synced == []
+        return
+    assert [name == folder for _, name in synced] == [False, True, False, True]
+    first, second = (calls.index(["linkat", str(folder / "saved")]), calls.index(["rename", str(folder / "saved")]))
+    assert synced[0][0] < first < synced[1][0] < synced[2][0] < second < synced[3][0]
+
+
 @pytest.mark.parametrize("durable", [1, None, "yes"])
-def test_it_is_a_bool(durable: object, target: Path) -> None:
+def test_it_is_a_bool(durable: object, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="durable must be a bool"):
-        save_file(TENSORS, target, durable=durable)
-    assert not target.exists()
+        save_file(TENSORS, tmp_path / "new", durable=durable)
+    assert not (tmp_path / "new").exists()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from random_state import difference
-from safetensors_torch import SafetensorError, load_file, save_file
+from safetensors_torch import SafetensorError, load_file, save, save_file
 from support import encode, entries, mode, umask, unprivileged
 
 ONES = {"a": torch.ones(1000)}
@@ -315,3 +316,15 @@ def test_a_killed_process_leaves_nothing_torn_or_stray(what: str, tmp_path: Path
         else:
             assert len(stray) <= 1 and all(fnmatch(name, ".safetensors-*.tmp") for name in stray)
             assert values == [attempt]
+
+
+def test_real_tensors_under_a_mode_for_fake_ones(tmp_path: Path) -> None:
+    """The mode is for what is computed, and a save computes nothing: nothing of it is faked."""
+    value = torch.complex(torch.arange(3.0), torch.arange(3.0, 6.0))
+    tensors = {"plain": torch.arange(5), "conjugate": value.conj()}
+    with FakeTensorMode():
+        save_file(tensors, tmp_path / "a")
+        data = save(tensors)
+    expected = {"plain": torch.arange(5), "conjugate": value.conj().resolve_conj()}
+    assert difference(load_file(tmp_path / "a"), expected) is None
+    assert data == (tmp_path / "a").read_bytes()

@@ -209,7 +209,6 @@ def test_tensors_without_data(make: Callable, saver: Callable) -> None:
 
 
 def test_fake_tensors_under_their_mode(saver: Callable, tmp_path: Path) -> None:
-    """There the operator would run its fake kernel, which writes nothing."""
     sparse = ONES.to_sparse()
     with FakeTensorMode():
         model = torch.nn.Linear(2, 3)

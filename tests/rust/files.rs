@@ -205,6 +205,40 @@ fn a_file_cut_short_while_open_is_an_error() {
     }
 }
 
+/// Copied piece by piece, and each is looked for before it is touched: an error, where touching would be a signal.
+#[test]
+fn a_mapped_file_cut_short_is_an_error_for_who_copies() {
+    let folder = folder();
+    let (path, data) = one_tensor(&folder, &[300, 40_000]);
+    let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
+    assert_eq!(read(&file, 0), data);
+    OpenOptions::new().write(true).open(&path).expect("there").set_len(1 << 20).expect("cut");
+    let mut buffer = vec![0; data.len()];
+    // SAFETY: the buffer is that long and nobody else's.
+    let error = unsafe { file.read_tensors(&[(0, buffer.as_mut_ptr(), buffer.len())]) }.expect_err("short");
+    assert_eq!(error.kind(), ErrorKind::FileChanged);
+    assert!(error.to_string().contains("one.safetensors"), "{error}");
+}
+
+#[test]
+fn tensors_are_loaded_into_memory_of_their_own() {
+    let folder = folder();
+    let (path, data) = one_tensor(&folder, &[300, 40_000]);
+    for backend in BACKENDS {
+        let file = TensorFile::open(&path, backend).expect("valid");
+        let memory = file.load_tensors(&[0, 0]).expect("loaded");
+        drop(file);
+        assert_ne!(memory.start(0), memory.start(1));
+        for place in 0..2 {
+            // SAFETY: the place has the tensor's bytes, and lives as long as `memory`.
+            let loaded = unsafe { std::slice::from_raw_parts(memory.start(place), data.len()) };
+            assert!(loaded == data);
+        }
+    }
+    let file = TensorFile::open(&path, Backend::Pread).expect("valid");
+    assert_eq!(file.load_tensors(&[1]).expect_err("there is one").kind(), ErrorKind::InvalidArgument);
+}
+
 #[test]
 fn what_cannot_be_opened() {
     let folder = folder();
