@@ -1,13 +1,15 @@
 //! Writes many pieces of memory with few system calls.
 
-use std::fs::File;
 use std::io::{self, IoSlice, Write};
 
 /// The most pieces in one call: what Linux allows.
 const MAX_PIECES: usize = 1024;
 
 /// Writes every byte of `pieces` to `file`, in their order.
-pub(super) fn write_all<'a>(file: &mut File, pieces: impl IntoIterator<Item = &'a [u8]>) -> io::Result<()> {
+pub(super) fn write_all<'a>(
+    file: &mut impl Write,
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+) -> io::Result<()> {
     let mut pieces = pieces.into_iter().filter(|piece| !piece.is_empty());
     let mut batch: Vec<IoSlice<'a>> = Vec::new();
     loop {
@@ -45,19 +47,44 @@ mod tests {
         assert!(written == bytes);
     }
 
+    /// Takes what it likes of what it is given: at most so many bytes, after an interruption each time.
+    struct Slow {
+        taken: Vec<u8>,
+        most: usize,
+        interrupted: bool,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.write_vectored(&[IoSlice::new(bytes)])
+        }
+
+        fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+            self.interrupted = !self.interrupted;
+            if self.interrupted {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let before = self.taken.len();
+            self.taken.extend(pieces.iter().flat_map(|piece| piece.iter()).take(self.most));
+            Ok(self.taken.len() - before)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
     #[test]
-    fn a_pipe_that_takes_little_at_a_time_gets_everything() {
-        let (mut reader, writer) = io::pipe().expect("a pipe");
-        let bytes = vec![9; 1 << 20];
-        let expected = bytes.clone();
-        let thread = std::thread::spawn(move || {
-            let mut file = File::from(std::os::fd::OwnedFd::from(writer));
-            write_all(&mut file, bytes.chunks(70_001))
-        });
-        let mut read = Vec::new();
-        reader.read_to_end(&mut read).expect("read");
-        thread.join().expect("no panic").expect("written");
-        assert!(read == expected);
+    fn what_is_not_taken_at_once_is_offered_again() {
+        let bytes: Vec<u8> = (0..10_000u32).map(|n| (n % 249) as u8).collect();
+        for most in [1, 7, 100, 4999] {
+            let mut slow = Slow { taken: Vec::new(), most, interrupted: false };
+            write_all(&mut slow, bytes.chunks(37)).expect("written");
+            assert!(slow.taken == bytes, "{most}");
+        }
+        let mut stuck = Slow { taken: Vec::new(), most: 0, interrupted: false };
+        let error = write_all(&mut stuck, [&[1u8][..]]).expect_err("nothing is taken");
+        assert_eq!(error.kind(), io::ErrorKind::WriteZero);
     }
 
     #[test]
