@@ -160,15 +160,12 @@ Tensors dict_of(const Loader& loader) {
 }
 
 Lists lists_of(const Loader& loader) {
-    Lists lists;
-    auto& [names, tensors] = lists;
+    std::vector<std::string> names;
     names.reserve(loader.size());
-    tensors.reserve(loader.size());
     for (size_t i = 0; i < loader.size(); ++i) {
         names.push_back(loader.name(i));
-        tensors.push_back(loader.tensor(i));
     }
-    return lists;
+    return {std::move(names), tensors_of(loader)};
 }
 
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device) {
