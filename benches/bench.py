@@ -31,7 +31,7 @@ from works import WORKS, Subject, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench"
-ROUNDS, QUICK_ROUNDS = 5, 3
+ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_SUBJECTS = (works.OURS, works.REFERENCE, works.RAW)
 QUICK_DATA = ("small", "gpt2")
 
