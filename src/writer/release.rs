@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Below this many bytes a file is freed faster than a thread is started.
@@ -26,9 +26,40 @@ const LOCAL: [libc::c_long; 5] = [
     libc::OVERLAYFS_SUPER_MAGIC as libc::c_long,
 ];
 
-/// Files that are being closed, and the process that does it: a fork has the number, but not the threads.
-static CLOSING: AtomicUsize = AtomicUsize::new(0);
-static CLOSER: AtomicU32 = AtomicU32::new(0);
+/// How many files are being closed.
+static CLOSING: Closing = Closing(AtomicU64::new(0));
+
+/// A number of files, and in the upper half the process that closes them: a fork inherits the number, but not the threads.
+struct Closing(AtomicU64);
+
+impl Closing {
+    fn owner() -> u64 {
+        u64::from(std::process::id()) << 32
+    }
+
+    /// The number of this process, given what is stored.
+    fn own(stored: u64) -> u64 {
+        stored.checked_sub(Self::owner()).filter(|&count| count <= u64::from(u32::MAX)).unwrap_or(0)
+    }
+
+    fn count(&self) -> u64 {
+        Self::own(self.0.load(Ordering::Acquire))
+    }
+
+    fn begin(&self) {
+        self.change(|count| count + 1);
+    }
+
+    fn end(&self) {
+        self.change(|count| count.saturating_sub(1));
+    }
+
+    fn change(&self, change: impl Fn(u64) -> u64) {
+        let changed = |stored| Some(Self::owner() + change(Self::own(stored)));
+        // Never refused, as there is always a new value.
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, changed);
+    }
+}
 
 /// The file at `target`, if there is a large one that nobody else keeps. Needs no right to read it.
 pub(super) fn hold(target: &Path) -> Option<File> {
@@ -50,27 +81,24 @@ fn is_local(file: &File) -> bool {
 /// Closes what [`hold`] gave, in the background.
 pub(super) fn let_go(old: Option<File>) {
     let Some(old) = old else { return };
-    if CLOSER.swap(std::process::id(), Ordering::AcqRel) != std::process::id() {
-        CLOSING.store(0, Ordering::Release);
-    }
-    CLOSING.fetch_add(1, Ordering::AcqRel);
+    CLOSING.begin();
     let close = move || {
         drop(old);
-        CLOSING.fetch_sub(1, Ordering::AcqRel);
+        CLOSING.end();
     };
     // Without a thread to spare `close` is dropped here, and the file closed with it.
     if std::thread::Builder::new().name("sft-release".into()).spawn(close).is_err() {
-        CLOSING.fetch_sub(1, Ordering::AcqRel);
+        CLOSING.end();
     }
 }
 
 /// Waits until the space of the files that were let go of is free, but not for ever; whether there were any.
 pub(super) fn wait() -> bool {
-    if CLOSER.load(Ordering::Acquire) != std::process::id() || CLOSING.load(Ordering::Acquire) == 0 {
+    if CLOSING.count() == 0 {
         return false;
     }
     let deadline = Instant::now() + PATIENCE;
-    while CLOSING.load(Ordering::Acquire) != 0 && Instant::now() < deadline {
+    while CLOSING.count() != 0 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     true
@@ -96,6 +124,36 @@ mod tests {
         assert!(hold(&large).is_some());
         std::fs::hard_link(&large, folder.path().join("other")).expect("a link");
         assert!(hold(&large).is_none());
+    }
+
+    #[test]
+    fn what_another_process_closes_does_not_count() {
+        let inherited = (Closing::owner() ^ (1 << 32)) + 3;
+        let closing = Closing(AtomicU64::new(inherited));
+        assert_eq!(closing.count(), 0);
+        closing.begin();
+        closing.begin();
+        assert_eq!(closing.count(), 2);
+        closing.end();
+        closing.end();
+        closing.end();
+        assert_eq!(closing.count(), 0);
+    }
+
+    #[test]
+    fn threads_that_begin_and_end_leave_nothing_behind() {
+        let closing = Closing(AtomicU64::new(7));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        closing.begin();
+                        closing.end();
+                    }
+                });
+            }
+        });
+        assert_eq!(closing.count(), 0);
     }
 
     #[test]
