@@ -9,7 +9,7 @@ use crate::memory::Memory;
 use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
-use crate::source::{Backend, OpenFile, Origin, Source, open_regular, read_exact_at};
+use crate::source::{Backend, OpenFile, Source, open_regular, read_exact_at};
 
 /// Enough of a file's start to tell what else it may be.
 const PROBE_BYTES: u64 = 512;
@@ -148,6 +148,14 @@ impl TensorFile {
     ///
     /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
     pub fn load_tensors(&self, indices: &[usize]) -> Result<Memory> {
+        let (memory, transfers) = self.prepare(indices)?;
+        // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
+        unsafe { reader::read(self.source.as_stored(), transfers) }.map_err(|error| self.locate(error))?;
+        Ok(memory)
+    }
+
+    /// Memory for the tensors at `indices`, and what is to be read into it.
+    pub(crate) fn prepare(&self, indices: &[usize]) -> Result<(Memory, Vec<Transfer>)> {
         let mut sizes = Vec::with_capacity(indices.len());
         for &index in indices {
             // A size that a header gives is at most that of the file, which the backends can address.
@@ -160,9 +168,8 @@ impl TensorFile {
             .enumerate()
             .map(|(place, (&index, size))| (index, memory.start(place), size))
             .collect();
-        // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
-        unsafe { self.read_from(self.source.as_stored(), &requests) }?;
-        Ok(memory)
+        let transfers = self.transfers(&requests)?;
+        Ok((memory, transfers))
     }
 
     /// Reads whole tensors, in parallel where it pays: `(index in file order, destination, its bytes)` each.
@@ -176,14 +183,13 @@ impl TensorFile {
     ///
     /// Every destination must be valid for writes of its bytes until the call returns, and no two may overlap.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
+        let transfers = self.transfers(requests)?;
         // SAFETY: as the caller promised.
-        unsafe { self.read_from(self.source.as_shown(), requests) }
+        unsafe { reader::read(self.source.as_shown(), transfers) }.map_err(|error| self.locate(error))
     }
 
-    /// # Safety
-    ///
-    /// As for [`TensorFile::read_tensors`].
-    unsafe fn read_from(&self, origin: Origin<'_>, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
+    /// What is to be read for `requests`, whose sizes are checked.
+    pub(crate) fn transfers(&self, requests: &[(usize, *mut u8, usize)]) -> Result<Vec<Transfer>> {
         let mut transfers = Vec::with_capacity(requests.len());
         for &(index, destination, length) in requests {
             let tensor = self.tensor(index)?;
@@ -192,8 +198,7 @@ impl TensorFile {
             }
             transfers.push(Transfer { offset: self.byte_range(&tensor).start, destination, length });
         }
-        // SAFETY: the caller vouches for the destinations.
-        unsafe { reader::read(origin, &transfers) }.map_err(|error| self.locate(error))
+        Ok(transfers)
     }
 
     /// Plans a slice of the tensor at `index`, one range a dimension.
@@ -224,58 +229,13 @@ impl TensorFile {
             return Err(self.wrong_size(tensor.name, slice.nbytes(), length));
         }
         let base = self.byte_range(&tensor).start;
-        let mut direct = Vec::new();
-        let mut written = 0;
-        let mut runs = slice.byte_ranges().peekable();
-        while let Some(first) = runs.next() {
-            let mut group = vec![first.clone()];
-            let mut end = first.end;
-            while let Some(next) = runs.next_if(|next| {
-                next.start >= end && next.start - end < GATHER_GAP && next.end - first.start <= GATHER_BYTES
-            }) {
-                end = next.end;
-                group.push(next);
-            }
-            let target = destination.wrapping_add(written);
-            written += group.iter().map(|run| (run.end - run.start) as usize).sum::<usize>();
-            if let [run] = &group[..] {
-                let length = (run.end - run.start) as usize;
-                direct.push(Transfer { offset: base + run.start, destination: target, length });
-                if direct.len() == SLICE_BATCH {
-                    // SAFETY: each run has its own part of the destination.
-                    unsafe { reader::read(self.source.as_shown(), &direct) }
-                        .map_err(|error| self.locate(error))?;
-                    direct.clear();
-                }
-            } else {
-                // SAFETY: `written` never passes `slice.nbytes()`, which is `length`.
-                unsafe { self.gather(base, &group, target)? };
-            }
-        }
-        // SAFETY: each run has its own part of the destination.
-        unsafe { reader::read(self.source.as_shown(), &direct) }.map_err(|error| self.locate(error))
-    }
-
-    /// Reads from the first run to the last at once, and copies the runs out.
-    ///
-    /// # Safety
-    ///
-    /// `target` must be valid for writes of the runs' bytes.
-    unsafe fn gather(&self, base: u64, runs: &[Range<u64>], target: *mut u8) -> Result<()> {
-        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(()) };
-        let mut scratch = vec![0u8; (last.end - first.start) as usize];
-        let transfer =
-            Transfer { offset: base + first.start, destination: scratch.as_mut_ptr(), length: scratch.len() };
-        // SAFETY: `scratch` is exactly that long, and nobody else has it.
-        unsafe { reader::read(self.source.as_shown(), &[transfer]) }.map_err(|error| self.locate(error))?;
-        let mut written = 0;
-        for run in runs {
-            let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];
-            // SAFETY: the caller's target holds all runs one after the other, and is no part of `scratch`.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.add(written), bytes.len()) };
-            written += bytes.len();
-        }
-        Ok(())
+        let read = |transfers: Vec<Transfer>| {
+            // SAFETY: `read_runs` asks for parts of the destination that are apart, as the caller gave it.
+            unsafe { reader::read(self.source.as_shown(), transfers) }
+        };
+        // SAFETY: the destination has the slice's size (checked).
+        unsafe { read_runs(slice, 0..slice.nbytes(), base, destination, read) }
+            .map_err(|error| self.locate(error))
     }
 
     fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {
@@ -290,4 +250,75 @@ impl TensorFile {
             None => error,
         }
     }
+}
+
+/// Reads some of the bytes of `slice`, a slice of a tensor whose bytes begin at `base`, one after the other into
+/// `destination`. Runs that are close to each other come with one read, and are picked from that. `read` is asked for
+/// transfers whose destinations are valid and apart from each other.
+///
+/// # Errors
+///
+/// Those of `read`.
+///
+/// # Safety
+///
+/// `destination` must be valid for writes of as many bytes.
+pub(crate) unsafe fn read_runs(
+    slice: &Slice,
+    bytes: Range<u64>,
+    base: u64,
+    destination: *mut u8,
+    read: impl Fn(Vec<Transfer>) -> Result<()>,
+) -> Result<()> {
+    let mut direct = Vec::new();
+    let mut written = 0;
+    let mut runs = slice.byte_ranges_of(bytes).peekable();
+    while let Some(first) = runs.next() {
+        let mut group = vec![first.clone()];
+        let mut end = first.end;
+        while let Some(next) = runs.next_if(|next| {
+            next.start >= end && next.start - end < GATHER_GAP && next.end - first.start <= GATHER_BYTES
+        }) {
+            end = next.end;
+            group.push(next);
+        }
+        let target = destination.wrapping_add(written);
+        written += group.iter().map(|run| (run.end - run.start) as usize).sum::<usize>();
+        if let [run] = &group[..] {
+            let length = (run.end - run.start) as usize;
+            direct.push(Transfer { offset: base + run.start, destination: target, length });
+            if direct.len() == SLICE_BATCH {
+                read(std::mem::take(&mut direct))?;
+            }
+        } else {
+            // SAFETY: `written` never passes the number of bytes, for which the caller vouches.
+            unsafe { gather(base, &group, target, &read)? };
+        }
+    }
+    read(direct)
+}
+
+/// Reads from the first run to the last at once, and copies the runs out.
+///
+/// # Safety
+///
+/// `target` must be valid for writes of the runs' bytes.
+unsafe fn gather(
+    base: u64,
+    runs: &[Range<u64>],
+    target: *mut u8,
+    read: &impl Fn(Vec<Transfer>) -> Result<()>,
+) -> Result<()> {
+    let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(()) };
+    let mut scratch = vec![0u8; (last.end - first.start) as usize];
+    let length = scratch.len();
+    read(vec![Transfer { offset: base + first.start, destination: scratch.as_mut_ptr(), length }])?;
+    let mut written = 0;
+    for run in runs {
+        let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];
+        // SAFETY: the caller's target holds all runs one after the other, and is no part of `scratch`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.add(written), bytes.len()) };
+        written += bytes.len();
+    }
+    Ok(())
 }

@@ -10,6 +10,7 @@ pub mod capi;
 mod copy;
 mod dtype;
 mod error;
+mod feed;
 mod file;
 mod header;
 mod layout;
@@ -28,6 +29,7 @@ mod bridge;
 
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind, Result};
+pub use feed::{Feed, PART_ALIGNMENT, Part, Taken};
 pub use file::TensorFile;
 pub use header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
 pub use layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};

@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use crate::error::Result;
 
@@ -31,17 +32,36 @@ pub fn threads_for(bytes: usize, items: usize) -> usize {
 ///
 /// The first error that `work` returned; no more items are begun after it.
 pub fn pull(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
-    let next = AtomicUsize::new(0);
+    pull_until(None, 0..items, threads, work).map(|_| ())
+}
+
+/// As [`pull`], for the numbers in `items`, of which none is begun after `until`; but the first always is. Gives the
+/// first number that was not begun: all below it are done.
+///
+/// # Errors
+///
+/// As [`pull`].
+pub fn pull_until(
+    until: Option<Instant>,
+    items: Range<usize>,
+    threads: usize,
+    work: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<usize> {
+    let next = AtomicUsize::new(items.start);
     let failure = Mutex::new(None);
     let run = || {
         loop {
-            let item = next.fetch_add(1, Ordering::Relaxed);
-            if item >= items {
+            let item = next.load(Ordering::Relaxed);
+            let late = item > items.start && until.is_some_and(|until| Instant::now() >= until);
+            if item >= items.end || late {
                 return;
+            }
+            if next.compare_exchange_weak(item, item + 1, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+                continue;
             }
             if let Err(error) = work(item) {
                 // Leaves nothing to pull for the others.
-                next.store(items, Ordering::Relaxed);
+                next.store(items.end, Ordering::Relaxed);
                 failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
             }
         }
@@ -55,7 +75,8 @@ pub fn pull(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + S
         }
         run();
     });
-    failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).map_or(Ok(()), Err)
+    let failure = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    failure.map_or(Ok(next.into_inner()), Err)
 }
 
 /// Lengths laid end to end and cut into chunks of [`CHUNK_BYTES`], whatever the lengths are.
@@ -86,8 +107,13 @@ impl Chunks {
         self.bytes().div_ceil(CHUNK_BYTES)
     }
 
+    /// The bytes of the first `chunks` of them.
+    pub fn bytes_of(&self, chunks: usize) -> usize {
+        (chunks * CHUNK_BYTES).min(self.bytes())
+    }
+
     /// What chunk number `chunk` holds: parts of lengths, none of them empty, each with the length's index.
-    pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+    pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + Clone + '_ {
         let from = chunk * CHUNK_BYTES;
         let to = (from + CHUNK_BYTES).min(self.bytes());
         let first = self.ends.partition_point(|&end| end <= from);
@@ -116,6 +142,23 @@ mod tests {
                 Ok(())
             });
             assert!(done.is_ok());
+            assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn nothing_begins_after_the_time_but_one_item() {
+        for threads in [1, 3] {
+            let seen: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
+            let mut first = 0;
+            while first < seen.len() {
+                let next = pull_until(Some(Instant::now()), first..seen.len(), threads, |item| {
+                    seen[item].fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                });
+                assert_eq!(next.expect("no error"), first + 1, "time was up at once");
+                first += 1;
+            }
             assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
     }

@@ -3,14 +3,15 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
-use crate::copy::{self, Move};
+use crate::copy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::has_page;
 use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
 use crate::parallel::{self, Chunks};
 use crate::prefault::bring_in;
-use crate::source::{Borrowed, Mapping, OpenFile, Origin, shrank};
+use crate::source::{Mapping, OpenFile, Origin, shrank};
 
 /// The most ranges in one vectored read; Linux allows 1024.
 const MAX_PARTS: usize = 512;
@@ -49,35 +50,100 @@ unsafe impl Sync for Transfer {}
 ///
 /// Every destination must be valid for writes of its length until the call returns, and no two may overlap each
 /// other or the source.
-pub(crate) unsafe fn read(origin: Origin<'_>, transfers: &[Transfer]) -> Result<()> {
-    match origin {
-        // SAFETY: the caller vouches for the destinations.
-        Origin::File(file) => unsafe { read_file(file, transfers) },
-        // SAFETY: as above.
-        Origin::Mapped(mapping, file) => unsafe { read_mapped(mapping, file, transfers) },
-        // SAFETY: as above.
-        Origin::Memory(memory) => unsafe { read_memory(memory, transfers) },
-    }
+pub(crate) unsafe fn read(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<()> {
+    // SAFETY: the caller vouches for the destinations.
+    unsafe { Job::new(origin, transfers)?.advance(origin, None) }
 }
 
+/// As [`read`], on the calling thread alone, and without asking where the file's bytes are. Never reads more than
+/// `most_bytes` with one call.
+///
+/// # Errors
+///
+/// As [`read`].
+///
 /// # Safety
 ///
 /// As for [`read`].
-unsafe fn read_memory(memory: Borrowed, transfers: &[Transfer]) -> Result<()> {
-    check_within(transfers, memory.length)?;
-    let moves: Vec<Move> = transfers
-        .iter()
-        .map(|&Transfer { offset, destination, length }| Move {
-            source: memory.start.wrapping_add(offset as usize),
-            destination,
-            length,
-        })
-        .collect();
-    // SAFETY: the ranges lie in the source (just checked), the destinations are valid and apart from it (caller).
-    unsafe { copy::copy(&moves) }
+pub(crate) unsafe fn read_here(origin: Origin<'_>, transfers: &[Transfer], most_bytes: usize) -> Result<()> {
+    check_within(origin, transfers)?;
+    let parts = transfers.iter().copied();
+    // SAFETY: the caller vouches for the destinations, and the ranges lie in the source (checked).
+    unsafe { read_parts(origin, parts, most_bytes, Residency::Unknown) }
 }
 
-fn check_within(transfers: &[Transfer], length: usize) -> Result<()> {
+/// Transfers that are carried out in steps, each on as many threads as all of them are worth.
+#[derive(Debug)]
+pub(crate) struct Job {
+    transfers: Vec<Transfer>,
+    chunks: Chunks,
+    pace: Pace,
+    /// The first chunk that is not done.
+    next: usize,
+}
+
+impl Job {
+    /// Nothing is read yet.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FileChanged`] where a range leaves a source whose length is known.
+    pub(crate) fn new(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<Job> {
+        check_within(origin, &transfers)?;
+        let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
+        let pace = Pace::new(origin, &transfers, &chunks);
+        Ok(Job { transfers, chunks, pace, next: 0 })
+    }
+
+    /// The bytes of all transfers.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
+    pub(crate) fn total_bytes(&self) -> usize {
+        self.chunks.bytes()
+    }
+
+    /// The bytes that are where they belong.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
+    pub(crate) fn done_bytes(&self) -> usize {
+        self.chunks.bytes_of(self.next)
+    }
+
+    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `origin` must be the one
+    /// that the job was made for.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`read`].
+    pub(crate) unsafe fn advance(&mut self, origin: Origin<'_>, until: Option<Instant>) -> Result<()> {
+        let Job { transfers, chunks, pace, .. } = &*self;
+        self.next = parallel::pull_until(until, self.next..chunks.len(), pace.threads, |chunk| {
+            let parts = chunks.parts(chunk).map(|(index, part)| {
+                let Transfer { offset, destination, .. } = transfers[index];
+                Transfer {
+                    offset: offset + part.start as u64,
+                    destination: destination.wrapping_add(part.start),
+                    length: part.len(),
+                }
+            });
+            // SAFETY: the caller vouches for the destinations, no other chunk has these parts of them, and the
+            // ranges lie in the source (`new` has checked).
+            unsafe { read_parts(origin, parts, pace.most_bytes, pace.residency) }
+        })?;
+        Ok(())
+    }
+}
+
+/// Refuses ranges that leave a source whose length is known.
+fn check_within(origin: Origin<'_>, transfers: &[Transfer]) -> Result<()> {
+    let length = match origin {
+        // Reads see for themselves where the file ends.
+        Origin::File(_) => return Ok(()),
+        Origin::Mapped(mapping, _) => mapping.len(),
+        Origin::Memory(memory) => memory.length,
+    };
     let leaves = |transfer: &Transfer| {
         transfer.offset.checked_add(transfer.length as u64).is_none_or(|end| end > length as u64)
     };
@@ -87,61 +153,107 @@ fn check_within(transfers: &[Transfer], length: usize) -> Result<()> {
     Ok(())
 }
 
+/// Reads `parts`, which lie in the source, on this thread.
+///
+/// # Safety
+///
+/// As for [`read`].
+unsafe fn read_parts(
+    origin: Origin<'_>,
+    parts: impl Iterator<Item = Transfer> + Clone,
+    most_bytes: usize,
+    residency: Residency,
+) -> Result<()> {
+    match origin {
+        Origin::Memory(memory) => {
+            for Transfer { offset, destination, length } in parts {
+                let source = memory.start.wrapping_add(offset as usize);
+                // SAFETY: the range lies in the source, the destination is valid and apart from it (caller).
+                unsafe { std::ptr::copy_nonoverlapping(source, destination, length) };
+            }
+            Ok(())
+        }
+        Origin::File(file) => {
+            // Neighbours in the file come with one read, however small they are.
+            let mut run = Run::new(file, most_bytes);
+            for Transfer { offset, destination, length } in parts {
+                // SAFETY: the caller vouches for the destinations.
+                unsafe { run.add(offset, destination, length) }?;
+            }
+            // SAFETY: as above.
+            unsafe { run.read() }
+        }
+        // SAFETY: the caller vouches for the destinations and the ranges.
+        Origin::Mapped(mapping, file) => unsafe { copy_mapped(mapping, file, parts, residency) },
+    }
+}
+
 /// Copies out of a mapping: its pages are brought in first, many with one call, and where the destination has memory
 /// already the copies go past the processor's caches.
 ///
 /// # Safety
 ///
-/// As for [`read`].
-unsafe fn read_mapped(mapping: &Mapping, file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
-    check_within(transfers, mapping.len())?;
-    let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    let pace = Pace::new(file, transfers, &chunks);
-    parallel::pull(chunks.len(), pace.threads, |chunk| {
-        let mut neighbours: Vec<Range<usize>> = Vec::new();
-        for (index, part) in chunks.parts(chunk) {
-            let start = transfers[index].offset as usize + part.start;
-            match neighbours.last_mut() {
-                Some(last) if last.end == start => last.end += part.len(),
-                _ => neighbours.push(start..start + part.len()),
+/// As for [`read_parts`].
+unsafe fn copy_mapped(
+    mapping: &Mapping,
+    file: &OpenFile,
+    parts: impl Iterator<Item = Transfer> + Clone,
+    residency: Residency,
+) -> Result<()> {
+    let mut neighbours: Vec<Range<usize>> = Vec::new();
+    for Transfer { offset, length, .. } in parts.clone() {
+        let start = offset as usize;
+        match neighbours.last_mut() {
+            Some(last) if last.end == start => last.end += length,
+            _ => neighbours.push(start..start + length),
+        }
+    }
+    for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
+        bring_in(mapping, file, bytes, residency)?;
+    }
+    for Transfer { offset, destination, length } in parts {
+        let source = mapping.as_ptr().wrapping_add(offset as usize);
+        // SAFETY: the part lies in the mapping and in its destination (caller).
+        unsafe {
+            if length >= STREAM_BYTES && has_page(destination.wrapping_add(length / 2)) {
+                copy::stream(source, destination, length);
+            } else {
+                std::ptr::copy_nonoverlapping(source, destination, length);
             }
         }
-        for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
-            bring_in(mapping, file, bytes, pace.residency)?;
-        }
-        for (index, part) in chunks.parts(chunk) {
-            let Transfer { offset, destination, .. } = transfers[index];
-            let source = mapping.as_ptr().wrapping_add(offset as usize + part.start);
-            let destination = destination.wrapping_add(part.start);
-            // SAFETY: the part lies in the mapping (checked) and in its destination, which no other chunk has (caller).
-            unsafe {
-                if part.len() >= STREAM_BYTES && has_page(destination.wrapping_add(part.len() / 2)) {
-                    copy::stream(source, destination, part.len());
-                } else {
-                    std::ptr::copy_nonoverlapping(source, destination, part.len());
-                }
-            }
-        }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
-/// How a file is read.
-struct Pace {
+/// How a source is read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
     residency: Residency,
-    threads: usize,
+    /// How many threads its bytes are worth.
+    pub(crate) threads: usize,
     /// The most bytes of one read.
-    most_bytes: usize,
+    pub(crate) most_bytes: usize,
 }
 
 impl Pace {
-    fn new(file: &OpenFile, transfers: &[Transfer], chunks: &Chunks) -> Pace {
+    fn new(origin: Origin<'_>, transfers: &[Transfer], chunks: &Chunks) -> Pace {
         let threads = parallel::threads_for(chunks.bytes(), chunks.len());
-        // For little it makes no difference.
-        let residency = if chunks.bytes() < parallel::PARALLEL_BYTES {
-            Residency::Unknown
-        } else {
-            residency(&file.file, extent(transfers))
+        Pace::of(origin, chunks.bytes(), || extent(transfers), threads)
+    }
+
+    /// The pace for `bytes` that lie in `extent`, where a source in memory would be read by `threads`.
+    pub(crate) fn of(
+        origin: Origin<'_>,
+        bytes: usize,
+        extent: impl FnOnce() -> Range<u64>,
+        threads: usize,
+    ) -> Pace {
+        let residency = match origin {
+            // For little it makes no difference.
+            Origin::File(file) | Origin::Mapped(_, file) if bytes >= parallel::PARALLEL_BYTES => {
+                residency(&file.file, extent())
+            }
+            _ => Residency::Unknown,
         };
         match residency {
             Residency::Cold => {
@@ -157,25 +269,6 @@ fn extent(transfers: &[Transfer]) -> Range<u64> {
     let start = transfers.iter().map(|transfer| transfer.offset).min().unwrap_or(0);
     let end = transfers.iter().map(|transfer| transfer.offset + transfer.length as u64).max();
     start..end.unwrap_or(start)
-}
-
-/// # Safety
-///
-/// As for [`read`].
-unsafe fn read_file(file: &OpenFile, transfers: &[Transfer]) -> Result<()> {
-    let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-    let pace = Pace::new(file, transfers, &chunks);
-    parallel::pull(chunks.len(), pace.threads, |chunk| {
-        // Neighbours in the file come with one read, however small they are.
-        let mut run = Run::new(file, pace.most_bytes);
-        for (index, part) in chunks.parts(chunk) {
-            let Transfer { offset, destination, .. } = transfers[index];
-            // SAFETY: the caller vouches for the destinations, and no other chunk has these parts of them.
-            unsafe { run.add(offset + part.start as u64, destination.wrapping_add(part.start), part.len()) }?;
-        }
-        // SAFETY: as above.
-        unsafe { run.read() }
-    })
 }
 
 /// A range of a file that is read with one call, into several places.

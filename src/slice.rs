@@ -107,15 +107,24 @@ impl Slice {
 
     /// The byte ranges in the tensor, in the order of the slice's elements.
     pub fn byte_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let runs: u64 = self.loops.iter().map(|&(count, _)| count).product();
-        (0..runs).map(move |run| {
+        self.byte_ranges_of(0..self.nbytes())
+    }
+
+    /// The byte ranges in the tensor of some of the slice's own bytes, which must be within [`Slice::nbytes`].
+    pub fn byte_ranges_of(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let size = self.run_bytes.max(1);
+        let runs = if bytes.is_empty() { 0..0 } else { bytes.start / size..bytes.end.div_ceil(size) };
+        runs.map(move |run| {
             let mut rest = run;
             let mut begin = self.first;
             for &(count, stride) in self.loops.iter().rev() {
                 begin += rest % count * stride;
                 rest /= count;
             }
-            begin..begin + self.run_bytes
+            // The first and the last run may be wanted in part.
+            let from = bytes.start.saturating_sub(run * size);
+            let to = (bytes.end - run * size).min(size);
+            begin + from..begin + to
         })
     }
 }
@@ -146,6 +155,22 @@ mod tests {
         assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(1, 3, 1)]), [1..3, 5..7]);
         assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(0, 4, 2)]), [0..1, 2..3, 4..5, 6..7]);
         assert_eq!(ranges(Dtype::U16, &[5, 2], &[range(0, 5, 3), range(0, 2, 1)]), [0..4, 12..16]);
+    }
+
+    #[test]
+    fn some_of_the_bytes_are_part_of_all() {
+        let axes = [range(0, 3, 2), range(1, 4, 1), range(0, 3, 1)];
+        let slice = Slice::plan("t", Dtype::U16, &[3, 5, 3], &axes).expect("valid");
+        let bytes = |ranges: Vec<Range<u64>>| ranges.into_iter().flatten().collect::<Vec<u64>>();
+        let all = bytes(slice.byte_ranges().collect());
+        assert_eq!(all.len(), 36);
+        for from in 0..36 {
+            for to in from..=36 {
+                let part: Vec<_> = slice.byte_ranges_of(from..to).collect();
+                assert!(part.iter().all(|run| !run.is_empty()));
+                assert_eq!(bytes(part), all[from as usize..to as usize], "{from}..{to}");
+            }
+        }
     }
 
     #[test]
