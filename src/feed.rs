@@ -7,12 +7,13 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::{TensorFile, read_runs};
+use crate::monitor::{Held, Monitor};
 use crate::parallel::{self, PARALLEL_BYTES};
 use crate::reader::{self, Pace, Transfer};
 use crate::slice::Slice;
@@ -71,7 +72,7 @@ struct Shared {
     requests: Vec<Request>,
     slab_bytes: usize,
     most_bytes: usize,
-    state: Mutex<State>,
+    state: Monitor<State>,
     /// A slab became free, or there is no more to do.
     room: Condvar,
     /// A slab was filled, or that failed.
@@ -188,7 +189,7 @@ impl Feed {
             requests,
             slab_bytes,
             most_bytes: pace.most_bytes,
-            state: Mutex::new(state),
+            state: Monitor::new(state),
             room: Condvar::new(),
             filled: Condvar::new(),
         });
@@ -207,7 +208,7 @@ impl Feed {
     ///
     /// As for [`Feed::new`].
     pub unsafe fn add(&self, slab: *mut u8) -> usize {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         state.slabs.push(Slab(slab));
         let number = state.slabs.len() - 1;
         state.free.push(number);
@@ -217,13 +218,13 @@ impl Feed {
 
     /// Whether a thread has nothing to do for want of a slab.
     pub fn is_starved(&self) -> bool {
-        let state = self.shared.lock();
+        let state = self.shared.state.lock();
         state.waiting > 0 && state.free.is_empty() && !state.cursor.is_done()
     }
 
     /// Gives back a slab that was taken; its bytes are elsewhere.
     pub fn give(&self, slab: usize) {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         debug_assert!(!state.free.contains(&slab), "given back twice");
         state.free.push(slab);
         self.shared.room.notify_one();
@@ -238,7 +239,7 @@ impl Feed {
     pub fn take(&self, wait: Duration) -> Result<Taken> {
         let until = Instant::now() + wait;
         let shared = &*self.shared;
-        let mut state = shared.lock();
+        let mut state = shared.state.lock();
         loop {
             if let Some(failure) = state.failure.take() {
                 state.stopped = true;
@@ -256,22 +257,21 @@ impl Feed {
                     return Ok(Taken::Later);
                 }
                 drop(shared.fill_next(state));
-                state = shared.lock();
+                state = shared.state.lock();
                 continue;
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(Taken::Later);
             }
-            state =
-                shared.filled.wait_timeout(state, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+            state.wait_for(&shared.filled, left);
         }
     }
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        self.shared.lock().stopped = true;
+        self.shared.state.lock().stopped = true;
         self.shared.room.notify_all();
         for thread in self.threads.drain(..) {
             // A panic was caught where it happened.
@@ -281,17 +281,13 @@ impl Drop for Feed {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
     /// What each thread does.
     fn work(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while !state.stopped && state.failure.is_none() && !state.cursor.is_done() {
             if state.free.is_empty() {
                 state.waiting += 1;
-                state = self.room.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+                state.wait(&self.room);
                 state.waiting -= 1;
             } else {
                 state = self.fill_next(state);
@@ -303,7 +299,7 @@ impl Shared {
     }
 
     /// Fills a free slab, of which there must be one, without holding the lock.
-    fn fill_next<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    fn fill_next<'a>(&'a self, mut state: Held<'a, State>) -> Held<'a, State> {
         let parts = state.cursor.next(&self.requests, self.slab_bytes);
         let slab = state.free.pop().expect("the caller has looked");
         let Slab(start) = state.slabs[slab];
@@ -315,7 +311,7 @@ impl Shared {
         let outcome = outcome.unwrap_or_else(|_| {
             Err(Error::new(ErrorKind::Panic, "a thread that reads panicked: a bug of this library"))
         });
-        state = self.lock();
+        state = self.state.lock();
         state.filling -= 1;
         match outcome {
             Ok(()) => state.full.push_back((slab, parts)),

@@ -15,6 +15,7 @@ mod file;
 mod header;
 mod layout;
 mod memory;
+mod monitor;
 mod page_cache;
 mod parallel;
 mod prefault;

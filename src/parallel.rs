@@ -67,13 +67,20 @@ pub fn pull_until(
         }
     };
     std::thread::scope(|scope| {
+        let mut others = Vec::new();
         for _ in 1..threads {
-            // A machine that gives no more threads still has this one.
-            if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
-                break;
+            match std::thread::Builder::new().spawn_scoped(scope, run) {
+                Ok(thread) => others.push(thread),
+                // A machine that gives no more threads still has this one.
+                Err(_) => break,
             }
         }
         run();
+        for thread in others {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
     });
     let failure = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
     failure.map_or(Ok(next.into_inner()), Err)
