@@ -1,7 +1,12 @@
 #include "cpp/dtype.h"
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/copy.h>
+#include <ATen/ops/empty.h>
+
 #include <array>
 #include <string_view>
+#include <utility>
 
 #include "cpp/compat.h"
 #include "cpp/error.h"
@@ -115,6 +120,33 @@ void append_header_shape(std::vector<uint64_t>& out, c10::ScalarType type, c10::
                                        "format cannot hold: save it as `.reshape(1)`");
         }
         out.back() *= 2;
+    }
+}
+
+// Tried on one element on the CPU, as torch has no other way to ask; the last answer is kept, as most questions are the
+// same as the one before.
+std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::ScalarType to) {
+    thread_local std::pair<c10::ScalarType, c10::ScalarType> known{at::kFloat, at::kFloat};
+    if (from == to || known == std::pair(from, to)) {
+        return std::nullopt;
+    }
+    try {
+        const at::NoGradGuard no_grad;
+        const auto options = at::TensorOptions().device(at::kCPU);
+        at::empty({1}, options.dtype(to)).copy_(at::empty({1}, options.dtype(from)));
+    } catch (const c10::Error& error) {
+        return error.what_without_backtrace();
+    }
+    known = {from, to};
+    return std::nullopt;
+}
+
+void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor) {
+    if (const auto reason = why_not_convertible(from, to)) {
+        fail(Kind::safetensor,
+             "tensor " + repr(std::string(tensor)) + " of " + c10::getDtypeNames(from).first +
+                 " cannot be converted to " + c10::getDtypeNames(to).first + ": " + *reason,
+             SFT_ERROR_UNSUPPORTED_DTYPE);
     }
 }
 

@@ -27,4 +27,10 @@ c10::DimVector to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> shape, 
 void append_header_shape(std::vector<uint64_t>& out, c10::ScalarType type, c10::IntArrayRef shape,
                          const std::string& tensor);
 
+// Why torch cannot convert from the one dtype to the other; none where it can.
+std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::ScalarType to);
+
+// Fails for that reason, naming the tensor.
+void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor);
+
 }  // namespace safetensors_torch

@@ -25,7 +25,10 @@ uint64_t not_negative(int64_t value) {
 File::File(const std::string& path, const std::string& backend)
     : file_(guarded([&] { return open_file(path, backend); })) {
     lender_.lends = backend == "mmap";
+    lender_.shown = lender_.lends;
 }
+
+File::File(const at::Tensor& data) : file_(guarded([&] { return open_bytes(data); })) {}
 
 SharedFile File::opened() const {
     SharedFile file = std::atomic_load(&file_);
@@ -106,13 +109,14 @@ std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names,
     for (const std::string& name : names) {
         indices.push_back(find(**file, name));
     }
-    return tensors_of(Loader(file, lender_, std::move(indices), device));
+    Loader loader(file, lender_, std::move(indices), Target{device, {}});
+    return tensors_of(loader);
 }
 
-at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
-                           const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
-                           c10::Device device) const {
-    const auto file = opened();
+namespace {
+
+SliceLoader slice_loader(const SharedFile& file, const std::string& name, const std::vector<int64_t>& starts,
+                         const std::vector<int64_t>& stops, const std::vector<int64_t>& steps, c10::Device device) {
     if (starts.size() != stops.size() || starts.size() != steps.size()) {
         fail(Kind::value, "a slice takes one start, one stop and one step a dimension");
     }
@@ -120,14 +124,39 @@ at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& 
     for (size_t axis = 0; axis < starts.size(); ++axis) {
         ranges.push_back({not_negative(starts[axis]), not_negative(stops[axis]), not_negative(steps[axis])});
     }
-    return load_slice(**file, find(**file, name), std::move(ranges), device);
+    return {file, find(**file, name), std::move(ranges), device};
 }
 
-Mismatch File::load_state(const Tensors& state, const std::vector<std::string>& optional, const std::string& class_name,
-                          bool strict) const {
-    const auto file = opened();
-    return safetensors_torch::load_state(file, lender_, state, optional, class_name, strict);
+}  // namespace
+
+at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
+                           const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                           c10::Device device) const {
+    SliceLoader loader = slice_loader(opened(), name, starts, stops, steps, device);
+    loader.advance(Deadline::never());
+    return loader.tensor();
 }
+
+c10::intrusive_ptr<PendingLoad> File::start_load(const std::optional<std::vector<std::string>>& names,
+                                                 c10::Device device, std::optional<c10::ScalarType> dtype) const {
+    auto loader = std::make_unique<Loader>(load_all(opened(), lender_, Target{device, dtype}, names));
+    return c10::make_intrusive<PendingLoad>(std::move(loader));
+}
+
+c10::intrusive_ptr<PendingSlice> File::start_slice(const std::string& name, const std::vector<int64_t>& starts,
+                                                   const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                                                   c10::Device device) const {
+    auto loader = std::make_unique<SliceLoader>(slice_loader(opened(), name, starts, stops, steps, device));
+    return c10::make_intrusive<PendingSlice>(std::move(loader));
+}
+
+c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const std::vector<std::string>& optional,
+                                                   const std::string& class_name, bool strict) const {
+    auto loader = std::make_unique<StateLoader>(opened(), lender_, state, optional, class_name, strict);
+    return c10::make_intrusive<PendingState>(std::move(loader));
+}
+
+void File::prefault(bool wait) const { (*opened())->prefault(wait); }
 
 void File::close() { std::atomic_store(&file_, SharedFile()); }
 
@@ -160,6 +189,10 @@ void register_file(torch::Library& library) {
         .def("get_tensor", clean(&File::get_tensor))
         .def("get_tensors", clean(&File::get_tensors))
         .def("get_slice", clean(&File::get_slice))
+        .def("start_load", clean(&File::start_load))
+        .def("start_slice", clean(&File::start_slice))
+        .def("start_state", clean(&File::start_state))
+        .def("prefault", clean(&File::prefault))
         .def("close", &File::close)
         .def("is_open", &File::is_open);
 }

@@ -9,6 +9,7 @@
 
 #include "cpp/load.h"
 #include "cpp/model.h"
+#include "cpp/pending_load.h"
 #include "cpp/save.h"
 
 namespace safetensors_torch {
@@ -17,6 +18,9 @@ namespace safetensors_torch {
 class File : public torch::CustomClassHolder {
   public:
     File(const std::string& path, const std::string& backend);
+
+    // Over the bytes of `data`, as open_bytes() takes them; nothing of it is lent.
+    explicit File(const at::Tensor& data);
 
     std::vector<std::string> keys() const;
     std::vector<std::string> offset_keys() const;
@@ -31,8 +35,18 @@ class File : public torch::CustomClassHolder {
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names, c10::Device device) const;
     at::Tensor get_slice(const std::string& name, const std::vector<int64_t>& starts, const std::vector<int64_t>& stops,
                          const std::vector<int64_t>& steps, c10::Device device) const;
-    Mismatch load_state(const Tensors& state, const std::vector<std::string>& optional, const std::string& class_name,
-                        bool strict) const;
+
+    // The same in steps. Tensors come in file order; without `names`, all of them.
+    c10::intrusive_ptr<PendingLoad> start_load(const std::optional<std::vector<std::string>>& names, c10::Device device,
+                                               std::optional<c10::ScalarType> dtype) const;
+    c10::intrusive_ptr<PendingSlice> start_slice(const std::string& name, const std::vector<int64_t>& starts,
+                                                 const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                                                 c10::Device device) const;
+    c10::intrusive_ptr<PendingState> start_state(const Tensors& state, const std::vector<std::string>& optional,
+                                                 const std::string& class_name, bool strict) const;
+    // Brings the pages of a mapping in: before this returns, or in the background.
+    void prefault(bool wait) const;
+
     void close();
     bool is_open() const;
 

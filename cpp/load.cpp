@@ -4,7 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/TensorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 
@@ -58,6 +60,22 @@ at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
     return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
 }
 
+// Whether the tensor's elements lie in a storage that copies can be made to.
+bool has_memory(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
+
+// The device, with the index of the current one where there was none.
+c10::Device with_index(c10::Device device) {
+    if (device.has_index() || device.is_cpu() || device.is_meta()) {
+        return device;
+    }
+    return c10::impl::VirtualGuardImpl(device.type()).getDevice();
+}
+
+// The dtype that a tensor is to have: of floating-point tensors the one asked for, of others their own.
+c10::ScalarType converted(c10::ScalarType stored, std::optional<c10::ScalarType> wanted) {
+    return wanted && c10::isFloatingType(stored) ? *wanted : stored;
+}
+
 }  // namespace
 
 NamedTensors named(const Tensors& tensors) {
@@ -69,40 +87,75 @@ NamedTensors named(const Tensors& tensors) {
     return result;
 }
 
-SharedFile open_file(const std::string& path, const std::string& backend) {
-    return std::make_shared<const rust::Box<core::File>>(core::open_file(as_bytes(path), as_bytes(backend)));
-}
-
-SharedFile open_bytes(const at::Tensor& data) {
-    if (data.scalar_type() != at::kByte || data.dim() != 1 || !data.is_cpu() || !data.is_contiguous()) {
-        fail(Kind::value, "load takes the bytes of a file as a contiguous one-dimensional uint8 tensor on the CPU");
+Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Target target)
+    : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), target_(target) {
+    target_.device = with_index(target_.device);
+    if (target_.dtype && !c10::isFloatingType(*target_.dtype)) {
+        fail(Kind::value, "dtype must be a floating-point one, not " + c10::getDtypeNames(*target_.dtype).first);
     }
-    return std::make_shared<const rust::Box<core::File>>(
-        core::open_memory(static_cast<const uint8_t*>(data.const_data_ptr()), data.nbytes()));
-}
-
-std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index) {
-    const uint8_t dtype = file.dtype(index);
-    const rust::Str name = file.name(index);
-    return {to_torch(dtype, name), to_torch_shape(dtype, file.shape(index), name)};
-}
-
-Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, c10::Device device)
-    : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), device_(device) {
+    const core::File& core_file = **file_;
     std::vector<size_t> to_read;
     for (size_t i = 0; i < indices_.size(); ++i) {
         // Fails for a tensor that torch cannot hold, before anything is read.
-        describe(**file_, indices_[i]);
-        const bool has_bytes = (*file_)->nbytes(indices_[i]) != 0;
-        if (device_.is_cpu() && has_bytes && lendable(**file_, lender_, indices_[i]) == nullptr) {
+        const auto [stored, shape] = describe(core_file, indices_[i]);
+        const auto type = converted(stored, target_.dtype);
+        if (target_.device.is_meta()) {
+            continue;
+        }
+        if (!target_.device.is_cpu() || type != stored) {
+            set_aside(i, stored, type, shape);
+        } else if (core_file.nbytes(indices_[i]) != 0 && lendable(core_file, lender_, indices_[i]) == nullptr) {
             places_.resize(indices_.size(), kLent);
             places_[i] = to_read.size();
             to_read.push_back(indices_[i]);
         }
     }
     if (!to_read.empty()) {
-        loaded_ = (*file_)->load({to_read.data(), to_read.size()});
+        loading_ = core_file.load({to_read.data(), to_read.size()});
     }
+    if (!destinations_.empty()) {
+        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.shown);
+    }
+}
+
+// Memory for number `i` on the device, which the upload is to fill.
+void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape) {
+    aside_.resize(indices_.size());
+    check_conversion(stored, type, (*file_)->name(indices_[i]));
+    try {
+        aside_[i] = empty_on(target_.device, type, shape);
+    } catch (const c10::OutOfMemoryError& error) {
+        throw c10::OutOfMemoryError("tensor " + repr(name(i)) + " of " + std::to_string((*file_)->nbytes(indices_[i])) +
+                                        " bytes: " + error.what_without_backtrace(),
+                                    nullptr);
+    }
+    if ((*file_)->nbytes(indices_[i]) == 0) {
+        return;
+    }
+    if (has_memory(aside_[i])) {
+        destinations_.push_back({indices_[i], stored, aside_[i]});
+    } else {
+        // Of a device that keeps to itself where its bytes are.
+        aside_[i].reset();
+    }
+}
+
+bool Loader::advance(Deadline until) {
+    if (loading_) {
+        (*loading_)->advance(until.milliseconds_left());
+        if ((*loading_)->done_bytes() < (*loading_)->total_bytes()) {
+            return false;
+        }
+    }
+    return !upload_ || upload_->advance(until);
+}
+
+uint64_t Loader::total_bytes() const {
+    return (loading_ ? (*loading_)->total_bytes() : 0) + (upload_ ? upload_->total_bytes() : 0);
+}
+
+uint64_t Loader::done_bytes() const {
+    return (loading_ ? (*loading_)->done_bytes() : 0) + (upload_ ? upload_->done_bytes() : 0);
 }
 
 std::string Loader::name(size_t i) const { return std::string((*file_)->name(indices_[i])); }
@@ -110,38 +163,53 @@ std::string Loader::name(size_t i) const { return std::string((*file_)->name(ind
 at::Tensor Loader::tensor(size_t i) const {
     const core::File& file = **file_;
     const size_t index = indices_[i];
-    const auto [type, shape] = describe(file, index);
-    const uint64_t nbytes = file.nbytes(index);
-    if (device_.is_meta() || (nbytes == 0 && device_.is_cpu())) {
-        return empty_on(device_, type, shape);
+    if (!aside_.empty() && aside_[i].defined()) {
+        return aside_[i];
     }
-    if (!device_.is_cpu()) {
-        return load_tensor(file_, lender_, index, at::kCPU).to(device_);
+    const auto [stored, shape] = describe(file, index);
+    const auto type = converted(stored, target_.dtype);
+    const uint64_t nbytes = file.nbytes(index);
+    if (target_.device.is_meta() || nbytes == 0) {
+        return empty_on(target_.device, type, shape);
+    }
+    if (!target_.device.is_cpu()) {
+        return load_tensor(file_, lender_, index, at::kCPU).to(target_.device).to(type);
     }
     if (places_.empty() || places_[i] == kLent) {
         return over(lend(file, lender_, lendable(file, lender_, index)), nbytes, type, shape, nullptr);
     }
-    const core::Loaded& loaded = **loaded_;
-    c10::DataPtr data(loaded.data(places_[i]), as_context(loaded.share(places_[i])), &release_block, c10::kCPU);
+    const core::Loading& loading = **loading_;
+    c10::DataPtr data(loading.data(places_[i]), as_context(loading.share(places_[i])), &release_block, c10::kCPU);
     return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
 }
 
-Loader load_all(SharedFile file, Lender lender, c10::Device device) {
-    std::vector<size_t> indices((*file)->count());
-    std::iota(indices.begin(), indices.end(), 0);
-    return {std::move(file), std::move(lender), std::move(indices), device};
+Loader load_all(SharedFile file, Lender lender, Target target, const std::optional<std::vector<std::string>>& names) {
+    std::vector<size_t> indices;
+    if (names) {
+        for (const std::string& name : *names) {
+            indices.push_back((*file)->find(as_bytes(name)));
+        }
+        std::sort(indices.begin(), indices.end());
+        indices.erase(std::unique(indices.begin(), indices.end()), indices.end());
+    } else {
+        indices.resize((*file)->count());
+        std::iota(indices.begin(), indices.end(), 0);
+    }
+    return {std::move(file), std::move(lender), std::move(indices), target};
 }
 
-Loader load_file(const std::string& path, c10::Device device, const std::string& backend,
-                 std::optional<bool> prefault) {
+Loader load_file(const std::string& path, Target target, const std::string& backend, std::optional<bool> prefault,
+                 const std::optional<std::vector<std::string>>& names) {
     auto file = open_file(path, backend);
-    if (prefault.value_or(true) && !device.is_meta()) {
+    // What goes to a device is read, and a few tensors of many are better left to the touch.
+    if (prefault.value_or(!names.has_value()) && target.device.is_cpu()) {
         (*file)->prefault(/*wait=*/prefault.has_value());
     }
-    return load_all(std::move(file), Lender{backend == "mmap", {}}, device);
+    return load_all(std::move(file), Lender{backend == "mmap", {}, false}, target, names);
 }
 
-std::vector<at::Tensor> tensors_of(const Loader& loader) {
+std::vector<at::Tensor> tensors_of(Loader& loader) {
+    loader.advance(Deadline::never());
     std::vector<at::Tensor> tensors;
     tensors.reserve(loader.size());
     for (size_t i = 0; i < loader.size(); ++i) {
@@ -150,7 +218,8 @@ std::vector<at::Tensor> tensors_of(const Loader& loader) {
     return tensors;
 }
 
-Tensors dict_of(const Loader& loader) {
+Tensors dict_of(Loader& loader) {
+    loader.advance(Deadline::never());
     Tensors tensors;
     tensors.reserve(loader.size());
     for (size_t i = 0; i < loader.size(); ++i) {
@@ -159,7 +228,7 @@ Tensors dict_of(const Loader& loader) {
     return tensors;
 }
 
-Lists lists_of(const Loader& loader) {
+Lists lists_of(Loader& loader) {
     std::vector<std::string> names;
     names.reserve(loader.size());
     for (size_t i = 0; i < loader.size(); ++i) {
@@ -169,10 +238,13 @@ Lists lists_of(const Loader& loader) {
 }
 
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device) {
-    return Loader(std::move(file), lender, {index}, device).tensor(0);
+    Loader loader(std::move(file), lender, {index}, Target{device, {}});
+    loader.advance(Deadline::never());
+    return loader.tensor(0);
 }
 
-at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Range> ranges, c10::Device device) {
+SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core::Range> ranges, c10::Device device) {
+    const core::File& file = **shared_file;
     const uint8_t dtype = file.dtype(index);
     const rust::Str name = file.name(index);
     const auto type = to_torch(dtype, name);
@@ -192,23 +264,17 @@ at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Ra
     const rust::Slice<const core::Range> view(ranges.data(), ranges.size());
     const auto header_shape = file.slice_shape(index, view);
     const auto shape = to_torch_shape(dtype, {header_shape.data(), header_shape.size()}, name);
-    if (device.is_meta()) {
-        return empty_on(device, type, shape);
+    tensor_ = empty_on(with_index(device), type, shape);
+    if (tensor_.is_meta() || tensor_.numel() == 0) {
+        return;
     }
-    at::Tensor result = empty_on(at::kCPU, type, shape);
-    file.read_slice(index, view, static_cast<uint8_t*>(result.mutable_data_ptr()), result.nbytes());
-    return result.to(device);
-}
-
-void read_into(const core::File& file, const std::vector<std::pair<size_t, at::Tensor>>& destinations) {
-    std::vector<core::Request> requests;
-    requests.reserve(destinations.size());
-    for (const auto& [index, destination] : destinations) {
-        requests.push_back({index, static_cast<uint8_t*>(destination.mutable_data_ptr()), destination.nbytes()});
-        // The write goes past autograd, which must still learn that saved values are stale.
-        destination.unsafeGetTensorImpl()->bump_version();
+    if (!tensor_.is_cpu() && has_memory(tensor_)) {
+        upload_ = std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, ranges);
+        return;
     }
-    file.read({requests.data(), requests.size()});
+    at::Tensor host = tensor_.is_cpu() ? tensor_ : empty_on(at::kCPU, type, shape);
+    file.read_slice(index, view, static_cast<uint8_t*>(host.mutable_data_ptr()), host.nbytes());
+    tensor_ = host.to(device);
 }
 
 }  // namespace safetensors_torch

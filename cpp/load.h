@@ -4,8 +4,8 @@
 #include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
-#include <c10/util/DimVector.h>
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,7 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "safetensors-torch/src/bridge.rs.h"
+#include "cpp/deadline.h"
+#include "cpp/open_file.h"
+#include "cpp/upload.h"
 
 namespace safetensors_torch {
 
@@ -23,29 +25,38 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 // The tensors of a dict, in its order.
 NamedTensors named(const Tensors& tensors);
 
-// A file of the core that many can hold: the open file, and the slices taken from it.
-using SharedFile = std::shared_ptr<const rust::Box<core::File>>;
-
-SharedFile open_file(const std::string& path, const std::string& backend);
-
-// A file over the bytes of `data` (uint8, 1-D, contiguous, on the CPU), which must live as long as the result.
-SharedFile open_bytes(const at::Tensor& data);
-
 // What lends tensors their memory, for files whose bytes are in memory.
 struct Lender {
     // Whether tensors may use the file's memory: it is a mapping, or bytes that `data` owns.
     bool lends = false;
     // The owner of bytes in memory; undefined for a mapping.
     at::Tensor data;
+    // Whether tensors over the mapping may have been written to, which copies are to show.
+    bool shown = false;
 };
 
-// The tensors at some places of a file, made one by one, each with a storage of its own, without grad.
+// Where tensors are to be, and what.
+struct Target {
+    c10::Device device = c10::kCPU;
+    // Of the tensors that the file has in another floating-point dtype.
+    std::optional<c10::ScalarType> dtype;
+};
+
+// The tensors at some places of a file, each with a storage of its own, without grad.
 //
-// What has to be read into host memory is read when the loader is made, all of it in parallel. Tensors for another
-// device come to the host one at a time, as they are made, so that the host never holds more than one of them.
+// Where they are on a device, or of another dtype than in the file, their memory is set aside when the loader is made.
 class Loader {
   public:
-    Loader(SharedFile file, Lender lender, std::vector<size_t> indices, c10::Device device);
+    // Checks everything and sets memory aside; nothing is read yet.
+    Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Target target);
+
+    // Goes on reading until all is there, or the time is up; whether all is. On a device with streams, it is there for
+    // what the caller's stream does from then on.
+    bool advance(Deadline until);
+
+    // What has to be read, and how much of that is.
+    uint64_t total_bytes() const;
+    uint64_t done_bytes() const;
 
     // How many tensors there are.
     size_t size() const { return indices_.size(); }
@@ -53,51 +64,61 @@ class Loader {
     // The name of number `i` below size().
     std::string name(size_t i) const;
 
-    // Number `i` below size(). To be called once for each.
+    // Number `i` below size(), once advance() is done. To be called once for each.
     at::Tensor tensor(size_t i) const;
 
   private:
+    void set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape);
+
     SharedFile file_;
     Lender lender_;
     std::vector<size_t> indices_;
-    c10::Device device_;
-    // What was read, and for each tensor its place there or kLent; both empty where nothing had to be read.
-    std::optional<rust::Box<core::Loaded>> loaded_;
+    Target target_;
+    // Reads into host memory, and for each tensor its place there or kLent; both empty where nothing is read so.
+    std::optional<rust::Box<core::Loading>> loading_;
     std::vector<size_t> places_;
+    // Copies into tensors that were set aside, and those; undefined or empty where there are none.
+    std::unique_ptr<Upload> upload_;
+    std::vector<Destination> destinations_;
+    std::vector<at::Tensor> aside_;
 };
 
-// All tensors of `file`, in file order.
-Loader load_all(SharedFile file, Lender lender, c10::Device device);
+// All tensors of `file`, in file order, or those of `names`, which it must have.
+Loader load_all(SharedFile file, Lender lender, Target target, const std::optional<std::vector<std::string>>& names);
 
-// All tensors of the file at `path`, in file order. What is mapped is brought in before this returns, or not at all,
-// or, where `prefault` has no value, in the background.
-Loader load_file(const std::string& path, c10::Device device, const std::string& backend, std::optional<bool> prefault);
+// The same for the file at `path`. What is mapped is brought in before this returns, or not at all, or, where
+// `prefault` has no value, in the background.
+Loader load_file(const std::string& path, Target target, const std::string& backend, std::optional<bool> prefault,
+                 const std::optional<std::vector<std::string>>& names);
 
-// All that `loader` makes.
-std::vector<at::Tensor> tensors_of(const Loader& loader);
+// All that `loader` makes, once it has read to the end.
+std::vector<at::Tensor> tensors_of(Loader& loader);
 
 // The same as a dict.
-Tensors dict_of(const Loader& loader);
+Tensors dict_of(Loader& loader);
 
 // The same as a list of names and one of tensors, which become a Python dict in half the time that a Dict takes.
 using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
-Lists lists_of(const Loader& loader);
+Lists lists_of(Loader& loader);
 
 // One tensor of a file.
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device);
 
-// Part of the tensor at `index`: one range a dimension of torch's shape; reads only the bytes that it needs.
-at::Tensor load_slice(const core::File& file, size_t index, std::vector<core::Range> ranges, c10::Device device);
+// Part of a tensor, one range a dimension of torch's shape; only the bytes that it needs are read.
+class SliceLoader {
+  public:
+    SliceLoader(SharedFile file, size_t index, std::vector<core::Range> ranges, c10::Device device);
 
-// Reads whole tensors into contiguous CPU tensors of the same number of bytes, in parallel: (index, destination).
-void read_into(const core::File& file, const std::vector<std::pair<size_t, at::Tensor>>& destinations);
+    bool advance(Deadline until) { return !upload_ || upload_->advance(until); }
+    uint64_t total_bytes() const { return upload_ ? upload_->total_bytes() : 0; }
+    uint64_t done_bytes() const { return upload_ ? upload_->done_bytes() : 0; }
 
-// torch's dtype and shape of the tensor at `index`.
-std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index);
+    // The slice, once advance() is done.
+    const at::Tensor& tensor() const { return tensor_; }
 
-// A name for the core, as bytes: whether it is UTF-8 is for the core to say.
-inline rust::Slice<const uint8_t> as_bytes(const std::string& text) {
-    return {reinterpret_cast<const uint8_t*>(text.data()), text.size()};
-}
+  private:
+    at::Tensor tensor_;
+    std::unique_ptr<Upload> upload_;
+};
 
 }  // namespace safetensors_torch

@@ -3,25 +3,17 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/copy.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <map>
-#include <set>
 #include <unordered_set>
 
+#include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "cpp/shared.h"
 
 namespace safetensors_torch {
 namespace {
-
-// A tensor of the file and the one of the model that it goes into.
-struct Match {
-    size_t index;
-    std::string name;
-    at::Tensor destination;
-};
 
 std::string quoted_list(const std::vector<std::string>& names) {
     std::string out;
@@ -46,9 +38,10 @@ bool is_old_scalar(c10::IntArrayRef source, c10::IntArrayRef destination) {
     return destination.empty() && source.size() == 1 && source[0] == 1;
 }
 
-void check_shapes(const core::File& file, const std::vector<Match>& matches, const std::string& class_name) {
+template <typename Matches>
+void check_shapes(const core::File& file, const Matches& matches, const std::string& class_name) {
     std::string faults;
-    for (const Match& match : matches) {
+    for (const auto& match : matches) {
         const auto shape = describe(file, match.index).second;
         const auto expected = match.destination.sizes();
         if (expected != c10::IntArrayRef(shape) && !is_old_scalar(shape, expected)) {
@@ -87,8 +80,9 @@ void check_names(const Mismatch& mismatch, const std::string& class_name) {
 }
 
 // Torch refuses to copy into an expanded tensor, whose elements share memory with each other.
-void check_destinations(const std::vector<Match>& matches, const std::string& class_name) {
-    for (const Match& match : matches) {
+template <typename Matches>
+void check_destinations(const Matches& matches, const std::string& class_name) {
+    for (const auto& match : matches) {
         if (at::has_internal_overlap(match.destination) == at::MemOverlap::Yes) {
             fail(Kind::runtime,
                  heading(class_name) + "\n\t" + match.name +
@@ -98,65 +92,28 @@ void check_destinations(const std::vector<Match>& matches, const std::string& cl
     }
 }
 
-// Tries each conversion that the load will need on one element, as torch has no other way to ask.
-void check_conversions(const core::File& file, const std::vector<Match>& matches, const std::string& class_name) {
-    const at::NoGradGuard no_grad;
-    std::set<std::pair<c10::ScalarType, c10::ScalarType>> known;
-    for (const Match& match : matches) {
+template <typename Matches>
+void check_conversions(const core::File& file, const Matches& matches, const std::string& class_name) {
+    for (const auto& match : matches) {
         const auto from = describe(file, match.index).first;
         const auto to = match.destination.scalar_type();
-        if (from == to || known.count({from, to}) != 0) {
-            continue;
-        }
-        try {
-            const auto options = at::TensorOptions().device(at::kCPU);
-            at::empty({1}, options.dtype(to)).copy_(at::empty({1}, options.dtype(from)));
-        } catch (const c10::Error& error) {
+        if (const auto reason = why_not_convertible(from, to)) {
             fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + match.name + ": a param of " +
                                     c10::getDtypeNames(from).first + " from checkpoint cannot be copied into the " +
-                                    c10::getDtypeNames(to).first +
-                                    " of the current model: " + error.what_without_backtrace());
+                                    c10::getDtypeNames(to).first + " of the current model: " + *reason);
         }
-        known.insert({from, to});
     }
 }
 
-// Whether the file's bytes are, as they are, what the tensor is to hold.
-bool takes_bytes(const core::File& file, const Match& match) {
-    const auto [type, shape] = describe(file, match.index);
-    const at::Tensor& tensor = match.destination;
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == type &&
-           tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() && tensor.sizes() == c10::IntArrayRef(shape);
-}
-
-// Fills the model's tensors: in parallel, straight into their memory, where the bytes fit and no two share it. With
-// `aliased`, some do, and the file has both: one after the other then, so that the last one counts.
-void fill(const SharedFile& shared_file, const Lender& lender, const std::vector<Match>& matches, bool aliased) {
-    const at::NoGradGuard no_grad;
-    const core::File& file = **shared_file;
-    std::vector<std::pair<size_t, at::Tensor>> direct;
-    for (const Match& match : matches) {
-        if (!aliased && takes_bytes(file, match)) {
-            direct.emplace_back(match.index, match.destination);
-        }
-    }
-    read_into(file, direct);
-    for (const Match& match : matches) {
-        if (aliased || !takes_bytes(file, match)) {
-            at::Tensor loaded = load_tensor(shared_file, lender, match.index, at::kCPU);
-            if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
-                loaded = loaded.select(0, 0);
-            }
-            match.destination.copy_(loaded);
-        }
-    }
-}
+// Autograd must learn that values which it may have saved are stale.
+void note_write(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
 
 }  // namespace
 
-Mismatch load_state(const SharedFile& shared_file, const Lender& lender, const Tensors& state,
-                    const std::vector<std::string>& optional, const std::string& class_name, bool strict) {
-    const core::File& file = **shared_file;
+StateLoader::StateLoader(SharedFile shared_file, Lender lender, const Tensors& state,
+                         const std::vector<std::string>& optional, const std::string& class_name, bool strict)
+    : file_(std::move(shared_file)), lender_(std::move(lender)) {
+    const core::File& file = **file_;
     const NamedTensors tensors = named(state);
     check_on_device(tensors);
     std::unordered_set<std::string> in_file;
@@ -166,37 +123,110 @@ Mismatch load_state(const SharedFile& shared_file, const Lender& lender, const T
     const auto dropped = tied_names(tensors, in_file);
     const std::unordered_set<std::string> may_be_absent(optional.begin(), optional.end());
 
-    std::vector<Match> matches;
-    Mismatch mismatch;
     bool aliased = false;
     for (const auto& [name, tensor] : tensors) {
         const bool is_dropped = dropped.count(name) != 0;
         if (in_file.count(name) == 0) {
             if (!is_dropped && may_be_absent.count(name) == 0) {
-                mismatch.first.push_back(name);
+                mismatch_.first.push_back(name);
             }
             continue;
         }
         // A file with a tied name beside the kept one was not made from such a model.
         if (is_dropped) {
-            mismatch.second.push_back(name);
+            mismatch_.second.push_back(name);
             aliased = true;
         }
-        matches.push_back({file.find(as_bytes(name)), name, tensor});
+        matches_.push_back({file.find(as_bytes(name)), name, tensor});
         in_file.erase(name);
     }
-    mismatch.second.insert(mismatch.second.end(), in_file.begin(), in_file.end());
-    std::sort(mismatch.first.begin(), mismatch.first.end());
-    std::sort(mismatch.second.begin(), mismatch.second.end());
+    mismatch_.second.insert(mismatch_.second.end(), in_file.begin(), in_file.end());
+    std::sort(mismatch_.first.begin(), mismatch_.first.end());
+    std::sort(mismatch_.second.begin(), mismatch_.second.end());
 
-    check_destinations(matches, class_name);
-    check_shapes(file, matches, class_name);
-    check_conversions(file, matches, class_name);
+    check_destinations(matches_, class_name);
+    check_shapes(file, matches_, class_name);
+    check_conversions(file, matches_, class_name);
     if (strict) {
-        check_names(mismatch, class_name);
+        check_names(mismatch_, class_name);
     }
-    fill(shared_file, lender, matches, aliased);
-    return mismatch;
+    plan(aliased);
+}
+
+// Which tensor is filled in which way. With `aliased`, some share memory, and the file has both: one after the other
+// then, so that the last one counts.
+void StateLoader::plan(bool aliased) {
+    const core::File& file = **file_;
+    std::vector<core::Request> requests;
+    std::map<std::string, std::vector<Destination>> by_device;
+    for (Match& match : matches_) {
+        const at::Tensor& tensor = match.destination;
+        const auto stored = describe(file, match.index).first;
+        const uint64_t nbytes = file.nbytes(match.index);
+        total_ += nbytes;
+        if (aliased || !takes_bytes(match)) {
+            rest_.push_back(match);
+        } else if (!tensor.is_cpu()) {
+            by_device[tensor.device().str()].push_back({match.index, stored, tensor});
+        } else {
+            requests.push_back({match.index, static_cast<uint8_t*>(tensor.mutable_data_ptr()), nbytes});
+        }
+    }
+    reading_ = file.read({requests.data(), requests.size()});
+    for (auto& [device, destinations] : by_device) {
+        uploads_.push_back(std::make_unique<Upload>(file_, std::move(destinations), /*shown=*/true));
+    }
+}
+
+// Whether the file's bytes can be copied to where the tensor's elements are, one behind the other.
+bool StateLoader::takes_bytes(const Match& match) const {
+    const auto [type, shape] = describe(**file_, match.index);
+    const at::Tensor& tensor = match.destination;
+    return tensor.layout() == at::kStrided && tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() &&
+           tensor.sizes() == c10::IntArrayRef(shape) &&
+           (tensor.is_cpu() ? tensor.scalar_type() == type
+                            : tensor.has_storage() && tensor.storage().data() != nullptr && tensor.numel() != 0);
+}
+
+bool StateLoader::advance(Deadline until) {
+    const at::NoGradGuard no_grad;
+    core::Loading& reading = **reading_;
+    if (done_ == 0) {
+        std::for_each(matches_.begin(), matches_.end(), [](const Match& match) { note_write(match.destination); });
+    }
+    reading.advance(until.milliseconds_left());
+    if (reading.done_bytes() < reading.total_bytes()) {
+        return false;
+    }
+    for (; next_upload_ < uploads_.size(); ++next_upload_) {
+        if (!uploads_[next_upload_]->advance(until)) {
+            return false;
+        }
+    }
+    for (; next_rest_ < rest_.size(); ++next_rest_) {
+        if (until.passed()) {
+            return false;
+        }
+        load_and_copy(rest_[next_rest_]);
+    }
+    return true;
+}
+
+void StateLoader::load_and_copy(const Match& match) {
+    at::Tensor loaded = load_tensor(file_, lender_, match.index, match.destination.device());
+    if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
+        loaded = loaded.select(0, 0);
+    }
+    match.destination.copy_(loaded);
+    done_ += (*file_)->nbytes(match.index);
+}
+
+uint64_t StateLoader::done_bytes() const {
+    uint64_t done = done_ + (*reading_)->done_bytes();
+    for (const auto& upload : uploads_) {
+        done += upload->done_bytes();
+    }
+    return done;
 }
 
 }  // namespace safetensors_torch

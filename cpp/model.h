@@ -1,6 +1,10 @@
 // Loading a file into the tensors of a model.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,10 +16,51 @@ namespace safetensors_torch {
 // Names in a state dict that a load left alone, and names in a file that it had no use for; both sorted.
 using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
 
-// Reads the file's tensors into those of `state`, by name, whatever their device. Tied names count once. `optional`
-// holds names whose absence from the file is no fault. Everything is checked before the first tensor changes.
-// Fails where `strict` and the names differ, where a shape does not fit, and for a tensor on the meta device.
-Mismatch load_state(const SharedFile& shared_file, const Lender& lender, const Tensors& state,
-                    const std::vector<std::string>& optional, const std::string& class_name, bool strict);
+// A load of a file's tensors into those of a state dict, by name, whatever their device. Tied names count once.
+//
+// What the file's bytes fit into gets them straight: CPU tensors by reads, those of a device through slabs, which
+// convert other dtypes on the way. What is not contiguous, and tensors that share memory with each other, are loaded
+// and copied one by one.
+class StateLoader {
+  public:
+    // Checks everything, before the first tensor changes. `optional` holds names whose absence from the file is no
+    // fault. Fails where `strict` and the names differ, where a shape does not fit, and for a tensor on the meta
+    // device.
+    StateLoader(SharedFile file, Lender lender, const Tensors& state, const std::vector<std::string>& optional,
+                const std::string& class_name, bool strict);
+
+    // Goes on until all tensors are filled, or the time is up; whether they are.
+    bool advance(Deadline until);
+
+    uint64_t total_bytes() const { return total_; }
+    uint64_t done_bytes() const;
+
+    const Mismatch& mismatch() const { return mismatch_; }
+
+  private:
+    // A tensor of the file and the one of the model that it goes into.
+    struct Match {
+        size_t index;
+        std::string name;
+        at::Tensor destination;
+    };
+
+    void plan(bool aliased);
+    bool takes_bytes(const Match& match) const;
+    void load_and_copy(const Match& match);
+
+    SharedFile file_;
+    Lender lender_;
+    Mismatch mismatch_;
+    std::vector<Match> matches_;
+    uint64_t total_ = 0;
+    uint64_t done_ = 0;
+    // Straight into CPU tensors; the uploads, a device each; and the rest, one by one.
+    std::optional<rust::Box<core::Loading>> reading_;
+    std::vector<std::unique_ptr<Upload>> uploads_;
+    std::vector<Match> rest_;
+    size_t next_upload_ = 0;
+    size_t next_rest_ = 0;
+};
 
 }  // namespace safetensors_torch

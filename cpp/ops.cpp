@@ -2,10 +2,13 @@
 
 #include <torch/library.h>
 
+#include <limits>
+
 #include "cpp/error.h"
 #include "cpp/file.h"
 #include "cpp/load.h"
-#include "cpp/model.h"
+#include "cpp/pending_load.h"
+#include "cpp/ring.h"
 #include "cpp/save.h"
 #include "cpp/shared.h"
 
@@ -14,32 +17,50 @@ namespace {
 
 using Names = std::vector<std::string>;
 
+using MaybeNames = std::optional<Names>;
+using MaybeDtype = std::optional<c10::ScalarType>;
+
 Tensors load_file_op(const std::string& filename, c10::Device device, const std::string& backend,
-                     std::optional<bool> prefault) {
-    return guarded([&] { return dict_of(load_file(filename, device, backend, prefault)); });
+                     std::optional<bool> prefault, MaybeDtype dtype, const MaybeNames& names) {
+    return guarded([&] {
+        Loader loader = load_file(filename, Target{device, dtype}, backend, prefault, names);
+        return dict_of(loader);
+    });
 }
 
-Tensors load_op(const at::Tensor& data, c10::Device device) {
-    return guarded([&] { return dict_of(load_all(open_bytes(data), Lender{}, device)); });
+Tensors load_op(const at::Tensor& data, c10::Device device, MaybeDtype dtype, const MaybeNames& names) {
+    return guarded([&] {
+        Loader loader = load_all(open_bytes(data), Lender{}, Target{device, dtype}, names);
+        return dict_of(loader);
+    });
 }
 
 Lists load_file_lists_op(const std::string& filename, c10::Device device, const std::string& backend,
                          std::optional<bool> prefault) {
-    return guarded([&] { return lists_of(load_file(filename, device, backend, prefault)); });
+    return guarded([&] {
+        Loader loader = load_file(filename, Target{device, {}}, backend, prefault, {});
+        return lists_of(loader);
+    });
 }
 
 Lists load_lists_op(const at::Tensor& data, c10::Device device) {
-    return guarded([&] { return lists_of(load_all(open_bytes(data), Lender{}, device)); });
+    return guarded([&] {
+        Loader loader = load_all(open_bytes(data), Lender{}, Target{device, {}}, {});
+        return lists_of(loader);
+    });
 }
 
 Lists load_shared_op(const at::Tensor& data) {
-    return guarded([&] { return lists_of(load_all(open_bytes(data), Lender{true, data}, at::kCPU)); });
+    return guarded([&] {
+        Loader loader = load_all(open_bytes(data), Lender{true, data, false}, Target{}, {});
+        return lists_of(loader);
+    });
 }
 
 at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c10::Device device) {
     return guarded([&] {
         const auto file = open_file(filename, "mmap");
-        return load_tensor(file, Lender{true, {}}, (*file)->find(as_bytes(name)), device);
+        return load_tensor(file, Lender{true, {}, false}, (*file)->find(as_bytes(name)), device);
     });
 }
 
@@ -73,14 +94,38 @@ c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names&
 std::tuple<Names, Names> load_state_op(const c10::intrusive_ptr<File>& file, const Tensors& state,
                                        const Names& optional, const std::string& class_name, bool strict) {
     return guarded([&]() -> std::tuple<Names, Names> {
-        auto [missing, unexpected] = file->load_state(state, optional, class_name, strict);
-        return {std::move(missing), std::move(unexpected)};
+        const auto load = file->start_state(state, optional, class_name, strict);
+        load->advance(std::numeric_limits<double>::infinity());
+        return load->under_way().mismatch();
     });
 }
 
 c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string& backend) {
     return c10::make_intrusive<File>(filename, backend);
 }
+
+c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
+
+std::tuple<int64_t, int64_t> transfer_options_op() {
+    return guarded([&]() -> std::tuple<int64_t, int64_t> {
+        const TransferOptions options = transfer_options();
+        return {options.ring_bytes, options.threads};
+    });
+}
+
+void set_transfer_options_op(int64_t ring_bytes, int64_t threads) {
+    guarded([&] { set_transfer_options({ring_bytes, threads}); });
+}
+
+int64_t reserve_transfer_memory_op(int64_t bytes) {
+    return guarded([&] { return Ring::of_process().reserve(bytes); });
+}
+
+int64_t release_transfer_memory_op() {
+    return guarded([&] { return Ring::of_process().release(); });
+}
+
+int64_t transfer_memory_op() { return Ring::of_process().bytes(); }
 
 // An op that reads or writes files: TorchScript must neither drop, move nor fold it.
 c10::FunctionSchema effectful(const char* schema) {
@@ -92,13 +137,17 @@ c10::FunctionSchema effectful(const char* schema) {
 // Kernels stand under CompositeExplicitAutograd: ops without a tensor argument have no other key to be found by.
 TORCH_LIBRARY(safetensors_torch, library) {
     const auto key = c10::DispatchKey::CompositeExplicitAutograd;
-    register_file(library);
+    // Before File, whose methods return them.
+    register_pending_loads(library);
     register_pending_save(library);
+    register_file(library);
 
-    library.def(effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap", bool? prefault=None))"
-                          " -> Dict(str, Tensor)"),
+    library.def(effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap", bool? prefault=None, )"
+                          "ScalarType? dtype=None, str[]? names=None) -> Dict(str, Tensor)"),
                 torch::dispatch(key, load_file_op));
-    library.def(R"(load(Tensor data, *, Device device="cpu") -> Dict(str, Tensor))", torch::dispatch(key, load_op));
+    library.def(R"(load(Tensor data, *, Device device="cpu", ScalarType? dtype=None, str[]? names=None) -> )"
+                "Dict(str, Tensor)",
+                torch::dispatch(key, load_op));
     library.def(effectful("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None, *, "
                           "bool durable=False) -> ()"),
                 torch::dispatch(key, save_file_op));
@@ -126,6 +175,16 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, load_state_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
+    library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
+                torch::dispatch(key, open_bytes_op));
+    library.def(effectful("_transfer_options() -> (int ring_bytes, int threads)"),
+                torch::dispatch(key, transfer_options_op));
+    library.def(effectful("_set_transfer_options(int ring_bytes, int threads) -> ()"),
+                torch::dispatch(key, set_transfer_options_op));
+    library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
+                torch::dispatch(key, reserve_transfer_memory_op));
+    library.def(effectful("_release_transfer_memory() -> int"), torch::dispatch(key, release_transfer_memory_op));
+    library.def(effectful("_transfer_memory() -> int"), torch::dispatch(key, transfer_memory_op));
     library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
                 torch::dispatch(key, last_error));
 }

@@ -1,6 +1,5 @@
 #include "cpp/save.h"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -130,25 +129,36 @@ rust::Box<core::SavePlan> plan(const NamedTensors& tensors, const std::optional<
                            as_bytes(path));
 }
 
-// Whether the bytes to be written are those that the tensor has in host memory.
-bool is_on_host(const at::Tensor& tensor) {
-    return tensor.is_cpu() && !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous();
-}
+class FileSink final : public Sink {
+  public:
+    FileSink(rust::Box<core::FileWriter> writer, bool durable) : writer_(std::move(writer)), durable_(durable) {}
 
-// The values of a tensor, copied to host memory.
-at::Tensor to_host(const at::Tensor& tensor) {
-    const at::NoGradGuard no_grad;
-    return tensor.to(at::kCPU).resolve_conj().resolve_neg().contiguous();
-}
+    void write(const std::vector<core::Piece>& pieces) override { (*writer_)->write({pieces.data(), pieces.size()}); }
 
-// The bytes of a tensor in host memory.
-core::Piece piece_of(const at::Tensor& host, const std::string& name, uint64_t nbytes) {
-    const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
-    if (data == nullptr || host.nbytes() != nbytes) {
-        fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
+    void finish() override {
+        core::commit_file(std::move(*writer_), durable_);
+        writer_.reset();
     }
-    return {{data, nbytes}};
-}
+
+  private:
+    std::optional<rust::Box<core::FileWriter>> writer_;
+    bool durable_;
+};
+
+class MemorySink final : public Sink {
+  public:
+    // Into `out`, which it keeps.
+    explicit MemorySink(const at::Tensor& out)
+        : out_(out), writer_(core::fill_memory(static_cast<uint8_t*>(out.mutable_data_ptr()), out.nbytes())) {}
+
+    void write(const std::vector<core::Piece>& pieces) override { writer_->write({pieces.data(), pieces.size()}); }
+
+    void finish() override {}
+
+  private:
+    at::Tensor out_;
+    rust::Box<core::MemoryWriter> writer_;
+};
 
 }  // namespace
 
@@ -172,51 +182,52 @@ PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& me
 
 int64_t PendingSave::size() const { return static_cast<int64_t>(layout_->total_bytes()); }
 
-// Gives `writer` the header and each tensor's bytes, in file order: those in host memory all at once, straight from
-// there, others one at a time, so that a model on a device never lies on the host as a whole.
-template <typename Writer>
-void PendingSave::stream(Writer&& writer) const {
-    std::vector<core::Piece> pieces;
-    pieces.reserve(tensors_.size() + 1);
-    const auto flush = [&] {
-        writer.write({pieces.data(), pieces.size()});
-        pieces.clear();
-    };
-    pieces.push_back({layout_->header()});
-    for (size_t place = 0; place < tensors_.size(); ++place) {
-        const auto& [name, tensor] = tensors_[layout_->tensor(place)];
-        const uint64_t nbytes = layout_->nbytes(place);
-        if (nbytes == 0) {
-            continue;
-        }
-        if (is_on_host(tensor)) {
-            pieces.push_back(piece_of(tensor, name, nbytes));
-            continue;
-        }
-        flush();
-        const at::Tensor host = to_host(tensor);
-        pieces.push_back(piece_of(host, name, nbytes));
-        flush();
-    }
-    flush();
+void PendingSave::start(std::unique_ptr<Sink> sink) {
+    download_ = std::make_unique<Download>(tensors_, *layout_, std::move(sink));
 }
 
-void PendingSave::write_file(const std::string& path, bool durable) const {
-    auto writer = core::create_file(as_bytes(path), layout_->total_bytes());
-    stream(*writer);
-    core::commit_file(std::move(writer), durable);
+void PendingSave::start_file(const std::string& path, bool durable) {
+    start(std::make_unique<FileSink>(core::create_file(as_bytes(path), layout_->total_bytes()), durable));
 }
 
-void PendingSave::write_into(const at::Tensor& out) const {
+void PendingSave::start_into(const at::Tensor& out) {
     if (out.scalar_type() != at::kByte || !out.is_cpu() || !out.is_contiguous() ||
         out.nbytes() != layout_->total_bytes()) {
         fail(Kind::value, "save needs a contiguous uint8 tensor on the CPU of " +
                               std::to_string(layout_->total_bytes()) + " elements to write into");
     }
-    stream(*core::fill_memory(static_cast<uint8_t*>(out.mutable_data_ptr()), out.nbytes()));
+    start(std::make_unique<MemorySink>(out));
 }
 
-at::Tensor PendingSave::write() const {
+bool PendingSave::advance(Deadline until) {
+    if (download_ == nullptr) {
+        fail(Kind::value, "nothing was begun that could be gone on with");
+    }
+    try {
+        return download_->advance(until);
+    } catch (...) {
+        cancel();
+        throw;
+    }
+}
+
+int64_t PendingSave::done() const { return download_ == nullptr ? 0 : static_cast<int64_t>(download_->done_bytes()); }
+
+void PendingSave::cancel() { download_.reset(); }
+
+void PendingSave::write_file(const std::string& path, bool durable) {
+    start_file(path, durable);
+    advance(Deadline::never());
+    cancel();
+}
+
+void PendingSave::write_into(const at::Tensor& out) {
+    start_into(out);
+    advance(Deadline::never());
+    cancel();
+}
+
+at::Tensor PendingSave::write() {
     at::Tensor out = at::empty({size()}, at::TensorOptions().dtype(at::kByte).device(at::kCPU).requires_grad(false));
     write_into(out);
     return out;
@@ -240,6 +251,13 @@ void register_pending_save(torch::Library& library) {
             });
         }))
         .def("size", [](const Self& self) { return self->size(); })
+        .def("start_file", [](const Self& self, const std::string& path,
+                              bool durable) { guarded([&] { self->start_file(path, durable); }); })
+        .def("start_into", [](const Self& self, const at::Tensor& out) { guarded([&] { self->start_into(out); }); })
+        .def("advance", [](const Self& self,
+                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
+        .def("done", [](const Self& self) { return self->done(); })
+        .def("cancel", [](const Self& self) { self->cancel(); })
         .def("write_file", [](const Self& self, const std::string& path,
                               bool durable) { guarded([&] { self->write_file(path, durable); }); })
         .def("write_into", [](const Self& self, const at::Tensor& out) { guarded([&] { self->write_into(out); }); });

@@ -6,9 +6,12 @@
 #include <torch/custom_class.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
+#include "cpp/deadline.h"
+#include "cpp/download.h"
 #include "cpp/load.h"
 #include "cpp/shared.h"
 
@@ -30,21 +33,36 @@ class PendingSave : public torch::CustomClassHolder {
     // The bytes of the file.
     int64_t size() const;
 
-    // Writes the file at `path`: all of it, or nothing. With `durable` it is on the disk when this returns.
-    void write_file(const std::string& path, bool durable) const;
+    // Begins the file at `path`, of which all will be there or nothing. With `durable` it is on the disk once advance()
+    // is done.
+    void start_file(const std::string& path, bool durable);
 
-    // Writes into `out`, a contiguous uint8 tensor on the CPU of exactly size() elements.
-    void write_into(const at::Tensor& out) const;
+    // Begins to write into `out`, a contiguous uint8 tensor on the CPU of exactly size() elements.
+    void start_into(const at::Tensor& out);
+
+    // Goes on with what was begun until all is written, or the time is up; whether it is.
+    bool advance(Deadline until);
+
+    // The bytes that are written.
+    int64_t done() const;
+
+    // Leaves what was begun undone: no file is written, nor anything left beside it.
+    void cancel();
+
+    // All of the above in one.
+    void write_file(const std::string& path, bool durable);
+    void write_into(const at::Tensor& out);
 
     // The bytes of the file, as a one-dimensional uint8 tensor.
-    at::Tensor write() const;
+    at::Tensor write();
 
   private:
-    template <typename Writer>
-    void stream(Writer&& writer) const;
+    void start(std::unique_ptr<Sink> sink);
 
     NamedTensors tensors_;
     rust::Box<core::SavePlan> layout_;
+    // What is under way.
+    std::unique_ptr<Download> download_;
 };
 
 // Tells torch of the class.

@@ -1,24 +1,24 @@
-//! The bridge to `cpp/`: what C++ may ask of the core. Declarations first, then one line of forwarding each.
+//! The bridge to `cpp/`: what C++ may ask of the core. The declarations; `bridge/` has
+//! a few lines of forwarding for each.
 //!
 //! Calls go from C++ to Rust only. An `Err` arrives in C++ as `rust::Error`, its text `CODE ERRNO MESSAGE`.
+
+mod feed;
+mod file;
+mod save;
 
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind};
-use crate::file::TensorFile;
-use crate::header::{Metadata, absent};
-use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::memory::{Block, Memory, prefer_huge_pages};
-use crate::prefault::Prefault;
-use crate::serialize::Filler;
-use crate::slice::{AxisRange, Slice};
-use crate::source::{Mapping, Source};
-use crate::writer::AtomicFile;
+use crate::memory::Block;
+use crate::source::Mapping;
+use feed::Feed;
+use file::{File, Loading, open_file, open_memory, release_block, release_mapping};
+use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
@@ -33,6 +33,37 @@ mod ffi {
         index: usize,
         destination: *mut u8,
         length: usize,
+    }
+
+    /// Memory that is filled with parts of tensors.
+    struct Slab {
+        start: *mut u8,
+    }
+
+    /// Bytes of one tensor in a slab: of request number `request`, from `offset` on.
+    struct Part {
+        request: usize,
+        offset: usize,
+        start: usize,
+        length: usize,
+    }
+
+    /// What became of the next slab.
+    #[repr(u8)]
+    enum Progress {
+        /// It is filled.
+        Filled,
+        /// It is not filled yet.
+        Later,
+        /// There is none: all was taken.
+        End,
+    }
+
+    /// The next slab of a feed, if there is one.
+    struct Taken {
+        progress: Progress,
+        slab: usize,
+        parts: Vec<Part>,
     }
 
     /// The part of one dimension that a slice takes.
@@ -76,9 +107,10 @@ mod ffi {
         fn share_mapping(self: &File) -> *const Mapping;
         /// Brings the pages of a mapping in: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
-        /// Reads tensors into memory made for them, a place for each of `indices`.
-        fn load(self: &File, indices: &[usize]) -> Result<Box<Loaded>>;
-        unsafe fn read(self: &File, requests: &[Request]) -> Result<()>;
+        /// Begins to read tensors into memory made for them, a place for each of `indices`.
+        fn load(self: &File, indices: &[usize]) -> Result<Box<Loading>>;
+        /// Begins to read tensors into memory of the caller's; as tensors over a mapping show them.
+        unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<Loading>>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
             self: &File,
@@ -88,10 +120,40 @@ mod ffi {
             length: usize,
         ) -> Result<()>;
 
-        type Loaded;
-        fn data(self: &Loaded, place: usize) -> *mut u8;
+        /// Reads on until all is done, or `milliseconds` have passed.
+        type Loading;
+        fn advance(self: &mut Loading, milliseconds: u64) -> Result<()>;
+        fn total_bytes(self: &Loading) -> u64;
+        fn done_bytes(self: &Loading) -> u64;
+        /// For what `load` began: the memory at a place.
+        fn data(self: &Loading, place: usize) -> *mut u8;
         /// Keeps the place's memory alive until `release_block`.
-        fn share(self: &Loaded, place: usize) -> *const Block;
+        fn share(self: &Loading, place: usize) -> *const Block;
+
+        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the feed is gone. Zero
+        /// threads: as many as suit the machine.
+        unsafe fn feed(
+            self: &File,
+            indices: &[usize],
+            shown: bool,
+            slabs: &[Slab],
+            slab_bytes: usize,
+            threads: usize,
+        ) -> Result<Box<Feed>>;
+        unsafe fn feed_slice(
+            self: &File,
+            index: usize,
+            ranges: &[Range],
+            slabs: &[Slab],
+            slab_bytes: usize,
+            threads: usize,
+        ) -> Result<Box<Feed>>;
+
+        type Feed;
+        fn take(self: &Feed, microseconds: u64) -> Result<Taken>;
+        fn give(self: &Feed, slab: usize);
+        unsafe fn add(self: &Feed, slab: Slab) -> usize;
+        fn is_starved(self: &Feed) -> bool;
 
         type Mapping;
         unsafe fn release_mapping(mapping: *const Mapping);
@@ -133,8 +195,6 @@ mod ffi {
     }
 }
 
-use ffi::{Entry, Piece, Range, Request, Spec};
-
 /// What C++ gets to see of an [`Error`].
 struct BridgeError(Error);
 
@@ -171,240 +231,4 @@ fn dtype_number(code: &str) -> Result<u8> {
     let dtype = Dtype::from_code(code)
         .ok_or_else(|| Error::new(ErrorKind::UnknownDtype, format!("unknown dtype {code:?}")))?;
     Ok(dtype as u8)
-}
-
-/// An open file as C++ sees it.
-struct File(TensorFile);
-
-fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
-    let backend = String::from_utf8_lossy(backend).parse()?;
-    Ok(Box::new(File(TensorFile::open(as_path(path), backend)?)))
-}
-
-/// # Safety
-///
-/// As for [`TensorFile::from_memory`].
-unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> {
-    // SAFETY: the C++ caller keeps the tensor that owns the bytes alive for as long as the `File`.
-    Ok(Box::new(File(unsafe { TensorFile::from_memory(start, length) }?)))
-}
-
-impl File {
-    fn count(&self) -> usize {
-        self.0.header().len()
-    }
-
-    fn find(&self, name: &[u8]) -> Result<usize> {
-        // A name that is not UTF-8 is in no file; its readable form might be.
-        match std::str::from_utf8(name) {
-            Ok(name) => Ok(self.0.require(name)?),
-            Err(_) => Err(absent(&String::from_utf8_lossy(name)).into()),
-        }
-    }
-
-    fn contains(&self, name: &[u8]) -> bool {
-        std::str::from_utf8(name).is_ok_and(|name| self.0.header().find(name).is_some())
-    }
-
-    fn sorted_by_name(&self) -> &[u32] {
-        self.0.header().sorted_by_name()
-    }
-
-    fn info(&self, index: usize) -> crate::TensorInfo<'_> {
-        self.0.header().get(index).expect("cpp/ takes indices from find, sorted_by_name, or below count")
-    }
-
-    fn name(&self, index: usize) -> &str {
-        self.info(index).name
-    }
-
-    fn dtype(&self, index: usize) -> u8 {
-        self.info(index).dtype as u8
-    }
-
-    fn shape(&self, index: usize) -> &[u64] {
-        self.info(index).shape
-    }
-
-    fn nbytes(&self, index: usize) -> u64 {
-        self.info(index).nbytes()
-    }
-
-    fn has_metadata(&self) -> bool {
-        self.0.header().metadata().is_some()
-    }
-
-    fn metadata(&self) -> Vec<Entry> {
-        let entries = self.0.header().metadata().into_iter().flatten();
-        entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
-    }
-
-    fn shareable(&self, index: usize) -> *mut u8 {
-        let tensor = self.info(index);
-        match self.0.data_ptr(&tensor) {
-            Some(data) if data.addr() % tensor.dtype.alignment() == 0 => data.cast_mut(),
-            _ => std::ptr::null_mut(),
-        }
-    }
-
-    fn share_mapping(&self) -> *const Mapping {
-        match self.0.source() {
-            Source::Mapped(mapping, _) => Arc::into_raw(Arc::clone(mapping)),
-            _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
-        }
-    }
-
-    fn prefault(&self, wait: bool) -> Result<()> {
-        Ok(self.0.prefault(if wait { Prefault::Wait } else { Prefault::Background })?)
-    }
-
-    fn load(&self, indices: &[usize]) -> Result<Box<Loaded>> {
-        Ok(Box::new(Loaded(self.0.load_tensors(indices)?)))
-    }
-
-    /// # Safety
-    ///
-    /// As for [`TensorFile::read_tensors`].
-    unsafe fn read(&self, requests: &[Request]) -> Result<()> {
-        let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
-        // SAFETY: the C++ caller made each destination for this one tensor, with the length that it gives.
-        Ok(unsafe { self.0.read_tensors(&requests) }?)
-    }
-
-    fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
-        let ranges: Vec<AxisRange> =
-            ranges.iter().map(|r| AxisRange { start: r.start, stop: r.stop, step: r.step }).collect();
-        Ok(self.0.slice(index, &ranges)?)
-    }
-
-    fn slice_shape(&self, index: usize, ranges: &[Range]) -> Result<Vec<u64>> {
-        Ok(self.slice(index, ranges)?.shape().to_vec())
-    }
-
-    /// # Safety
-    ///
-    /// As for [`TensorFile::read_slice`].
-    unsafe fn read_slice(
-        &self,
-        index: usize,
-        ranges: &[Range],
-        destination: *mut u8,
-        length: usize,
-    ) -> Result<()> {
-        let slice = self.slice(index, ranges)?;
-        // SAFETY: the C++ caller made the destination for this slice, with the length that it gives.
-        Ok(unsafe { self.0.read_slice(index, &slice, destination, length) }?)
-    }
-}
-
-/// Tensors that were read.
-struct Loaded(Memory);
-
-impl Loaded {
-    fn data(&self, place: usize) -> *mut u8 {
-        self.0.start(place)
-    }
-
-    fn share(&self, place: usize) -> *const Block {
-        Arc::into_raw(self.0.owner(place))
-    }
-}
-
-/// # Safety
-///
-/// `mapping` must come from [`File::share_mapping`], which this call makes undone.
-unsafe fn release_mapping(mapping: *const Mapping) {
-    // SAFETY: the pointer of an `Arc` that was given up there, and that nobody else takes back (caller).
-    drop(unsafe { Arc::from_raw(mapping) });
-}
-
-/// # Safety
-///
-/// `block` must come from [`Loaded::share`], which this call makes undone.
-unsafe fn release_block(block: *const Block) {
-    // SAFETY: as in `release_mapping`.
-    drop(unsafe { Arc::from_raw(block) });
-}
-
-/// A settled layout as C++ sees it.
-struct SavePlan(Layout);
-
-fn plan_save(
-    specs: &[Spec<'_>],
-    metadata: &[Entry],
-    has_metadata: bool,
-    path: &[u8],
-) -> Result<Box<SavePlan>> {
-    let mut tensors = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let name = as_text("tensor name", spec.name)?;
-        let dtype = Dtype::from_number(u32::from(spec.dtype)).expect("cpp/ takes numbers from dtype_number");
-        tensors.push(TensorSpec { name, dtype, shape: spec.shape });
-    }
-    let mut entries = Metadata::new();
-    for Entry { key, value } in metadata {
-        let key = as_text("metadata key", key)?;
-        entries.insert(key.to_owned(), as_text("metadata value", value)?.to_owned());
-    }
-    let layout = Layout::plan(&tensors, has_metadata.then_some(&entries), DEFAULT_ALIGNMENT);
-    let in_file = |error: Error| if path.is_empty() { error } else { error.in_file(as_path(path)) };
-    Ok(Box::new(SavePlan(layout.map_err(in_file)?)))
-}
-
-impl SavePlan {
-    fn total_bytes(&self) -> u64 {
-        self.0.total_bytes()
-    }
-
-    fn header(&self) -> &[u8] {
-        self.0.header()
-    }
-
-    fn tensor(&self, place: usize) -> usize {
-        self.0.order()[place].index
-    }
-
-    fn nbytes(&self, place: usize) -> u64 {
-        let place = self.0.order()[place];
-        place.end - place.begin
-    }
-}
-
-/// A file that is being written, as C++ sees it.
-struct FileWriter(AtomicFile);
-
-fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
-    Ok(Box::new(FileWriter(AtomicFile::create(as_path(path), length)?)))
-}
-
-impl FileWriter {
-    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
-        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
-    }
-}
-
-// By value, as the bridge hands over a Box: the writer is gone afterwards.
-#[allow(clippy::boxed_local)]
-fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
-    Ok(writer.0.commit(sync)?)
-}
-
-/// Memory that is being written, as C++ sees it.
-struct MemoryWriter(Filler);
-
-/// Of memory that was allocated for this, and that nobody has written to: it may get huge pages.
-///
-/// # Safety
-///
-/// As for [`Filler::new`].
-unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
-    prefer_huge_pages(start, length);
-    // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
-    Box::new(MemoryWriter(unsafe { Filler::new(start, length) }))
-}
-
-impl MemoryWriter {
-    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
-        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
-    }
 }

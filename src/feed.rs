@@ -17,7 +17,6 @@ use crate::monitor::{Held, Monitor};
 use crate::parallel::{self, PARALLEL_BYTES};
 use crate::reader::{self, Pace, Transfer};
 use crate::slice::Slice;
-use crate::source::Origin;
 
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
 pub const PART_ALIGNMENT: usize = 16;
@@ -170,7 +169,7 @@ impl Feed {
         let chunks = bytes.div_ceil(slab_bytes);
         let extent = || extent(&file, &requests);
         let wanted = threads.unwrap_or_else(|| parallel::threads_for(bytes, chunks));
-        let pace = Pace::of(origin(&file, shown), bytes, extent, wanted);
+        let pace = Pace::of(file.origin(shown), bytes, extent, wanted);
         // Whoever says how many threads there shall be means it.
         let threads = if bytes < PARALLEL_BYTES { 0 } else { threads.unwrap_or(pace.threads).min(chunks) };
         let state = State {
@@ -252,12 +251,8 @@ impl Feed {
             if is_over && state.filling == 0 {
                 return Ok(Taken::End);
             }
-            if self.threads.is_empty() {
-                if state.free.is_empty() {
-                    return Ok(Taken::Later);
-                }
-                drop(shared.fill_next(state));
-                state = shared.state.lock();
+            if self.threads.is_empty() && !state.free.is_empty() {
+                state = shared.fill_next(state);
                 continue;
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -327,7 +322,7 @@ impl Shared {
     ///
     /// `start` must be valid for writes as far as `parts` reach.
     unsafe fn fill(&self, start: *mut u8, parts: &[Part]) -> Result<()> {
-        let origin = origin(&self.file, self.shown);
+        let origin = self.file.origin(self.shown);
         let most_bytes = self.most_bytes;
         let mut transfers = Vec::with_capacity(parts.len());
         for part in parts {
@@ -360,10 +355,6 @@ impl Shared {
         };
         self.file.locate(error.with_remedy(&what))
     }
-}
-
-fn origin(file: &TensorFile, shown: bool) -> Origin<'_> {
-    if shown { file.source().as_shown() } else { file.source().as_stored() }
 }
 
 /// From where to where the requests reach in the file.

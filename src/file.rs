@@ -9,7 +9,7 @@ use crate::memory::Memory;
 use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
-use crate::source::{Backend, OpenFile, Source, open_regular, read_exact_at};
+use crate::source::{Backend, OpenFile, Origin, Source, open_regular, read_exact_at};
 
 /// Enough of a file's start to tell what else it may be.
 const PROBE_BYTES: u64 = 512;
@@ -91,6 +91,11 @@ impl TensorFile {
     /// Where the bytes come from.
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// How copies are made: of what tensors over the file show, or of what it holds.
+    pub(crate) fn origin(&self, shown: bool) -> Origin<'_> {
+        if shown { self.source.as_shown() } else { self.source.as_stored() }
     }
 
     /// The path that the file was opened by; `None` for bytes in memory.

@@ -18,17 +18,31 @@ from ._errors import SafetensorError  # noqa: E402
 from ._ops import load, load_file, save, save_file  # noqa: E402
 from .model import load_model, save_model  # noqa: E402
 from .safe_open import safe_open  # noqa: E402
+from .transfer import (  # noqa: E402
+    TransferOptions,
+    release_transfer_memory,
+    reserve_transfer_memory,
+    set_transfer_options,
+    transfer_memory,
+    transfer_options,
+)
 
 __version__: str = _version("safetensors-torch")
 
 __all__ = [
     "SafetensorError",
+    "TransferOptions",
     "__version__",
     "load",
     "load_file",
     "load_model",
+    "release_transfer_memory",
+    "reserve_transfer_memory",
     "safe_open",
     "save",
     "save_file",
     "save_model",
+    "set_transfer_options",
+    "transfer_memory",
+    "transfer_options",
 ]

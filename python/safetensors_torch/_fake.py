@@ -42,9 +42,19 @@ def _load_file(
     device: torch.device = torch.device("cpu"),  # noqa: B008
     backend: str = "mmap",
     prefault: Optional[bool] = None,
+    dtype: Optional[torch.dtype] = None,
+    names: Optional[list[str]] = None,
 ) -> dict[str, torch.Tensor]:
     file = _open(filename)
-    return {name: _like(file, name, device) for name in call(file.offset_keys)}
+    tensors = {}
+    for name in call(file.offset_keys):
+        if names is None or name in names:
+            tensor = _like(file, name, device)
+            convert = dtype is not None and tensor.dtype.is_floating_point
+            tensors[name] = tensor.to(dtype) if convert else tensor
+    for name in names or ():
+        call(file.dtype, name)  # which fails for a name that is not there
+    return tensors
 
 
 def _load_file_lists(
@@ -55,7 +65,7 @@ def _load_file_lists(
 
 
 def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., NoReturn]:
-    def kernel(data: torch.Tensor, *, device: Optional[torch.device] = None) -> NoReturn:
+    def kernel(data: torch.Tensor, **options: object) -> NoReturn:
         from torch._subclasses.fake_tensor import DataDependentOutputException
 
         raise DataDependentOutputException(op)

@@ -84,7 +84,9 @@ def _registered() -> bool:
     if not hasattr(namespace, "load_file"):
         return False
     needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_plan_save", "_check_save")
-    if not all(hasattr(namespace, name) for name in (*needed, "_tied", "_load_state", "_last_error")):
+    if not all(
+        hasattr(namespace, name) for name in (*needed, "_tied", "_open_bytes", "_transfer_options", "_last_error")
+    ):
         raise ImportError(
             "another version of the safetensors_torch library is loaded in this process, and lacks operators that this"
             " package needs. Use one version of both, or import safetensors_torch first"

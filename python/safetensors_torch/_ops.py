@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,14 +21,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _buffer
 from ._dynamo import opaque
 from ._errors import call
+from ._steps import Progress, check_progress, run
 
 Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Device = Union[str, int, torch.device, None]
+# Which tensors of a file: all, those of these names, or those for whose name the function is true.
+Names = Union[None, Iterable[str], Callable[[str], Any]]
 
 _ops = torch.ops.safetensors_torch
 _load_file = _ops._load_file_lists.default
 _load = _ops._load_lists.default
 _load_shared = _ops._load_shared_lists.default
+_open_bytes = _ops._open_bytes.default
+_File = torch.classes.safetensors_torch.File
 _PendingSave = torch.classes.safetensors_torch.PendingSave
 _check_save = _ops._check_save.default
 
@@ -108,6 +113,50 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
+def check_dtype(dtype: Any) -> Optional[torch.dtype]:
+    """``dtype`` if it is one that floating-point tensors can be converted to.
+
+    Raises:
+        TypeError: it is no dtype.
+        ValueError: one of integers, bools or complex numbers.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, not {dtype}: tensors of other dtypes are not converted")
+    return dtype
+
+
+def open_file(filename: Path, backend: str) -> Any:
+    """The native File for ``filename``."""
+    return call(_File, encode_path(filename), check_backend(backend))
+
+
+def _select(file: Any, names: Names) -> Optional[list[str]]:
+    """The names to load, for the operators; None means all.
+
+    Raises:
+        TypeError: a str alone, or what is neither iterable nor callable, or a name that is no str.
+    """
+    if names is None:
+        return None
+    if callable(names):
+        return [name for name in call(file.offset_keys) if names(name)]
+    if isinstance(names, (str, bytes)):
+        raise TypeError(f"names must be a list of names, or a function of a name, not {names!r} alone")
+    chosen = list(names)
+    for name in chosen:
+        _check_text(name, f"the name {name!r}")
+    return chosen
+
+
+def _is_traced() -> bool:
+    """Whether a mode, such as FakeTensorMode, wants to see operators, instead of what they do."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """The dict of the names and tensors that ``op`` gives as two lists."""
     with _no_collection():
@@ -115,43 +164,86 @@ def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, tensors))
 
 
+def _load_in_steps(
+    file: Any, device: torch.device, dtype: Optional[torch.dtype], names: Names, progress: Progress
+) -> dict[str, torch.Tensor]:
+    pending = call(file.start_load, _select(file, names), device, dtype)
+    run(pending, call(pending.total), progress, "load")
+    return _load_with(pending.result)
+
+
 @opaque
 def load_file(
-    filename: Path, device: Device = "cpu", *, backend: str = "mmap", prefault: Optional[bool] = None
+    filename: Path,
+    device: Device = "cpu",
+    *,
+    backend: str = "mmap",
+    prefault: Optional[bool] = None,
+    dtype: Optional[torch.dtype] = None,
+    names: Names = None,
+    progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
-    """Loads every tensor of a safetensors file.
+    """Loads the tensors of a safetensors file.
 
     Args:
         filename: the file; str, bytes or os.PathLike.
         device: where the tensors shall be; a name, a torch.device, the index of an accelerator, or None for the CPU.
+            Where the device has streams, work that is queued on its current stream after this call sees the tensors.
         backend: "mmap" maps the file: CPU tensors are read when they are touched, and writing to one changes memory
             only. A file that another process cuts short meanwhile ends this one with SIGBUS. "pread" reads the
-            file into memory that the tensors own.
+            file into memory that the tensors own. What goes to a device is read with either.
         prefault: what becomes of mapped pages before they are touched. None lets threads in the background bring the
-            file in while the caller goes on; what is not in memory yet is read with large reads, unless the file
-            takes more than half of the memory that is available. True has the whole file in when the call returns.
-            False leaves every page to the first touch. No matter with "pread", or before Linux 5.14.
+            file in while the caller goes on, if it loads all of it; what is not in memory yet is read with large reads,
+            unless the file takes more than half of the memory that is available. True has the whole file in when the
+            call returns. False leaves every page to the first touch. No matter with "pread", for other devices than the
+            CPU, or before Linux 5.14.
+        dtype: a floating-point dtype that floating-point tensors are converted to, on the device, some MiB at a time;
+            others stay as they are. None converts nothing.
+        names: the tensors to load, by name, or a function that is true for the names of those; others are not read.
+        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
+            some ten times a second, and at the end. What it raises ends the load.
 
     Returns:
-        The tensors by name, in the order of their data in the file, each with the dtype and shape in the header.
+        The tensors by name, in the order of their data in the file, each with the shape in the header.
 
     Raises:
-        SafetensorError: the file is not valid safetensors, or holds a dtype that torch has not; another backend.
+        SafetensorError: the file is not valid safetensors, or holds a dtype that torch has not; another backend; a name
+            that the file does not have; a dtype that cannot be converted.
         OSError: it cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
-        MemoryError: there is not enough memory for the tensors, or to map the file.
-        ValueError: a negative device, or a null byte in the file name.
+        MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors, or to map the file.
+        ValueError: a negative device, a dtype that is not floating-point, or a null byte in the file name.
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
+        ImportError: progress=True without tqdm.
     """
     if prefault is not None:
         check_flag(prefault, "prefault")
     path, target, backend = encode_path(filename), to_device(device), check_backend(backend)
-    return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
+    dtype, progress = check_dtype(dtype), check_progress(progress)
+    is_plain = dtype is None and names is None and not progress
+    mapped = target.type == "cpu" and backend == "mmap"
+    if is_plain and (mapped or target.type == "meta" or _is_traced()):
+        return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
+    file = open_file(path, backend)
+    if _is_traced():
+        chosen = _select(file, names)
+        return call(_ops.load_file, path, device=target, backend=backend, prefault=prefault, dtype=dtype, names=chosen)
+    if mapped and (prefault or (prefault is None and names is None)):
+        call(file.prefault, prefault is not None)
+    return _load_in_steps(file, target, dtype, names, progress)
 
 
 @opaque
-def load(data: Any, device: Device = "cpu", *, copy: bool = True) -> dict[str, torch.Tensor]:
-    """Loads every tensor of a safetensors file that is in memory.
+def load(
+    data: Any,
+    device: Device = "cpu",
+    *,
+    copy: bool = True,
+    dtype: Optional[torch.dtype] = None,
+    names: Names = None,
+    progress: Progress = None,
+) -> dict[str, torch.Tensor]:
+    """Loads the tensors of a safetensors file that is in memory.
 
     Args:
         data: the contents of the file, in bytes or any other object with the buffer protocol (bytearray, memoryview,
@@ -159,23 +251,33 @@ def load(data: Any, device: Device = "cpu", *, copy: bool = True) -> dict[str, t
         device: where the tensors shall be, as for load_file.
         copy: False lets the tensors share the memory of ``data``, which must be writable and contiguous and stays
             exported while one of them lives; tensors whose data is not aligned to their dtype are copied all the
-            same. Only for the CPU.
+            same. Only for the CPU, and for all tensors as they are.
+        dtype: what floating-point tensors are converted to, as for load_file.
+        names: which tensors to load, as for load_file.
+        progress: who is told how far it is, as for load_file.
 
     Returns:
-        The tensors by name, in the order of their data, each with the dtype and shape in the header.
+        The tensors by name, in the order of their data, each with the shape in the header.
 
     Raises:
-        SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not.
-        MemoryError: there is not enough memory for the tensors.
-        TypeError: ``data`` has no buffer protocol.
-        ValueError: copy=False with a read-only or scattered buffer, or with another device than the CPU.
+        SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not; a name that is not in
+            there; a dtype that cannot be converted.
+        MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors.
+        TypeError: ``data`` has no buffer protocol, or an argument of another type.
+        ValueError: copy=False with a read-only or scattered buffer, another device than the CPU, dtype or names; a
+            dtype that is not floating-point.
+        ImportError: progress=True without tqdm.
     """
-    target = to_device(device)
+    target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     if copy:
         with _buffer.borrowed(data) as tensor:
-            return _load_with(_load, tensor, device=target)
+            if _is_traced():
+                return _load_with(_load, tensor, device=target)
+            return _load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
+    if dtype is not None or names is not None:
+        raise ValueError("copy=False gives all tensors of the buffer as they are there. Pass copy=True, or neither")
     return _load_with(_load_shared, _buffer.shared(data))
 
 
@@ -186,6 +288,7 @@ def save_file(
     metadata: Optional[dict[str, str]] = None,
     *,
     durable: bool = False,
+    progress: Progress = None,
 ) -> None:
     """Saves tensors into a safetensors file, which appears complete or not at all.
 
@@ -195,6 +298,8 @@ def save_file(
         metadata: text to store in the header; None stores none, an empty dict an empty object.
         durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
             the file and its directory). Otherwise the kernel brings it there within half a minute or so.
+        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
+            some ten times a second, and at the end. What it raises ends the save, and no file is written.
 
     Raises:
         ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).
@@ -207,19 +312,26 @@ def save_file(
     Nothing is written if a check fails.
     """
     check_flag(durable, "durable")
+    progress = check_progress(progress)
     _check(tensors, metadata)
     path = encode_path(filename)
     with _disable_current_modes():
-        call(_plan(tensors, metadata, path).write_file, path, durable)
+        plan = _plan(tensors, metadata, path)
+        call(plan.start_file, path, durable)
+        run(plan, call(plan.size), progress, "save")
+        plan.cancel()
 
 
 @opaque
-def save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None) -> bytes:
+def save(
+    tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None, *, progress: Progress = None
+) -> bytes:
     """Saves tensors as the bytes of a safetensors file.
 
     Args:
         tensors: as for save_file.
         metadata: as for save_file.
+        progress: as for save_file.
 
     Returns:
         The bytes, which save_file would write.
@@ -227,10 +339,18 @@ def save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = 
     Raises:
         What save_file raises, but for OSError.
     """
+    progress = check_progress(progress)
     _check(tensors, metadata)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"")
-        return _buffer.new_bytes(call(plan.size), lambda out: call(plan.write_into, out))
+        size = call(plan.size)
+
+        def fill(out: torch.Tensor) -> None:
+            call(plan.start_into, out)
+            run(plan, size, progress, "save")
+            plan.cancel()
+
+        return _buffer.new_bytes(size, fill)
 
 
 def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:

@@ -18,12 +18,11 @@ from torch.nn.parameter import is_lazy
 
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import Device, Path, encode_path, load_file, save_file, to_device
-from .safe_open import open_file
+from ._ops import Device, Path, encode_path, load_file, open_file, save_file, to_device
+from ._steps import Progress, check_progress, run
 
 _ops = torch.ops.safetensors_torch
 _tied = _ops._tied.default
-_load_state = _ops._load_state.default
 
 # What a module may replace of the machinery that load_state_dict runs through.
 _METHODS = (
@@ -43,15 +42,21 @@ _HOOKS = (
 
 @opaque
 def load_model(
-    model: nn.Module, filename: Path, strict: bool = True, device: Device = "cpu", *, backend: str = "mmap"
+    model: nn.Module,
+    filename: Path,
+    strict: bool = True,
+    device: Device = "cpu",
+    *,
+    backend: str = "mmap",
+    progress: Progress = None,
 ) -> tuple[set[str], list[str]]:
     """Loads a safetensors file into a module, in place.
 
     The data is read straight into the memory of the module's parameters and buffers, whatever their device. Modules
     with hooks or methods of their own in the way of load_state_dict get a load_file and a load_state_dict instead;
     that path keeps a copy of the module's tensors until it has succeeded. If loading fails, the module is as it was.
-    Two cases excepted: lazy modules, which load_state_dict gives their shape for good; and a read that fails half-way,
-    straight into the parameters, as from a broken disk or a file that is cut short meanwhile.
+    Two cases excepted: lazy modules, which load_state_dict gives their shape for good; and a load straight into the
+    parameters that ends half-way, as by Ctrl-C, a broken disk, or a file that is cut short meanwhile.
 
     Args:
         model: the module; none of its tensors may be on the meta device.
@@ -59,6 +64,7 @@ def load_model(
         strict: whether a missing or unexpected name is an error.
         device: where a load_state_dict finds the tensors of the file. Not where the module's own tensors go.
         backend: how the file is read, as for load_file.
+        progress: who is told how far it is, as for load_file.
 
     Returns:
         The names of the module that the file does not have, and the names of the file that the module does not have.
@@ -69,13 +75,15 @@ def load_model(
             device; shared memory that none of its names covers.
         SafetensorError, OSError, ValueError: what load_file raises.
     """
-    target = to_device(device)
+    target, progress = to_device(device), check_progress(progress)
     state = model.state_dict()
     _refuse_meta(model, state)
     if not _is_plain(model, state):
-        return _load_through_state_dict(model, state, filename, strict, target, backend)
+        return _load_through_state_dict(model, state, filename, strict, target, backend, progress)
     file = open_file(filename, backend)
-    missing, unexpected = call(_load_state, file, state, _optional_names(model), type(model).__name__, strict)
+    pending = call(file.start_state, state, _optional_names(model), type(model).__name__, strict)
+    run(pending, call(pending.total), progress, "load")
+    missing, unexpected = call(pending.result)
     return set(missing), unexpected
 
 
@@ -87,6 +95,7 @@ def save_model(
     force_contiguous: bool = True,
     *,
     durable: bool = False,
+    progress: Progress = None,
 ) -> None:
     """Saves the state of a module into a safetensors file. Of names that share memory one is written.
 
@@ -97,6 +106,7 @@ def save_model(
             name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
         force_contiguous: whether tensors that are not contiguous are copied, or refused.
         durable: whether to return only once the file is on the disk, as for save_file.
+        progress: who is told how far it is, as for save_file.
 
     Raises:
         RuntimeError: shared memory that none of its names covers.
@@ -115,7 +125,7 @@ def save_model(
         state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
     path = encode_path(filename)
     try:
-        save_file(state, path, metadata=metadata, durable=durable)
+        save_file(state, path, metadata=metadata, durable=durable, progress=progress)
     except ValueError as error:
         # Of the ValueErrors only that of strides: not a UnicodeEncodeError, nor one about what is no dense tensor.
         if type(error) is not ValueError or not all(map(_is_dense, state.values())):
@@ -182,9 +192,15 @@ def _optional_names(model: nn.Module) -> list[str]:
 
 
 def _load_through_state_dict(
-    model: nn.Module, state: dict[str, Any], filename: Path, strict: bool, device: torch.device, backend: str
+    model: nn.Module,
+    state: dict[str, Any],
+    filename: Path,
+    strict: bool,
+    device: torch.device,
+    backend: str,
+    progress: Progress,
 ) -> tuple[set[str], list[str]]:
-    tensors = load_file(filename, device, backend=backend)
+    tensors = load_file(filename, device, backend=backend, progress=progress)
     dropped = call(_tied, _dense(state), list(tensors))
     snapshot = _Snapshot(model)
     try:

@@ -14,15 +14,10 @@ from typing import Any, Optional
 import torch
 
 from ._errors import SafetensorError, call
-from ._ops import Device, Path, check_backend, encode_path, to_device
+from ._ops import Device, Path, open_file, to_device
+from ._steps import run
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
-_CPU = torch.device("cpu")
-
-
-def open_file(filename: Path, backend: str) -> Any:
-    """The native File for ``filename``, as the operators and this module use it."""
-    return call(torch.classes.safetensors_torch.File, encode_path(filename), check_backend(backend))
 
 
 def _name(name: Any) -> str:
@@ -112,7 +107,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, the file is closed, or torch has no such dtype.
         """
-        return call(self._file().get_tensor, _name(name), self._device)
+        return _get_tensor(self._file(), _name(name), self._device)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in the order of their data in the file, on the device of this handle.
@@ -120,9 +115,10 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: the file is closed, or torch has not the dtype of one of them.
         """
-        file = self._file()
-        names = call(file.offset_keys)
-        return dict(zip(names, call(file.get_tensors, names, self._device)))
+        pending = call(self._file().start_load, None, self._device, None)
+        run(pending, call(pending.total), None, "load")
+        names, tensors = call(pending.result)
+        return dict(zip(names, tensors))
 
     def get_slice(self, name: str) -> PySafeSlice:
         """The tensor called ``name``, not read yet: index the result to read a part of it.
@@ -177,17 +173,29 @@ class PySafeSlice:
         """
         items = index if isinstance(index, tuple) else (index,)
         if not all(map(_is_basic, items)):
-            return call(self._file.get_tensor, self._name, self._device)[index]
-        if self._backend == "mmap":
+            return _get_tensor(self._file, self._name, self._device)[index]
+        if self._backend == "mmap" and self._device.type == "cpu":
             # A view of the mapping: only the pages that it touches are read.
-            return call(self._file.get_tensor, self._name, _CPU)[index].to(self._device)
+            return call(self._file.get_tensor, self._name, self._device)[index]
         shape = call(self._file.tensor_shape, self._name)
         # Torch itself judges the index, so that its exceptions are the ones raised, and gives the shape.
         result_shape = torch.empty(shape, device="meta")[index].shape
         # An empty result needs no bytes, wherever it lies.
         ranges = _ranges(items, shape) if 0 not in result_shape else [(0, 0, 1)] * len(shape)
         starts, stops, steps = ([r[i] for r in ranges] for i in range(3))
-        return call(self._file.get_slice, self._name, starts, stops, steps, self._device).view(result_shape)
+        pending = call(self._file.start_slice, self._name, starts, stops, steps, self._device)
+        run(pending, call(pending.total), None, "load")
+        return call(pending.result).view(result_shape)
+
+
+def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
+    """One tensor, in steps where it goes to a device."""
+    if device.type == "cpu":
+        return call(file.get_tensor, name, device)
+    pending = call(file.start_load, [name], device, None)
+    run(pending, call(pending.total), None, "load")
+    _, (tensor,) = call(pending.result)
+    return tensor
 
 
 def _is_basic(item: Any) -> bool:

@@ -18,6 +18,8 @@ from support import as_bytes, as_tensor
 ops = torch.ops.safetensors_torch
 CPU = torch.device("cpu")
 
+# dtypes are numbers in a schema
+SELECTION = [("dtype", "Optional[int]", True, (None,)), ("names", "Optional[List[str]]", True, (None,))]
 # name -> arguments as (name, type, keyword only, (default,) where there is one), and the types returned
 SCHEMAS = {
     "load_file": (
@@ -26,10 +28,14 @@ SCHEMAS = {
             ("device", "Device", True, (CPU,)),
             ("backend", "str", True, ("mmap",)),
             ("prefault", "Optional[bool]", True, (None,)),
+            *SELECTION,
         ],
         ["Dict[str, Tensor]"],
     ),
-    "load": ([("data", "Tensor", False, ()), ("device", "Device", True, (CPU,))], ["Dict[str, Tensor]"]),
+    "load": (
+        [("data", "Tensor", False, ()), ("device", "Device", True, (CPU,)), *SELECTION],
+        ["Dict[str, Tensor]"],
+    ),
     "save_file": (
         [
             ("tensors", "Dict[str, Tensor]", False, ()),

@@ -13,10 +13,34 @@ import safetensors_torch
 REQUIRED = inspect.Parameter.empty
 # (name, default) of each parameter; those behind "*" by keyword only.
 SIGNATURES = {
-    "load_file": [("filename", REQUIRED), ("device", "cpu"), "*", ("backend", "mmap"), ("prefault", None)],
-    "load": [("data", REQUIRED), ("device", "cpu"), "*", ("copy", True)],
-    "save_file": [("tensors", REQUIRED), ("filename", REQUIRED), ("metadata", None), "*", ("durable", False)],
-    "save": [("tensors", REQUIRED), ("metadata", None)],
+    "load_file": [
+        ("filename", REQUIRED),
+        ("device", "cpu"),
+        "*",
+        ("backend", "mmap"),
+        ("prefault", None),
+        ("dtype", None),
+        ("names", None),
+        ("progress", None),
+    ],
+    "load": [
+        ("data", REQUIRED),
+        ("device", "cpu"),
+        "*",
+        ("copy", True),
+        ("dtype", None),
+        ("names", None),
+        ("progress", None),
+    ],
+    "save_file": [
+        ("tensors", REQUIRED),
+        ("filename", REQUIRED),
+        ("metadata", None),
+        "*",
+        ("durable", False),
+        ("progress", None),
+    ],
+    "save": [("tensors", REQUIRED), ("metadata", None), "*", ("progress", None)],
     "load_model": [
         ("model", REQUIRED),
         ("filename", REQUIRED),
@@ -24,6 +48,7 @@ SIGNATURES = {
         ("device", "cpu"),
         "*",
         ("backend", "mmap"),
+        ("progress", None),
     ],
     "save_model": [
         ("model", REQUIRED),
@@ -32,8 +57,14 @@ SIGNATURES = {
         ("force_contiguous", True),
         "*",
         ("durable", False),
+        ("progress", None),
     ],
     "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
+    "transfer_options": [],
+    "set_transfer_options": ["*", ("ring_bytes", None), ("threads", None)],
+    "reserve_transfer_memory": [("nbytes", REQUIRED)],
+    "release_transfer_memory": [],
+    "transfer_memory": [],
 }
 FUNCTIONS = [name for name in SIGNATURES if name != "safe_open"]
 

@@ -1,0 +1,213 @@
+#include "cpp/download.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <thread>
+#include <utility>
+
+#include "cpp/alias.h"
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+// The most bytes of host memory that are written with one call: some hundredths of a second's work.
+constexpr uint64_t kWriteBytes = uint64_t(64) << 20;
+
+// How long to sleep where the device has not come so far yet.
+constexpr auto kPoll = std::chrono::microseconds(20);
+
+bool is_plain(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
+
+// Whether the bytes to be written are those that the tensor has in host memory.
+bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_plain(tensor); }
+
+// Whether they are those that it has in a device's memory.
+bool is_on_device(const at::Tensor& tensor) {
+    return !tensor.is_cpu() && is_plain(tensor) && tensor.storage().data() != nullptr;
+}
+
+// The values of a tensor, copied to host memory.
+at::Tensor to_host(const at::Tensor& tensor) { return tensor.to(at::kCPU).resolve_conj().resolve_neg().contiguous(); }
+
+[[noreturn]] void explain(const c10::Error& error, const std::string& name, c10::Device device) {
+    const std::string text =
+        "tensor " + repr(name) + " cannot be copied from " + device.str() + ": " + error.what_without_backtrace();
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+        throw c10::OutOfMemoryError(text, nullptr);
+    }
+    fail(Kind::runtime, text);
+}
+
+}  // namespace
+
+Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, std::unique_ptr<Sink> sink)
+    : tensors_(tensors), layout_(layout), sink_(std::move(sink)) {
+    std::map<std::string, std::pair<c10::Device, uint64_t>> devices;
+    for (const auto& [name, tensor] : tensors_) {
+        if (is_on_device(tensor)) {
+            const auto entry = devices.try_emplace(tensor.device().str(), tensor.device(), 0).first;
+            entry->second.second += tensor.nbytes();
+        }
+    }
+    for (const auto& [name, use] : devices) {
+        Source& source = sources_[name];
+        source.route = std::make_unique<Route>(use.first, use.second);
+        for (size_t slab = 0; slab < source.route->size(); ++slab) {
+            source.free.push_back(slab);
+        }
+    }
+    const auto header = layout_.header();
+    spans_.push_back({header.data(), header.size(), nullptr, 0, {}});
+}
+
+bool Download::advance(Deadline until) {
+    const at::NoGradGuard no_grad;
+    while (!finished_) {
+        while (plan_more()) {
+        }
+        if (spans_.empty()) {
+            sink_->finish();
+            finished_ = true;
+            return true;
+        }
+        if (!write_some() && !grow()) {
+            std::this_thread::sleep_for(kPoll);
+        }
+        if (until.passed()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Plans the next tensor, or part of it, or several; false where there is none, or no room.
+bool Download::plan_more() {
+    if (place_ == tensors_.size()) {
+        return false;
+    }
+    const auto& [name, tensor] = tensors_[layout_.tensor(place_)];
+    const uint64_t nbytes = layout_.nbytes(place_);
+    if (nbytes == 0) {
+        ++place_;
+        return true;
+    }
+    if (is_on_device(tensor)) {
+        return plan_slab(sources_.at(tensor.device().str()), tensor.device());
+    }
+    if (host_bytes_ >= kWriteBytes) {
+        return false;
+    }
+    if (is_on_host(tensor)) {
+        plan_host(tensor, name, nbytes);
+        return true;
+    }
+    // A copy of the whole tensor, of which there is one at a time.
+    if (std::any_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.host.defined(); })) {
+        return false;
+    }
+    try {
+        plan_host(to_host(tensor), name, nbytes);
+    } catch (const c10::Error& error) {
+        explain(error, name, tensor.device());
+    }
+    return true;
+}
+
+// Plans what is left of a tensor in host memory, as far as there is room.
+void Download::plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes) {
+    const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
+    if (data == nullptr || host.nbytes() != nbytes) {
+        fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
+    }
+    const bool is_copy = !host.is_same(tensors_[layout_.tensor(place_)].second);
+    const uint64_t length = is_copy ? nbytes : std::min(nbytes - offset_, kWriteBytes - host_bytes_);
+    spans_.push_back({data + offset_, length, nullptr, 0, is_copy ? host : at::Tensor()});
+    host_bytes_ += length;
+    move_on(length, nbytes);
+}
+
+// Lets the device fill a slab, with parts of one tensor or of as many as fit.
+bool Download::plan_slab(Source& source, c10::Device device) {
+    if (source.free.empty()) {
+        return false;
+    }
+    Route& route = *source.route;
+    const size_t slab = source.free.back();
+    source.free.pop_back();
+    uint64_t filled = 0;
+    route.run(slab, [&] {
+        while (place_ < tensors_.size() && filled < route.slab_bytes()) {
+            const auto& [name, tensor] = tensors_[layout_.tensor(place_)];
+            const uint64_t nbytes = layout_.nbytes(place_);
+            if (nbytes != 0 && (tensor.device() != device || !is_on_device(tensor))) {
+                break;
+            }
+            const uint64_t length = std::min(nbytes - offset_, route.slab_bytes() - filled);
+            if (length != 0) {
+                const auto first = static_cast<uint64_t>(tensor.storage_offset()) * tensor.element_size() + offset_;
+                const auto from = alias(tensor.storage(), at::kByte, first, length);
+                try {
+                    alias(route.storage(slab), at::kByte, filled, length).copy_(from, route.is_async());
+                } catch (const c10::Error& error) {
+                    explain(error, name, device);
+                }
+            }
+            filled += length;
+            move_on(length, nbytes);
+        }
+    });
+    spans_.push_back({route.data(slab), filled, &source, slab, {}});
+    return true;
+}
+
+void Download::move_on(uint64_t length, uint64_t nbytes) {
+    offset_ += length;
+    if (offset_ == nbytes) {
+        ++place_;
+        offset_ = 0;
+    }
+}
+
+// Writes what is there at the front of what is planned; whether anything was.
+bool Download::write_some() {
+    std::vector<core::Piece> pieces;
+    uint64_t bytes = 0;
+    for (const Span& span : spans_) {
+        if (!span.is_there()) {
+            break;
+        }
+        pieces.push_back({{span.data, span.length}});
+        bytes += span.length;
+    }
+    if (pieces.empty()) {
+        return false;
+    }
+    sink_->write(pieces);
+    done_ += bytes;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        const Span& span = spans_.front();
+        if (span.source != nullptr) {
+            span.source->free.push_back(span.slab);
+        } else if (span.data != layout_.header().data()) {
+            host_bytes_ -= span.length;
+        }
+        spans_.pop_front();
+    }
+    return true;
+}
+
+// Adds a slab where writing waits for a device; whether there is one more now.
+bool Download::grow() {
+    Source* source = spans_.front().source;
+    if (source == nullptr || !source->free.empty() || !source->route->grow()) {
+        return false;
+    }
+    source->free.push_back(source->route->size() - 1);
+    return true;
+}
+
+}  // namespace safetensors_torch

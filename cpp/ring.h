@@ -1,0 +1,75 @@
+// Pinned host memory that transfers to and from a device take turns with, kept from one transfer to the next.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace safetensors_torch {
+
+// Long enough that a copy to a device runs at the bus's speed, short enough that a few of them keep many threads busy.
+constexpr size_t kSlabBytes = size_t(2) << 20;
+
+// A piece of host memory, and when it may be written to again.
+struct Slab {
+    // One-dimensional, uint8.
+    at::Tensor memory;
+    // Passes once the last copy from or to this slab is done; none where there was no such copy.
+    std::optional<c10::Event> copied;
+
+    // Whether no copy is under way.
+    bool is_idle() const { return !copied || copied->query(); }
+};
+
+// What transfers of this process may use.
+struct TransferOptions {
+    // Pinned memory, in bytes, for all transfers at a time; with 0 they go without.
+    int64_t ring_bytes;
+    // Threads that read for one transfer; with 0 as many as suit the machine.
+    int64_t threads;
+};
+
+// Those of SAFETENSORS_TORCH_RING_BYTES and SAFETENSORS_TORCH_THREADS until others are set.
+TransferOptions transfer_options();
+
+// Takes effect with the next transfer. Fails for negative numbers.
+void set_transfer_options(TransferOptions options);
+
+// The slabs of the process: those in use, and those that wait for the next transfer.
+class Ring {
+  public:
+    static Ring& of_process();
+
+    // Up to `most` of the slabs that wait; none in which a copy of an earlier transfer is still under way.
+    std::vector<Slab> take(size_t most);
+
+    // A new slab, pinned for the current accelerator; none where the ring has all that it may have, or where there is
+    // no such memory to be had.
+    std::optional<Slab> pin();
+
+    // Pins slabs for the current accelerator until there are `bytes`, or as many as may be; gives the bytes of all
+    // slabs.
+    int64_t reserve(int64_t bytes);
+
+    // Lets the slab wait for the next transfer, or frees it where the ring may not have so many any more.
+    void give(Slab slab);
+
+    // Frees the slabs that wait; gives their bytes.
+    int64_t release();
+
+    // The bytes of all slabs, those in use among them.
+    int64_t bytes();
+
+  private:
+    std::mutex mutex_;
+    std::vector<Slab> waiting_;
+    // Of all slabs.
+    size_t count_ = 0;
+};
+
+}  // namespace safetensors_torch

@@ -1,0 +1,97 @@
+// The way between host memory and one device: slabs, and the stream on which copies from and to them run.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/Stream.h>
+#include <c10/core/StreamGuard.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cpp/ring.h"
+
+namespace safetensors_torch {
+
+// One transfer's slabs and stream.
+//
+// Where the device has streams and events, and the host pinned memory, copies run on a stream of their own while the
+// host goes on, and each slab has an event that passes when its copies are done. That stream waits for what the
+// caller's stream has to do when the route is made, and the caller's for it when the route ends: what either does after
+// that sees what was copied. Nobody else waits, the host least of all. The destinations of copies may be freed once the
+// caller's stream has been told to wait, so no allocator has to be told of the other stream.
+//
+// Elsewhere, and for transfers so small that pinning memory would take longer than it saves, copies are done when the
+// call returns, on the caller's stream, and the slabs are plain memory.
+class Route {
+  public:
+    // For `bytes` to or from `device`, which has an index where it is no CPU.
+    Route(c10::Device device, uint64_t bytes);
+    ~Route();
+    Route(const Route&) = delete;
+    Route& operator=(const Route&) = delete;
+
+    c10::Device device() const { return device_; }
+
+    // Whether copies run while the host goes on.
+    bool is_async() const { return stream_.has_value(); }
+
+    size_t slab_bytes() const { return slab_bytes_; }
+
+    // The slabs; their numbers stay what they are.
+    size_t size() const { return slabs_.size(); }
+    uint8_t* data(size_t slab) const { return static_cast<uint8_t*>(slabs_[slab].memory.mutable_data_ptr()); }
+    const c10::Storage& storage(size_t slab) const { return slabs_[slab].memory.storage(); }
+
+    // Adds a slab, if this transfer is worth another; whether it did.
+    bool grow();
+
+    // Calls `copies`, which copies from or to a slab, with the route's stream as the current one; after that, the slab
+    // is not idle until these copies are done.
+    template <typename Copies>
+    void run(size_t slab, Copies&& copies) {
+        if (!stream_) {
+            std::forward<Copies>(copies)();
+            return;
+        }
+        const c10::StreamGuard guard(*stream_);
+        try {
+            std::forward<Copies>(copies)();
+        } catch (...) {
+            // The copies before the one that failed are under way.
+            record_if_possible(slab);
+            throw;
+        }
+        record(slab);
+    }
+
+    // Whether the slab may be written to.
+    bool is_idle(size_t slab) const { return slabs_[slab].is_idle(); }
+
+    // From here on, what the caller's stream has to do comes after all copies. There are no more of them.
+    void finish();
+
+  private:
+    bool begin_async();
+    bool take_pinned();
+    bool add(std::optional<Slab> slab);
+    void give_back();
+    void record(size_t slab);
+    void record_if_possible(size_t slab) noexcept;
+
+    c10::Device device_;
+    uint64_t bytes_;
+    size_t slab_bytes_ = kSlabBytes;
+    // The caller's stream, and the one of the copies; none where copies are done at once.
+    std::optional<c10::Stream> current_;
+    std::optional<c10::Stream> stream_;
+    std::vector<Slab> slabs_;
+    // How many of them were pinned for this transfer.
+    size_t pinned_ = 0;
+};
+
+}  // namespace safetensors_torch

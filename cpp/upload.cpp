@@ -1,0 +1,163 @@
+#include "cpp/upload.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "cpp/alias.h"
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+// How long to wait for the next slab before looking whether copies are done.
+constexpr uint64_t kPollMicroseconds = 50;
+
+// How long where no copy is under way. Long enough to cost nothing, and no end of waiting depends on it.
+constexpr uint64_t kWaitMicroseconds = 100'000;
+
+uint64_t bytes_of(const std::vector<Destination>& destinations) {
+    uint64_t bytes = 0;
+    for (const Destination& destination : destinations) {
+        bytes += static_cast<uint64_t>(destination.tensor.numel()) * c10::elementSize(destination.stored);
+    }
+    return bytes;
+}
+
+c10::Device device_of(const std::vector<Destination>& destinations) {
+    return destinations.empty() ? c10::Device(c10::kCPU) : destinations.front().tensor.device();
+}
+
+size_t threads() { return static_cast<size_t>(transfer_options().threads); }
+
+}  // namespace
+
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown)
+    : file_(std::move(file)),
+      destinations_(std::move(destinations)),
+      total_(bytes_of(destinations_)),
+      route_(device_of(destinations_), total_) {
+    std::vector<size_t> indices;
+    indices.reserve(destinations_.size());
+    for (const Destination& destination : destinations_) {
+        indices.push_back(destination.index);
+    }
+    const auto memory = slabs();
+    feed_ = (*file_)->feed({indices.data(), indices.size()}, shown, {memory.data(), memory.size()}, route_.slab_bytes(),
+                           threads());
+}
+
+Upload::Upload(SharedFile file, Destination destination, const std::vector<core::Range>& ranges)
+    : file_(std::move(file)),
+      destinations_{std::move(destination)},
+      total_(bytes_of(destinations_)),
+      route_(device_of(destinations_), total_) {
+    const auto memory = slabs();
+    feed_ = (*file_)->feed_slice(destinations_.front().index, {ranges.data(), ranges.size()},
+                                 {memory.data(), memory.size()}, route_.slab_bytes(), threads());
+}
+
+bool Upload::advance(Deadline until) {
+    const at::NoGradGuard no_grad;
+    while (!finished_) {
+        take_back();
+        if ((*feed_)->is_starved() && route_.grow()) {
+            (*feed_)->add({route_.data(route_.size() - 1)});
+        }
+        const uint64_t wait = copying_.empty() ? kWaitMicroseconds : kPollMicroseconds;
+        const core::Taken taken = (*feed_)->take(std::min(wait, until.microseconds_left()));
+        switch (taken.progress) {
+            case core::Progress::Filled:
+                copy(taken);
+                break;
+            case core::Progress::Later:
+                break;
+            case core::Progress::End:
+                route_.finish();
+                finished_ = true;
+                break;
+        }
+        if (!finished_ && until.passed()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+std::vector<core::Slab> Upload::slabs() const {
+    std::vector<core::Slab> slabs;
+    for (size_t slab = 0; slab < route_.size(); ++slab) {
+        slabs.push_back({route_.data(slab)});
+    }
+    return slabs;
+}
+
+// Slabs whose copies are done go round again.
+void Upload::take_back() {
+    while (!copying_.empty() && route_.is_idle(copying_.front())) {
+        (*feed_)->give(copying_.front());
+        copying_.pop_front();
+    }
+}
+
+void Upload::copy(const core::Taken& taken) {
+    route_.run(taken.slab, [&] {
+        for (const core::Part& part : taken.parts) {
+            try {
+                copy_part(part, taken.slab);
+            } catch (const std::exception& error) {
+                explain(error, part.request);
+            }
+            done_ += part.length;
+        }
+    });
+    copying_.push_back(taken.slab);
+}
+
+void Upload::copy_part(const core::Part& part, size_t slab) {
+    const Destination& destination = destinations_[part.request];
+    const auto to_type = destination.tensor.scalar_type();
+    const c10::Storage& to = destination.tensor.storage();
+    const auto start = static_cast<int64_t>(part.start);
+    const auto length = static_cast<int64_t>(part.length);
+    const bool non_blocking = route_.is_async();
+    if (to_type == destination.stored) {
+        const auto itemsize = static_cast<int64_t>(destination.tensor.element_size());
+        const int64_t first = destination.tensor.storage_offset() * itemsize + static_cast<int64_t>(part.offset);
+        alias(to, at::kByte, first, length).copy_(alias(route_.storage(slab), at::kByte, start, length), non_blocking);
+        return;
+    }
+    const auto itemsize = static_cast<int64_t>(c10::elementSize(destination.stored));
+    const int64_t count = length / itemsize;
+    const int64_t first = destination.tensor.storage_offset() + static_cast<int64_t>(part.offset) / itemsize;
+    const at::Tensor converted = alias(to, to_type, first, count);
+    if (route_.device().is_cpu()) {
+        converted.copy_(alias(route_.storage(slab), destination.stored, start / itemsize, count));
+        return;
+    }
+    if (!unconverted_.defined()) {
+        // Made on the stream that uses it, so that it need not wait for another to be done with the memory.
+        const auto options = at::TensorOptions().dtype(at::kByte).device(route_.device());
+        unconverted_ = at::empty({static_cast<int64_t>(route_.slab_bytes())}, options);
+    }
+    const c10::Storage& bytes = unconverted_.storage();
+    alias(bytes, at::kByte, 0, length).copy_(alias(route_.storage(slab), at::kByte, start, length), non_blocking);
+    converted.copy_(alias(bytes, destination.stored, 0, count), non_blocking);
+}
+
+void Upload::explain(const std::exception& error, size_t request) const {
+    const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+    const std::string text = "tensor " + repr(std::string((*file_)->name(destinations_[request].index))) +
+                             " cannot be copied to " + route_.device().str() + ": " +
+                             (of_torch != nullptr ? of_torch->what_without_backtrace() : error.what());
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+        throw c10::OutOfMemoryError(text, nullptr);
+    }
+    fail(Kind::runtime, text);
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,81 @@
+"""Native loads and saves in steps: between two of them Python looks after signals, and the caller's progress is told.
+
+Owns the loop and the meaning of ``progress``. What a step does is the native object's business; its threads go on
+meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Union
+
+from ._errors import call
+
+# What ``progress`` may be: nothing, a bar of tqdm's, or a function of the bytes done and the bytes in all.
+Progress = Union[None, bool, Callable[[int, int], Any]]
+
+# Seconds. A signal waits this long at most, and then for the reads that are under way.
+_STEP = 0.1
+
+
+def check_progress(progress: Any) -> Progress:
+    """``progress`` if it is one.
+
+    Raises:
+        TypeError: it is neither a bool nor callable.
+        ImportError: a bar was asked for, and tqdm is not installed.
+    """
+    if progress is True:
+        try:
+            import tqdm  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                "progress=True shows a bar of tqdm's, which is not installed: pip install tqdm, or pass a function of"
+                " (bytes done, bytes in all)"
+            ) from None
+    elif progress is not None and progress is not False and not callable(progress):
+        raise TypeError(f"progress must be a bool or a function, not {type(progress).__name__}")
+    return progress
+
+
+class _Bar:
+    """A progress function that draws."""
+
+    def __init__(self, title: str) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def run(work: Any, total: int, progress: Progress, title: str) -> None:
+    """Has ``work`` done, in steps. Where that fails, or is interrupted, nothing of it stays.
+
+    Args:
+        work: a native object with ``advance``, ``done`` and ``cancel``.
+        total: the bytes that it has to move.
+        progress: who is told; whatever it raises ends the work.
+        title: what a bar is called.
+
+    Raises:
+        What the work raises, translated; KeyboardInterrupt; what ``progress`` raises.
+    """
+    bar = _Bar(title) if progress is True else None
+    tell = bar if bar is not None else progress
+    try:
+        while not call(work.advance, _STEP):
+            if tell:
+                tell(call(work.done), total)
+        if tell:
+            tell(total, total)
+    except BaseException:
+        work.cancel()
+        raise
+    finally:
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,94 @@
+"""What transfers between files and devices may use: threads, and pinned host memory.
+
+Owns the Python names of these settings, which are the process's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from ._errors import call
+
+_ops = torch.ops.safetensors_torch
+
+
+class TransferOptions(NamedTuple):
+    """The settings of the process."""
+
+    ring_bytes: int
+    """Pinned host memory for all transfers together, in bytes."""
+    threads: int
+    """Threads that read for one transfer; 0 means as many as suit the machine."""
+
+
+def transfer_options() -> TransferOptions:
+    """The settings as they are.
+
+    Until they are set, they are those of the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64 MiB) and
+    SAFETENSORS_TORCH_THREADS (otherwise 0).
+    """
+    return TransferOptions(*call(_ops._transfer_options))
+
+
+def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[int] = None) -> None:
+    """Changes the settings, from the next load or save on.
+
+    Args:
+        ring_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken in slabs
+            of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
+        threads: how many threads read a file for one device; 0 means as many as suit the machine, 8 at most.
+
+    What is None stays as it is.
+
+    Raises:
+        TypeError: what is not an int.
+        ValueError: a negative number.
+    """
+    for name, value in (("ring_bytes", ring_bytes), ("threads", threads)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    now = transfer_options()
+    call(
+        _ops._set_transfer_options,
+        now.ring_bytes if ring_bytes is None else _fitting(ring_bytes),
+        now.threads if threads is None else _fitting(threads),
+    )
+
+
+def _fitting(value: Any) -> int:
+    """What an operator's int can hold; more than this is without end anyway."""
+    return max(min(value, 2**62), -1)
+
+
+def reserve_transfer_memory(nbytes: int) -> int:
+    """Pins host memory for the transfers to come, so that the first of them need not. It takes about a millisecond for
+    each MiB.
+
+    Args:
+        nbytes: how much there shall be. No more than ``ring_bytes`` is pinned.
+
+    Returns:
+        How many bytes there are now: 0 where there is no accelerator that has such memory.
+
+    Raises:
+        TypeError: ``nbytes`` is no int.
+    """
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        raise TypeError(f"nbytes must be an int, not {type(nbytes).__name__}")
+    return call(_ops._reserve_transfer_memory, _fitting(nbytes))
+
+
+def release_transfer_memory() -> int:
+    """Frees the pinned host memory that waits for the next transfer. What one uses at this moment stays.
+
+    Returns:
+        How many bytes that was.
+    """
+    return call(_ops._release_transfer_memory)
+
+
+def transfer_memory() -> int:
+    """How many bytes of pinned host memory transfers have now, in use or waiting for the next one."""
+    return call(_ops._transfer_memory)

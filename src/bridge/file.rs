@@ -1,0 +1,202 @@
+//! Open files, and reading them into host memory.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::ffi::{Entry, Range, Request};
+use super::{Result, as_path};
+use crate::file::TensorFile;
+use crate::header::absent;
+use crate::memory::{Block, Memory};
+use crate::prefault::Prefault;
+use crate::reader::{Job, Transfer};
+use crate::slice::{AxisRange, Slice};
+use crate::source::{Mapping, Source};
+
+/// An open file as C++ sees it.
+pub struct File(pub(super) Arc<TensorFile>);
+
+pub fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
+    let backend = String::from_utf8_lossy(backend).parse()?;
+    Ok(Box::new(File(Arc::new(TensorFile::open(as_path(path), backend)?))))
+}
+
+/// # Safety
+///
+/// As for [`TensorFile::from_memory`].
+pub unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> {
+    // SAFETY: the C++ caller keeps the tensor that owns the bytes alive for as long as the `File`.
+    Ok(Box::new(File(Arc::new(unsafe { TensorFile::from_memory(start, length) }?))))
+}
+
+impl File {
+    pub fn count(&self) -> usize {
+        self.0.header().len()
+    }
+
+    pub fn find(&self, name: &[u8]) -> Result<usize> {
+        // A name that is not UTF-8 is in no file; its readable form might be.
+        match std::str::from_utf8(name) {
+            Ok(name) => Ok(self.0.require(name)?),
+            Err(_) => Err(absent(&String::from_utf8_lossy(name)).into()),
+        }
+    }
+
+    pub fn contains(&self, name: &[u8]) -> bool {
+        std::str::from_utf8(name).is_ok_and(|name| self.0.header().find(name).is_some())
+    }
+
+    pub fn sorted_by_name(&self) -> &[u32] {
+        self.0.header().sorted_by_name()
+    }
+
+    fn info(&self, index: usize) -> crate::TensorInfo<'_> {
+        self.0.header().get(index).expect("cpp/ takes indices from find, sorted_by_name, or below count")
+    }
+
+    pub fn name(&self, index: usize) -> &str {
+        self.info(index).name
+    }
+
+    pub fn dtype(&self, index: usize) -> u8 {
+        self.info(index).dtype as u8
+    }
+
+    pub fn shape(&self, index: usize) -> &[u64] {
+        self.info(index).shape
+    }
+
+    pub fn nbytes(&self, index: usize) -> u64 {
+        self.info(index).nbytes()
+    }
+
+    pub fn has_metadata(&self) -> bool {
+        self.0.header().metadata().is_some()
+    }
+
+    pub fn metadata(&self) -> Vec<Entry> {
+        let entries = self.0.header().metadata().into_iter().flatten();
+        entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
+    }
+
+    pub fn shareable(&self, index: usize) -> *mut u8 {
+        let tensor = self.info(index);
+        match self.0.data_ptr(&tensor) {
+            Some(data) if data.addr() % tensor.dtype.alignment() == 0 => data.cast_mut(),
+            _ => std::ptr::null_mut(),
+        }
+    }
+
+    pub fn share_mapping(&self) -> *const Mapping {
+        match self.0.source() {
+            Source::Mapped(mapping, _) => Arc::into_raw(Arc::clone(mapping)),
+            _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
+        }
+    }
+
+    pub fn prefault(&self, wait: bool) -> Result<()> {
+        Ok(self.0.prefault(if wait { Prefault::Wait } else { Prefault::Background })?)
+    }
+
+    pub fn load(&self, indices: &[usize]) -> Result<Box<Loading>> {
+        let (memory, transfers) = self.0.prepare(indices)?;
+        Loading::begin(&self.0, false, transfers, Some(memory))
+    }
+
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_tensors`], until the result is dropped.
+    pub unsafe fn read(&self, requests: &[Request]) -> Result<Box<Loading>> {
+        let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
+        Loading::begin(&self.0, true, self.0.transfers(&requests)?, None)
+    }
+
+    pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
+        let ranges: Vec<AxisRange> =
+            ranges.iter().map(|r| AxisRange { start: r.start, stop: r.stop, step: r.step }).collect();
+        Ok(self.0.slice(index, &ranges)?)
+    }
+
+    pub fn slice_shape(&self, index: usize, ranges: &[Range]) -> Result<Vec<u64>> {
+        Ok(self.slice(index, ranges)?.shape().to_vec())
+    }
+
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_slice`].
+    pub unsafe fn read_slice(
+        &self,
+        index: usize,
+        ranges: &[Range],
+        destination: *mut u8,
+        length: usize,
+    ) -> Result<()> {
+        let slice = self.slice(index, ranges)?;
+        // SAFETY: the C++ caller made the destination for this slice, with the length that it gives.
+        Ok(unsafe { self.0.read_slice(index, &slice, destination, length) }?)
+    }
+}
+
+/// Tensors that are being read, into memory of their own or of the caller's.
+pub struct Loading {
+    file: Arc<TensorFile>,
+    shown: bool,
+    job: Job,
+    memory: Option<Memory>,
+}
+
+impl Loading {
+    fn begin(
+        file: &Arc<TensorFile>,
+        shown: bool,
+        transfers: Vec<Transfer>,
+        memory: Option<Memory>,
+    ) -> Result<Box<Loading>> {
+        let job = Job::new(file.origin(shown), transfers).map_err(|error| file.locate(error))?;
+        Ok(Box::new(Loading { file: Arc::clone(file), shown, job, memory }))
+    }
+
+    pub fn advance(&mut self, milliseconds: u64) -> Result<()> {
+        let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
+        // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
+        // it until this is gone.
+        let done = unsafe { self.job.advance(self.file.origin(self.shown), until) };
+        Ok(done.map_err(|error| self.file.locate(error))?)
+    }
+
+    pub fn total_bytes(&self) -> u64 {
+        self.job.total_bytes() as u64
+    }
+
+    pub fn done_bytes(&self) -> u64 {
+        self.job.done_bytes() as u64
+    }
+
+    fn memory(&self) -> &Memory {
+        self.memory.as_ref().expect("cpp/ asks for memory where it began a load")
+    }
+
+    pub fn data(&self, place: usize) -> *mut u8 {
+        self.memory().start(place)
+    }
+
+    pub fn share(&self, place: usize) -> *const Block {
+        Arc::into_raw(self.memory().owner(place))
+    }
+}
+
+/// # Safety
+///
+/// `mapping` must come from [`File::share_mapping`], which this call makes undone.
+pub unsafe fn release_mapping(mapping: *const Mapping) {
+    // SAFETY: the pointer of an `Arc` that was given up there, and that nobody else takes back (caller).
+    drop(unsafe { Arc::from_raw(mapping) });
+}
+
+/// # Safety
+///
+/// `block` must come from [`Loaded::share`], which this call makes undone.
+pub unsafe fn release_block(block: *const Block) {
+    // SAFETY: as in `release_mapping`.
+    drop(unsafe { Arc::from_raw(block) });
+}

@@ -1,0 +1,94 @@
+//! Planning and writing files.
+
+use super::ffi::{Entry, Piece, Spec};
+use super::{Result, as_path, as_text};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::header::Metadata;
+use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
+use crate::memory::prefer_huge_pages;
+use crate::serialize::Filler;
+use crate::writer::AtomicFile;
+
+/// A settled layout as C++ sees it.
+pub struct SavePlan(Layout);
+
+pub fn plan_save(
+    specs: &[Spec<'_>],
+    metadata: &[Entry],
+    has_metadata: bool,
+    path: &[u8],
+) -> Result<Box<SavePlan>> {
+    let mut tensors = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let name = as_text("tensor name", spec.name)?;
+        let dtype = Dtype::from_number(u32::from(spec.dtype)).expect("cpp/ takes numbers from dtype_number");
+        tensors.push(TensorSpec { name, dtype, shape: spec.shape });
+    }
+    let mut entries = Metadata::new();
+    for Entry { key, value } in metadata {
+        let key = as_text("metadata key", key)?;
+        entries.insert(key.to_owned(), as_text("metadata value", value)?.to_owned());
+    }
+    let layout = Layout::plan(&tensors, has_metadata.then_some(&entries), DEFAULT_ALIGNMENT);
+    let in_file = |error: Error| if path.is_empty() { error } else { error.in_file(as_path(path)) };
+    Ok(Box::new(SavePlan(layout.map_err(in_file)?)))
+}
+
+impl SavePlan {
+    pub fn total_bytes(&self) -> u64 {
+        self.0.total_bytes()
+    }
+
+    pub fn header(&self) -> &[u8] {
+        self.0.header()
+    }
+
+    pub fn tensor(&self, place: usize) -> usize {
+        self.0.order()[place].index
+    }
+
+    pub fn nbytes(&self, place: usize) -> u64 {
+        let place = self.0.order()[place];
+        place.end - place.begin
+    }
+}
+
+/// A file that is being written, as C++ sees it.
+pub struct FileWriter(AtomicFile);
+
+pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
+    Ok(Box::new(FileWriter(AtomicFile::create(as_path(path), length)?)))
+}
+
+impl FileWriter {
+    pub fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
+        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
+    }
+}
+
+// By value, as the bridge hands over a Box: the writer is gone afterwards.
+#[allow(clippy::boxed_local)]
+pub fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
+    Ok(writer.0.commit(sync)?)
+}
+
+/// Memory that is being written, as C++ sees it.
+pub struct MemoryWriter(Filler);
+
+/// Of memory that was allocated for this, and that nobody has written to: it may get huge pages.
+///
+/// # Safety
+///
+/// As for [`Filler::new`].
+pub unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
+    prefer_huge_pages(start, length);
+    // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
+    Box::new(MemoryWriter(unsafe { Filler::new(start, length) }))
+}
+
+impl MemoryWriter {
+    pub fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
+        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
+    }
+}

@@ -1,0 +1,19 @@
+// Everything that moves or writes the bytes of tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
+
+namespace testaccel {
+
+// Between the host and a device, within one, or from one to another, with any dtypes and strides. As CUDA does, it
+// waits on the host where the host's memory is not pinned or `non_blocking` is false, and keeps no memory alive.
+at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking);
+at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst);
+
+at::Tensor& fill(at::Tensor& self, const at::Scalar& value);
+at::Tensor& zero(at::Tensor& self);
+
+void resize_storage(const c10::Storage& storage, size_t nbytes);
+
+}  // namespace testaccel

@@ -1,0 +1,82 @@
+"""What the tests of transfers share: files, ways to transfer, and streams that stand still.
+
+Owns no test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import accelerator
+import safetensors_torch
+from accelerator import device, hold_stream, release_stream
+
+SLAB = 2 << 20
+MIB = 1 << 20
+
+
+def values(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random bits that are numbers of the dtype, and another sequence for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, generator=generator).to(dtype)
+
+
+def sample() -> dict[str, torch.Tensor]:
+    """Tensors that begin and end anywhere in a slab: larger than one, smaller, empty, of odd sizes; 30 MB in all."""
+    tensors = {f"small.{i:03}": values(i * 7 % 50 + 1, i) for i in range(60)}
+    for i, count in enumerate((SLAB // 4, SLAB // 4 - 1, SLAB // 4 + 1, 3 * SLAB // 4 + 5, 1_000_003)):
+        tensors[f"large.{i}"] = values(count, 1000 + i)
+    tensors["half"] = values(700_001, 1, torch.float16).reshape(-1, 1)
+    tensors["bytes"] = torch.arange(SLAB + 12345).to(torch.uint8)
+    tensors["mask"] = torch.arange(77) % 3 == 0
+    tensors["step"] = torch.tensor(12345)
+    tensors["empty"] = torch.zeros(0, 5)
+    return tensors
+
+
+def reserve(slabs: int) -> None:
+    """Lets transfers have this many slabs, no more and no fewer."""
+    safetensors_torch.release_transfer_memory()
+    safetensors_torch.set_transfer_options(ring_bytes=slabs * SLAB)
+    assert safetensors_torch.reserve_transfer_memory(slabs * SLAB) == slabs * SLAB
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    safetensors_torch.save_file(tensors, path)
+    return path
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], index: int = 0) -> None:
+    """Same names, dtypes and shapes, same bits, and all on the device."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].device == device(index), name
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].cpu(), tensor), name
+
+
+@contextlib.contextmanager
+def held_pool(index: int = 0) -> Iterator[None]:
+    """Nothing that is queued on a stream of the device's pool starts while the body runs."""
+    streams = {stream.stream_id: stream for stream in (torch.Stream(device=device(index)) for _ in range(16))}
+    for stream in streams.values():
+        hold_stream(stream)
+    try:
+        yield
+    finally:
+        for stream in streams.values():
+            release_stream(stream)
+
+
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """The body waits for neither a device nor a stream."""
+    before = accelerator.statistics()
+    yield
+    after = accelerator.statistics()
+    for what in ("device_waits", "stream_waits", "event_waits", "blocking_copies"):
+        assert after[what] == before[what], what
