@@ -5,6 +5,7 @@
 # make install   the library, headers and CMake package into PREFIX; with TORCH=0 the C library alone
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
+# make wheel     the Python package as a wheel in out/dist, for machines without Rust
 # make clean     what was built; .venv stays
 #
 # Each does its own set-up, once: .venv with the pinned torch, the build, the package in .venv.
@@ -28,7 +29,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find python -name '*.py')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header lint install clean test-rust test-c test-cpp test-python test-examples library
+.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-python test-accelerator test-examples library
 
 build: library out/python.stamp
 
@@ -94,11 +95,15 @@ demo: build
 
 # --- tests
 
-test: test-rust test-c test-cpp test-examples test-python
+test: test-rust test-tsan test-c test-cpp test-examples test-python test-accelerator
 
 # The core has no torch in it, so neither have its tests.
 test-rust: $(VENV)/requirements.stamp
 	cargo test --release --locked --no-default-features --target-dir target/core
+
+# The threads of the core, under ThreadSanitizer where the compiler has it.
+test-tsan:
+	tests/rust/tsan.sh
 
 test-c: out/core.stamp
 	tests/c/run.sh target/core/release
@@ -118,7 +123,15 @@ test-examples: build
 test-python: out/python.stamp
 	$(PY) -m pytest
 
+# Transfers to and from devices, with one that does everything late. A process of its own: it changes torch.
+test-accelerator: out/python.stamp
+	$(PY) -m pytest tests/accelerator tests/python/test_device.py
+
 # --- the rest
+
+wheel: $(VENV)/requirements.stamp
+	SAFETENSORS_TORCH_AOT=0 $(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	    --wheel-dir out/dist .
 
 $(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check -r benches/requirements.txt

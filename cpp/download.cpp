@@ -69,12 +69,12 @@ bool Download::advance(Deadline until) {
     while (!finished_) {
         while (plan_more()) {
         }
-        if (spans_.empty()) {
+        if (spans_.empty() && place_ == tensors_.size()) {
             sink_->finish();
             finished_ = true;
             return true;
         }
-        if (!write_some() && !grow()) {
+        if (spans_.empty() || (!write_some() && !grow())) {
             std::this_thread::sleep_for(kPoll);
         }
         if (until.passed()) {
@@ -132,7 +132,7 @@ void Download::plan_host(const at::Tensor& host, const std::string& name, uint64
 
 // Lets the device fill a slab, with parts of one tensor or of as many as fit.
 bool Download::plan_slab(Source& source, c10::Device device) {
-    if (source.free.empty()) {
+    if (source.free.empty() || !source.route->is_ready()) {
         return false;
     }
     Route& route = *source.route;

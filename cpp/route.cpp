@@ -42,8 +42,7 @@ Route::Route(c10::Device device, uint64_t bytes) : device_(device), bytes_(bytes
         give_back();
         stream_.reset();
     }
-    slab_bytes_ = std::min<uint64_t>(kSlabBytes, (bytes_ / kAlignment + 2) * kAlignment);
-    grow();
+    begin_plain();
 }
 
 Route::~Route() {
@@ -75,6 +74,21 @@ bool Route::begin_async() {
         return true;
     } catch (const c10::Error&) {
         return false;
+    }
+}
+
+void Route::begin_plain() {
+    slab_bytes_ = std::min<uint64_t>(kSlabBytes, (bytes_ / kAlignment + 2) * kAlignment);
+    grow();
+    if (device_.is_cpu()) {
+        return;
+    }
+    try {
+        c10::Event before(device_.type());
+        before.record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+        before_ = std::move(before);
+    } catch (const c10::Error&) {
+        // A device without events: the first copy waits.
     }
 }
 

@@ -69,6 +69,9 @@ class Route {
         record(slab);
     }
 
+    // Whether copies can begin: on the caller's stream, each would have the host wait for all that is queued there.
+    bool is_ready() const { return !before_ || before_->query(); }
+
     // Whether the slab may be written to.
     bool is_idle(size_t slab) const { return slabs_[slab].is_idle(); }
 
@@ -77,6 +80,7 @@ class Route {
 
   private:
     bool begin_async();
+    void begin_plain();
     bool take_pinned();
     bool add(std::optional<Slab> slab);
     void give_back();
@@ -86,6 +90,9 @@ class Route {
     c10::Device device_;
     uint64_t bytes_;
     size_t slab_bytes_ = kSlabBytes;
+    // Where copies run on the caller's stream: passes once what is queued there is done; none where there are no
+    // events.
+    std::optional<c10::Event> before_;
     // The caller's stream, and the one of the copies; none where copies are done at once.
     std::optional<c10::Stream> current_;
     std::optional<c10::Stream> stream_;

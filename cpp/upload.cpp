@@ -4,8 +4,10 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "cpp/alias.h"
@@ -64,6 +66,13 @@ Upload::Upload(SharedFile file, Destination destination, const std::vector<core:
 bool Upload::advance(Deadline until) {
     const at::NoGradGuard no_grad;
     while (!finished_) {
+        if (!route_.is_ready()) {
+            if (until.passed()) {
+                return false;
+            }
+            std::this_thread::sleep_for(std::chrono::microseconds(kPollMicroseconds));
+            continue;
+        }
         take_back();
         if ((*feed_)->is_starved() && route_.grow()) {
             (*feed_)->add({route_.data(route_.size() - 1)});

@@ -36,6 +36,7 @@ def _reset() -> None:
 @pytest.fixture(params=["pinned", "few slabs", "one thread", "plain", "no streams", "no pinning"])
 def route(request: pytest.FixtureRequest) -> str:
     """A way on which bytes can go to the device and back."""
+    accelerator.set_delay(30)  # most tests wait for several hundred copies
     if request.param == "pinned":
         reserve(32)
     elif request.param == "few slabs":
