@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "cpp/error.h"
 #include "cpp/file.h"
 #include "cpp/load.h"
@@ -73,8 +71,9 @@ at::Tensor save_op(const Tensors& tensors, const std::optional<Metadata>& metada
     return guarded([&] { return PendingSave(named(tensors), metadata, "").write(); });
 }
 
-c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::optional<Metadata>& metadata) {
-    return guarded([&] { return c10::make_intrusive<PendingSave>(named(tensors), metadata, ""); });
+c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::optional<Metadata>& metadata,
+                                             const std::string& path) {
+    return guarded([&] { return c10::make_intrusive<PendingSave>(named(tensors), metadata, path); });
 }
 
 void check_save_op(const Tensors& tensors) {
@@ -88,15 +87,6 @@ c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names&
             result.insert(dropped, kept);
         }
         return result;
-    });
-}
-
-std::tuple<Names, Names> load_state_op(const c10::intrusive_ptr<File>& file, const Tensors& state,
-                                       const Names& optional, const std::string& class_name, bool strict) {
-    return guarded([&]() -> std::tuple<Names, Names> {
-        const auto load = file->start_state(state, optional, class_name, strict);
-        load->advance(std::numeric_limits<double>::infinity());
-        return load->under_way().mismatch();
     });
 }
 
@@ -165,14 +155,11 @@ TORCH_LIBRARY(safetensors_torch, library) {
     library.def("_load_shared_lists(Tensor data) -> (str[] names, Tensor[] tensors)",
                 torch::dispatch(key, load_shared_op));
     library.def(
-        "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> "
+        "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str path) -> "
         "__torch__.torch.classes.safetensors_torch.PendingSave",
         torch::dispatch(key, plan_save_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
-    library.def(effectful("_load_state(__torch__.torch.classes.safetensors_torch.File file, Dict(str, Tensor) state, "
-                          "str[] optional, str class_name, bool strict) -> (str[] missing, str[] unexpected)"),
-                torch::dispatch(key, load_state_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",

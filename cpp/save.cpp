@@ -257,10 +257,7 @@ void register_pending_save(torch::Library& library) {
         .def("advance", [](const Self& self,
                            double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
         .def("done", [](const Self& self) { return self->done(); })
-        .def("cancel", [](const Self& self) { self->cancel(); })
-        .def("write_file", [](const Self& self, const std::string& path,
-                              bool durable) { guarded([&] { self->write_file(path, durable); }); })
-        .def("write_into", [](const Self& self, const at::Tensor& out) { guarded([&] { self->write_into(out); }); });
+        .def("cancel", [](const Self& self) { self->cancel(); });
 }
 
 }  // namespace safetensors_torch

@@ -22,17 +22,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/core/Dict.h>
-#include <ATen/core/class_type.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/function.h>
-#include <ATen/core/stack.h>
 #include <c10/core/GradMode.h>
 #include <torch/nn/module.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -41,107 +35,11 @@
 #include <vector>
 
 #include "safetensors_torch.h"
+#include "safetensors_torch/detail.hpp"
 #include "safetensors_torch/index.hpp"
+#include "safetensors_torch/types.hpp"
 
 namespace safetensors_torch {
-
-/// Tensors by name. A loaded one iterates in the order of the data in the file.
-using Tensors = c10::Dict<std::string, at::Tensor>;
-
-/// The free-form text beside the tensors. Empty means none: no `__metadata__` is written, or there was none.
-using Metadata = std::map<std::string, std::string>;
-
-/// How the bytes of a file become host memory.
-enum class Backend {
-    /// One private copy-on-write mapping and no copy; it lives until the last tensor over it dies. Writing to a tensor
-    /// never changes the file. The file must not be cut short meanwhile: touching a lost page is a SIGBUS.
-    mmap,
-    /// Parallel reads into memory that the tensors own. Any change of the file meanwhile ends in an error at worst.
-    pread,
-};
-
-/// How a file is written.
-struct SaveOptions {
-    /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
-    /// and its directory). Otherwise the kernel writes it there within half a minute or so.
-    bool durable = false;
-};
-
-namespace detail {
-
-using Strings = c10::Dict<std::string, std::string>;
-using OptionalStrings = std::optional<Strings>;
-
-[[noreturn]] inline void fail(std::string message) { throw c10::Error(std::move(message), nullptr); }
-
-// The one reference to a symbol of the library: it keeps the library among those needed under --as-needed.
-inline c10::OperatorHandle find_op(const char* name) {
-    auto op = c10::Dispatcher::singleton().findSchema({name, ""});
-    if (!op) {
-        fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
-             ") was built without libtorch, or is not of the version of safetensors_torch.hpp");
-    }
-    return *op;
-}
-
-inline std::string name_of(Backend backend) { return backend == Backend::pread ? "pread" : "mmap"; }
-
-inline OptionalStrings to_dict(const Metadata& metadata) {
-    if (metadata.empty()) {
-        return std::nullopt;
-    }
-    Strings dict;
-    for (const auto& [key, value] : metadata) {
-        dict.insert(key, value);
-    }
-    return dict;
-}
-
-// An object of a class that the library registers with torch.
-using Object = c10::intrusive_ptr<c10::ivalue::Object>;
-
-template <typename... Args>
-c10::IValue call_method(const Object& object, const char* method, const Args&... args) {
-    torch::jit::Stack stack{c10::IValue(object), c10::IValue(args)...};
-    object->type()->getMethod(method).run(stack);
-    return std::move(stack.back());
-}
-
-inline Object open(const std::string& path, Backend backend) {
-    static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
-    torch::jit::Stack stack{path, name_of(backend)};
-    op.callBoxed(stack);
-    return stack.back().toObject();
-}
-
-// The tensors of a module under their names in Python's state_dict, in its order, and the names that a file may lack.
-struct State {
-    Tensors tensors;
-    std::vector<std::string> optional;
-};
-
-inline void collect_state(const torch::nn::Module& module, const std::string& prefix, State& state) {
-    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
-        if (parameter.value().defined()) {
-            state.tensors.insert_or_assign(prefix + parameter.key(), parameter.value());
-        }
-    }
-    const auto buffers = module.named_buffers(/*recurse=*/false);
-    for (const auto& buffer : buffers) {
-        if (buffer.value().defined()) {
-            state.tensors.insert_or_assign(prefix + buffer.key(), buffer.value());
-        }
-    }
-    // The counter of the normalisation layers came late: files written before it do without, in Python too.
-    if (buffers.contains("num_batches_tracked") && buffers.contains("running_mean")) {
-        state.optional.push_back(prefix + "num_batches_tracked");
-    }
-    for (const auto& child : module.named_children()) {
-        collect_state(*child.value(), prefix + child.key() + ".", state);
-    }
-}
-
-}  // namespace detail
 
 /// Every tensor of the file at `path`, on `device`, in file order.
 ///
@@ -157,10 +55,21 @@ inline void collect_state(const torch::nn::Module& module, const std::string& pr
 /// cut short; a dtype that torch does not have.
 inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
                          std::optional<bool> prefault = std::nullopt) {
-    static const auto op =
-        detail::find_op("safetensors_torch::load_file")
-            .typed<Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>)>();
-    return op.call(path, device, detail::name_of(backend), prefault);
+    using Names = std::optional<std::vector<std::string>>;
+    using Signature = Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>,
+                              std::optional<at::ScalarType>, const Names&);
+    static const auto op = detail::find_op("safetensors_torch::load_file").typed<Signature>();
+    return op.call(path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
+}
+
+/// The tensors of the file at `path` that `options` select, on `device`, in file order.
+///
+/// Where the device has streams, what its current stream does after this call sees the tensors.
+///
+/// Throws c10::Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to;
+/// c10::OutOfMemoryError that names the tensor for which the device has no memory.
+inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
+    return detail::load(detail::open(path, options.backend), device, options);
 }
 
 /// Every tensor of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may go away.
@@ -170,11 +79,27 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
 ///
 /// Throws c10::Error as load_file does of the contents.
 inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
-    static const auto op = detail::find_op("safetensors_torch::load").typed<Tensors(const at::Tensor&, at::Device)>();
+    using Names = std::optional<std::vector<std::string>>;
+    using Signature = Tensors(const at::Tensor&, at::Device, std::optional<at::ScalarType>, const Names&);
+    static const auto op = detail::find_op("safetensors_torch::load").typed<Signature>();
     // from_blob asks for a mutable pointer; the operator only reads.
     const at::Tensor data =
         at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
-    return op.call(data, device);
+    return op.call(data, device, std::nullopt, std::nullopt);
+}
+
+/// The tensors that `options` select of a safetensors file whose bytes are in memory; its backend and prefault are of
+/// no concern. The tensors are copies: `bytes` may go away.
+///
+/// Throws c10::Error as load_file does of the contents and the options.
+inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions& options) {
+    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_open_bytes");
+    torch::jit::Stack stack{
+        at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte)};
+    op.callBoxed(stack);
+    LoadOptions copies = options;
+    copies.backend = Backend::pread;
+    return detail::load(stack.back().toObject(), device, copies);
 }
 
 /// Writes `tensors`, from whatever device, and `metadata` to a file at `path`.
@@ -186,23 +111,21 @@ inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
 /// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`. And when the
 /// operating system refuses.
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
-                      SaveOptions options = {}) {
-    static const auto op = detail::find_op("safetensors_torch::save_file")
-                               .typed<void(const Tensors&, const std::string&, const detail::OptionalStrings&, bool)>();
-    op.call(tensors, path, detail::to_dict(metadata), options.durable);
+                      const SaveOptions& options = {}) {
+    const auto plan = detail::plan_save(tensors, metadata, path);
+    detail::call_method(plan, "start_file", path, options.durable);
+    detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);
 }
 
 /// The bytes that save_file would write.
 ///
 /// Throws c10::Error for the tensors that save_file refuses.
-inline std::string save(const Tensors& tensors, const Metadata& metadata = {}) {
-    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_plan_save");
-    torch::jit::Stack stack{tensors, detail::to_dict(metadata)};
-    op.callBoxed(stack);
-    const auto plan = stack.back().toObject();
+inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, const Progress& progress = {}) {
+    const auto plan = detail::plan_save(tensors, metadata, "");
     std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');
     const auto size = static_cast<int64_t>(bytes.size());
-    detail::call_method(plan, "write_into", at::from_blob(bytes.data(), {size}, at::kByte));
+    detail::call_method(plan, "start_into", at::from_blob(bytes.data(), {size}, at::kByte));
+    detail::run(plan, size, progress);
     return bytes;
 }
 
@@ -332,14 +255,16 @@ struct LoadResult {
 /// Throws c10::Error: as load_file does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
 /// missing or unexpected, and, strict or not, for a shape that does not fit; a parameter on the meta device.
 inline LoadResult load_model(torch::nn::Module& module, const std::string& path, bool strict = true,
-                             Backend backend = Backend::mmap) {
-    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_load_state");
+                             Backend backend = Backend::mmap, const Progress& progress = {}) {
     const c10::NoGradGuard no_grad;
     detail::State state;
     detail::collect_state(module, "", state);
-    torch::jit::Stack stack{detail::open(path, backend), state.tensors, state.optional, module.name(), strict};
-    op.callBoxed(stack);
-    return {stack.at(0).to<std::vector<std::string>>(), stack.at(1).to<std::vector<std::string>>()};
+    const auto pending = detail::call_method(detail::open(path, backend), "start_state", state.tensors, state.optional,
+                                             module.name(), strict)
+                             .toObject();
+    detail::run(pending, detail::call_method(pending, "total").toInt(), progress);
+    const auto result = detail::call_method(pending, "result").toTuple();
+    return {result->elements()[0].to<std::vector<std::string>>(), result->elements()[1].to<std::vector<std::string>>()};
 }
 
 /// Saves the parameters and buffers of `module` under the names of Python's state_dict.
@@ -350,7 +275,7 @@ inline LoadResult load_model(torch::nn::Module& module, const std::string& path,
 ///
 /// Throws c10::Error: as save_file does; tied tensors of which none covers the memory.
 inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata = {},
-                       bool force_contiguous = true, SaveOptions options = {}) {
+                       bool force_contiguous = true, const SaveOptions& options = {}) {
     static const auto tied = detail::find_op("safetensors_torch::_tied")
                                  .typed<detail::Strings(const Tensors&, const std::vector<std::string>&)>();
     static const auto last_error = detail::find_op("safetensors_torch::_last_error")
@@ -387,6 +312,34 @@ inline void save_model(const torch::nn::Module& module, const std::string& path,
         detail::fail(std::string(error.what_without_backtrace()) +
                      " Or use save_model(..., force_contiguous=True), read the docs for potential caveats.");
     }
+}
+
+/// What transfers may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64
+/// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say.
+inline TransferOptions transfer_options() {
+    static const auto op =
+        detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
+    const auto [ring_bytes, threads] = op.call();
+    return {ring_bytes, threads};
+}
+
+/// Takes effect with the next load or save. Throws c10::Error for negative numbers.
+inline void set_transfer_options(const TransferOptions& options) {
+    static const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
+    op.call(options.ring_bytes, options.threads);
+}
+
+/// Pins host memory for transfers to come, so that the first of them need not, until there are `bytes` (but no more
+/// than ring_bytes). Returns how many bytes there are: 0 where there is no accelerator that has such memory.
+inline int64_t reserve_transfer_memory(int64_t bytes) {
+    static const auto op = detail::find_op("safetensors_torch::_reserve_transfer_memory").typed<int64_t(int64_t)>();
+    return op.call(bytes);
+}
+
+/// Frees the pinned host memory that waits for the next transfer; returns its bytes.
+inline int64_t release_transfer_memory() {
+    static const auto op = detail::find_op("safetensors_torch::_release_transfer_memory").typed<int64_t()>();
+    return op.call();
 }
 
 }  // namespace safetensors_torch

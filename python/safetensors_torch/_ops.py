@@ -299,7 +299,8 @@ def save_file(
         durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
             the file and its directory). Otherwise the kernel brings it there within half a minute or so.
         progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the save, and no file is written.
+            some ten times a second, and at the end. What it raises ends the save: no file is written, unless it was
+            complete already.
 
     Raises:
         ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).

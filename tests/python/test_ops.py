@@ -133,13 +133,15 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
         assert as_bytes(data) == expected
         out = torch.zeros(len(expected), dtype=torch.uint8)
         for plan in (
-            ops._plan_save(state, metadata),
+            ops._plan_save(state, metadata, ""),
             torch.classes.safetensors_torch.PendingSave(list(state), list(state.values()), metadata, ""),
         ):
             assert plan.size() == len(expected)
-            assert plan.write_into(out.zero_()) is None
+            plan.start_into(out.zero_())
+            assert plan.advance(60.0) and plan.done() == len(expected)
             assert as_bytes(out) == expected
-            plan.write_file(str(tmp_path / "planned"), False)
+            plan.start_file(str(tmp_path / "planned"), False)
+            assert plan.advance(60.0)
             assert (tmp_path / "planned").read_bytes() == expected
         assert ops.save_file(state, str(tmp_path / "saved"), metadata) is None
         assert (tmp_path / "saved").read_bytes() == expected
@@ -147,11 +149,37 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
-    plan = ops._plan_save(state)
+    plan = ops._plan_save(state, None, "")
     out = torch.full((plan.size() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
-        plan.write_into(out)
+        plan.start_into(out)
     assert bool((out == 7).all()), "the buffer was written to"
+
+
+def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    plan = ops._plan_save(state, None, "")
+    with pytest.raises(RuntimeError, match="nothing was begun"):
+        plan.advance(60.0)
+    plan.start_file(str(target), False)
+    plan.cancel()
+    assert target.read_bytes() == b"old"
+    with pytest.raises(RuntimeError, match="nothing was begun"):
+        plan.advance(60.0)
+
+
+def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> None:
+    file = torch.classes.safetensors_torch.File(path, "pread")
+    load = file.start_load(None, CPU, None)
+    assert load.total() == sum(tensor.nbytes for tensor in state.values()) and load.done() == 0
+    assert load.advance(60.0) and load.done() == load.total()
+    names, tensors = load.result()
+    assert difference(dict(zip(names, tensors)), state) is None
+    load.cancel()
+    for method in (lambda: load.advance(1.0), load.total, load.done, load.result):
+        with pytest.raises(RuntimeError, match="has failed, or was cancelled"):
+            method()
 
 
 def test_a_save_wants_as_many_names_as_tensors() -> None:

@@ -1,0 +1,158 @@
+// How safetensors_torch.hpp, which includes this, reaches the library: operators by name, objects by method.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/Dict.h>
+#include <ATen/core/class_type.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/function.h>
+#include <ATen/core/stack.h>
+#include <torch/nn/module.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../safetensors_torch.h"
+#include "types.hpp"
+
+namespace safetensors_torch::detail {
+
+using Strings = c10::Dict<std::string, std::string>;
+using OptionalStrings = std::optional<Strings>;
+
+[[noreturn]] inline void fail(std::string message) { throw c10::Error(std::move(message), nullptr); }
+
+// The one reference to a symbol of the library: it keeps the library among those needed under --as-needed.
+inline c10::OperatorHandle find_op(const char* name) {
+    auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    if (!op) {
+        fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
+             ") was built without libtorch, or is not of the version of safetensors_torch.hpp");
+    }
+    return *op;
+}
+
+inline std::string name_of(Backend backend) { return backend == Backend::pread ? "pread" : "mmap"; }
+
+inline OptionalStrings to_dict(const Metadata& metadata) {
+    if (metadata.empty()) {
+        return std::nullopt;
+    }
+    Strings dict;
+    for (const auto& [key, value] : metadata) {
+        dict.insert(key, value);
+    }
+    return dict;
+}
+
+// An object of a class that the library registers with torch.
+using Object = c10::intrusive_ptr<c10::ivalue::Object>;
+
+template <typename... Args>
+c10::IValue call_method(const Object& object, const char* method, const Args&... args) {
+    torch::jit::Stack stack{c10::IValue(object), c10::IValue(args)...};
+    object->type()->getMethod(method).run(stack);
+    return std::move(stack.back());
+}
+
+inline Object open(const std::string& path, Backend backend) {
+    static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
+    torch::jit::Stack stack{path, name_of(backend)};
+    op.callBoxed(stack);
+    return stack.back().toObject();
+}
+
+// Has an object of the library do its work in steps, and tells `progress` between them.
+inline void run(const Object& work, int64_t total, const Progress& progress) {
+    const double seconds = progress ? 0.1 : std::numeric_limits<double>::infinity();
+    try {
+        while (!call_method(work, "advance", seconds).toBool()) {
+            if (progress) {
+                progress(call_method(work, "done").toInt(), total);
+            }
+        }
+        if (progress) {
+            progress(total, total);
+        }
+    } catch (...) {
+        call_method(work, "cancel");
+        throw;
+    }
+}
+
+// The names of `file` that `filter` takes; none where that takes all.
+inline std::optional<std::vector<std::string>> select(const Object& file,
+                                                      const std::function<bool(const std::string&)>& filter) {
+    if (!filter) {
+        return std::nullopt;
+    }
+    std::vector<std::string> names;
+    for (std::string& name : call_method(file, "offset_keys").to<std::vector<std::string>>()) {
+        if (filter(name)) {
+            names.push_back(std::move(name));
+        }
+    }
+    return names;
+}
+
+// A save that is checked and laid out. `path` is for the errors.
+inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path) {
+    static const c10::OperatorHandle op = find_op("safetensors_torch::_plan_save");
+    torch::jit::Stack stack{tensors, to_dict(metadata), path};
+    op.callBoxed(stack);
+    return stack.back().toObject();
+}
+
+// What a file is loaded as.
+inline Tensors load(const Object& file, at::Device device, const LoadOptions& options) {
+    if (options.backend == Backend::mmap && device.is_cpu() && options.prefault.value_or(!options.filter)) {
+        call_method(file, "prefault", options.prefault.has_value());
+    }
+    const auto pending =
+        call_method(file, "start_load", select(file, options.filter), device, options.dtype).toObject();
+    run(pending, call_method(pending, "total").toInt(), options.progress);
+    const auto result = call_method(pending, "result").toTuple();
+    auto names = result->elements()[0].to<std::vector<std::string>>();
+    const auto tensors = result->elements()[1].to<std::vector<at::Tensor>>();
+    Tensors dict;
+    dict.reserve(names.size());
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        dict.insert(std::move(names[i]), tensors[i]);
+    }
+    return dict;
+}
+
+// The tensors of a module under their names in Python's state_dict, in its order, and the names that a file may lack.
+struct State {
+    Tensors tensors;
+    std::vector<std::string> optional;
+};
+
+inline void collect_state(const torch::nn::Module& module, const std::string& prefix, State& state) {
+    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
+        if (parameter.value().defined()) {
+            state.tensors.insert_or_assign(prefix + parameter.key(), parameter.value());
+        }
+    }
+    const auto buffers = module.named_buffers(/*recurse=*/false);
+    for (const auto& buffer : buffers) {
+        if (buffer.value().defined()) {
+            state.tensors.insert_or_assign(prefix + buffer.key(), buffer.value());
+        }
+    }
+    // The counter of the normalisation layers came late: files written before it do without, in Python too.
+    if (buffers.contains("num_batches_tracked") && buffers.contains("running_mean")) {
+        state.optional.push_back(prefix + "num_batches_tracked");
+    }
+    for (const auto& child : module.named_children()) {
+        collect_state(*child.value(), prefix + child.key() + ".", state);
+    }
+}
+
+}  // namespace safetensors_torch::detail

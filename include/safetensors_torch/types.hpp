@@ -1,0 +1,66 @@
+// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and what can be asked for.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/Dict.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+
+namespace safetensors_torch {
+
+/// Tensors by name. A loaded one iterates in the order of the data in the file.
+using Tensors = c10::Dict<std::string, at::Tensor>;
+
+/// The free-form text beside the tensors. Empty means none: no `__metadata__` is written, or there was none.
+using Metadata = std::map<std::string, std::string>;
+
+/// How the bytes of a file become host memory.
+enum class Backend {
+    /// One private copy-on-write mapping and no copy; it lives until the last tensor over it dies. Writing to a tensor
+    /// never changes the file. The file must not be cut short meanwhile: touching a lost page is a SIGBUS.
+    mmap,
+    /// Parallel reads into memory that the tensors own. Any change of the file meanwhile ends in an error at worst.
+    pread,
+};
+
+/// Is told of the bytes that are done and the bytes in all, some ten times a second and at the end. What it throws ends
+/// the load or save, and reaches the caller.
+using Progress = std::function<void(int64_t done, int64_t total)>;
+
+/// Which tensors are loaded, and how.
+struct LoadOptions {
+    Backend backend = Backend::mmap;
+    /// About Backend::mmap on the CPU, whose tensors cost a page fault every few pages where they are touched first,
+    /// and a wait for the disk where the file is not in memory. Without a value, threads in the background bring the
+    /// file in while the caller goes on, if it loads all of it (a cold file only if it takes no more than half of the
+    /// memory available); true has that done when the call returns, false leaves it to the touch.
+    std::optional<bool> prefault = std::nullopt;
+    /// A floating-point dtype that floating-point tensors are converted to, on their device, some MiB at a time.
+    std::optional<at::ScalarType> dtype = std::nullopt;
+    /// Loads the tensors for whose names it is true; others are not read. Empty means all.
+    std::function<bool(const std::string& name)> filter = {};
+    Progress progress = {};
+};
+
+/// How a file is written.
+struct SaveOptions {
+    /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
+    /// and its directory). Otherwise the kernel writes it there within half a minute or so.
+    bool durable = false;
+    Progress progress = {};
+};
+
+/// What transfers between files and devices may use.
+struct TransferOptions {
+    /// The most pinned host memory that all of them keep, in bytes; taken in slabs of 2 MiB, as it is needed. 0 means
+    /// none: copies then go through memory that is not pinned.
+    int64_t ring_bytes;
+    /// Threads that read a file for one device; 0 means as many as suit the machine.
+    int64_t threads;
+};
+
+}  // namespace safetensors_torch

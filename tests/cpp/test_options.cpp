@@ -1,0 +1,122 @@
+// What a load or a save can be asked for beside the file: dtype, names, progress; and what transfers may use.
+
+#include "support.h"
+
+using namespace support;
+
+namespace {
+
+st::Tensors weights_and_steps() {
+    st::Tensors tensors;
+    tensors.insert("a.weight", make({300, 1001}, at::kFloat, 1));
+    tensors.insert("a.steps", make({7}, at::kLong, 2));
+    tensors.insert("b.weight", at::arange(5, at::kHalf));
+    return tensors;
+}
+
+// Everything in one number.
+struct Told {
+    int64_t last = -1;
+    int64_t total = -1;
+    int calls = 0;
+
+    st::Progress function() {
+        return [this](int64_t done, int64_t all) {
+            EXPECT(done >= last && done <= all);
+            last = done;
+            total = all;
+            ++calls;
+        };
+    }
+};
+
+}  // namespace
+
+TEST(floating_point_tensors_are_converted_and_others_are_not) {
+    const TempDir dir;
+    const st::Tensors tensors = weights_and_steps();
+    st::save_file(tensors, dir.file("f"));
+    const std::string bytes = st::save(tensors);
+    for (const st::Backend backend : kBackends) {
+        st::LoadOptions options;
+        options.backend = backend;
+        options.dtype = at::kBFloat16;
+        for (const st::Tensors& loaded :
+             {st::load_file(dir.file("f"), at::kCPU, options), st::load(bytes, at::kCPU, options)}) {
+            EXPECT(identical(loaded.at("a.weight"), tensors.at("a.weight").to(at::kBFloat16)));
+            EXPECT(identical(loaded.at("b.weight"), tensors.at("b.weight").to(at::kBFloat16)));
+            EXPECT(identical(loaded.at("a.steps"), tensors.at("a.steps")));
+        }
+    }
+    st::LoadOptions options;
+    options.dtype = at::kInt;
+    EXPECT_HAS(ERROR_OF(st::load_file(dir.file("f"), at::kCPU, options)),
+               "dtype must be a floating-point one, not int32");
+}
+
+TEST(a_filter_selects_by_name) {
+    const TempDir dir;
+    const st::Tensors tensors = weights_and_steps();
+    st::save_file(tensors, dir.file("f"));
+    st::LoadOptions options;
+    options.filter = [](const std::string& name) { return name.rfind("a.", 0) == 0; };
+    for (const st::Backend backend : kBackends) {
+        options.backend = backend;
+        const st::Tensors loaded = st::load_file(dir.file("f"), at::kCPU, options);
+        EXPECT(loaded.size() == 2 && identical(loaded.at("a.weight"), tensors.at("a.weight")));
+    }
+    options.filter = [](const std::string&) { return false; };
+    EXPECT(st::load(st::save(tensors), at::kCPU, options).empty());
+}
+
+TEST(progress_is_told_to_the_end) {
+    const TempDir dir;
+    const st::Tensors tensors = weights_and_steps();
+    Told saved;
+    st::save_file(tensors, dir.file("f"), {}, {/*durable=*/false, saved.function()});
+    EXPECT(saved.calls > 0 && saved.last == saved.total &&
+           saved.total == static_cast<int64_t>(std::filesystem::file_size(dir.file("f"))));
+    Told in_memory;
+    EXPECT(static_cast<int64_t>(st::save(tensors, {}, in_memory.function()).size()) == in_memory.last);
+    int64_t bytes = 0;
+    for (const auto& entry : tensors) {
+        bytes += static_cast<int64_t>(entry.value().nbytes());
+    }
+    st::LoadOptions options;
+    options.backend = st::Backend::pread;
+    Told loaded;
+    options.progress = loaded.function();
+    EXPECT(identical(st::load_file(dir.file("f"), at::kCPU, options), tensors));
+    EXPECT(loaded.last == bytes && loaded.total == bytes);
+}
+
+TEST(what_progress_throws_ends_the_save) {
+    const TempDir dir;
+    write_file(dir.file("f"), "as it was");
+    struct Enough {};
+    bool thrown = false;
+    try {
+        st::save_file(weights_and_steps(), dir.file("f"), {},
+                      {/*durable=*/false, [](int64_t, int64_t) { throw Enough(); }});
+    } catch (const Enough&) {
+        thrown = true;
+    }
+    // By the time that it is told for the first time, so small a file is complete.
+    EXPECT(thrown && dir.count() == 1 && read_file(dir.file("f")) == st::save(weights_and_steps()));
+}
+
+TEST(transfer_options_can_be_set) {
+    const st::TransferOptions before = st::transfer_options();
+    EXPECT(before.ring_bytes == 64 << 20 && before.threads == 0);
+    st::set_transfer_options({8 << 20, 3});
+    EXPECT(st::transfer_options().ring_bytes == 8 << 20 && st::transfer_options().threads == 3);
+    EXPECT_HAS(ERROR_OF(st::set_transfer_options({-1, 0})), "must not be negative");
+    EXPECT_HAS(ERROR_OF(st::set_transfer_options({0, -1})), "must not be negative");
+    EXPECT(st::transfer_options().threads == 3);
+    st::set_transfer_options(before);
+    if (!at::hasCUDA()) {
+        EXPECT(st::reserve_transfer_memory(8 << 20) == 0);
+    }
+    st::release_transfer_memory();
+    EXPECT(st::release_transfer_memory() == 0);
+}
