@@ -114,24 +114,27 @@ bool Route::add(std::optional<Slab> slab) {
 }
 
 bool Route::grow() {
-    if (size() * slab_bytes_ >= bytes_ && size() > 0) {
+    if (size() > 0 && size() * slab_bytes_ >= bytes_) {
         return false;
     }
-    if (stream_) {
-        if (auto waiting = Ring::of_process().take(1); !waiting.empty()) {
-            return add(std::move(waiting.front()));
+    if (!stream_) {
+        if (size() == kMostPlainSlabs) {
+            return false;
         }
-        const c10::DeviceGuard on_device(device_);
-        const bool is_worth_it = (pinned_ + 1) * kSlabBytes * kPinnedPart <= bytes_;
-        const bool is_more = is_worth_it && add(Ring::of_process().pin());
-        pinned_ += is_more ? 1 : 0;
-        return is_more;
+        const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU).pinned_memory(false);
+        return add(Slab{at::empty({static_cast<int64_t>(slab_bytes_)}, options), std::nullopt});
     }
-    if (size() == kMostPlainSlabs) {
+    if (auto waiting = Ring::of_process().take(1); !waiting.empty()) {
+        return add(std::move(waiting.front()));
+    }
+    if (!may_pin_ || (pinned_ + 1) * kSlabBytes * kPinnedPart > bytes_) {
         return false;
     }
-    const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU).pinned_memory(false);
-    return add(Slab{at::empty({static_cast<int64_t>(slab_bytes_)}, options), std::nullopt});
+    const c10::DeviceGuard on_device(device_);
+    // Not asked for again once it was refused, which takes long.
+    may_pin_ = add(Ring::of_process().pin());
+    pinned_ += may_pin_ ? 1 : 0;
+    return may_pin_;
 }
 
 void Route::record(size_t slab) {

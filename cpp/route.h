@@ -99,6 +99,8 @@ class Route {
     std::vector<Slab> slabs_;
     // How many of them were pinned for this transfer.
     size_t pinned_ = 0;
+    // Whether there may be more to be had.
+    bool may_pin_ = true;
 };
 
 }  // namespace safetensors_torch

@@ -5,12 +5,14 @@ Owns no test.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PAGE = 4096
@@ -33,6 +35,16 @@ def eventually(holds: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.002)
     return True
+
+
+@contextlib.contextmanager
+def ctrl_c_is_heard() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt in the body, also in a process that was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def peak_growth(setup: str, work: str) -> int:
