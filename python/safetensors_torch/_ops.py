@@ -201,8 +201,8 @@ def load_file(
             others stay as they are. None converts nothing.
         names: the tensors to load, by name, or a function that is true for the names of those; others are not read.
         progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the load. Of tensors that are mapped, nothing is
-            read.
+            some ten times a second, and at the end. What it raises ends the load. What is mapped is
+            not read, and not told of.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the shape in the header.
