@@ -34,7 +34,7 @@ impl Caller {
         loop {
             match feed.take(Duration::from_millis(5))? {
                 Taken::End => break,
-                Taken::Later => assert!(!kept.is_empty() || !feed.is_starved(), "all slabs are the feed's"),
+                Taken::Later => {}
                 Taken::Slab(slab, parts) => {
                     let mut end = 0;
                     for part in parts {
