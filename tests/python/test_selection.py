@@ -262,3 +262,27 @@ def test_without_an_accelerator_there_is_no_transfer_memory() -> None:
     assert safetensors_torch.transfer_memory() == safetensors_torch.release_transfer_memory() == 0
     with pytest.raises(TypeError, match="nbytes must be an int"):
         safetensors_torch.reserve_transfer_memory(1.5)
+
+
+def test_fake_tensors_are_as_the_real_ones(path: Path, tensors: dict) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for options in ({}, {"dtype": torch.float16}, {"names": ["bias", "steps"], "dtype": torch.bfloat16}):
+        real = load_file(path, **options)
+        with FakeTensorMode():
+            fake = load_file(path, **options)
+            assert list(fake) == list(real) and all(isinstance(tensor, FakeTensor) for tensor in fake.values())
+            with pytest.raises(SafetensorError, match="does not contain tensor absent"):
+                load_file(path, names=["absent"])
+        for name, tensor in real.items():
+            assert (fake[name].dtype, fake[name].shape) == (tensor.dtype, tensor.shape)
+
+
+def test_the_operators_select_and_convert_too(path: Path, tensors: dict) -> None:
+    ops = torch.ops.safetensors_torch
+    expected = {"bias": tensors["bias"].half(), "steps": tensors["steps"]}
+    options = {"dtype": torch.float16, "names": ["steps", "bias"]}
+    assert difference(ops.load_file(str(path), **options), expected) is None
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    assert difference(ops.load(data, **options), expected) is None
+    torch.library.opcheck(ops.load_file.default, (str(path),), options, test_utils=["test_schema", "test_faketensor"])
