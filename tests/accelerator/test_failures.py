@@ -211,7 +211,8 @@ def interrupted(seconds: float = 0.3) -> Iterator[None]:
     timer.join()
 
 
-def test_an_interrupt_ends_a_load(large: Path, state: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slabs", [4, 0])
+def test_an_interrupt_ends_a_load(large: Path, state: dict, tmp_path: Path, slabs: int) -> None:
     attempts = {
         "load_file": lambda: load_file(large, device()),
         "load": lambda: load(large.read_bytes(), device()),
@@ -220,7 +221,7 @@ def test_an_interrupt_ends_a_load(large: Path, state: dict, tmp_path: Path) -> N
     }
     with nothing_left(tmp_path):
         for attempt in attempts.values():
-            reserve(4)
+            reserve(slabs)
             hold(0)
             with interrupted():
                 attempt()
@@ -242,7 +243,9 @@ def test_an_interrupt_ends_a_load_into_a_model(large: Path, state: dict, tmp_pat
         assert_equal(dict(model.state_dict()), state)
 
 
-def test_an_interrupt_ends_a_save(state: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slabs", [4, 0])
+def test_an_interrupt_ends_a_save(state: dict, tmp_path: Path, slabs: int) -> None:
+    reserve(slabs)
     moved = {name: tensor.to(device()) for name, tensor in state.items()}
     target = tmp_path / "target"
     target.write_bytes(b"old")

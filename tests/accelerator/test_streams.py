@@ -167,6 +167,35 @@ def test_the_next_load_leaves_slabs_alone_that_are_being_copied(tmp_path: Path) 
     assert safetensors_torch.transfer_memory() == 2 * SLAB
 
 
+def test_slabs_of_a_save_that_failed_are_left_alone_while_they_are_written_to(tmp_path: Path) -> None:
+    path = single(tmp_path)
+    reserve(1)
+    moved = {f"{i}": torch.full((1000,), 9.0, device=device()) for i in range(20)}
+    accelerator.synchronize()
+    hold(0)
+    accelerator.fail_copy_after(10)
+    with pytest.raises(RuntimeError, match="injected"):
+        save(moved)
+    # Nine copies to the slab wait for the current stream. A load on another one wants to read into it.
+    stream = torch.Stream(device=device())
+    accelerator.hold_stream(stream)
+    found: list[dict] = []
+
+    def load_on_another_stream() -> None:
+        with on_stream(stream):
+            found.append(load_file(path, device()))
+
+    thread = threading.Thread(target=load_on_another_stream)
+    thread.start()
+    thread.join(0.1)  # it is done, but for the copy, if it takes the slab
+    release(0)
+    accelerator.default_stream().synchronize()
+    accelerator.release_stream(stream)
+    thread.join()
+    accelerator.synchronize()
+    assert_equal(found[0], one(1))
+
+
 def test_released_slabs_are_not_freed_before_their_copies_are_done(tmp_path: Path) -> None:
     path = single(tmp_path)
     reserve(1)
