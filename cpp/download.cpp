@@ -17,6 +17,9 @@ namespace {
 // The most bytes of host memory that are written with one call: some hundredths of a second's work.
 constexpr uint64_t kWriteBytes = uint64_t(64) << 20;
 
+// Writing is slower than any bus: more slabs than this would only leave the processor's caches before they are written.
+constexpr size_t kMostSlabs = 8;
+
 // How long to sleep where the device has not come so far yet.
 constexpr auto kPoll = std::chrono::microseconds(20);
 
@@ -55,13 +58,14 @@ Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, st
     }
     for (const auto& [name, use] : devices) {
         Source& source = sources_[name];
-        source.route = std::make_unique<Route>(use.first, use.second);
+        source.route = std::make_unique<Route>(use.first, use.second, kMostSlabs);
         for (size_t slab = 0; slab < source.route->size(); ++slab) {
             source.free.push_back(slab);
         }
     }
     const auto header = layout_.header();
-    spans_.push_back({header.data(), header.size(), nullptr, 0, {}});
+    spans_.reserve(tensors_.size() + 1);
+    spans_.push_back({header.data(), header.size(), nullptr, 0});
 }
 
 bool Download::advance(Deadline until) {
@@ -69,12 +73,12 @@ bool Download::advance(Deadline until) {
     while (!finished_) {
         while (plan_more()) {
         }
-        if (spans_.empty() && place_ == tensors_.size()) {
+        if (is_all_written() && place_ == tensors_.size()) {
             sink_->finish();
             finished_ = true;
             return true;
         }
-        if (spans_.empty() || (!write_some() && !grow())) {
+        if (is_all_written() || (!write_some() && !grow_where_waiting())) {
             std::this_thread::sleep_for(kPoll);
         }
         if (until.passed()) {
@@ -102,37 +106,38 @@ bool Download::plan_more() {
         return false;
     }
     if (is_on_host(tensor)) {
-        plan_host(tensor, name, nbytes);
+        plan_host(tensor, name, nbytes, std::min(nbytes - offset_, kWriteBytes - host_bytes_));
         return true;
     }
     // A copy of the whole tensor, of which there is one at a time.
-    if (std::any_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.host.defined(); })) {
+    if (copy_.defined()) {
         return false;
     }
     try {
-        plan_host(to_host(tensor), name, nbytes);
+        copy_ = to_host(tensor);
+        plan_host(copy_, name, nbytes, nbytes);
     } catch (const c10::Error& error) {
         explain(error, name, tensor.device());
     }
     return true;
 }
 
-// Plans what is left of a tensor in host memory, as far as there is room.
-void Download::plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes) {
+// Plans the next `length` bytes of a tensor in host memory, which has `nbytes`.
+void Download::plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes, uint64_t length) {
     const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
     if (data == nullptr || host.nbytes() != nbytes) {
         fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
     }
-    const bool is_copy = !host.is_same(tensors_[layout_.tensor(place_)].second);
-    const uint64_t length = is_copy ? nbytes : std::min(nbytes - offset_, kWriteBytes - host_bytes_);
-    spans_.push_back({data + offset_, length, nullptr, 0, is_copy ? host : at::Tensor()});
+    spans_.push_back({data + offset_, length, nullptr, 0});
     host_bytes_ += length;
     move_on(length, nbytes);
 }
 
 // Lets the device fill a slab, with parts of one tensor or of as many as fit.
 bool Download::plan_slab(Source& source, c10::Device device) {
-    if (source.free.empty() || !source.route->is_ready()) {
+    // Where nothing is under way, a slab has to come from elsewhere: all may be busy with an earlier transfer.
+    const bool has_slab = !source.free.empty() || (is_all_written() && grow(source));
+    if (!has_slab || !source.route->is_ready()) {
         return false;
     }
     Route& route = *source.route;
@@ -160,7 +165,7 @@ bool Download::plan_slab(Source& source, c10::Device device) {
             move_on(length, nbytes);
         }
     });
-    spans_.push_back({route.data(slab), filled, &source, slab, {}});
+    spans_.push_back({route.data(slab), filled, &source, slab});
     return true;
 }
 
@@ -175,39 +180,47 @@ void Download::move_on(uint64_t length, uint64_t nbytes) {
 // Writes what is there at the front of what is planned; whether anything was.
 bool Download::write_some() {
     std::vector<core::Piece> pieces;
+    pieces.reserve(spans_.size() - next_span_);
     uint64_t bytes = 0;
-    for (const Span& span : spans_) {
-        if (!span.is_there()) {
-            break;
-        }
-        pieces.push_back({{span.data, span.length}});
-        bytes += span.length;
+    size_t end = next_span_;
+    for (; end < spans_.size() && spans_[end].is_there() && bytes < kWriteBytes; ++end) {
+        pieces.push_back({{spans_[end].data, spans_[end].length}});
+        bytes += spans_[end].length;
     }
     if (pieces.empty()) {
         return false;
     }
     sink_->write(pieces);
     done_ += bytes;
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        const Span& span = spans_.front();
+    for (; next_span_ < end; ++next_span_) {
+        const Span& span = spans_[next_span_];
         if (span.source != nullptr) {
             span.source->free.push_back(span.slab);
         } else if (span.data != layout_.header().data()) {
             host_bytes_ -= span.length;
         }
-        spans_.pop_front();
+    }
+    if (is_all_written()) {
+        spans_.clear();
+        next_span_ = 0;
+        copy_.reset();
     }
     return true;
 }
 
-// Adds a slab where writing waits for a device; whether there is one more now.
-bool Download::grow() {
-    Source* source = spans_.front().source;
-    if (source == nullptr || !source->free.empty() || !source->route->grow()) {
+// Adds a slab; whether there is one more now.
+bool Download::grow(Source& source) {
+    if (!source.route->grow()) {
         return false;
     }
-    source->free.push_back(source->route->size() - 1);
+    source.free.push_back(source.route->size() - 1);
     return true;
+}
+
+// The same where writing waits for a device that has no slab to fill meanwhile.
+bool Download::grow_where_waiting() {
+    Source* source = spans_[next_span_].source;
+    return source != nullptr && source->free.empty() && grow(*source);
 }
 
 }  // namespace safetensors_torch

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -52,18 +51,18 @@ class Download {
         // Whose slab they are in; null for other memory.
         Source* source;
         size_t slab;
-        // The owner of other memory, where that is not the caller.
-        at::Tensor host;
 
         bool is_there() const { return source == nullptr || source->route->is_idle(slab); }
     };
 
+    bool is_all_written() const { return next_span_ == spans_.size(); }
     bool plan_more();
-    void plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes);
+    void plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes, uint64_t length);
     bool plan_slab(Source& source, c10::Device device);
     void move_on(uint64_t length, uint64_t nbytes);
     bool write_some();
-    bool grow();
+    bool grow(Source& source);
+    bool grow_where_waiting();
 
     const NamedTensors& tensors_;
     const core::SavePlan& layout_;
@@ -73,9 +72,13 @@ class Download {
     // The next tensor to be planned, as a place in the file, and how much of it is planned already.
     size_t place_ = 0;
     uint64_t offset_ = 0;
-    // What is planned and not written, in the order of the file; and how much of that no slab bounds, the header aside.
-    std::deque<Span> spans_;
+    // What is planned, in the order of the file; what of it is not written begins at `next_span_`. And how much of that
+    // no slab bounds, the header aside.
+    std::vector<Span> spans_;
+    size_t next_span_ = 0;
     uint64_t host_bytes_ = 0;
+    // A tensor that had to come to the host as a whole, while it is planned.
+    at::Tensor copy_;
     uint64_t done_ = 0;
     bool finished_ = false;
 };

@@ -25,7 +25,6 @@ uint64_t not_negative(int64_t value) {
 File::File(const std::string& path, const std::string& backend)
     : file_(guarded([&] { return open_file(path, backend); })) {
     lender_.lends = backend == "mmap";
-    lender_.shown = lender_.lends;
 }
 
 File::File(const at::Tensor& data) : file_(guarded([&] { return open_bytes(data); })) {}
@@ -36,6 +35,15 @@ SharedFile File::opened() const {
         fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
     }
     return file;
+}
+
+Lender File::lender_for(c10::Device device) const {
+    Lender lender = lender_;
+    if (lender.lends && device.is_cpu()) {
+        is_lent_ = true;
+    }
+    lender.shown = is_lent_;
+    return lender;
 }
 
 std::vector<std::string> File::keys() const {
@@ -99,7 +107,7 @@ std::string File::dtype(const std::string& name) const {
 
 at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
     const auto file = opened();
-    return load_tensor(file, lender_, find(**file, name), device);
+    return load_tensor(file, lender_for(device), find(**file, name), device);
 }
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
@@ -109,7 +117,7 @@ std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names,
     for (const std::string& name : names) {
         indices.push_back(find(**file, name));
     }
-    Loader loader(file, lender_, std::move(indices), Target{device, {}});
+    Loader loader(file, lender_for(device), std::move(indices), Target{device, {}});
     return tensors_of(loader);
 }
 
@@ -139,7 +147,7 @@ at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& 
 
 c10::intrusive_ptr<PendingLoad> File::start_load(const std::optional<std::vector<std::string>>& names,
                                                  c10::Device device, std::optional<c10::ScalarType> dtype) const {
-    auto loader = std::make_unique<Loader>(load_all(opened(), lender_, Target{device, dtype}, names));
+    auto loader = std::make_unique<Loader>(load_all(opened(), lender_for(device), Target{device, dtype}, names));
     return c10::make_intrusive<PendingLoad>(std::move(loader));
 }
 
@@ -152,7 +160,7 @@ c10::intrusive_ptr<PendingSlice> File::start_slice(const std::string& name, cons
 
 c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const std::vector<std::string>& optional,
                                                    const std::string& class_name, bool strict) const {
-    auto loader = std::make_unique<StateLoader>(opened(), lender_, state, optional, class_name, strict);
+    auto loader = std::make_unique<StateLoader>(opened(), lender_for(c10::kMeta), state, optional, class_name, strict);
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/custom_class.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -54,8 +55,13 @@ class File : public torch::CustomClassHolder {
     // The core's file; held by the caller for as long as it uses it, so that close() on another thread is harmless.
     SharedFile opened() const;
 
+    // What lends memory to tensors for `device`; from then on, copies show what was written to those.
+    Lender lender_for(c10::Device device) const;
+
     SharedFile file_;
     Lender lender_;
+    // Whether tensors have the mapping's memory, or may have.
+    mutable std::atomic<bool> is_lent_{false};
 };
 
 // Tells torch of the class.

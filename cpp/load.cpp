@@ -269,7 +269,8 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
         return;
     }
     if (!tensor_.is_cpu() && has_memory(tensor_)) {
-        upload_ = std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, ranges);
+        upload_ =
+            std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, std::move(ranges));
         return;
     }
     at::Tensor host = tensor_.is_cpu() ? tensor_ : empty_on(at::kCPU, type, shape);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 #include <unordered_set>
+#include <utility>
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
@@ -167,6 +168,8 @@ void StateLoader::plan(bool aliased) {
         if (aliased || !takes_bytes(match)) {
             rest_.push_back(match);
         } else if (!tensor.is_cpu()) {
+            // Memory that is shared until it is written to is parted here, on the caller's stream.
+            tensor.mutable_data_ptr();
             by_device[tensor.device().str()].push_back({match.index, stored, tensor});
         } else {
             requests.push_back({match.index, static_cast<uint8_t*>(tensor.mutable_data_ptr()), nbytes});
@@ -174,7 +177,7 @@ void StateLoader::plan(bool aliased) {
     }
     reading_ = file.read({requests.data(), requests.size()});
     for (auto& [device, destinations] : by_device) {
-        uploads_.push_back(std::make_unique<Upload>(file_, std::move(destinations), /*shown=*/true));
+        by_device_.push_back(std::move(destinations));
     }
 }
 
@@ -190,43 +193,53 @@ bool StateLoader::takes_bytes(const Match& match) const {
 
 bool StateLoader::advance(Deadline until) {
     const at::NoGradGuard no_grad;
-    core::Loading& reading = **reading_;
-    if (done_ == 0) {
+    if (!std::exchange(started_, true)) {
         std::for_each(matches_.begin(), matches_.end(), [](const Match& match) { note_write(match.destination); });
     }
+    core::Loading& reading = **reading_;
     reading.advance(until.milliseconds_left());
     if (reading.done_bytes() < reading.total_bytes()) {
         return false;
     }
-    for (; next_upload_ < uploads_.size(); ++next_upload_) {
-        if (!uploads_[next_upload_]->advance(until)) {
+    for (; next_device_ < by_device_.size(); ++next_device_) {
+        if (upload_ == nullptr) {
+            upload_ = std::make_unique<Upload>(file_, by_device_[next_device_], lender_.shown);
+        }
+        if (!upload_->advance(until)) {
             return false;
         }
+        done_ += upload_->done_bytes();
+        upload_.reset();
     }
     for (; next_rest_ < rest_.size(); ++next_rest_) {
-        if (until.passed()) {
+        if (!load_and_copy(rest_[next_rest_], until)) {
             return false;
         }
-        load_and_copy(rest_[next_rest_]);
     }
     return true;
 }
 
-void StateLoader::load_and_copy(const Match& match) {
-    at::Tensor loaded = load_tensor(file_, lender_, match.index, match.destination.device());
+// Loads a tensor to where the destination is, and copies that; false where the time is up before.
+bool StateLoader::load_and_copy(const Match& match, Deadline until) {
+    if (loader_ == nullptr) {
+        const Target target{match.destination.device(), {}};
+        loader_ = std::make_unique<Loader>(file_, lender_, std::vector<size_t>{match.index}, target);
+    }
+    if (!loader_->advance(until)) {
+        return false;
+    }
+    at::Tensor loaded = loader_->tensor(0);
+    loader_.reset();
     if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
         loaded = loaded.select(0, 0);
     }
     match.destination.copy_(loaded);
     done_ += (*file_)->nbytes(match.index);
+    return true;
 }
 
 uint64_t StateLoader::done_bytes() const {
-    uint64_t done = done_ + (*reading_)->done_bytes();
-    for (const auto& upload : uploads_) {
-        done += upload->done_bytes();
-    }
-    return done;
+    return done_ + (*reading_)->done_bytes() + (upload_ ? upload_->done_bytes() : 0);
 }
 
 }  // namespace safetensors_torch

@@ -47,19 +47,23 @@ class StateLoader {
 
     void plan(bool aliased);
     bool takes_bytes(const Match& match) const;
-    void load_and_copy(const Match& match);
+    bool load_and_copy(const Match& match, Deadline until);
 
     SharedFile file_;
     Lender lender_;
     Mismatch mismatch_;
     std::vector<Match> matches_;
     uint64_t total_ = 0;
+    // By what is over.
     uint64_t done_ = 0;
-    // Straight into CPU tensors; the uploads, a device each; and the rest, one by one.
+    bool started_ = false;
+    // Straight into CPU tensors; then device by device, through one upload at a time; and the rest, one by one.
     std::optional<rust::Box<core::Loading>> reading_;
-    std::vector<std::unique_ptr<Upload>> uploads_;
+    std::vector<std::vector<Destination>> by_device_;
+    std::unique_ptr<Upload> upload_;
+    size_t next_device_ = 0;
     std::vector<Match> rest_;
-    size_t next_upload_ = 0;
+    std::unique_ptr<Loader> loader_;
     size_t next_rest_ = 0;
 };
 

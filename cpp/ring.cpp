@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -14,6 +15,9 @@ namespace safetensors_torch {
 namespace {
 
 constexpr int64_t kDefaultRingBytes = int64_t(64) << 20;
+
+// At most one part in so many of what is moved is pinned.
+constexpr uint64_t kPinnedPart = 16;
 
 // A number from the environment; fails where it is none, as a setting that has no effect would be worse.
 int64_t from_environment(const char* name, int64_t otherwise) {
@@ -64,8 +68,19 @@ void set_transfer_options(TransferOptions chosen) {
         fail(Kind::value, "ring_bytes and threads must not be negative, but are " + std::to_string(chosen.ring_bytes) +
                               " and " + std::to_string(chosen.threads));
     }
-    const std::lock_guard<std::mutex> lock(options_mutex());
-    options() = chosen;
+    {
+        const std::lock_guard<std::mutex> lock(options_mutex());
+        options() = chosen;
+    }
+    Ring::of_process().trim();
+}
+
+bool Slab::is_surely_idle() const noexcept {
+    try {
+        return is_idle();
+    } catch (const std::exception&) {
+        return false;
+    }
 }
 
 Ring& Ring::of_process() {
@@ -74,16 +89,26 @@ Ring& Ring::of_process() {
     return ring;
 }
 
-std::vector<Slab> Ring::take(size_t most) {
+std::vector<Slab> Ring::take_where(bool idle, size_t most) {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<Slab> taken;
+    taken.reserve(std::min(most, waiting_.size()));
     for (size_t i = waiting_.size(); i > 0 && taken.size() < most; --i) {
-        if (waiting_[i - 1].is_idle()) {
+        if (waiting_[i - 1].is_surely_idle() == idle) {
             taken.push_back(std::move(waiting_[i - 1]));
             waiting_.erase(waiting_.begin() + (i - 1));
         }
     }
     return taken;
+}
+
+std::vector<Slab> Ring::take(size_t most) { return take_where(/*idle=*/true, most); }
+
+std::vector<Slab> Ring::take_busy(size_t most) { return take_where(/*idle=*/false, most); }
+
+bool Ring::is_worth(size_t more, uint64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return (count_ + more) * kSlabBytes * kPinnedPart <= moved_ + bytes;
 }
 
 std::optional<Slab> Ring::pin() {
@@ -101,12 +126,40 @@ std::optional<Slab> Ring::pin() {
         if (memory.is_pinned()) {
             return Slab{std::move(memory), std::nullopt};
         }
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
         // No pinned memory, or no more of it: transfers go without.
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    --count_;
+    forget(1);
     return std::nullopt;
+}
+
+void Ring::give(Slab slab) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        waiting_.push_back(std::move(slab));
+    }
+    trim();
+}
+
+void Ring::forget(size_t slabs) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    count_ -= slabs;
+}
+
+void Ring::note_moved(uint64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    moved_ += bytes;
+}
+
+void Ring::trim() {
+    const size_t most = most_slabs();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = waiting_.size(); i > 0 && count_ > most; --i) {
+        if (waiting_[i - 1].is_surely_idle()) {
+            waiting_.erase(waiting_.begin() + (i - 1));
+            --count_;
+        }
+    }
 }
 
 int64_t Ring::reserve(int64_t wanted) {
@@ -120,25 +173,13 @@ int64_t Ring::reserve(int64_t wanted) {
     return bytes();
 }
 
-void Ring::give(Slab slab) {
-    const size_t most = most_slabs();
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (count_ <= most) {
-            waiting_.push_back(std::move(slab));
-            return;
-        }
-        --count_;
-    }
-    wait_for(slab);
-}
-
 int64_t Ring::release() {
     std::vector<Slab> freed;
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         freed.swap(waiting_);
         count_ -= freed.size();
+        moved_ = 0;
     }
     std::for_each(freed.begin(), freed.end(), wait_for);
     return static_cast<int64_t>(freed.size() * kSlabBytes);

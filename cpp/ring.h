@@ -24,6 +24,9 @@ struct Slab {
 
     // Whether no copy is under way.
     bool is_idle() const { return !copied || copied->query(); }
+
+    // The same of a slab of somebody else's device, whose errors are none of ours: then it is not.
+    bool is_surely_idle() const noexcept;
 };
 
 // What transfers of this process may use.
@@ -41,23 +44,41 @@ TransferOptions transfer_options();
 void set_transfer_options(TransferOptions options);
 
 // The slabs of the process: those in use, and those that wait for the next transfer.
+//
+// Pinning memory takes the system about a millisecond for each MiB, thirty times as long as copying as much over the
+// bus. So no more is pinned than a part of what transfers have moved.
 class Ring {
   public:
     static Ring& of_process();
 
-    // Up to `most` of the slabs that wait; none in which a copy of an earlier transfer is still under way.
+    // Up to `most` of the slabs that wait and are idle.
     std::vector<Slab> take(size_t most);
+
+    // Up to `most` of those in which a copy of an earlier transfer is still under way.
+    std::vector<Slab> take_busy(size_t most);
+
+    // Whether a transfer of `bytes` is worth `more` slabs.
+    bool is_worth(size_t more, uint64_t bytes);
 
     // A new slab, pinned for the current accelerator; none where the ring has all that it may have, or where there is
     // no such memory to be had.
     std::optional<Slab> pin();
 
+    // Lets the slab wait for the next transfer; where the ring may not have so many any more, until it is idle.
+    void give(Slab slab);
+
+    // What was taken and will not be given back.
+    void forget(size_t slabs);
+
+    // Counts what a transfer has moved.
+    void note_moved(uint64_t bytes);
+
+    // Frees idle slabs that are more than the ring may have.
+    void trim();
+
     // Pins slabs for the current accelerator until there are `bytes`, or as many as may be; gives the bytes of all
     // slabs.
     int64_t reserve(int64_t bytes);
-
-    // Lets the slab wait for the next transfer, or frees it where the ring may not have so many any more.
-    void give(Slab slab);
 
     // Frees the slabs that wait; gives their bytes.
     int64_t release();
@@ -66,10 +87,14 @@ class Ring {
     int64_t bytes();
 
   private:
+    std::vector<Slab> take_where(bool idle, size_t most);
+
     std::mutex mutex_;
     std::vector<Slab> waiting_;
     // Of all slabs.
     size_t count_ = 0;
+    // By all transfers since memory was released last.
+    uint64_t moved_ = 0;
 };
 
 }  // namespace safetensors_torch

@@ -9,13 +9,12 @@
 
 #include <algorithm>
 #include <exception>
+#include <map>
+#include <mutex>
+#include <string>
 
 namespace safetensors_torch {
 namespace {
-
-// Pinning memory takes the system about a millisecond for each MiB, thirty times as long as copying as much over the
-// bus. So a transfer pins at most this part of what it moves.
-constexpr uint64_t kPinnedPart = 16;
 
 // With fewer slabs, either reading or copying would always wait for the other.
 constexpr size_t kFewestSlabs = 2;
@@ -29,46 +28,88 @@ constexpr uint64_t kAlignment = 4096;
 // Streams and pinned memory belong to torch's accelerator; what else there may be goes without.
 bool is_accelerator(c10::DeviceType type) { return at::getAccelerator() == type; }
 
-// Gives up a slab that a device which has failed may use at any time: it is nobody's any more, and never freed.
-void abandon(Slab& slab) { static_cast<void>(new Slab(std::move(slab))); }
+// Streams that transfers have used, for the next ones: a device has few, which it hands out in turn to everybody.
+class Streams {
+  public:
+    // Fails where the device has no streams.
+    c10::Stream take(c10::Device device) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto& waiting = waiting_[device.str()];
+        if (waiting.empty()) {
+            return c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+        }
+        const c10::Stream stream = waiting.back();
+        waiting.pop_back();
+        return stream;
+    }
+
+    void give(c10::Stream stream) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        waiting_[stream.device().str()].push_back(stream);
+    }
+
+    // Never destroyed, as the ring is not.
+    static Streams& of_process() {
+        static Streams& streams = *new Streams;
+        return streams;
+    }
+
+  private:
+    std::mutex mutex_;
+    std::map<std::string, std::vector<c10::Stream>> waiting_;
+};
 
 }  // namespace
 
-Route::Route(c10::Device device, uint64_t bytes) : device_(device), bytes_(bytes) {
-    if (begin_async()) {
-        if (take_pinned()) {
-            return;
+Route::Route(c10::Device device, uint64_t bytes, size_t most_slabs)
+    : device_(device), bytes_(bytes), most_slabs_(most_slabs) {
+    try {
+        if (begin_async()) {
+            if (take_pinned()) {
+                return;
+            }
+            give_back();
+            Streams::of_process().give(*stream_);
+            stream_.reset();
         }
-        give_back();
-        stream_.reset();
+        begin_plain();
+    } catch (...) {
+        abandon(slabs_);
+        abandon(busy_);
+        throw;
     }
-    begin_plain();
 }
 
 Route::~Route() {
     try {
         finish();
         give_back();
-    } catch (const c10::Error& error) {
+        if (stream_) {
+            Ring::of_process().note_moved(bytes_);
+            Streams::of_process().give(*stream_);
+        }
+    } catch (const std::exception& error) {
         // The device has failed, and told whoever used it.
-        TORCH_WARN("safetensors_torch: a transfer could not be ended in order: ", error.what_without_backtrace());
-        std::for_each(slabs_.begin(), slabs_.end(), abandon);
+        TORCH_WARN("safetensors_torch: a transfer could not be ended in order: ", error.what());
+        abandon(slabs_);
+        abandon(busy_);
     }
 }
 
 // Sets up the stream of the copies; false where the device has no such thing.
 bool Route::begin_async() {
-    if (bytes_ == 0 || !is_accelerator(device_.type()) || transfer_options().ring_bytes == 0) {
+    if (bytes_ == 0 || device_.is_cpu() || !is_accelerator(device_.type()) || transfer_options().ring_bytes == 0) {
         return false;
     }
     try {
-        const c10::impl::VirtualGuardImpl guard(device_.type());
-        current_ = guard.getStream(device_);
-        const c10::Stream stream = guard.getStreamFromGlobalPool(device_);
-        // What the caller has queued may still use the memory of tensors that were freed, and that the destinations
-        // got, or write the tensors that are the sources.
+        current_ = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
         c10::Event ready(device_.type());
         ready.record(*current_);
+        // Fails while the stream is being captured into a graph, before another one is drawn into that.
+        ready.query();
+        const c10::Stream stream = Streams::of_process().take(device_);
+        // What the caller has queued may still use the memory of tensors that were freed, and that the destinations
+        // got, or write the tensors that are the sources.
         ready.block(stream);
         stream_ = stream;
         return true;
@@ -92,13 +133,20 @@ void Route::begin_plain() {
     }
 }
 
-// Whether there are enough pinned slabs for a beginning.
+// Whether there are, or will be, enough pinned slabs for a beginning.
 bool Route::take_pinned() {
-    const size_t wanted = (bytes_ + kSlabBytes - 1) / kSlabBytes;
-    for (Slab& slab : Ring::of_process().take(wanted)) {
-        add(std::move(slab));
+    const size_t wanted = std::min<uint64_t>((bytes_ + kSlabBytes - 1) / kSlabBytes, most_slabs_);
+    const size_t enough = std::min(wanted, kFewestSlabs);
+    Ring& ring = Ring::of_process();
+    slabs_ = ring.take(wanted);
+    if (size() < enough) {
+        busy_ = ring.take_busy(wanted - size());
     }
-    while (size() < std::min(wanted, kFewestSlabs)) {
+    const size_t missing = enough - std::min(enough, size() + busy_.size());
+    if (missing > 0 && !ring.is_worth(missing, bytes_)) {
+        return false;
+    }
+    for (size_t i = 0; i < missing; ++i) {
         if (!grow()) {
             return false;
         }
@@ -114,7 +162,7 @@ bool Route::add(std::optional<Slab> slab) {
 }
 
 bool Route::grow() {
-    if (size() > 0 && size() * slab_bytes_ >= bytes_) {
+    if (size() >= most_slabs_ || (size() > 0 && size() * slab_bytes_ >= bytes_)) {
         return false;
     }
     if (!stream_) {
@@ -124,16 +172,22 @@ bool Route::grow() {
         const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU).pinned_memory(false);
         return add(Slab{at::empty({static_cast<int64_t>(slab_bytes_)}, options), std::nullopt});
     }
-    if (auto waiting = Ring::of_process().take(1); !waiting.empty()) {
+    const auto idle = std::find_if(busy_.begin(), busy_.end(), [](const Slab& slab) { return slab.is_idle(); });
+    if (idle != busy_.end()) {
+        slabs_.push_back(std::move(*idle));
+        busy_.erase(idle);
+        return true;
+    }
+    Ring& ring = Ring::of_process();
+    if (auto waiting = ring.take(1); !waiting.empty()) {
         return add(std::move(waiting.front()));
     }
-    if (!may_pin_ || (pinned_ + 1) * kSlabBytes * kPinnedPart > bytes_) {
+    if (!may_pin_ || !ring.is_worth(1, bytes_)) {
         return false;
     }
     const c10::DeviceGuard on_device(device_);
     // Not asked for again once it was refused, which takes long.
-    may_pin_ = add(Ring::of_process().pin());
-    pinned_ += may_pin_ ? 1 : 0;
+    may_pin_ = add(ring.pin());
     return may_pin_;
 }
 
@@ -151,8 +205,22 @@ void Route::record_if_possible(size_t slab) noexcept {
         record(slab);
     } catch (const std::exception&) {
         // What went wrong before is what counts, and is on its way.
-        abandon(slabs_[slab]);
+        std::vector<Slab> lost;
+        lost.push_back(std::move(slabs_[slab]));
+        slabs_[slab] = Slab{};
+        abandon(lost);
     }
+}
+
+// Gives up slabs that a device which has failed may use at any time: they are nobody's any more, and never freed.
+void Route::abandon(std::vector<Slab>& slabs) noexcept {
+    if (stream_) {
+        const auto lost =
+            std::count_if(slabs.begin(), slabs.end(), [](const Slab& slab) { return slab.memory.defined(); });
+        Ring::of_process().forget(static_cast<size_t>(lost));
+        static_cast<void>(new std::vector<Slab>(std::move(slabs)));
+    }
+    slabs.clear();
 }
 
 void Route::finish() {
@@ -165,11 +233,13 @@ void Route::finish() {
 }
 
 void Route::give_back() {
-    while (stream_ && !slabs_.empty()) {
-        Slab slab = std::move(slabs_.back());
-        slabs_.pop_back();
-        if (slab.memory.defined()) {
-            Ring::of_process().give(std::move(slab));
+    for (auto* slabs : {&slabs_, &busy_}) {
+        while (stream_ && !slabs->empty()) {
+            Slab slab = std::move(slabs->back());
+            slabs->pop_back();
+            if (slab.memory.defined()) {
+                Ring::of_process().give(std::move(slab));
+            }
         }
     }
 }

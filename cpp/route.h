@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -29,8 +30,8 @@ namespace safetensors_torch {
 // call returns, on the caller's stream, and the slabs are plain memory.
 class Route {
   public:
-    // For `bytes` to or from `device`, which has an index where it is no CPU.
-    Route(c10::Device device, uint64_t bytes);
+    // For `bytes` to or from `device`, which has an index where it is no CPU, through `most_slabs` at most.
+    Route(c10::Device device, uint64_t bytes, size_t most_slabs = std::numeric_limits<size_t>::max());
     ~Route();
     Route(const Route&) = delete;
     Route& operator=(const Route&) = delete;
@@ -61,12 +62,12 @@ class Route {
         const c10::StreamGuard guard(*stream_);
         try {
             std::forward<Copies>(copies)();
+            record(slab);
         } catch (...) {
-            // The copies before the one that failed are under way.
+            // The copies before what failed are under way.
             record_if_possible(slab);
             throw;
         }
-        record(slab);
     }
 
     // Whether copies can begin: on the caller's stream, each would have the host wait for all that is queued there.
@@ -86,9 +87,11 @@ class Route {
     void give_back();
     void record(size_t slab);
     void record_if_possible(size_t slab) noexcept;
+    void abandon(std::vector<Slab>& slabs) noexcept;
 
     c10::Device device_;
     uint64_t bytes_;
+    size_t most_slabs_;
     size_t slab_bytes_ = kSlabBytes;
     // Where copies run on the caller's stream: passes once what is queued there is done; none where there are no
     // events.
@@ -97,8 +100,8 @@ class Route {
     std::optional<c10::Stream> current_;
     std::optional<c10::Stream> stream_;
     std::vector<Slab> slabs_;
-    // How many of them were pinned for this transfer.
-    size_t pinned_ = 0;
+    // Slabs to come, once the copies of earlier transfers are done.
+    std::vector<Slab> busy_;
     // Whether there may be more to be had.
     bool may_pin_ = true;
 };

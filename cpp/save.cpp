@@ -251,9 +251,20 @@ void register_pending_save(torch::Library& library) {
             });
         }))
         .def("size", [](const Self& self) { return self->size(); })
-        .def("start_file", [](const Self& self, const std::string& path,
-                              bool durable) { guarded([&] { self->start_file(path, durable); }); })
-        .def("start_into", [](const Self& self, const at::Tensor& out) { guarded([&] { self->start_into(out); }); })
+        .def("start_file",
+             [](const Self& self, const std::string& path, bool durable, double seconds) {
+                 return guarded([&] {
+                     self->start_file(path, durable);
+                     return self->advance(Deadline::in(seconds));
+                 });
+             })
+        .def("start_into",
+             [](const Self& self, const at::Tensor& out, double seconds) {
+                 return guarded([&] {
+                     self->start_into(out);
+                     return self->advance(Deadline::in(seconds));
+                 });
+             })
         .def("advance", [](const Self& self,
                            double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
         .def("done", [](const Self& self) { return self->done(); })

@@ -34,37 +34,68 @@ c10::Device device_of(const std::vector<Destination>& destinations) {
     return destinations.empty() ? c10::Device(c10::kCPU) : destinations.front().tensor.device();
 }
 
-size_t threads() { return static_cast<size_t>(transfer_options().threads); }
+// Device memory for the bytes of one part; undefined where nothing has to be converted on a device.
+at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
+    const auto keeps_dtype = [](const Destination& one) { return one.tensor.scalar_type() == one.stored; };
+    const c10::Device device = device_of(destinations);
+    if (device.is_cpu() || std::all_of(destinations.begin(), destinations.end(), keeps_dtype)) {
+        return {};
+    }
+    const auto bytes = static_cast<int64_t>(std::min<uint64_t>(kSlabBytes, bytes_of(destinations)));
+    try {
+        return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    } catch (const c10::OutOfMemoryError& error) {
+        throw c10::OutOfMemoryError(
+            "memory to convert tensors in, of " + std::to_string(bytes) + " bytes: " + error.what_without_backtrace(),
+            nullptr);
+    }
+}
 
 }  // namespace
 
 Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown)
+    : Upload(std::move(file), std::move(destinations), shown, {}, /*is_slice=*/false) {}
+
+Upload::Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges)
+    : Upload(std::move(file), {std::move(destination)}, /*shown=*/true, std::move(ranges), /*is_slice=*/true) {}
+
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown, std::vector<core::Range> ranges,
+               bool is_slice)
     : file_(std::move(file)),
       destinations_(std::move(destinations)),
+      shown_(shown),
+      ranges_(std::move(ranges)),
+      is_slice_(is_slice),
       total_(bytes_of(destinations_)),
-      route_(device_of(destinations_), total_) {
+      unconverted_(conversion_memory(destinations_)),
+      route_(device_of(destinations_), total_) {}
+
+// Lets threads begin to read.
+void Upload::start() {
+    std::vector<core::Slab> slabs;
+    for (size_t slab = 0; slab < route_.size(); ++slab) {
+        slabs.push_back({route_.data(slab)});
+    }
+    const rust::Slice<const core::Slab> memory(slabs.data(), slabs.size());
+    const auto threads = static_cast<size_t>(transfer_options().threads);
+    if (is_slice_) {
+        const rust::Slice<const core::Range> ranges(ranges_.data(), ranges_.size());
+        feed_ = (*file_)->feed_slice(destinations_.front().index, ranges, memory, route_.slab_bytes(), threads);
+        return;
+    }
     std::vector<size_t> indices;
     indices.reserve(destinations_.size());
     for (const Destination& destination : destinations_) {
         indices.push_back(destination.index);
     }
-    const auto memory = slabs();
-    feed_ = (*file_)->feed({indices.data(), indices.size()}, shown, {memory.data(), memory.size()}, route_.slab_bytes(),
-                           threads());
-}
-
-Upload::Upload(SharedFile file, Destination destination, const std::vector<core::Range>& ranges)
-    : file_(std::move(file)),
-      destinations_{std::move(destination)},
-      total_(bytes_of(destinations_)),
-      route_(device_of(destinations_), total_) {
-    const auto memory = slabs();
-    feed_ = (*file_)->feed_slice(destinations_.front().index, {ranges.data(), ranges.size()},
-                                 {memory.data(), memory.size()}, route_.slab_bytes(), threads());
+    feed_ = (*file_)->feed({indices.data(), indices.size()}, shown_, memory, route_.slab_bytes(), threads);
 }
 
 bool Upload::advance(Deadline until) {
     const at::NoGradGuard no_grad;
+    if (!feed_) {
+        start();
+    }
     while (!finished_) {
         if (!route_.is_ready()) {
             if (until.passed()) {
@@ -77,7 +108,8 @@ bool Upload::advance(Deadline until) {
         if ((*feed_)->is_starved() && route_.grow()) {
             (*feed_)->add({route_.data(route_.size() - 1)});
         }
-        const uint64_t wait = copying_.empty() ? kWaitMicroseconds : kPollMicroseconds;
+        const bool may_grow = (*feed_)->is_starved();
+        const uint64_t wait = copying_.empty() && !may_grow ? kWaitMicroseconds : kPollMicroseconds;
         const core::Taken taken = (*feed_)->take(std::min(wait, until.microseconds_left()));
         switch (taken.progress) {
             case core::Progress::Filled:
@@ -95,14 +127,6 @@ bool Upload::advance(Deadline until) {
         }
     }
     return true;
-}
-
-std::vector<core::Slab> Upload::slabs() const {
-    std::vector<core::Slab> slabs;
-    for (size_t slab = 0; slab < route_.size(); ++slab) {
-        slabs.push_back({route_.data(slab)});
-    }
-    return slabs;
 }
 
 // Slabs whose copies are done go round again.
@@ -147,11 +171,6 @@ void Upload::copy_part(const core::Part& part, size_t slab) {
     if (route_.device().is_cpu()) {
         converted.copy_(alias(route_.storage(slab), destination.stored, start / itemsize, count));
         return;
-    }
-    if (!unconverted_.defined()) {
-        // Made on the stream that uses it, so that it need not wait for another to be done with the memory.
-        const auto options = at::TensorOptions().dtype(at::kByte).device(route_.device());
-        unconverted_ = at::empty({static_cast<int64_t>(route_.slab_bytes())}, options);
     }
     const c10::Storage& bytes = unconverted_.storage();
     alias(bytes, at::kByte, 0, length).copy_(alias(route_.storage(slab), at::kByte, start, length), non_blocking);

@@ -31,7 +31,7 @@ class Upload {
     Upload(SharedFile file, std::vector<Destination> destinations, bool shown);
 
     // A slice of one.
-    Upload(SharedFile file, Destination destination, const std::vector<core::Range>& ranges);
+    Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges);
 
     // Goes on until everything is under way to the device, or the time is up; whether it is. What the caller's stream
     // does after that sees it; for a device without streams, it is there.
@@ -41,7 +41,10 @@ class Upload {
     uint64_t done_bytes() const { return done_; }
 
   private:
-    std::vector<core::Slab> slabs() const;
+    Upload(SharedFile file, std::vector<Destination> destinations, bool shown, std::vector<core::Range> ranges,
+           bool is_slice);
+
+    void start();
     void take_back();
     void copy(const core::Taken& taken);
     void copy_part(const core::Part& part, size_t slab);
@@ -49,16 +52,22 @@ class Upload {
 
     SharedFile file_;
     std::vector<Destination> destinations_;
+    bool shown_;
+    // Of a slice of the one destination.
+    std::vector<core::Range> ranges_;
+    bool is_slice_;
     uint64_t total_;
     uint64_t done_ = 0;
     bool finished_ = false;
+    // On the device: the bytes of one part, before they are converted. Made on the caller's stream, so before the
+    // route, whose stream then waits for whoever had the memory before, and gone after it.
+    at::Tensor unconverted_;
     // Before the feed, whose threads write to its slabs.
     Route route_;
+    // None before the first step.
     std::optional<rust::Box<core::Feed>> feed_;
     // Slabs whose copies are under way, the oldest first.
     std::deque<size_t> copying_;
-    // On the device: the bytes of one part, before they are converted.
-    at::Tensor unconverted_;
 };
 
 }  // namespace safetensors_torch

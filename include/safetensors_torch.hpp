@@ -113,7 +113,7 @@ inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
                       const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, path);
-    detail::call_method(plan, "start_file", path, options.durable);
+    detail::call_method(plan, "start_file", path, options.durable, 0.0);
     detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);
 }
 
@@ -124,7 +124,7 @@ inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, c
     const auto plan = detail::plan_save(tensors, metadata, "");
     std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');
     const auto size = static_cast<int64_t>(bytes.size());
-    detail::call_method(plan, "start_into", at::from_blob(bytes.data(), {size}, at::kByte));
+    detail::call_method(plan, "start_into", at::from_blob(bytes.data(), {size}, at::kByte), 0.0);
     detail::run(plan, size, progress);
     return bytes;
 }
@@ -334,6 +334,12 @@ inline void set_transfer_options(const TransferOptions& options) {
 inline int64_t reserve_transfer_memory(int64_t bytes) {
     static const auto op = detail::find_op("safetensors_torch::_reserve_transfer_memory").typed<int64_t(int64_t)>();
     return op.call(bytes);
+}
+
+/// The bytes of pinned host memory that transfers have, in use or waiting for the next one.
+inline int64_t transfer_memory() {
+    static const auto op = detail::find_op("safetensors_torch::_transfer_memory").typed<int64_t()>();
+    return op.call();
 }
 
 /// Frees the pinned host memory that waits for the next transfer; returns its bytes.

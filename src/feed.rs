@@ -21,6 +21,9 @@ use crate::slice::Slice;
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
 pub const PART_ALIGNMENT: usize = 16;
 
+/// No machine has a use for more of them.
+const MOST_THREADS: usize = 64;
+
 /// Bytes of one tensor in a slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -70,7 +73,7 @@ struct Shared {
     shown: bool,
     requests: Vec<Request>,
     slab_bytes: usize,
-    most_bytes: usize,
+    pace: Pace,
     state: Monitor<State>,
     /// A slab became free, or there is no more to do.
     room: Condvar,
@@ -171,7 +174,11 @@ impl Feed {
         let wanted = threads.unwrap_or_else(|| parallel::threads_for(bytes, chunks));
         let pace = Pace::of(file.origin(shown), bytes, extent, wanted);
         // Whoever says how many threads there shall be means it.
-        let threads = if bytes < PARALLEL_BYTES { 0 } else { threads.unwrap_or(pace.threads).min(chunks) };
+        let threads = if bytes < PARALLEL_BYTES {
+            0
+        } else {
+            threads.unwrap_or(pace.threads).min(chunks).min(MOST_THREADS)
+        };
         let state = State {
             cursor: Cursor::new(&requests),
             free: (0..slabs.len()).rev().collect(),
@@ -187,7 +194,7 @@ impl Feed {
             shown,
             requests,
             slab_bytes,
-            most_bytes: pace.most_bytes,
+            pace,
             state: Monitor::new(state),
             room: Condvar::new(),
             filled: Condvar::new(),
@@ -215,10 +222,11 @@ impl Feed {
         number
     }
 
-    /// Whether a thread has nothing to do for want of a slab.
+    /// Whether whoever reads has nothing to do for want of a slab.
     pub fn is_starved(&self) -> bool {
         let state = self.shared.state.lock();
-        state.waiting > 0 && state.free.is_empty() && !state.cursor.is_done()
+        let wants = state.waiting > 0 || self.threads.is_empty();
+        wants && state.free.is_empty() && !state.cursor.is_done()
     }
 
     /// Gives back a slab that was taken; its bytes are elsewhere.
@@ -323,7 +331,6 @@ impl Shared {
     /// `start` must be valid for writes as far as `parts` reach.
     unsafe fn fill(&self, start: *mut u8, parts: &[Part]) -> Result<()> {
         let origin = self.file.origin(self.shown);
-        let most_bytes = self.most_bytes;
         let mut transfers = Vec::with_capacity(parts.len());
         for part in parts {
             let request = &self.requests[part.request];
@@ -335,13 +342,13 @@ impl Shared {
             };
             let bytes = part.offset as u64..(part.offset + part.length) as u64;
             // SAFETY: `read_runs` asks for destinations that are valid and apart.
-            let read = |transfers: Vec<_>| unsafe { reader::read_here(origin, &transfers, most_bytes) };
+            let read = |transfers: Vec<_>| unsafe { reader::read_here(origin, &transfers, self.pace) };
             // SAFETY: the part lies in the slab (caller).
             unsafe { read_runs(slice, bytes, request.base, destination, read) }
                 .map_err(|error| self.explain(error, parts))?;
         }
         // SAFETY: the parts lie in the slab, one behind the other (caller).
-        unsafe { reader::read_here(origin, &transfers, most_bytes) }
+        unsafe { reader::read_here(origin, &transfers, self.pace) }
             .map_err(|error| self.explain(error, parts))
     }
 

@@ -55,8 +55,7 @@ pub(crate) unsafe fn read(origin: Origin<'_>, transfers: Vec<Transfer>) -> Resul
     unsafe { Job::new(origin, transfers)?.advance(origin, None) }
 }
 
-/// As [`read`], on the calling thread alone, and without asking where the file's bytes are. Never reads more than
-/// `most_bytes` with one call.
+/// As [`read`], on the calling thread alone, at the `pace` of the whole that this is part of.
 ///
 /// # Errors
 ///
@@ -65,11 +64,11 @@ pub(crate) unsafe fn read(origin: Origin<'_>, transfers: Vec<Transfer>) -> Resul
 /// # Safety
 ///
 /// As for [`read`].
-pub(crate) unsafe fn read_here(origin: Origin<'_>, transfers: &[Transfer], most_bytes: usize) -> Result<()> {
+pub(crate) unsafe fn read_here(origin: Origin<'_>, transfers: &[Transfer], pace: Pace) -> Result<()> {
     check_within(origin, transfers)?;
     let parts = transfers.iter().copied();
     // SAFETY: the caller vouches for the destinations, and the ranges lie in the source (checked).
-    unsafe { read_parts(origin, parts, most_bytes, Residency::Unknown) }
+    unsafe { read_parts(origin, parts, pace.most_bytes, pace.residency) }
 }
 
 /// Transfers that are carried out in steps, each on as many threads as all of them are worth.
@@ -232,7 +231,7 @@ pub(crate) struct Pace {
     /// How many threads its bytes are worth.
     pub(crate) threads: usize,
     /// The most bytes of one read.
-    pub(crate) most_bytes: usize,
+    most_bytes: usize,
 }
 
 impl Pace {

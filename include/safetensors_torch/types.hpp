@@ -58,9 +58,10 @@ struct SaveOptions {
 struct TransferOptions {
     /// The most pinned host memory that all of them keep, in bytes; taken in slabs of 2 MiB, as it is needed. 0 means
     /// none: copies then go through memory that is not pinned.
-    int64_t ring_bytes;
-    /// Threads that read a file for one device; 0 means as many as suit the machine.
-    int64_t threads;
+    int64_t ring_bytes = int64_t(64) << 20;
+    /// Threads that read a file for one device; 0 means as many as suit the machine, and
+    /// more than 64 are never used.
+    int64_t threads = 0;
 };
 
 }  // namespace safetensors_torch

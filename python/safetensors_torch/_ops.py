@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _buffer
 from ._dynamo import opaque
 from ._errors import call
-from ._steps import Progress, check_progress, run
+from ._steps import STEP, Progress, check_progress, run
 
 Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Device = Union[str, int, torch.device, None]
@@ -36,6 +36,9 @@ _open_bytes = _ops._open_bytes.default
 _File = torch.classes.safetensors_torch.File
 _PendingSave = torch.classes.safetensors_torch.PendingSave
 _check_save = _ops._check_save.default
+
+# Loads of less than this, in bytes, are over before anybody could interrupt them.
+_LARGE = 256 << 20
 
 # Those of nearly all tensors, about which there is nothing to ask.
 _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
@@ -157,6 +160,14 @@ def _is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def _is_small(path: bytes) -> bool:
+    """Whether a file is no large one. One that is not there is not either, which whoever opens it finds out."""
+    try:
+        return os.stat(path).st_size < _LARGE
+    except OSError:
+        return True
+
+
 def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """The dict of the names and tensors that ``op`` gives as two lists."""
     with _no_collection():
@@ -168,7 +179,7 @@ def _load_in_steps(
     file: Any, device: torch.device, dtype: Optional[torch.dtype], names: Names, progress: Progress
 ) -> dict[str, torch.Tensor]:
     pending = call(file.start_load, _select(file, names), device, dtype)
-    run(pending, call(pending.total), progress, "load")
+    run(pending, pending.total, progress, "load")
     return _load_with(pending.result)
 
 
@@ -202,7 +213,7 @@ def load_file(
         names: the tensors to load, by name, or a function that is true for the names of those; others are not read.
         progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
             some ten times a second, and at the end. What it raises ends the load. What is mapped is
-            not read, and not told of.
+            not read, and not told of; nor is anything under a mode of torch's that looks at operators.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the shape in the header.
@@ -223,7 +234,8 @@ def load_file(
     dtype, progress = check_dtype(dtype), check_progress(progress)
     is_plain = dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
-    if is_plain and (mapped or target.type == "meta" or _is_traced()):
+    is_quick = mapped or target.type == "meta" or (target.type == "cpu" and _is_small(path))
+    if is_plain and (is_quick or _is_traced()):
         return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
     file = open_file(path, backend)
     if _is_traced():
@@ -272,9 +284,15 @@ def load(
     target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     if copy:
         with _buffer.borrowed(data) as tensor:
-            if _is_traced():
+            is_plain = dtype is None and names is None and not progress
+            if is_plain and target.type == "cpu" and tensor.numel() < _LARGE:
                 return _load_with(_load, tensor, device=target)
-            return _load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
+            if not _is_traced():
+                return _load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
+            if dtype is None and names is None:
+                return _load_with(_load, tensor, device=target)
+            chosen = _select(call(_open_bytes, tensor), names)
+            return call(_ops.load, tensor, device=target, dtype=dtype, names=chosen)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
     if dtype is not None or names is not None:
@@ -319,9 +337,7 @@ def save_file(
     path = encode_path(filename)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, path)
-        call(plan.start_file, path, durable)
-        run(plan, call(plan.size), progress, "save")
-        plan.cancel()
+        _write(plan, progress, plan.start_file, path, durable)
 
 
 @opaque
@@ -345,14 +361,16 @@ def save(
     _check(tensors, metadata)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"")
-        size = call(plan.size)
+        return _buffer.new_bytes(call(plan.size), lambda out: _write(plan, progress, plan.start_into, out))
 
-        def fill(out: torch.Tensor) -> None:
-            call(plan.start_into, out)
-            run(plan, size, progress, "save")
-            plan.cancel()
 
-        return _buffer.new_bytes(size, fill)
+def _write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
+    """Has ``plan`` written, beginning with ``start``. Most saves are over with the first step."""
+    try:
+        if not call(start, *args, 0.0 if progress else STEP) or progress:
+            run(plan, plan.size, progress, "save")
+    finally:
+        plan.cancel()
 
 
 def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:

@@ -13,8 +13,8 @@ from ._errors import call
 # What ``progress`` may be: nothing, a bar of tqdm's, or a function of the bytes done and the bytes in all.
 Progress = Union[None, bool, Callable[[int, int], Any]]
 
-# Seconds. A signal waits this long at most, and then for the reads that are under way.
-_STEP = 0.1
+# Seconds that a step takes. A signal waits this long at most, and then for the reads that are under way.
+STEP = 0.1
 
 
 def check_progress(progress: Any) -> Progress:
@@ -53,26 +53,28 @@ class _Bar:
         self._bar.close()
 
 
-def run(work: Any, total: int, progress: Progress, title: str) -> None:
+def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> None:
     """Has ``work`` done, in steps. Where that fails, or is interrupted, nothing of it stays.
 
     Args:
         work: a native object with ``advance``, ``done`` and ``cancel``.
-        total: the bytes that it has to move.
+        total: gives the bytes that it has to move.
         progress: who is told; whatever it raises ends the work.
         title: what a bar is called.
 
     Raises:
         What the work raises, translated; KeyboardInterrupt; what ``progress`` raises.
     """
-    bar = _Bar(title) if progress is True else None
-    tell = bar if bar is not None else progress
+    bar = None
     try:
-        while not call(work.advance, _STEP):
+        if progress is True:
+            bar = _Bar(title)
+        tell = bar or progress
+        while not call(work.advance, STEP):
             if tell:
-                tell(call(work.done), total)
+                tell(call(work.done), call(total))
         if tell:
-            tell(total, total)
+            tell(call(total), call(total))
     except BaseException:
         work.cancel()
         raise

@@ -116,7 +116,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
             SafetensorError: the file is closed, or torch has not the dtype of one of them.
         """
         pending = call(self._file().start_load, None, self._device, None)
-        run(pending, call(pending.total), None, "load")
+        run(pending, pending.total, None, "load")
         names, tensors = call(pending.result)
         return dict(zip(names, tensors))
 
@@ -184,7 +184,7 @@ class PySafeSlice:
         ranges = _ranges(items, shape) if 0 not in result_shape else [(0, 0, 1)] * len(shape)
         starts, stops, steps = ([r[i] for r in ranges] for i in range(3))
         pending = call(self._file.start_slice, self._name, starts, stops, steps, self._device)
-        run(pending, call(pending.total), None, "load")
+        run(pending, pending.total, None, "load")
         return call(pending.result).view(result_shape)
 
 
@@ -193,7 +193,7 @@ def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return call(file.get_tensor, name, device)
     pending = call(file.start_load, [name], device, None)
-    run(pending, call(pending.total), None, "load")
+    run(pending, pending.total, None, "load")
     _, (tensor,) = call(pending.result)
     return tensor
 

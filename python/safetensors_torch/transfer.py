@@ -38,7 +38,8 @@ def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[
     Args:
         ring_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken in slabs
             of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
-        threads: how many threads read a file for one device; 0 means as many as suit the machine, 8 at most.
+        threads: how many threads read a file for one device; 0 means as many as suit the machine, 8 at most. No more
+            than 64 are ever used.
 
     What is None stays as it is.
 
@@ -64,7 +65,7 @@ def _fitting(value: Any) -> int:
 
 def reserve_transfer_memory(nbytes: int) -> int:
     """Pins host memory for the transfers to come, so that the first of them need not. It takes about a millisecond for
-    each MiB.
+    each MiB, and is done by the current device: make that the one to be loaded to first.
 
     Args:
         nbytes: how much there shall be. No more than ``ring_bytes`` is pinned.

@@ -195,7 +195,7 @@ pub unsafe fn release_mapping(mapping: *const Mapping) {
 
 /// # Safety
 ///
-/// `block` must come from [`Loaded::share`], which this call makes undone.
+/// `block` must come from [`Loading::share`], which this call makes undone.
 pub unsafe fn release_block(block: *const Block) {
     // SAFETY: as in `release_mapping`.
     drop(unsafe { Arc::from_raw(block) });

@@ -155,7 +155,7 @@ def test_the_next_load_leaves_slabs_alone_that_are_being_copied(tmp_path: Path) 
     found: list[dict] = []
     with held_pool():
         a = load_file(first, device())
-        # The second slab is free. For the third load there is none: it goes the plain way, and so waits for the others.
+        # The second slab is free. For the third load there is none until the copies from one of them are done.
         b = load_file(second, device())
         thread = threading.Thread(target=lambda: found.append(load_file(second, device())))
         thread.start()

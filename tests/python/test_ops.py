@@ -137,10 +137,9 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
             torch.classes.safetensors_torch.PendingSave(list(state), list(state.values()), metadata, ""),
         ):
             assert plan.size() == len(expected)
-            plan.start_into(out.zero_())
-            assert plan.advance(60.0) and plan.done() == len(expected)
+            assert plan.start_into(out.zero_(), 60.0) and plan.done() == len(expected)
             assert as_bytes(out) == expected
-            plan.start_file(str(tmp_path / "planned"), False)
+            plan.start_file(str(tmp_path / "planned"), False, 0.0)
             assert plan.advance(60.0)
             assert (tmp_path / "planned").read_bytes() == expected
         assert ops.save_file(state, str(tmp_path / "saved"), metadata) is None
@@ -152,7 +151,7 @@ def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, tor
     plan = ops._plan_save(state, None, "")
     out = torch.full((plan.size() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
-        plan.start_into(out)
+        plan.start_into(out, 60.0)
     assert bool((out == 7).all()), "the buffer was written to"
 
 
@@ -162,7 +161,9 @@ def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], 
     plan = ops._plan_save(state, None, "")
     with pytest.raises(RuntimeError, match="nothing was begun"):
         plan.advance(60.0)
-    plan.start_file(str(target), False)
+    large = {f"{i}": torch.zeros(16 << 20) for i in range(3)}  # no step writes all of it
+    plan = ops._plan_save(large, None, "")
+    assert not plan.start_file(str(target), False, 0.0)
     plan.cancel()
     assert target.read_bytes() == b"old"
     with pytest.raises(RuntimeError, match="nothing was begun"):

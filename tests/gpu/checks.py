@@ -1,0 +1,67 @@
+"""Runs the checks: whether loads and saves with a device do what they promise, each in a process of its own.
+
+Owns their order, and what becomes of one that fails, hangs or crashes. What a check is stands in checking.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import checking
+import devices
+import processes
+
+_MODULES = ("checks_data", "checks_streams", "checks_limits", "checks_tools")
+_SECONDS = 600.0
+
+
+def collect() -> list[checking.Check]:
+    """All checks, in order."""
+    for name in _MODULES:
+        importlib.import_module(name)
+    return checking.CHECKS
+
+
+def run_all(device: str, folder: Path, only: str) -> list[dict[str, Any]]:
+    """Runs every check whose name matches ``only``, and prints a line for each; gives their results."""
+    results = []
+    for one in (one for one in collect() if re.search(only, one.name)):
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as own:
+            try:
+                found = processes.ask("checks.py", {"name": one.name, "device": device, "folder": own}, _SECONDS)
+                if "ended" in found:
+                    found = {"result": "FAILED", "why": f"all was right, but then {found['ended']}"}
+            except processes.ChildError as error:
+                found = {"result": "FAILED", "why": str(error)}
+        found.update(name=one.name, seconds=round(time.monotonic() - start, 1))
+        results.append(found)
+        why = f": {found['why']}" if found.get("why") else ""
+        print(f"{found['result']:<8}{one.name}{why}", file=sys.stderr, flush=True)
+    return results
+
+
+def _work(request: dict[str, Any]) -> dict[str, Any]:
+    # Before the library: a simulated device must be there when it is imported.
+    device = devices.open_device(request["device"])
+    one = next(one for one in collect() if one.name == request["name"])
+    import safetensors_torch
+
+    # Whatever the environment says.
+    safetensors_torch.set_transfer_options(ring_bytes=checking.RING, threads=0)
+    try:
+        figures = one.work(checking.Setting(device, Path(request["folder"])))
+        device.synchronize()
+    except checking.Skip as skip:
+        return {"result": "skipped", "why": str(skip)}
+    return {"result": "ok", "figures": figures or {}}
+
+
+if __name__ == "__main__":
+    processes.answer(_work)

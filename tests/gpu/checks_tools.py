@@ -1,0 +1,69 @@
+"""Checks that other programs do: NVIDIA's compute-sanitizer, where it is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from checking import Setting, Skip, Wrong, check
+
+_SECONDS = 500.0
+_STATUS = 86  # of the sanitizer, where it found something
+
+
+def _sanitizer() -> Optional[str]:
+    """Where compute-sanitizer is, on PATH or in the folders of CUDA."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/opt/cuda"]
+    roots = [Path(folder) for folder in folders if folder]
+    roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+    # The wheels of CUDA, beside torch.
+    roots += sorted((Path(torch.__file__).parent.parent / "nvidia").glob("*"))
+    for root in roots:
+        for place in ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"):
+            if os.access(root / place, os.X_OK):
+                return str(root / place)
+    return shutil.which("compute-sanitizer")
+
+
+def _run(setting: Setting, tool: str) -> None:
+    program = _sanitizer()
+    if setting.device.simulated:
+        raise Skip("it is for CUDA alone")
+    if program is None:
+        raise Skip("compute-sanitizer is not installed")
+    script = Path(__file__).resolve().with_name("sanitized.py")
+    command = [program, "--tool", tool, "--error-exitcode", str(_STATUS)]
+    command += [sys.executable, str(script), str(setting.device.torch), str(setting.folder)]
+    # Torch's cache of memory would hide what is used after it was freed.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Wrong(f"no end after {_SECONDS:.0f} seconds") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        raise Wrong(f"status {done.returncode}: {' / '.join(lines[-12:])}")
+
+
+@check("compute-sanitizer finds no wrong access to memory")
+def memcheck(setting: Setting) -> None:
+    _run(setting, "memcheck")
+
+
+@check("compute-sanitizer finds no race")
+def racecheck(setting: Setting) -> None:
+    _run(setting, "racecheck")

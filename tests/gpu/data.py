@@ -1,0 +1,223 @@
+"""The files that are loaded: what is in them, and how they are written and read without the library.
+
+Owns the format's layout as far as the checks and the benchmark need it, and the checksum of everything in a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+# As the format calls them, and as torch does. Not every torch has all of them.
+_CODES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)}
+_CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+# Two values in each byte.
+PACKED = "F4"
+
+Tensors = dict[str, torch.Tensor]
+
+# How much a checksum takes in at a time, an even number.
+_BUCKET = 16 << 20
+# No divisor of anything that data could be moved by.
+_PRIME = 65521
+_MODULUS = (1 << 61) - 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file of the benchmark holds."""
+
+    name: str
+    title: str
+    dtype: str  # as torch calls it
+    shapes: dict[str, tuple[int, ...]]
+
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        itemsize = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
+        return itemsize * sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def model(name: str, nbytes: int) -> Content:
+    """The tensors of a language model of 32 layers, in bfloat16, about as many bytes as asked for."""
+    # In squares of the width, an embedding and a head have 16 each, and a layer 13.
+    width = max(8, round(math.sqrt(nbytes / 2 / (2 * 16 + 32 * 13)) / 8) * 8)
+    inner, narrow = width * 7 // 2, width // 4
+    shapes: dict[str, tuple[int, ...]] = {"embed": (16 * width, width)}
+    for layer in range(32):
+        prefix = f"layers.{layer}"
+        shapes[f"{prefix}.attention.norm"] = (width,)
+        for part, rows in (("q", width), ("k", narrow), ("v", narrow), ("o", width)):
+            shapes[f"{prefix}.attention.{part}"] = (rows, width)
+        shapes[f"{prefix}.mlp.norm"] = (width,)
+        for part in ("gate", "up"):
+            shapes[f"{prefix}.mlp.{part}"] = (inner, width)
+        shapes[f"{prefix}.mlp.down"] = (width, inner)
+    shapes["norm"] = (width,)
+    shapes["head"] = (16 * width, width)
+    content = Content(name, "", "bfloat16", shapes)
+    return Content(name, f"a model of {len(shapes)} tensors, bfloat16", content.dtype, shapes)
+
+
+def tiny(name: str, count: int) -> Content:
+    """That many tensors of 256 bytes."""
+    return Content(name, f"{count:,} tensors of 256 bytes, float32", "float32", {f"t.{i}": (64,) for i in range(count)})
+
+
+def make(content: Content, path: Path) -> int:
+    """Writes a file with random bits in its tensors; returns the checksum of them all."""
+    dtype = getattr(torch, content.dtype)
+    pool = torch.randint(0, 256, ((32 << 20) + 4099,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    checksum = _Checksum()
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    sizes = {name: itemsize * math.prod(shape) for name, shape in content.shapes.items()}
+    with open(path, "wb") as file:
+        file.write(_header({name: (dtype, shape) for name, shape in content.shapes.items()}))
+        for index, nbytes in enumerate(sizes.values()):
+            start, left = 977 * index % (16 << 20), nbytes
+            while left > 0:
+                piece = pool[start : start + left]
+                file.write(_memory(piece))
+                checksum.add(piece)
+                left -= len(piece)
+                start = 0
+    return checksum.result()
+
+
+def write(path: Path, tensors: Tensors) -> Path:
+    """Writes tensors of the CPU in the order of the dict, also one in which some are not aligned to their dtype."""
+    with open(path, "wb") as file:
+        file.write(_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}))
+        for tensor in tensors.values():
+            file.write(_memory(raw(tensor)))
+    return path
+
+
+def _header(entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    found: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+        code = _CODE_OF[dtype]
+        # The format counts single values, torch's packed dtype the bytes that hold two.
+        dims = [*shape[:-1], 2 * shape[-1]] if code == PACKED else list(shape)
+        found[name] = {"dtype": code, "shape": dims, "data_offsets": [begin, end]}
+    text = json.dumps(found, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, sharing its memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The memory of a one-dimensional CPU tensor of bytes, which must live longer. numpy is not needed for it."""
+    size = tensor.numel()
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()) if size else bytearray()).cast("B")
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file says of its tensors, in the order of their data, and where the data begins."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
+
+
+def read(path: Path, order: Optional[list[str]] = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file, on the CPU, one after the other, in the order of their data or of the names given."""
+    header, start = read_header(path)
+    with open(path, "rb") as file:
+        for name in header if order is None else order:
+            code, dims = header[name]["dtype"], header[name]["shape"]
+            begin, end = header[name]["data_offsets"]
+            data = torch.empty(end - begin, dtype=torch.uint8)
+            file.seek(start + begin)
+            if file.readinto(_memory(data)) != end - begin:
+                raise ValueError(f"{path} ends in the middle of {name}")
+            shape = [*dims[:-1], dims[-1] // 2] if code == PACKED else dims
+            yield name, data.view(DTYPES[code]).view(shape)
+
+
+def names(path: Path) -> list[str]:
+    """The names of a file's tensors in the order of their data."""
+    return list(read_header(path)[0])
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that every byte of the tensors has a part in, and its place, computed where the tensors are."""
+    found = _Checksum()
+    for tensor in tensors:
+        found.add(raw(tensor))
+    return found.result()
+
+
+class _Checksum:
+    """A checksum under way."""
+
+    def __init__(self) -> None:
+        self._pieces: list[torch.Tensor] = []
+        self._filled = 0
+        self._total = 0
+        self._weights = torch.empty(0)
+
+    def add(self, data: torch.Tensor) -> None:
+        """Goes on with the bytes of a one-dimensional tensor."""
+        while len(data) > 0:
+            piece = data[: _BUCKET - self._filled]
+            self._pieces.append(piece)
+            self._filled += len(piece)
+            data = data[len(piece) :]
+            if self._filled == _BUCKET:
+                self._take()
+
+    def _take(self) -> None:
+        if not self._pieces:
+            return
+        device = self._pieces[0].device
+        if self._filled % 2 != 0:
+            self._pieces.append(torch.zeros(1, dtype=torch.uint8, device=device))
+        values = torch.cat(self._pieces).view(torch.int16).to(torch.int64)
+        if len(self._weights) == 0:
+            self._weights = (torch.arange(_BUCKET // 2) % _PRIME + 1).to(device)
+        # At most 2**15 * 2**16 * 2**23: no overflow.
+        part = int((values * self._weights[: len(values)]).sum())
+        self._total = (self._total * _PRIME + part) % _MODULUS
+        self._pieces, self._filled = [], 0
+
+    def result(self) -> int:
+        """The checksum of all that was added."""
+        self._take()
+        return self._total

@@ -1,0 +1,17 @@
+"""A process that looks at the device, so that the one that starts all others has none of its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import devices
+import processes
+
+
+def _work(request: dict[str, Any]) -> dict[str, Any]:
+    device = devices.open_device(request["device"])
+    return {"described": device.describe(), "free_bytes": device.free_bytes(), "simulated": device.simulated}
+
+
+if __name__ == "__main__":
+    processes.answer(_work)
