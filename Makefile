@@ -27,7 +27,7 @@ MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find python -name '*.py')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-python test-accelerator test-examples library
 
@@ -126,6 +126,7 @@ test-python: out/python.stamp
 # Transfers to and from devices, with one that does everything late. A process of its own: it changes torch.
 test-accelerator: out/python.stamp
 	$(PY) -m pytest tests/accelerator tests/python/test_device.py
+	$(PY) tests/gpu/run.py --device testaccel --check --only 'names=|dtype=|tensors are loaded|late' --folder out/gpu-check
 
 # --- the rest
 

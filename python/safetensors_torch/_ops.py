@@ -369,8 +369,9 @@ def _write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any
     try:
         if not call(start, *args, 0.0 if progress else STEP) or progress:
             run(plan, plan.size, progress, "save")
-    finally:
+    except BaseException:
         plan.cancel()
+        raise
 
 
 def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:
