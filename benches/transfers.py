@@ -2,9 +2,9 @@
 
     python benches/transfers.py
 
-Runs without a GPU, on the accelerator of the tests, with no delays and with memory that takes a millisecond to pin for
-each MiB. Its copies are memory copies by one thread, so the times say nothing of a bus: only the ratios between the ways
-do, of what each does around the same copies. Each way takes its turn, and the medians of all rounds count.
+Runs without a GPU, on the accelerator of the tests, with no delays and memory that takes a millisecond to pin for each
+MiB. Its copies are memory copies by one thread, so the times say nothing of a bus: only the ratios between
+the ways do, of what each does around the same copies. Each way takes its turn, and the medians of all rounds count.
 
 - plain: no pinned memory at all
 - first: as in a process that loads for the first time

@@ -16,8 +16,11 @@ namespace {
 
 constexpr int64_t kDefaultRingBytes = int64_t(64) << 20;
 
-// At most one part in so many of what is moved is pinned.
-constexpr uint64_t kPinnedPart = 16;
+// A transfer may pin one part in so many of what it moves, which it earns back itself.
+constexpr uint64_t kPartOfOne = 16;
+
+// Or all of them together one part in so many of what they have moved, which costs each next to nothing.
+constexpr uint64_t kPartOfAll = 64;
 
 // A number from the environment; fails where it is none, as a setting that has no effect would be worse.
 int64_t from_environment(const char* name, int64_t otherwise) {
@@ -108,7 +111,8 @@ std::vector<Slab> Ring::take_busy(size_t most) { return take_where(/*idle=*/fals
 
 bool Ring::is_worth(size_t more, uint64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return (count_ + more) * kSlabBytes * kPinnedPart <= moved_ + bytes;
+    const uint64_t pinned = (count_ + more) * kSlabBytes;
+    return pinned * kPartOfOne <= bytes || pinned * kPartOfAll <= moved_ + bytes;
 }
 
 std::optional<Slab> Ring::pin() {

@@ -19,6 +19,9 @@ namespace {
 // With fewer slabs, either reading or copying would always wait for the other.
 constexpr size_t kFewestSlabs = 2;
 
+// How many are pinned to begin with.
+constexpr size_t kFirstSlabs = 4;
+
 // Plain memory is no faster for being more.
 constexpr size_t kMostPlainSlabs = 8;
 
@@ -84,8 +87,10 @@ Route::~Route() {
     try {
         finish();
         give_back();
-        if (stream_) {
+        if (!device_.is_cpu()) {
             Ring::of_process().note_moved(bytes_);
+        }
+        if (stream_) {
             Streams::of_process().give(*stream_);
         }
     } catch (const std::exception& error) {
@@ -136,19 +141,22 @@ void Route::begin_plain() {
 // Whether there are, or will be, enough pinned slabs for a beginning.
 bool Route::take_pinned() {
     const size_t wanted = std::min<uint64_t>((bytes_ + kSlabBytes - 1) / kSlabBytes, most_slabs_);
-    const size_t enough = std::min(wanted, kFewestSlabs);
     Ring& ring = Ring::of_process();
     slabs_ = ring.take(wanted);
-    if (size() < enough) {
+    if (size() < std::min(wanted, kFewestSlabs)) {
         busy_ = ring.take_busy(wanted - size());
     }
-    const size_t missing = enough - std::min(enough, size() + busy_.size());
-    if (missing > 0 && !ring.is_worth(missing, bytes_)) {
+    const size_t found = size() + busy_.size();
+    if (found >= std::min(wanted, kFewestSlabs)) {
+        return true;
+    }
+    const size_t missing = std::min(wanted, kFirstSlabs) - found;
+    if (!ring.is_worth(missing, bytes_)) {
         return false;
     }
     for (size_t i = 0; i < missing; ++i) {
         if (!grow()) {
-            return false;
+            return size() + busy_.size() >= kFewestSlabs;
         }
     }
     return true;
