@@ -1,7 +1,7 @@
 """load_file, load, save_file and save: the operators with the argument types and the checks of Python.
 
-Owns what only Python can know: paths, devices by number, buffers, keys that are no str. Everything about the format
-and about the tensors' memory is checked by the native library.
+Owns what only Python can know: buffers, names, keys that are no str; _arguments has the rest. Everything about the
+format and about the tensors' memory is checked by the native library.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
+from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
 from ._dynamo import opaque
 from ._errors import call
 from ._steps import STEP, Progress, check_progress, run
 
-Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
-Device = Union[str, int, torch.device, None]
 # Which tensors of a file: all, those of these names, or those for whose name the function is true.
 Names = Union[None, Iterable[str], Callable[[str], Any]]
 
@@ -44,60 +43,6 @@ _LARGE = 256 << 20
 _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
-def encode_path(filename: Path) -> bytes:
-    """``filename`` as the bytes that the operating system takes.
-
-    Raises:
-        TypeError: ``filename`` is no path.
-        ValueError: it contains a null byte.
-    """
-    path = os.fsencode(filename)
-    if b"\0" in path:
-        raise ValueError(f"embedded null byte in the file name {filename!r}")
-    return path
-
-
-def to_device(device: Device) -> torch.device:
-    """``device`` as a torch.device: a number is an index of the current accelerator, None the CPU.
-
-    torch's default device plays no part: the functions take "cpu" where the caller names none.
-
-    Raises:
-        TypeError: ``device`` is of another type.
-        ValueError: a negative number.
-        RuntimeError: a name that torch does not know, or a number where torch has no accelerator.
-    """
-    if isinstance(device, (str, torch.device)):
-        return torch.device(device)
-    if device is None:
-        return torch.device("cpu")
-    if not isinstance(device, int) or isinstance(device, bool):
-        raise TypeError(f"device must be a str, an int, a torch.device or None, not {type(device).__name__}")
-    if device < 0:
-        raise ValueError(f"device {device} is invalid: the index of an accelerator is not negative")
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        raise RuntimeError(f"device {device} is invalid: this torch has no accelerator that a number could mean")
-    return torch.device(accelerator.type, device)
-
-
-def check_backend(backend: Any) -> str:
-    """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
-    # Both names are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
-    return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """``value`` if it is a bool.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
-    return value
-
-
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keeps the cycle collector from running, as from Python 3.12 on it never does inside of one call into C.
@@ -114,22 +59,6 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def check_dtype(dtype: Any) -> Optional[torch.dtype]:
-    """``dtype`` if it is one that floating-point tensors can be converted to.
-
-    Raises:
-        TypeError: it is no dtype.
-        ValueError: one of integers, bools or complex numbers.
-    """
-    if dtype is None:
-        return None
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one, not {dtype}: tensors of other dtypes are not converted")
-    return dtype
 
 
 def open_file(filename: Path, backend: str) -> Any:

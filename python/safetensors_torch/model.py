@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from ._arguments import Device, Path, encode_path, to_device
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import Device, Path, encode_path, load_file, open_file, save_file, to_device
+from ._ops import load_file, open_file, save_file
 from ._steps import Progress, check_progress, run
 
 _ops = torch.ops.safetensors_torch

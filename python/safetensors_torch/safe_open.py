@@ -13,8 +13,9 @@ from typing import Any, Optional
 
 import torch
 
+from ._arguments import Device, Path, to_device
 from ._errors import SafetensorError, call
-from ._ops import Device, Path, open_file, to_device
+from ._ops import open_file
 from ._steps import run
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")

@@ -1,0 +1,85 @@
+"""What Python callers pass, as the operators take it: paths, devices by number, backends, flags, dtypes.
+
+Owns the types of these arguments, and the errors for what is none of them. What only the native library can judge is
+left to it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional, Union
+
+import torch
+
+Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Device = Union[str, int, torch.device, None]
+
+
+def encode_path(filename: Path) -> bytes:
+    """``filename`` as the bytes that the operating system takes.
+
+    Raises:
+        TypeError: ``filename`` is no path.
+        ValueError: it contains a null byte.
+    """
+    path = os.fsencode(filename)
+    if b"\0" in path:
+        raise ValueError(f"embedded null byte in the file name {filename!r}")
+    return path
+
+
+def to_device(device: Device) -> torch.device:
+    """``device`` as a torch.device: a number is an index of the current accelerator, None the CPU.
+
+    torch's default device plays no part: the functions take "cpu" where the caller names none.
+
+    Raises:
+        TypeError: ``device`` is of another type.
+        ValueError: a negative number.
+        RuntimeError: a name that torch does not know, or a number where torch has no accelerator.
+    """
+    if isinstance(device, (str, torch.device)):
+        return torch.device(device)
+    if device is None:
+        return torch.device("cpu")
+    if not isinstance(device, int) or isinstance(device, bool):
+        raise TypeError(f"device must be a str, an int, a torch.device or None, not {type(device).__name__}")
+    if device < 0:
+        raise ValueError(f"device {device} is invalid: the index of an accelerator is not negative")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        raise RuntimeError(f"device {device} is invalid: this torch has no accelerator that a number could mean")
+    return torch.device(accelerator.type, device)
+
+
+def check_backend(backend: Any) -> str:
+    """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
+    # Both names are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
+    return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """``value`` if it is a bool.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+    return value
+
+
+def check_dtype(dtype: Any) -> Optional[torch.dtype]:
+    """``dtype`` if it is one that floating-point tensors can be converted to.
+
+    Raises:
+        TypeError: it is no dtype.
+        ValueError: one of integers, bools or complex numbers.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, not {dtype}: tensors of other dtypes are not converted")
+    return dtype
