@@ -77,7 +77,9 @@ enum {
     SFT_ERROR_BUFFER_SIZE = 19,       /* a buffer of the wrong size */
     SFT_ERROR_CLOSED = 20,            /* the file was closed */
     SFT_ERROR_FILE_CHANGED = 21,      /* the file became shorter while it was open */
-    SFT_ERROR_PANIC = 22              /* a bug of this library */
+    SFT_ERROR_PANIC = 22,             /* a bug of this library */
+    SFT_ERROR_INDEX = 23 /* an index of a checkpoint that is malformed, names files outside its folder or does
+                            not fit its files; a folder that holds no checkpoint, or several */
 };
 
 /* The name of a status, such as "SFT_ERROR_IO"; "unknown status" for a number that this version does not know. Ends in
@@ -296,6 +298,44 @@ sft_status sft_file_slice_size(const sft_file* file, size_t index, const sft_ran
 sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_range* ranges, size_t rank, void* buffer,
                                size_t nbytes);
 
+/* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */
+
+/* The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists; opened
+ * together. */
+typedef struct sft_checkpoint sft_checkpoint;
+
+/* Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a folder with either, where
+ * model.safetensors counts before model.safetensors.index.json, and both before other names. All files are opened, and
+ * the index is checked against them: they hold the tensors that it lists, where it says so, and no others; the names of
+ * files in it must not lead out of its folder. `options` may be NULL for the defaults, and is for each file.
+ * `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
+ * Errors: INDEX, DUPLICATE; those of sft_file_open for each file, and for the index FOREIGN_FORMAT. */
+sft_status sft_checkpoint_open(const char* path, const sft_open_options* options, sft_checkpoint** checkpoint);
+
+/* Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other
+ * thread may use the handle or its files meanwhile. */
+void sft_checkpoint_free(sft_checkpoint* checkpoint);
+
+/* The number of files. */
+sft_status sft_checkpoint_shard_count(const sft_checkpoint* checkpoint, size_t* count);
+
+/* The file at `shard`, from 0 on in the order of names: `*file` becomes its handle, lent by the checkpoint, for the
+ * functions that take a const sft_file; `*name` its path from the folder of the checkpoint.
+ * Errors: INVALID_ARGUMENT for a shard beyond the last one. */
+sft_status sft_checkpoint_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name, const sft_file** file);
+
+/* The number of tensors in all files. */
+sft_status sft_checkpoint_count(const sft_checkpoint* checkpoint, size_t* count);
+
+/* Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name
+ * is at `position` in bytewise order. Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
+sft_status sft_checkpoint_sorted(const sft_checkpoint* checkpoint, size_t position, size_t* shard, size_t* index);
+
+/* The file, and the index in it, of the tensor called `name`, of `name_length` bytes.
+ * Errors: TENSOR_NOT_FOUND. */
+sft_status sft_checkpoint_find(const sft_checkpoint* checkpoint, const char* name, size_t name_length, size_t* shard,
+                               size_t* index);
+
 /* ---- Writing ----------------------------------------------------------------------------------------------------- */
 
 /* Tensors and metadata that are collected, then written; the same writer may write several times. */
@@ -341,6 +381,26 @@ sft_status sft_writer_size(const sft_writer* writer, const sft_save_options* opt
  * defaults.
  * Errors: those of sft_writer_size, and IO. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
+
+typedef struct sft_sharded_options {
+    size_t struct_size;       /* sizeof(sft_sharded_options) */
+    const char* stem;         /* what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
+    uint64_t max_shard_bytes; /* the most bytes of tensors in one file; 0 means 5,000,000,000 */
+    uint64_t alignment;       /* as in sft_save_options */
+    uint32_t sync;            /* as in sft_save_options */
+    uint32_t reserved;        /* 0 */
+} sft_sharded_options;
+
+#define SFT_SHARDED_OPTIONS_INIT {sizeof(sft_sharded_options), NULL, 0, 8, 0, 0}
+
+/* Writes a checkpoint into `folder`, which is made if it is not there: STEM.safetensors, or, where that would pass
+ * max_shard_bytes, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
+ * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
+ * max_shard_bytes has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
+ * is replaced: nothing of it changes before all files are complete, and files that are not overwritten are removed at
+ * the end. `options` may be NULL for the defaults.
+ * Errors: those of sft_writer_write_file; INVALID_ARGUMENT for a stem that is no file name. */
+sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
 
 /* Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
  * which may overlap no tensor's data. `options` may be NULL for the defaults; `sync` means nothing here.

@@ -56,9 +56,7 @@ impl Layout {
                 format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
-        let mut sorted: Vec<usize> = (0..tensors.len()).collect();
-        sorted.sort_by(|&a, &b| tensors[a].name.cmp(tensors[b].name));
-        check_names(tensors, &sorted)?;
+        let mut sorted = check_names(tensors)?;
         // Stable: those of one dtype stay sorted by name.
         sorted.sort_by_key(|&index| tensors[index].dtype.layout_rank());
 
@@ -100,8 +98,10 @@ impl Layout {
     }
 }
 
-/// Checks the names, given the tensors' indices sorted by them.
-fn check_names(tensors: &[TensorSpec<'_>], sorted: &[usize]) -> Result<()> {
+/// Checks that each name can be written and stands once; gives the tensors' indices sorted by name.
+pub(crate) fn check_names(tensors: &[TensorSpec<'_>]) -> Result<Vec<usize>> {
+    let mut sorted: Vec<usize> = (0..tensors.len()).collect();
+    sorted.sort_by(|&a, &b| tensors[a].name.cmp(tensors[b].name));
     let name = |index: usize| tensors[index].name;
     if let Some(pair) = sorted.windows(2).find(|pair| name(pair[0]) == name(pair[1])) {
         let detail = format!("two tensors are named {:?}: give each its own name", name(pair[0]));
@@ -114,5 +114,5 @@ fn check_names(tensors: &[TensorSpec<'_>], sorted: &[usize]) -> Result<()> {
         );
         return Err(Error::new(ErrorKind::ReservedName, detail));
     }
-    Ok(())
+    Ok(sorted)
 }

@@ -7,12 +7,14 @@
 
 mod available;
 pub mod capi;
+mod checkpoint;
 mod copy;
 mod dtype;
 mod error;
 mod feed;
 mod file;
 mod header;
+mod json;
 mod layout;
 mod memory;
 mod monitor;
@@ -28,6 +30,10 @@ mod writer;
 #[cfg(feature = "bridge")]
 mod bridge;
 
+pub use checkpoint::{
+    Checkpoint, DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, Shard, ShardPlan, ShardedOptions, ShardedWriter,
+    TensorPlace, save_sharded,
+};
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind, Result};
 pub use feed::{Feed, PART_ALIGNMENT, Part, Taken};

@@ -138,7 +138,8 @@ impl Filler {
     }
 }
 
-fn plan(
+/// The layout of `tensors`, whose bytes are as many as it has room for.
+pub(crate) fn plan(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],
     metadata: Option<&Metadata>,

@@ -1,6 +1,7 @@
 //! `sft_file`: an open file, what it holds, and whole tensors read from it.
 
 use std::ffi::{c_char, c_void};
+use std::sync::Arc;
 
 use super::boundary;
 use super::metadata::MetadataTable;
@@ -18,13 +19,13 @@ pub struct sft_file {
 
 /// What a file has while it is open.
 pub(super) struct Open {
-    pub(super) file: TensorFile,
+    pub(super) file: Arc<TensorFile>,
     /// Points into `file`, whose header never changes.
     pub(super) metadata: MetadataTable,
 }
 
 impl sft_file {
-    fn new(file: TensorFile) -> sft_file {
+    pub(super) fn new(file: Arc<TensorFile>) -> sft_file {
         let metadata = MetadataTable::new(file.header());
         sft_file { open: Some(Open { file, metadata }) }
     }
@@ -64,7 +65,7 @@ pub unsafe extern "C" fn sft_file_open(
         if let Some(when) = prefault {
             opened.prefault(when)?;
         }
-        out.set(pointer::hand_over(sft_file::new(opened)));
+        out.set(pointer::hand_over(sft_file::new(Arc::new(opened))));
         Ok(())
     })
 }
@@ -85,7 +86,7 @@ pub unsafe extern "C" fn sft_file_open_buffer(
             let bytes = pointer::bytes(data, nbytes, "data")?;
             TensorFile::from_memory(bytes.as_ptr(), bytes.len())?
         };
-        out.set(pointer::hand_over(sft_file::new(opened)));
+        out.set(pointer::hand_over(sft_file::new(Arc::new(opened))));
         Ok(())
     })
 }

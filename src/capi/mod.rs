@@ -14,6 +14,7 @@
 // The types are called what C calls them.
 #![allow(non_camel_case_types)]
 
+mod checkpoint;
 mod dtype;
 mod file;
 mod metadata;
@@ -23,6 +24,7 @@ mod slice;
 mod status;
 mod writer;
 
+pub use checkpoint::*;
 pub use dtype::*;
 pub use file::*;
 pub use metadata::*;

@@ -3,6 +3,7 @@
 use std::ffi::{c_char, c_void};
 
 use super::pointer::{self, Versioned, invalid};
+use crate::checkpoint::ShardedOptions;
 use crate::error::Result;
 use crate::layout::DEFAULT_ALIGNMENT;
 use crate::prefault::Prefault;
@@ -126,14 +127,74 @@ impl sft_save_options {
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
-        if options.reserved != 0 {
-            return Err(invalid("sft_save_options: reserved must be 0"));
+        save_options(Self::NAME, options.alignment, options.sync, options.reserved)
+    }
+}
+
+/// What the fields that all ways of saving have mean, in the struct called `name`.
+fn save_options(name: &str, alignment: u64, sync: u32, reserved: u32) -> Result<SaveOptions> {
+    if reserved != 0 {
+        return Err(invalid(format!("{name}: reserved must be 0")));
+    }
+    if sync > 1 {
+        return Err(invalid(format!("{name}: sync is {sync}: give 0 or 1")));
+    }
+    let alignment = if alignment == 0 { DEFAULT_ALIGNMENT } else { alignment };
+    Ok(SaveOptions { alignment, sync: sync == 1 })
+}
+
+/// How a checkpoint of several files is written.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_sharded_options {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// What the names of the files begin with; NULL for the default.
+    pub stem: *const c_char,
+    /// The most bytes of tensors in one file; 0 for the default.
+    pub max_shard_bytes: u64,
+    /// As in [`sft_save_options`].
+    pub alignment: u64,
+    /// As in [`sft_save_options`].
+    pub sync: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers and a raw pointer only.
+unsafe impl Versioned for sft_sharded_options {
+    const NAME: &'static str = "sft_sharded_options";
+    const FIRST_SIZE: usize = 40;
+}
+
+impl sft_sharded_options {
+    /// # Safety
+    ///
+    /// As for [`pointer::options`]; `stem` is NULL or as for [`pointer::c_string`], as long as the result is in use.
+    pub(super) unsafe fn read<'a>(options: *const sft_sharded_options) -> Result<ShardedOptions<'a>> {
+        let defaults = sft_sharded_options {
+            struct_size: size_of::<sft_sharded_options>(),
+            stem: std::ptr::null(),
+            max_shard_bytes: 0,
+            alignment: 0,
+            sync: 0,
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise.
+        let options = unsafe { pointer::options(options, defaults) }?;
+        let mut result = ShardedOptions {
+            save: save_options(Self::NAME, options.alignment, options.sync, options.reserved)?,
+            ..ShardedOptions::default()
+        };
+        if options.max_shard_bytes != 0 {
+            result.max_shard_bytes = options.max_shard_bytes;
         }
-        if options.sync > 1 {
-            return Err(invalid(format!("sft_save_options: sync is {}: give 0 or 1", options.sync)));
+        if !options.stem.is_null() {
+            // SAFETY: the caller's promise.
+            let stem = unsafe { pointer::c_string(options.stem, "stem") }?;
+            result.stem = stem.to_str().map_err(|_| invalid("sft_sharded_options: stem is not UTF-8"))?;
         }
-        let alignment = if options.alignment == 0 { DEFAULT_ALIGNMENT } else { options.alignment };
-        Ok(SaveOptions { alignment, sync: options.sync == 1 })
+        Ok(result)
     }
 }
 

@@ -119,6 +119,7 @@ statuses! {
     Closed, "SFT_ERROR_CLOSED", "the file is closed";
     FileChanged, "SFT_ERROR_FILE_CHANGED", "the file became shorter while it was open";
     Panic, "SFT_ERROR_PANIC", "a bug of this library";
+    Index, "SFT_ERROR_INDEX", "the index of the checkpoint does not fit its files";
 }
 
 fn kind_of(status: sft_status) -> Option<ErrorKind> {

@@ -4,9 +4,10 @@ use std::ffi::{c_char, c_void};
 
 use super::boundary;
 use super::dtype::{self, sft_dtype};
-use super::options::sft_save_options;
+use super::options::{sft_save_options, sft_sharded_options};
 use super::pointer::{self, Out};
 use super::status::sft_status;
+use crate::checkpoint::save_sharded;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{Metadata, tensor_bytes};
@@ -180,6 +181,25 @@ pub unsafe extern "C" fn sft_writer_write_file(
         // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
         let data = unsafe { writer.data() }?;
         save_file(&writer.specs(), &data, writer.metadata.as_ref(), path, options)
+    })
+}
+
+/// Writes a checkpoint of one file or several into `folder`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_writer_write_sharded(
+    writer: *const sft_writer,
+    folder: *const c_char,
+    options: *const sft_sharded_options,
+) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle, a string, and options or NULL (header).
+        let (writer, folder, options) = unsafe {
+            (pointer::shared(writer, "writer")?, pointer::path(folder)?, sft_sharded_options::read(options)?)
+        };
+        // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
+        let data = unsafe { writer.data() }?;
+        save_sharded(&writer.specs(), &data, writer.metadata.as_ref(), folder, options)?;
+        Ok(())
     })
 }
 

@@ -19,7 +19,7 @@ const SIGNATURES: &[(&[u8], &str, &str)] = &[
 ];
 
 /// The error for a file that begins with `start` and is of another format; `None` if it is none of those known.
-pub(super) fn recognise(start: &[u8]) -> Option<Error> {
+pub(crate) fn recognise(start: &[u8]) -> Option<Error> {
     let (what, remedy) = identify(start)?;
     let detail = format!("this is {what}, and no safetensors file: {remedy}");
     Some(Error::new(ErrorKind::ForeignFormat, detail))

@@ -9,6 +9,7 @@ mod parse;
 mod validate;
 
 pub use encode::{TensorEntry, encode};
+pub(crate) use foreign::recognise;
 
 use std::collections::BTreeMap;
 use std::ops::Range;

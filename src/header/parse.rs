@@ -3,7 +3,6 @@
 //! serde_json does the JSON; the visitors here accept exactly the shape that the format asks for, and refuse what
 //! stands twice. Names are unescaped by serde_json, and copied once.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 
@@ -12,6 +11,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 use super::{Entry, Header, METADATA_KEY, Metadata, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::json::{Fault, Text, refuse};
 
 pub(super) fn parse(json: &[u8]) -> Result<Header> {
     if json.is_empty() {
@@ -45,14 +45,6 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
             Err(Error::new(ErrorKind::HeaderJson, format!("the header is not valid: {error}")))
         }
     }
-}
-
-type Fault = RefCell<Option<Error>>;
-
-/// Puts `error` down as the cause, and gives serde something to stop with.
-fn refuse<E: de::Error>(fault: &Fault, error: Error) -> E {
-    *fault.borrow_mut() = Some(error);
-    E::custom("refused")
 }
 
 /// The whole header: an object of tensors, and perhaps the metadata.
@@ -261,32 +253,5 @@ impl<'de> Visitor<'de> for Shape<'_> {
             self.0.push(dim);
         }
         Ok(())
-    }
-}
-
-/// A string, borrowed from the JSON unless it has escapes.
-struct Text<'de>(Cow<'de, str>);
-
-impl<'de> de::Deserialize<'de> for Text<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct TextVisitor;
-
-        impl<'de> Visitor<'de> for TextVisitor {
-            type Value = Text<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string")
-            }
-
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> std::result::Result<Text<'de>, E> {
-                Ok(Text(Cow::Borrowed(text)))
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Text<'de>, E> {
-                Ok(Text(Cow::Owned(text.to_owned())))
-            }
-        }
-
-        deserializer.deserialize_str(TextVisitor)
     }
 }

@@ -89,6 +89,18 @@ impl AtomicFile {
         vectored::write_all(&mut self.file, pieces).map_err(|source| Error::io("write", &self.path, source))
     }
 
+    /// Has what is written so far put on the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn synchronize(&self) -> Result<()> {
+        if matches!(self.staging, Staging::Direct) {
+            return Ok(());
+        }
+        self.file.sync_all().map_err(|source| Error::io("write", &self.path, source))
+    }
+
     /// Puts the file where the target was. With `sync`, returns once file and directory entry are on the disk.
     ///
     /// # Errors
@@ -100,13 +112,11 @@ impl AtomicFile {
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
         }
-        let fail = |path: &Path, source| Error::io("write", path, source);
         if sync {
-            self.file.sync_all().map_err(|source| fail(&self.path, source))?;
+            self.synchronize()?;
         }
-        if self.put_in_place().map_err(|source| fail(&self.path, source))? {
-            let directory = if sync { staging::sync_directory(&self.target) } else { Ok(()) };
-            return directory.map_err(|source| Error::io("synchronize the directory of", &self.path, source));
+        if self.put_in_place().map_err(|source| Error::io("write", &self.path, source))? {
+            return if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) };
         }
         self.overwrite_in_place(sync)
     }
@@ -167,6 +177,15 @@ impl Drop for AtomicFile {
             let _ = std::fs::remove_file(name);
         }
     }
+}
+
+fn sync_directory_of(path: &Path, target: &Path) -> Result<()> {
+    staging::sync_directory(target).map_err(|source| Error::io("synchronize the directory of", path, source))
+}
+
+/// Has the entries of `folder` put on the disk.
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
+    staging::sync_folder(folder).map_err(|source| Error::io("synchronize the folder", folder, source))
 }
 
 /// Whether there was not enough space.

@@ -106,8 +106,14 @@ fn c_path(path: &OsStr) -> io::Result<CString> {
     CString::new(path.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
+/// Has the entry of `target` in its directory put on the disk.
 pub(super) fn sync_directory(target: &Path) -> io::Result<()> {
-    match File::open(directory_of(target))?.sync_all() {
+    sync_folder(directory_of(target))
+}
+
+/// Has all entries of `folder` put on the disk.
+pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
+    match File::open(folder)?.sync_all() {
         // What filesystems answer whose directories need no synchronizing, or know none.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         outcome => outcome,

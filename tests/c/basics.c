@@ -27,7 +27,7 @@ void test_version_and_status(void) {
     CHECK(strcmp(sft_status_name(1000), sft_status_name(-1)) == 0);
     CHECK(strcmp(sft_status_message(SFT_OK), "no error") == 0);
     CHECK(strstr(sft_status_message(1000), "does not know") != NULL);
-    for (sft_status a = SFT_OK; a <= SFT_ERROR_PANIC; a++) {
+    for (sft_status a = SFT_OK; a <= SFT_ERROR_INDEX; a++) {
         CHECK(strlen(sft_status_message(a)) > 0);
         for (sft_status b = SFT_OK; b < a; b++) {
             CHECK(strcmp(sft_status_name(a), sft_status_name(b)) != 0);

@@ -31,6 +31,7 @@ void test_reading(void);
 void test_prefault(void);
 void test_slices(void);
 void test_metadata(void);
+void test_checkpoints(void);
 void test_threads(void);
 void test_writing(void);
 void test_refused_files(void);

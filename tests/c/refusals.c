@@ -185,6 +185,12 @@ void test_struct_sizes(void) {
     save = (sft_save_options)SFT_SAVE_OPTIONS_INIT;
     save.sync = 2;
     CHECK_STATUS(sft_writer_size(writer, &save, &size), invalid);
+    sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
+    sharded.reserved = 1;
+    CHECK_STATUS(sft_writer_write_sharded(writer, "none", &sharded), invalid);
+    sharded = (sft_sharded_options)SFT_SHARDED_OPTIONS_INIT;
+    sharded.struct_size = 32;
+    CHECK_STATUS(sft_writer_write_sharded(writer, "none", &sharded), invalid);
     sft_writer_free(writer);
 
     /* A later version of a struct to fill: what this library does not know becomes zero, and nothing beyond it. */

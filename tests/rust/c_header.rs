@@ -254,6 +254,7 @@ fn layouts_agree() {
         sft_str { data, length }
         sft_open_options { struct_size, backend, prefault }
         sft_save_options { struct_size, alignment, sync, reserved }
+        sft_sharded_options { struct_size, stem, max_shard_bytes, alignment, sync, reserved }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
         sft_read { index, buffer, nbytes }
@@ -285,7 +286,8 @@ fn aliases_and_initializers_agree() {
          SAY(\"backend\", sizeof(sft_backend)); SAY(\"backend signed\", (sft_backend)-1 < 1);\n\
          SAY(\"prefault\", sizeof(sft_prefault)); SAY(\"prefault signed\", (sft_prefault)-1 < 1);\n\
          sft_open_options open = SFT_OPEN_OPTIONS_INIT; sft_save_options save = SFT_SAVE_OPTIONS_INIT;\n\
-         sft_tensor_info info = SFT_TENSOR_INFO_INIT;\n\
+         sft_tensor_info info = SFT_TENSOR_INFO_INIT; sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;\n\
+         SAY(\"sharded\", sharded.struct_size); SAY(\"sharded alignment\", sharded.alignment);\n\
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
          SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
          SAY(\"none\", open.prefault);",
@@ -302,6 +304,8 @@ fn aliases_and_initializers_agree() {
         ("open", size_of::<sft_open_options>()),
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
+        ("sharded", size_of::<sft_sharded_options>()),
+        ("sharded alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("mmap", SFT_BACKEND_MMAP as usize),
         ("none", SFT_PREFAULT_NONE as usize),

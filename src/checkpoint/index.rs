@@ -1,0 +1,234 @@
+//! The index of a checkpoint: a JSON object whose `weight_map` says for each tensor which file it is in.
+//!
+//! An index comes from whoever made the checkpoint, so its file names are checked before one of them is opened.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::path::{Component, Path};
+
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::{MAX_HEADER_BYTES, recognise};
+use crate::json::{Fault, Text, refuse};
+use crate::source::{open_regular, read_exact_at};
+
+/// The field that maps names of tensors to files.
+const WEIGHT_MAP: &str = "weight_map";
+
+/// What an index says.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    /// The files, sorted, each once: paths from the folder of the index, which do not lead out of it.
+    pub(super) shards: Vec<String>,
+    /// The tensors, sorted by name, and each one's file among `shards`.
+    pub(super) tensors: Vec<(String, u32)>,
+}
+
+impl Index {
+    /// Reads and checks the index at `path`; its files are not looked at.
+    pub(super) fn read(path: &Path) -> Result<Index> {
+        let (file, length) = open_regular(path)?;
+        let fail = |error: Error| error.in_file(path);
+        if length > MAX_HEADER_BYTES {
+            let detail =
+                format!("an index of {length} bytes: more than the {MAX_HEADER_BYTES} that are read");
+            return Err(fail(Error::new(ErrorKind::Index, detail)));
+        }
+        let mut json = vec![0; length as usize];
+        read_exact_at(&file, path, &mut json, 0)?;
+        Index::parse(&json).map_err(fail)
+    }
+
+    pub(super) fn parse(json: &[u8]) -> Result<Index> {
+        let invalid = |what: &dyn fmt::Display| {
+            // What is JSON is an index, if not a valid one.
+            let is_json = json.trim_ascii_start().first().is_some_and(|byte| b"{[".contains(byte));
+            let other = if is_json { None } else { recognise(json) };
+            other.unwrap_or_else(|| Error::new(ErrorKind::Index, format!("the index is not valid: {what}")))
+        };
+        let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
+        let fault = RefCell::new(None);
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let outcome = Root { fault: &fault }
+            .deserialize(&mut deserializer)
+            .and_then(|entries| deserializer.end().map(|()| entries));
+        match (outcome, fault.into_inner()) {
+            (Ok(entries), _) => Index::of(entries),
+            (Err(_), Some(fault)) => Err(fault),
+            (Err(error), None) => Err(invalid(&error)),
+        }
+    }
+
+    /// Sorts the entries, name and file, of a weight map.
+    fn of(mut entries: Vec<(String, String)>) -> Result<Index> {
+        entries.sort();
+        if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            let detail = format!("{WEIGHT_MAP:?} has the tensor {:?} twice", pair[0].0);
+            return Err(Error::new(ErrorKind::Duplicate, detail));
+        }
+        let mut shards: Vec<String> = entries.iter().map(|(_, file)| file.clone()).collect();
+        shards.sort();
+        shards.dedup();
+        let number = |file: &String| shards.binary_search(file).expect("every file is listed") as u32;
+        let tensors = entries.into_iter().map(|(name, file)| (name, number(&file))).collect();
+        Ok(Index { shards, tensors })
+    }
+}
+
+/// The bytes of an index, laid out as Hugging Face's tools do. `tensors` are names and files; `total_bytes` are those of
+/// all tensors.
+pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, total_bytes: u64) -> Vec<u8> {
+    let weight_map: std::collections::BTreeMap<&str, &str> = tensors.collect();
+    let index = serde_json::json!({"metadata": {"total_size": total_bytes}, WEIGHT_MAP: weight_map});
+    let mut json = serde_json::to_vec_pretty(&index).expect("strings and integers serialize into a Vec");
+    json.push(b'\n');
+    json
+}
+
+/// Refuses the name of a file that is not below the folder of its index.
+fn check_file_name(tensor: &str, file: &str) -> Result<()> {
+    let inside = !file.is_empty()
+        && !file.contains('\0')
+        && Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
+    if inside {
+        return Ok(());
+    }
+    let detail = format!(
+        "the index puts tensor {tensor:?} into {file:?}, which is no file in the folder of the index: such an index was \
+         damaged, or made to have other files read; do not trust this checkpoint"
+    );
+    Err(Error::new(ErrorKind::Index, detail))
+}
+
+/// The whole index: an object in which the weight map must be, and other fields may.
+struct Root<'f> {
+    fault: &'f Fault,
+}
+
+impl<'de> DeserializeSeed<'de> for Root<'_> {
+    type Value = Vec<(String, String)>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Root<'_> {
+    type Value = Vec<(String, String)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a JSON object with a {WEIGHT_MAP:?}")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut entries = None;
+        while let Some(Text(field)) = map.next_key()? {
+            if field != WEIGHT_MAP {
+                // Not IgnoredAny alone, which passes over nesting of any depth.
+                map.next_value::<serde_json::Value>()?;
+            } else if entries.replace(map.next_value_seed(WeightMap { fault: self.fault })?).is_some() {
+                let detail = format!("the index has {WEIGHT_MAP:?} twice");
+                return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
+            }
+        }
+        entries.ok_or_else(|| {
+            let detail = format!("the index is not valid: {WEIGHT_MAP:?} is missing");
+            refuse(self.fault, Error::new(ErrorKind::Index, detail))
+        })
+    }
+}
+
+/// `weight_map`: an object of strings.
+struct WeightMap<'f> {
+    fault: &'f Fault,
+}
+
+impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
+    type Value = Vec<(String, String)>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMap<'_> {
+    type Value = Vec<(String, String)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{WEIGHT_MAP:?} to be an object that maps names of tensors to file names")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(Text(tensor)) = map.next_key()? {
+            let Text(file) = map.next_value().map_err(|error| {
+                let detail = format!("the index is not valid: the file of tensor {tensor:?}: {error}");
+                refuse(self.fault, Error::new(ErrorKind::Index, detail))
+            })?;
+            check_file_name(&tensor, &file).map_err(|error| refuse(self.fault, error))?;
+            entries.push((tensor.into_owned(), file.into_owned()));
+        }
+        Ok(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(json: &str) -> ErrorKind {
+        Index::parse(json.as_bytes()).expect_err("refused").kind()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let entries = [("b", "two"), ("a\u{e9}\n", "one"), ("c", "two")];
+        let json = encode(entries.into_iter(), 12);
+        let index = Index::parse(&json).expect("valid");
+        assert_eq!(index.shards, ["one", "two"]);
+        assert_eq!(index.tensors, [("a\u{e9}\n".into(), 0), ("b".into(), 1), ("c".into(), 1)]);
+        assert_eq!(
+            String::from_utf8(encode([("w", "f")].into_iter(), 7)).expect("text"),
+            "{\n  \"metadata\": {\n    \"total_size\": 7\n  },\n  \"weight_map\": {\n    \"w\": \"f\"\n  }\n}\n"
+        );
+    }
+
+    #[test]
+    fn other_fields_are_passed_over() {
+        let index =
+            Index::parse(br#"{"metadata": null, "weight_map": {}, "x": [1, {"y": 2.5}]}"#).expect("valid");
+        assert!(index.shards.is_empty() && index.tensors.is_empty());
+    }
+
+    #[test]
+    fn names_outside_the_folder_are_refused() {
+        for name in ["../x", "/etc/passwd", "a/../../x", "", ".", "./x", "..", "a/..", "a\\u0000b"] {
+            let json = format!(r#"{{"weight_map": {{"t": "{name}"}}}}"#);
+            let error = Index::parse(json.as_bytes()).expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::Index, "{name}");
+            assert!(error.to_string().contains("\"t\""), "{error}");
+        }
+        let inside = Index::parse(br#"{"weight_map": {"t": "a/b..c"}}"#).expect("inside");
+        assert_eq!(inside.shards, ["a/b..c"]);
+    }
+
+    #[test]
+    fn malformed_indexes_are_refused() {
+        for json in ["", "[]", "{}", "null", r#"{"weight_map": []}"#, r#"{"weight_map": {"t": 1}}"#] {
+            assert_eq!(kind(json), ErrorKind::Index, "{json}");
+        }
+        assert_eq!(kind(r#"{"weight_map": {}} x"#), ErrorKind::Index);
+        assert_eq!(kind(r#"{"weight_map": {}, "weight_map": {}}"#), ErrorKind::Duplicate);
+        assert_eq!(kind(r#"{"weight_map": {"t": "a", "t": "b"}}"#), ErrorKind::Duplicate);
+        assert_eq!(kind(&format!(r#"{{"x": {}"#, "[".repeat(100_000))), ErrorKind::Index);
+        assert_eq!(kind("version https://git-lfs.github.com/spec/v1\noid"), ErrorKind::ForeignFormat);
+        assert_eq!(Index::parse(b"{\"\xff\": 1}").expect_err("refused").kind(), ErrorKind::Index);
+    }
+}

@@ -1,0 +1,205 @@
+//! A checkpoint: tensors in one file or in several, its shards, which an index lists.
+//!
+//! `locate` finds the index or the file that a path means, `index` reads and writes the index, `plan` says which tensor
+//! goes into which shard, `write` puts the shards of a checkpoint in place. The files themselves are [`TensorFile`]s.
+//!
+//! Names, index and division are those of Hugging Face's tools: `model.safetensors`, or
+//! `model-00001-of-00003.safetensors` and so on beside `model.safetensors.index.json`.
+
+mod index;
+mod locate;
+mod plan;
+mod write;
+
+pub use plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan};
+pub use write::{ShardedOptions, ShardedWriter, save_sharded};
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::TensorFile;
+use crate::header::absent;
+use crate::source::Backend;
+use index::Index;
+use locate::Location;
+
+/// An open checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    shards: Vec<Shard>,
+    /// Sorted by the tensors' names.
+    by_name: Vec<TensorPlace>,
+    path: PathBuf,
+}
+
+/// One file of a checkpoint.
+#[derive(Debug)]
+pub struct Shard {
+    /// Its path from the folder of the checkpoint, as the index has it.
+    pub name: String,
+    /// The file, open.
+    pub file: Arc<TensorFile>,
+}
+
+/// Which tensor of which shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorPlace {
+    /// Among [`Checkpoint::shards`].
+    pub shard: u32,
+    /// In file order.
+    pub index: u32,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a folder with either. An index
+    /// is checked against its files: they have the tensors that it lists, where it says, and no others.
+    ///
+    /// In a folder, `model.safetensors` counts first, then `model.safetensors.index.json`, as for Hugging Face's tools,
+    /// then the one index or file of another name. A link in a folder may lead out of it; a name in an index may not.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and for
+    /// a folder that holds no checkpoint, or several; those of [`TensorFile::open`] for each file. They name the index,
+    /// the shard and the tensor.
+    pub fn open(path: &Path, backend: Backend) -> Result<Checkpoint> {
+        match locate::locate(path)? {
+            Location::File(file) => Ok(Checkpoint::of_file(TensorFile::open(&file, backend)?, file)),
+            Location::Index(index) => Checkpoint::of_index(index, backend),
+        }
+    }
+
+    /// A checkpoint of one file.
+    fn of_file(file: TensorFile, path: PathBuf) -> Checkpoint {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let shards = vec![Shard { name, file: Arc::new(file) }];
+        Checkpoint { by_name: sorted_places(&shards), shards, path }
+    }
+
+    fn of_index(path: PathBuf, backend: Backend) -> Result<Checkpoint> {
+        let index = Index::read(&path)?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let shards = index.shards.iter().map(|name| {
+            let file = TensorFile::open(&folder.join(name), backend).map_err(|error| {
+                if error.os_error() == Some(libc::ENOENT) {
+                    let remedy = format!(
+                        "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
+                        path.display()
+                    );
+                    return error.with_remedy(&remedy);
+                }
+                error
+            })?;
+            Ok(Shard { name: name.clone(), file: Arc::new(file) })
+        });
+        let shards = shards.collect::<Result<Vec<Shard>>>()?;
+        let by_name = sorted_places(&shards);
+        check(&index, &shards, &by_name).map_err(|error| error.in_file(&path))?;
+        Ok(Checkpoint { shards, by_name, path })
+    }
+
+    /// The files, sorted by name.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// The number of tensors in all shards.
+    pub fn len(&self) -> usize {
+        self.by_name.len()
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.by_name.is_empty()
+    }
+
+    /// Where the tensors are, in the order of their names.
+    pub fn sorted_by_name(&self) -> &[TensorPlace] {
+        &self.by_name
+    }
+
+    /// Where the tensor `name` is.
+    pub fn find(&self, name: &str) -> Option<TensorPlace> {
+        let found = self.by_name.binary_search_by(|&place| name_at(&self.shards, place).cmp(name)).ok()?;
+        Some(self.by_name[found])
+    }
+
+    /// Where the tensor `name` is, or an error that says so.
+    pub fn require(&self, name: &str) -> Result<TensorPlace> {
+        self.find(name).ok_or_else(|| absent(name).in_file(&self.path))
+    }
+
+    /// The file or the index that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// The places of all tensors, sorted by name, and those of one name by shard.
+fn sorted_places(shards: &[Shard]) -> Vec<TensorPlace> {
+    let places = shards.iter().enumerate().flat_map(|(shard, one)| {
+        one.file
+            .header()
+            .sorted_by_name()
+            .iter()
+            .map(move |&index| TensorPlace { shard: shard as u32, index })
+    });
+    let mut places: Vec<TensorPlace> = places.collect();
+    // Runs that are sorted already, which this sort merges.
+    places.sort_by(|&a, &b| name_at(shards, a).cmp(name_at(shards, b)));
+    places
+}
+
+fn name_at(shards: &[Shard], place: TensorPlace) -> &str {
+    let tensor = shards[place.shard as usize].file.header().get(place.index as usize);
+    tensor.map_or("", |tensor| tensor.name)
+}
+
+/// Whether the shards hold what the index says, and nothing else: two lists in the order of names.
+fn check(index: &Index, shards: &[Shard], places: &[TensorPlace]) -> Result<()> {
+    let mut listed = index.tensors.iter().peekable();
+    for &place in places {
+        let (name, shard) = (name_at(shards, place), &shards[place.shard as usize].name);
+        // What the index lists before this name, no shard has.
+        match listed.peek() {
+            Some((wanted, at)) if wanted == name && *at == place.shard => {
+                listed.next();
+            }
+            Some((wanted, at)) if wanted.as_str() < name => return Err(misplaced(wanted, *at, shards)),
+            Some((wanted, at)) if wanted == name && !holds(&shards[*at as usize], name) => {
+                return Err(misplaced(wanted, *at, shards));
+            }
+            _ => {
+                let detail = format!(
+                    "shard {shard:?} holds tensor {name:?}, which the index does not have there: index and shards are not \
+                     of one checkpoint; save or fetch them again, or load the shard by itself"
+                );
+                return Err(Error::new(ErrorKind::Index, detail));
+            }
+        }
+    }
+    match listed.next() {
+        Some((name, at)) => Err(misplaced(name, *at, shards)),
+        None => Ok(()),
+    }
+}
+
+fn holds(shard: &Shard, name: &str) -> bool {
+    shard.file.header().find(name).is_some()
+}
+
+/// The error for a tensor that is not in the shard that the index names.
+fn misplaced(name: &str, shard: u32, shards: &[Shard]) -> Error {
+    let elsewhere = shards.iter().find(|one| holds(one, name));
+    let found = match elsewhere {
+        Some(other) => format!("it is in {:?}", other.name),
+        None => "no shard has it".to_string(),
+    };
+    let detail = format!(
+        "the index puts tensor {name:?} into shard {:?}, which does not hold it ({found}): index and shards are not of \
+         one checkpoint; save or fetch them again",
+        shards[shard as usize].name
+    );
+    Error::new(ErrorKind::Index, detail)
+}

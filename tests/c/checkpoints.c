@@ -1,0 +1,133 @@
+/* sft_checkpoint: shards and their index, written and read. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "check.h"
+
+static const unsigned char values[6] = {1, 2, 3, 4, 5, 6};
+static const char* const names[3] = {"c", "a", "b"};
+
+/* Three tensors of 2 bytes: c is 1 2, a is 3 4, b is 5 6. */
+static sft_writer* three_pairs(void) {
+    static const uint64_t shape[] = {2};
+    sft_writer* writer = NULL;
+    CHECK_OK(sft_writer_new(&writer));
+    for (size_t i = 0; i < 3; i++) {
+        CHECK_OK(sft_writer_add_tensor(writer, names[i], 1, SFT_DTYPE_U8, shape, 1, values + 2 * i, 2));
+    }
+    CHECK_OK(sft_writer_add_metadata(writer, "format", 6, "pt", 2));
+    return writer;
+}
+
+static bool exists(const char* name) { return access(path_of(name), F_OK) == 0; }
+
+static void write_text(const char* name, const char* text) {
+    FILE* stream = fopen(path_of(name), "wb");
+    CHECK(stream != NULL && fputs(text, stream) >= 0 && fclose(stream) == 0);
+}
+
+static void reads_values(const sft_checkpoint* checkpoint) {
+    for (size_t i = 0; i < 3; i++) {
+        size_t shard = 9, index = 9;
+        CHECK_OK(sft_checkpoint_find(checkpoint, names[i], 1, &shard, &index));
+        const sft_file* file = NULL;
+        sft_str name;
+        CHECK_OK(sft_checkpoint_shard(checkpoint, shard, &name, &file));
+        unsigned char bytes[2] = {0, 0};
+        CHECK_OK(sft_file_read(file, index, bytes, sizeof bytes));
+        CHECK(memcmp(bytes, values + 2 * i, 2) == 0);
+        sft_str value;
+        CHECK_OK(sft_file_metadata_get(file, "format", 6, &value));
+        CHECK(text_is(value, "pt"));
+    }
+}
+
+static void test_what_was_written(const char* path, const sft_open_options* options) {
+    sft_checkpoint* checkpoint = NULL;
+    CHECK_OK(sft_checkpoint_open(path, options, &checkpoint));
+    size_t count = 0;
+    CHECK_OK(sft_checkpoint_shard_count(checkpoint, &count));
+    CHECK(count == 2);
+    CHECK_OK(sft_checkpoint_count(checkpoint, &count));
+    CHECK(count == 3);
+    sft_str name;
+    const sft_file* file;
+    CHECK_OK(sft_checkpoint_shard(checkpoint, 1, &name, &file));
+    CHECK(text_is(name, "m-00002-of-00002.safetensors"));
+    CHECK_STATUS(sft_checkpoint_shard(checkpoint, 2, &name, &file), SFT_ERROR_INVALID_ARGUMENT);
+    /* In the order of names: a, b, c. */
+    static const size_t shards[3] = {0, 1, 0}, indices[3] = {0, 0, 1};
+    size_t shard = 9, index = 9;
+    for (size_t i = 0; i < 3; i++) {
+        CHECK_OK(sft_checkpoint_sorted(checkpoint, i, &shard, &index));
+        CHECK(shard == shards[i] && index == indices[i]);
+    }
+    CHECK_STATUS(sft_checkpoint_sorted(checkpoint, 3, &shard, &index), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_find(checkpoint, "d", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK(strstr(sft_last_error_message(), "m.safetensors.index.json") != NULL);
+    reads_values(checkpoint);
+    sft_checkpoint_free(checkpoint);
+}
+
+static void refused(const char* name, sft_status expected, const char* said) {
+    sft_checkpoint* checkpoint = (sft_checkpoint*)&checkpoint;
+    CHECK_STATUS(sft_checkpoint_open(path_of(name), NULL, &checkpoint), expected);
+    CHECK(checkpoint == NULL);
+    CHECK(strstr(sft_last_error_message(), said) != NULL);
+}
+
+void test_checkpoints(void) {
+    sft_writer* writer = three_pairs();
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.stem = "m";
+    options.max_shard_bytes = 4;
+    options.sync = 1;
+    CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
+    CHECK(exists("deep/sharded/m.safetensors.index.json"));
+    sft_open_options pread = SFT_OPEN_OPTIONS_INIT;
+    pread.backend = SFT_BACKEND_PREAD;
+    test_what_was_written(path_of("deep/sharded"), NULL);
+    test_what_was_written(path_of("deep/sharded/m.safetensors.index.json"), &pread);
+
+    /* A file alone is a checkpoint too; it takes the place of the shards of its stem. */
+    options.max_shard_bytes = 0;
+    CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
+    CHECK(exists("deep/sharded/m.safetensors") && !exists("deep/sharded/m.safetensors.index.json"));
+    CHECK(!exists("deep/sharded/m-00001-of-00002.safetensors"));
+    CHECK_OK(sft_writer_write_sharded(writer, path_of("one"), NULL));
+    CHECK(exists("one/model.safetensors"));
+    sft_checkpoint* checkpoint = NULL;
+    CHECK_OK(sft_checkpoint_open(path_of("one/model.safetensors"), NULL, &checkpoint));
+    reads_values(checkpoint);
+    sft_checkpoint_free(checkpoint);
+    sft_checkpoint_free(NULL);
+    options.stem = "../m";
+    CHECK_STATUS(sft_writer_write_sharded(writer, path_of("one"), &options), SFT_ERROR_INVALID_ARGUMENT);
+    options.stem = "\xff";
+    CHECK_STATUS(sft_writer_write_sharded(writer, path_of("one"), &options), SFT_ERROR_INVALID_ARGUMENT);
+    sft_writer_free(writer);
+
+    /* What an index may not say. */
+    CHECK(mkdir(path_of("bad"), 0700) == 0);
+    refused("bad", SFT_ERROR_INDEX, "no checkpoint");
+    write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"../one/model.safetensors\"}}");
+    refused("bad", SFT_ERROR_INDEX, "../one/model.safetensors");
+    write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"gone.safetensors\"}}");
+    refused("bad", SFT_ERROR_IO, "model.safetensors.index.json names this shard");
+    CHECK(sft_last_os_error() == ENOENT && strstr(sft_last_error_message(), "gone.safetensors") != NULL);
+    write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"x\", \"a\": \"x\"}}");
+    refused("bad", SFT_ERROR_DUPLICATE, "twice");
+    write_text("bad/model.safetensors.index.json", "[1]");
+    refused("bad/model.safetensors.index.json", SFT_ERROR_INDEX, "model.safetensors.index.json");
+    refused("gone", SFT_ERROR_IO, "gone");
+
+    CHECK_STATUS(sft_checkpoint_open(NULL, NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_open(path_of("one"), NULL, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    size_t count;
+    CHECK_STATUS(sft_checkpoint_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_shard_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
+}

@@ -1,0 +1,238 @@
+//! Checkpoints of several files: what is written can be read, what does not fit is refused, and an earlier checkpoint in
+//! the same folder is replaced as a whole.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use common::read;
+use proptest::prelude::*;
+use safetensors_torch::{
+    Backend, Checkpoint, Dtype, Error, ErrorKind, Metadata, SaveOptions, ShardedOptions, TensorSpec,
+    save_file, save_sharded,
+};
+use tempfile::TempDir;
+
+const INDEX: &str = "model.safetensors.index.json";
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder for the test")
+}
+
+/// Saves tensors of bytes, in this order.
+fn save(folder: &Path, tensors: &[(&str, &[u8])], max_shard_bytes: u64) -> Result<Vec<String>, Error> {
+    save_with(folder, tensors, ShardedOptions { max_shard_bytes, ..ShardedOptions::default() })
+}
+
+fn save_with(
+    folder: &Path,
+    tensors: &[(&str, &[u8])],
+    options: ShardedOptions<'_>,
+) -> Result<Vec<String>, Error> {
+    let shapes: Vec<[u64; 1]> = tensors.iter().map(|(_, bytes)| [bytes.len() as u64]).collect();
+    let specs = tensors.iter().zip(&shapes);
+    let specs: Vec<_> =
+        specs.map(|((name, _), shape)| TensorSpec { name, dtype: Dtype::U8, shape }).collect();
+    let data: Vec<&[u8]> = tensors.iter().map(|&(_, bytes)| bytes).collect();
+    let metadata = Metadata::from([("format".to_string(), "pt".to_string())]);
+    save_sharded(&specs, &data, Some(&metadata), folder, options)
+}
+
+fn save_one(path: &Path, name: &str, data: &[u8]) {
+    let shape = [data.len() as u64];
+    let spec = TensorSpec { name, dtype: Dtype::U8, shape: &shape };
+    save_file(&[spec], &[data], None, path, SaveOptions::default()).expect("saved");
+}
+
+fn open(path: &Path) -> Result<Checkpoint, Error> {
+    let mapped = Checkpoint::open(path, Backend::Mmap);
+    let read = Checkpoint::open(path, Backend::Pread);
+    assert_eq!(mapped.is_ok(), read.is_ok());
+    mapped
+}
+
+/// Names and bytes, in the order of names.
+fn contents(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
+    let places = checkpoint.sorted_by_name().iter().map(|place| {
+        let file = &checkpoint.shards()[place.shard as usize].file;
+        let name = file.tensor(place.index as usize).expect("there").name.to_string();
+        assert_eq!(checkpoint.find(&name), Some(*place));
+        (name, read(file, place.index as usize))
+    });
+    places.collect()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
+    names.sort();
+    names
+}
+
+fn refused(path: &Path, kind: ErrorKind, parts: &[&str]) {
+    let error = open(path).expect_err("refused");
+    assert_eq!(error.kind(), kind, "{error}");
+    for part in parts {
+        assert!(error.to_string().contains(part), "no {part:?} in: {error}");
+    }
+}
+
+#[test]
+fn shards_and_index_are_written_and_read() {
+    let folder = folder();
+    let at = folder.path().join("new/folder");
+    let written = save(&at, &[("z", &[1, 2]), ("a", &[3]), ("m", &[])], 2).expect("saved");
+    assert_eq!(written, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]);
+    assert_eq!(names(&at), written);
+    for path in [at.clone(), at.join(INDEX)] {
+        let checkpoint = open(&path).expect("valid");
+        let expected = [("a".to_string(), vec![3]), ("m".to_string(), vec![]), ("z".to_string(), vec![1, 2])];
+        assert_eq!(contents(&checkpoint), expected);
+        assert_eq!(checkpoint.len(), 3);
+        assert_eq!(checkpoint.path(), at.join(INDEX));
+        for shard in checkpoint.shards() {
+            assert_eq!(shard.file.header().metadata().expect("written")["format"], "pt");
+        }
+        let error = checkpoint.require("b").expect_err("absent");
+        assert_eq!(error.kind(), ErrorKind::TensorNotFound);
+    }
+    // Each shard is a file like others.
+    assert_eq!(open(&at.join(&written[0])).expect("valid").len(), 1);
+}
+
+#[test]
+fn a_checkpoint_takes_the_place_of_the_one_before() {
+    let folder = folder();
+    let at = folder.path();
+    let tensors: [(&str, &[u8]); 3] = [("a", &[1]), ("b", &[2]), ("c", &[3])];
+    fs::write(at.join("config.json"), "{}").expect("written");
+    save_one(&at.join("model2-00001-of-00009.safetensors"), "other", &[9]);
+    let others = ["config.json", "model2-00001-of-00009.safetensors"];
+    // One file, three, two, three again, over the same names, and one.
+    for max in [100, 1, 2, 1, 1, 100] {
+        let mut expected = save(at, &tensors, max).expect("saved");
+        assert_eq!(contents(&open(at).expect("valid")).len(), 3);
+        expected.extend(others.map(String::from));
+        expected.sort();
+        assert_eq!(names(at), expected);
+    }
+}
+
+#[test]
+fn an_error_leaves_the_folder_as_it_was() {
+    let folder = folder();
+    let at = folder.path();
+    let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
+    let bad = save(at, &[("a", &[7]), ("b", &[8]), ("a", &[9])], 1).expect_err("twice");
+    assert_eq!(bad.kind(), ErrorKind::Duplicate);
+    // The second file cannot be made: a folder has its name. The first one is complete by then.
+    fs::create_dir(at.join("model-00002-of-00003.safetensors")).expect("made");
+    let error = save(at, &[("a", &[7]), ("b", &[8]), ("c", &[9])], 1).expect_err("a folder is in the way");
+    assert_eq!(error.os_error(), Some(libc::EISDIR));
+    fs::remove_dir(at.join("model-00002-of-00003.safetensors")).expect("removed");
+    assert_eq!(names(at), before);
+    assert_eq!(contents(&open(at).expect("as before"))[0].1, [1]);
+
+    let missing = at.join("x/y");
+    save(&missing, &[("__metadata__", &[7])], 1).expect_err("reserved");
+    let options = ShardedOptions { stem: "a/b", ..ShardedOptions::default() };
+    let error = save_with(&missing, &[("a", &[7])], options).expect_err("no file name");
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(names(at), before);
+}
+
+#[test]
+fn folders_that_were_made_for_nothing_are_removed() {
+    let folder = folder();
+    let at = folder.path().join("x/y");
+    let long = "n".repeat(300);
+    let options = ShardedOptions { stem: &long, ..ShardedOptions::default() };
+    let error = save_with(&at, &[("a", &[7])], options).expect_err("too long a name");
+    assert_eq!(error.os_error(), Some(libc::ENAMETOOLONG));
+    assert!(names(folder.path()).is_empty());
+    fs::write(folder.path().join("file"), "").expect("written");
+    let error = save(&folder.path().join("file/y"), &[("a", &[7])], 1).expect_err("a file is in the way");
+    assert_eq!(error.kind(), ErrorKind::Io);
+}
+
+#[test]
+fn files_that_the_index_does_not_fit() {
+    let folder = folder();
+    let at = folder.path();
+    save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
+    let first = at.join("model-00001-of-00002.safetensors");
+    let second = at.join("model-00002-of-00002.safetensors");
+    let index = fs::read_to_string(at.join(INDEX)).expect("text");
+
+    // The files have changed places.
+    save_one(&first, "b", &[2]);
+    save_one(&second, "a", &[1]);
+    refused(at, ErrorKind::Index, &[INDEX, "\"a\"", "model-00001-of-00002", "it is in \"model-00002"]);
+    save_one(&second, "b", &[2]);
+    refused(at, ErrorKind::Index, &[INDEX, "\"a\"", "no shard has it"]);
+    // Both have a tensor that the index puts into the second; then one that it does not know.
+    save_one(&first, "a", &[1]);
+    save(&at.join("two"), &[("a", &[1]), ("b", &[2])], 9).expect("saved");
+    fs::copy(at.join("two/model.safetensors"), &first).expect("copied");
+    refused(at, ErrorKind::Index, &[INDEX, "\"b\"", "model-00001-of-00002"]);
+    save(&at.join("two"), &[("a", &[1]), ("zz", &[2])], 9).expect("saved");
+    fs::copy(at.join("two/model.safetensors"), &first).expect("copied");
+    refused(at, ErrorKind::Index, &[INDEX, "\"zz\"", "model-00001-of-00002"]);
+    save_one(&first, "a", &[1]);
+    open(at).expect("fits again");
+
+    // A shard that is missing, one that is cut short, one that is no file of ours.
+    fs::remove_file(&second).expect("removed");
+    refused(at, ErrorKind::Io, &["No such file", "model-00002-of-00002", INDEX]);
+    fs::write(&second, &fs::read(&first).expect("there")[..20]).expect("written");
+    refused(at, ErrorKind::HeaderTruncated, &["model-00002-of-00002"]);
+    fs::write(&second, "version https://git-lfs.github.com/spec/v1\n").expect("written");
+    refused(at, ErrorKind::ForeignFormat, &["model-00002-of-00002", "git lfs pull"]);
+    fs::remove_file(&second).expect("removed");
+
+    // A name that leads out, even to a file that is there; a link that does is the folder's owner's business.
+    let outside = at.join("inner");
+    fs::create_dir(&outside).expect("made");
+    fs::write(outside.join(INDEX), index.replace("model-00001-of", "../model-00001-of")).expect("written");
+    refused(&outside, ErrorKind::Index, &["inner", INDEX, "\"a\"", "../model-00001-of-00002.safetensors"]);
+    save_one(&at.join("elsewhere"), "b", &[2]);
+    symlink("elsewhere", &second).expect("linked");
+    assert_eq!(contents(&open(at).expect("valid")).len(), 2);
+}
+
+#[test]
+fn nothing_there() {
+    let folder = folder();
+    let at = folder.path();
+    refused(at, ErrorKind::Index, &["no checkpoint"]);
+    refused(&at.join("gone"), ErrorKind::Io, &["No such file or directory", "gone"]);
+    refused(&at.join("gone.json"), ErrorKind::Io, &["No such file or directory", "gone.json"]);
+    fs::write(at.join("model-00001-of-00002.safetensors"), "").expect("written");
+    refused(at, ErrorKind::Index, &["no index"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn what_is_written_is_read(
+        sizes in prop::collection::vec(0..40usize, 0..12),
+        max in 1..60u64,
+    ) {
+        let folder = folder();
+        let tensors: Vec<(String, Vec<u8>)> =
+            sizes.iter().enumerate().map(|(i, &size)| (format!("t{i:02}"), vec![i as u8; size])).collect();
+        let given: Vec<(&str, &[u8])> =
+            tensors.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        save(folder.path(), &given, max).expect("saved");
+        let checkpoint = open(folder.path()).expect("valid");
+        prop_assert_eq!(contents(&checkpoint), tensors);
+        for shard in checkpoint.shards() {
+            let sizes: Vec<u64> = shard.file.header().iter().map(|tensor| tensor.nbytes()).collect();
+            prop_assert!(sizes.iter().sum::<u64>() <= max || sizes.len() == 1);
+        }
+    }
+}
