@@ -9,10 +9,6 @@
 namespace safetensors_torch {
 namespace {
 
-size_t find(const core::File& file, const std::string& name) { return file.find(as_bytes(name)); }
-
-std::string name_at(const core::File& file, size_t index) { return std::string(file.name(index)); }
-
 uint64_t not_negative(int64_t value) {
     if (value < 0) {
         fail(Kind::value, "a slice is given by starts, stops and steps that are not negative");
@@ -23,18 +19,19 @@ uint64_t not_negative(int64_t value) {
 }  // namespace
 
 File::File(const std::string& path, const std::string& backend)
-    : file_(guarded([&] { return open_file(path, backend); })) {
-    lender_.lends = backend == "mmap";
-}
+    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_file(path, backend)); }), backend == "mmap") {}
 
-File::File(const at::Tensor& data) : file_(guarded([&] { return open_bytes(data); })) {}
+File::File(const at::Tensor& data)
+    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_bytes(data)); }), /*lends=*/false) {}
 
-SharedFile File::opened() const {
-    SharedFile file = std::atomic_load(&file_);
-    if (file == nullptr) {
+File::File(SharedCheckpoint checkpoint, bool lends) : checkpoint_(std::move(checkpoint)) { lender_.lends = lends; }
+
+SharedCheckpoint File::opened() const {
+    SharedCheckpoint checkpoint = std::atomic_load(&checkpoint_);
+    if (checkpoint == nullptr) {
         fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
     }
-    return file;
+    return checkpoint;
 }
 
 Lender File::lender_for(c10::Device device) const {
@@ -46,84 +43,115 @@ Lender File::lender_for(c10::Device device) const {
     return lender;
 }
 
-std::vector<std::string> File::keys() const {
-    const auto file = opened();
+namespace {
+
+std::vector<std::string> names_at(const Checkpoint& checkpoint, const std::vector<core::Place>& places) {
     std::vector<std::string> names;
-    names.reserve((*file)->count());
-    for (const uint32_t index : (*file)->sorted_by_name()) {
-        names.push_back(name_at(**file, index));
+    names.reserve(places.size());
+    for (const core::Place& place : places) {
+        names.push_back(checkpoint.name(place));
     }
     return names;
+}
+
+}  // namespace
+
+std::vector<std::string> File::keys() const {
+    const auto checkpoint = opened();
+    return names_at(*checkpoint, checkpoint->sorted_by_name());
 }
 
 std::vector<std::string> File::offset_keys() const {
-    const auto file = opened();
-    std::vector<std::string> names;
-    names.reserve((*file)->count());
-    for (size_t index = 0; index < (*file)->count(); ++index) {
-        names.push_back(name_at(**file, index));
-    }
-    return names;
+    const auto checkpoint = opened();
+    return names_at(*checkpoint, checkpoint->in_file_order());
 }
 
+// Of what several files say of one key, the first counts.
 std::optional<Metadata> File::metadata() const {
-    const auto file = opened();
-    if (!(*file)->has_metadata()) {
-        return std::nullopt;
-    }
-    Metadata metadata;
-    for (const auto& entry : (*file)->metadata()) {
-        metadata.insert(std::string(entry.key.begin(), entry.key.end()),
-                        std::string(entry.value.begin(), entry.value.end()));
+    const auto checkpoint = opened();
+    std::optional<Metadata> metadata;
+    for (const SharedFile& file : checkpoint->files()) {
+        if (!(*file)->has_metadata()) {
+            continue;
+        }
+        if (!metadata) {
+            metadata.emplace();
+        }
+        for (const auto& entry : (*file)->metadata()) {
+            metadata->insert(std::string(entry.key.begin(), entry.key.end()),
+                             std::string(entry.value.begin(), entry.value.end()));
+        }
     }
     return metadata;
 }
 
-int64_t File::size() const { return static_cast<int64_t>((*opened())->count()); }
+int64_t File::size() const { return static_cast<int64_t>(opened()->count()); }
 
-bool File::contains(const std::string& name) const { return (*opened())->contains(as_bytes(name)); }
+bool File::contains(const std::string& name) const { return opened()->contains(name); }
 
 std::vector<int64_t> File::shape(const std::string& name) const {
-    const auto file = opened();
-    const auto shape = (*file)->shape(find(**file, name));
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const auto shape = checkpoint->file(place).shape(place.index);
     return {shape.begin(), shape.end()};
 }
 
 std::vector<int64_t> File::tensor_shape(const std::string& name) const {
-    const auto file = opened();
-    const auto shape = describe(**file, find(**file, name)).second;
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const auto shape = describe(checkpoint->file(place), place.index).second;
     return {shape.begin(), shape.end()};
 }
 
 c10::ScalarType File::tensor_dtype(const std::string& name) const {
-    const auto file = opened();
-    return describe(**file, find(**file, name)).first;
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return describe(checkpoint->file(place), place.index).first;
 }
 
 std::string File::dtype(const std::string& name) const {
-    const auto file = opened();
-    return std::string(core::dtype_code((*file)->dtype(find(**file, name))));
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return std::string(core::dtype_code(checkpoint->file(place).dtype(place.index)));
+}
+
+std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const core::File& file = checkpoint->file(place);
+    const auto begin = static_cast<int64_t>(file.begin(place.index));
+    return {begin, begin + static_cast<int64_t>(file.nbytes(place.index))};
+}
+
+std::vector<std::string> File::shards() const { return opened()->file_names(); }
+
+std::string File::shard_of(const std::string& name) const {
+    const auto checkpoint = opened();
+    const auto names = checkpoint->file_names();
+    const size_t shard = checkpoint->find(name).shard;
+    return names.empty() ? "" : names[shard];
 }
 
 at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
-    const auto file = opened();
-    return load_tensor(file, lender_for(device), find(**file, name), device);
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return load_tensor(checkpoint->files()[place.shard], lender_for(device), place.index, device);
 }
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
-    const auto file = opened();
-    std::vector<size_t> indices;
-    indices.reserve(names.size());
+    const auto checkpoint = opened();
+    std::vector<core::Place> places;
+    places.reserve(names.size());
     for (const std::string& name : names) {
-        indices.push_back(find(**file, name));
+        places.push_back(checkpoint->find(name));
     }
-    Loader loader(file, lender_for(device), std::move(indices), Target{device, {}});
-    return tensors_of(loader);
+    Loads loads(*checkpoint, lender_for(device), places, Target{device, {}});
+    return tensors_of(loads);
 }
 
 namespace {
 
-SliceLoader slice_loader(const SharedFile& file, const std::string& name, const std::vector<int64_t>& starts,
+SliceLoader slice_loader(const Checkpoint& checkpoint, const std::string& name, const std::vector<int64_t>& starts,
                          const std::vector<int64_t>& stops, const std::vector<int64_t>& steps, c10::Device device) {
     if (starts.size() != stops.size() || starts.size() != steps.size()) {
         fail(Kind::value, "a slice takes one start, one stop and one step a dimension");
@@ -132,7 +160,8 @@ SliceLoader slice_loader(const SharedFile& file, const std::string& name, const 
     for (size_t axis = 0; axis < starts.size(); ++axis) {
         ranges.push_back({not_negative(starts[axis]), not_negative(stops[axis]), not_negative(steps[axis])});
     }
-    return {file, find(**file, name), std::move(ranges), device};
+    const core::Place place = checkpoint.find(name);
+    return {checkpoint.files()[place.shard], place.index, std::move(ranges), device};
 }
 
 }  // namespace
@@ -140,35 +169,37 @@ SliceLoader slice_loader(const SharedFile& file, const std::string& name, const 
 at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
                            const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
                            c10::Device device) const {
-    SliceLoader loader = slice_loader(opened(), name, starts, stops, steps, device);
+    SliceLoader loader = slice_loader(*opened(), name, starts, stops, steps, device);
     loader.advance(Deadline::never());
     return loader.tensor();
 }
 
 c10::intrusive_ptr<PendingLoad> File::start_load(const std::optional<std::vector<std::string>>& names,
                                                  c10::Device device, std::optional<c10::ScalarType> dtype) const {
-    auto loader = std::make_unique<Loader>(load_all(opened(), lender_for(device), Target{device, dtype}, names));
-    return c10::make_intrusive<PendingLoad>(std::move(loader));
+    auto loads = std::make_unique<Loads>(load_all(*opened(), lender_for(device), Target{device, dtype}, names));
+    return c10::make_intrusive<PendingLoad>(std::move(loads));
 }
 
 c10::intrusive_ptr<PendingSlice> File::start_slice(const std::string& name, const std::vector<int64_t>& starts,
                                                    const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
                                                    c10::Device device) const {
-    auto loader = std::make_unique<SliceLoader>(slice_loader(opened(), name, starts, stops, steps, device));
+    auto loader = std::make_unique<SliceLoader>(slice_loader(*opened(), name, starts, stops, steps, device));
     return c10::make_intrusive<PendingSlice>(std::move(loader));
 }
 
 c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const std::vector<std::string>& optional,
-                                                   const std::string& class_name, bool strict) const {
-    auto loader = std::make_unique<StateLoader>(opened(), lender_for(c10::kMeta), state, optional, class_name, strict);
+                                                   const std::string& class_name, bool strict,
+                                                   const std::string& prefix) const {
+    auto loader =
+        std::make_unique<StateLoader>(opened(), lender_for(c10::kMeta), state, optional, class_name, strict, prefix);
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
 
-void File::prefault(bool wait) const { (*opened())->prefault(wait); }
+void File::prefault(bool wait) const { safetensors_torch::prefault(*opened(), wait); }
 
-void File::close() { std::atomic_store(&file_, SharedFile()); }
+void File::close() { std::atomic_store(&checkpoint_, SharedCheckpoint()); }
 
-bool File::is_open() const { return std::atomic_load(&file_) != nullptr; }
+bool File::is_open() const { return std::atomic_load(&checkpoint_) != nullptr; }
 
 namespace {
 
@@ -194,6 +225,9 @@ void register_file(torch::Library& library) {
         .def("tensor_shape", clean(&File::tensor_shape))
         .def("tensor_dtype", clean(&File::tensor_dtype))
         .def("dtype", clean(&File::dtype))
+        .def("byte_range", clean(&File::byte_range))
+        .def("shards", clean(&File::shards))
+        .def("shard_of", clean(&File::shard_of))
         .def("get_tensor", clean(&File::get_tensor))
         .def("get_tensors", clean(&File::get_tensors))
         .def("get_slice", clean(&File::get_slice))

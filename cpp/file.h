@@ -1,4 +1,4 @@
-// The open file that Python and C++ hold: `torch.classes.safetensors_torch.File`.
+// The open file, or checkpoint, that Python and C++ hold: `torch.classes.safetensors_torch.File`.
 #pragma once
 
 #include <torch/custom_class.h>
@@ -6,8 +6,10 @@
 #include <atomic>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpp/checkpoint.h"
 #include "cpp/load.h"
 #include "cpp/model.h"
 #include "cpp/pending_load.h"
@@ -19,6 +21,9 @@ namespace safetensors_torch {
 class File : public torch::CustomClassHolder {
   public:
     File(const std::string& path, const std::string& backend);
+
+    // Over several files, or one, whose tensors may have the memory of its mapping if it `lends`.
+    File(SharedCheckpoint checkpoint, bool lends);
 
     // Over the bytes of `data`, as open_bytes() takes them; nothing of it is lent.
     explicit File(const at::Tensor& data);
@@ -32,6 +37,11 @@ class File : public torch::CustomClassHolder {
     std::vector<int64_t> tensor_shape(const std::string& name) const;
     c10::ScalarType tensor_dtype(const std::string& name) const;
     std::string dtype(const std::string& name) const;
+    // Where the tensor's bytes begin and end, from the start of its file.
+    std::tuple<int64_t, int64_t> byte_range(const std::string& name) const;
+    // The names of the files of a checkpoint, and of the one that holds a tensor; nothing for a file by itself.
+    std::vector<std::string> shards() const;
+    std::string shard_of(const std::string& name) const;
     at::Tensor get_tensor(const std::string& name, c10::Device device) const;
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names, c10::Device device) const;
     at::Tensor get_slice(const std::string& name, const std::vector<int64_t>& starts, const std::vector<int64_t>& stops,
@@ -44,7 +54,8 @@ class File : public torch::CustomClassHolder {
                                                  const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
                                                  c10::Device device) const;
     c10::intrusive_ptr<PendingState> start_state(const Tensors& state, const std::vector<std::string>& optional,
-                                                 const std::string& class_name, bool strict) const;
+                                                 const std::string& class_name, bool strict,
+                                                 const std::string& prefix) const;
     // Brings the pages of a mapping in: before this returns, or in the background.
     void prefault(bool wait) const;
 
@@ -52,13 +63,13 @@ class File : public torch::CustomClassHolder {
     bool is_open() const;
 
   private:
-    // The core's file; held by the caller for as long as it uses it, so that close() on another thread is harmless.
-    SharedFile opened() const;
+    // What is open; held by the caller for as long as it uses it, so that close() on another thread is harmless.
+    SharedCheckpoint opened() const;
 
     // What lends memory to tensors for `device`; from then on, copies show what was written to those.
     Lender lender_for(c10::Device device) const;
 
-    SharedFile file_;
+    SharedCheckpoint checkpoint_;
     Lender lender_;
     // Whether tensors have the mapping's memory, or may have.
     mutable std::atomic<bool> is_lent_{false};

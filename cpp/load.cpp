@@ -6,9 +6,7 @@
 #include <c10/core/TensorImpl.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
 #include <limits>
-#include <numeric>
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
@@ -113,9 +111,6 @@ Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Targ
     if (!to_read.empty()) {
         loading_ = core_file.load({to_read.data(), to_read.size()});
     }
-    if (!destinations_.empty()) {
-        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.shown);
-    }
 }
 
 // Memory for number `i` on the device, which the upload is to fill.
@@ -134,6 +129,7 @@ void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c
     }
     if (has_memory(aside_[i])) {
         destinations_.push_back({indices_[i], stored, aside_[i]});
+        upload_bytes_ += (*file_)->nbytes(indices_[i]);
     } else {
         // Of a device that keeps to itself where its bytes are.
         aside_[i].reset();
@@ -147,15 +143,30 @@ bool Loader::advance(Deadline until) {
             return false;
         }
     }
-    return !upload_ || upload_->advance(until);
+    return upload(until);
 }
 
-uint64_t Loader::total_bytes() const {
-    return (loading_ ? (*loading_)->total_bytes() : 0) + (upload_ ? upload_->total_bytes() : 0);
+// What uploads hold is taken when the first copy is due and given back after the last, as several loaders may be
+// waiting for their turns.
+bool Loader::upload(Deadline until) {
+    if (is_uploaded_ || upload_bytes_ == 0) {
+        return true;
+    }
+    if (upload_ == nullptr) {
+        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.shown);
+    }
+    is_uploaded_ = upload_->advance(until);
+    if (is_uploaded_) {
+        upload_.reset();
+    }
+    return is_uploaded_;
 }
+
+uint64_t Loader::total_bytes() const { return (loading_ ? (*loading_)->total_bytes() : 0) + upload_bytes_; }
 
 uint64_t Loader::done_bytes() const {
-    return (loading_ ? (*loading_)->done_bytes() : 0) + (upload_ ? upload_->done_bytes() : 0);
+    const uint64_t uploaded = is_uploaded_ ? upload_bytes_ : upload_ ? upload_->done_bytes() : 0;
+    return (loading_ ? (*loading_)->done_bytes() : 0) + uploaded;
 }
 
 std::string Loader::name(size_t i) const { return std::string((*file_)->name(indices_[i])); }
@@ -181,60 +192,6 @@ at::Tensor Loader::tensor(size_t i) const {
     const core::Loading& loading = **loading_;
     c10::DataPtr data(loading.data(places_[i]), as_context(loading.share(places_[i])), &release_block, c10::kCPU);
     return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
-}
-
-Loader load_all(SharedFile file, Lender lender, Target target, const std::optional<std::vector<std::string>>& names) {
-    std::vector<size_t> indices;
-    if (names) {
-        for (const std::string& name : *names) {
-            indices.push_back((*file)->find(as_bytes(name)));
-        }
-        std::sort(indices.begin(), indices.end());
-        indices.erase(std::unique(indices.begin(), indices.end()), indices.end());
-    } else {
-        indices.resize((*file)->count());
-        std::iota(indices.begin(), indices.end(), 0);
-    }
-    return {std::move(file), std::move(lender), std::move(indices), target};
-}
-
-Loader load_file(const std::string& path, Target target, const std::string& backend, std::optional<bool> prefault,
-                 const std::optional<std::vector<std::string>>& names) {
-    auto file = open_file(path, backend);
-    // What goes to a device is read, and a few tensors of many are better left to the touch.
-    if (prefault.value_or(!names.has_value()) && target.device.is_cpu()) {
-        (*file)->prefault(/*wait=*/prefault.has_value());
-    }
-    return load_all(std::move(file), Lender{backend == "mmap", {}, false}, target, names);
-}
-
-std::vector<at::Tensor> tensors_of(Loader& loader) {
-    loader.advance(Deadline::never());
-    std::vector<at::Tensor> tensors;
-    tensors.reserve(loader.size());
-    for (size_t i = 0; i < loader.size(); ++i) {
-        tensors.push_back(loader.tensor(i));
-    }
-    return tensors;
-}
-
-Tensors dict_of(Loader& loader) {
-    loader.advance(Deadline::never());
-    Tensors tensors;
-    tensors.reserve(loader.size());
-    for (size_t i = 0; i < loader.size(); ++i) {
-        tensors.insert(loader.name(i), loader.tensor(i));
-    }
-    return tensors;
-}
-
-Lists lists_of(Loader& loader) {
-    std::vector<std::string> names;
-    names.reserve(loader.size());
-    for (size_t i = 0; i < loader.size(); ++i) {
-        names.push_back(loader.name(i));
-    }
-    return {std::move(names), tensors_of(loader)};
 }
 
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device) {

@@ -9,7 +9,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -68,6 +67,7 @@ class Loader {
     at::Tensor tensor(size_t i) const;
 
   private:
+    bool upload(Deadline until);
     void set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape);
 
     SharedFile file_;
@@ -77,29 +77,14 @@ class Loader {
     // Reads into host memory, and for each tensor its place there or kLent; both empty where nothing is read so.
     std::optional<rust::Box<core::Loading>> loading_;
     std::vector<size_t> places_;
-    // Copies into tensors that were set aside, and those; undefined or empty where there are none.
-    std::unique_ptr<Upload> upload_;
-    std::vector<Destination> destinations_;
+    // Tensors that were set aside, undefined or empty where there are none; what is to be copied into them, and the
+    // copying, from its beginning to its end.
     std::vector<at::Tensor> aside_;
+    std::vector<Destination> destinations_;
+    std::unique_ptr<Upload> upload_;
+    uint64_t upload_bytes_ = 0;
+    bool is_uploaded_ = false;
 };
-
-// All tensors of `file`, in file order, or those of `names`, which it must have.
-Loader load_all(SharedFile file, Lender lender, Target target, const std::optional<std::vector<std::string>>& names);
-
-// The same for the file at `path`. What is mapped is brought in before this returns, or not at all, or, where
-// `prefault` has no value, in the background.
-Loader load_file(const std::string& path, Target target, const std::string& backend, std::optional<bool> prefault,
-                 const std::optional<std::vector<std::string>>& names);
-
-// All that `loader` makes, once it has read to the end.
-std::vector<at::Tensor> tensors_of(Loader& loader);
-
-// The same as a dict.
-Tensors dict_of(Loader& loader);
-
-// The same as a list of names and one of tensors, which become a Python dict in half the time that a Dict takes.
-using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
-Lists lists_of(Loader& loader);
 
 // One tensor of a file.
 at::Tensor load_tensor(SharedFile file, const Lender& lender, size_t index, c10::Device device);

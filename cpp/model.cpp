@@ -40,10 +40,10 @@ bool is_old_scalar(c10::IntArrayRef source, c10::IntArrayRef destination) {
 }
 
 template <typename Matches>
-void check_shapes(const core::File& file, const Matches& matches, const std::string& class_name) {
+void check_shapes(const Checkpoint& checkpoint, const Matches& matches, const std::string& class_name) {
     std::string faults;
     for (const auto& match : matches) {
-        const auto shape = describe(file, match.index).second;
+        const auto shape = describe(checkpoint.file(match.place), match.place.index).second;
         const auto expected = match.destination.sizes();
         if (expected != c10::IntArrayRef(shape) && !is_old_scalar(shape, expected)) {
             faults += "\n\tsize mismatch for " + match.name + ": copying a param with shape " + torch_size(shape) +
@@ -94,9 +94,9 @@ void check_destinations(const Matches& matches, const std::string& class_name) {
 }
 
 template <typename Matches>
-void check_conversions(const core::File& file, const Matches& matches, const std::string& class_name) {
+void check_conversions(const Checkpoint& checkpoint, const Matches& matches, const std::string& class_name) {
     for (const auto& match : matches) {
-        const auto from = describe(file, match.index).first;
+        const auto from = describe(checkpoint.file(match.place), match.place.index).first;
         const auto to = match.destination.scalar_type();
         if (const auto reason = why_not_convertible(from, to)) {
             fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + match.name + ": a param of " +
@@ -111,15 +111,19 @@ void note_write(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_v
 
 }  // namespace
 
-StateLoader::StateLoader(SharedFile shared_file, Lender lender, const Tensors& state,
-                         const std::vector<std::string>& optional, const std::string& class_name, bool strict)
-    : file_(std::move(shared_file)), lender_(std::move(lender)) {
-    const core::File& file = **file_;
+StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, Lender lender, const Tensors& state,
+                         const std::vector<std::string>& optional, const std::string& class_name, bool strict,
+                         const std::string& prefix)
+    : checkpoint_(std::move(shared_checkpoint)), lender_(std::move(lender)) {
+    const Checkpoint& checkpoint = *checkpoint_;
     const NamedTensors tensors = named(state);
     check_on_device(tensors);
     std::unordered_set<std::string> in_file;
-    for (size_t index = 0; index < file.count(); ++index) {
-        in_file.emplace(file.name(index));
+    for (const core::Place& place : checkpoint.in_file_order()) {
+        std::string name = checkpoint.name(place);
+        if (name.compare(0, prefix.size(), prefix) == 0) {
+            in_file.insert(std::move(name));
+        }
     }
     const auto dropped = tied_names(tensors, in_file);
     const std::unordered_set<std::string> may_be_absent(optional.begin(), optional.end());
@@ -138,7 +142,7 @@ StateLoader::StateLoader(SharedFile shared_file, Lender lender, const Tensors& s
             mismatch_.second.push_back(name);
             aliased = true;
         }
-        matches_.push_back({file.find(as_bytes(name)), name, tensor});
+        matches_.push_back({checkpoint.find(name), name, tensor});
         in_file.erase(name);
     }
     mismatch_.second.insert(mismatch_.second.end(), in_file.begin(), in_file.end());
@@ -146,8 +150,8 @@ StateLoader::StateLoader(SharedFile shared_file, Lender lender, const Tensors& s
     std::sort(mismatch_.second.begin(), mismatch_.second.end());
 
     check_destinations(matches_, class_name);
-    check_shapes(file, matches_, class_name);
-    check_conversions(file, matches_, class_name);
+    check_shapes(checkpoint, matches_, class_name);
+    check_conversions(checkpoint, matches_, class_name);
     if (strict) {
         check_names(mismatch_, class_name);
     }
@@ -157,33 +161,36 @@ StateLoader::StateLoader(SharedFile shared_file, Lender lender, const Tensors& s
 // Which tensor is filled in which way. With `aliased`, some share memory, and the file has both: one after the other
 // then, so that the last one counts.
 void StateLoader::plan(bool aliased) {
-    const core::File& file = **file_;
-    std::vector<core::Request> requests;
-    std::map<std::string, std::vector<Destination>> by_device;
+    const auto& files = checkpoint_->files();
+    std::vector<std::vector<core::Request>> requests(files.size());
+    std::map<std::pair<std::string, size_t>, std::vector<Destination>> groups;
     for (Match& match : matches_) {
         const at::Tensor& tensor = match.destination;
-        const auto stored = describe(file, match.index).first;
-        const uint64_t nbytes = file.nbytes(match.index);
+        const core::File& file = checkpoint_->file(match.place);
+        const size_t index = match.place.index;
+        const uint64_t nbytes = file.nbytes(index);
         total_ += nbytes;
         if (aliased || !takes_bytes(match)) {
             rest_.push_back(match);
         } else if (!tensor.is_cpu()) {
             // Memory that is shared until it is written to is parted here, on the caller's stream.
             tensor.mutable_data_ptr();
-            by_device[tensor.device().str()].push_back({match.index, stored, tensor});
+            groups[{tensor.device().str(), match.place.shard}].push_back({index, describe(file, index).first, tensor});
         } else {
-            requests.push_back({match.index, static_cast<uint8_t*>(tensor.mutable_data_ptr()), nbytes});
+            requests[match.place.shard].push_back({index, static_cast<uint8_t*>(tensor.mutable_data_ptr()), nbytes});
         }
     }
-    reading_ = file.read({requests.data(), requests.size()});
-    for (auto& [device, destinations] : by_device) {
-        by_device_.push_back(std::move(destinations));
+    for (size_t shard = 0; shard < files.size(); ++shard) {
+        reading_.push_back((*files[shard])->read({requests[shard].data(), requests[shard].size()}));
+    }
+    for (auto& [key, destinations] : groups) {
+        groups_.push_back({key.second, std::move(destinations)});
     }
 }
 
 // Whether the file's bytes can be copied to where the tensor's elements are, one behind the other.
 bool StateLoader::takes_bytes(const Match& match) const {
-    const auto [type, shape] = describe(**file_, match.index);
+    const auto [type, shape] = describe(checkpoint_->file(match.place), match.place.index);
     const at::Tensor& tensor = match.destination;
     return tensor.layout() == at::kStrided && tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() &&
            tensor.sizes() == c10::IntArrayRef(shape) &&
@@ -196,14 +203,17 @@ bool StateLoader::advance(Deadline until) {
     if (!std::exchange(started_, true)) {
         std::for_each(matches_.begin(), matches_.end(), [](const Match& match) { note_write(match.destination); });
     }
-    core::Loading& reading = **reading_;
-    reading.advance(until.milliseconds_left());
-    if (reading.done_bytes() < reading.total_bytes()) {
-        return false;
+    for (; next_reading_ < reading_.size(); ++next_reading_) {
+        core::Loading& reading = *reading_[next_reading_];
+        reading.advance(until.milliseconds_left());
+        if (reading.done_bytes() < reading.total_bytes()) {
+            return false;
+        }
     }
-    for (; next_device_ < by_device_.size(); ++next_device_) {
+    for (; next_group_ < groups_.size(); ++next_group_) {
         if (upload_ == nullptr) {
-            upload_ = std::make_unique<Upload>(file_, by_device_[next_device_], lender_.shown);
+            const Group& group = groups_[next_group_];
+            upload_ = std::make_unique<Upload>(checkpoint_->files()[group.shard], group.destinations, lender_.shown);
         }
         if (!upload_->advance(until)) {
             return false;
@@ -223,7 +233,8 @@ bool StateLoader::advance(Deadline until) {
 bool StateLoader::load_and_copy(const Match& match, Deadline until) {
     if (loader_ == nullptr) {
         const Target target{match.destination.device(), {}};
-        loader_ = std::make_unique<Loader>(file_, lender_, std::vector<size_t>{match.index}, target);
+        const SharedFile& file = checkpoint_->files()[match.place.shard];
+        loader_ = std::make_unique<Loader>(file, lender_, std::vector<size_t>{match.place.index}, target);
     }
     if (!loader_->advance(until)) {
         return false;
@@ -234,12 +245,16 @@ bool StateLoader::load_and_copy(const Match& match, Deadline until) {
         loaded = loaded.select(0, 0);
     }
     match.destination.copy_(loaded);
-    done_ += (*file_)->nbytes(match.index);
+    done_ += checkpoint_->file(match.place).nbytes(match.place.index);
     return true;
 }
 
 uint64_t StateLoader::done_bytes() const {
-    return done_ + (*reading_)->done_bytes() + (upload_ ? upload_->done_bytes() : 0);
+    uint64_t read = 0;
+    for (const auto& reading : reading_) {
+        read += reading->done_bytes();
+    }
+    return done_ + read + (upload_ ? upload_->done_bytes() : 0);
 }
 
 }  // namespace safetensors_torch

@@ -1,4 +1,4 @@
-// Loading a file into the tensors of a model.
+// Loading a checkpoint into the tensors of a model.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpp/checkpoint.h"
 #include "cpp/load.h"
 
 namespace safetensors_torch {
@@ -16,18 +17,19 @@ namespace safetensors_torch {
 // Names in a state dict that a load left alone, and names in a file that it had no use for; both sorted.
 using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
 
-// A load of a file's tensors into those of a state dict, by name, whatever their device. Tied names count once.
+// A load of a checkpoint's tensors into those of a state dict, by name, whatever their device. Tied names count once.
 //
-// What the file's bytes fit into gets them straight: CPU tensors by reads, those of a device through slabs, which
+// What the bytes of a file fit into gets them straight: CPU tensors by reads, those of a device through slabs, which
 // convert other dtypes on the way. What is not contiguous, and tensors that share memory with each other, are loaded
 // and copied one by one.
 class StateLoader {
   public:
-    // Checks everything, before the first tensor changes. `optional` holds names whose absence from the file is no
-    // fault. Fails where `strict` and the names differ, where a shape does not fit, and for a tensor on the meta
-    // device.
-    StateLoader(SharedFile file, Lender lender, const Tensors& state, const std::vector<std::string>& optional,
-                const std::string& class_name, bool strict);
+    // Checks everything, before the first tensor changes. `optional` holds names whose absence from the checkpoint is
+    // no fault; what it has whose name does not begin with `prefix` is passed over. Fails where `strict` and the names
+    // differ, where a shape does not fit, and for a tensor on the meta device.
+    StateLoader(SharedCheckpoint checkpoint, Lender lender, const Tensors& state,
+                const std::vector<std::string>& optional, const std::string& class_name, bool strict,
+                const std::string& prefix);
 
     // Goes on until all tensors are filled, or the time is up; whether they are.
     bool advance(Deadline until);
@@ -38,9 +40,9 @@ class StateLoader {
     const Mismatch& mismatch() const { return mismatch_; }
 
   private:
-    // A tensor of the file and the one of the model that it goes into.
+    // A tensor of a file and the one of the model that it goes into.
     struct Match {
-        size_t index;
+        core::Place place;
         std::string name;
         at::Tensor destination;
     };
@@ -49,7 +51,13 @@ class StateLoader {
     bool takes_bytes(const Match& match) const;
     bool load_and_copy(const Match& match, Deadline until);
 
-    SharedFile file_;
+    // Tensors of one device that are filled from one file.
+    struct Group {
+        size_t shard;
+        std::vector<Destination> destinations;
+    };
+
+    SharedCheckpoint checkpoint_;
     Lender lender_;
     Mismatch mismatch_;
     std::vector<Match> matches_;
@@ -57,11 +65,13 @@ class StateLoader {
     // By what is over.
     uint64_t done_ = 0;
     bool started_ = false;
-    // Straight into CPU tensors; then device by device, through one upload at a time; and the rest, one by one.
-    std::optional<rust::Box<core::Loading>> reading_;
-    std::vector<std::vector<Destination>> by_device_;
+    // Straight into CPU tensors, file by file; then group by group, through one upload at a time; and the rest, one by
+    // one.
+    std::vector<rust::Box<core::Loading>> reading_;
+    size_t next_reading_ = 0;
+    std::vector<Group> groups_;
     std::unique_ptr<Upload> upload_;
-    size_t next_device_ = 0;
+    size_t next_group_ = 0;
     std::vector<Match> rest_;
     std::unique_ptr<Loader> loader_;
     size_t next_rest_ = 0;

@@ -2,12 +2,14 @@
 
 #include <torch/library.h>
 
+#include "cpp/checkpoint.h"
 #include "cpp/error.h"
 #include "cpp/file.h"
 #include "cpp/load.h"
 #include "cpp/pending_load.h"
 #include "cpp/ring.h"
 #include "cpp/save.h"
+#include "cpp/save_sharded.h"
 #include "cpp/shared.h"
 
 namespace safetensors_torch {
@@ -21,37 +23,37 @@ using MaybeDtype = std::optional<c10::ScalarType>;
 Tensors load_file_op(const std::string& filename, c10::Device device, const std::string& backend,
                      std::optional<bool> prefault, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        Loader loader = load_file(filename, Target{device, dtype}, backend, prefault, names);
-        return dict_of(loader);
+        Loads loads = load_file(filename, Target{device, dtype}, backend, prefault, names);
+        return dict_of(loads);
     });
 }
 
 Tensors load_op(const at::Tensor& data, c10::Device device, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        Loader loader = load_all(open_bytes(data), Lender{}, Target{device, dtype}, names);
-        return dict_of(loader);
+        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{}, Target{device, dtype}, names);
+        return dict_of(loads);
     });
 }
 
 Lists load_file_lists_op(const std::string& filename, c10::Device device, const std::string& backend,
                          std::optional<bool> prefault) {
     return guarded([&] {
-        Loader loader = load_file(filename, Target{device, {}}, backend, prefault, {});
-        return lists_of(loader);
+        Loads loads = load_file(filename, Target{device, {}}, backend, prefault, {});
+        return lists_of(loads);
     });
 }
 
 Lists load_lists_op(const at::Tensor& data, c10::Device device) {
     return guarded([&] {
-        Loader loader = load_all(open_bytes(data), Lender{}, Target{device, {}}, {});
-        return lists_of(loader);
+        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{}, Target{device, {}}, {});
+        return lists_of(loads);
     });
 }
 
 Lists load_shared_op(const at::Tensor& data) {
     return guarded([&] {
-        Loader loader = load_all(open_bytes(data), Lender{true, data, false}, Target{}, {});
-        return lists_of(loader);
+        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{true, data, false}, Target{}, {});
+        return lists_of(loads);
     });
 }
 
@@ -76,6 +78,15 @@ c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::
     return guarded([&] { return c10::make_intrusive<PendingSave>(named(tensors), metadata, path); });
 }
 
+c10::intrusive_ptr<PendingShardedSave> plan_sharded_save_op(const Tensors& tensors,
+                                                            const std::optional<Metadata>& metadata,
+                                                            const std::string& folder, const std::string& stem,
+                                                            int64_t max_shard_bytes) {
+    return guarded([&] {
+        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, folder, stem, max_shard_bytes);
+    });
+}
+
 void check_save_op(const Tensors& tensors) {
     guarded([&] { check_saveable(named(tensors)); });
 }
@@ -92,6 +103,12 @@ c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names&
 
 c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string& backend) {
     return c10::make_intrusive<File>(filename, backend);
+}
+
+c10::intrusive_ptr<File> open_checkpoint_op(const std::string& path, const std::string& backend) {
+    return guarded([&] {
+        return c10::make_intrusive<File>(std::make_shared<const Checkpoint>(path, backend), backend == "mmap");
+    });
 }
 
 c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
@@ -130,6 +147,7 @@ TORCH_LIBRARY(safetensors_torch, library) {
     // Before File, whose methods return them.
     register_pending_loads(library);
     register_pending_save(library);
+    register_pending_sharded_save(library);
     register_file(library);
 
     library.def(effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap", bool? prefault=None, )"
@@ -158,10 +176,17 @@ TORCH_LIBRARY(safetensors_torch, library) {
         "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str path) -> "
         "__torch__.torch.classes.safetensors_torch.PendingSave",
         torch::dispatch(key, plan_save_op));
+    library.def(
+        "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str folder, str stem, "
+        "int max_shard_bytes) -> __torch__.torch.classes.safetensors_torch.PendingShardedSave",
+        torch::dispatch(key, plan_sharded_save_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
+    library.def(effectful("_open_checkpoint(str path, str backend) -> "
+                          "__torch__.torch.classes.safetensors_torch.File"),
+                torch::dispatch(key, open_checkpoint_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
                 torch::dispatch(key, open_bytes_op));
     library.def(effectful("_transfer_options() -> (int ring_bytes, int threads)"),

@@ -20,7 +20,7 @@ torch::class_<Pending<Work>> register_class(torch::Library& library, const char*
 }  // namespace
 
 void register_pending_loads(torch::Library& library) {
-    register_class<Loader>(library, "PendingLoad").def("result", [](const c10::intrusive_ptr<PendingLoad>& self) {
+    register_class<Loads>(library, "PendingLoad").def("result", [](const c10::intrusive_ptr<PendingLoad>& self) {
         return guarded([&] { return lists_of(self->under_way()); });
     });
     register_class<SliceLoader>(library, "PendingSlice")

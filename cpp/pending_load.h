@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpp/checkpoint.h"
 #include "cpp/deadline.h"
 #include "cpp/error.h"
 #include "cpp/load.h"
@@ -53,7 +54,7 @@ class Pending : public torch::CustomClassHolder {
     std::unique_ptr<Work> work_;
 };
 
-using PendingLoad = Pending<Loader>;
+using PendingLoad = Pending<Loads>;
 using PendingSlice = Pending<SliceLoader>;
 using PendingState = Pending<StateLoader>;
 

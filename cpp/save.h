@@ -40,6 +40,9 @@ class PendingSave : public torch::CustomClassHolder {
     // Begins to write into `out`, a contiguous uint8 tensor on the CPU of exactly size() elements.
     void start_into(const at::Tensor& out);
 
+    // Begins to write into whatever `sink` is.
+    void start(std::unique_ptr<Sink> sink);
+
     // Goes on with what was begun until all is written, or the time is up; whether it is.
     bool advance(Deadline until);
 
@@ -57,8 +60,6 @@ class PendingSave : public torch::CustomClassHolder {
     at::Tensor write();
 
   private:
-    void start(std::unique_ptr<Sink> sink);
-
     NamedTensors tensors_;
     rust::Box<core::SavePlan> layout_;
     // What is under way.

@@ -3,6 +3,7 @@
 //!
 //! Calls go from C++ to Rust only. An `Err` arrives in C++ as `rust::Error`, its text `CODE ERRNO MESSAGE`.
 
+mod checkpoint;
 mod feed;
 mod file;
 mod save;
@@ -16,6 +17,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind};
 use crate::memory::Block;
 use crate::source::Mapping;
+use checkpoint::{
+    Checkpoint, ShardPlan, ShardedWriter, commit_shards, create_shards, open_checkpoint, plan_shards,
+};
 use feed::Feed;
 use file::{File, Loading, open_file, open_memory, release_block, release_mapping};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
@@ -66,6 +70,12 @@ mod ffi {
         parts: Vec<Part>,
     }
 
+    /// Which tensor of which file.
+    struct Place {
+        shard: usize,
+        index: usize,
+    }
+
     /// The part of one dimension that a slice takes.
     struct Range {
         start: u64,
@@ -98,6 +108,8 @@ mod ffi {
         fn dtype(self: &File, index: usize) -> u8;
         fn shape(self: &File, index: usize) -> &[u64];
         fn nbytes(self: &File, index: usize) -> u64;
+        /// Where the tensor's bytes begin, from the start of the file.
+        fn begin(self: &File, index: usize) -> u64;
         fn has_metadata(self: &File) -> bool;
         fn metadata(self: &File) -> Vec<Entry>;
 
@@ -161,6 +173,18 @@ mod ffi {
         unsafe fn release_block(block: *const Block);
     }
 
+    // The tensors of one file or several.
+    extern "Rust" {
+        type Checkpoint;
+        fn open_checkpoint(path: &[u8], backend: &[u8]) -> Result<Box<Checkpoint>>;
+        fn shard_count(self: &Checkpoint) -> usize;
+        fn shard_name(self: &Checkpoint, shard: usize) -> &str;
+        fn shard_file(self: &Checkpoint, shard: usize) -> Box<File>;
+        fn find(self: &Checkpoint, name: &[u8]) -> Result<Place>;
+        fn contains(self: &Checkpoint, name: &[u8]) -> bool;
+        fn sorted_by_name(self: &Checkpoint) -> Vec<Place>;
+    }
+
     // Where tensors go in a file, and the writing of one.
     extern "Rust" {
         type SavePlan;
@@ -181,6 +205,20 @@ mod ffi {
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
         fn write(self: &mut FileWriter, pieces: &[Piece]) -> Result<()>;
         fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()>;
+
+        type ShardPlan;
+        fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_bytes: u64) -> Result<Box<ShardPlan>>;
+        fn count(self: &ShardPlan) -> usize;
+        /// The file of each tensor.
+        fn shard_of(self: &ShardPlan) -> &[usize];
+
+        type ShardedWriter;
+        fn create_shards(folder: &[u8], plan: &ShardPlan, names: &[Piece]) -> Result<Box<ShardedWriter>>;
+        fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
+        /// Takes the next file once it is written, in the order of their numbers.
+        fn keep(self: &mut ShardedWriter, file: Box<FileWriter>);
+        /// The names of the files, the index last.
+        fn commit_shards(writer: Box<ShardedWriter>, sync: bool) -> Result<Vec<String>>;
 
         type MemoryWriter;
         unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;

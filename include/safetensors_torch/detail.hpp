@@ -7,7 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function.h>
 #include <ATen/core/stack.h>
-#include <torch/nn/module.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -61,8 +60,9 @@ c10::IValue call_method(const Object& object, const char* method, const Args&...
     return std::move(stack.back());
 }
 
-inline Object open(const std::string& path, Backend backend) {
-    static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
+// Opens what is at `path` with the operator `name`, one of those that open.
+inline Object open(const char* name, const std::string& path, Backend backend) {
+    const c10::OperatorHandle op = find_op(name);
     torch::jit::Stack stack{path, name_of(backend)};
     op.callBoxed(stack);
     return stack.back().toObject();
@@ -109,7 +109,7 @@ inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const 
     return stack.back().toObject();
 }
 
-// What a file is loaded as.
+// The tensors of an open file or checkpoint that `options` select.
 inline Tensors load(const Object& file, at::Device device, const LoadOptions& options) {
     if (options.backend == Backend::mmap && device.is_cpu() && options.prefault.value_or(!options.filter)) {
         call_method(file, "prefault", options.prefault.has_value());
@@ -126,33 +126,6 @@ inline Tensors load(const Object& file, at::Device device, const LoadOptions& op
         dict.insert(std::move(names[i]), tensors[i]);
     }
     return dict;
-}
-
-// The tensors of a module under their names in Python's state_dict, in its order, and the names that a file may lack.
-struct State {
-    Tensors tensors;
-    std::vector<std::string> optional;
-};
-
-inline void collect_state(const torch::nn::Module& module, const std::string& prefix, State& state) {
-    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
-        if (parameter.value().defined()) {
-            state.tensors.insert_or_assign(prefix + parameter.key(), parameter.value());
-        }
-    }
-    const auto buffers = module.named_buffers(/*recurse=*/false);
-    for (const auto& buffer : buffers) {
-        if (buffer.value().defined()) {
-            state.tensors.insert_or_assign(prefix + buffer.key(), buffer.value());
-        }
-    }
-    // The counter of the normalisation layers came late: files written before it do without, in Python too.
-    if (buffers.contains("num_batches_tracked") && buffers.contains("running_mean")) {
-        state.optional.push_back(prefix + "num_batches_tracked");
-    }
-    for (const auto& child : module.named_children()) {
-        collect_state(*child.value(), prefix + child.key() + ".", state);
-    }
 }
 
 }  // namespace safetensors_torch::detail

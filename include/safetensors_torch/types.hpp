@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace safetensors_torch {
 
@@ -52,6 +53,54 @@ struct SaveOptions {
     /// and its directory). Otherwise the kernel writes it there within half a minute or so.
     bool durable = false;
     Progress progress = {};
+};
+
+/// How a checkpoint is divided into files, and written.
+struct ShardedSaveOptions {
+    /// The most bytes of tensors in one file, 1 or more; a tensor that is larger has a file of its own.
+    int64_t max_shard_bytes = int64_t(5'000'000'000);
+    /// What the names of the files begin with.
+    std::string stem = "model";
+    /// As in SaveOptions, of all files.
+    bool durable = false;
+    Progress progress = {};
+};
+
+/// Gives the name that a tensor of a module has in a file.
+using Rename = std::function<std::string(const std::string& name)>;
+
+/// How a module is loaded.
+struct LoadModelOptions {
+    /// Whether it is an error if a name of the module is not in the checkpoint, or the other way round.
+    bool strict = true;
+    Backend backend = Backend::mmap;
+    /// What the module's names in the checkpoint begin with, such as "transformer."; what it has of other names is
+    /// passed over. So a module can be filled from the checkpoint of a larger one.
+    std::string prefix = {};
+    /// From the module's names, without `prefix`, to those in the checkpoint. Empty means the same names.
+    Rename rename = {};
+    Progress progress = {};
+};
+
+/// How a module is saved.
+struct SaveModelOptions {
+    /// Whether tensors that are not contiguous are written as if they were, or refused.
+    bool force_contiguous = true;
+    /// As in SaveOptions.
+    bool durable = false;
+    /// As in LoadModelOptions.
+    std::string prefix = {};
+    Rename rename = {};
+    Progress progress = {};
+    /// With a value, the path is a folder, and the module is divided as by save_sharded.
+    std::optional<int64_t> max_shard_bytes = std::nullopt;
+};
+
+/// What load_model found, in names of the checkpoint: those that the module has and the checkpoint has not, and the
+/// other way round. Both sorted.
+struct LoadResult {
+    std::vector<std::string> missing;
+    std::vector<std::string> unexpected;
 };
 
 /// What transfers between files and devices may use.

@@ -85,7 +85,8 @@ def _registered() -> bool:
         return False
     needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_plan_save", "_check_save")
     if not all(
-        hasattr(namespace, name) for name in (*needed, "_tied", "_open_bytes", "_transfer_options", "_last_error")
+        hasattr(namespace, name)
+        for name in (*needed, "_tied", "_open_bytes", "_open_checkpoint", "_transfer_options", "_last_error")
     ):
         raise ImportError(
             "another version of the safetensors_torch library is loaded in this process, and lacks operators that this"

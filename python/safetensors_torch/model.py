@@ -82,7 +82,7 @@ def load_model(
     if not _is_plain(model, state):
         return _load_through_state_dict(model, state, filename, strict, target, backend, progress)
     file = open_file(filename, backend)
-    pending = call(file.start_state, state, _optional_names(model), type(model).__name__, strict)
+    pending = call(file.start_state, state, _optional_names(model), type(model).__name__, strict, "")
     run(pending, pending.total, progress, "load")
     missing, unexpected = call(pending.result)
     return set(missing), unexpected

@@ -79,6 +79,10 @@ impl File {
         entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
     }
 
+    pub fn begin(&self, index: usize) -> u64 {
+        self.0.byte_range(&self.info(index)).start
+    }
+
     pub fn shareable(&self, index: usize) -> *mut u8 {
         let tensor = self.info(index);
         match self.0.data_ptr(&tensor) {

@@ -55,7 +55,7 @@ impl SavePlan {
 }
 
 /// A file that is being written, as C++ sees it.
-pub struct FileWriter(AtomicFile);
+pub struct FileWriter(pub(super) AtomicFile);
 
 pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
     Ok(Box::new(FileWriter(AtomicFile::create(as_path(path), length)?)))

@@ -1,0 +1,235 @@
+// Loading and saving modules, torch::nn::Module and torch::jit::Module. Part of safetensors_torch.hpp, which includes
+// it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/nn/module.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "detail.hpp"
+#include "save.hpp"
+#include "sharded.hpp"
+#include "types.hpp"
+
+namespace safetensors_torch {
+namespace detail {
+
+// The tensors of a module under their names in Python's state_dict, in its order, and the names that a file may lack.
+struct State {
+    Tensors tensors;
+    std::vector<std::string> optional;
+};
+
+// The counter of the normalisation layers came late: files written before it do without, in Python too.
+inline void note_counter(const std::string& prefix, bool has_counter, bool has_mean, State& state) {
+    if (has_counter && has_mean) {
+        state.optional.push_back(prefix + "num_batches_tracked");
+    }
+}
+
+inline void collect_state(const torch::nn::Module& module, const std::string& prefix, State& state) {
+    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
+        if (parameter.value().defined()) {
+            state.tensors.insert_or_assign(prefix + parameter.key(), parameter.value());
+        }
+    }
+    const auto buffers = module.named_buffers(/*recurse=*/false);
+    for (const auto& buffer : buffers) {
+        if (buffer.value().defined()) {
+            state.tensors.insert_or_assign(prefix + buffer.key(), buffer.value());
+        }
+    }
+    note_counter(prefix, buffers.contains("num_batches_tracked"), buffers.contains("running_mean"), state);
+    for (const auto& child : module.named_children()) {
+        collect_state(*child.value(), prefix + child.key() + ".", state);
+    }
+}
+
+inline void collect_state(const torch::jit::Module& module, const std::string& prefix, State& state) {
+    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
+        state.tensors.insert_or_assign(prefix + parameter.name, parameter.value);
+    }
+    bool has_counter = false;
+    bool has_mean = false;
+    for (const auto& buffer : module.named_buffers(/*recurse=*/false)) {
+        if (buffer.value.defined()) {
+            state.tensors.insert_or_assign(prefix + buffer.name, buffer.value);
+        }
+        has_counter = has_counter || buffer.name == "num_batches_tracked";
+        has_mean = has_mean || buffer.name == "running_mean";
+    }
+    note_counter(prefix, has_counter, has_mean, state);
+    for (const auto& child : module.named_children()) {
+        collect_state(child.value, prefix + child.name + ".", state);
+    }
+}
+
+inline std::string class_of(const torch::nn::Module& module) { return module.name(); }
+
+inline std::string class_of(const torch::jit::Module& module) {
+    const auto name = module.type()->name();
+    return name ? name->name() : "ScriptModule";
+}
+
+// The state of a module under the names that its tensors have in a checkpoint.
+template <typename Module>
+State state_of(const Module& module, const std::string& prefix, const Rename& rename) {
+    State state;
+    collect_state(module, "", state);
+    if (prefix.empty() && !rename) {
+        return state;
+    }
+    const auto outside = [&](const std::string& name) { return prefix + (rename ? rename(name) : name); };
+    State result;
+    for (const auto& entry : state.tensors) {
+        const std::string name = outside(entry.key());
+        if (!result.tensors.insert(name, entry.value()).second) {
+            fail("two tensors of " + class_of(module) + " are called " + name + " by `rename`, `" + entry.key() +
+                 "` and one before it: give each its own name");
+        }
+    }
+    for (const std::string& name : state.optional) {
+        result.optional.push_back(outside(name));
+    }
+    return result;
+}
+
+template <typename Module>
+LoadResult load_model(const Module& module, const std::string& path, const LoadModelOptions& options) {
+    const c10::NoGradGuard no_grad;
+    const State state = state_of(module, options.prefix, options.rename);
+    const Object files = open("safetensors_torch::_open_checkpoint", path, options.backend);
+    const Object pending = call_method(files, "start_state", state.tensors, state.optional, class_of(module),
+                                       options.strict, options.prefix)
+                               .toObject();
+    run(pending, call_method(pending, "total").toInt(), options.progress);
+    const auto result = call_method(pending, "result").toTuple();
+    return {result->elements()[0].to<std::vector<std::string>>(), result->elements()[1].to<std::vector<std::string>>()};
+}
+
+// Writes what is left of a module's state once one name of each tied group is kept.
+inline void save_kept(const Tensors& tensors, const std::string& path, const Metadata& metadata,
+                      const SaveModelOptions& options) {
+    if (options.max_shard_bytes) {
+        ShardedSaveOptions sharded;
+        sharded.max_shard_bytes = *options.max_shard_bytes;
+        sharded.durable = options.durable;
+        sharded.progress = options.progress;
+        save_sharded(tensors, path, metadata, sharded);
+    } else {
+        save_file(tensors, path, metadata, SaveOptions{options.durable, options.progress});
+    }
+}
+
+template <typename Module>
+void save_model(const Module& module, const std::string& path, const Metadata& metadata,
+                const SaveModelOptions& options) {
+    static const auto tied =
+        find_op("safetensors_torch::_tied").typed<Strings(const Tensors&, const std::vector<std::string>&)>();
+    static const auto last_error =
+        find_op("safetensors_torch::_last_error").typed<std::tuple<std::string, int64_t, int64_t, std::string>()>();
+    const c10::NoGradGuard no_grad;
+    const State state = state_of(module, options.prefix, options.rename);
+    const Strings dropped = tied.call(state.tensors, {});
+    Tensors kept;
+    Metadata entries = metadata;
+    bool has_gaps = false;
+    bool all_strided = true;
+    for (const auto& item : state.tensors) {
+        if (const auto found = dropped.find(item.key()); found != dropped.end()) {
+            entries.emplace(item.key(), found->value());
+            continue;
+        }
+        at::Tensor tensor = item.value();
+        if (tensor.layout() != at::kStrided) {
+            all_strided = false;
+        } else if (!tensor.is_contiguous()) {
+            tensor = options.force_contiguous ? tensor.contiguous() : tensor;
+            has_gaps = !options.force_contiguous;
+        }
+        kept.insert(item.key(), tensor);
+    }
+    try {
+        save_kept(kept, path, entries, options);
+    } catch (const c10::Error& error) {
+        // Layouts are checked before gaps, so with strided tensors alone the ValueError is about a gap.
+        if (!has_gaps || !all_strided || std::get<0>(last_error.call()) != "ValueError") {
+            throw;
+        }
+        fail(std::string(error.what_without_backtrace()) +
+             " Or use save_model(..., force_contiguous=True), read the docs for potential caveats.");
+    }
+}
+
+}  // namespace detail
+
+/// Fills the parameters and buffers of `module` from the checkpoint at `path`, in place, on the devices where they are.
+/// `path` is a file, an index or a folder, as for Checkpoint.
+///
+/// Of tied tensors the checkpoint needs to have one. The counter `num_batches_tracked` may be absent. Everything is
+/// checked before the first tensor changes: if a check fails the module is as it was.
+///
+/// Throws c10::Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
+/// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device;
+/// two tensors for which `rename` gives one name.
+inline LoadResult load_model(torch::nn::Module& module, const std::string& path, const LoadModelOptions& options) {
+    return detail::load_model(module, path, options);
+}
+
+/// The same with what most calls need.
+inline LoadResult load_model(torch::nn::Module& module, const std::string& path, bool strict = true,
+                             Backend backend = Backend::mmap, const Progress& progress = {}) {
+    LoadModelOptions options;
+    options.strict = strict;
+    options.backend = backend;
+    options.progress = progress;
+    return detail::load_model(module, path, options);
+}
+
+/// The same for a TorchScript module, whose every buffer counts: TorchScript does not tell which ones Python left out
+/// of the state_dict.
+inline LoadResult load_model(torch::jit::Module& module, const std::string& path,
+                             const LoadModelOptions& options = {}) {
+    return detail::load_model(module, path, options);
+}
+
+/// Saves the parameters and buffers of `module` under the names of Python's state_dict, to a file at `path`, or, with
+/// `max_shard_bytes`, into the folder `path` as save_sharded does.
+///
+/// Of tied tensors the first name, alphabetically, whose tensor covers the whole memory is kept; the others are dropped
+/// and recorded as `metadata[dropped] = kept`, unless `metadata` has that key. Tensors that are not contiguous are
+/// written as if they were; with `force_contiguous` false they are refused.
+///
+/// Throws c10::Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
+/// gives one name.
+inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata,
+                       const SaveModelOptions& options) {
+    detail::save_model(module, path, metadata, options);
+}
+
+/// The same with what most calls need.
+inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata = {},
+                       bool force_contiguous = true, const SaveOptions& options = {}) {
+    SaveModelOptions all;
+    all.force_contiguous = force_contiguous;
+    all.durable = options.durable;
+    all.progress = options.progress;
+    detail::save_model(module, path, metadata, all);
+}
+
+/// The same for a TorchScript module, with every buffer.
+inline void save_model(const torch::jit::Module& module, const std::string& path, const Metadata& metadata = {},
+                       const SaveModelOptions& options = {}) {
+    detail::save_model(module, path, metadata, options);
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,42 @@
+// Saving tensors to a file, or to bytes in memory. Part of safetensors_torch.hpp, which includes it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "detail.hpp"
+#include "types.hpp"
+
+namespace safetensors_torch {
+
+/// Writes `tensors`, from whatever device, and `metadata` to a file at `path`.
+///
+/// A file that is there is replaced as a whole, or stays as it was: readers and tensors mapped from it never see half
+/// of the new one. The values of conjugate and negative views are written.
+///
+/// Throws c10::Error before anything is written: a sparse tensor; tensors that share memory (see save_model); one that
+/// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`. And when the
+/// operating system refuses.
+inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
+                      const SaveOptions& options = {}) {
+    const auto plan = detail::plan_save(tensors, metadata, path);
+    detail::call_method(plan, "start_file", path, options.durable, 0.0);
+    detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);
+}
+
+/// The bytes that save_file would write.
+///
+/// Throws c10::Error for the tensors that save_file refuses.
+inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, const Progress& progress = {}) {
+    const auto plan = detail::plan_save(tensors, metadata, "");
+    std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');
+    const auto size = static_cast<int64_t>(bytes.size());
+    detail::call_method(plan, "start_into", at::from_blob(bytes.data(), {size}, at::kByte), 0.0);
+    detail::run(plan, size, progress);
+    return bytes;
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,106 @@
+//! Checkpoints of several files, opened and written.
+
+use std::sync::Arc;
+
+use super::ffi::{Piece, Place};
+use super::file::File;
+use super::save::FileWriter;
+use super::{Result, as_path, as_text};
+use crate::checkpoint;
+use crate::error::Error;
+use crate::header::absent;
+
+/// An open checkpoint as C++ sees it.
+pub struct Checkpoint(checkpoint::Checkpoint);
+
+pub fn open_checkpoint(path: &[u8], backend: &[u8]) -> Result<Box<Checkpoint>> {
+    let backend = String::from_utf8_lossy(backend).parse()?;
+    Ok(Box::new(Checkpoint(checkpoint::Checkpoint::open(as_path(path), backend)?)))
+}
+
+impl From<checkpoint::TensorPlace> for Place {
+    fn from(place: checkpoint::TensorPlace) -> Place {
+        Place { shard: place.shard as usize, index: place.index as usize }
+    }
+}
+
+impl Checkpoint {
+    pub fn shard_count(&self) -> usize {
+        self.0.shards().len()
+    }
+
+    fn shard(&self, shard: usize) -> &checkpoint::Shard {
+        &self.0.shards()[shard]
+    }
+
+    pub fn shard_name(&self, shard: usize) -> &str {
+        &self.shard(shard).name
+    }
+
+    pub fn shard_file(&self, shard: usize) -> Box<File> {
+        Box::new(File(Arc::clone(&self.shard(shard).file)))
+    }
+
+    pub fn find(&self, name: &[u8]) -> Result<Place> {
+        match std::str::from_utf8(name) {
+            Ok(name) => Ok(self.0.require(name)?.into()),
+            Err(_) => Err(absent(&String::from_utf8_lossy(name)).in_file(self.0.path()).into()),
+        }
+    }
+
+    pub fn contains(&self, name: &[u8]) -> bool {
+        std::str::from_utf8(name).is_ok_and(|name| self.0.find(name).is_some())
+    }
+
+    pub fn sorted_by_name(&self) -> Vec<Place> {
+        self.0.sorted_by_name().iter().map(|&place| place.into()).collect()
+    }
+}
+
+/// A division into files as C++ sees it.
+pub struct ShardPlan(checkpoint::ShardPlan);
+
+pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_bytes: u64) -> Result<Box<ShardPlan>> {
+    let stem = as_text("stem", stem)?;
+    Ok(Box::new(ShardPlan(checkpoint::ShardPlan::new(sizes.iter().copied(), stem, max_shard_bytes)?)))
+}
+
+impl ShardPlan {
+    pub fn count(&self) -> usize {
+        self.0.count()
+    }
+
+    pub fn shard_of(&self) -> &[usize] {
+        self.0.shard_of()
+    }
+}
+
+/// A checkpoint that is being written, as C++ sees it.
+pub struct ShardedWriter(checkpoint::ShardedWriter);
+
+pub fn create_shards(folder: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Result<Box<ShardedWriter>> {
+    let folder = as_path(folder);
+    let mut texts = Vec::with_capacity(names.len());
+    for name in names {
+        texts.push(as_text("tensor name", name.bytes)?);
+    }
+    let writer = checkpoint::ShardedWriter::new(folder, &plan.0, texts.into_iter());
+    Ok(Box::new(ShardedWriter(writer.map_err(|error: Error| error.in_file(folder))?)))
+}
+
+impl ShardedWriter {
+    pub fn create(&self, shard: usize, length: u64) -> Result<Box<FileWriter>> {
+        Ok(Box::new(FileWriter(self.0.create(shard, length)?)))
+    }
+
+    // By value, as the bridge hands over a Box: the file is this writer's from now on.
+    #[allow(clippy::boxed_local)]
+    pub fn keep(&mut self, file: Box<FileWriter>) {
+        self.0.keep(file.0);
+    }
+}
+
+#[allow(clippy::boxed_local)]
+pub fn commit_shards(writer: Box<ShardedWriter>, sync: bool) -> Result<Vec<String>> {
+    Ok(writer.0.commit(sync)?)
+}

@@ -1,0 +1,216 @@
+// Checkpoints of several files: loading all, one tensor, modules; saving; and what is wrong with an index.
+
+#include <torch/nn.h>
+
+#include "support.h"
+
+using namespace support;
+using Names = std::vector<std::string>;
+
+namespace {
+
+constexpr const char* kIndex = "model.safetensors.index.json";
+
+// 5 tensors of 16 bytes each, of which two fit into a file of 40.
+st::Tensors five() {
+    st::Tensors tensors;
+    for (const char* name : {"e", "b", "a", "d", "c"}) {
+        tensors.insert(name, make({4}, at::kFloat, static_cast<unsigned>(name[0])));
+    }
+    return tensors;
+}
+
+st::ShardedSaveOptions of_at_most(int64_t bytes) {
+    st::ShardedSaveOptions options;
+    options.max_shard_bytes = bytes;
+    return options;
+}
+
+Names save_five(const TempDir& dir) { return st::save_sharded(five(), dir.file(""), {{"by", "test"}}, of_at_most(40)); }
+
+void write_index(const TempDir& dir, const std::string& weight_map) {
+    write_file(dir.file(kIndex), "{\"metadata\": {}, \"weight_map\": " + weight_map + "}");
+}
+
+}  // namespace
+
+TEST(sharded_round_trip) {
+    const TempDir dir;
+    EXPECT_EQ(save_five(dir), (Names{"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+                                     "model-00003-of-00003.safetensors", kIndex}));
+    EXPECT_EQ(dir.count(), 4U);
+    for (const std::string& path : {dir.file(""), dir.file(kIndex)}) {
+        for (const st::Backend backend : kBackends) {
+            st::LoadOptions options;
+            options.backend = backend;
+            const st::Tensors loaded = st::load_sharded(path, at::kCPU, options);
+            EXPECT(identical(loaded, five()));
+            // File after file, and in each by name, as all are of one dtype.
+            EXPECT_EQ(names_of(loaded), (Names{"b", "e", "a", "d", "c"}));
+        }
+    }
+    EXPECT(st::File(dir.file("model-00002-of-00003.safetensors")).metadata() ==
+           (st::Metadata{{"by", "test"}, {"format", "pt"}}));
+    EXPECT_EQ(read_file(dir.file(kIndex)),
+              "{\n  \"metadata\": {\n    \"total_size\": 80\n  },\n  \"weight_map\": {\n"
+              "    \"a\": \"model-00002-of-00003.safetensors\",\n    \"b\": \"model-00001-of-00003.safetensors\",\n"
+              "    \"c\": \"model-00003-of-00003.safetensors\",\n    \"d\": \"model-00002-of-00003.safetensors\",\n"
+              "    \"e\": \"model-00001-of-00003.safetensors\"\n  }\n}\n");
+}
+
+TEST(sharded_in_one_file) {
+    const TempDir dir;
+    save_five(dir);
+    st::ShardedSaveOptions options;
+    options.durable = true;
+    // The file takes the place of the shards.
+    EXPECT_EQ(st::save_sharded(five(), dir.file(""), {}, options), (Names{"model.safetensors"}));
+    EXPECT_EQ(dir.count(), 1U);
+    EXPECT(identical(st::load_sharded(dir.file("")), five()));
+    EXPECT(identical(st::load_sharded(dir.file("model.safetensors")), st::load_file(dir.file("model.safetensors"))));
+    options.stem = "other";
+    st::save_sharded({}, dir.file("new/folder"), {}, options);
+    EXPECT_EQ(st::load_sharded(dir.file("new/folder")).size(), 0U);
+}
+
+TEST(sharded_options) {
+    const TempDir dir;
+    save_five(dir);
+    st::LoadOptions load;
+    load.filter = [](const std::string& name) { return name == "a" || name == "c"; };
+    load.dtype = at::kHalf;
+    int64_t last = 0;
+    int64_t total = 0;
+    load.progress = [&](int64_t done, int64_t all) {
+        last = done;
+        total = all;
+    };
+    const st::Tensors loaded = st::load_sharded(dir.file(""), at::kCPU, load);
+    EXPECT_EQ(names_of(loaded), (Names{"a", "c"}));
+    EXPECT(at::equal(loaded.at("c"), five().at("c").to(at::kHalf)));
+    EXPECT(last == 32 && total == 32);
+    EXPECT(st::load_sharded(dir.file(""), at::kMeta).at("a").is_meta());
+
+    st::ShardedSaveOptions save = of_at_most(16);
+    save.progress = load.progress;
+    st::save_sharded(five(), dir.file("b"), {}, save);
+    EXPECT(last == total && total > 80);
+    save.progress = [](int64_t, int64_t) { throw std::runtime_error("enough"); };
+    bool stopped = false;
+    try {
+        st::save_sharded(five(), dir.file("c"), {}, save);
+    } catch (const std::runtime_error& error) {
+        stopped = std::string(error.what()) == "enough";
+    }
+    EXPECT(stopped);
+}
+
+TEST(checkpoint_is_read_like_a_file) {
+    const TempDir dir;
+    save_five(dir);
+    const st::Tensors all = five();
+    for (const st::Backend backend : kBackends) {
+        const st::Checkpoint checkpoint(dir.file(""), at::kCPU, backend);
+        EXPECT_EQ(checkpoint.keys(), (Names{"a", "b", "c", "d", "e"}));
+        EXPECT_EQ(checkpoint.offset_keys(), (Names{"b", "e", "a", "d", "c"}));
+        EXPECT_EQ(checkpoint.size(), 5U);
+        EXPECT_EQ(checkpoint.shards().size(), 3U);
+        EXPECT_EQ(checkpoint.shard_of("d"), "model-00002-of-00003.safetensors");
+        EXPECT(checkpoint.contains("c") && !checkpoint.contains("z"));
+        EXPECT_EQ(checkpoint.dtype("c"), "F32");
+        EXPECT_EQ(checkpoint.shape("c"), (std::vector<int64_t>{4}));
+        EXPECT_EQ(checkpoint.metadata().at("by"), "test");
+        const auto [begin, end] = checkpoint.byte_range("d");
+        EXPECT_EQ(end - begin, 16);
+        const std::string bytes = read_file(dir.file(checkpoint.shard_of("d")));
+        EXPECT(std::string(static_cast<const char*>(all.at("d").data_ptr()), 16) ==
+               bytes.substr(static_cast<std::size_t>(begin), 16));
+        EXPECT(identical(checkpoint.get_tensor("d"), all.at("d")));
+        const std::vector<at::Tensor> some = checkpoint.get_tensors(Names{"c", "a", "e"});
+        EXPECT(identical(some[0], all.at("c")) && identical(some[1], all.at("a")) && identical(some[2], all.at("e")));
+        EXPECT(identical(checkpoint.get_tensors(), all));
+        const auto is_low = [](const std::string& name) { return name < "c"; };
+        EXPECT_EQ(names_of(checkpoint.get_tensors(is_low)), (Names{"b", "a"}));
+        EXPECT(checkpoint.get_tensors(is_low, at::kMeta).at("a").is_meta());
+        EXPECT(checkpoint.get_tensor("a", at::kMeta).is_meta());
+        EXPECT(identical(checkpoint.get_slice("c", {at::indexing::Slice(1, 3)}), all.at("c").slice(0, 1, 3)));
+        EXPECT_HAS(ERROR_OF(checkpoint.get_tensor("z")), "File does not contain tensor z");
+        EXPECT_HAS(ERROR_OF(checkpoint.shard_of("z")), "File does not contain tensor z");
+    }
+    const st::Checkpoint one(dir.file("model-00001-of-00003.safetensors"));
+    EXPECT_EQ(one.shards(), (Names{"model-00001-of-00003.safetensors"}));
+}
+
+TEST(indexes_that_do_not_fit) {
+    const TempDir dir;
+    const Names files = save_five(dir);
+    const std::string first = files[0];
+    const std::string index = read_file(dir.file(kIndex));
+
+    write_index(dir, "{\"b\": \"../x.safetensors\"}");
+    std::string text = ERROR_OF(st::load_sharded(dir.file("")));
+    EXPECT_HAS(text, dir.file(kIndex));
+    EXPECT_HAS(text, "tensor \"b\" into \"../x.safetensors\", which is no file in the folder of the index");
+    write_index(dir, "{\"b\": \"/etc/hostname\"}");
+    EXPECT_HAS(ERROR_OF(st::Checkpoint(dir.file(""))), "/etc/hostname");
+    write_index(dir, "{\"b\": \"" + first + "\"}");
+    text = ERROR_OF(st::load_sharded(dir.file("")));
+    EXPECT_HAS(text, first);
+    EXPECT_HAS(text, "\"e\"");
+    write_index(dir, "{\"a\": \"" + first + "\", \"b\": \"" + first + "\", \"e\": \"" + first + "\"}");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "the index puts tensor \"a\" into shard \"" + first + "\"");
+    write_index(dir, "7");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "the index is not valid");
+
+    write_file(dir.file(kIndex), index);
+    std::filesystem::remove(dir.file(files[2]));
+    text = ERROR_OF(st::load_sharded(dir.file("")));
+    EXPECT_HAS(text, "No such file or directory: " + dir.file(files[2]));
+    EXPECT_HAS(text, kIndex);
+    write_file(dir.file(files[2]), "0123456789");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), files[2]);
+
+    std::filesystem::remove(dir.file(kIndex));
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "shards, but no index");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file("nothing"))), "No such file or directory: " + dir.file("nothing"));
+}
+
+TEST(sharded_saves_that_are_refused) {
+    const TempDir dir;
+    const Names before = save_five(dir);
+    const at::Tensor shared = make({8}, at::kFloat);
+    st::Tensors tied = five();
+    tied.insert("x", shared);
+    tied.insert("y", shared);
+    // In files of their own they would not be found to share memory.
+    EXPECT_HAS(ERROR_OF(st::save_sharded(tied, dir.file(""), {}, of_at_most(1))), "share memory");
+    EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, of_at_most(0))), "max_shard_bytes is 0");
+    st::ShardedSaveOptions options;
+    options.stem = "../model";
+    EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, options)), "../model");
+    st::Tensors reserved = five();
+    reserved.insert("__metadata__", make({1}, at::kFloat));
+    EXPECT_HAS(ERROR_OF(st::save_sharded(reserved, dir.file(""), {}, of_at_most(1))), "__metadata__");
+    write_file(dir.file("file"), "");
+    EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file("file"))), dir.file("file"));
+    EXPECT_EQ(dir.count(), before.size() + 1);
+    EXPECT(identical(st::load_sharded(dir.file("")), five()));
+}
+
+TEST(tensors_in_other_maps) {
+    const st::Tensors all = five();
+    const auto ordered = st::to_ordered_dict(all);
+    EXPECT_EQ(ordered.keys(), names_of(all));
+    EXPECT_EQ(names_of(st::to_tensors(ordered)), names_of(all));
+    const std::unordered_map<std::string, at::Tensor> map = st::to_unordered_map(all);
+    EXPECT_EQ(map.size(), 5U);
+    EXPECT(map.at("d").is_same(all.at("d")) && ordered["d"].is_same(all.at("d")));
+    EXPECT_EQ(names_of(st::to_tensors(map)), (Names{"a", "b", "c", "d", "e"}));
+    EXPECT(identical(st::to_tensors(map), all));
+    EXPECT_EQ(st::to_tensors(std::map<std::string, at::Tensor>()).size(), 0U);
+
+    const TempDir dir;
+    torch::nn::Linear layer(3, 2);
+    st::save_file(st::to_tensors(layer->named_parameters()), dir.file("f"));
+    EXPECT(identical(st::load_file(dir.file("f")).at("weight"), layer->weight.detach()));
+}
