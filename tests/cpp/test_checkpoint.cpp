@@ -69,7 +69,7 @@ TEST(sharded_in_one_file) {
     EXPECT(identical(st::load_sharded(dir.file("")), five()));
     EXPECT(identical(st::load_sharded(dir.file("model.safetensors")), st::load_file(dir.file("model.safetensors"))));
     options.stem = "other";
-    st::save_sharded({}, dir.file("new/folder"), {}, options);
+    st::save_sharded(st::Tensors(), dir.file("new/folder"), {}, options);
     EXPECT_EQ(st::load_sharded(dir.file("new/folder")).size(), 0U);
 }
 
