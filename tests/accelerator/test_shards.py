@@ -1,0 +1,91 @@
+"""Checkpoints of several files, from and to a device: the same routes as for one, file after file."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+import accelerator
+from accelerator import device
+from safetensors_torch import load_file
+from support_accelerator import assert_equal
+
+OPS = torch.ops.safetensors_torch
+MAX_SHARD_BYTES = 5_000_000
+
+
+def finish(pending: object) -> object:
+    while not pending.advance(0.05):
+        assert pending.done() <= pending.total()
+    assert pending.done() == pending.total()
+    return pending.result()
+
+
+def save(tensors: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(folder), "model", max_shard_bytes)
+    done = save.start(False, 0.0)
+    while not done:
+        assert 0 <= save.done() <= save.size()
+        done = save.advance(0.05)
+    assert save.done() == save.size()
+    return save.file_names()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    assert len(save(tensors, tmp_path / "shards")) > 5
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_all_shards_come_to_the_device(folder: Path, tensors: dict, route: str, backend: str) -> None:
+    file = OPS._open_checkpoint(str(folder), backend)
+    names, loaded = finish(file.start_load(None, device(), None))
+    assert_equal(dict(zip(names, loaded)), tensors)
+
+
+def test_shards_are_converted_and_selected(folder: Path, tensors: dict, route: str) -> None:
+    chosen = ["large.3", "small.007", "half", "bytes", "empty"]
+    names, loaded = finish(OPS._open_checkpoint(str(folder), "mmap").start_load(chosen, device(1), torch.bfloat16))
+    expected = {name: tensors[name] for name in chosen}
+    expected = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in expected.items()}
+    assert_equal(dict(zip(names, loaded)), expected, 1)
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_parameters_are_filled_from_shards(folder: Path, tensors: dict, route: str, backend: str) -> None:
+    state = {name: torch.zeros_like(tensor, device=device()) for name, tensor in tensors.items()}
+    on_host = {name: torch.zeros_like(tensors[name]) for name in ("large.1", "step")}
+    gc.collect()
+    accelerator.reset_statistics()
+    allocated = accelerator.statistics()["devices"][0]["allocated"]
+    file = OPS._open_checkpoint(str(folder), backend)
+    missing, unexpected = finish(file.start_state({**state, **on_host}, [], "Net", True, ""))
+    assert (missing, unexpected) == ([], [])
+    assert accelerator.statistics()["devices"][0]["peak"] == allocated
+    for name in on_host:
+        assert torch.equal(on_host[name], tensors[name])
+        state.pop(name)
+    assert_equal(state, {name: tensors[name] for name in state})
+
+
+def test_shards_are_saved_from_the_device(tmp_path: Path, folder: Path, tensors: dict, route: str) -> None:
+    there = {name: tensor.to(device()) for name, tensor in tensors.items()}
+    names = save(there, tmp_path / "again")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    found = {k: v for name in names[:-1] for k, v in load_file(tmp_path / "again" / name).items()}
+    assert found.keys() == tensors.keys()
+
+
+def test_a_cancelled_save_leaves_the_folder_alone(folder: Path, tensors: dict, route: str) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    there = {name: tensor.to(device()) + 1 for name, tensor in tensors.items()}
+    save = OPS._plan_sharded_save(there, None, str(folder), "model", MAX_SHARD_BYTES)
+    save.start(False, 0.0)
+    save.cancel()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
