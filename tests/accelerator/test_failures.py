@@ -153,7 +153,7 @@ def cut_short_while_read(path: Path, read: str, model: nn.Module) -> str:
         "get_tensors": file.get_tensors,
         "get_tensor": lambda: file.get_tensor("t11"),
         "get_slice": lambda: file.get_slice("t11")[1000:],
-        "load_model": lambda: native.start_state(dict(model.state_dict()), [], "", True).advance(60.0),
+        "load_model": lambda: native.start_state(dict(model.state_dict()), [], "", True, "").advance(60.0),
     }
     error = SafetensorError if read != "load_model" else RuntimeError
     with pytest.raises(error, match=r"large\.safetensors: the file became shorter.*for tensor \"t(09|1\d)\"") as raised:
