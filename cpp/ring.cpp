@@ -123,18 +123,24 @@ std::optional<Slab> Ring::pin() {
             return std::nullopt;
         }
         ++count_;
+        ++pinning_;
     }
+    std::optional<Slab> slab;
     try {
         const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU).pinned_memory(true);
         at::Tensor memory = at::empty({static_cast<int64_t>(kSlabBytes)}, options);
         if (memory.is_pinned()) {
-            return Slab{std::move(memory), std::nullopt};
+            slab = Slab{std::move(memory), std::nullopt};
         }
     } catch (const std::exception&) {
         // No pinned memory, or no more of it: transfers go without.
     }
-    forget(1);
-    return std::nullopt;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --pinning_;
+    if (!slab) {
+        --count_;
+    }
+    return slab;
 }
 
 void Ring::give(Slab slab) {
@@ -191,7 +197,7 @@ int64_t Ring::release() {
 
 int64_t Ring::bytes() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return static_cast<int64_t>(count_ * kSlabBytes);
+    return static_cast<int64_t>((count_ - pinning_) * kSlabBytes);
 }
 
 }  // namespace safetensors_torch

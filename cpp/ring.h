@@ -91,8 +91,10 @@ class Ring {
 
     std::mutex mutex_;
     std::vector<Slab> waiting_;
-    // Of all slabs.
+    // Of all slabs, and of the places of those that are being pinned.
     size_t count_ = 0;
+    // Of the latter, which may yet be refused.
+    size_t pinning_ = 0;
     // By all transfers since memory was released last.
     uint64_t moved_ = 0;
 };
