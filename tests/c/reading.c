@@ -1,5 +1,4 @@
 /* sft_file: what a file says, and its bytes, on both backends and from memory. */
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -260,35 +259,4 @@ void test_metadata(void) {
         sft_file_free(file);
         free(bytes);
     }
-}
-
-static void* read_often(void* shared) {
-    const sft_file* file = shared;
-    size_t* good = malloc(sizeof *good);
-    *good = 0;
-    for (int i = 0; i < 200; i++) {
-        float matrix[12];
-        size_t index;
-        sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-        if (sft_file_find(file, "matrix", 6, &index) == SFT_OK && sft_file_tensor(file, index, &info) == SFT_OK &&
-            sft_file_read(file, index, matrix, sizeof matrix) == SFT_OK && matrix[11] == 11) {
-            *good += 1;
-        }
-    }
-    return good;
-}
-
-void test_threads(void) {
-    sft_file* file = open_three(SFT_BACKEND_PREAD);
-    pthread_t threads[4];
-    for (int i = 0; i < 4; i++) {
-        CHECK(pthread_create(&threads[i], NULL, read_often, file) == 0);
-    }
-    for (int i = 0; i < 4; i++) {
-        void* good = NULL;
-        CHECK(pthread_join(threads[i], &good) == 0);
-        CHECK(*(size_t*)good == 200);
-        free(good);
-    }
-    sft_file_free(file);
 }

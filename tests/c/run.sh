@@ -1,15 +1,19 @@
 #!/bin/sh
-# Builds the tests of the C interface with sanitizers, against the library in the folder that is given, and runs them:
+# Builds the tests of the C interface with sanitizers, with the shared and with the static library in the folder that
+# is given, and runs them:
 #
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/c/run.sh target/core/release
 #
-# Uses $CC, $CXX and $CFLAGS where they are set.
+# Uses $CC, $CXX and $CFLAGS where they are set. The sanitizers are AddressSanitizer and UndefinedBehaviorSanitizer, or
+# what $SANITIZE says when it compiles, and $SANITIZE_LINK when it links.
 set -eu
 
 library=$(cd "${1:-${SFT_LIBRARY_DIR:?usage: $0 FOLDER_OF_THE_LIBRARY}}" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 header=$here/../../include/safetensors_torch.h
+sanitize=${SANITIZE:--fsanitize=address,undefined -fno-sanitize-recover=all}
+sanitize_link=${SANITIZE_LINK:-$sanitize}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -28,9 +32,23 @@ done
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 
-${CC:-cc} -std=c11 -D_DEFAULT_SOURCE -g -O1 -Wall -Wextra -Werror ${CFLAGS:-} \
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-    -I"$here/../../include" "$here"/*.c -o "$work/tests" \
-    -L"$library" -lsafetensors_torch -pthread -Wl,-rpath,"$work"
-mkdir "$work/files"
-ASAN_OPTIONS=detect_leaks=1:${ASAN_OPTIONS:-} "$work/tests" "$work/files"
+for source in "$here"/*.c; do
+    # shellcheck disable=SC2086 # flags are words
+    ${CC:-cc} -std=c11 -D_DEFAULT_SOURCE -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Werror ${CFLAGS:-} $sanitize \
+        -I"$here/../../include" -c "$source" -o "$work/$(basename "$source" .c).o"
+done
+
+# run NAME LIBRARY...
+run() {
+    program=$work/$1
+    printf '%s library: ' "$1"
+    shift
+    # shellcheck disable=SC2086 # as above
+    ${CC:-cc} ${CFLAGS:-} "$work"/*.o -o "$program" $sanitize_link "$@"
+    mkdir "$work/files"
+    ASAN_OPTIONS=detect_leaks=1:${ASAN_OPTIONS:-} "$program" "$work/files"
+    rm -rf "$work/files"
+}
+
+run shared -L"$library" -lsafetensors_torch -lpthread -Wl,-rpath,"$work"
+run static "$library/libsafetensors_torch.a" -lgcc_s -lutil -lrt -lpthread -lm -ldl
