@@ -18,9 +18,11 @@ expect() {
 
 "$PYTHON" examples/python/quickstart.py "$sample" | expect '^weight +torch.float32 +\(3, 4\)'
 
-make -s -C examples/c PREFIX="$C_PREFIX"
-examples/c/list "$sample" weight | expect '^.*weight.*F32'
-make -s -C examples/c clean
+make -s -C examples/c/inspect clean
+make -s -C examples/c/inspect PREFIX="$C_PREFIX"
+examples/c/inspect/inspect "$sample" | expect '^  F32 +48  weight \[3, 4\]$'
+INSPECT=examples/c/inspect/inspect "$PYTHON" -m pytest -q tests/examples/test_inspect.py
+make -s -C examples/c/inspect clean
 
 cmake -S examples/cpp -B "$WORK/cpp" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch" >/dev/null
 cmake --build "$WORK/cpp" >/dev/null

@@ -1,0 +1,246 @@
+/*
+ * Lists what safetensors files hold: names, dtypes, shapes, sizes, metadata, totals. Reads the headers alone, so that
+ * neither time nor memory follows the size of the tensors.
+ *
+ *     make PREFIX=/usr/local                    # where `make install TORCH=0 PREFIX=...` of the library has put it
+ *     ./inspect model.safetensors               # a line for each tensor, in the order of names
+ *     ./inspect --json *.safetensors            # a JSON object for each file, on a line of its own
+ *
+ * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch -o
+ * inspect
+ *
+ * Ends with 0; with 1 if a file could not be read, or the output not be written; with 2 if the arguments are wrong.
+ */
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <safetensors_torch.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+
+typedef struct total {
+    uint64_t tensors;
+    uint64_t nbytes;
+} total;
+
+/* More dtypes than there are: a library newer than this program may know others. */
+enum { DTYPES = 256 };
+
+typedef struct totals {
+    total all;
+    total by_dtype[DTYPES];
+} totals;
+
+/* ---- Text -------------------------------------------------------------------------------------------------------- */
+
+/* The length of the UTF-8 character at `text`; 0 if there is none. */
+static size_t character_length(const char* text, size_t length) {
+    const unsigned char* s = (const unsigned char*)text;
+    const size_t expected = s[0] < 0x80 ? 1 : s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
+    if (expected > length) {
+        return 0;
+    }
+    for (size_t i = 1; i < expected; i++) {
+        if ((s[i] & 0xc0) != 0x80) {
+            return 0;
+        }
+    }
+    /* Longer than needed, a surrogate, or beyond the last character. */
+    const bool wrong = expected > 1 && ((s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xed && s[1] > 0x9f) ||
+                                        (s[0] == 0xf0 && s[1] < 0x90) || (s[0] == 0xf4 && s[1] > 0x8f));
+    return wrong ? 0 : expected;
+}
+
+/* Writes text as it stands in a JSON string, without the quotes. All control characters are escaped, so that none
+ * reaches a terminal. What is no UTF-8 becomes U+FFFD: names never hold it, paths may. */
+static void put_text(const char* text, size_t length) {
+    size_t begin = 0; /* of what is to be written as it is */
+    for (size_t i = 0; i < length;) {
+        const unsigned char c = (unsigned char)text[i];
+        const size_t step = character_length(text + i, length - i);
+        const unsigned char last = (unsigned char)text[i + (step == 2)];
+        const bool control = c < 0x20 || c == 0x7f || (step == 2 && c == 0xc2 && last < 0xa0);
+        if (step != 0 && !control && c != '"' && c != '\\') {
+            i += step;
+            continue;
+        }
+        fwrite(text + begin, 1, i - begin, stdout);
+        if (step == 0) {
+            fputs("\\ufffd", stdout);
+        } else if (control) {
+            printf("\\u%04x", last);
+        } else {
+            printf("\\%c", c);
+        }
+        i += step == 0 ? 1 : step;
+        begin = i;
+    }
+    fwrite(text + begin, 1, length - begin, stdout);
+}
+
+static void put_shape(const sft_tensor_info* info) {
+    putchar('[');
+    for (size_t axis = 0; axis < info->rank; axis++) {
+        printf("%s%" PRIu64, axis == 0 ? "" : ", ", info->shape[axis]);
+    }
+    putchar(']');
+}
+
+/* ---- One file ---------------------------------------------------------------------------------------------------- */
+
+/* The tensor at `position` in the order of names. */
+static bool tensor_at(const sft_file* file, size_t position, sft_tensor_info* info) {
+    size_t index;
+    return sft_file_sorted(file, position, &index) == SFT_OK && sft_file_tensor(file, index, info) == SFT_OK;
+}
+
+static void add(const sft_tensor_info* info, totals* sums) {
+    sums->all.tensors++;
+    sums->all.nbytes += info->nbytes;
+    if (info->dtype < DTYPES) {
+        sums->by_dtype[info->dtype].tensors++;
+        sums->by_dtype[info->dtype].nbytes += info->nbytes;
+    }
+}
+
+static void print_total(const char* what, const total* sum) {
+    printf("  %-11s %14" PRIu64 "  in %" PRIu64 " tensor%s\n", what, sum->nbytes, sum->tensors,
+           sum->tensors == 1 ? "" : "s");
+}
+
+static bool print_text(const char* path, const sft_file* file) {
+    size_t entries, count;
+    if (sft_file_metadata_count(file, &entries) != SFT_OK || sft_file_count(file, &count) != SFT_OK) {
+        return false;
+    }
+    put_text(path, strlen(path));
+    fputs(":\n", stdout);
+    for (size_t i = 0; i < entries; i++) {
+        sft_str key, value;
+        if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
+            return false;
+        }
+        fputs("  # ", stdout);
+        put_text(key.data, key.length);
+        fputs(" = ", stdout);
+        put_text(value.data, value.length);
+        putchar('\n');
+    }
+    totals sums = {0};
+    for (size_t i = 0; i < count; i++) {
+        sft_tensor_info info = SFT_TENSOR_INFO_INIT;
+        if (!tensor_at(file, i, &info)) {
+            return false;
+        }
+        add(&info, &sums);
+        printf("  %-11s %14" PRIu64 "  ", sft_dtype_code(info.dtype), info.nbytes);
+        put_text(info.name.data, info.name.length);
+        putchar(' ');
+        put_shape(&info);
+        putchar('\n');
+    }
+    for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
+        if (sums.by_dtype[dtype].tensors != 0) {
+            print_total(sft_dtype_code(dtype), &sums.by_dtype[dtype]);
+        }
+    }
+    print_total("total", &sums.all);
+    return true;
+}
+
+static bool print_json(const char* path, const sft_file* file) {
+    int32_t has_metadata;
+    size_t entries, count;
+    if (sft_file_has_metadata(file, &has_metadata) != SFT_OK || sft_file_metadata_count(file, &entries) != SFT_OK ||
+        sft_file_count(file, &count) != SFT_OK) {
+        return false;
+    }
+    fputs("{\"path\": \"", stdout);
+    put_text(path, strlen(path));
+    fputs(has_metadata ? "\", \"metadata\": {" : "\", \"metadata\": null", stdout);
+    for (size_t i = 0; i < entries; i++) {
+        sft_str key, value;
+        if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
+            return false;
+        }
+        fputs(i == 0 ? "\"" : ", \"", stdout);
+        put_text(key.data, key.length);
+        fputs("\": \"", stdout);
+        put_text(value.data, value.length);
+        putchar('"');
+    }
+    fputs(has_metadata ? "}, \"tensors\": [" : ", \"tensors\": [", stdout);
+    totals sums = {0};
+    for (size_t i = 0; i < count; i++) {
+        sft_tensor_info info = SFT_TENSOR_INFO_INIT;
+        if (!tensor_at(file, i, &info)) {
+            return false;
+        }
+        add(&info, &sums);
+        fputs(i == 0 ? "{\"name\": \"" : ", {\"name\": \"", stdout);
+        put_text(info.name.data, info.name.length);
+        printf("\", \"dtype\": \"%s\", \"shape\": ", sft_dtype_code(info.dtype));
+        put_shape(&info);
+        printf(", \"nbytes\": %" PRIu64 ", \"begin\": %" PRIu64 "}", info.nbytes, info.begin);
+    }
+    printf("], \"tensor_count\": %" PRIu64 ", \"nbytes\": %" PRIu64 ", \"dtypes\": {", sums.all.tensors,
+           sums.all.nbytes);
+    const char* comma = "";
+    for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
+        const total* part = &sums.by_dtype[dtype];
+        if (part->tensors != 0) {
+            printf("%s\"%s\": {\"tensor_count\": %" PRIu64 ", \"nbytes\": %" PRIu64 "}", comma, sft_dtype_code(dtype),
+                   part->tensors, part->nbytes);
+            comma = ", ";
+        }
+    }
+    fputs("}}\n", stdout);
+    return true;
+}
+
+static bool inspect(const char* path, bool json) {
+    /* Read, not mapped: a file that another program cuts short meanwhile gives an error, and no signal. */
+    sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+    options.backend = SFT_BACKEND_PREAD;
+    sft_file* file;
+    if (sft_file_open(path, &options, &file) != SFT_OK) {
+        return false;
+    }
+    const bool done = json ? print_json(path, file) : print_text(path, file);
+    sft_file_free(file);
+    return done;
+}
+
+int main(int argc, char** argv) {
+    static const struct option options[] = {{"json", no_argument, NULL, 'j'}, {"help", no_argument, NULL, 'h'}, {0}};
+    static const char usage[] = "usage: inspect [--json] FILE...\n";
+    bool json = false;
+    for (int option; (option = getopt_long(argc, argv, "jh", options, NULL)) != -1;) {
+        if (option == 'h') {
+            return fputs(usage, stdout) == EOF || fflush(stdout) == EOF;
+        }
+        if (option != 'j') {
+            fputs(usage, stderr);
+            return 2;
+        }
+        json = true;
+    }
+    if (optind == argc) {
+        fputs(usage, stderr);
+        return 2;
+    }
+    int status = 0;
+    for (int i = optind; i < argc; i++) {
+        if (!inspect(argv[i], json)) {
+            fprintf(stderr, "inspect: %s\n", sft_last_error_message());
+            status = 1;
+        }
+        /* Now, so that messages about files stand between their lists. */
+        if (fflush(stdout) == EOF || ferror(stdout)) {
+            fprintf(stderr, "inspect: standard output: %s\n", strerror(errno));
+            return 1;
+        }
+    }
+    return status;
+}
