@@ -1,0 +1,108 @@
+// Trains a small module and saves it, so that Python can go on with it, and goes on with what Python saved.
+//
+// Build:  cmake -S examples/cpp/finetune -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
+// Run:    BUILD/finetune FOLDER                                     makes FOLDER/data and FOLDER/model.safetensors
+//         python examples/cpp/finetune/finetune.py FOLDER           trains on, in Python
+//         BUILD/finetune FOLDER                                     trains on, in C++
+//
+// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the folder of the Python
+// package torch.
+//
+// Each checks that the model it loads has exactly the loss that the other one recorded.
+
+#include <ATen/Parallel.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/optim/sgd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <safetensors_torch.hpp>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+constexpr int kSteps = 200;
+
+// The same names as in finetune.py, as a file knows parameters and buffers by their names.
+struct Net : torch::nn::Module {
+    torch::nn::Linear hidden = register_module("hidden", torch::nn::Linear(2, 64));
+    torch::nn::BatchNorm1d norm = register_module("norm", torch::nn::BatchNorm1d(64));
+    torch::nn::Linear output = register_module("output", torch::nn::Linear(64, 1));
+
+    at::Tensor forward(const at::Tensor& x) { return output(at::tanh(norm(hidden(x)))); }
+};
+
+double evaluate(Net& net, const at::Tensor& x, const at::Tensor& y) {
+    const c10::NoGradGuard no_grad;
+    net.eval();
+    return at::mse_loss(net.forward(x), y).item<double>();
+}
+
+void train(Net& net, const at::Tensor& x, const at::Tensor& y) {
+    torch::optim::SGD optimizer(net.parameters(), torch::optim::SGDOptions(0.05));
+    net.train();
+    for (int step = 0; step < kSteps; ++step) {
+        optimizer.zero_grad();
+        at::mse_loss(net.forward(x), y).backward();
+        optimizer.step();
+    }
+}
+
+// Digits enough for the same double to come back.
+std::string exact(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.17g", value);
+    return text;
+}
+
+void run(const std::filesystem::path& folder) {
+    // The order in which a sum is taken may follow the number of threads; finetune.py sets the same number.
+    at::set_num_threads(1);
+    torch::manual_seed(2019);
+    const std::string data_path = folder / "data.safetensors";
+    const std::string model_path = folder / "model.safetensors";
+    Net net;
+    if (std::filesystem::exists(model_path)) {
+        safetensors_torch::load_model(net, model_path);
+    } else {
+        std::filesystem::create_directories(folder);
+        safetensors_torch::Tensors data;
+        data.insert("x", at::randn({256, 2}));
+        data.insert("y", at::sin(2 * data.at("x")).sum(1, /*keepdim=*/true));
+        safetensors_torch::save_file(data, data_path);
+    }
+    const safetensors_torch::Tensors data = safetensors_torch::load_file(data_path);
+    const at::Tensor x = data.at("x"), y = data.at("y");
+
+    const double before = evaluate(net, x, y);
+    if (std::filesystem::exists(model_path)) {
+        const auto metadata = safetensors_torch::File(model_path).metadata();
+        if (exact(before) != exact(std::stod(metadata.at("loss")))) {
+            throw std::runtime_error(model_path + ": its loss was " + metadata.at("loss") + ", not " + exact(before));
+        }
+    }
+    train(net, x, y);
+    const double after = evaluate(net, x, y);
+    std::printf("C++     %d steps: loss %.6f -> %.6f\n", kSteps, before, after);
+    safetensors_torch::save_model(net, model_path, {{"loss", exact(after)}});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        return 2;
+    }
+    try {
+        run(argv[1]);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "finetune: %s\n", error.what());
+        return EXIT_FAILURE;
+    }
+    return EXIT_SUCCESS;
+}
