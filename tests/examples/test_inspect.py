@@ -55,36 +55,30 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run([INSPECT, *arguments], capture_output=True, check=False, **options)
 
 
-def expected(path: Path) -> dict:
-    """What --json has to say of a file, from its header."""
-    content = path.read_bytes() if path.stat().st_size < MEBIBYTE else path.open("rb").read(8 * MEBIBYTE)
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    metadata = header.pop("__metadata__", None)
+def read_header(path: Path) -> tuple[dict, int]:
+    """The header, and where the data begin."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), 8 + length
+
+
+def expected(path: Path, shards: list[Path] | None = None) -> dict:
+    """What --json has to say of a file, or of a checkpoint of several, from the headers."""
+    total = {"tensor_count": 0, "nbytes": 0}
     dtypes: dict[str, dict[str, int]] = {}
-    tensors = []
-    for name, item in sorted(header.items(), key=lambda item: item[0].encode()):
-        begin, end = item["data_offsets"]
-        tensors.append(
-            {
-                "name": name,
-                "dtype": item["dtype"],
-                "shape": item["shape"],
-                "nbytes": end - begin,
-                "begin": 8 + length + begin,
-            }
-        )
-        sums = dtypes.setdefault(item["dtype"], {"tensor_count": 0, "nbytes": 0})
-        sums["tensor_count"] += 1
-        sums["nbytes"] += end - begin
-    return {
-        "path": str(path),
-        "metadata": metadata,
-        "tensors": tensors,
-        "tensor_count": len(tensors),
-        "nbytes": sum(tensor["nbytes"] for tensor in tensors),
-        "dtypes": dtypes,
-    }
+    listed = []
+    for shard in shards or [path]:
+        header, data = read_header(shard)
+        metadata = header.pop("__metadata__", None)
+        tensors = []
+        for name, item in sorted(header.items(), key=lambda item: item[0].encode()):
+            begin, end = item.pop("data_offsets")
+            tensors.append({"name": name, **item, "nbytes": end - begin, "begin": data + begin})
+            for sums in (total, dtypes.setdefault(item["dtype"], {"tensor_count": 0, "nbytes": 0})):
+                sums["tensor_count"] += 1
+                sums["nbytes"] += end - begin
+        listed.append({"name": shard.name, "metadata": metadata, "tensors": tensors})
+    return {"path": str(path), "shards": listed, **total, "dtypes": dtypes}
 
 
 def escaped(text: str) -> str:
@@ -118,26 +112,74 @@ def test_json_says_what_the_header_says(path: Path) -> None:
     assert result.stdout.count(b"\n") == 1
 
 
+def text_lines(content: dict) -> list[str]:
+    """What the program has to say, in words, of what expected() gives, up to the totals."""
+    lines = [f"{content['path']}:"]
+    for shard in content["shards"]:
+        lines += [f"{shard['name']}:"] if len(content["shards"]) > 1 else []
+        entries = sorted((shard["metadata"] or {}).items(), key=lambda item: item[0].encode())
+        lines += [f"  # {escaped(key)} = {escaped(value)}" for key, value in entries]
+        lines += [
+            f"  {item['dtype']:11} {item['nbytes']:14}  {escaped(item['name'])} {item['shape']}"
+            for item in shard["tensors"]
+        ]
+    return lines
+
+
+def total_lines(content: dict) -> list[str]:
+    return [
+        f"  {what:11} {sums['nbytes']:14}  in {sums['tensor_count']} tensor{'' if sums['tensor_count'] == 1 else 's'}"
+        for what, sums in [*content["dtypes"].items(), ("total", content)]
+    ]
+
+
 def test_text_says_what_the_header_says(path: Path) -> None:
     result = run(path)
     assert (result.returncode, result.stderr) == (0, b"")
-    content = expected(path)
-    want = [f"{path}:"]
-    entries = sorted((content["metadata"] or {}).items(), key=lambda item: item[0].encode())
-    want += [f"  # {escaped(key)} = {escaped(value)}" for key, value in entries]
-    want += [
-        f"  {item['dtype']:11} {item['nbytes']:14}  {escaped(item['name'])} {item['shape']}"
-        for item in content["tensors"]
-    ]
     lines = result.stdout.decode().split("\n")
     assert lines.pop() == ""
+    content = expected(path)
+    want = text_lines(content)
     assert lines[: len(want)] == want
+    assert sorted(lines[len(want) :]) == sorted(total_lines(content))
+    assert lines[-1] == total_lines(content)[-1]
 
-    sums = content["dtypes"] | {"total": {"tensor_count": content["tensor_count"], "nbytes": content["nbytes"]}}
-    assert sorted(lines[len(want) :]) == sorted(
-        f"  {what:11} {sum['nbytes']:14}  in {sum['tensor_count']} tensor{'' if sum['tensor_count'] == 1 else 's'}"
-        for what, sum in sums.items()
-    )
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> list[Path]:
+    """The folder of a checkpoint of two files, its index, and the files."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    contents = [{"b": ("F32", [2], 8), "d": ("I8", [3], 3)}, {"a": ("F32", [1], 4), "c": ("BF16", [0], 0)}]
+    index = folder / "model.safetensors.index.json"
+    files = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file, content, metadata in zip(files, contents, ({"format": "pt"}, None)):
+        write(file, content, metadata)
+    weight_map = {name: file.name for file, content in zip(files, contents) for name in content}
+    index.write_text(json.dumps({"metadata": {"total_size": 15}, "weight_map": weight_map}))
+    return [folder, index, *files]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["folder", "index"])
+def test_a_checkpoint_is_listed_by_its_shards(sharded: list[Path], which: int) -> None:
+    path, files = sharded[which], sharded[2:]
+    content = expected(path, files)
+    result = run("--json", path)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert json.loads(result.stdout) == content
+    result = run(path)
+    assert (result.returncode, result.stderr) == (0, b"")
+    lines = result.stdout.decode().splitlines()
+    want = text_lines(content)
+    assert lines[: len(want)] == want
+    assert sorted(lines[len(want) :]) == sorted(total_lines(content))
+
+
+def test_a_checkpoint_that_misses_a_shard_is_an_error(sharded: list[Path]) -> None:
+    sharded[3].unlink()
+    result = run("--json", sharded[0])
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert sharded[3].name.encode() in result.stderr
 
 
 def test_several_files_give_a_json_object_each(tmp_path: Path) -> None:
@@ -161,7 +203,7 @@ def test_a_path_that_is_not_utf8_gives_valid_json(tmp_path: Path) -> None:
     ("content", "message"),
     [
         pytest.param(None, "No such file or directory", id="missing"),
-        pytest.param("folder", "directory", id="a folder"),
+        pytest.param("folder", "folder", id="a folder"),
         pytest.param(encode({"a": ("F32", [4], 16)}) + bytes(15), "15", id="cut short"),
         pytest.param(encode({"a": ("F32", [4], 16)})[:30], "header", id="header cut short"),
         pytest.param(b"", "0 byte", id="empty"),
@@ -187,13 +229,13 @@ def test_a_bad_file_is_told_and_the_others_listed(tmp_path: Path, content: bytes
 def test_wrong_arguments_give_the_usage(arguments: list[str]) -> None:
     result = run(*arguments)
     assert (result.returncode, result.stdout) == (2, b"")
-    assert b"usage: inspect [--json] FILE...\n" in result.stderr
+    assert b"usage: inspect [--json] FILE_OR_FOLDER...\n" in result.stderr
 
 
 def test_help_is_no_error() -> None:
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout == b"usage: inspect [--json] FILE...\n"
+    assert result.stdout == b"usage: inspect [--json] FILE_OR_FOLDER...\n"
 
 
 @pytest.fixture(scope="module")

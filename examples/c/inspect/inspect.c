@@ -2,9 +2,10 @@
  * Lists what safetensors files hold: names, dtypes, shapes, sizes, metadata, totals. Reads the headers alone, so that
  * neither time nor memory follows the size of the tensors.
  *
- *     make PREFIX=/usr/local                    # where `make install TORCH=0 PREFIX=...` of the library has put it
- *     ./inspect model.safetensors               # a line for each tensor, in the order of names
- *     ./inspect --json *.safetensors            # a JSON object for each file, on a line of its own
+ *     make PREFIX=/usr/local               # where `make install TORCH=0 PREFIX=...` of the library has put it
+ *     ./inspect model.safetensors          # a line for each tensor, in the order of names
+ *     ./inspect FOLDER                     # the shards of a checkpoint, by its index
+ *     ./inspect --json *.safetensors       # a JSON object for each argument, on a line of its own
  *
  * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch -o
  * inspect
@@ -89,12 +90,6 @@ static void put_shape(const sft_tensor_info* info) {
 
 /* ---- One file ---------------------------------------------------------------------------------------------------- */
 
-/* The tensor at `position` in the order of names. */
-static bool tensor_at(const sft_file* file, size_t position, sft_tensor_info* info) {
-    size_t index;
-    return sft_file_sorted(file, position, &index) == SFT_OK && sft_file_tensor(file, index, info) == SFT_OK;
-}
-
 static void add(const sft_tensor_info* info, totals* sums) {
     sums->all.tensors++;
     sums->all.nbytes += info->nbytes;
@@ -104,18 +99,17 @@ static void add(const sft_tensor_info* info, totals* sums) {
     }
 }
 
-static void print_total(const char* what, const total* sum) {
-    printf("  %-11s %14" PRIu64 "  in %" PRIu64 " tensor%s\n", what, sum->nbytes, sum->tensors,
-           sum->tensors == 1 ? "" : "s");
+/* The tensor at `position` in the order of names. */
+static bool tensor_at(const sft_file* file, size_t position, sft_tensor_info* info) {
+    size_t index;
+    return sft_file_sorted(file, position, &index) == SFT_OK && sft_file_tensor(file, index, info) == SFT_OK;
 }
 
-static bool print_text(const char* path, const sft_file* file) {
+static bool print_file(const sft_file* file, totals* sums) {
     size_t entries, count;
     if (sft_file_metadata_count(file, &entries) != SFT_OK || sft_file_count(file, &count) != SFT_OK) {
         return false;
     }
-    put_text(path, strlen(path));
-    fputs(":\n", stdout);
     for (size_t i = 0; i < entries; i++) {
         sft_str key, value;
         if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
@@ -127,38 +121,29 @@ static bool print_text(const char* path, const sft_file* file) {
         put_text(value.data, value.length);
         putchar('\n');
     }
-    totals sums = {0};
     for (size_t i = 0; i < count; i++) {
         sft_tensor_info info = SFT_TENSOR_INFO_INIT;
         if (!tensor_at(file, i, &info)) {
             return false;
         }
-        add(&info, &sums);
+        add(&info, sums);
         printf("  %-11s %14" PRIu64 "  ", sft_dtype_code(info.dtype), info.nbytes);
         put_text(info.name.data, info.name.length);
         putchar(' ');
         put_shape(&info);
         putchar('\n');
     }
-    for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
-        if (sums.by_dtype[dtype].tensors != 0) {
-            print_total(sft_dtype_code(dtype), &sums.by_dtype[dtype]);
-        }
-    }
-    print_total("total", &sums.all);
     return true;
 }
 
-static bool print_json(const char* path, const sft_file* file) {
+static bool print_file_json(const sft_file* file, totals* sums) {
     int32_t has_metadata;
     size_t entries, count;
     if (sft_file_has_metadata(file, &has_metadata) != SFT_OK || sft_file_metadata_count(file, &entries) != SFT_OK ||
         sft_file_count(file, &count) != SFT_OK) {
         return false;
     }
-    fputs("{\"path\": \"", stdout);
-    put_text(path, strlen(path));
-    fputs(has_metadata ? "\", \"metadata\": {" : "\", \"metadata\": null", stdout);
+    fputs(has_metadata ? "\"metadata\": {" : "\"metadata\": null", stdout);
     for (size_t i = 0; i < entries; i++) {
         sft_str key, value;
         if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
@@ -171,27 +156,97 @@ static bool print_json(const char* path, const sft_file* file) {
         putchar('"');
     }
     fputs(has_metadata ? "}, \"tensors\": [" : ", \"tensors\": [", stdout);
-    totals sums = {0};
     for (size_t i = 0; i < count; i++) {
         sft_tensor_info info = SFT_TENSOR_INFO_INIT;
         if (!tensor_at(file, i, &info)) {
             return false;
         }
-        add(&info, &sums);
+        add(&info, sums);
         fputs(i == 0 ? "{\"name\": \"" : ", {\"name\": \"", stdout);
         put_text(info.name.data, info.name.length);
         printf("\", \"dtype\": \"%s\", \"shape\": ", sft_dtype_code(info.dtype));
         put_shape(&info);
         printf(", \"nbytes\": %" PRIu64 ", \"begin\": %" PRIu64 "}", info.nbytes, info.begin);
     }
-    printf("], \"tensor_count\": %" PRIu64 ", \"nbytes\": %" PRIu64 ", \"dtypes\": {", sums.all.tensors,
-           sums.all.nbytes);
+    putchar(']');
+    return true;
+}
+
+/* ---- One checkpoint ---------------------------------------------------------------------------------------------- */
+
+static void print_total(const char* what, const total* sum) {
+    printf("  %-11s %14" PRIu64 "  in %" PRIu64 " tensor%s\n", what, sum->nbytes, sum->tensors,
+           sum->tensors == 1 ? "" : "s");
+}
+
+/* A file is a checkpoint of one shard. */
+static bool print_checkpoint(const char* path, const sft_checkpoint* checkpoint) {
+    size_t shards;
+    if (sft_checkpoint_shard_count(checkpoint, &shards) != SFT_OK) {
+        return false;
+    }
+    put_text(path, strlen(path));
+    fputs(":\n", stdout);
+    totals sums = {0};
+    for (size_t i = 0; i < shards; i++) {
+        sft_str name;
+        const sft_file* file;
+        if (sft_checkpoint_shard(checkpoint, i, &name, &file) != SFT_OK) {
+            return false;
+        }
+        if (shards != 1) {
+            put_text(name.data, name.length);
+            fputs(":\n", stdout);
+        }
+        if (!print_file(file, &sums)) {
+            return false;
+        }
+    }
+    for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
+        if (sums.by_dtype[dtype].tensors != 0) {
+            print_total(sft_dtype_code(dtype), &sums.by_dtype[dtype]);
+        }
+    }
+    print_total("total", &sums.all);
+    return true;
+}
+
+static void print_total_json(const total* sum) {
+    printf("\"tensor_count\": %" PRIu64 ", \"nbytes\": %" PRIu64, sum->tensors, sum->nbytes);
+}
+
+static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkpoint) {
+    size_t shards;
+    if (sft_checkpoint_shard_count(checkpoint, &shards) != SFT_OK) {
+        return false;
+    }
+    fputs("{\"path\": \"", stdout);
+    put_text(path, strlen(path));
+    fputs("\", \"shards\": [", stdout);
+    totals sums = {0};
+    for (size_t i = 0; i < shards; i++) {
+        sft_str name;
+        const sft_file* file;
+        if (sft_checkpoint_shard(checkpoint, i, &name, &file) != SFT_OK) {
+            return false;
+        }
+        fputs(i == 0 ? "{\"name\": \"" : ", {\"name\": \"", stdout);
+        put_text(name.data, name.length);
+        fputs("\", ", stdout);
+        if (!print_file_json(file, &sums)) {
+            return false;
+        }
+        putchar('}');
+    }
+    fputs("], ", stdout);
+    print_total_json(&sums.all);
+    fputs(", \"dtypes\": {", stdout);
     const char* comma = "";
     for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
-        const total* part = &sums.by_dtype[dtype];
-        if (part->tensors != 0) {
-            printf("%s\"%s\": {\"tensor_count\": %" PRIu64 ", \"nbytes\": %" PRIu64 "}", comma, sft_dtype_code(dtype),
-                   part->tensors, part->nbytes);
+        if (sums.by_dtype[dtype].tensors != 0) {
+            printf("%s\"%s\": {", comma, sft_dtype_code(dtype));
+            print_total_json(&sums.by_dtype[dtype]);
+            putchar('}');
             comma = ", ";
         }
     }
@@ -203,18 +258,18 @@ static bool inspect(const char* path, bool json) {
     /* Read, not mapped: a file that another program cuts short meanwhile gives an error, and no signal. */
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.backend = SFT_BACKEND_PREAD;
-    sft_file* file;
-    if (sft_file_open(path, &options, &file) != SFT_OK) {
+    sft_checkpoint* checkpoint;
+    if (sft_checkpoint_open(path, &options, &checkpoint) != SFT_OK) {
         return false;
     }
-    const bool done = json ? print_json(path, file) : print_text(path, file);
-    sft_file_free(file);
+    const bool done = json ? print_checkpoint_json(path, checkpoint) : print_checkpoint(path, checkpoint);
+    sft_checkpoint_free(checkpoint);
     return done;
 }
 
 int main(int argc, char** argv) {
     static const struct option options[] = {{"json", no_argument, NULL, 'j'}, {"help", no_argument, NULL, 'h'}, {0}};
-    static const char usage[] = "usage: inspect [--json] FILE...\n";
+    static const char usage[] = "usage: inspect [--json] FILE_OR_FOLDER...\n";
     bool json = false;
     for (int option; (option = getopt_long(argc, argv, "jh", options, NULL)) != -1;) {
         if (option == 'h') {
