@@ -1,5 +1,5 @@
-/*
- * safetensors files in C: read, check and write them, without torch.
+/** @file
+ * safetensors files in C: read, check and write them, without torch. A guide with whole programs is docs/c.md.
  *
  *     #include <safetensors_torch.h>
  *
@@ -9,14 +9,15 @@
  *         use(data);                                   // points into the file, until it is freed
  *     sft_file_free(file);
  *
- * Link with -lsafetensors_torch. Needs C11, or C++.
+ * Link with -lsafetensors_torch, or with what `pkg-config --libs safetensors_torch-c` says. Needs C11, or C++.
  *
  * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_message()
  * then says in words what was wrong, with what, and what to do. A pointer that is NULL where something must be is
  * SFT_ERROR_INVALID_ARGUMENT, so is one that is not aligned for its type; arrays of length 0 may be NULL. A place for
  * a result is left alone when the call fails, unless its function says otherwise. No function ends the process: a bug
  * inside the library becomes SFT_ERROR_PANIC. Every function that takes a handle of a closed file returns
- * SFT_ERROR_CLOSED, except sft_file_close and sft_file_free.
+ * SFT_ERROR_CLOSED, except sft_file_close and sft_file_free. What a function lists under "Errors" is what it returns
+ * besides these, without the SFT_ERROR_ in front; "A to B" means the numbers between too.
  *
  * Text. Names, metadata keys and values are UTF-8 and may hold every character, NUL too, so they come and go with a
  * length in bytes, and do not end in NUL. Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. Paths are bytes that
@@ -31,7 +32,8 @@
  * Units. Sizes, offsets and lengths are bytes; shapes, ranges and ranks are elements and dimensions.
  *
  * Versions. A struct with struct_size as its first field may grow at its end: initialize it with its _INIT macro, which
- * sets the size; library and program may then be of different versions. Numbers are never reused.
+ * sets the size; library and program may then be of different versions. Fields that the library does not know must be
+ * 0, and a size that was never set is refused, both with SFT_ERROR_INVALID_ARGUMENT. Numbers are never reused.
  */
 #ifndef SAFETENSORS_TORCH_H
 #define SAFETENSORS_TORCH_H
@@ -43,255 +45,270 @@
 extern "C" {
 #endif
 
-/* The version of this header. */
+/** The version of this header: text such as "0.1.0". */
 #define SFT_VERSION_STRING "0.1.0"
 
-/* The version of the library that is linked: text that ends in NUL, and is valid for ever. */
+/** The version of the library that is linked: text that ends in NUL, and is valid for ever. */
 const char* sft_version(void);
 
 /* ---- Status ------------------------------------------------------------------------------------------------------ */
 
-/* SFT_OK or one of the SFT_ERROR_ numbers; more of them may come. */
+/** SFT_OK or one of the SFT_ERROR_ numbers; more of them may come. */
 typedef int32_t sft_status;
 
+/** Every status. */
 enum {
-    SFT_OK = 0,
-    SFT_ERROR_INVALID_ARGUMENT = 1,   /* an argument that no call of this kind takes */
-    SFT_ERROR_IO = 2,                 /* the operating system refused; sft_last_os_error() is its errno */
-    SFT_ERROR_FILE_TOO_SMALL = 3,     /* fewer than the 8 bytes of the header length */
-    SFT_ERROR_HEADER_TOO_LARGE = 4,   /* a header of more than 100,000,000 bytes */
-    SFT_ERROR_HEADER_TRUNCATED = 5,   /* the header runs past the end of the file */
-    SFT_ERROR_FOREIGN_FORMAT = 6,     /* a Git LFS pointer, an HTML page, a zip, a pickle, ... */
-    SFT_ERROR_HEADER_UTF8 = 7,        /* the header is not UTF-8 */
-    SFT_ERROR_HEADER_JSON = 8,        /* the header is not the JSON that the format asks for */
-    SFT_ERROR_DUPLICATE = 9,          /* a name, a field or a metadata key that stands twice */
-    SFT_ERROR_UNKNOWN_DTYPE = 10,     /* a dtype code that the format does not know */
-    SFT_ERROR_SHAPE_OVERFLOW = 11,    /* a shape whose elements, bytes or strides do not fit in 63 bits */
-    SFT_ERROR_SIZE_MISMATCH = 12,     /* data offsets that do not span what dtype and shape need */
-    SFT_ERROR_OFFSETS = 13,           /* data offsets that are reversed, overlap, or leave a hole */
-    SFT_ERROR_DATA_LENGTH = 14,       /* bytes missing after, or left over behind, the last tensor */
-    SFT_ERROR_TENSOR_NOT_FOUND = 15,  /* no tensor of that name */
-    SFT_ERROR_RESERVED_NAME = 16,     /* a tensor called __metadata__ */
-    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /* a dtype number that no SFT_DTYPE_ constant has */
-    SFT_ERROR_SLICE = 18,             /* outside the tensor, of step 0, or splitting a byte */
-    SFT_ERROR_BUFFER_SIZE = 19,       /* a buffer of the wrong size */
-    SFT_ERROR_CLOSED = 20,            /* the file was closed */
-    SFT_ERROR_FILE_CHANGED = 21,      /* the file became shorter while it was open */
-    SFT_ERROR_PANIC = 22,             /* a bug of this library */
-    SFT_ERROR_INDEX = 23 /* an index of a checkpoint that is malformed, names files outside its folder or does
-                            not fit its files; a folder that holds no checkpoint, or several */
+    SFT_OK = 0,                       /**< done */
+    SFT_ERROR_INVALID_ARGUMENT = 1,   /**< an argument that no call of this kind takes */
+    SFT_ERROR_IO = 2,                 /**< the operating system refused; sft_last_os_error() is its errno */
+    SFT_ERROR_FILE_TOO_SMALL = 3,     /**< fewer than the 8 bytes of the header length */
+    SFT_ERROR_HEADER_TOO_LARGE = 4,   /**< a header of more than 100,000,000 bytes */
+    SFT_ERROR_HEADER_TRUNCATED = 5,   /**< the header runs past the end of the file */
+    SFT_ERROR_FOREIGN_FORMAT = 6,     /**< a Git LFS pointer, an HTML page, a zip, a pickle, ... */
+    SFT_ERROR_HEADER_UTF8 = 7,        /**< the header is not UTF-8 */
+    SFT_ERROR_HEADER_JSON = 8,        /**< the header is not the JSON that the format asks for */
+    SFT_ERROR_DUPLICATE = 9,          /**< a name, a field or a metadata key that stands twice */
+    SFT_ERROR_UNKNOWN_DTYPE = 10,     /**< a dtype code that the format does not know */
+    SFT_ERROR_SHAPE_OVERFLOW = 11,    /**< a shape whose elements, bytes or strides do not fit in 63 bits */
+    SFT_ERROR_SIZE_MISMATCH = 12,     /**< data offsets that do not span what dtype and shape need */
+    SFT_ERROR_OFFSETS = 13,           /**< data offsets that are reversed, overlap, or leave a hole */
+    SFT_ERROR_DATA_LENGTH = 14,       /**< bytes missing after, or left over behind, the last tensor */
+    SFT_ERROR_TENSOR_NOT_FOUND = 15,  /**< no tensor of that name */
+    SFT_ERROR_RESERVED_NAME = 16,     /**< a tensor called `__metadata__` */
+    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /**< a dtype number that no SFT_DTYPE_ constant has */
+    SFT_ERROR_SLICE = 18,             /**< outside the tensor, of step 0, or splitting a byte */
+    SFT_ERROR_BUFFER_SIZE = 19,       /**< a buffer of the wrong size */
+    SFT_ERROR_CLOSED = 20,            /**< the file was closed */
+    SFT_ERROR_FILE_CHANGED = 21,      /**< the file became shorter while it was open */
+    SFT_ERROR_PANIC = 22,             /**< a bug of this library */
+    SFT_ERROR_INDEX = 23 /**< an index of a checkpoint that is malformed, names files outside its folder or does
+                              not fit its files; a folder that holds no checkpoint, or several */
 };
 
-/* The name of a status, such as "SFT_ERROR_IO"; "unknown status" for a number that this version does not know. Ends in
+/** The name of a status, such as "SFT_ERROR_IO"; "unknown status" for a number that this version does not know. Ends in
  * NUL, is valid for ever, never NULL. */
 const char* sft_status_name(sft_status status);
 
-/* What a status means, in a few words; for what went wrong in one call see sft_last_error_message. Ends in NUL, is
+/** What a status means, in a few words; for what went wrong in one call see sft_last_error_message. Ends in NUL, is
  * valid for ever, never NULL. */
 const char* sft_status_message(sft_status status);
 
-/* What went wrong in the last call of the calling thread that failed: one line that names the file, the tensor and the
+/** What went wrong in the last call of the calling thread that failed: one line that names the file, the tensor and the
  * remedy; "" before the first failure. A call that succeeds leaves it as it is. UTF-8 that ends in NUL (a NUL in a name
- * is written \0), valid until the next call of this thread that fails, never NULL. */
+ * is written `\0`), valid until the next call of this thread that fails, never NULL. */
 const char* sft_last_error_message(void);
 
-/* errno of the last call of the calling thread that failed, if the operating system refused it; otherwise 0. */
+/** errno of the last call of the calling thread that failed, if the operating system refused it; otherwise 0. A call
+ * that succeeds leaves it as it is. */
 int32_t sft_last_os_error(void);
 
 /* ---- Element types ----------------------------------------------------------------------------------------------- */
 
-/* One of the SFT_DTYPE_ numbers; more of them may come. */
+/** One of the SFT_DTYPE_ numbers; more of them may come. */
 typedef uint32_t sft_dtype;
 
+/** Every element type. Elements are little-endian. */
 enum {
-    SFT_DTYPE_BOOL = 0,    /* a byte, 0 or 1 */
-    SFT_DTYPE_F4 = 1,      /* 4-bit float (e2m1), two to a byte */
-    SFT_DTYPE_F6_E2M3 = 2, /* 6-bit floats, four to three bytes */
-    SFT_DTYPE_F6_E3M2 = 3,
-    SFT_DTYPE_U8 = 4,
-    SFT_DTYPE_I8 = 5,
-    SFT_DTYPE_F8_E5M2 = 6, /* 8-bit floats */
-    SFT_DTYPE_F8_E4M3 = 7,
-    SFT_DTYPE_F8_E8M0 = 8, /* an exponent alone: a scale */
-    SFT_DTYPE_F8_E4M3FNUZ = 9,
-    SFT_DTYPE_F8_E5M2FNUZ = 10,
-    SFT_DTYPE_I16 = 11,
-    SFT_DTYPE_U16 = 12,
-    SFT_DTYPE_F16 = 13,  /* IEEE 754 binary16 */
-    SFT_DTYPE_BF16 = 14, /* bfloat16 */
-    SFT_DTYPE_I32 = 15,
-    SFT_DTYPE_U32 = 16,
-    SFT_DTYPE_F32 = 17, /* float */
-    SFT_DTYPE_C64 = 18, /* two floats: real, imaginary */
-    SFT_DTYPE_F64 = 19, /* double */
-    SFT_DTYPE_I64 = 20,
-    SFT_DTYPE_U64 = 21
+    SFT_DTYPE_BOOL = 0,         /**< a byte, 0 or 1 */
+    SFT_DTYPE_F4 = 1,           /**< 4-bit float (e2m1), two to a byte */
+    SFT_DTYPE_F6_E2M3 = 2,      /**< 6-bit float, four to three bytes */
+    SFT_DTYPE_F6_E3M2 = 3,      /**< 6-bit float, four to three bytes */
+    SFT_DTYPE_U8 = 4,           /**< uint8_t */
+    SFT_DTYPE_I8 = 5,           /**< int8_t */
+    SFT_DTYPE_F8_E5M2 = 6,      /**< 8-bit float */
+    SFT_DTYPE_F8_E4M3 = 7,      /**< 8-bit float without infinities (e4m3fn) */
+    SFT_DTYPE_F8_E8M0 = 8,      /**< an exponent alone: a scale */
+    SFT_DTYPE_F8_E4M3FNUZ = 9,  /**< 8-bit float without infinities and negative zero */
+    SFT_DTYPE_F8_E5M2FNUZ = 10, /**< 8-bit float without infinities and negative zero */
+    SFT_DTYPE_I16 = 11,         /**< int16_t */
+    SFT_DTYPE_U16 = 12,         /**< uint16_t */
+    SFT_DTYPE_F16 = 13,         /**< IEEE 754 binary16 */
+    SFT_DTYPE_BF16 = 14,        /**< bfloat16 */
+    SFT_DTYPE_I32 = 15,         /**< int32_t */
+    SFT_DTYPE_U32 = 16,         /**< uint32_t */
+    SFT_DTYPE_F32 = 17,         /**< float */
+    SFT_DTYPE_C64 = 18,         /**< two floats: real, imaginary */
+    SFT_DTYPE_F64 = 19,         /**< double */
+    SFT_DTYPE_I64 = 20,         /**< int64_t */
+    SFT_DTYPE_U64 = 21          /**< uint64_t */
 };
 
-/* The code of a dtype in a file, such as "F32"; NULL for a number that no dtype has. Ends in NUL, is valid for ever. */
+/** The code of a dtype in a file, such as "F32", which ends in NUL and is valid for ever; NULL for a number that no
+ * dtype has. */
 const char* sft_dtype_code(sft_dtype dtype);
 
-/* The width of one element in bits (4, 6, or a multiple of 8); 0 for a number that no dtype has. */
+/** The width of one element in bits (4, 6, or a multiple of 8); 0 for a number that no dtype has. */
 uint32_t sft_dtype_bits(sft_dtype dtype);
 
-/* The dtype of a code, which ends in NUL.
+/** The dtype of a code, which ends in NUL.
  * Errors: UNKNOWN_DTYPE. */
 sft_status sft_dtype_from_code(const char* code, sft_dtype* dtype);
 
-/* How many bytes a tensor of this dtype and shape takes. `shape` has `rank` dimensions; rank 0 is a scalar.
+/** How many bytes a tensor of this dtype and shape takes. `shape` has `rank` dimensions; rank 0 is a scalar.
  * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH (the elements end in the middle of a byte). */
 sft_status sft_dtype_nbytes(sft_dtype dtype, const uint64_t* shape, size_t rank, uint64_t* nbytes);
 
 /* ---- Reading: files ---------------------------------------------------------------------------------------------- */
 
-/* Text with a length in bytes: UTF-8 that does not end in NUL, and may hold it. */
+/** Text with a length in bytes: UTF-8 that does not end in NUL, and may hold it. */
 typedef struct sft_str {
-    const char* data;
-    size_t length;
+    const char* data; /**< the first byte; printf("%.*s", (int)length, data) prints the text */
+    size_t length;    /**< in bytes */
 } sft_str;
 
-/* An open file: its header, checked, and the way to its bytes. */
+/** An open file: its header, checked, and the way to its bytes. From sft_file_open, sft_file_open_buffer or
+ * sft_checkpoint_shard. */
 typedef struct sft_file sft_file;
 
-/* How the tensors of a file come into memory. */
+/** How the tensors of a file come into memory. */
 typedef uint32_t sft_backend;
 
+/** Every backend. */
 enum {
-    SFT_BACKEND_MMAP = 0, /* the file is mapped; nothing is copied until it is read */
-    SFT_BACKEND_PREAD = 1 /* the file is read; for network file systems, and for files that others may cut short */
+    SFT_BACKEND_MMAP = 0, /**< the file is mapped, privately; nothing is copied until it is read */
+    SFT_BACKEND_PREAD = 1 /**< the file is read; for network file systems, and for files that others may cut short */
 };
 
-/* When the pages of a mapped file are brought in, which otherwise cost a page fault every few pages where they are
+/** When the pages of a mapped file are brought in, which otherwise cost a page fault every few pages where they are
  * touched first, and a wait for the disk where the file is not in memory. No matter with SFT_BACKEND_PREAD. */
 typedef uint32_t sft_prefault;
 
+/** Every time at which pages may be brought in. */
 enum {
-    SFT_PREFAULT_NONE = 0,       /* when they are touched */
-    SFT_PREFAULT_BACKGROUND = 1, /* by threads of their own, while the caller goes on; what is not in memory yet is read
-                                    with large reads, unless the file takes more than half of the memory available */
-    SFT_PREFAULT_WAIT = 2        /* before sft_file_open returns */
+    SFT_PREFAULT_NONE = 0,       /**< when they are touched */
+    SFT_PREFAULT_BACKGROUND = 1, /**< by threads of their own, while the caller goes on, for files of 16 MiB and more;
+                                      what is not in memory yet is read with large reads, unless the file takes more
+                                      than half of the memory available */
+    SFT_PREFAULT_WAIT = 2        /**< before sft_file_open returns */
 };
 
+/** How a file is opened. */
 typedef struct sft_open_options {
-    size_t struct_size;    /* sizeof(sft_open_options) */
-    sft_backend backend;   /* SFT_BACKEND_MMAP */
-    sft_prefault prefault; /* SFT_PREFAULT_NONE */
+    size_t struct_size;    /**< sizeof(sft_open_options) */
+    sft_backend backend;   /**< how tensors come into memory; SFT_BACKEND_MMAP unless set */
+    sft_prefault prefault; /**< when mapped pages are brought in; SFT_PREFAULT_NONE unless set */
 } sft_open_options;
 
+/** The defaults of sft_open_options. */
 #define SFT_OPEN_OPTIONS_INIT {sizeof(sft_open_options), SFT_BACKEND_MMAP, SFT_PREFAULT_NONE}
 
-/* Opens the file at `path`, and checks its header against the format and the length of the file. `options` may be NULL
+/** Opens the file at `path`, and checks its header against the format and the length of the file. `options` may be NULL
  * for the defaults. `*file` becomes a handle to free with sft_file_free, or NULL on an error.
  *
  * With SFT_BACKEND_MMAP, a file that another process changes in place changes in memory too, and one that it cuts short
- * ends this process with SIGBUS when the lost part is touched. A file that is replaced by rename, as this library does,
- * is safe.
+ * ends this process with SIGBUS when the lost part is touched, be it by sft_file_read. A file that is replaced by
+ * rename, as this library does, is safe. With SFT_BACKEND_PREAD a file that is cut short is an error, and one that is
+ * changed gives whatever it holds when it is read.
  *
- * Errors: IO; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME for what is no valid file; FILE_CHANGED. */
+ * Errors: IO, also for what is no regular file; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME for what is no valid
+ * file; FILE_CHANGED; INVALID_ARGUMENT for a backend or a prefault that there is not. */
 sft_status sft_file_open(const char* path, const sft_open_options* options, sft_file** file);
 
-/* Reads the header of a file whose `nbytes` bytes lie in memory. The bytes are borrowed: they must stay where they are,
- * unchanged, until the handle is closed or freed. `*file` becomes a handle to free with sft_file_free, or NULL on an
- * error.
+/** Reads the header of a file whose `nbytes` bytes lie in memory. The bytes are borrowed: they must stay where they
+ * are, unchanged, until the handle is closed or freed. `*file` becomes a handle to free with sft_file_free, or NULL on
+ * an error.
  * Errors: FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME. */
 sft_status sft_file_open_buffer(const void* data, size_t nbytes, sft_file** file);
 
-/* Closes the file, and takes back everything that the handle lent; the handle itself stays until sft_file_free. Closing
- * twice is no error. No other thread may use the handle meanwhile. */
+/** Closes the file, and takes back everything that the handle lent, mapped data too; the handle itself stays until
+ * sft_file_free. Closing twice is no error. No other thread may use the handle meanwhile. */
 sft_status sft_file_close(sft_file* file);
 
-/* Frees the handle, closing the file. NULL is ignored. No other thread may use the handle meanwhile. */
+/** Frees the handle, closing the file. NULL is ignored. No other thread may use the handle meanwhile. */
 void sft_file_free(sft_file* file);
 
-/* The number of tensors. */
+/** Sets `*count` to the number of tensors. */
 sft_status sft_file_count(const sft_file* file, size_t* count);
 
-/* What a file says of one tensor. Name and shape are lent by the file. */
+/** What a file says of one tensor. Name and shape are lent by the file. */
 typedef struct sft_tensor_info {
-    size_t struct_size; /* sizeof(sft_tensor_info) */
-    sft_str name;
-    size_t rank;           /* number of dimensions, 0 for a scalar */
-    const uint64_t* shape; /* `rank` dimensions, in elements of dtype */
-    uint64_t nbytes;       /* end - begin */
-    uint64_t begin;        /* where the tensor's bytes begin, from the start of the file */
-    uint64_t end;          /* where they end */
-    sft_dtype dtype;
-    uint32_t reserved; /* 0 */
+    size_t struct_size;    /**< sizeof(sft_tensor_info) */
+    sft_str name;          /**< UTF-8, without a NUL at its end */
+    size_t rank;           /**< number of dimensions, 0 for a scalar */
+    const uint64_t* shape; /**< `rank` dimensions, in elements of dtype */
+    uint64_t nbytes;       /**< the size in bytes: end - begin */
+    uint64_t begin;        /**< where the tensor's bytes begin, from the start of the file */
+    uint64_t end;          /**< where they end */
+    sft_dtype dtype;       /**< the element type */
+    uint32_t reserved;     /**< 0 */
 } sft_tensor_info;
 
+/** An sft_tensor_info that may be given to sft_file_tensor. */
 #define SFT_TENSOR_INFO_INIT {sizeof(sft_tensor_info), {NULL, 0}, 0, NULL, 0, 0, 0, 0, 0}
 
-/* Tells of the tensor at `index`, from 0 to the number of tensors less 1. Tensors are in file order: by offset, those
- * of no bytes by name. `info->struct_size` must be set.
+/** Fills `*info` with what the file says of the tensor at `index`, from 0 to the number of tensors less 1. Tensors are
+ * in file order: by offset, those at one offset by name. `info->struct_size` must be set, as SFT_TENSOR_INFO_INIT does.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor. */
 sft_status sft_file_tensor(const sft_file* file, size_t index, sft_tensor_info* info);
 
-/* Goes through the tensors by name instead: `*index` becomes the index of the tensor whose name is at `position` in
+/** Goes through the tensors by name instead: `*index` becomes the index of the tensor whose name is at `position` in
  * bytewise order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
 sft_status sft_file_sorted(const sft_file* file, size_t position, size_t* index);
 
-/* The index of the tensor called `name`, of `name_length` bytes.
+/** Sets `*index` to the index of the tensor called `name`, of `name_length` bytes.
  * Errors: TENSOR_NOT_FOUND. */
 sft_status sft_file_find(const sft_file* file, const char* name, size_t name_length, size_t* index);
 
 /* ---- Reading: metadata ------------------------------------------------------------------------------------------- */
 
-/* Sets `*present` to 1 if the header has metadata, which may be empty, otherwise to 0. */
+/** Sets `*present` to 1 if the header has metadata, which may be empty, otherwise to 0. */
 sft_status sft_file_has_metadata(const sft_file* file, int32_t* present);
 
-/* The number of metadata entries; 0 where there is no metadata. */
+/** Sets `*count` to the number of metadata entries; 0 where there is no metadata. */
 sft_status sft_file_metadata_count(const sft_file* file, size_t* count);
 
-/* The entry at `position`, from 0 on, in bytewise order of keys. Both texts are lent by the file.
+/** Sets `*key` and `*value` to the entry at `position`, from 0 on, in bytewise order of keys. Both texts are lent by
+ * the file.
  * Errors: INVALID_ARGUMENT for a position beyond the last entry. */
 sft_status sft_file_metadata_at(const sft_file* file, size_t position, sft_str* key, sft_str* value);
 
-/* The value of `key`, of `key_length` bytes, lent by the file. Where there is no such key, `value->data` becomes NULL,
- * and the status is SFT_OK; it is never NULL for a value. */
+/** Sets `*value` to the value of `key`, of `key_length` bytes, lent by the file. Where there is no such key,
+ * `value->data` becomes NULL, and the status is SFT_OK; it is never NULL for a value. */
 sft_status sft_file_metadata_get(const sft_file* file, const char* key, size_t key_length, sft_str* value);
 
 /* ---- Reading: data ----------------------------------------------------------------------------------------------- */
 
-/* A pointer to the bytes of the tensor at `index`, lent by the file: into the mapping, or into the bytes that were
- * given to sft_file_open_buffer. Not NULL, even for a tensor of no bytes. Foreign files may hold data that is not
- * aligned for its dtype. `*data` becomes NULL on an error.
+/** Sets `*data` to the bytes of the tensor at `index`, lent by the file: into the mapping, or into the bytes that were
+ * given to sft_file_open_buffer. Not NULL, even for a tensor of no bytes. What is behind it must not be written to.
+ * Nothing is read until it is touched. Foreign files may hold data that is not aligned for its dtype. `*data` becomes
+ * NULL on an error.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor, and with SFT_BACKEND_PREAD, where nothing is in
  * memory. */
 sft_status sft_file_data(const sft_file* file, size_t index, const void** data);
 
-/* Reads the tensor at `index` into `buffer`, whose `nbytes` must be those of the tensor. Large tensors are read by
- * several threads. After IO and FILE_CHANGED the buffer may hold anything.
+/** Reads the tensor at `index` into `buffer`, whose `nbytes` must be those of the tensor. Large tensors are read by
+ * several threads, which have ended when the call returns. After IO and FILE_CHANGED the buffer may hold anything.
  * Errors: INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
 sft_status sft_file_read(const sft_file* file, size_t index, void* buffer, size_t nbytes);
 
-/* One of several tensors to read. */
+/** One of several tensors to read. */
 typedef struct sft_read {
-    size_t index;  /* in file order */
-    void* buffer;  /* where the bytes go; no two buffers may overlap */
-    size_t nbytes; /* of the buffer: those of the tensor */
+    size_t index;  /**< of the tensor, in file order */
+    void* buffer;  /**< where the bytes go; no two buffers may overlap */
+    size_t nbytes; /**< of the buffer: those of the tensor */
 } sft_read;
 
-/* Reads `count` tensors, in parallel, and those that are neighbours in the file together: give them in file order where
- * you can. All sizes are checked before the first byte is read.
+/** Reads `count` tensors, in parallel, and those that are neighbours in the file together: give them in file order
+ * where you can. All sizes are checked before the first byte is read.
  * Errors: as sft_file_read. */
 sft_status sft_file_read_many(const sft_file* file, const sft_read* reads, size_t count);
 
-/* The part of one dimension that a slice takes: the indices start, start + step, ... below stop. */
+/** The part of one dimension that a slice takes: the indices start, start + step, ... below stop. */
 typedef struct sft_range {
-    uint64_t start; /* at most stop */
-    uint64_t stop;  /* at most the dimension */
-    uint64_t step;  /* 1 or more */
+    uint64_t start; /**< at most stop */
+    uint64_t stop;  /**< at most the dimension */
+    uint64_t step;  /**< 1 or more */
 } sft_range;
 
-/* How large a slice of the tensor at `index` is. `ranges` has one range for each of the tensor's `rank` dimensions;
- * `shape` receives the `rank` dimensions of the slice, `*nbytes` its size.
+/** How large a slice of the tensor at `index` is. `ranges` has one range for each of the tensor's `rank` dimensions;
+ * `shape` receives the `rank` dimensions of the slice, `*nbytes` its size in bytes.
  * Errors: SLICE (ranges that do not fit the tensor, or elements of less than a byte whose slice would begin or end in
  * the middle of one), INVALID_ARGUMENT. */
 sft_status sft_file_slice_size(const sft_file* file, size_t index, const sft_range* ranges, size_t rank,
                                uint64_t* shape, uint64_t* nbytes);
 
-/* Reads a slice of the tensor at `index` into `buffer`, row-major and without gaps; `nbytes` must be those that
+/** Reads a slice of the tensor at `index` into `buffer`, row-major and without gaps; `nbytes` must be those that
  * sft_file_slice_size tells. Only what the slice needs is read, up to whole pages. After IO and FILE_CHANGED the buffer
  * may hold anything.
  * Errors: SLICE, INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
@@ -300,109 +317,117 @@ sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_ran
 
 /* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */
 
-/* The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists; opened
- * together. */
+/** The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists; opened
+ * together. Nothing of it changes once it is open. */
 typedef struct sft_checkpoint sft_checkpoint;
 
-/* Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a folder with either, where
+/** Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a folder with either, where
  * model.safetensors counts before model.safetensors.index.json, and both before other names. All files are opened, and
  * the index is checked against them: they hold the tensors that it lists, where it says so, and no others; the names of
  * files in it must not lead out of its folder. `options` may be NULL for the defaults, and is for each file.
  * `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
- * Errors: INDEX, DUPLICATE; those of sft_file_open for each file, and for the index FOREIGN_FORMAT. */
+ * Errors: INDEX; DUPLICATE for a name that the index has twice; those of sft_file_open for each file, and for the index
+ * IO and FOREIGN_FORMAT. */
 sft_status sft_checkpoint_open(const char* path, const sft_open_options* options, sft_checkpoint** checkpoint);
 
-/* Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other
+/** Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other
  * thread may use the handle or its files meanwhile. */
 void sft_checkpoint_free(sft_checkpoint* checkpoint);
 
-/* The number of files. */
+/** Sets `*count` to the number of files. */
 sft_status sft_checkpoint_shard_count(const sft_checkpoint* checkpoint, size_t* count);
 
-/* The file at `shard`, from 0 on in the order of names: `*file` becomes its handle, lent by the checkpoint, for the
+/** The file at `shard`, from 0 on in the order of names: `*file` becomes its handle, lent by the checkpoint, for the
  * functions that take a const sft_file; `*name` its path from the folder of the checkpoint.
  * Errors: INVALID_ARGUMENT for a shard beyond the last one. */
 sft_status sft_checkpoint_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name, const sft_file** file);
 
-/* The number of tensors in all files. */
+/** Sets `*count` to the number of tensors in all files. */
 sft_status sft_checkpoint_count(const sft_checkpoint* checkpoint, size_t* count);
 
-/* Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name
- * is at `position` in bytewise order. Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
+/** Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name
+ * is at `position` in bytewise order.
+ * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
 sft_status sft_checkpoint_sorted(const sft_checkpoint* checkpoint, size_t position, size_t* shard, size_t* index);
 
-/* The file, and the index in it, of the tensor called `name`, of `name_length` bytes.
+/** Sets `*shard` and `*index` to the file, and the index in it, of the tensor called `name`, of `name_length` bytes.
  * Errors: TENSOR_NOT_FOUND. */
 sft_status sft_checkpoint_find(const sft_checkpoint* checkpoint, const char* name, size_t name_length, size_t* shard,
                                size_t* index);
 
 /* ---- Writing ----------------------------------------------------------------------------------------------------- */
 
-/* Tensors and metadata that are collected, then written; the same writer may write several times. */
+/** Tensors and metadata that are collected, then written; the same writer may write several times. */
 typedef struct sft_writer sft_writer;
 
+/** How a file is written. */
 typedef struct sft_save_options {
-    size_t struct_size; /* sizeof(sft_save_options) */
-    uint64_t alignment; /* the data begins at a multiple of this: a power of two from 8 to 1 MiB; 0 means 8 */
-    uint32_t sync;      /* 1: return only once the file is on the disk (fsync); 0: leave that to the kernel */
-    uint32_t reserved;  /* 0 */
+    size_t struct_size; /**< sizeof(sft_save_options) */
+    uint64_t
+        alignment;     /**< the data begins at a multiple of so many bytes: a power of two from 8 to 1 MiB; 0 means 8 */
+    uint32_t sync;     /**< 1: return only once the file is on the disk (fsync); 0: leave that to the kernel */
+    uint32_t reserved; /**< 0 */
 } sft_save_options;
 
+/** The defaults of sft_save_options. */
 #define SFT_SAVE_OPTIONS_INIT {sizeof(sft_save_options), 8, 0, 0}
 
-/* Makes a writer without tensors and metadata, to free with sft_writer_free. */
+/** Sets `*writer` to a writer without tensors and metadata, to free with sft_writer_free. */
 sft_status sft_writer_new(sft_writer** writer);
 
-/* Frees the writer. NULL is ignored. */
+/** Frees the writer, and lets go of the data that was lent to it. NULL is ignored. */
 void sft_writer_free(sft_writer* writer);
 
-/* Adds a tensor. Name and shape are copied. The `nbytes` bytes at `data`, row-major, are borrowed: they must stay where
- * they are, and be unchanged during a write, until the writer is freed or written for the last time. The order of calls
- * does not matter: a file has its tensors by dtype, then by name.
+/** Adds a tensor. Name and shape are copied. The `nbytes` bytes at `data`, row-major, are borrowed: they must stay
+ * where they are, and be unchanged during a write, until the writer is freed or written for the last time. A file has
+ * its tensors by dtype, then by name; the order of calls matters to sft_writer_write_sharded alone.
  * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH, BUFFER_SIZE (nbytes does not fit dtype and shape). A name
  * that is reserved or stands twice is found when the size is asked for or the file written. */
 sft_status sft_writer_add_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
                                  const uint64_t* shape, size_t rank, const void* data, size_t nbytes);
 
-/* Has the metadata written even if it stays empty. Without this, and without entries, the file has none. */
+/** Has the metadata written even if it stays empty. Without this, and without entries, the file has none. */
 sft_status sft_writer_enable_metadata(sft_writer* writer);
 
-/* Adds a metadata entry; both texts are copied.
+/** Adds a metadata entry; both texts are copied.
  * Errors: DUPLICATE for a key that is there already. */
 sft_status sft_writer_add_metadata(sft_writer* writer, const char* key, size_t key_length, const char* value,
                                    size_t value_length);
 
-/* The size of the whole file. `options` may be NULL for the defaults.
- * Errors: DUPLICATE, RESERVED_NAME, SHAPE_OVERFLOW, HEADER_TOO_LARGE, INVALID_ARGUMENT for the alignment. */
+/** Sets `*nbytes` to the size of the whole file, in bytes. `options` may be NULL for the defaults.
+ * Errors: DUPLICATE, RESERVED_NAME, SHAPE_OVERFLOW (a file of 2^63 bytes and more), HEADER_TOO_LARGE, INVALID_ARGUMENT
+ * for the options. */
 sft_status sft_writer_size(const sft_writer* writer, const sft_save_options* options, uint64_t* nbytes);
 
-/* Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it. An existing file's
- * permissions are kept, symbolic links followed, pipes and character devices written to. `options` may be NULL for the
- * defaults.
+/** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md has
+ * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
+ * are kept, symbolic links followed, pipes and character devices written to. `options` may be NULL for the defaults.
  * Errors: those of sft_writer_size, and IO. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
+/** How a checkpoint is divided into files, and written. */
 typedef struct sft_sharded_options {
-    size_t struct_size;       /* sizeof(sft_sharded_options) */
-    const char* stem;         /* what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
-    uint64_t max_shard_bytes; /* the most bytes of tensors in one file; 0 means 5,000,000,000 */
-    uint64_t alignment;       /* as in sft_save_options */
-    uint32_t sync;            /* as in sft_save_options */
-    uint32_t reserved;        /* 0 */
+    size_t struct_size;       /**< sizeof(sft_sharded_options) */
+    const char* stem;         /**< what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
+    uint64_t max_shard_bytes; /**< the most bytes of tensors in one file; 0 means 5,000,000,000 */
+    uint64_t alignment;       /**< as in sft_save_options */
+    uint32_t sync;            /**< as in sft_save_options */
+    uint32_t reserved;        /**< 0 */
 } sft_sharded_options;
 
+/** The defaults of sft_sharded_options. */
 #define SFT_SHARDED_OPTIONS_INIT {sizeof(sft_sharded_options), NULL, 0, 8, 0, 0}
 
-/* Writes a checkpoint into `folder`, which is made if it is not there: STEM.safetensors, or, where that would pass
+/** Writes a checkpoint into `folder`, which is made if it is not there: STEM.safetensors, or, where that would pass
  * max_shard_bytes, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
  * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
  * max_shard_bytes has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
  * is replaced: nothing of it changes before all files are complete, and files that are not overwritten are removed at
- * the end. `options` may be NULL for the defaults.
+ * the end. An error of IO after that says what is in place. `options` may be NULL for the defaults.
  * Errors: those of sft_writer_write_file; INVALID_ARGUMENT for a stem that is no file name. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
 
-/* Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
+/** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
  * which may overlap no tensor's data. `options` may be NULL for the defaults; `sync` means nothing here.
  * Errors: those of sft_writer_size, and BUFFER_SIZE. */
 sft_status sft_writer_write_buffer(const sft_writer* writer, const sft_save_options* options, void* buffer,

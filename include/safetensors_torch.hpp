@@ -1,33 +1,36 @@
-// safetensors for LibTorch: load and save tensors, modules and parts of files from C++17.
-//
-//     #include <safetensors_torch.hpp>
-//
-//     auto weights = safetensors_torch::load_file("model.safetensors", at::kCUDA);
-//     at::Tensor bias = weights.at("encoder.bias");
-//     safetensors_torch::save_file(weights, "copy.safetensors", {{"format", "pt"}});
-//
-//     safetensors_torch::File file("model.safetensors");
-//     at::Tensor row = file.get_slice("embedding", {7, at::indexing::Slice(0, 128)});
-//
-//     torch::nn::Linear layer(4, 2);
-//     safetensors_torch::save_model(*layer, "linear.safetensors");
-//     safetensors_torch::load_model(*layer, "linear.safetensors");
-//
-//     auto gpt = safetensors_torch::load_sharded("gpt/");             // model.safetensors.index.json and its files
-//
-// Link libsafetensors_torch.so and libtorch (CMake: SafetensorsTorch::safetensors_torch). This header holds no
-// format knowledge and keeps no state: it finds the operators that the library registers and calls them, so no C++
-// symbol crosses the library's boundary.
-//
-// Threads: every function may be called from several threads at once, and so may the const methods of one File or
-// Checkpoint; tensors and modules are read, or filled, as torch's own functions do it.
-//
-// Errors: each function throws c10::Error with a text for a person, and no backtrace, in what(). Paths are bytes, as
-// the operating system takes them.
-//
-// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp,
-// checkpoints of several files in sharded.hpp, modules in model.hpp, other maps of tensors in maps.hpp, memory for
-// devices in transfer.hpp, all options in types.hpp. This header includes them.
+/// @file
+/// safetensors for LibTorch: load and save tensors, modules and parts of files from C++17. A guide with whole programs
+/// is docs/cpp.md.
+///
+///     #include <safetensors_torch.hpp>
+///
+///     auto weights = safetensors_torch::load_file("model.safetensors", at::kCUDA);
+///     at::Tensor bias = weights.at("encoder.bias");
+///     safetensors_torch::save_file(weights, "copy.safetensors", {{"format", "pt"}});
+///
+///     safetensors_torch::File file("model.safetensors");
+///     at::Tensor row = file.get_slice("embedding", {7, at::indexing::Slice(0, 128)});
+///
+///     torch::nn::Linear layer(4, 2);
+///     safetensors_torch::save_model(*layer, "linear.safetensors");
+///     safetensors_torch::load_model(*layer, "linear.safetensors");
+///
+///     auto gpt = safetensors_torch::load_sharded("gpt/");             // model.safetensors.index.json and its files
+///
+/// Link libsafetensors_torch.so and libtorch (CMake: SafetensorsTorch::safetensors_torch). This header holds no
+/// format knowledge and keeps no state: it finds the operators that the library registers and calls them, so no C++
+/// symbol crosses the library's boundary.
+///
+/// Threads: every function may be called from several threads at once, and so may the methods of one File or
+/// Checkpoint, close() too; tensors and modules are read, or filled, as torch's own functions do it: one thread at a
+/// time may write to a tensor.
+///
+/// Errors: each function throws c10::Error with a text for a person, and no backtrace, in what(). What a filter, a
+/// Rename or a Progress throws comes through as it is. Paths are bytes, as the operating system takes them.
+///
+/// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp,
+/// checkpoints of several files in sharded.hpp, modules in model.hpp, other maps of tensors in maps.hpp, memory for
+/// devices in transfer.hpp, all options in types.hpp. This header includes them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -51,7 +54,7 @@
 
 namespace safetensors_torch {
 
-/// Every tensor of the file at `path`, on `device`, in file order.
+/// Every tensor of the file at `path`, on `device`, in file order. Of a checkpoint of several files: load_sharded.
 ///
 /// A tensor owns its storage, is writable and needs no grad. Two calls never give tensors that share memory.
 /// On the meta device: shapes and dtypes, nothing is read but the header.
@@ -62,7 +65,8 @@ namespace safetensors_torch {
 /// when the call returns, false leaves it to the touch.
 ///
 /// Throws c10::Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
-/// cut short; a dtype that torch does not have.
+/// cut short; a dtype that torch does not have; c10::OutOfMemoryError that names the tensor for which the device has no
+/// memory.
 inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
                          std::optional<bool> prefault = std::nullopt) {
     using Names = std::optional<std::vector<std::string>>;
@@ -76,8 +80,7 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
 ///
 /// Where the device has streams, what its current stream does after this call sees the tensors.
 ///
-/// Throws c10::Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to;
-/// c10::OutOfMemoryError that names the tensor for which the device has no memory.
+/// Throws c10::Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to.
 inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
     return detail::load(detail::open("safetensors_torch::_open", path, options.backend), device, options);
 }

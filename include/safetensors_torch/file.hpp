@@ -1,5 +1,6 @@
-// Files and checkpoints that stay open, to be read tensor by tensor or in part. Part of safetensors_torch.hpp, which
-// includes it.
+/// @file
+/// Files and checkpoints that stay open, to be read tensor by tensor or in part. Part of safetensors_torch.hpp, which
+/// includes it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,14 +23,16 @@ namespace safetensors_torch {
 /// A file that is open: names, shapes, dtypes and metadata without reading the data, tensors and parts of them one by
 /// one.
 ///
-/// A File is a handle: copies share one open file, and it is closed when the last copy and the last tensor mapped from
-/// it are gone, or by close(). On Backend::mmap and the CPU, two reads of one tensor through one file share memory.
-/// Once closed, or moved from, every method but is_open and close throws c10::Error `File is closed`. Tensors outlive
-/// it.
+/// A File is a handle: copies share one open file, which is closed with the last of them, or by close(). Tensors
+/// outlive it: those that are mapped keep the mapping, until the last of them is gone. On Backend::mmap and the CPU,
+/// two reads of one tensor through one file share memory, and what is written to it shows in later reads and slices.
+/// Once closed, or moved from, every method but is_open and close throws c10::Error `File is closed`.
+///
+/// All methods may be called from several threads at once; close() lets reads that are under way end.
 class File {
   public:
-    /// Opens the file at `path` and checks its header. Tensors will be put on `device`.
-    /// Throws c10::Error as load_file does.
+    /// Opens the file at `path` and checks its header; no data is read. Tensors will be put on `device`.
+    /// Throws c10::Error as load_file does, but for a dtype that torch does not have.
     explicit File(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap)
         : File(detail::open("safetensors_torch::_open", path, backend), device) {}
 
@@ -56,8 +59,8 @@ class File {
     /// Whether there is a tensor of this name.
     bool contains(const std::string& name) const { return call("contains", name).toBool(); }
 
-    /// The shape that the header gives: for "F4", twice torch's last dimension, as torch packs two values in a byte.
-    /// Throws c10::Error `File does not contain tensor NAME`.
+    /// The shape that the header gives, in elements: for "F4", twice torch's last dimension, as torch packs two values
+    /// in a byte. Throws c10::Error `File does not contain tensor NAME`.
     std::vector<int64_t> shape(const std::string& name) const { return call("shape", name).toIntVector(); }
 
     /// The shape that the tensor has in torch.
@@ -87,7 +90,7 @@ class File {
         return call("get_tensor", name, device.value_or(device_)).toTensor();
     }
 
-    /// Several tensors, in the order of `names`, read in parallel.
+    /// Several tensors, in the order of `names`, read in parallel; on `device` if one is given.
     /// Throws c10::Error as get_tensor does.
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names,
                                         std::optional<at::Device> device = std::nullopt) const {
@@ -113,7 +116,8 @@ class File {
     }
 
     /// Part of a tensor: what `get_tensor(name).index(index)` gives. For integers, slices and an ellipsis only the
-    /// bytes that are needed are read; a dimension that a tensor indexes is read whole. An empty `index` takes all.
+    /// bytes that are needed are read; a dimension that a tensor indexes is read whole. An empty `index` takes all. The
+    /// result has memory of its own, on either backend.
     ///
     /// Throws c10::Error as get_tensor does; c10::IndexError for an integer outside its dimension, more indices than
     /// dimensions or two ellipses; c10::ValueError for a step that is not positive; c10::Error for part of a byte.
@@ -136,8 +140,10 @@ class File {
     bool is_open() const { return object_ && call("is_open").toBool(); }
 
   protected:
+    /// For Checkpoint: a handle of what the library has opened.
     File(detail::Object object, at::Device device) : object_(std::move(object)), device_(device) {}
 
+    /// For Checkpoint: calls a method of what is open.
     template <typename... Args>
     c10::IValue call(const char* method, const Args&... args) const {
         if (!object_) {

@@ -1,6 +1,7 @@
-// From and to the maps in which LibTorch programs keep tensors. Part of safetensors_torch.hpp, which includes it.
-//
-// Only handles of tensors are copied: both sides share memory.
+/// @file
+/// From and to the maps in which LibTorch programs keep tensors. Part of safetensors_torch.hpp, which includes it.
+///
+/// Only handles of tensors are copied: both sides share memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -52,7 +53,7 @@ inline torch::OrderedDict<std::string, at::Tensor> to_ordered_dict(const Tensors
     return dict;
 }
 
-/// The same tensors as a std::unordered_map.
+/// The same tensors as a std::unordered_map, which has no order.
 inline std::unordered_map<std::string, at::Tensor> to_unordered_map(const Tensors& tensors) {
     std::unordered_map<std::string, at::Tensor> map;
     map.reserve(tensors.size());

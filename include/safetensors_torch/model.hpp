@@ -1,5 +1,6 @@
-// Loading and saving modules, torch::nn::Module and torch::jit::Module. Part of safetensors_torch.hpp, which includes
-// it.
+/// @file
+/// Loading and saving modules, torch::nn::Module and torch::jit::Module. Part of safetensors_torch.hpp, which includes
+/// it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -175,8 +176,10 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
 /// Fills the parameters and buffers of `module` from the checkpoint at `path`, in place, on the devices where they are.
 /// `path` is a file, an index or a folder, as for Checkpoint.
 ///
-/// Of tied tensors the checkpoint needs to have one. The counter `num_batches_tracked` may be absent. Everything is
-/// checked before the first tensor changes: if a check fails the module is as it was.
+/// Bytes are read straight into a tensor's own memory where its dtype and layout allow, and are converted or copied to
+/// it otherwise; no second copy of the module is made. Of tied tensors the checkpoint needs to have one. The counter
+/// `num_batches_tracked` may be absent. Everything is checked before the first tensor changes: if a check fails the
+/// module is as it was. If reading fails later, or Progress throws, it is filled in part. No gradient is recorded.
 ///
 /// Throws c10::Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
 /// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device;
@@ -207,7 +210,8 @@ inline LoadResult load_model(torch::jit::Module& module, const std::string& path
 ///
 /// Of tied tensors the first name, alphabetically, whose tensor covers the whole memory is kept; the others are dropped
 /// and recorded as `metadata[dropped] = kept`, unless `metadata` has that key. Tensors that are not contiguous are
-/// written as if they were; with `force_contiguous` false they are refused.
+/// written as if they were; with `force_contiguous` false they are refused. Like save_file, it adds no `format` to the
+/// metadata; with `max_shard_bytes` it does, like save_sharded.
 ///
 /// Throws c10::Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
 /// gives one name.

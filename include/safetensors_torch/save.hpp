@@ -1,4 +1,5 @@
-// Saving tensors to a file, or to bytes in memory. Part of safetensors_torch.hpp, which includes it.
+/// @file
+/// Saving tensors to a file, or to bytes in memory. Part of safetensors_torch.hpp, which includes it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,11 +16,13 @@ namespace safetensors_torch {
 /// Writes `tensors`, from whatever device, and `metadata` to a file at `path`.
 ///
 /// A file that is there is replaced as a whole, or stays as it was: readers and tensors mapped from it never see half
-/// of the new one. The values of conjugate and negative views are written.
+/// of the new one (docs/saving.md says how, and when not). The tensors may be mapped from the file that is replaced.
+/// The values of conjugate and negative views are written. Tensors are written by dtype, then by name, whatever their
+/// order. Nothing is added to `metadata`.
 ///
 /// Throws c10::Error before anything is written: a sparse tensor; tensors that share memory (see save_model); one that
-/// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`. And when the
-/// operating system refuses.
+/// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`; names or metadata
+/// that are not UTF-8. And when the operating system refuses.
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
                       const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, path);
@@ -29,7 +32,7 @@ inline void save_file(const Tensors& tensors, const std::string& path, const Met
 
 /// The bytes that save_file would write.
 ///
-/// Throws c10::Error for the tensors that save_file refuses.
+/// Throws c10::Error for the tensors and the metadata that save_file refuses.
 inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, const Progress& progress = {}) {
     const auto plan = detail::plan_save(tensors, metadata, "");
     std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');

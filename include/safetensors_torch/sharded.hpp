@@ -1,5 +1,6 @@
-// Checkpoints of several files: loaded and saved as a whole. Part of safetensors_torch.hpp, which includes it. To read
-// one tensor by tensor, see Checkpoint in file.hpp.
+/// @file
+/// Checkpoints of several files: loaded and saved as a whole. Part of safetensors_torch.hpp, which includes it. To read
+/// one tensor by tensor, see Checkpoint in file.hpp.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,5 +1,6 @@
-// The pinned host memory through which tensors go to devices and come from them. Part of safetensors_torch.hpp, which
-// includes it.
+/// @file
+/// The pinned host memory through which tensors go to devices and come from them. Part of safetensors_torch.hpp, which
+/// includes it. All of it is for the whole process; docs/devices.md says what it is good for.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 namespace safetensors_torch {
 
 /// What transfers may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64
-/// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say.
+/// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say. Throws c10::Error for variables that are no numbers.
 inline TransferOptions transfer_options() {
     static const auto op =
         detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
@@ -19,7 +20,7 @@ inline TransferOptions transfer_options() {
     return {ring_bytes, threads};
 }
 
-/// Takes effect with the next load or save. Throws c10::Error for negative numbers.
+/// Sets what transfers may use, from the next load or save on. Throws c10::Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
     static const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
     op.call(options.ring_bytes, options.threads);

@@ -1,4 +1,5 @@
-// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and what can be asked for.
+/// @file
+/// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and what can be asked for.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+/// Tensors, modules and parts of files, from and to safetensors.
 namespace safetensors_torch {
 
 /// Tensors by name. A loaded one iterates in the order of the data in the file.
@@ -24,16 +26,19 @@ enum class Backend {
     /// One private copy-on-write mapping and no copy; it lives until the last tensor over it dies. Writing to a tensor
     /// never changes the file. The file must not be cut short meanwhile: touching a lost page is a SIGBUS.
     mmap,
-    /// Parallel reads into memory that the tensors own. Any change of the file meanwhile ends in an error at worst.
+    /// Parallel reads into memory that the tensors own. A file that is cut short meanwhile is an error; one that is
+    /// changed in place gives whatever it holds when it is read.
     pread,
 };
 
-/// Is told of the bytes that are done and the bytes in all, some ten times a second and at the end. What it throws ends
-/// the load or save, and reaches the caller.
+/// Is told of the bytes that are done and the bytes in all, some ten times a second and at the end, on the thread that
+/// loads or saves. What is mapped is no work: a load that maps everything tells (0, 0). What it throws ends the load or
+/// save, and reaches the caller; when `done` is `total`, the file is complete already.
 using Progress = std::function<void(int64_t done, int64_t total)>;
 
 /// Which tensors are loaded, and how.
 struct LoadOptions {
+    /// How the bytes become host memory; to a device they are read, whatever this says.
     Backend backend = Backend::mmap;
     /// About Backend::mmap on the CPU, whose tensors cost a page fault every few pages where they are touched first,
     /// and a wait for the disk where the file is not in memory. Without a value, threads in the background bring the
@@ -44,6 +49,7 @@ struct LoadOptions {
     std::optional<at::ScalarType> dtype = std::nullopt;
     /// Loads the tensors for whose names it is true; others are not read. Empty means all.
     std::function<bool(const std::string& name)> filter = {};
+    /// Is told how far the load is, if there is one.
     Progress progress = {};
 };
 
@@ -52,6 +58,7 @@ struct SaveOptions {
     /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
     /// and its directory). Otherwise the kernel writes it there within half a minute or so.
     bool durable = false;
+    /// Is told how far the save is, if there is one; its bytes are those of the file.
     Progress progress = {};
 };
 
@@ -63,6 +70,7 @@ struct ShardedSaveOptions {
     std::string stem = "model";
     /// As in SaveOptions, of all files.
     bool durable = false;
+    /// As in SaveOptions, of all files together.
     Progress progress = {};
 };
 
@@ -73,12 +81,15 @@ using Rename = std::function<std::string(const std::string& name)>;
 struct LoadModelOptions {
     /// Whether it is an error if a name of the module is not in the checkpoint, or the other way round.
     bool strict = true;
+    /// How the bytes become host memory.
     Backend backend = Backend::mmap;
     /// What the module's names in the checkpoint begin with, such as "transformer."; what it has of other names is
     /// passed over. So a module can be filled from the checkpoint of a larger one.
     std::string prefix = {};
-    /// From the module's names, without `prefix`, to those in the checkpoint. Empty means the same names.
+    /// From the module's names to those in the checkpoint, which `prefix` is then put before. Empty means the same
+    /// names.
     Rename rename = {};
+    /// Is told how far the load is, if there is one.
     Progress progress = {};
 };
 
@@ -90,7 +101,9 @@ struct SaveModelOptions {
     bool durable = false;
     /// As in LoadModelOptions.
     std::string prefix = {};
+    /// As in LoadModelOptions.
     Rename rename = {};
+    /// As in SaveOptions.
     Progress progress = {};
     /// With a value, the path is a folder, and the module is divided as by save_sharded.
     std::optional<int64_t> max_shard_bytes = std::nullopt;
@@ -99,7 +112,9 @@ struct SaveModelOptions {
 /// What load_model found, in names of the checkpoint: those that the module has and the checkpoint has not, and the
 /// other way round. Both sorted.
 struct LoadResult {
+    /// What the module has and the checkpoint has not.
     std::vector<std::string> missing;
+    /// What the checkpoint has, under the prefix, and the module has not.
     std::vector<std::string> unexpected;
 };
 
@@ -108,8 +123,7 @@ struct TransferOptions {
     /// The most pinned host memory that all of them keep, in bytes; taken in slabs of 2 MiB, as it is needed. 0 means
     /// none: copies then go through memory that is not pinned.
     int64_t ring_bytes = int64_t(64) << 20;
-    /// Threads that read a file for one device; 0 means as many as suit the machine, and
-    /// more than 64 are never used.
+    /// Threads that read a file for one device; 0 means as many as suit the machine, and more than 64 are never used.
     int64_t threads = 0;
 };
 
