@@ -5,7 +5,8 @@
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    // The major version alone: a program keeps running with every library of the same major version.
+    // The major version alone: a program keeps running with every library of the same major version. cargo-c says the
+    // same, by what [package.metadata.capi.library] has in Cargo.toml.
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
     #[cfg(feature = "bridge")]
@@ -26,6 +27,7 @@ mod bridge {
 
 #[cfg(feature = "torch")]
 mod torch {
+    use std::collections::BTreeSet;
     use std::env;
     use std::path::{Path, PathBuf};
     use std::process::Command;
@@ -48,6 +50,10 @@ mod torch {
     pub fn compile(build: &mut cc::Build) {
         println!("cargo:rerun-if-changed=cpp");
         let torch = find();
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let cxx_header =
+            PathBuf::from(env::var_os("DEP_CXXBRIDGE1_HEADER").expect("the crate cxx names its header"));
+        let cxx = cxx_header.ancestors().nth(2).expect("cxx.h is in include/ of the crate cxx");
         let mut sources: Vec<PathBuf> = std::fs::read_dir("cpp")
             .expect("cpp/ stands beside build.rs")
             .map(|entry| entry.expect("cpp/ is readable").path())
@@ -56,6 +62,9 @@ mod torch {
         sources.sort();
         build
             .files(sources)
+            .file(hide_bridge(&out, cxx))
+            // In place of the copy that the crate cxx brings: its std::string must be that of torch's C++ ABI.
+            .file(cxx.join("src/cxx.cc"))
             .include(".")
             .std("c++17")
             .warnings(true)
@@ -67,12 +76,16 @@ mod torch {
             .flag("-isystem")
             .flag(torch.include.join("torch/csrc/api/include"))
             .define("_GLIBCXX_USE_CXX11_ABI", torch.cxx11_abi.as_str())
-            // The asserts in torch's headers name their files: without this, by the paths of the machine that built.
+            // Assertions name their files: without this, by the paths of the machine that built.
             .flag_if_supported(format!("-ffile-prefix-map={}=torch", torch.include.display()))
+            // g++ calls the headers behind a symbolic link by what it points to.
+            .flag_if_supported(format!("-ffile-prefix-map={}=torch", canonical(&torch.include).display()))
+            .flag_if_supported(format!("-ffile-prefix-map={}=cxx", cxx.display()))
+            .flag_if_supported(format!("-ffile-prefix-map={}=bridge", out.display()))
             .cargo_metadata(false)
             .compile(ARCHIVE);
         // Nothing refers to the objects that register the ops, so the linker would drop them one by one.
-        println!("cargo:rustc-link-search=native={}", env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+        println!("cargo:rustc-link-search=native={}", out.display());
         println!("cargo:rustc-link-lib=static:+whole-archive={ARCHIVE}");
         println!("cargo:rustc-link-search=native={}", torch.lib.display());
         for library in ["torch_cpu", "c10"] {
@@ -81,6 +94,37 @@ mod torch {
         println!("cargo:rustc-link-lib=dylib=stdc++");
         // For this crate's own tests only; what is shipped carries no path of the machine that built it.
         println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", torch.lib.display());
+    }
+
+    /// Writes a C++ file that names every symbol of the bridge as hidden, and returns its path.
+    ///
+    /// rustc exports the Rust half of the bridge from a cdylib. But of the visibilities that objects give to a symbol
+    /// the strictest holds, so one object that calls it hidden keeps it inside, where no other library that is made
+    /// with cxx can meet it.
+    fn hide_bridge(out: &Path, cxx: &Path) -> PathBuf {
+        let bridge = out.join("cxxbridge/sources/safetensors-torch/src/bridge.rs.cc");
+        let mut text = std::fs::read_to_string(bridge).expect("cxx-build has generated the bridge");
+        // Expanded, since macros make the names in it.
+        let expanded = cc::Build::new().cpp(true).std("c++17").file(cxx.join("src/cxx.cc")).expand();
+        text.push_str(&String::from_utf8_lossy(&expanded));
+        let symbols: BTreeSet<&str> = text
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '$'))
+            .filter(|word| word.contains("cxxbridge1$"))
+            .collect();
+        let mut source = String::from("extern \"C\" {\n");
+        for symbol in &symbols {
+            // Weak: what nobody defines is no error.
+            source +=
+                &format!("__attribute__((visibility(\"hidden\"), weak)) extern const char {symbol}[];\n");
+        }
+        let list: Vec<&str> = symbols.into_iter().collect();
+        source += &format!(
+            "}}\n__attribute__((used)) static const char* const symbols[] = {{\n{}}};\n",
+            list.join(",\n")
+        );
+        let path = out.join("hide_bridge.cc");
+        std::fs::write(&path, source).expect("OUT_DIR can be written");
+        path
     }
 
     /// Finds libtorch by the environment variables that tch-rs uses, else by the Python at hand.
@@ -129,6 +173,11 @@ mod torch {
         let text = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
         let mut lines = text.lines();
         Some((PathBuf::from(lines.next()?), lines.next()?.to_string()))
+    }
+
+    /// The path without symbolic links.
+    fn canonical(path: &Path) -> PathBuf {
+        path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
     /// Stops with a clear message where the headers or the libraries are not what they should be.

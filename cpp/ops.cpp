@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "cpp/built_for.h"
 #include "cpp/checkpoint.h"
 #include "cpp/error.h"
 #include "cpp/file.h"
@@ -132,6 +133,12 @@ int64_t release_transfer_memory_op() {
     return guarded([&] { return Ring::of_process().release(); });
 }
 
+std::string torch_version_op() {
+    const std::string text = built_for;
+    const auto start = text.rfind("torch ") + std::string("torch ").size();
+    return text.substr(start, text.rfind(", ") - start);
+}
+
 int64_t transfer_memory_op() { return Ring::of_process().bytes(); }
 
 // An op that reads or writes files: TorchScript must neither drop, move nor fold it.
@@ -197,6 +204,7 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, reserve_transfer_memory_op));
     library.def(effectful("_release_transfer_memory() -> int"), torch::dispatch(key, release_transfer_memory_op));
     library.def(effectful("_transfer_memory() -> int"), torch::dispatch(key, transfer_memory_op));
+    library.def("_torch_version() -> str", torch::dispatch(key, torch_version_op));
     library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
                 torch::dispatch(key, last_error));
 }
