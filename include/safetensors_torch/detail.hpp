@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function.h>
 #include <ATen/core/stack.h>
+#include <torch/version.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -27,8 +28,26 @@ using OptionalStrings = std::optional<Strings>;
 
 [[noreturn]] inline void fail(std::string message) { throw c10::Error(std::move(message), nullptr); }
 
+// Objects of torch's classes pass between the program and the library, so both must be compiled for one torch. The CMake
+// package sees to that; this is for those who build without it.
+inline void check_torch() {
+    const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_torch_version", ""});
+    if (!op) {
+        return;  // a library that has no operators at all: find_op says so
+    }
+    const std::string built_for = op->typed<std::string()>().call();
+    const std::string series = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + ".";
+    if (built_for.compare(0, series.size(), series) != 0) {
+        fail(std::string("this libsafetensors_torch (") + sft_version() + ") was built for torch " + built_for +
+             ", and this program for torch " TORCH_VERSION
+             ": build the library against the torch of the program, or the program against that of the library");
+    }
+}
+
 // The one reference to a symbol of the library: it keeps the library among those needed under --as-needed.
 inline c10::OperatorHandle find_op(const char* name) {
+    static const bool is_checked = (check_torch(), true);
+    static_cast<void>(is_checked);
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
         fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
