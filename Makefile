@@ -2,7 +2,7 @@
 # make test      every test, in every language
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
-# make install   the library, headers and CMake package into PREFIX; with TORCH=0 the C library alone
+# make install   the library, headers, CMake package and pkg-config files into PREFIX; with TORCH=0 the C library alone
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
@@ -22,14 +22,18 @@ STAGE   := out/prefix
 # Tools that pip installed (cmake, ninja, ruff, clang-format) are found before others.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+# Messages of panics name source files: without this, by their paths on this machine.
+export CARGO_BUILD_RUSTFLAGS := \
+    --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=safetensors-torch
+
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
-PYTHON_SOURCES := setup.py pyproject.toml $(shell find python -name '*.py')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-python test-accelerator test-examples library
+.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-python test-accelerator test-examples test-install library
 
 build: library out/python.stamp
 
@@ -58,31 +62,52 @@ out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
 
 # --- install
 
+LIB     = $(DESTDIR)$(PREFIX)/lib
+INCLUDE = $(DESTDIR)$(PREFIX)/include
+CORE   := target/core/release
+# What the static library needs.
+SYSTEM_LIBS := -lgcc_s -lutil -lrt -lpthread -lm -ldl
+
+# A C program can do without libtorch, so it gets the static library where the shared one needs libtorch.
 ifeq ($(TORCH),0)
-SHARED := target/core/release/libsafetensors_torch.so
-HEADERS := include/safetensors_torch.h
+SHARED := $(CORE)/libsafetensors_torch.so
+PC_FILES := safetensors_torch-c
+C_LIBS := -L$${libdir} -lsafetensors_torch
+C_LIBS_PRIVATE := $(SYSTEM_LIBS)
 install: out/core.stamp
 else
 SHARED := target/release/libsafetensors_torch.so
-HEADERS := include/safetensors_torch.h include/safetensors_torch.hpp
+PC_FILES := safetensors_torch safetensors_torch-c
+C_LIBS := $${libdir}/libsafetensors_torch.a $(SYSTEM_LIBS)
+C_LIBS_PRIVATE :=
 install: out/library.stamp out/core.stamp
 endif
 
+# The library says itself what it was built for: safetensors_torch built for torch 2.11.0, C++ ABI 1
+BUILT_FOR = $(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED))
+
 install:
-	install -d $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch $(DESTDIR)$(PREFIX)/include
-	install -m 644 $(HEADERS) $(DESTDIR)$(PREFIX)/include
+	install -d $(LIB)/cmake/SafetensorsTorch $(LIB)/pkgconfig $(INCLUDE)
+	install -m 644 include/safetensors_torch.h $(INCLUDE)
 ifneq ($(TORCH),0)
-	install -d $(DESTDIR)$(PREFIX)/include/safetensors_torch
-	install -m 644 include/safetensors_torch/*.hpp $(DESTDIR)$(PREFIX)/include/safetensors_torch
+	install -d $(INCLUDE)/safetensors_torch
+	install -m 644 include/safetensors_torch.hpp $(INCLUDE)
+	install -m 644 include/safetensors_torch/*.hpp $(INCLUDE)/safetensors_torch
 endif
-	install -m 755 $(SHARED) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(VERSION)
-	ln -sf libsafetensors_torch.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so.$(MAJOR)
-	ln -sf libsafetensors_torch.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/libsafetensors_torch.so
-	install -m 644 target/core/release/libsafetensors_torch.a $(DESTDIR)$(PREFIX)/lib
-	install -m 644 cmake/*.cmake $(DESTDIR)$(PREFIX)/lib/cmake/safetensors_torch
+	install -m 755 $(SHARED) $(LIB)/libsafetensors_torch.so.$(VERSION)
+	ln -sf libsafetensors_torch.so.$(VERSION) $(LIB)/libsafetensors_torch.so.$(MAJOR)
+	ln -sf libsafetensors_torch.so.$(MAJOR) $(LIB)/libsafetensors_torch.so
+	install -m 644 $(CORE)/libsafetensors_torch.a $(LIB)
+	install -m 644 $(addprefix cmake/SafetensorsTorch,Config.cmake ConfigVersion.cmake Libtorch.cmake) \
+	    $(LIB)/cmake/SafetensorsTorch
+	for name in $(PC_FILES); do \
+	    sed -e 's|@VERSION@|$(VERSION)|' -e 's|@LIBS@|$(C_LIBS)|' -e 's|@LIBS_PRIVATE@|$(C_LIBS_PRIVATE)|' \
+	        -e 's|@TORCH_VERSION@|$(word 1,$(BUILT_FOR))|' -e 's|@CXX11_ABI@|$(word 2,$(BUILT_FOR))|' \
+	        pkgconfig/$$name.pc.in >$(LIB)/pkgconfig/$$name.pc && chmod 644 $(LIB)/pkgconfig/$$name.pc || exit 1; \
+	done
 
 # The installed trees that tests, examples and the demo are built against: with torch, and the C library alone.
-out/prefix.stamp: out/library.stamp out/core.stamp $(wildcard cmake/*)
+out/prefix.stamp: out/library.stamp out/core.stamp Makefile $(wildcard cmake/* pkgconfig/*)
 	rm -rf $(STAGE) $(STAGE)-c
 	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE) DESTDIR= TORCH=1 >/dev/null
 	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/$(STAGE)-c DESTDIR= TORCH=0 >/dev/null
@@ -95,7 +120,7 @@ demo: build
 
 # --- tests
 
-test: test-rust test-tsan test-c test-cpp test-examples test-python test-accelerator
+test: test-rust test-tsan test-c test-cpp test-examples test-install test-python test-accelerator
 
 # The core has no torch in it, so neither have its tests.
 test-rust: $(VENV)/requirements.stamp
@@ -119,6 +144,10 @@ test-cpp: library
 test-examples: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \
 	    tests/examples.sh
+
+# Installs the library in every way there is, and builds programs with it.
+test-install: out/library.stamp out/core.stamp
+	MAKE="$(MAKE)" PYTHON=$(CURDIR)/$(PY) WORK=$(CURDIR)/out/install tests/install/run.sh
 
 test-python: out/python.stamp
 	$(PY) -m pytest

@@ -87,19 +87,24 @@ class Core:
         self.cxx = Path(cxx["target"]["src_path"]).parent.parent
 
     def stage(self, native: Path) -> None:
-        """Fills ``native`` with all that the libtorch layer is compiled from."""
+        """Fills ``native`` with all that the libtorch layer is compiled from, here and by C++ programs."""
         for source in (ROOT / "cpp").glob("*"):
             if source.suffix in (".cpp", ".h"):
                 copy(source, native / "cpp" / source.name)
-        copy(ROOT / "include" / "safetensors_torch.h", native / "include" / "safetensors_torch.h")
+        # The public headers are for C and C++ programs too, which find them by the CMake package; so nothing else is in
+        # their folder, least of all the header of cxx, of which a program may have its own.
+        for header in (ROOT / "include").rglob("*.h*"):
+            copy(header, native / "include" / header.relative_to(ROOT / "include"))
+        for source in (ROOT / "cmake").glob("SafetensorsTorch*"):
+            copy(source, native / "lib" / "cmake" / "SafetensorsTorch" / source.name)
         # Links in a build folder; copied as files, and without the C++ headers of other packages.
         for header in ("rust/cxx.h", f"{CRATE.replace('_', '-')}/src/bridge.rs.h"):
-            copy(self.bridge / "include" / header, native / "include" / header)
+            copy(self.bridge / "include" / header, native / "bridge" / "include" / header)
         generated = self.bridge / "sources" / CRATE.replace("_", "-") / "src" / "bridge.rs.cc"
         copy(generated, native / "bridge" / generated.name)
         # Compiled with the layer, in place of the copy in the archive: its std::string must be that of torch's C++ ABI.
         copy(self.cxx / "src" / "cxx.cc", native / "bridge" / "cxx.cc")
-        copy(self.cxx / "include" / "cxx.h", native / "include" / "cxx.h")
+        copy(self.cxx / "include" / "cxx.h", native / "bridge" / "include" / "cxx.h")
         archive = native / "lib" / self.archive.name
         copy(self.archive, archive)
         strip = shutil.which("strip")
@@ -182,6 +187,8 @@ def ahead_of_time() -> dict:
             # Neither debug information, which Python's own flags ask for, nor file names of this machine.
             headers = Path(TORCH_LIB_PATH).parent
             private = ["-g0", f"-ffile-prefix-map={native}=native", f"-ffile-prefix-map={headers}=torch"]
+            # g++ calls the headers behind a symbolic link by what it points to.
+            private.append(f"-ffile-prefix-map={headers.resolve()}=torch")
             extension.extra_compile_args = [*loader.COMPILE_FLAGS, *private, *system]
             extension.extra_link_args = loader.link_flags(native)
             extension.libraries = ["torch_cpu", "c10"]

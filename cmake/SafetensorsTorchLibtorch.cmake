@@ -1,8 +1,8 @@
-# Finds libtorch for the package config: defines safetensors_torch::torch, and safetensors_torch::torch_cuda where there
-# is one. Knows folders and flags of libtorch alone, nothing of safetensors_torch.
+# Finds libtorch for the package config: defines SafetensorsTorch::torch, and SafetensorsTorch::torch_cuda where there
+# is one. Says whether it is the torch that the library was built for.
 
 # The folders in which a libtorch (include/ and lib/) may be, best first.
-function(_safetensors_torch_libtorch_roots result)
+function(_safetensors_torch_libtorch_roots beside result)
   set(roots)
   if(Torch_DIR)
     list(APPEND roots "${Torch_DIR}/../../..")
@@ -16,19 +16,105 @@ function(_safetensors_torch_libtorch_roots result)
     # torch.utils.cmake_prefix_path is share/cmake inside the libtorch.
     list(APPEND roots "${prefix}" "${prefix}/../..")
   endforeach()
-  list(APPEND roots ${CMAKE_SYSTEM_PREFIX_PATH})
+  list(APPEND roots ${beside} ${CMAKE_SYSTEM_PREFIX_PATH})
   set(${result} "${roots}" PARENT_SCOPE)
 endfunction()
 
-# Sets `problem` to nothing, or to what is wrong and what to do about it.
-function(safetensors_torch_find_libtorch problem)
+# The version of the torch whose headers are in one of `includes`, such as 2.11.0; nothing where none of them tells.
+function(_safetensors_torch_version includes result)
+  set(${result} "" PARENT_SCOPE)
+  foreach(include IN LISTS includes)
+    # The first since 2.10, the second before.
+    foreach(header torch/headeronly/version.h torch/csrc/api/include/torch/version.h torch/version.h)
+      set(version)
+      if(EXISTS "${include}/${header}")
+        foreach(part MAJOR MINOR PATCH)
+          file(STRINGS "${include}/${header}" line REGEX "^#define TORCH_VERSION_${part} +[0-9]+" LIMIT_COUNT 1)
+          string(REGEX MATCH "[0-9]+$" number "${line}")
+          list(APPEND version ${number})
+        endforeach()
+      endif()
+      list(LENGTH version parts)
+      if(parts EQUAL 3)
+        list(JOIN version "." version)
+        set(${result} "${version}" PARENT_SCOPE)
+        return()
+      endif()
+    endforeach()
+  endforeach()
+endfunction()
+
+# Sets `problem` to nothing, or to why a program with torch `version` of `abi`, which is at `place`, cannot use the
+# library `shared`. Where there is no `shared`, the layer will be compiled for that torch.
+function(_safetensors_torch_compare shared version abi place problem)
   set(${problem} "" PARENT_SCOPE)
-  if(TARGET torch)
-    add_library(safetensors_torch::torch INTERFACE IMPORTED)
-    set_target_properties(safetensors_torch::torch PROPERTIES INTERFACE_LINK_LIBRARIES torch)
-    if(TARGET c10)
-      set_property(TARGET safetensors_torch::torch APPEND PROPERTY INTERFACE_LINK_LIBRARIES c10)
+  if(NOT version)
+    message(STATUS "SafetensorsTorch: the version of the torch at ${place} cannot be told, so it is not checked")
+    return()
+  endif()
+  if(NOT shared)
+    if(version VERSION_LESS 2.6)
+      set(${problem} "safetensors-torch needs torch 2.6 or later, and the torch at ${place} is ${version}. \
+Upgrade it, or name another with -DLIBTORCH=DIR." PARENT_SCOPE)
     endif()
+    return()
+  endif()
+  file(STRINGS "${shared}" text REGEX "safetensors_torch built for torch " LIMIT_COUNT 1)
+  if(NOT text MATCHES "built for torch ([0-9]+\\.[0-9]+)([^,]*), C\\+\\+ ABI ([01])")
+    set(${problem} "the installation is not complete: ${shared} does not say which torch it was built for. \
+Install safetensors-torch again" PARENT_SCOPE)
+    return()
+  endif()
+  set(built_series "${CMAKE_MATCH_1}")
+  set(built "torch ${CMAKE_MATCH_1}${CMAKE_MATCH_2} with C++ ABI ${CMAKE_MATCH_3}")
+  set(built_abi "${CMAKE_MATCH_3}")
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" series "${version}")
+  if(NOT series VERSION_EQUAL built_series OR NOT abi EQUAL built_abi)
+    set(${problem} "safetensors-torch was built for ${built} (${shared}), but the torch at hand is torch ${version} \
+with C++ ABI ${abi} (${place}). Name a libtorch ${built_series} with -DLIBTORCH=DIR (or -DTorch_DIR=DIR, where the \
+project calls find_package(Torch)), or build safetensors-torch for the one at hand: LIBTORCH=DIR make install \
+PREFIX=DIR." PARENT_SCOPE)
+  endif()
+endfunction()
+
+# Version, C++ ABI and headers of the torch that the project found before: the target `torch`.
+function(_safetensors_torch_of_target version abi place)
+  get_target_property(includes torch INTERFACE_INCLUDE_DIRECTORIES)
+  _safetensors_torch_version("${includes}" found)
+  set(${version} "${found}" PARENT_SCOPE)
+  list(GET includes 0 first)
+  set(${place} "${first}" PARENT_SCOPE)
+  get_target_property(options torch INTERFACE_COMPILE_OPTIONS)
+  get_target_property(definitions torch INTERFACE_COMPILE_DEFINITIONS)
+  set(${abi} 1 PARENT_SCOPE)
+  if(DEFINED LIBTORCH_CXX11_ABI)
+    set(${abi} "${LIBTORCH_CXX11_ABI}" PARENT_SCOPE)
+  elseif("${options};${definitions};${TORCH_CXX_FLAGS}" MATCHES "_GLIBCXX_USE_CXX11_ABI=([01])")
+    set(${abi} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# `shared`: the library, which was built for one torch; or nothing. `beside`: a folder to look into too, or nothing.
+# Sets `problem` to nothing, or to what is wrong and what to do about it; SafetensorsTorch_TORCH_VERSION to what was
+# found.
+function(safetensors_torch_find_libtorch shared beside problem)
+  set(${problem} "" PARENT_SCOPE)
+  if(TARGET SafetensorsTorch::torch)
+    return()
+  endif()
+  if(TARGET torch)
+    _safetensors_torch_of_target(version abi place)
+    _safetensors_torch_compare("${shared}" "${version}" "${abi}" "${place}" wrong)
+    if(wrong)
+      set(${problem} "${wrong}" PARENT_SCOPE)
+      return()
+    endif()
+    add_library(SafetensorsTorch::torch INTERFACE IMPORTED)
+    set_target_properties(SafetensorsTorch::torch PROPERTIES INTERFACE_LINK_LIBRARIES torch)
+    if(TARGET c10)
+      set_property(TARGET SafetensorsTorch::torch APPEND PROPERTY INTERFACE_LINK_LIBRARIES c10)
+    endif()
+    set(SafetensorsTorch_TORCH_VERSION "${version}" PARENT_SCOPE)
     return()
   endif()
 
@@ -43,7 +129,7 @@ function(safetensors_torch_find_libtorch problem)
   if(asked)
     get_filename_component(roots "${asked}" ABSOLUTE BASE_DIR "${CMAKE_BINARY_DIR}")
   else()
-    _safetensors_torch_libtorch_roots(roots)
+    _safetensors_torch_libtorch_roots("${beside}" roots)
   endif()
 
   set(root)
@@ -82,27 +168,34 @@ or with -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmak
       set(abi "${CMAKE_MATCH_1}")
     endif()
   endif()
+  _safetensors_torch_version("${root}/include" version)
+  _safetensors_torch_compare("${shared}" "${version}" "${abi}" "${root}" wrong)
+  if(wrong)
+    set(${problem} "${wrong}" PARENT_SCOPE)
+    return()
+  endif()
 
   foreach(name c10 torch_cpu)
-    add_library(safetensors_torch::_${name} SHARED IMPORTED)
-    set_target_properties(safetensors_torch::_${name} PROPERTIES
+    add_library(SafetensorsTorch::_${name} SHARED IMPORTED)
+    set_target_properties(SafetensorsTorch::_${name} PROPERTIES
       IMPORTED_LOCATION "${libraries}/lib${name}.so")
   endforeach()
   set(includes "${root}/include" "${root}/include/torch/csrc/api/include")
-  add_library(safetensors_torch::torch INTERFACE IMPORTED)
-  set_target_properties(safetensors_torch::torch PROPERTIES
+  add_library(SafetensorsTorch::torch INTERFACE IMPORTED)
+  set_target_properties(SafetensorsTorch::torch PROPERTIES
     INTERFACE_INCLUDE_DIRECTORIES "${includes}"
     INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${includes}"
     INTERFACE_COMPILE_DEFINITIONS "_GLIBCXX_USE_CXX11_ABI=${abi}"
     INTERFACE_COMPILE_FEATURES cxx_std_17
-    INTERFACE_LINK_LIBRARIES "safetensors_torch::_torch_cpu;safetensors_torch::_c10")
+    INTERFACE_LINK_LIBRARIES "SafetensorsTorch::_torch_cpu;SafetensorsTorch::_c10")
   if(EXISTS "${libraries}/libtorch_cuda.so")
-    add_library(safetensors_torch::torch_cuda INTERFACE IMPORTED)
-    set_target_properties(safetensors_torch::torch_cuda PROPERTIES
+    add_library(SafetensorsTorch::torch_cuda INTERFACE IMPORTED)
+    set_target_properties(SafetensorsTorch::torch_cuda PROPERTIES
       INTERFACE_LINK_LIBRARIES
-      "-Wl,--push-state,--no-as-needed,${libraries}/libtorch_cuda.so,--pop-state;safetensors_torch::torch")
+      "-Wl,--push-state,--no-as-needed,${libraries}/libtorch_cuda.so,--pop-state;SafetensorsTorch::torch")
   endif()
-  if(NOT safetensors_torch_FIND_QUIETLY)
-    message(STATUS "safetensors_torch: libtorch is ${root}")
+  set(SafetensorsTorch_TORCH_VERSION "${version}" PARENT_SCOPE)
+  if(NOT SafetensorsTorch_FIND_QUIETLY)
+    message(STATUS "SafetensorsTorch: libtorch is ${root} (torch ${version})")
   endif()
 endfunction()

@@ -19,7 +19,7 @@ build() {
     torch=$("$PYTHON" -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
     if ! {
         # -U: an earlier run may have found the library elsewhere, and the cache would stay with it.
-        "$CMAKE" -S "$here" -B "$WORK/build" -U safetensors_torch_DIR \
+        "$CMAKE" -S "$here" -B "$WORK/build" -U SafetensorsTorch_DIR \
             -DCMAKE_PREFIX_PATH="$PREFIX" -DLIBTORCH="$torch" &&
             "$CMAKE" --build "$WORK/build"
     } >"$log" 2>&1; then

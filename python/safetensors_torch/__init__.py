@@ -29,10 +29,16 @@ from .transfer import (  # noqa: E402
 
 __version__: str = _version("safetensors-torch")
 
+# For C and C++ programs: what CMAKE_PREFIX_PATH needs for find_package(SafetensorsTorch), and where the headers are.
+cmake_prefix_path: str = str(_loader.NATIVE)
+include_path: str = str(_loader.NATIVE / "include")
+
 __all__ = [
     "SafetensorError",
     "TransferOptions",
     "__version__",
+    "cmake_prefix_path",
+    "include_path",
     "load",
     "load_file",
     "load_model",

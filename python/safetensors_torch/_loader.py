@@ -41,7 +41,7 @@ def sources(native: Path) -> list[str]:
 
 def include_dirs(native: Path) -> list[str]:
     """Where the sources find each other and the generated bridge."""
-    return [str(native), str(native / "include")]
+    return [str(native), str(native / "bridge" / "include"), str(native / "include")]
 
 
 def link_flags(native: Path) -> list[str]:

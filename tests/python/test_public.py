@@ -123,5 +123,18 @@ def test_error_class_catches_what_the_package_raises_and_nothing_wider() -> None
         safetensors_torch.load(b"")
 
 
+def test_programs_find_the_cmake_package_and_the_headers() -> None:
+    for name in ("cmake_prefix_path", "include_path"):
+        assert name in safetensors_torch.__all__
+        assert typing.get_type_hints(safetensors_torch)[name] is str
+    prefix, headers = Path(safetensors_torch.cmake_prefix_path), Path(safetensors_torch.include_path)
+    package = prefix / "lib" / "cmake" / "SafetensorsTorch"
+    repository = Path(__file__).resolve().parents[2]
+    assert {path.name for path in package.iterdir()} == {path.name for path in (repository / "cmake").iterdir()}
+    shipped = {path.relative_to(headers) for path in headers.rglob("*") if path.is_file()}
+    include = repository / "include"
+    assert shipped == {path.relative_to(include) for path in include.rglob("*") if path.is_file()}
+
+
 def test_types_are_marked_as_shipped() -> None:
     assert (Path(safetensors_torch.__file__).parent / "py.typed").is_file()

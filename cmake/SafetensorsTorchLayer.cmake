@@ -1,0 +1,54 @@
+# Compiles the libtorch layer that the Python package carries as sources, for the torch at hand: the target
+# SafetensorsTorch::safetensors_torch, a shared library in the project's build folder.
+
+# `root`: include/, cpp/, bridge/ and lib/ are in it. Sets `problem` to nothing, or to what is wrong.
+function(safetensors_torch_add_layer root problem)
+  set(${problem} "" PARENT_SCOPE)
+  if(TARGET SafetensorsTorch::safetensors_torch)
+    return()
+  endif()
+  get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+  if(NOT "CXX" IN_LIST languages)
+    set(${problem} "the libtorch layer is C++, which this project has not enabled: project(... LANGUAGES CXX)"
+        PARENT_SCOPE)
+    return()
+  endif()
+
+  # Nothing in the layer calls the C functions, so the linker is told to take them out of the core.
+  file(STRINGS "${root}/include/safetensors_torch.h" declarations REGEX "^[a-z].*[ *]sft_[a-z0-9_]+\\(")
+  set(exported)
+  foreach(declaration IN LISTS declarations)
+    if(NOT declaration MATCHES "^(static|typedef) " AND declaration MATCHES "[ *](sft_[a-z0-9_]+)\\(")
+      list(APPEND exported "-Wl,-u,${CMAKE_MATCH_1}")
+    endif()
+  endforeach()
+  file(STRINGS "${root}/include/safetensors_torch.h" version REGEX "^#define SFT_VERSION_STRING \"" LIMIT_COUNT 1)
+  string(REGEX REPLACE "^[^\"]*\"([0-9.]+)[^\"]*\".*$" "\\1" version "${version}")
+  string(REGEX MATCH "^[0-9]+" major "${version}")
+
+  file(GLOB sources "${root}/cpp/*.cpp" "${root}/bridge/*.cc")
+  add_library(safetensors_torch SHARED ${sources})
+  add_library(SafetensorsTorch::safetensors_torch ALIAS safetensors_torch)
+  target_include_directories(safetensors_torch PRIVATE "${root}" "${root}/bridge/include" "${root}/include")
+  target_include_directories(safetensors_torch SYSTEM INTERFACE "${root}/include")
+  # The project's warnings are about its own code; without a build type the layer would not be optimized.
+  target_compile_options(safetensors_torch PRIVATE -w $<$<CONFIG:>:-O2>)
+  target_compile_features(safetensors_torch PUBLIC cxx_std_17)
+  set(script "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/SafetensorsTorchLayer.map")
+  target_link_libraries(safetensors_torch
+    PUBLIC SafetensorsTorch::torch
+    PRIVATE "${root}/lib/libsafetensors_torch.a" pthread dl m)
+  target_link_options(safetensors_torch PRIVATE ${exported} "-Wl,--version-script=${script}" -Wl,--gc-sections)
+  set_target_properties(safetensors_torch PROPERTIES
+    UNITY_BUILD OFF
+    CXX_CLANG_TIDY ""
+    CXX_CPPCHECK ""
+    CXX_INCLUDE_WHAT_YOU_USE ""
+    LINK_DEPENDS "${script}"
+    VERSION "${version}"
+    SOVERSION "${major}")
+  if(NOT SafetensorsTorch_FIND_QUIETLY)
+    message(STATUS "SafetensorsTorch: compiles its libtorch layer with this project, for torch \
+${SafetensorsTorch_TORCH_VERSION}")
+  endif()
+endfunction()

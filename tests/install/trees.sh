@@ -1,0 +1,94 @@
+# What is installed: the files, their contents, and that they can be moved. Part of run.sh.
+
+# `make install` into a folder that was empty; then the tree is moved away, so that nothing can depend on its place.
+install_one() {
+    local name=$1
+    shift
+    "$MAKE" --no-print-directory -s install DESTDIR="$WORK/stage" PREFIX=/opt/somewhere "$@" >/dev/null
+    mv "$WORK/stage/opt/somewhere" "$WORK/$name"
+    [ -z "$(find "$WORK/stage" -type f)" ] || fail "make install wrote outside of PREFIX"
+    rm -r "$WORK/stage"
+}
+
+install_trees() {
+    install_one prefix TORCH=1
+    install_one prefix-c TORCH=0
+    # The Python package, its libtorch layer not compiled, beside torch as in site-packages.
+    SAFETENSORS_TORCH_AOT=0 "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+        --no-build-isolation --no-deps --target "$WORK/site-packages" .
+    ln -s "$torch" "$WORK/site-packages/torch"
+    package=$WORK/site-packages/safetensors_torch/native
+    # An unpacked libtorch.
+    mkdir "$WORK/libtorch"
+    ln -s "$torch/include" "$torch/lib" "$torch/share" "$WORK/libtorch"
+}
+
+# Names and kinds of all files of a tree.
+listing() {
+    (cd "$1" && find . \( -type f -printf '%P\n' -o -type l -printf '%P -> %l\n' \) | LC_ALL=C sort)
+}
+
+expected_c() {
+    cat <<LIST
+include/safetensors_torch.h
+lib/cmake/SafetensorsTorch/SafetensorsTorchConfig.cmake
+lib/cmake/SafetensorsTorch/SafetensorsTorchConfigVersion.cmake
+lib/cmake/SafetensorsTorch/SafetensorsTorchLibtorch.cmake
+lib/libsafetensors_torch.a
+lib/libsafetensors_torch.so -> libsafetensors_torch.so.$major
+lib/libsafetensors_torch.so.$major -> libsafetensors_torch.so.$version
+lib/libsafetensors_torch.so.$version
+lib/pkgconfig/safetensors_torch-c.pc
+LIST
+}
+
+expected_cpp() {
+    expected_c
+    (cd include && find . -name '*.hpp' -printf 'include/%P\n')
+    echo lib/pkgconfig/safetensors_torch.pc
+}
+
+# The dynamic symbols are the functions of the C header; the SONAME has the major version.
+check_exports() {
+    local library=$1 header=$2
+    diff <(grep -v '^ \*\|^/\*' "$header" | grep -o '\bsft_[a-z0-9_]*(' | tr -d '(' | LC_ALL=C sort -u) \
+        <(nm -D --defined-only "$library" | awk '{ print $3 }' | LC_ALL=C sort -u) >"$WORK/symbols" ||
+        { cat "$WORK/symbols" >&2; fail "$library does not export what $header declares (<), and that alone (>)"; }
+    LC_ALL=C readelf --wide --dynamic "$library" | grep "(SONAME).*\[libsafetensors_torch.so.$major\]" >/dev/null ||
+        fail "$library: SONAME"
+}
+
+# The same, and no search path, which would be one of this machine.
+check_library() {
+    check_exports "$@"
+    ! LC_ALL=C readelf --wide --dynamic "$1" | grep -E '\((RPATH|RUNPATH)\)' >&2 || fail "$1 has a search path"
+}
+
+# No file names a folder of this machine.
+check_paths() {
+    local tree=$1 folder found
+    for folder in "$PWD" "$(pwd -P)" "$torch" "$(realpath "$torch")" "${CARGO_HOME:-$HOME/.cargo}" /opt/somewhere; do
+        found=$(grep -rlaF -- "$folder/" "$tree" || true)
+        [ -z "$found" ] || fail "$folder is named in $found"
+    done
+}
+
+check_trees() {
+    diff <(expected_cpp | LC_ALL=C sort) <(listing "$WORK/prefix") || fail "make install: another list of files"
+    diff <(expected_c | LC_ALL=C sort) <(listing "$WORK/prefix-c") || fail "make install TORCH=0: another list of files"
+    pass "the files of make install, with torch and without"
+    local name
+    for name in prefix prefix-c; do
+        check_library "$WORK/$name/lib/libsafetensors_torch.so" "$WORK/$name/include/safetensors_torch.h"
+        check_paths "$WORK/$name"
+    done
+    ! LC_ALL=C readelf --dynamic "$WORK/prefix-c/lib/libsafetensors_torch.so" | grep torch_cpu >&2 ||
+        fail "the C library needs libtorch"
+    pass "exported symbols, SONAME, no search path, no path of this machine"
+    diff <(cd include && find . -type f | sort) <(cd "$package/include" && find . -type f | sort) ||
+        fail "the Python package has other headers"
+    check_paths "$package"
+    pass "the headers of the Python package, no path of this machine"
+    grep -qx "torch_version=$("$PYTHON" -c 'import torch; print(torch.__version__.partition("+")[0])')" \
+        "$WORK/prefix/lib/pkgconfig/safetensors_torch.pc" || fail "safetensors_torch.pc does not name its torch"
+}
