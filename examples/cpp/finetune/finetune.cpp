@@ -43,7 +43,7 @@ double evaluate(Net& net, const at::Tensor& x, const at::Tensor& y) {
 }
 
 void train(Net& net, const at::Tensor& x, const at::Tensor& y) {
-    torch::optim::SGD optimizer(net.parameters(), torch::optim::SGDOptions(0.05));
+    torch::optim::SGD optimizer(net.parameters(), torch::optim::SGDOptions(0.02));
     net.train();
     for (int step = 0; step < kSteps; ++step) {
         optimizer.zero_grad();

@@ -35,7 +35,7 @@ def evaluate(net: Net, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def train(net: Net, x: torch.Tensor, y: torch.Tensor) -> None:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     net.train()
     for _ in range(STEPS):
         optimizer.zero_grad()

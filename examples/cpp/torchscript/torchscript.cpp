@@ -1,0 +1,62 @@
+// Runs a scripted module that reads safetensors files itself, after its weights were filled from one.
+//
+// Build:  cmake -S examples/cpp/torchscript -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH &&
+//         cmake --build BUILD
+// Run:    python examples/cpp/torchscript/make_module.py FOLDER
+//         BUILD/torchscript FOLDER
+//
+// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the folder of the Python
+// package torch.
+//
+// The module calls torch.ops.safetensors_torch.load_file and get_tensor. It takes no more than to link the library for
+// torch::jit::load to find them. Ends with a status other than 0 unless the module gives to the last bit what it gave
+// in Python.
+
+#include <ATen/Parallel.h>
+#include <torch/script.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <safetensors_torch.hpp>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+void run(const std::filesystem::path& folder) {
+    // The order in which a sum is taken may follow the number of threads; make_module.py sets the same number.
+    at::set_num_threads(1);
+    const c10::InferenceMode inference;
+
+    torch::jit::Module module = torch::jit::load(folder / "module.pt");
+    safetensors_torch::load_model(module, folder / "model.safetensors");
+
+    const safetensors_torch::Tensors expected = safetensors_torch::load_file(folder / "expected.safetensors");
+    for (const char* name : {"first", "second"}) {
+        const std::string adapter = folder / (std::string("adapter-") + name + ".safetensors");
+        const at::Tensor y = module.forward({expected.at("x"), adapter}).toTensor();
+        if (!at::equal(y, expected.at(name))) {
+            throw std::runtime_error(adapter + ": the result differs from Python's by up to " +
+                                     std::to_string((y - expected.at(name)).abs().max().item<double>()));
+        }
+        std::printf("%s: equal to Python, mean %.6f\n", name, y.mean().item<double>());
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        return 2;
+    }
+    try {
+        run(argv[1]);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "torchscript: %s\n", error.what());
+        return EXIT_FAILURE;
+    }
+    return EXIT_SUCCESS;
+}
