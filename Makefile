@@ -33,7 +33,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-python test-accelerator test-examples test-install library
+.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-examples test-install library
 
 build: library out/python.stamp
 
@@ -140,6 +140,17 @@ test-cpp: library
 	    -DCMAKE_PREFIX_PATH="$(CURDIR)/$(STAGE);$(TORCH_DIR)" >/dev/null
 	cmake --build out/tests-cpp --parallel
 	ctest --test-dir out/tests-cpp --output-on-failure
+
+# C and C++ with everything of ours instrumented, where the compilers have the sanitizers. Two builds, side by side.
+SANITIZED := out/sanitizers/address.stamp out/sanitizers/thread.stamp
+
+test-sanitizers: library
+	$(MAKE) --no-print-directory -j2 $(SANITIZED)
+	tests/sanitizers/run.sh test address
+	tests/sanitizers/run.sh test thread
+
+$(SANITIZED): out/sanitizers/%.stamp: out/prefix.stamp $(wildcard tests/sanitizers/* tests/cpp/*)
+	tests/sanitizers/run.sh build $*
 
 test-examples: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \

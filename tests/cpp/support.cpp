@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <iterator>
+#include <sstream>
 #include <stdexcept>
 
 namespace support {
@@ -99,7 +100,9 @@ std::string read_file(const std::string& path) {
     if (!in) {
         throw std::runtime_error("cannot read " + path);
     }
-    return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+    std::ostringstream out;
+    out << in.rdbuf();
+    return out.str();
 }
 
 void write_file(const std::string& path, const std::string& bytes) {
