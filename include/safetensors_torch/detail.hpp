@@ -28,8 +28,8 @@ using OptionalStrings = std::optional<Strings>;
 
 [[noreturn]] inline void fail(std::string message) { throw c10::Error(std::move(message), nullptr); }
 
-// Objects of torch's classes pass between the program and the library, so both must be compiled for one torch. The CMake
-// package sees to that; this is for those who build without it.
+// Objects of torch's classes pass between the program and the library, so both must be compiled for one torch. The
+// CMake package sees to that; this is for those who build without it.
 inline void check_torch() {
     const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_torch_version", ""});
     if (!op) {
