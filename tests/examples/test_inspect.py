@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-INSPECT = os.environ["INSPECT"]
+INSPECT = os.path.abspath(os.environ["INSPECT"])
 MEBIBYTE = 1 << 20
 # What is said of a header of 2.4 MB. Seen: 10 ms and 6.3 MB, of which the program and the C library are 2.
 SECONDS, PEAK = 0.1, 12 * MEBIBYTE
