@@ -33,7 +33,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-examples test-install library
+.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
 
 build: library out/python.stamp
 
@@ -120,7 +120,7 @@ demo: build
 
 # --- tests
 
-test: test-rust test-tsan test-c test-cpp test-examples test-install test-python test-accelerator
+test: test-rust test-tsan test-c test-cpp test-docs test-examples test-install test-python test-accelerator
 
 # The core has no torch in it, so neither have its tests.
 test-rust: $(VENV)/requirements.stamp
@@ -155,6 +155,10 @@ $(SANITIZED): out/sanitizers/%.stamp: out/prefix.stamp $(wildcard tests/sanitize
 test-examples: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \
 	    tests/examples.sh
+
+# The programs in the guides.
+test-docs: build
+	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) WORK=$(CURDIR)/out/docs-programs tests/docs.sh
 
 # Installs the library in every way there is, and builds programs with it.
 test-install: out/library.stamp out/core.stamp

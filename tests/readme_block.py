@@ -1,6 +1,13 @@
-"""Prints the code blocks of one language in README.md.
+"""Prints code blocks of a Markdown file, or writes its programs to files.
 
-Run: python tests/readme_block.py LANGUAGE
+Run: python tests/readme_block.py LANGUAGE [FILE [NAME]]
+     python tests/readme_block.py --programs FILE FOLDER
+
+FILE is README.md unless it is given. A block is called what the comment in its first line says: `// load.cpp`,
+`/* list.c */`, `# CMakeLists.txt`. Without NAME all blocks of LANGUAGE are printed.
+
+With --programs every block that has a name goes to FOLDER/NAME, and the `text` block next to it, which shows what the
+program prints, to FOLDER/NAME.expected. The names are printed in their order.
 """
 
 from __future__ import annotations
@@ -8,9 +15,54 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-blocks = re.findall(rf"^```{re.escape(sys.argv[1])}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-if not blocks:
-    raise SystemExit(f"README.md has no {sys.argv[1]} block")
-print("\n".join(blocks))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+
+    @property
+    def name(self) -> str | None:
+        found = re.match(r"(?://|/\*|#) ([\w-]+\.\w+)(?: \*/)?\n", self.code)
+        return found and found[1]
+
+
+def blocks_of(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(*block) for block in found]
+
+
+def write_programs(path: Path, folder: Path) -> list[str]:
+    names: list[str] = []
+    for block, following in zip(found := blocks_of(path), [*found[1:], Block("", "")], strict=True):
+        if (name := block.name) is None:
+            continue
+        if name in names:
+            raise SystemExit(f"{path} has two blocks called {name}")
+        names.append(name)
+        (folder / name).write_text(block.code, encoding="utf-8")
+        if following.language == "text":
+            (folder / f"{name}.expected").write_text(following.code, encoding="utf-8")
+    if not names:
+        raise SystemExit(f"{path} has no block with a name")
+    return names
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "--programs":
+        path, folder = arguments[1:]
+        print("\n".join(write_programs(ROOT / path, Path(folder))))
+        return
+    language, path, name = [*arguments, *["README.md", ""][len(arguments) - 1 :]]
+    found = [block for block in blocks_of(ROOT / path) if block.language == language and name in ("", block.name)]
+    if not found:
+        raise SystemExit(f"{path} has no {language} block" + (f" called {name}" if name else ""))
+    print("\n".join(block.code for block in found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,5 +1,5 @@
-// A program that says it was compiled for another torch than the library: the first call says so. Built by itself, as it
-// lies about the version to the header.
+// A program that says it was compiled for another torch than the library: the first call says so. Built by itself, as
+// it lies about the version to the header.
 
 #include <torch/version.h>
 
