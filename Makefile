@@ -157,8 +157,9 @@ test-examples: build
 	    tests/examples.sh
 
 # The programs in the guides.
-test-docs: build
-	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) WORK=$(CURDIR)/out/docs-programs tests/docs.sh
+test-docs: library
+	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c \
+	    WORK=$(CURDIR)/out/docs-programs tests/docs.sh
 
 # Installs the library in every way there is, and builds programs with it.
 test-install: out/library.stamp out/core.stamp

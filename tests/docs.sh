@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compiles and runs every program in docs/cpp.md against an installed tree, in the order in which they stand
-# there, in one folder, and compares what they print with what is shown.
-# Environment: PYTHON, PREFIX (an installed tree), WORK (a folder for what is built).
+# Compiles and runs every program in docs/cpp.md and docs/c.md against installed trees, in the order in which they stand
+# there, in one folder, and compares what they print with what is shown. Follows what the pages say of building, too.
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a folder for what is built).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${PYTHON:?}" "${PREFIX:?}" "${WORK:?}"
+: "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
 libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 tests=$PWD/tests
 passed=0
@@ -13,6 +13,7 @@ passed=0
 begin() {
     rm -rf "$WORK/$1"
     mkdir -p "$WORK/$1/run"
+    page=$PWD/docs/$1.md
     names=$("$PYTHON" tests/readme_block.py --programs "docs/$1.md" "$WORK/$1")
     cd "$WORK/$1"
 }
@@ -35,6 +36,28 @@ g++ -std=c++17 -Wall -Wextra -Werror all.cpp -I"$PREFIX/include" -isystem "$libt
 for source in $sources; do
     check "$source.expected" "$PWD/all" "${source%.cpp}"
 done
+cp load.cpp app.cpp
+cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch" >/dev/null # compiling it is left to the examples
 cd - >/dev/null
 
-echo "programs in docs/cpp.md: $passed passed, 0 failed"
+begin c
+for source in $(grep '\.c$' <<<"$names"); do
+    cc -std=c11 -Wall -Wextra -Wpedantic -Werror "$source" -I"$C_PREFIX/include" -L"$C_PREFIX/lib" \
+        -lsafetensors_torch -pthread -Wl,-rpath,"$C_PREFIX/lib" -o "${source%.c}"
+    check "$source.expected" "$PWD/${source%.c}"
+done
+cp map.c app.c
+cmake -B build "-DCMAKE_PREFIX_PATH=$C_PREFIX" >/dev/null
+cmake --build build >/dev/null
+check map.c.expected "$PWD/build/app"
+# The commands of the page, with the folder of this installation in them.
+export PKG_CONFIG_PATH=$C_PREFIX/lib/pkgconfig
+commands=$(grep -o '`cc -std=c11 app.c [^`]*`' "$page" | tr -d '`' | sed "s|/opt/safetensors-c|$C_PREFIX|g")
+test "$(wc -l <<<"$commands")" = 3 || { echo "docs/c.md has not three ways to build, but: $commands" >&2; exit 1; }
+while read -r command; do
+    rm -f app
+    eval "$command"
+    check map.c.expected "$PWD/app"
+done <<<"$commands"
+cd - >/dev/null
+echo "programs in docs/cpp.md and docs/c.md: $passed passed, 0 failed"
