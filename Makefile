@@ -5,6 +5,7 @@
 # make install   the library, headers, CMake package and pkg-config files into PREFIX; with TORCH=0 the C library alone
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
+# make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
 # make clean     what was built; .venv stays
 #
@@ -33,7 +34,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
+.PHONY: build demo test bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
 
 build: library out/python.stamp
 
@@ -186,6 +187,17 @@ $(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
 # BENCH: options of benches/bench.py, such as BENCH=--quick or BENCH="--docs docs/performance.md".
 bench: build $(VENV)/bench.stamp
 	$(PY) benches/bench.py $(BENCH)
+
+# Fails for a public name without documentation, and for a link to nowhere.
+docs:
+	command -v doxygen >/dev/null || if test "$$(id -u)" = 0; then \
+	    apt-get install -qq -y doxygen >/dev/null || { apt-get update -qq && apt-get install -qq -y doxygen >/dev/null; }; \
+	else \
+	    echo "make docs needs doxygen: install it first, as root with apt-get install doxygen" >&2; exit 1; \
+	fi
+	rm -rf out/docs
+	mkdir -p out
+	doxygen docs/Doxyfile
 
 bench-header:
 	cargo bench --locked --no-default-features --target-dir target/core --bench header

@@ -161,6 +161,18 @@ fn the_library_exports_what_is_declared() {
     assert_eq!(exported, prototypes_in_header().into_keys().collect::<BTreeSet<_>>());
 }
 
+/// Doxygen does not miss them.
+#[test]
+fn constants_are_documented() {
+    let text = header_text();
+    let constants: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
+        .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
+        .collect();
+    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3);
+}
+
 /// Compiles a C program that prints lines `name value`, and gives what it printed.
 fn ask_c(body: &str) -> BTreeMap<String, i64> {
     let folder = tempfile::tempdir().expect("a folder");
