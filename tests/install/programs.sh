@@ -121,8 +121,9 @@ check_cargo_c() {
         { cat "$WORK/cargo-c.log" >&2; fail "cargo cinstall"; }
     mv "$WORK/stage/opt/somewhere" "$WORK/prefix-cargo"
     rm -r "$WORK/stage"
-    diff <(expected_c | grep -v cmake/ | LC_ALL=C sort) <(listing "$WORK/prefix-cargo") ||
-        fail "cargo cinstall: another list of files"
+    # Both links lead to the file; of make install one leads to the other.
+    diff <(expected_c | grep -v cmake/ | sed "s/\(\.so -> .*\.so\)\.$major\$/\1.$version/" | LC_ALL=C sort) \
+        <(listing "$WORK/prefix-cargo") || fail "cargo cinstall: another list of files"
     check_library "$WORK/prefix-cargo/lib/libsafetensors_torch.so" "$WORK/prefix-cargo/include/safetensors_torch.h"
     sed -i "s|^prefix=.*|prefix=$WORK/prefix-cargo|" "$WORK/prefix-cargo/lib/pkgconfig/safetensors_torch-c.pc"
     compile_c_with_pkg_config prefix-cargo
