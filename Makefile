@@ -1,5 +1,6 @@
 # make demo      the main job, with real files, from Python and C++
 # make test      every test, in every language
+# make test-sanitizers   the tests of C and C++ under sanitizers, which make test leaves out
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX; with TORCH=0 the C library alone
