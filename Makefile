@@ -1,6 +1,5 @@
 # make demo      the main job, with real files, from Python and C++
 # make test      every test, in every language
-# make test-sanitizers   the tests of C and C++ under sanitizers, which make test leaves out
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX; with TORCH=0 the C library alone
@@ -122,7 +121,7 @@ demo: build
 
 # --- tests
 
-test: test-rust test-tsan test-c test-cpp test-docs test-examples test-install test-python test-accelerator
+test: test-rust test-tsan test-c test-cpp test-sanitizers test-docs test-examples test-install test-python test-accelerator
 
 # The core has no torch in it, so neither have its tests.
 test-rust: $(VENV)/requirements.stamp
