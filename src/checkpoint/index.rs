@@ -3,10 +3,12 @@
 //! An index comes from whoever made the checkpoint, so its file names are checked before one of them is opened.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
+use std::fs::File;
 use std::path::{Component, Path};
 
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{MAX_HEADER_BYTES, recognise};
@@ -26,8 +28,8 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// Reads and checks the index at `path`; its files are not looked at.
-    pub(super) fn read(path: &Path) -> Result<Index> {
+    /// Reads and checks the index at `path`; its files are not looked at. Gives the open index too.
+    pub(super) fn read(path: &Path) -> Result<(Index, File)> {
         let (file, length) = open_regular(path)?;
         let fail = |error: Error| error.in_file(path);
         if length > MAX_HEADER_BYTES {
@@ -37,7 +39,7 @@ impl Index {
         }
         let mut json = vec![0; length as usize];
         read_exact_at(&file, path, &mut json, 0)?;
-        Index::parse(&json).map_err(fail)
+        Ok((Index::parse(&json).map_err(fail)?, file))
     }
 
     pub(super) fn parse(json: &[u8]) -> Result<Index> {
@@ -60,19 +62,23 @@ impl Index {
         }
     }
 
-    /// Sorts the entries, name and file, of a weight map.
-    fn of(mut entries: Vec<(String, String)>) -> Result<Index> {
-        entries.sort();
-        if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+    /// Sorts what the JSON says.
+    fn of(Entries { files, mut tensors }: Entries) -> Result<Index> {
+        tensors.sort();
+        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             let detail = format!("{WEIGHT_MAP:?} has the tensor {:?} twice", pair[0].0);
             return Err(Error::new(ErrorKind::Duplicate, detail));
         }
-        let mut shards: Vec<String> = entries.iter().map(|(_, file)| file.clone()).collect();
-        shards.sort();
-        shards.dedup();
-        let number = |file: &String| shards.binary_search(file).expect("every file is listed") as u32;
-        let tensors = entries.into_iter().map(|(name, file)| (name, number(&file))).collect();
-        Ok(Index { shards, tensors })
+        let mut files: Vec<(String, u32)> = files.into_iter().collect();
+        files.sort();
+        let mut rank = vec![0; files.len()];
+        for (place, &(_, file)) in files.iter().enumerate() {
+            rank[file as usize] = place as u32;
+        }
+        for (_, file) in &mut tensors {
+            *file = rank[*file as usize];
+        }
+        Ok(Index { shards: files.into_iter().map(|(name, _)| name).collect(), tensors })
     }
 }
 
@@ -101,13 +107,22 @@ fn check_file_name(tensor: &str, file: &str) -> Result<()> {
     Err(Error::new(ErrorKind::Index, detail))
 }
 
+/// A weight map in the order of the JSON.
+#[derive(Default)]
+struct Entries {
+    /// Each file once, with its number.
+    files: HashMap<String, u32>,
+    /// Tensors, and the numbers of their files.
+    tensors: Vec<(String, u32)>,
+}
+
 /// The whole index: an object in which the weight map must be, and other fields may.
 struct Root<'f> {
     fault: &'f Fault,
 }
 
 impl<'de> DeserializeSeed<'de> for Root<'_> {
-    type Value = Vec<(String, String)>;
+    type Value = Entries;
 
     fn deserialize<D: Deserializer<'de>>(
         self,
@@ -118,7 +133,7 @@ impl<'de> DeserializeSeed<'de> for Root<'_> {
 }
 
 impl<'de> Visitor<'de> for Root<'_> {
-    type Value = Vec<(String, String)>;
+    type Value = Entries;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a JSON object with a {WEIGHT_MAP:?}")
@@ -128,8 +143,7 @@ impl<'de> Visitor<'de> for Root<'_> {
         let mut entries = None;
         while let Some(Text(field)) = map.next_key()? {
             if field != WEIGHT_MAP {
-                // Not IgnoredAny alone, which passes over nesting of any depth.
-                map.next_value::<serde_json::Value>()?;
+                map.next_value::<IgnoredAny>()?;
             } else if entries.replace(map.next_value_seed(WeightMap { fault: self.fault })?).is_some() {
                 let detail = format!("the index has {WEIGHT_MAP:?} twice");
                 return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
@@ -148,7 +162,7 @@ struct WeightMap<'f> {
 }
 
 impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
-    type Value = Vec<(String, String)>;
+    type Value = Entries;
 
     fn deserialize<D: Deserializer<'de>>(
         self,
@@ -159,21 +173,26 @@ impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
 }
 
 impl<'de> Visitor<'de> for WeightMap<'_> {
-    type Value = Vec<(String, String)>;
+    type Value = Entries;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{WEIGHT_MAP:?} to be an object that maps names of tensors to file names")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
-        let mut entries = Vec::new();
+        let mut entries = Entries::default();
         while let Some(Text(tensor)) = map.next_key()? {
             let Text(file) = map.next_value().map_err(|error| {
                 let detail = format!("the index is not valid: the file of tensor {tensor:?}: {error}");
                 refuse(self.fault, Error::new(ErrorKind::Index, detail))
             })?;
             check_file_name(&tensor, &file).map_err(|error| refuse(self.fault, error))?;
-            entries.push((tensor.into_owned(), file.into_owned()));
+            let next = entries.files.len() as u32;
+            let number = match entries.files.get(&*file) {
+                Some(&number) => number,
+                None => *entries.files.entry(file.into_owned()).or_insert(next),
+            };
+            entries.tensors.push((tensor.into_owned(), number));
         }
         Ok(entries)
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::plan::{DEFAULT_STEM, INDEX_SUFFIX, SUFFIX, is_shard_name};
+use super::plan::{DEFAULT_STEM, INDEX_SUFFIX, SUFFIX, stem_of_shard};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How a checkpoint is to be opened.
@@ -28,47 +28,66 @@ pub(super) fn locate(path: &Path) -> Result<Location> {
 /// The checkpoint in `folder`.
 fn look_through(folder: &Path) -> Result<Location> {
     let read = |source| Error::io("read the folder", folder, source);
-    let (mut files, mut indexes, mut has_shards) = (Vec::new(), Vec::new(), false);
+    let (mut files, mut indexes, mut sharded) = (Vec::new(), Vec::new(), Vec::new());
     for entry in fs::read_dir(folder).map_err(read)? {
         // A name that is not UTF-8 is none that such tools give.
         let Ok(name) = entry.map_err(read)?.file_name().into_string() else { continue };
         if name.starts_with('.') {
             continue;
         }
-        if name.ends_with(INDEX_SUFFIX) {
-            indexes.push(name);
-        } else if is_shard_name(&name) {
-            has_shards = true;
-        } else if name.ends_with(SUFFIX) {
-            files.push(name);
+        if let Some(stem) = stem_of_shard(&name) {
+            sharded.push(stem.to_string());
+            continue;
+        }
+        // Not a link to nowhere, as an interrupted download may leave it.
+        let is_file = || fs::metadata(folder.join(&name)).is_ok_and(|metadata| metadata.is_file());
+        if let Some(stem) = name.strip_suffix(INDEX_SUFFIX).filter(|_| is_file()) {
+            indexes.push(stem.to_string());
+        } else if let Some(stem) = name.strip_suffix(SUFFIX).filter(|_| is_file()) {
+            files.push(stem.to_string());
         }
     }
-    let (file, index) = (format!("{DEFAULT_STEM}{SUFFIX}"), format!("{DEFAULT_STEM}{INDEX_SUFFIX}"));
-    if files.contains(&file) {
-        return Ok(Location::File(folder.join(file)));
-    }
-    if indexes.contains(&index) {
-        return Ok(Location::Index(folder.join(index)));
-    }
-    match (&files[..], &indexes[..]) {
-        ([file], []) => Ok(Location::File(folder.join(file))),
-        ([], [index]) => Ok(Location::Index(folder.join(index))),
-        ([], []) => {
-            let detail = if has_shards {
-                "the folder holds shards, but no index (*.safetensors.index.json): a save or a download was interrupted; \
-                 save or fetch the checkpoint again, or load the shards one by one"
-            } else {
-                "the folder holds no checkpoint: neither a *.safetensors file nor a *.safetensors.index.json"
-            };
-            Err(Error::new(ErrorKind::Index, detail).in_file(folder))
+    // A file counts before the index of the same name: while one replaces the other, both are there.
+    indexes.retain(|stem| !files.contains(stem));
+    sharded.retain(|stem| !files.contains(stem) && !indexes.contains(stem));
+    let file = |stem: &str| Location::File(folder.join(format!("{stem}{SUFFIX}")));
+    let index = |stem: &str| Location::Index(folder.join(format!("{stem}{INDEX_SUFFIX}")));
+    let is_default = |stem: &String| stem == DEFAULT_STEM;
+    let fail = |detail: String| Err(Error::new(ErrorKind::Index, detail).in_file(folder));
+    match (&files[..], &indexes[..], &sharded[..]) {
+        _ if files.iter().any(is_default) => Ok(file(DEFAULT_STEM)),
+        _ if indexes.iter().any(is_default) => Ok(index(DEFAULT_STEM)),
+        ([stem], [], []) => Ok(file(stem)),
+        ([], [stem], []) => Ok(index(stem)),
+        ([], [], []) => {
+            fail(format!("the folder holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"))
         }
-        _ => {
-            let mut names = [files, indexes].concat();
-            names.sort();
-            let detail = format!("the folder holds several checkpoints: open one of {}", names.join(", "));
-            Err(Error::new(ErrorKind::Index, detail).in_file(folder))
+        (_, _, []) => {
+            fail(format!("the folder holds several checkpoints: open one of {}", names(&files, &indexes)))
+        }
+        // The index goes first and comes last, so these are what an interrupted save leaves. What else there is may be
+        // of another model.
+        (_, _, [stem, ..]) => {
+            let mut detail = format!(
+                "the folder holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
+                 interrupted; save or fetch the checkpoint again, or load the shards one by one"
+            );
+            if !files.is_empty() || !indexes.is_empty() {
+                detail +=
+                    &format!(". To open another one of this folder, name it: {}", names(&files, &indexes));
+            }
+            fail(detail)
         }
     }
+}
+
+/// The names of files and indexes with these stems, sorted.
+fn names(files: &[String], indexes: &[String]) -> String {
+    let files = files.iter().map(|stem| format!("{stem}{SUFFIX}"));
+    let mut names: Vec<String> =
+        files.chain(indexes.iter().map(|stem| format!("{stem}{INDEX_SUFFIX}"))).collect();
+    names.sort();
+    names.join(", ")
 }
 
 #[cfg(test)]
@@ -104,6 +123,9 @@ mod tests {
             found(&["u.safetensors.index.json", "u-1.txt"]).as_deref(),
             Ok("u.safetensors.index.json")
         );
+        // Both are there while one replaces the other.
+        assert_eq!(found(&["x.safetensors", "x.safetensors.index.json"]).as_deref(), Ok("x.safetensors"));
+        assert_eq!(found(&["x.safetensors", "x-00001-of-00002.safetensors"]).as_deref(), Ok("x.safetensors"));
         let hidden = ".safetensors-1-0.tmp";
         assert_eq!(found(&["x.safetensors", hidden, ".y.safetensors"]).as_deref(), Ok("x.safetensors"));
     }
@@ -114,7 +136,23 @@ mod tests {
         assert!(error.ends_with("open one of a.safetensors, b.safetensors.index.json"), "{error}");
         assert!(found(&["config.json"]).expect_err("none").contains("no checkpoint"));
         let error = found(&["model-00001-of-00002.safetensors"]).expect_err("no index");
-        assert!(error.contains("shards, but no index"), "{error}");
+        assert!(error.contains("shards of \"model\", but not their index"), "{error}");
+        // Not the other model that happens to be there.
+        let error =
+            found(&["model-00001-of-00002.safetensors", "adapter.safetensors"]).expect_err("no index");
+        assert!(
+            error.contains("not their index") && error.ends_with("name it: adapter.safetensors"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn links_to_nowhere_are_passed_over() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let index = folder.path().join("model.safetensors.index.json");
+        fs::write(&index, "").expect("written");
+        std::os::unix::fs::symlink("gone", folder.path().join("model.safetensors")).expect("linked");
+        assert_eq!(locate(folder.path()).expect("an index"), Location::Index(index));
     }
 
     #[test]

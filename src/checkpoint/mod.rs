@@ -14,15 +14,21 @@ mod write;
 pub use plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan};
 pub use write::{ShardedOptions, ShardedWriter, save_sharded};
 
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::TensorFile;
 use crate::header::absent;
+use crate::prefault::{self, Prefault};
 use crate::source::Backend;
 use index::Index;
 use locate::Location;
+
+/// How often a checkpoint that is replaced meanwhile is opened anew.
+const OPEN_ATTEMPTS: usize = 20;
 
 /// An open checkpoint.
 #[derive(Debug)]
@@ -61,8 +67,8 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and for
-    /// a folder that holds no checkpoint, or several; those of [`TensorFile::open`] for each file. They name the index,
-    /// the shard and the tensor.
+    /// a folder that holds no checkpoint, or several; [`ErrorKind::FileChanged`] where it is replaced over and over; those
+    /// of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
     pub fn open(path: &Path, backend: Backend) -> Result<Checkpoint> {
         match locate::locate(path)? {
             Location::File(file) => Ok(Checkpoint::of_file(TensorFile::open(&file, backend)?, file)),
@@ -77,19 +83,33 @@ impl Checkpoint {
         Checkpoint { by_name: sorted_places(&shards), shards, path }
     }
 
+    /// A checkpoint of several files. A save that replaces it meanwhile takes its index away before the first of its
+    /// files changes, and puts another one in place after the last: if the index is still there once all files are open,
+    /// they belong together. If it is not, the new one is tried.
     fn of_index(path: PathBuf, backend: Backend) -> Result<Checkpoint> {
-        let index = Index::read(&path)?;
+        for _ in 0..OPEN_ATTEMPTS {
+            // Open for as long as it is compared, so that no other file can have its number.
+            let (index, file) = Index::read(&path)?;
+            let opened = Checkpoint::of_files(index, path.clone(), backend);
+            if is_at(&file, &path) {
+                return opened;
+            }
+        }
+        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
+        Err(Error::new(ErrorKind::FileChanged, detail).in_file(&path))
+    }
+
+    fn of_files(index: Index, path: PathBuf, backend: Backend) -> Result<Checkpoint> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let shards = index.shards.iter().map(|name| {
             let file = TensorFile::open(&folder.join(name), backend).map_err(|error| {
-                if error.os_error() == Some(libc::ENOENT) {
-                    let remedy = format!(
-                        "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
-                        path.display()
-                    );
-                    return error.with_remedy(&remedy);
-                }
-                error
+                match error.os_error() {
+                Some(libc::ENOENT) => error.with_remedy(&format!(
+                    "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
+                    path.display()
+                )),
+                _ => with_limit(error),
+            }
             })?;
             Ok(Shard { name: name.clone(), file: Arc::new(file) })
         });
@@ -130,9 +150,38 @@ impl Checkpoint {
         self.find(name).ok_or_else(|| absent(name).in_file(&self.path))
     }
 
+    /// As [`TensorFile::prefault`], for all shards, one after the other.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TensorFile::prefault`].
+    pub fn prefault(&self, when: Prefault) -> Result<()> {
+        let mapped: Vec<_> = self.shards.iter().filter_map(|shard| shard.file.mapped()).collect();
+        prefault::prefault(&mapped, when)
+    }
+
     /// The file or the index that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Whether `file` is what is at `path`.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    match (file.metadata(), path.metadata()) {
+        (Ok(opened), Ok(there)) => identity(opened) == identity(there),
+        _ => false,
+    }
+}
+
+/// The same error, with the remedy where the process has too many files open: a checkpoint needs one for each shard.
+fn with_limit(error: Error) -> Error {
+    match error.os_error() {
+        Some(libc::EMFILE) => {
+            error.with_remedy("all files of a checkpoint are open at once: raise the limit (ulimit -n)")
+        }
+        _ => error,
     }
 }
 

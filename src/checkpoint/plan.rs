@@ -32,7 +32,8 @@ impl ShardPlan {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] for a `max_shard_bytes` of 0, and for a `stem` that is no file name.
+    /// [`ErrorKind::InvalidArgument`] for a `max_shard_bytes` of 0, and for a `stem` that is no file name, or is that of
+    /// a shard.
     pub fn new(sizes: impl Iterator<Item = u64>, stem: &str, max_shard_bytes: u64) -> Result<ShardPlan> {
         if max_shard_bytes == 0 {
             let detail = "a shard of at most 0 bytes can hold nothing: give the size of a shard in bytes";
@@ -41,6 +42,12 @@ impl ShardPlan {
         if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\0']) {
             let detail = format!(
                 "{stem:?} cannot be what the names of files begin with: give a word such as {DEFAULT_STEM:?}"
+            );
+            return Err(Error::new(ErrorKind::InvalidArgument, detail));
+        }
+        if is_shard_name(&format!("{stem}{SUFFIX}")) {
+            let detail = format!(
+                "{stem:?} is what a shard of another checkpoint is called: give what stands before the numbers"
             );
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
@@ -61,7 +68,7 @@ impl ShardPlan {
                 close(&mut vec![tensor], &mut shard_of, &mut closed);
                 continue;
             }
-            if current_bytes + size > max_shard_bytes {
+            if size > max_shard_bytes - current_bytes {
                 close(&mut current, &mut shard_of, &mut closed);
                 current_bytes = 0;
             }
@@ -131,6 +138,11 @@ pub(super) fn is_shard_name(name: &str) -> bool {
     parse_shard_name(name).is_some()
 }
 
+/// The stem of a shard's name; `None` for other names.
+pub(super) fn stem_of_shard(name: &str) -> Option<&str> {
+    parse_shard_name(name).map(|(stem, _, _)| stem)
+}
+
 /// The stem and the numbers of `STEM-00001-of-00003.safetensors`; `None` for other names.
 fn parse_shard_name(name: &str) -> Option<(&str, usize, usize)> {
     let (rest, count) = name.strip_suffix(SUFFIX)?.rsplit_once("-of-")?;
@@ -166,6 +178,8 @@ mod tests {
         // A tensor that is too large has a file of its own, before the one that it interrupts.
         assert_eq!(shards(&[3, 9, 3, 3], 8), [1, 0, 1, 2]);
         assert_eq!(shards(&[9, 9], 8), [0, 1]);
+        let plan = ShardPlan::new([u64::MAX, u64::MAX].into_iter(), "model", u64::MAX).expect("valid");
+        assert_eq!((plan.shard_of(), plan.total_bytes()), (&[0, 1][..], u64::MAX));
     }
 
     #[test]
@@ -199,7 +213,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        for (stem, max) in [("m", 0), ("", 1), ("../m", 1), (".m", 1), ("a\0", 1)] {
+        let shard = "m-00001-of-00002";
+        for (stem, max) in [("m", 0), ("", 1), ("../m", 1), (".m", 1), ("a\0", 1), (shard, 1)] {
             let error = ShardPlan::new([1].into_iter(), stem, max).expect_err("refused");
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         }

@@ -8,12 +8,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::index;
-use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan};
-use crate::error::{Error, Result};
+use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan, stem_of_shard};
+use super::with_limit;
+use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{self, Layout, TensorSpec};
 use crate::serialize::{self, SaveOptions};
-use crate::writer::{AtomicFile, sync_folder};
+use crate::writer::{AtomicFile, set_aside, sync_folder};
 
 /// How a checkpoint is divided and written.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +53,10 @@ pub fn save_sharded(
     options: ShardedOptions<'_>,
 ) -> Result<Vec<String>> {
     let fail = |error: Error| error.in_file(folder);
+    if tensors.len() != data.len() {
+        let detail = format!("{} tensors, but the bytes of {}", tensors.len(), data.len());
+        return Err(Error::new(ErrorKind::InvalidArgument, detail));
+    }
     // No shard alone would find a name that stands twice.
     layout::check_names(tensors).map_err(fail)?;
     let sizes = data.iter().map(|bytes| bytes.len() as u64);
@@ -78,7 +83,6 @@ pub fn save_sharded(
 /// was.
 #[derive(Debug)]
 pub struct ShardedWriter {
-    folder: Folder,
     /// What the files will be called.
     names: Vec<String>,
     /// Files that are complete, in the order of their names.
@@ -86,8 +90,10 @@ pub struct ShardedWriter {
     /// The index, where there is more than one file.
     index: Option<Vec<u8>>,
     index_name: String,
-    /// Names in the folder that belong to an earlier checkpoint.
+    /// Names in the folder that belong to an earlier checkpoint, in the order in which they are to be removed.
     stale: Vec<String>,
+    /// Dropped last: a folder goes only once it is empty.
+    folder: Folder,
 }
 
 impl ShardedWriter {
@@ -96,15 +102,25 @@ impl ShardedWriter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io) where the folder cannot be made or read.
+    /// [`ErrorKind::Io`] where the folder cannot be made or read; [`ErrorKind::InvalidArgument`] for more names, or
+    /// fewer, than the plan has tensors.
     pub fn new<'a>(
         folder: &Path,
         plan: &ShardPlan,
         names: impl Iterator<Item = &'a str>,
     ) -> Result<ShardedWriter> {
         let file_names: Vec<String> = (0..plan.count()).map(|shard| plan.file_name(shard)).collect();
+        let names: Vec<&str> = names.collect();
+        if names.len() != plan.shard_of().len() {
+            let detail =
+                format!("a plan for {} tensors, but the names of {}", plan.shard_of().len(), names.len());
+            return Err(Error::new(ErrorKind::InvalidArgument, detail));
+        }
         let index = (plan.count() > 1).then(|| {
-            let entries = names.zip(plan.shard_of()).map(|(name, &shard)| (name, file_names[shard].as_str()));
+            let entries = names
+                .into_iter()
+                .zip(plan.shard_of())
+                .map(|(name, &shard)| (name, file_names[shard].as_str()));
             index::encode(entries, plan.total_bytes())
         });
         let folder = Folder::make(folder)?;
@@ -117,17 +133,19 @@ impl ShardedWriter {
                 stale.push(name);
             }
         }
+        // What would be opened in place of the new checkpoint, or with it, goes first.
+        stale.sort_by_key(|name| stem_of_shard(name).is_some());
         let (complete, index_name) = (Vec::new(), plan.index_name());
-        Ok(ShardedWriter { folder, names: file_names, complete, index, index_name, stale })
+        Ok(ShardedWriter { names: file_names, complete, index, index_name, stale, folder })
     }
 
     /// Begins file number `shard`, of exactly `length` bytes.
     ///
     /// # Errors
     ///
-    /// Those of [`AtomicFile::create`].
+    /// Those of [`AtomicFile::create_entry`].
     pub fn create(&self, shard: usize, length: u64) -> Result<AtomicFile> {
-        AtomicFile::create(&self.folder.path.join(&self.names[shard]), length)
+        AtomicFile::create_entry(&self.folder.path.join(&self.names[shard]), length).map_err(with_limit)
     }
 
     /// Takes the next file, all of which is written, in the order of their numbers.
@@ -146,7 +164,8 @@ impl ShardedWriter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io). If that is at the first file, the folder is as it was; later, the error says what is missing.
+    /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced already:
+    /// the error says so.
     pub fn commit(mut self, sync: bool) -> Result<Vec<String>> {
         assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
         let names = self.file_names();
@@ -157,20 +176,22 @@ impl ShardedWriter {
         if sync {
             self.complete.iter().chain(&index).try_for_each(AtomicFile::synchronize)?;
         }
-        let old_index = self.set_index_aside(sync)?;
+        // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
+        // checkpoint, where with it they could be taken for one.
+        let replaces: Vec<bool> = self.names.iter().map(|name| self.exists(name)).collect();
+        let mut old_index = Aside::default();
+        if names.len() > 1 && replaces.contains(&true) && self.exists(&self.index_name) {
+            old_index = Aside::new(self.folder.path.join(&self.index_name))?;
+        }
         let mut done = 0;
-        for file in std::mem::take(&mut self.complete) {
-            if let Err(error) = file.commit(false) {
-                return Err(self.explain(error, done, old_index));
-            }
-            done += 1;
+        let complete = std::mem::take(&mut self.complete);
+        if let Err(error) = self.put_in_place(complete, index, &mut done, sync) {
+            return Err(self.roll_back(error, &replaces[..done], old_index));
         }
         self.folder.keep();
-        if let Some(index) = index {
-            index.commit(false).map_err(|error| self.explain(error, done, None))?;
-        }
+        old_index.discard();
         if sync {
-            sync_folder(&self.folder.path)?;
+            self.folder.synchronize()?;
         }
         for name in &self.stale {
             let path = self.folder.path.join(name);
@@ -189,46 +210,84 @@ impl ShardedWriter {
     }
 
     fn write_index(&self, bytes: &[u8]) -> Result<AtomicFile> {
-        let mut file = AtomicFile::create(&self.folder.path.join(&self.index_name), bytes.len() as u64)?;
+        let path = self.folder.path.join(&self.index_name);
+        let mut file = AtomicFile::create_entry(&path, bytes.len() as u64)?;
         file.write([bytes])?;
         Ok(file)
     }
 
-    /// Takes the old index away where files that it lists are about to change one by one: without it they are no
-    /// checkpoint, where with it they could be taken for one. Gives its bytes.
-    fn set_index_aside(&self, sync: bool) -> Result<Option<Vec<u8>>> {
-        let path = self.folder.path.join(&self.index_name);
-        let replaces_shards =
-            self.names.len() > 1 && self.names.iter().any(|name| self.folder.path.join(name).exists());
-        if !replaces_shards {
-            return Ok(None);
-        }
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(Error::io("read", &path, source)),
-        };
-        fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))?;
-        if sync {
-            sync_folder(&self.folder.path)?;
-        }
-        Ok(Some(bytes))
+    /// Whether the folder has this name, be it for a link to nowhere.
+    fn exists(&self, name: &str) -> bool {
+        self.folder.path.join(name).symlink_metadata().is_ok()
     }
 
-    /// Says of an error during the commit what state it leaves; where nothing has changed yet, the old index goes back.
-    fn explain(&self, error: Error, done: usize, old_index: Option<Vec<u8>>) -> Error {
-        if done == 0 {
-            let Some(bytes) = old_index else { return error };
-            return match self.write_index(&bytes).and_then(|file| file.commit(false)) {
-                Ok(()) => error,
-                Err(second) => error.with_remedy(&format!("and the index could not be put back: {second}")),
-            };
+    /// Gives the files their names, one after the other, then the index. `done` counts the files. With `sync`, no crash
+    /// can bring about the new index without them, or the old one with them.
+    fn put_in_place(
+        &self,
+        files: Vec<AtomicFile>,
+        index: Option<AtomicFile>,
+        done: &mut usize,
+        sync: bool,
+    ) -> Result<()> {
+        let synchronize = || if sync { sync_folder(&self.folder.path) } else { Ok(()) };
+        synchronize()?;
+        for file in files {
+            file.commit(false)?;
+            *done += 1;
         }
-        error.with_remedy(&format!(
-            "{done} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
-            self.names.len(),
-            self.folder.path.display()
-        ))
+        let Some(index) = index else { return Ok(()) };
+        synchronize()?;
+        index.commit(false)
+    }
+
+    /// After an error during the commit: takes back what can be taken back, and says of the error what state it leaves.
+    /// `done` has for each file that is in place whether it replaced one.
+    fn roll_back(&self, error: Error, done: &[bool], old_index: Aside) -> Error {
+        if done.contains(&true) {
+            old_index.discard();
+            return error.with_remedy(&format!(
+                "{} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
+                done.len(),
+                self.names.len(),
+                self.folder.path.display()
+            ));
+        }
+        let mut failures: Vec<Error> = Vec::new();
+        for name in &self.names[..done.len()] {
+            let path = self.folder.path.join(name);
+            failures.extend(fs::remove_file(&path).err().map(|source| Error::io("remove", &path, source)));
+        }
+        failures.extend(old_index.put_back().err());
+        failures.into_iter().fold(error, |error, failure| {
+            error.with_remedy(&format!("and what was there before could not be restored: {failure}"))
+        })
+    }
+}
+
+/// A file that was renamed out of the way, if there was one.
+#[derive(Debug, Default)]
+struct Aside {
+    /// Its name before, and now.
+    names: Option<(PathBuf, PathBuf)>,
+}
+
+impl Aside {
+    fn new(path: PathBuf) -> Result<Aside> {
+        let hidden = set_aside(&path)?;
+        Ok(Aside { names: Some((path, hidden)) })
+    }
+
+    fn put_back(self) -> Result<()> {
+        let Some((path, hidden)) = self.names else { return Ok(()) };
+        fs::rename(hidden, &path).map_err(|source| Error::io("restore", &path, source))
+    }
+
+    fn discard(self) {
+        if let Some((_, hidden)) = self.names {
+            // It is hidden, and nothing refers to it: no reason to call a save failed that has all in place.
+            let _ = fs::remove_file(hidden);
+        }
     }
 }
 
@@ -238,6 +297,7 @@ struct Folder {
     path: PathBuf,
     /// The innermost first.
     made: Vec<PathBuf>,
+    is_kept: bool,
 }
 
 impl Folder {
@@ -249,18 +309,27 @@ impl Folder {
         let missing: Vec<PathBuf> =
             path.ancestors().take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect();
         fs::create_dir_all(path).map_err(fail)?;
-        Ok(Folder { path: path.to_path_buf(), made: missing })
+        Ok(Folder { path: path.to_path_buf(), made: missing, is_kept: false })
     }
 
     /// The folders stay, whatever comes.
     fn keep(&mut self) {
-        self.made.clear();
+        self.is_kept = true;
+    }
+
+    /// Has the entries of the folder put on the disk, and it among those of its own, if that is new.
+    fn synchronize(&self) -> Result<()> {
+        let parents = self.made.iter().map(|folder| match folder.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        });
+        std::iter::once(self.path.as_path()).chain(parents).try_for_each(sync_folder)
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        for folder in &self.made {
+        for folder in self.made.iter().filter(|_| !self.is_kept) {
             // Not where somebody has put something in meanwhile; there is nobody to tell.
             let _ = fs::remove_dir(folder);
         }

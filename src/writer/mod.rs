@@ -52,19 +52,39 @@ impl AtomicFile {
         let existing = existing(path).map_err(fail)?;
         if let Some(metadata) = &existing {
             let kind = metadata.file_type();
-            if kind.is_dir() {
-                return Err(fail(io::Error::from_raw_os_error(libc::EISDIR)));
-            }
             if kind.is_fifo() || kind.is_char_device() {
                 let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
                 let path = path.to_path_buf();
                 return Ok(AtomicFile { file, target: path.clone(), path, staging: Staging::Direct });
             }
-            if !kind.is_file() {
-                return Err(fail(io::Error::from_raw_os_error(libc::ENODEV)));
-            }
         }
         let target = staging::follow_links(path).map_err(fail)?;
+        AtomicFile::begin(path, target, existing, length)
+    }
+
+    /// As [`AtomicFile::create`], but the entry at `path` itself is replaced: a symbolic link is not followed, so that
+    /// what it points to stays as it is; a pipe or a device is refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`AtomicFile::create`].
+    pub fn create_entry(path: &Path, length: u64) -> Result<AtomicFile> {
+        let existing = match std::fs::symlink_metadata(path) {
+            Ok(metadata) if metadata.is_symlink() => None,
+            Ok(metadata) => Some(metadata),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(Error::io("create", path, error)),
+        };
+        AtomicFile::begin(path, path.to_path_buf(), existing, length)
+    }
+
+    /// Begins the file that will be at `target`, where there is `existing` now.
+    fn begin(path: &Path, target: PathBuf, existing: Option<Metadata>, length: u64) -> Result<AtomicFile> {
+        let fail = |source| Error::io("create", path, source);
+        if let Some(kind) = existing.as_ref().map(Metadata::file_type).filter(|kind| !kind.is_file()) {
+            let errno = if kind.is_dir() { libc::EISDIR } else { libc::ENODEV };
+            return Err(fail(io::Error::from_raw_os_error(errno)));
+        }
         let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
         // From here on, dropping `staged` removes what was staged.
         let staged = AtomicFile { file, path: path.to_path_buf(), target, staging };
@@ -186,6 +206,11 @@ fn sync_directory_of(path: &Path, target: &Path) -> Result<()> {
 /// Has the entries of `folder` put on the disk.
 pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     staging::sync_folder(folder).map_err(|source| Error::io("synchronize the folder", folder, source))
+}
+
+/// Renames what is at `path` to a fresh name beside it, which is hidden, and gives that.
+pub(crate) fn set_aside(path: &Path) -> Result<PathBuf> {
+    staging::set_aside(path).map_err(|source| Error::io("rename", path, source))
 }
 
 /// Whether there was not enough space.

@@ -73,6 +73,15 @@ pub(super) fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
     with_fresh_name(target, |name| link_unnamed(file, name)).map(|((), name)| name)
 }
 
+/// Renames `path` to a fresh name beside it, and gives that.
+pub(super) fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let rename = |name: &Path| match name.symlink_metadata() {
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(_) => std::fs::rename(path, name),
+    };
+    with_fresh_name(path, rename).map(|((), name)| name)
+}
+
 /// Calls `make` with names beside `target` until one is free.
 fn with_fresh_name<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(T, PathBuf)> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);

@@ -4,14 +4,14 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use common::read;
 use proptest::prelude::*;
 use safetensors_torch::{
-    Backend, Checkpoint, Dtype, Error, ErrorKind, Metadata, SaveOptions, ShardedOptions, TensorSpec,
-    save_file, save_sharded,
+    Backend, Checkpoint, Dtype, Error, ErrorKind, Metadata, SaveOptions, ShardPlan, ShardedOptions,
+    ShardedWriter, TensorSpec, save_file, save_sharded,
 };
 use tempfile::TempDir;
 
@@ -145,6 +145,133 @@ fn an_error_leaves_the_folder_as_it_was() {
 }
 
 #[test]
+fn links_are_replaced_and_what_they_point_to_stays() {
+    let folder = folder();
+    let (blobs, at) = (folder.path().join("blobs"), folder.path().join("snapshot"));
+    let tensors: [(&str, &[u8]); 2] = [("a", &[1]), ("b", &[2])];
+    let expected = [("a".to_string(), vec![7]), ("b".to_string(), vec![8])];
+    for max in [1, 9] {
+        // As in the cache of Hugging Face's tools: every file is a link to one that other folders share.
+        for name in save(&blobs, &tensors, 1).expect("saved") {
+            fs::create_dir_all(&at).expect("made");
+            let _ = fs::remove_file(at.join(&name));
+            symlink(blobs.join(&name), at.join(&name)).expect("linked");
+        }
+        // And one file under two names.
+        symlink("model-00001-of-00002.safetensors", at.join("model.safetensors")).expect("linked");
+        let written = save(&at, &[("a", &[7]), ("b", &[8])], max).expect("saved");
+        assert_eq!(names(&at), written);
+        assert_eq!(contents(&open(&at).expect("valid")), expected);
+        assert_eq!(contents(&open(&blobs).expect("as before"))[0].1, [1]);
+        fs::remove_dir_all(&at).expect("removed");
+    }
+}
+
+/// Saves `count` tensors, one a file, when the file of number `blocked` cannot get its name.
+fn save_blocked(at: &Path, count: usize, blocked: &str) -> Error {
+    let tensors: Vec<String> = (0..count).map(|i| format!("t{i}")).collect();
+    let plan = ShardPlan::new((0..count).map(|_| 1), "model", 1).expect("valid");
+    let mut writer = ShardedWriter::new(at, &plan, tensors.iter().map(String::as_str)).expect("begun");
+    for shard in 0..plan.count() {
+        let mut file = writer.create(shard, 1).expect("begun");
+        file.write([&[7u8][..]]).expect("written");
+        writer.keep(file);
+    }
+    let (blocked, aside) = (at.join(blocked), at.join("aside"));
+    let was_there = fs::rename(&blocked, &aside).is_ok();
+    fs::create_dir(&blocked).expect("made");
+    let error = writer.commit(true).expect_err("a folder is in the way");
+    fs::remove_dir(&blocked).expect("removed");
+    if was_there {
+        fs::rename(aside, blocked).expect("put back");
+    }
+    assert_eq!(error.os_error(), Some(libc::EISDIR), "{error}");
+    error
+}
+
+#[test]
+fn a_commit_that_fails_is_taken_back() {
+    let folder = folder();
+    let at = folder.path();
+    let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
+    fs::set_permissions(at.join(INDEX), fs::Permissions::from_mode(0o640)).expect("changed");
+    let unchanged = || {
+        assert_eq!(names(at), before);
+        assert_eq!(contents(&open(at).expect("as before")).len(), 2);
+        let mode = fs::metadata(at.join(INDEX)).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o640);
+    };
+    // Files of other names: those that are in place already go again.
+    for blocked in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
+        assert!(!save_blocked(at, 3, blocked).to_string().contains("not complete"));
+        unchanged();
+    }
+    // The same names: the old index comes back if the first of them fails.
+    assert!(!save_blocked(at, 2, "model-00001-of-00002.safetensors").to_string().contains("not complete"));
+    unchanged();
+    let error = save_blocked(at, 2, "model-00002-of-00002.safetensors").to_string();
+    assert!(error.contains("1 of 2 files are in place, and no index"), "{error}");
+    refused(at, ErrorKind::Index, &["not their index"]);
+    assert_eq!(names(at), before[..2]);
+}
+
+#[test]
+fn who_opens_during_a_save_has_files_of_one_save() {
+    let folder = folder();
+    let at = folder.path().join("c");
+    let write = |value: u8| {
+        let bytes = [value];
+        let tensors: Vec<(&str, &[u8])> = ["a", "b", "c"].iter().map(|&name| (name, &bytes[..])).collect();
+        save(&at, &tensors, 1).expect("saved")
+    };
+    write(0);
+    let saving = std::sync::atomic::AtomicBool::new(true);
+    let (mut whole, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..400u32 {
+                write(round as u8);
+            }
+            saving.store(false, std::sync::atomic::Ordering::Release);
+        });
+        while saving.load(std::sync::atomic::Ordering::Acquire) {
+            match Checkpoint::open(&at, Backend::Mmap) {
+                Ok(checkpoint) => {
+                    let values: Vec<Vec<u8>> =
+                        contents(&checkpoint).into_iter().map(|(_, bytes)| bytes).collect();
+                    assert!(values.iter().all(|bytes| *bytes == values[0]), "{values:?}");
+                    whole += 1;
+                }
+                // In the moment between the old index and the new one.
+                Err(error) => {
+                    let kinds = [ErrorKind::Index, ErrorKind::Io, ErrorKind::FileChanged];
+                    assert!(kinds.contains(&error.kind()), "{error}");
+                    refused += 1;
+                }
+            }
+        }
+    });
+    assert!(whole > 0, "{refused} refused");
+    assert_eq!(contents(&open(&at).expect("valid"))[0].1, [399u32 as u8]);
+}
+
+#[test]
+fn as_many_names_and_bytes_as_tensors() {
+    let folder = folder();
+    let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &[1] };
+    for data in [&[][..], &[&[1u8][..], &[2]]] {
+        let error = save_sharded(&[spec], data, None, folder.path(), ShardedOptions::default());
+        assert_eq!(error.expect_err("refused").kind(), ErrorKind::InvalidArgument);
+    }
+    let plan = ShardPlan::new([1, 1].into_iter(), "model", 1).expect("valid");
+    for names in [&["a"][..], &["a", "b", "c"]] {
+        let error = ShardedWriter::new(folder.path(), &plan, names.iter().copied()).expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    }
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
 fn folders_that_were_made_for_nothing_are_removed() {
     let folder = folder();
     let at = folder.path().join("x/y");
@@ -211,7 +338,7 @@ fn nothing_there() {
     refused(&at.join("gone"), ErrorKind::Io, &["No such file or directory", "gone"]);
     refused(&at.join("gone.json"), ErrorKind::Io, &["No such file or directory", "gone.json"]);
     fs::write(at.join("model-00001-of-00002.safetensors"), "").expect("written");
-    refused(at, ErrorKind::Index, &["no index"]);
+    refused(at, ErrorKind::Index, &["not their index", INDEX]);
 }
 
 proptest! {
