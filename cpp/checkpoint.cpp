@@ -121,10 +121,8 @@ Loads load_all(const Checkpoint& checkpoint, const Lender& lender, Target target
     return {checkpoint, lender, places, target};
 }
 
-void prefault(const Checkpoint& checkpoint, bool wait) {
-    for (const SharedFile& file : checkpoint.files()) {
-        (*file)->prefault(wait);
-    }
+void Checkpoint::prefault(bool wait) const {
+    checkpoint_ ? (*checkpoint_)->prefault(wait) : (*files_.front())->prefault(wait);
 }
 
 Loads load_file(const std::string& path, Target target, const std::string& backend, std::optional<bool> prefault,
@@ -132,7 +130,7 @@ Loads load_file(const std::string& path, Target target, const std::string& backe
     const Checkpoint checkpoint(open_file(path, backend));
     // What goes to a device is read, and a few tensors of many are better left to the touch.
     if (prefault.value_or(!names.has_value()) && target.device.is_cpu()) {
-        safetensors_torch::prefault(checkpoint, /*wait=*/prefault.has_value());
+        checkpoint.prefault(/*wait=*/prefault.has_value());
     }
     return load_all(checkpoint, Lender{backend == "mmap", {}, false}, target, names);
 }

@@ -41,6 +41,9 @@ class Checkpoint {
     const core::File& file(core::Place place) const { return **files_[place.shard]; }
     std::string name(core::Place place) const { return std::string(file(place).name(place.index)); }
 
+    // Brings the pages of mappings in: before this returns, or in the background.
+    void prefault(bool wait) const;
+
   private:
     std::vector<SharedFile> files_;
     // None where one file was opened by itself.
@@ -74,9 +77,6 @@ class Loads {
 // All tensors of `checkpoint`, or those of `names`, which it must have, each once; in the order of the files.
 Loads load_all(const Checkpoint& checkpoint, const Lender& lender, Target target,
                const std::optional<std::vector<std::string>>& names);
-
-// Brings the pages of mappings in: before this returns, or in the background.
-void prefault(const Checkpoint& checkpoint, bool wait);
 
 // All tensors of the file at `path`. What is mapped is brought in before this returns, or not at all, or, where
 // `prefault` has no value, in the background.

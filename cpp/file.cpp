@@ -195,7 +195,7 @@ c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const s
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
 
-void File::prefault(bool wait) const { safetensors_torch::prefault(*opened(), wait); }
+void File::prefault(bool wait) const { opened()->prefault(wait); }
 
 void File::close() { std::atomic_store(&checkpoint_, SharedCheckpoint()); }
 

@@ -183,6 +183,7 @@ mod ffi {
         fn find(self: &Checkpoint, name: &[u8]) -> Result<Place>;
         fn contains(self: &Checkpoint, name: &[u8]) -> bool;
         fn sorted_by_name(self: &Checkpoint) -> Vec<Place>;
+        fn prefault(self: &Checkpoint, wait: bool) -> Result<()>;
     }
 
     // Where tensors go in a file, and the writing of one.

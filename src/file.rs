@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{Header, LENGTH_BYTES, TensorInfo};
@@ -9,7 +10,7 @@ use crate::memory::Memory;
 use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
-use crate::source::{Backend, OpenFile, Origin, Source, open_regular, read_exact_at};
+use crate::source::{Backend, Mapping, OpenFile, Origin, Source, open_regular, read_exact_at};
 
 /// Enough of a file's start to tell what else it may be.
 const PROBE_BYTES: u64 = 512;
@@ -105,7 +106,7 @@ impl TensorFile {
 
     /// The place of the tensor `name` in file order, or an error that says so.
     pub fn require(&self, name: &str) -> Result<usize> {
-        self.header.require(name)
+        self.header.require(name).map_err(|error| self.locate(error))
     }
 
     /// The tensor at `index` in file order.
@@ -140,9 +141,15 @@ impl TensorFile {
     /// [`ErrorKind::Io`] and [`ErrorKind::FileChanged`], with [`Prefault::Wait`] alone: whoever goes on meanwhile
     /// finds out by touching the page.
     pub fn prefault(&self, when: Prefault) -> Result<()> {
+        let mapped: Vec<_> = self.mapped().into_iter().collect();
+        prefault::prefault(&mapped, when)
+    }
+
+    /// The mapping, if there is one.
+    pub(crate) fn mapped(&self) -> Option<(&Arc<Mapping>, &OpenFile)> {
         match &self.source {
-            Source::Mapped(mapping, file) => prefault::prefault(mapping, file, when),
-            Source::File(_) | Source::Memory(_) => Ok(()),
+            Source::Mapped(mapping, file) => Some((mapping, file)),
+            Source::File(_) | Source::Memory(_) => None,
         }
     }
 

@@ -35,21 +35,21 @@ const POPULATE_BYTES: usize = 1 << 20;
 /// Smaller mappings are not worth a thread: all their faults together take less than starting it.
 const BACKGROUND_BYTES: usize = 16 << 20;
 
-/// Brings in all of `mapping`, which is of `file`.
+/// Brings in all of `mappings`, each of its file, one after the other.
 ///
 /// # Errors
 ///
 /// With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a read fails,
 /// [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
-pub fn prefault(mapping: &Arc<Mapping>, file: &OpenFile, when: Prefault) -> Result<()> {
-    match when {
-        Prefault::Wait => wait(mapping, file),
-        Prefault::Background if mapping.len() >= BACKGROUND_BYTES => {
-            Crew::start(mapping, &file.file);
-            Ok(())
-        }
-        Prefault::Background => Ok(()),
+pub(crate) fn prefault(mappings: &[(&Arc<Mapping>, &OpenFile)], when: Prefault) -> Result<()> {
+    if when == Prefault::Wait {
+        return mappings.iter().try_for_each(|(mapping, file)| wait(mapping, file));
     }
+    let total: usize = mappings.iter().map(|(mapping, _)| mapping.len()).sum();
+    if total >= BACKGROUND_BYTES {
+        Crew::start(mappings, total as u64);
+    }
+    Ok(())
 }
 
 fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
@@ -104,7 +104,7 @@ struct Plan {
 }
 
 impl Plan {
-    /// The plan for a mapping of `bytes`; `None` where its pages are better left to the touch.
+    /// The plan for a mapping, one of several with `bytes` together; `None` where its pages are better left to the touch.
     fn new(residency: Residency, bytes: u64, available: Option<u64>, cores: usize) -> Option<Plan> {
         // What may have to be read stays where it is if it would push out itself, or all else.
         let fits = available.is_some_and(|available| bytes <= available / 2);
@@ -123,26 +123,26 @@ impl Plan {
 }
 
 impl Crew {
-    /// Starts the first thread. Without threads or descriptors to spare the pages come when they are touched.
-    fn start(mapping: &Arc<Mapping>, file: &File) {
-        let Ok(file) = file.try_clone() else { return };
-        let crew = Arc::new(Crew { mapping: Arc::downgrade(mapping), file, next: AtomicUsize::new(0) });
-        crew.spawn(|crew| crew.lead());
+    /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads or
+    /// descriptors to spare the pages come when they are touched.
+    fn start(mappings: &[(&Arc<Mapping>, &OpenFile)], total: u64) {
+        let crews = mappings.iter().filter_map(|(mapping, opened)| {
+            let file = opened.file.try_clone().ok()?;
+            Some(Arc::new(Crew { mapping: Arc::downgrade(mapping), file, next: AtomicUsize::new(0) }))
+        });
+        let crews: Vec<Arc<Crew>> = crews.collect();
+        spawn(move || crews.iter().for_each(|crew| crew.lead(total)));
     }
 
-    fn spawn(self: &Arc<Crew>, work: impl FnOnce(&Arc<Crew>) + Send + 'static) {
-        let crew = Arc::clone(self);
-        let _ = std::thread::Builder::new().name("sft-prefault".into()).spawn(move || work(&crew));
-    }
-
-    /// Looks what there is to do, gets help for it, and works too.
-    fn lead(self: &Arc<Crew>) {
+    /// Looks what there is to do, gets help for it, and works too. All mappings that are brought in have `total` bytes.
+    fn lead(self: &Arc<Crew>, total: u64) {
         let Some(bytes) = self.mapping.upgrade().map(|mapping| mapping.len() as u64) else { return };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let plan = Plan::new(residency(&self.file, 0..bytes), bytes, available_memory(), cores);
+        let plan = Plan::new(residency(&self.file, 0..bytes), total, available_memory(), cores);
         let Some(plan) = plan else { return };
         for _ in 1..plan.threads {
-            self.spawn(move |crew| crew.work(plan));
+            let crew = Arc::clone(self);
+            spawn(move || crew.work(plan));
         }
         self.work(plan);
     }
@@ -168,6 +168,11 @@ impl Crew {
             }
         }
     }
+}
+
+/// Has `work` done in the background, if there is a thread for it.
+fn spawn(work: impl FnOnce() + Send + 'static) {
+    let _ = std::thread::Builder::new().name("sft-prefault".into()).spawn(work);
 }
 
 fn pieces_of(mapping: &Mapping) -> usize {
@@ -264,8 +269,26 @@ mod tests {
         let opened = OpenFile { file, path: "small".into() };
         let source = Source::mapped(opened, BACKGROUND_BYTES as u64 - 1).expect("map");
         let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
-        prefault(mapping, opened, Prefault::Background).expect("prefault");
+        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
         assert_eq!((Arc::strong_count(mapping), Arc::weak_count(mapping)), (1, 0));
+    }
+
+    #[test]
+    fn several_mappings_come_one_after_the_other() {
+        let several = [mapped(), mapped(), mapped()];
+        let parts: Vec<(&Arc<Mapping>, &OpenFile)> = several
+            .iter()
+            .map(|(_, source)| match source {
+                Source::Mapped(mapping, opened) => (mapping, opened),
+                _ => panic!("mapped"),
+            })
+            .collect();
+        prefault(&parts, Prefault::Background).expect("prefault");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while parts.iter().any(|(mapping, _)| resident(mapping) < BYTES as u64) {
+            assert!(Instant::now() < deadline, "not all came");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]
@@ -273,7 +296,7 @@ mod tests {
         let (_file, source) = mapped();
         let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
         assert_eq!(resident(mapping), 0);
-        prefault(mapping, opened, Prefault::Wait).expect("prefault");
+        prefault(&[(mapping, opened)], Prefault::Wait).expect("prefault");
         assert!(resident(mapping) >= BYTES as u64, "{}", resident(mapping));
     }
 
@@ -281,7 +304,7 @@ mod tests {
     fn the_background_maps_every_page_in_the_end() {
         let (_file, source) = mapped();
         let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
-        prefault(mapping, opened, Prefault::Background).expect("prefault");
+        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
         let deadline = Instant::now() + Duration::from_secs(20);
         while resident(mapping) < BYTES as u64 {
             assert!(Instant::now() < deadline, "only {} bytes came", resident(mapping));
@@ -294,9 +317,9 @@ mod tests {
         let (file, source) = mapped();
         let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
         file.as_file().set_len(100_000).expect("cut");
-        let error = prefault(mapping, opened, Prefault::Wait).expect_err("cut short");
+        let error = prefault(&[(mapping, opened)], Prefault::Wait).expect_err("cut short");
         assert_eq!(error.kind(), crate::ErrorKind::FileChanged);
-        prefault(mapping, opened, Prefault::Background).expect("nobody waits");
+        prefault(&[(mapping, opened)], Prefault::Background).expect("nobody waits");
     }
 
     #[test]
@@ -304,7 +327,7 @@ mod tests {
         let (_file, source) = mapped();
         let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
         let watched = Arc::downgrade(mapping);
-        prefault(mapping, opened, Prefault::Background).expect("prefault");
+        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
         drop(source);
         let deadline = Instant::now() + Duration::from_secs(20);
         while watched.strong_count() > 0 {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ffi::{Piece, Place};
-use super::file::File;
+use super::file::{File, prefault_when};
 use super::save::FileWriter;
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
@@ -50,6 +50,10 @@ impl Checkpoint {
 
     pub fn contains(&self, name: &[u8]) -> bool {
         std::str::from_utf8(name).is_ok_and(|name| self.0.find(name).is_some())
+    }
+
+    pub fn prefault(&self, wait: bool) -> Result<()> {
+        Ok(self.0.prefault(prefault_when(wait))?)
     }
 
     pub fn sorted_by_name(&self) -> Vec<Place> {

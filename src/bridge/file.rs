@@ -21,6 +21,10 @@ pub fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
     Ok(Box::new(File(Arc::new(TensorFile::open(as_path(path), backend)?))))
 }
 
+pub fn prefault_when(wait: bool) -> Prefault {
+    if wait { Prefault::Wait } else { Prefault::Background }
+}
+
 /// # Safety
 ///
 /// As for [`TensorFile::from_memory`].
@@ -38,7 +42,7 @@ impl File {
         // A name that is not UTF-8 is in no file; its readable form might be.
         match std::str::from_utf8(name) {
             Ok(name) => Ok(self.0.require(name)?),
-            Err(_) => Err(absent(&String::from_utf8_lossy(name)).into()),
+            Err(_) => Err(self.0.locate(absent(&String::from_utf8_lossy(name))).into()),
         }
     }
 
@@ -99,7 +103,7 @@ impl File {
     }
 
     pub fn prefault(&self, wait: bool) -> Result<()> {
-        Ok(self.0.prefault(if wait { Prefault::Wait } else { Prefault::Background })?)
+        Ok(self.0.prefault(prefault_when(wait))?)
     }
 
     pub fn load(&self, indices: &[usize]) -> Result<Box<Loading>> {

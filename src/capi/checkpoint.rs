@@ -54,7 +54,7 @@ pub unsafe extern "C" fn sft_checkpoint_open(
         let (path, (backend, prefault)) = unsafe { (pointer::path(path)?, sft_open_options::read(options)?) };
         let opened = Checkpoint::open(path, backend)?;
         if let Some(when) = prefault {
-            opened.shards().iter().try_for_each(|shard| shard.file.prefault(when))?;
+            opened.prefault(when)?;
         }
         let files = opened.shards().iter().map(|shard| sft_file::new(Arc::clone(&shard.file))).collect();
         out.set(pointer::hand_over(sft_checkpoint { checkpoint: opened, files }));
