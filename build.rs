@@ -54,14 +54,8 @@ mod torch {
         let cxx_header =
             PathBuf::from(env::var_os("DEP_CXXBRIDGE1_HEADER").expect("the crate cxx names its header"));
         let cxx = cxx_header.ancestors().nth(2).expect("cxx.h is in include/ of the crate cxx");
-        let mut sources: Vec<PathBuf> = std::fs::read_dir("cpp")
-            .expect("cpp/ stands beside build.rs")
-            .map(|entry| entry.expect("cpp/ is readable").path())
-            .filter(|path| path.extension().is_some_and(|extension| extension == "cpp"))
-            .collect();
-        sources.sort();
         build
-            .files(sources)
+            .file("cpp/layer.cpp")
             .file(hide_bridge(&out, cxx))
             // In place of the copy that the crate cxx brings: its std::string must be that of torch's C++ ABI.
             .file(cxx.join("src/cxx.cc"))

@@ -26,11 +26,12 @@ function(safetensors_torch_add_layer root problem)
   string(REGEX REPLACE "^[^\"]*\"([0-9.]+)[^\"]*\".*$" "\\1" version "${version}")
   string(REGEX MATCH "^[0-9]+" major "${version}")
 
-  file(GLOB sources "${root}/cpp/*.cpp" "${root}/bridge/*.cc")
-  add_library(safetensors_torch SHARED ${sources})
+  file(GLOB bridge "${root}/bridge/*.cc")
+  add_library(safetensors_torch SHARED "${root}/cpp/layer.cpp" ${bridge})
   add_library(SafetensorsTorch::safetensors_torch ALIAS safetensors_torch)
   target_include_directories(safetensors_torch PRIVATE "${root}" "${root}/bridge/include" "${root}/include")
-  target_include_directories(safetensors_torch SYSTEM INTERFACE "${root}/include")
+  # Where a project installs a package of its own, this one is found there by find_package.
+  target_include_directories(safetensors_torch SYSTEM INTERFACE "$<BUILD_INTERFACE:${root}/include>")
   # The project's warnings are about its own code; without a build type the layer would not be optimized.
   target_compile_options(safetensors_torch PRIVATE -w $<$<CONFIG:>:-O2>)
   target_compile_features(safetensors_torch PUBLIC cxx_std_17)

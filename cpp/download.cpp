@@ -23,14 +23,14 @@ constexpr size_t kMostSlabs = 8;
 // How long to sleep where the device has not come so far yet.
 constexpr auto kPoll = std::chrono::microseconds(20);
 
-bool is_plain(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
+bool is_verbatim(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
 
 // Whether the bytes to be written are those that the tensor has in host memory.
-bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_plain(tensor); }
+bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbatim(tensor); }
 
 // Whether they are those that it has in a device's memory.
 bool is_on_device(const at::Tensor& tensor) {
-    return !tensor.is_cpu() && is_plain(tensor) && tensor.storage().data() != nullptr;
+    return !tensor.is_cpu() && is_verbatim(tensor) && tensor.storage().data() != nullptr;
 }
 
 // The values of a tensor, copied to host memory.

@@ -59,7 +59,7 @@ at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
 }
 
 // Whether the tensor's elements lie in a storage that copies can be made to.
-bool has_memory(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
+bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
 
 // The device, with the index of the current one where there was none.
 c10::Device with_index(c10::Device device) {
@@ -127,7 +127,7 @@ void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c
     if ((*file_)->nbytes(indices_[i]) == 0) {
         return;
     }
-    if (has_memory(aside_[i])) {
+    if (is_allocated(aside_[i])) {
         destinations_.push_back({indices_[i], stored, aside_[i]});
         upload_bytes_ += (*file_)->nbytes(indices_[i]);
     } else {
@@ -225,7 +225,7 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
     if (tensor_.is_meta() || tensor_.numel() == 0) {
         return;
     }
-    if (!tensor_.is_cpu() && has_memory(tensor_)) {
+    if (!tensor_.is_cpu() && is_allocated(tensor_)) {
         upload_ =
             std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, std::move(ranges));
         return;

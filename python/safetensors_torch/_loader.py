@@ -36,7 +36,7 @@ def library_name() -> str:
 
 def sources(native: Path) -> list[str]:
     """The C++ files to compile."""
-    return [str(path) for pattern in ("cpp/*.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]
+    return [str(path) for pattern in ("cpp/layer.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]
 
 
 def include_dirs(native: Path) -> list[str]:
