@@ -2,7 +2,8 @@
 # make test      every test, in every language
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
-# make install   the library, headers, CMake package and pkg-config files into PREFIX; with TORCH=0 the C library alone
+# make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
+#                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
@@ -27,6 +28,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CARGO_BUILD_RUSTFLAGS := \
     --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=safetensors-torch
 
+LIBTORCH_NAMED := $(strip $(LIBTORCH) $(LIBTORCH_INCLUDE) $(LIBTORCH_LIB) $(LIBTORCH_USE_PYTORCH) $(LIBTORCH_CXX11_ABI))
+
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
@@ -47,10 +50,17 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 
 library: out/prefix.stamp
 
-# The shared library with its torch layer.
-out/library.stamp: $(CORE_SOURCES) $(VENV)/requirements.stamp
+# The shared library with its torch layer, for the libtorch of LIBTORCH and its like, of which build.rs tells; where none
+# of them is set, for the torch of .venv.
+out/library.stamp: $(CORE_SOURCES) out/libtorch $(if $(LIBTORCH_NAMED),,$(VENV)/requirements.stamp)
 	cargo build --release --locked
 	mkdir -p out && touch $@
+
+# Changes when what names the libtorch does.
+out/libtorch: FORCE
+	@mkdir -p out && echo '$(LIBTORCH_NAMED)' | cmp -s - $@ || echo '$(LIBTORCH_NAMED)' >$@
+
+FORCE:
 
 # The core alone: a shared library for C, and the static one.
 out/core.stamp: $(CORE_SOURCES)

@@ -28,22 +28,40 @@ examples/c/inspect/inspect "$sample" | expect '^  F32 +48  weight \[3, 4\]$'
 INSPECT=examples/c/inspect/inspect pytest inspect
 make -s -C examples/c/inspect clean
 
-builds=()
+# An unpacked libtorch is these three folders, without Python's files.
+unpacked="$WORK/libtorch"
+mkdir -p "$unpacked"
+for part in include lib share; do
+    ln -sfn "$libtorch/$part" "$unpacked/$part"
+done
+
+# build SOURCE NAME ARGUMENT...: the example in $WORK/SOURCE/NAME.
+build() {
+    cmake -S "examples/cpp/$2" -B "$WORK/$1/$2" "${@:3}" >/dev/null
+    cmake --build "$WORK/$1/$2" >/dev/null
+}
+
+# run SOURCE: the tests of the examples that were built for this source of torch.
+run() {
+    local built="$WORK/$1"
+    CONVERT="$built/convert/convert" pytest convert
+    FINETUNE="$built/finetune/finetune" pytest finetune
+    INFERENCE="$built/inference/inference" pytest inference
+    "$PYTHON" examples/cpp/torchscript/make_module.py "$built/scripted"
+    "$built/torchscript/torchscript" "$built/scripted" | expect '^second: equal to Python'
+}
+
+# Two at a time, as most of the time goes into torch's headers.
 for example in convert finetune inference torchscript; do
-    {
-        cmake -S "examples/cpp/$example" -B "$WORK/$example" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch"
-        cmake --build "$WORK/$example"
-    } >/dev/null &
-    builds+=($!)
+    build pypi "$example" "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch/share/cmake" &
+    first=$!
+    build unpacked "$example" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$unpacked" &
+    wait "$first"
+    wait $!
 done
-for build in "${builds[@]}"; do
-    wait "$build"
-done
-CONVERT="$WORK/convert/convert" pytest convert
-FINETUNE="$WORK/finetune/finetune" pytest finetune
-INFERENCE="$WORK/inference/inference" pytest inference
-"$PYTHON" examples/cpp/torchscript/make_module.py "$WORK/scripted"
-"$WORK/torchscript/torchscript" "$WORK/scripted" | expect '^second: equal to Python'
+run pypi
+run unpacked
+ldd "$WORK/unpacked/inference/inference" | expect "=> $unpacked/lib/libtorch_cpu.so "
 
 readme="$WORK/readme"
 mkdir -p "$readme"
@@ -65,4 +83,4 @@ CMAKE
     cmake --build build >/dev/null
     build/app | expect '^weight \[3, 4\]$'
 )
-echo "examples and README: 9 passed, 0 failed"
+echo "examples and README: 13 passed, 0 failed"

@@ -47,7 +47,7 @@ check_mistakes() {
     pass "a torch too old for the Python package"
 
     refuses "libtorch was not found. Name a libtorch with -DLIBTORCH=DIR" "-DCMAKE_PREFIX_PATH=$prefix"
-    refuses "LIBTORCH is /nowhere, but there is no libtorch in it" "-DCMAKE_PREFIX_PATH=$prefix" -DLIBTORCH=/nowhere
+    refuses "LIBTORCH is /nowhere, but there is no libtorch in /nowhere" "-DCMAKE_PREFIX_PATH=$prefix" -DLIBTORCH=/nowhere
     refuses "has no C++ in it" "-DCMAKE_PREFIX_PATH=$WORK/prefix-c" "-DLIBTORCH=$torch"
     pass "no libtorch, here or in the installation"
 
