@@ -59,8 +59,8 @@ void check_on_device(const NamedTensors& state) {
     for (const auto& [name, tensor] : state) {
         if (tensor.is_meta()) {
             fail(Kind::runtime, "Cannot load into " + repr(name) +
-                                    ": it is on the meta device and has no memory. Give the model memory first, with "
-                                    "`model.to_empty(device=...)`");
+                                    ": it is on the meta device and has no memory. Give the model memory first (in "
+                                    "Python with `model.to_empty(device=...)`)");
         }
     }
 }

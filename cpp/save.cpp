@@ -67,6 +67,9 @@ void refuse_without_data(const NamedTensors& tensors) {
         if (!is_without_data(tensor)) {
             continue;
         }
+        if (!tensor.defined()) {
+            fail(Kind::value, "tensor " + repr(name) + " is undefined: leave it out, or give it a value before saving");
+        }
         if (tensor.is_meta() || tensor.has_storage()) {
             fail(Kind::runtime, "Cannot copy out of meta tensor; no data! Tensor `" + name +
                                     "` is on the meta device (or fake): materialize it before saving.");

@@ -145,11 +145,10 @@ std::map<std::string, std::string> tied_names(const NamedTensors& tensors,
             }
         }
         if (kept == nullptr) {
-            fail(Kind::runtime,
-                 "No tensor among " + repr_set(group) +
-                     " covers the entire storage that they share, so none can be kept for the others: saving them all "
-                     "would store the same memory several times. Give each its own memory with `.clone()`, or keep the "
-                     "whole tensor and take the views of it after loading");
+            fail(Kind::runtime, "No tensor among " + repr_set(group) +
+                                    " covers the entire storage that they share, so none can stand for the others in a "
+                                    "file. Give each its own memory with `.clone()`, or keep the "
+                                    "whole tensor and take the views of it after loading");
         }
         for (const std::string& name : group) {
             if (&name != kept) {

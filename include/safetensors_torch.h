@@ -14,10 +14,11 @@
  * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_message()
  * then says in words what was wrong, with what, and what to do. A pointer that is NULL where something must be is
  * SFT_ERROR_INVALID_ARGUMENT, so is one that is not aligned for its type; arrays of length 0 may be NULL. A place for
- * a result is left alone when the call fails, unless its function says otherwise. No function ends the process: a bug
- * inside the library becomes SFT_ERROR_PANIC. Every function that takes a handle of a closed file returns
- * SFT_ERROR_CLOSED, except sft_file_close and sft_file_free. What a function lists under "Errors" is what it returns
- * besides these, without the SFT_ERROR_ in front; "A to B" means the numbers between too.
+ * a result is left alone when the call fails, unless its function says otherwise. No function ends the process, unless
+ * no memory is left for a header or an index: a bug inside the library becomes SFT_ERROR_PANIC. Every function that
+ * takes a handle of a closed file returns SFT_ERROR_CLOSED, except sft_file_close and sft_file_free. What a function
+ * lists under "Errors" is what it returns besides these, without the SFT_ERROR_ in front; "A to B" means the numbers
+ * between too.
  *
  * Text. Names, metadata keys and values are UTF-8 and may hold every character, NUL too, so they come and go with a
  * length in bytes, and do not end in NUL. Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. Paths are bytes that
@@ -422,9 +423,10 @@ typedef struct sft_sharded_options {
  * max_shard_bytes, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
  * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
  * max_shard_bytes has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
- * is replaced: nothing of it changes before all files are complete, and files that are not overwritten are removed at
- * the end. An error of IO after that says what is in place. `options` may be NULL for the defaults.
- * Errors: those of sft_writer_write_file; INVALID_ARGUMENT for a stem that is no file name. */
+ * is replaced, links in the folder too: nothing of it changes before all files are complete, and files that are not
+ * overwritten are removed at the end. An error of IO after that takes back what is in place, or says what is. All files
+ * are open until the end. `options` may be NULL for the defaults.
+ * Errors: those of sft_writer_write_file; INVALID_ARGUMENT for a stem that is no file name, or that of a shard. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
 
 /** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and

@@ -25,12 +25,13 @@
 /// Checkpoint, close() too; tensors and modules are read, or filled, as torch's own functions do it: one thread at a
 /// time may write to a tensor.
 ///
-/// Errors: each function throws c10::Error with a text for a person, and no backtrace, in what(). What a filter, a
-/// Rename or a Progress throws comes through as it is. Paths are bytes, as the operating system takes them.
+/// Errors: each function throws Error, a c10::Error with a text for a person, and no backtrace, in what(), and with
+/// numbers for a program. What a filter, a Rename or a Progress throws comes through as it is. Paths are bytes, as the
+/// operating system takes them.
 ///
 /// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp,
 /// checkpoints of several files in sharded.hpp, modules in model.hpp, other maps of tensors in maps.hpp, memory for
-/// devices in transfer.hpp, all options in types.hpp. This header includes them.
+/// devices in transfer.hpp, all options in types.hpp, errors in error.hpp. This header includes them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -44,6 +45,7 @@
 
 #include "safetensors_torch.h"
 #include "safetensors_torch/detail.hpp"
+#include "safetensors_torch/error.hpp"
 #include "safetensors_torch/file.hpp"
 #include "safetensors_torch/maps.hpp"
 #include "safetensors_torch/model.hpp"
@@ -64,7 +66,7 @@ namespace safetensors_torch {
 /// while the caller goes on (a cold one only if it takes no more than half of the memory available); true has that done
 /// when the call returns, false leaves it to the touch.
 ///
-/// Throws c10::Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
+/// Throws Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
 /// cut short; a dtype that torch does not have; c10::OutOfMemoryError that names the tensor for which the device has no
 /// memory.
 inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
@@ -73,14 +75,14 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
     using Signature = Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>,
                               std::optional<at::ScalarType>, const Names&);
     static const auto op = detail::find_op("safetensors_torch::load_file").typed<Signature>();
-    return op.call(path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
+    return detail::call(op, path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
 }
 
 /// The tensors of the file at `path` that `options` select, on `device`, in file order.
 ///
 /// Where the device has streams, what its current stream does after this call sees the tensors.
 ///
-/// Throws c10::Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to.
+/// Throws Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to.
 inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
     return detail::load(detail::open("safetensors_torch::_open", path, options.backend), device, options);
 }
@@ -90,7 +92,7 @@ inline Tensors load_file(const std::string& path, at::Device device, const LoadO
 /// A `const char*` converts to a view that ends at the first zero byte, which is not what is wanted here: pass a
 /// std::string, or a pointer and a length.
 ///
-/// Throws c10::Error as load_file does of the contents.
+/// Throws Error as load_file does of the contents.
 inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
     using Names = std::optional<std::vector<std::string>>;
     using Signature = Tensors(const at::Tensor&, at::Device, std::optional<at::ScalarType>, const Names&);
@@ -98,21 +100,20 @@ inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
     // from_blob asks for a mutable pointer; the operator only reads.
     const at::Tensor data =
         at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
-    return op.call(data, device, std::nullopt, std::nullopt);
+    return detail::call(op, data, device, std::nullopt, std::nullopt);
 }
 
 /// The tensors that `options` select of a safetensors file whose bytes are in memory; its backend and prefault are of
 /// no concern. The tensors are copies: `bytes` may go away.
 ///
-/// Throws c10::Error as load_file does of the contents and the options.
+/// Throws Error as load_file does of the contents and the options.
 inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions& options) {
     static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_open_bytes");
-    torch::jit::Stack stack{
-        at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte)};
-    op.callBoxed(stack);
+    const at::Tensor data =
+        at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
     LoadOptions copies = options;
     copies.backend = Backend::pread;
-    return detail::load(stack.back().toObject(), device, copies);
+    return detail::load(detail::call_boxed(op, data).toObject(), device, copies);
 }
 
 }  // namespace safetensors_torch

@@ -187,8 +187,12 @@ fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
     if metadata.is_file() {
         return Ok(());
     }
-    let errno = if metadata.is_dir() { libc::EISDIR } else { libc::ENODEV };
-    Err(Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno)))
+    let refuse = |errno| Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno));
+    if metadata.is_dir() {
+        let remedy = "a folder with a checkpoint is for load_sharded, or sft_checkpoint_open in C";
+        return Err(refuse(libc::EISDIR).with_remedy(remedy));
+    }
+    Err(refuse(libc::ENODEV))
 }
 
 /// The error for a path that no file can have.

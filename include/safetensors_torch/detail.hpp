@@ -15,10 +15,12 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../safetensors_torch.h"
+#include "error.hpp"
 #include "types.hpp"
 
 namespace safetensors_torch::detail {
@@ -26,7 +28,9 @@ namespace safetensors_torch::detail {
 using Strings = c10::Dict<std::string, std::string>;
 using OptionalStrings = std::optional<Strings>;
 
-[[noreturn]] inline void fail(std::string message) { throw c10::Error(std::move(message), nullptr); }
+[[noreturn]] inline void fail(std::string message, ErrorKind kind, sft_status code = 0) {
+    throw Error(std::move(message), kind, code, 0);
+}
 
 // Objects of torch's classes pass between the program and the library, so both must be compiled for one torch. The
 // CMake package sees to that; this is for those who build without it.
@@ -39,8 +43,9 @@ inline void check_torch() {
     const std::string series = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + ".";
     if (built_for.compare(0, series.size(), series) != 0) {
         fail(std::string("this libsafetensors_torch (") + sft_version() + ") was built for torch " + built_for +
-             ", and this program for torch " TORCH_VERSION
-             ": build the library against the torch of the program, or the program against that of the library");
+                 ", and this program for torch " TORCH_VERSION
+                 ": build the library against the torch of the program, or the program against that of the library",
+             ErrorKind::runtime);
     }
 }
 
@@ -51,9 +56,50 @@ inline c10::OperatorHandle find_op(const char* name) {
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
         fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
-             ") was built without libtorch, or is not of the version of safetensors_torch.hpp");
+                 ") was built without libtorch, or is not of the version of safetensors_torch.hpp",
+             ErrorKind::runtime);
     }
     return *op;
+}
+
+inline ErrorKind kind_of(const std::string& name) {
+    return name == "OSError"        ? ErrorKind::os
+           : name == "ValueError"   ? ErrorKind::value
+           : name == "MemoryError"  ? ErrorKind::memory
+           : name == "RuntimeError" ? ErrorKind::runtime
+                                    : ErrorKind::safetensor;
+}
+
+// Calls `body`, which calls the library; what that has noted of an error is thrown with it.
+template <typename Body>
+auto with_errors(Body&& body) -> decltype(body()) {
+    using LastError = std::tuple<std::string, int64_t, int64_t, std::string>();
+    try {
+        return body();
+    } catch (const Error&) {
+        throw;
+    } catch (const c10::Error& error) {
+        const auto [kind, code, os_error, message] =
+            find_op("safetensors_torch::_last_error").typed<LastError>().call();
+        if (message != error.what_without_backtrace()) {
+            throw;  // torch's own
+        }
+        throw Error(message, kind_of(kind), static_cast<sft_status>(code), static_cast<int>(os_error));
+    }
+}
+
+// Calls an operator that torch can call with types.
+template <typename Result, typename... Parameters, typename... Args>
+Result call(const c10::TypedOperatorHandle<Result(Parameters...)>& op, const Args&... args) {
+    return with_errors([&] { return op.call(args...); });
+}
+
+// Calls one whose arguments or result are objects of the library's classes.
+template <typename... Args>
+c10::IValue call_boxed(const c10::OperatorHandle& op, const Args&... args) {
+    torch::jit::Stack stack{c10::IValue(args)...};
+    with_errors([&] { op.callBoxed(stack); });
+    return std::move(stack.back());
 }
 
 inline std::string name_of(Backend backend) { return backend == Backend::pread ? "pread" : "mmap"; }
@@ -75,16 +121,13 @@ using Object = c10::intrusive_ptr<c10::ivalue::Object>;
 template <typename... Args>
 c10::IValue call_method(const Object& object, const char* method, const Args&... args) {
     torch::jit::Stack stack{c10::IValue(object), c10::IValue(args)...};
-    object->type()->getMethod(method).run(stack);
+    with_errors([&] { object->type()->getMethod(method).run(stack); });
     return std::move(stack.back());
 }
 
 // Opens what is at `path` with the operator `name`, one of those that open.
 inline Object open(const char* name, const std::string& path, Backend backend) {
-    const c10::OperatorHandle op = find_op(name);
-    torch::jit::Stack stack{path, name_of(backend)};
-    op.callBoxed(stack);
-    return stack.back().toObject();
+    return call_boxed(find_op(name), path, name_of(backend)).toObject();
 }
 
 // Has an object of the library do its work in steps, and tells `progress` between them.
@@ -106,8 +149,7 @@ inline void run(const Object& work, int64_t total, const Progress& progress) {
 }
 
 // The names of `file` that `filter` takes; none where that takes all.
-inline std::optional<std::vector<std::string>> select(const Object& file,
-                                                      const std::function<bool(const std::string&)>& filter) {
+inline std::optional<std::vector<std::string>> select(const Object& file, const NameFilter& filter) {
     if (!filter) {
         return std::nullopt;
     }
@@ -123,9 +165,7 @@ inline std::optional<std::vector<std::string>> select(const Object& file,
 // A save that is checked and laid out. `path` is for the errors.
 inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path) {
     static const c10::OperatorHandle op = find_op("safetensors_torch::_plan_save");
-    torch::jit::Stack stack{tensors, to_dict(metadata), path};
-    op.callBoxed(stack);
-    return stack.back().toObject();
+    return call_boxed(op, tensors, to_dict(metadata), path).toObject();
 }
 
 // The tensors of an open file or checkpoint that `options` select.

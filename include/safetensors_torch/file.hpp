@@ -11,6 +11,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,13 +27,13 @@ namespace safetensors_torch {
 /// A File is a handle: copies share one open file, which is closed with the last of them, or by close(). Tensors
 /// outlive it: those that are mapped keep the mapping, until the last of them is gone. On Backend::mmap and the CPU,
 /// two reads of one tensor through one file share memory, and what is written to it shows in later reads and slices.
-/// Once closed, or moved from, every method but is_open and close throws c10::Error `File is closed`.
+/// Once closed, or moved from, every method but is_open and close throws Error `File is closed`.
 ///
 /// All methods may be called from several threads at once; close() lets reads that are under way end.
 class File {
   public:
     /// Opens the file at `path` and checks its header; no data is read. Tensors will be put on `device`.
-    /// Throws c10::Error as load_file does, but for a dtype that torch does not have.
+    /// Throws Error as load_file does, but for a dtype that torch does not have.
     explicit File(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap)
         : File(detail::open("safetensors_torch::_open", path, backend), device) {}
 
@@ -60,50 +61,51 @@ class File {
     bool contains(const std::string& name) const { return call("contains", name).toBool(); }
 
     /// The shape that the header gives, in elements: for "F4", twice torch's last dimension, as torch packs two values
-    /// in a byte. Throws c10::Error `File does not contain tensor NAME`.
+    /// in a byte. Throws Error `PATH: File does not contain tensor NAME`.
     std::vector<int64_t> shape(const std::string& name) const { return call("shape", name).toIntVector(); }
 
     /// The shape that the tensor has in torch.
-    /// Throws c10::Error `File does not contain tensor NAME`, or that torch has no such dtype.
+    /// Throws Error `PATH: File does not contain tensor NAME`, or that torch has no such dtype.
     std::vector<int64_t> tensor_shape(const std::string& name) const {
         return call("tensor_shape", name).toIntVector();
     }
 
     /// The format's code for the dtype: "F32", "BF16", "F8_E4M3".
-    /// Throws c10::Error `File does not contain tensor NAME`.
+    /// Throws Error `PATH: File does not contain tensor NAME`.
     std::string dtype(const std::string& name) const { return call("dtype", name).toStringRef(); }
 
     /// The dtype that the tensor has in torch.
-    /// Throws c10::Error `File does not contain tensor NAME`, or that torch has no such dtype.
+    /// Throws Error `PATH: File does not contain tensor NAME`, or that torch has no such dtype.
     at::ScalarType tensor_dtype(const std::string& name) const { return call("tensor_dtype", name).toScalarType(); }
 
     /// Where the tensor's bytes are: from the first to behind the last, in bytes from the start of its file.
-    /// Throws c10::Error `File does not contain tensor NAME`.
+    /// Throws Error `PATH: File does not contain tensor NAME`.
     std::pair<int64_t, int64_t> byte_range(const std::string& name) const {
         const auto range = call("byte_range", name).toTuple();
         return {range->elements()[0].toInt(), range->elements()[1].toInt()};
     }
 
     /// One tensor, on `device` if one is given, otherwise on that of this handle.
-    /// Throws c10::Error `File does not contain tensor NAME`, that torch has no such dtype, or that reading failed.
+    /// Throws Error `PATH: File does not contain tensor NAME`, that torch has no such dtype, or that reading failed.
     at::Tensor get_tensor(const std::string& name, std::optional<at::Device> device = std::nullopt) const {
         return call("get_tensor", name, device.value_or(device_)).toTensor();
     }
 
     /// Several tensors, in the order of `names`, read in parallel; on `device` if one is given.
-    /// Throws c10::Error as get_tensor does.
+    /// Throws Error as get_tensor does.
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names,
                                         std::optional<at::Device> device = std::nullopt) const {
         return call("get_tensors", names, device.value_or(device_)).toTensorVector();
     }
 
-    /// Every tensor whose name `filter` takes, in file order; others are not read. An empty filter takes all.
-    /// Throws c10::Error as get_tensor does.
-    Tensors get_tensors(const std::function<bool(const std::string& name)>& filter = {},
-                        std::optional<at::Device> device = std::nullopt) const {
+    /// Every tensor for whose name `filter`, a function as in LoadOptions, is true, in file order; others are not read.
+    /// An empty std::function takes all. Throws Error as get_tensor does.
+    template <typename Filter, typename = std::enable_if_t<std::is_convertible_v<Filter, NameFilter>>>
+    Tensors get_tensors(const Filter& filter, std::optional<at::Device> device = std::nullopt) const {
+        const NameFilter takes = filter;
         std::vector<std::string> names = offset_keys();
-        if (filter) {
-            const auto refused = [&](const std::string& name) { return !filter(name); };
+        if (takes) {
+            const auto refused = [&](const std::string& name) { return !takes(name); };
             names.erase(std::remove_if(names.begin(), names.end(), refused), names.end());
         }
         const std::vector<at::Tensor> tensors = get_tensors(names, device);
@@ -115,15 +117,18 @@ class File {
         return result;
     }
 
+    /// Every tensor, in file order. Throws Error as get_tensor does.
+    Tensors get_tensors() const { return get_tensors(NameFilter()); }
+
     /// Part of a tensor: what `get_tensor(name).index(index)` gives. For integers, slices and an ellipsis only the
     /// bytes that are needed are read; a dimension that a tensor indexes is read whole. An empty `index` takes all. The
     /// result has memory of its own, on either backend.
     ///
-    /// Throws c10::Error as get_tensor does; c10::IndexError for an integer outside its dimension, more indices than
-    /// dimensions or two ellipses; c10::ValueError for a step that is not positive; c10::Error for part of a byte.
+    /// Throws Error as get_tensor does; c10::IndexError for an integer outside its dimension, more indices than
+    /// dimensions or two ellipses; c10::ValueError for a step that is not positive; Error for part of a byte.
     at::Tensor get_slice(const std::string& name, const std::vector<at::indexing::TensorIndex>& index,
                          std::optional<at::Device> device = std::nullopt) const {
-        const detail::Box box = detail::bounding_box(index, tensor_shape(name));
+        const detail::Box box = detail::bounding_box(index, tensor_shape(name), name);
         const at::Tensor part =
             call("get_slice", name, box.starts, box.stops, box.steps, device.value_or(device_)).toTensor();
         return box.has_rest ? part.index(box.rest) : part;
@@ -147,7 +152,7 @@ class File {
     template <typename... Args>
     c10::IValue call(const char* method, const Args&... args) const {
         if (!object_) {
-            detail::fail("File is closed");
+            detail::fail("File is closed", ErrorKind::safetensor, SFT_ERROR_CLOSED);
         }
         return detail::call_method(object_, method, args...);
     }
@@ -169,7 +174,7 @@ class Checkpoint : public File {
     /// `model.safetensors` counts first, then `model.safetensors.index.json`, as in Python's transformers, then the
     /// only one of another name.
     ///
-    /// Throws c10::Error as File does, for each file; an index that is malformed, names a file outside its folder, or
+    /// Throws Error as File does, for each file; an index that is malformed, names a file outside its folder, or
     /// does not fit its files; a shard that is missing; a folder with no checkpoint, or with several. The text names
     /// the index, the shard and the tensor.
     explicit Checkpoint(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap)
@@ -179,7 +184,7 @@ class Checkpoint : public File {
     std::vector<std::string> shards() const { return call("shards").to<std::vector<std::string>>(); }
 
     /// The name of the file that holds a tensor.
-    /// Throws c10::Error `File does not contain tensor NAME`.
+    /// Throws Error `PATH: File does not contain tensor NAME`.
     std::string shard_of(const std::string& name) const { return call("shard_of", name).toStringRef(); }
 };
 

@@ -36,27 +36,31 @@ inline void add_range(Box& box, int64_t start, int64_t stop, int64_t step) {
     box.steps.push_back(step);
 }
 
-inline void add_integer(Box& box, int64_t index, int64_t size) {
+// For the end of an error.
+inline std::string of(const std::string& name) { return " of tensor \"" + name + "\""; }
+
+inline void add_integer(Box& box, int64_t index, int64_t size, const std::string& name) {
     if (index < -size || index >= size) {
         throw c10::IndexError("index " + std::to_string(index) + " is out of bounds for dimension " +
-                                  std::to_string(box.starts.size()) + " with size " + std::to_string(size),
+                                  std::to_string(box.starts.size()) + of(name) + " with size " + std::to_string(size),
                               nullptr);
     }
     const int64_t start = index < 0 ? index + size : index;
     add_range(box, start, start + 1, 1);
 }
 
-inline void add_slice(Box& box, const at::indexing::Slice& slice, int64_t size) {
+inline void add_slice(Box& box, const at::indexing::Slice& slice, int64_t size, const std::string& name) {
     const int64_t step = slice.step().expect_int();
     if (step <= 0) {
-        throw c10::ValueError("step must be greater than zero", nullptr);
+        throw c10::ValueError(
+            "step must be greater than zero for dimension " + std::to_string(box.starts.size()) + of(name), nullptr);
     }
     const auto clamp = [size](int64_t bound) { return std::clamp<int64_t>(bound < 0 ? bound + size : bound, 0, size); };
     const int64_t start = clamp(slice.start().expect_int());
     add_range(box, start, std::max(start, clamp(slice.stop().expect_int())), step);
 }
 
-inline Box bounding_box(const Index& index, const std::vector<int64_t>& shape) {
+inline Box bounding_box(const Index& index, const std::vector<int64_t>& shape, const std::string& name) {
     int64_t given = 0;
     int64_t ellipses = 0;
     for (const auto& item : index) {
@@ -65,10 +69,11 @@ inline Box bounding_box(const Index& index, const std::vector<int64_t>& shape) {
     }
     const auto dimensions = static_cast<int64_t>(shape.size());
     if (given > dimensions) {
-        throw c10::IndexError("too many indices for tensor of dimension " + std::to_string(dimensions), nullptr);
+        throw c10::IndexError("too many indices for the " + std::to_string(dimensions) + " dimension(s)" + of(name),
+                              nullptr);
     }
     if (ellipses > 1) {
-        throw c10::IndexError("an index can have one ellipsis only", nullptr);
+        throw c10::IndexError("an index can have one ellipsis only, for a slice" + of(name), nullptr);
     }
     Box box;
     const auto add_whole = [&](int64_t count) {
@@ -78,11 +83,11 @@ inline Box bounding_box(const Index& index, const std::vector<int64_t>& shape) {
     };
     for (const auto& item : index) {
         if (item.is_integer()) {
-            add_integer(box, item.integer().expect_int(), shape[box.starts.size()]);
+            add_integer(box, item.integer().expect_int(), shape[box.starts.size()], name);
             box.rest.emplace_back(0);
             box.has_rest = true;
         } else if (item.is_slice()) {
-            add_slice(box, item.slice(), shape[box.starts.size()]);
+            add_slice(box, item.slice(), shape[box.starts.size()], name);
             box.rest.emplace_back(at::indexing::Slice());
         } else {
             add_whole(item.is_ellipsis() ? dimensions - given : dimensions_of(item));

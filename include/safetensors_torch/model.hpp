@@ -7,11 +7,13 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
-#include <tuple>
+#include <type_traits>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -95,7 +97,8 @@ State state_of(const Module& module, const std::string& prefix, const Rename& re
         const std::string name = outside(entry.key());
         if (!result.tensors.insert(name, entry.value()).second) {
             fail("two tensors of " + class_of(module) + " are called " + name + " by `rename`, `" + entry.key() +
-                 "` and one before it: give each its own name");
+                     "` and one before it: give each its own name",
+                 ErrorKind::value);
         }
     }
     for (const std::string& name : state.optional) {
@@ -123,6 +126,7 @@ inline void save_kept(const Tensors& tensors, const std::string& path, const Met
     if (options.max_shard_bytes) {
         ShardedSaveOptions sharded;
         sharded.max_shard_bytes = *options.max_shard_bytes;
+        sharded.stem = options.stem;
         sharded.durable = options.durable;
         sharded.progress = options.progress;
         save_sharded(tensors, path, metadata, sharded);
@@ -136,11 +140,9 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
                 const SaveModelOptions& options) {
     static const auto tied =
         find_op("safetensors_torch::_tied").typed<Strings(const Tensors&, const std::vector<std::string>&)>();
-    static const auto last_error =
-        find_op("safetensors_torch::_last_error").typed<std::tuple<std::string, int64_t, int64_t, std::string>()>();
     const c10::NoGradGuard no_grad;
     const State state = state_of(module, options.prefix, options.rename);
-    const Strings dropped = tied.call(state.tensors, {});
+    const Strings dropped = call(tied, state.tensors, std::vector<std::string>());
     Tensors kept;
     Metadata entries = metadata;
     bool has_gaps = false;
@@ -161,17 +163,45 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
     }
     try {
         save_kept(kept, path, entries, options);
-    } catch (const c10::Error& error) {
-        // Layouts are checked before gaps, so with strided tensors alone the ValueError is about a gap.
-        if (!has_gaps || !all_strided || std::get<0>(last_error.call()) != "ValueError") {
+    } catch (const Error& error) {
+        // Layouts are checked before gaps, so with strided tensors alone the error of this kind is about a gap.
+        if (!has_gaps || !all_strided || error.kind() != ErrorKind::value) {
             throw;
         }
         fail(std::string(error.what_without_backtrace()) +
-             " Or use save_model(..., force_contiguous=True), read the docs for potential caveats.");
+                 " Or leave SaveModelOptions::force_contiguous true, and it is written as if it were.",
+             ErrorKind::value);
     }
 }
 
 }  // namespace detail
+
+/// A module, however the program holds it: by reference, in a holder such as torch::nn::Linear, or in a
+/// std::shared_ptr. Not for keeping: it refers to the module.
+class ModuleRef {
+  public:
+    /// By reference; being const does not reach a module's tensors.
+    ModuleRef(const torch::nn::Module& module) : module_(module) {}
+    /// The module in a holder. Throws c10::Error for a holder that is empty.
+    template <typename Contained>
+    ModuleRef(const torch::nn::ModuleHolder<Contained>& holder) : module_(*holder) {}
+    /// The module that a pointer points to. Throws Error for a null pointer.
+    template <typename Contained, typename = std::enable_if_t<std::is_base_of_v<torch::nn::Module, Contained>>>
+    ModuleRef(const std::shared_ptr<Contained>& pointer) : module_(checked(pointer.get())) {}
+
+    /// The module.
+    const torch::nn::Module& operator*() const { return module_; }
+
+  private:
+    static const torch::nn::Module& checked(const torch::nn::Module* module) {
+        if (module == nullptr) {
+            detail::fail("a null pointer is no module", ErrorKind::value);
+        }
+        return *module;
+    }
+
+    const torch::nn::Module& module_;
+};
 
 /// Fills the parameters and buffers of `module` from the checkpoint at `path`, in place, on the devices where they are.
 /// `path` is a file, an index or a folder, as for Checkpoint.
@@ -181,21 +211,22 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
 /// `num_batches_tracked` may be absent. Everything is checked before the first tensor changes: if a check fails the
 /// module is as it was. If reading fails later, or Progress throws, it is filled in part. No gradient is recorded.
 ///
-/// Throws c10::Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
+/// Throws Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
 /// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device;
 /// two tensors for which `rename` gives one name.
-inline LoadResult load_model(torch::nn::Module& module, const std::string& path, const LoadModelOptions& options) {
-    return detail::load_model(module, path, options);
+inline LoadResult load_model(ModuleRef module, const std::string& path, const LoadModelOptions& options = {}) {
+    return detail::load_model(*module, path, options);
 }
 
-/// The same with what most calls need.
-inline LoadResult load_model(torch::nn::Module& module, const std::string& path, bool strict = true,
-                             Backend backend = Backend::mmap, const Progress& progress = {}) {
+/// The same with what many calls need. Nothing but a bool is taken for `strict`.
+template <typename Strict, typename = std::enable_if_t<std::is_same_v<Strict, bool>>>
+LoadResult load_model(ModuleRef module, const std::string& path, Strict strict, Backend backend = Backend::mmap,
+                      const Progress& progress = {}) {
     LoadModelOptions options;
     options.strict = strict;
     options.backend = backend;
     options.progress = progress;
-    return detail::load_model(module, path, options);
+    return detail::load_model(*module, path, options);
 }
 
 /// The same for a TorchScript module, whose every buffer counts: TorchScript does not tell which ones Python left out
@@ -213,21 +244,22 @@ inline LoadResult load_model(torch::jit::Module& module, const std::string& path
 /// written as if they were; with `force_contiguous` false they are refused. Like save_file, it adds no `format` to the
 /// metadata; with `max_shard_bytes` it does, like save_sharded.
 ///
-/// Throws c10::Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
+/// Throws Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
 /// gives one name.
-inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata,
-                       const SaveModelOptions& options) {
-    detail::save_model(module, path, metadata, options);
+inline void save_model(ModuleRef module, const std::string& path, const Metadata& metadata = {},
+                       const SaveModelOptions& options = {}) {
+    detail::save_model(*module, path, metadata, options);
 }
 
-/// The same with what most calls need.
-inline void save_model(const torch::nn::Module& module, const std::string& path, const Metadata& metadata = {},
-                       bool force_contiguous = true, const SaveOptions& options = {}) {
+/// The same with what many calls need. Nothing but a bool is taken for `force_contiguous`.
+template <typename Force, typename = std::enable_if_t<std::is_same_v<Force, bool>>>
+void save_model(ModuleRef module, const std::string& path, const Metadata& metadata, Force force_contiguous,
+                const SaveOptions& options = {}) {
     SaveModelOptions all;
     all.force_contiguous = force_contiguous;
     all.durable = options.durable;
     all.progress = options.progress;
-    detail::save_model(module, path, metadata, all);
+    detail::save_model(*module, path, metadata, all);
 }
 
 /// The same for a TorchScript module, with every buffer.

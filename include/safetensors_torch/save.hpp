@@ -20,7 +20,7 @@ namespace safetensors_torch {
 /// The values of conjugate and negative views are written. Tensors are written by dtype, then by name, whatever their
 /// order. Nothing is added to `metadata`.
 ///
-/// Throws c10::Error before anything is written: a sparse tensor; tensors that share memory (see save_model); one that
+/// Throws Error before anything is written: a sparse tensor; tensors that share memory (see save_model); one that
 /// is not contiguous; a meta tensor; a dtype that the format does not have; the name `__metadata__`; names or metadata
 /// that are not UTF-8. And when the operating system refuses.
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
@@ -32,7 +32,7 @@ inline void save_file(const Tensors& tensors, const std::string& path, const Met
 
 /// The bytes that save_file would write.
 ///
-/// Throws c10::Error for the tensors and the metadata that save_file refuses.
+/// Throws Error for the tensors and the metadata that save_file refuses.
 inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, const Progress& progress = {}) {
     const auto plan = detail::plan_save(tensors, metadata, "");
     std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');

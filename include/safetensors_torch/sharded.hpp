@@ -16,7 +16,7 @@ namespace safetensors_torch {
 /// The tensors of the checkpoint at `path` that `options` select, on `device`, file after file. `path` is a file, an
 /// index or a folder, as for Checkpoint.
 ///
-/// Throws c10::Error: as Checkpoint and as load_file do.
+/// Throws Error: as Checkpoint and as load_file do.
 inline Tensors load_sharded(const std::string& path, at::Device device = at::kCPU, const LoadOptions& options = {}) {
     const auto files = detail::open("safetensors_torch::_open_checkpoint", path, options.backend);
     return detail::load(files, device, options);
@@ -29,21 +29,21 @@ inline Tensors load_sharded(const std::string& path, at::Device device = at::kCP
 /// Names, index and division are those of Hugging Face's tools; tensors go into the files in the order of `tensors`.
 /// Each file has all of `metadata`, and `format` = `pt` unless that says otherwise, which those tools want.
 ///
-/// A checkpoint of the same stem that is there is replaced. Nothing of it changes before all new files are complete;
-/// what they do not overwrite is removed at the end, also a file STEM.safetensors that would count before the index. If
-/// the process is killed in between, the folder may hold no index, so that files of two checkpoints are never taken for
-/// one.
+/// A checkpoint of the same stem that is there is replaced; links in the folder are replaced, not followed. Nothing of
+/// it changes before all new files are complete; what they do not overwrite is removed at the end, also a file
+/// STEM.safetensors that would count before the index. If the process is killed in between, the folder may hold no
+/// index, so that files of two checkpoints are never taken for one.
 ///
-/// Throws c10::Error: as save_file does, before anything is written; for a max_shard_bytes of less than 1; for a stem
+/// Throws Error: as save_file does, before anything is written; for a max_shard_bytes of less than 1; for a stem
 /// that is no file name.
 inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::string& folder,
                                              const Metadata& metadata = {}, const ShardedSaveOptions& options = {}) {
     static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_plan_sharded_save");
     Metadata entries = metadata;
     entries.emplace("format", "pt");
-    torch::jit::Stack stack{tensors, detail::to_dict(entries), folder, options.stem, options.max_shard_bytes};
-    op.callBoxed(stack);
-    const detail::Object plan = stack.back().toObject();
+    const detail::Object plan =
+        detail::call_boxed(op, tensors, detail::to_dict(entries), folder, options.stem, options.max_shard_bytes)
+            .toObject();
     detail::call_method(plan, "start", options.durable, 0.0);
     detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);
     return detail::call_method(plan, "file_names").to<std::vector<std::string>>();

@@ -36,6 +36,9 @@ enum class Backend {
 /// save, and reaches the caller; when `done` is `total`, the file is complete already.
 using Progress = std::function<void(int64_t done, int64_t total)>;
 
+/// Whether a tensor of this name is wanted.
+using NameFilter = std::function<bool(const std::string& name)>;
+
 /// Which tensors are loaded, and how.
 struct LoadOptions {
     /// How the bytes become host memory; to a device they are read, whatever this says.
@@ -48,7 +51,7 @@ struct LoadOptions {
     /// A floating-point dtype that floating-point tensors are converted to, on their device, some MiB at a time.
     std::optional<at::ScalarType> dtype = std::nullopt;
     /// Loads the tensors for whose names it is true; others are not read. Empty means all.
-    std::function<bool(const std::string& name)> filter = {};
+    NameFilter filter = {};
     /// Is told how far the load is, if there is one.
     Progress progress = {};
 };
@@ -107,6 +110,8 @@ struct SaveModelOptions {
     Progress progress = {};
     /// With a value, the path is a folder, and the module is divided as by save_sharded.
     std::optional<int64_t> max_shard_bytes = std::nullopt;
+    /// As in ShardedSaveOptions, where the path is a folder.
+    std::string stem = "model";
 };
 
 /// What load_model found, in names of the checkpoint: those that the module has and the checkpoint has not, and the

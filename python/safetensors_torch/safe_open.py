@@ -25,9 +25,13 @@ def _name(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"the name of a tensor is a str, not {type(name).__name__}")
     if not _is_unicode(name):
-        printable = name.encode("utf-8", "backslashreplace").decode()
-        raise SafetensorError(f"File does not contain tensor {printable}")
+        raise _absent(name.encode("utf-8", "backslashreplace").decode())
     return name
+
+
+def _absent(name: str) -> SafetensorError:
+    """The text by which programs know the error: without the file, which the native one names."""
+    return SafetensorError(f"File does not contain tensor {name}")
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,7 +112,13 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, the file is closed, or torch has no such dtype.
         """
-        return _get_tensor(self._file(), _name(name), self._device)
+        file, name = self._file(), _name(name)
+        try:
+            return _get_tensor(file, name, self._device)
+        except SafetensorError:
+            if not call(file.contains, name):
+                raise _absent(name) from None
+            raise
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in the order of their data in the file, on the device of this handle.
@@ -127,7 +137,10 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, or the file is closed.
         """
-        return PySafeSlice(self._file(), _name(name), self._device, self._backend)
+        file, name = self._file(), _name(name)
+        if not call(file.contains, name):
+            raise _absent(name)
+        return PySafeSlice(file, name, self._device, self._backend)
 
     def __contains__(self, name: object) -> bool:
         file = self._file()

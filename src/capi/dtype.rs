@@ -7,7 +7,7 @@ use super::pointer::{self, Out};
 use super::status::sft_status;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::tensor_bytes;
+use crate::header::shape_bytes;
 
 /// A dtype's number: the discriminant of [`Dtype`].
 pub type sft_dtype = u32;
@@ -92,7 +92,7 @@ pub unsafe extern "C" fn sft_dtype_nbytes(
     boundary!({
         // SAFETY: the caller gives `rank` dimensions and a place for a number (header).
         let (shape, out) = unsafe { (pointer::array(shape, rank, "shape")?, Out::new(nbytes, "nbytes")?) };
-        out.set(tensor_bytes("", require(dtype)?, shape)?);
+        out.set(shape_bytes(require(dtype)?, shape).map_err(|(kind, fault)| Error::new(kind, fault))?);
         Ok(())
     })
 }

@@ -50,7 +50,8 @@ fn identify(start: &[u8]) -> Option<(&'static str, &'static str)> {
     {
         return Some((
             "JSON without the 8 bytes of header length before it",
-            "it may be an index or a server's error message: open it in an editor",
+            "it may be the index of a checkpoint, which is for load_sharded, or a server's error message: open it in an \
+             editor",
         ));
     }
     None

@@ -229,14 +229,18 @@ pub(crate) fn absent(name: &str) -> Error {
 /// Refuses what torch can make no tensor of either: dimensions, element counts or contiguous strides of 2^63 and more,
 /// and dimensions whose product overflows before a zero among them is reached.
 pub fn tensor_bytes(name: &str, dtype: Dtype, shape: &[u64]) -> Result<u64> {
+    shape_bytes(dtype, shape).map_err(|(kind, fault)| Error::new(kind, format!("tensor {name:?}: {fault}")))
+}
+
+/// The same for no tensor in particular: the fault is told as a kind and a text.
+pub(crate) fn shape_bytes(dtype: Dtype, shape: &[u64]) -> std::result::Result<u64, (ErrorKind, String)> {
     let Some(bits) = element_bits(dtype, shape) else {
-        let detail =
-            format!("tensor {name:?}: shape {shape:?} of {dtype} overflows: it needs more than 2^63 - 1");
-        return Err(Error::new(ErrorKind::ShapeOverflow, detail));
+        let fault = format!("shape {shape:?} of {dtype} overflows: it needs more than 2^63 - 1");
+        return Err((ErrorKind::ShapeOverflow, fault));
     };
     if !bits.is_multiple_of(8) {
-        let detail = format!("tensor {name:?}: shape {shape:?} of {dtype} ends in the middle of a byte");
-        return Err(Error::new(ErrorKind::SizeMismatch, detail));
+        let fault = format!("shape {shape:?} of {dtype} ends in the middle of a byte");
+        return Err((ErrorKind::SizeMismatch, fault));
     }
     Ok(bits / 8)
 }

@@ -129,6 +129,12 @@ std::string error_of(const std::function<void()>& body, const char* file, int li
         if (has(text, "Exception raised from") || has(text, "frame #")) {
             check::report(file, line, "a backtrace in: " + text);
         }
+        // An index that torch would refuse is refused with torch's classes.
+        const bool is_of_index = dynamic_cast<const c10::IndexError*>(&error) != nullptr ||
+                                 dynamic_cast<const c10::ValueError*>(&error) != nullptr;
+        if (!is_of_index && dynamic_cast<const st::Error*>(&error) == nullptr) {
+            check::report(file, line, "not a safetensors_torch::Error: " + text);
+        }
         return text;
     } catch (const std::exception& error) {
         check::report(file, line, std::string("not a c10::Error: ") + error.what());

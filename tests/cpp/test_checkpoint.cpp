@@ -171,7 +171,7 @@ TEST(indexes_that_do_not_fit) {
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), files[2]);
 
     std::filesystem::remove(dir.file(kIndex));
-    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "shards, but no index");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "not their index");
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file("nothing"))), "No such file or directory: " + dir.file("nothing"));
 }
 

@@ -1,5 +1,9 @@
 // What loading and saving refuse: a c10::Error, its text, and nothing left behind.
 
+#include <torch/nn.h>
+
+#include <cerrno>
+
 #include "support.h"
 
 using namespace support;
@@ -147,6 +151,63 @@ TEST(checks_come_in_order) {
     EXPECT_HAS(ERROR_OF(st::save(tensors)), "share memory");
     tensors.insert("sparse", at::eye(2).to_sparse());
     EXPECT_HAS(ERROR_OF(st::save(tensors)), "['sparse']");
+}
+
+TEST(undefined_tensors) { check_refused(dict("hole", at::Tensor()), "tensor 'hole' is undefined"); }
+
+TEST(what_belongs_to_load_sharded) {
+    const TempDir dir;
+    write_file(dir.file("model.safetensors.index.json"), "{\"metadata\": {}, \"weight_map\": {}}");
+    EXPECT_HAS(ERROR_OF(st::load_file(dir.file("."))), "load_sharded");
+    EXPECT_HAS(ERROR_OF(st::load_file(dir.file("model.safetensors.index.json"))), "load_sharded");
+}
+
+namespace {
+
+// The error that `body` throws.
+template <typename Body>
+st::Error caught(Body&& body) {
+    try {
+        body();
+    } catch (const st::Error& error) {
+        return error;
+    }
+    check::report(__FILE__, __LINE__, "nothing was thrown");
+    return {"", st::ErrorKind::safetensor, -1, -1};
+}
+
+void check_numbers(const st::Error& error, st::ErrorKind kind, sft_status code, int os_error) {
+    EXPECT(error.kind() == kind);
+    EXPECT_EQ(error.code(), code);
+    EXPECT_EQ(error.os_error(), os_error);
+}
+
+}  // namespace
+
+TEST(errors_can_be_told_apart) {
+    const TempDir dir;
+    const st::Tensors tensors = dict("x", make({2}, at::kFloat));
+    st::save_file(tensors, dir.file("f"));
+    write_file(dir.file("short"), "1234");
+    st::File file(dir.file("f"));
+    using Kind = st::ErrorKind;
+    check_numbers(caught([&] { st::load_file(dir.file("absent")); }), Kind::os, SFT_ERROR_IO, ENOENT);
+    check_numbers(caught([&] { st::File(dir.file(".")); }), Kind::os, SFT_ERROR_IO, EISDIR);
+    check_numbers(caught([&] { st::save_file(tensors, dir.file("no/f")); }), Kind::os, SFT_ERROR_IO, ENOENT);
+    check_numbers(caught([&] { st::load_file(dir.file("short")); }), Kind::safetensor, SFT_ERROR_FILE_TOO_SMALL, 0);
+    check_numbers(caught([&] { st::load("1234"); }), Kind::safetensor, SFT_ERROR_FILE_TOO_SMALL, 0);
+    check_numbers(caught([&] { st::load("1234", at::kCPU, st::LoadOptions()); }), Kind::safetensor,
+                  SFT_ERROR_FILE_TOO_SMALL, 0);
+    check_numbers(caught([&] { file.get_tensor("y"); }), Kind::safetensor, SFT_ERROR_TENSOR_NOT_FOUND, 0);
+    check_numbers(caught([&] { st::load_sharded(dir.file(".")); }), Kind::safetensor, SFT_ERROR_INDEX, 0);
+    check_numbers(caught([&] { st::save(dict("x", at::eye(2).to_sparse())); }), Kind::value, 0, 0);
+    check_numbers(caught([&] { st::save_sharded(tensors, dir.file("d"), {}, {0}); }), Kind::value, 0, 0);
+    check_numbers(caught([&] { st::save_sharded(tensors, dir.file("d"), {}, {1, "a/b"}); }), Kind::safetensor,
+                  SFT_ERROR_INVALID_ARGUMENT, 0);
+    check_numbers(caught([&] { st::set_transfer_options({-1, 0}); }), Kind::value, 0, 0);
+    check_numbers(caught([&] { st::load_model(torch::nn::Linear(2, 2), dir.file("f")); }), Kind::runtime, 0, 0);
+    file.close();
+    check_numbers(caught([&] { file.keys(); }), Kind::safetensor, SFT_ERROR_CLOSED, 0);
 }
 
 TEST(an_error_is_a_plain_c10_error) {

@@ -57,7 +57,8 @@ TEST(file_gives_tensors) {
         EXPECT(identical(some[1], tensors.at("scalar")));
         EXPECT(identical(some[2], tensors.at("a")));
         EXPECT_EQ(file.get_tensors({"b"}).size(), 1U);
-        EXPECT(file.get_tensors(Names{}).empty());
+        EXPECT(file.get_tensors({}).empty());
+        EXPECT_EQ(file.get_tensors(st::NameFilter()).size(), all.size());
     }
 }
 
@@ -79,7 +80,7 @@ TEST(file_does_not_have_an_absent_tensor) {
     st::save_file(three_tensors(), dir.file("f"));
     for (const st::Backend backend : kBackends) {
         const st::File file(dir.file("f"), at::kCPU, backend);
-        const std::string text = "File does not contain tensor absent";
+        const std::string text = dir.file("f") + ": File does not contain tensor absent";
         EXPECT_HAS(ERROR_OF(file.get_tensor("absent")), text);
         EXPECT_HAS(ERROR_OF(file.get_tensors({"a", "absent"})), text);
         EXPECT_HAS(ERROR_OF(file.get_slice("absent", {0})), text);

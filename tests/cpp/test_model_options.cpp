@@ -49,6 +49,33 @@ torch::jit::Module script(float value) {
 
 }  // namespace
 
+TEST(modules_however_they_are_held) {
+    const TempDir dir;
+    const torch::nn::Linear source(2, 3);
+    st::save_model(source, dir.file("m"));
+    torch::nn::Linear holder(2, 3);
+    const std::shared_ptr<torch::nn::LinearImpl> pointer = torch::nn::Linear(2, 3).ptr();
+    st::load_model(holder, dir.file("m"));
+    EXPECT(same(*source, *holder));
+    st::load_model(pointer, dir.file("m"), st::LoadModelOptions());
+    EXPECT(same(*source, *pointer));
+    st::save_model(pointer, dir.file("p"), {}, st::SaveModelOptions());
+    EXPECT_EQ(read_file(dir.file("p")), read_file(dir.file("m")));
+    EXPECT_HAS(ERROR_OF(st::load_model(std::shared_ptr<torch::nn::Module>(), dir.file("m"))), "null pointer");
+}
+
+TEST(braces_mean_the_defaults) {
+    const TempDir dir;
+    torch::nn::Linear layer(2, 3);
+    st::Tensors state = st::to_tensors(layer->named_parameters());
+    state.erase("bias");
+    st::save_file(state, dir.file("m"));
+    EXPECT_HAS(ERROR_OF(st::load_model(layer, dir.file("m"), {})), "Missing key(s)");
+    layer->weight.set_data(at::ones({2, 3}).t());
+    st::save_model(layer, dir.file("t"), {}, {});
+    EXPECT(identical(st::load_file(dir.file("t")).at("weight"), at::ones({3, 2})));
+}
+
 TEST(model_of_part_of_a_checkpoint) {
     const TempDir dir;
     const auto source = layers(1);

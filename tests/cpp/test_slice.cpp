@@ -106,14 +106,19 @@ TEST(slice_by_new_axes_booleans_and_tensors) {
 TEST(slice_refuses_what_indexing_refuses) {
     const Fixture fixture;
     for (const st::File& file : fixture.files) {
-        EXPECT_EQ(ERROR_OF(file.get_slice("x", {5})), "index 5 is out of bounds for dimension 0 with size 5");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {5})),
+                  "index 5 is out of bounds for dimension 0 of tensor \"x\" with size 5");
         EXPECT_EQ(ERROR_OF(file.get_slice("x", {Slice(), -5})),
-                  "index -5 is out of bounds for dimension 1 with size 4");
-        EXPECT_EQ(ERROR_OF(file.get_slice("x", {0, 0, 0, 0})), "too many indices for tensor of dimension 3");
-        EXPECT_EQ(ERROR_OF(file.get_slice("scalar", {0})), "too many indices for tensor of dimension 0");
+                  "index -5 is out of bounds for dimension 1 of tensor \"x\" with size 4");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {0, 0, 0, 0})),
+                  "too many indices for the 3 dimension(s) of tensor \"x\"");
+        EXPECT_EQ(ERROR_OF(file.get_slice("scalar", {0})),
+                  "too many indices for the 0 dimension(s) of tensor \"scalar\"");
         EXPECT_HAS(ERROR_OF(file.get_slice("x", {Ellipsis, Ellipsis})), "ellipsis");
-        EXPECT_EQ(ERROR_OF(file.get_slice("x", {Slice(None, None, -1)})), "step must be greater than zero");
-        EXPECT_EQ(ERROR_OF(file.get_slice("hollow", {0})), "index 0 is out of bounds for dimension 0 with size 0");
+        EXPECT_EQ(ERROR_OF(file.get_slice("x", {Slice(None, None, -1)})),
+                  "step must be greater than zero for dimension 0 of tensor \"x\"");
+        EXPECT_EQ(ERROR_OF(file.get_slice("hollow", {0})),
+                  "index 0 is out of bounds for dimension 0 of tensor \"hollow\" with size 0");
     }
     try {
         fixture.files.front().get_slice("x", {5});
