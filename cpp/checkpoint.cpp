@@ -68,6 +68,9 @@ Loads::Loads(const Checkpoint& checkpoint, const Lender& lender, const std::vect
              Target target) {
     std::vector<std::vector<size_t>> indices(checkpoint.files().size());
     order_.reserve(places.size());
+    if (indices.size() == 1) {
+        indices.front().reserve(places.size());
+    }
     for (const core::Place& place : places) {
         order_.push_back({place.shard, indices[place.shard].size()});
         indices[place.shard].push_back(place.index);
