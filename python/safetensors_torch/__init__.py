@@ -18,6 +18,7 @@ from ._errors import SafetensorError  # noqa: E402
 from ._ops import load, load_file, save, save_file  # noqa: E402
 from .model import load_model, save_model  # noqa: E402
 from .safe_open import safe_open  # noqa: E402
+from .sharded import load_sharded, save_sharded  # noqa: E402
 from .transfer import (  # noqa: E402
     TransferOptions,
     release_transfer_memory,
@@ -42,12 +43,14 @@ __all__ = [
     "load",
     "load_file",
     "load_model",
+    "load_sharded",
     "release_transfer_memory",
     "reserve_transfer_memory",
     "safe_open",
     "save",
     "save_file",
     "save_model",
+    "save_sharded",
     "set_transfer_options",
     "transfer_memory",
     "transfer_options",

@@ -66,7 +66,7 @@ def open_file(filename: Path, backend: str) -> Any:
     return call(_File, encode_path(filename), check_backend(backend))
 
 
-def _select(file: Any, names: Names) -> Optional[list[str]]:
+def select(file: Any, names: Names) -> Optional[list[str]]:
     """The names to load, for the operators; None means all.
 
     Raises:
@@ -84,7 +84,7 @@ def _select(file: Any, names: Names) -> Optional[list[str]]:
     return chosen
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a mode, such as FakeTensorMode, wants to see operators, instead of what they do."""
     return torch._C._len_torch_dispatch_stack() > 0
 
@@ -104,10 +104,10 @@ def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, tensors))
 
 
-def _load_in_steps(
+def load_in_steps(
     file: Any, device: torch.device, dtype: Optional[torch.dtype], names: Names, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    pending = call(file.start_load, _select(file, names), device, dtype)
+    pending = call(file.start_load, select(file, names), device, dtype)
     run(pending, pending.total, progress, "load")
     return _load_with(pending.result)
 
@@ -164,15 +164,15 @@ def load_file(
     is_plain = dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
     is_quick = mapped or target.type == "meta" or (target.type == "cpu" and _is_small(path))
-    if is_plain and (is_quick or _is_traced()):
+    if is_plain and (is_quick or is_traced()):
         return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
     file = open_file(path, backend)
-    if _is_traced():
-        chosen = _select(file, names)
+    if is_traced():
+        chosen = select(file, names)
         return call(_ops.load_file, path, device=target, backend=backend, prefault=prefault, dtype=dtype, names=chosen)
     if mapped and (prefault or (prefault is None and names is None)):
         call(file.prefault, prefault is not None)
-    return _load_in_steps(file, target, dtype, names, progress)
+    return load_in_steps(file, target, dtype, names, progress)
 
 
 @opaque
@@ -216,11 +216,11 @@ def load(
             is_plain = dtype is None and names is None and not progress
             if is_plain and target.type == "cpu" and tensor.numel() < _LARGE:
                 return _load_with(_load, tensor, device=target)
-            if not _is_traced():
-                return _load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
+            if not is_traced():
+                return load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
             if dtype is None and names is None:
                 return _load_with(_load, tensor, device=target)
-            chosen = _select(call(_open_bytes, tensor), names)
+            chosen = select(call(_open_bytes, tensor), names)
             return call(_ops.load, tensor, device=target, dtype=dtype, names=chosen)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
@@ -262,11 +262,11 @@ def save_file(
     """
     check_flag(durable, "durable")
     progress = check_progress(progress)
-    _check(tensors, metadata)
+    check_tensors(tensors, metadata)
     path = encode_path(filename)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, path)
-        _write(plan, progress, plan.start_file, path, durable)
+        write(plan, progress, plan.start_file, path, durable)
 
 
 @opaque
@@ -287,13 +287,13 @@ def save(
         What save_file raises, but for OSError.
     """
     progress = check_progress(progress)
-    _check(tensors, metadata)
+    check_tensors(tensors, metadata)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"")
-        return _buffer.new_bytes(call(plan.size), lambda out: _write(plan, progress, plan.start_into, out))
+        return _buffer.new_bytes(call(plan.size), lambda out: write(plan, progress, plan.start_into, out))
 
 
-def _write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
+def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
     """Has ``plan`` written, beginning with ``start``. Most saves are over with the first step."""
     try:
         if not call(start, *args, 0.0 if progress else STEP) or progress:
@@ -308,7 +308,7 @@ def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], 
     return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path)
 
 
-def _check(tensors: Any, metadata: Any) -> None:
+def check_tensors(tensors: Any, metadata: Any) -> None:
     """The checks that need the Python objects. Faults of names come last, after what the native library checks."""
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")

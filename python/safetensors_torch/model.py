@@ -8,8 +8,9 @@ library decides.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from ._dynamo import opaque
 from ._errors import call
 from ._ops import load_file, open_file, save_file
 from ._steps import Progress, check_progress, run
+from .sharded import is_checkpoint, load_sharded, open_checkpoint, save_sharded
 
 _ops = torch.ops.safetensors_torch
 _tied = _ops._tied.default
@@ -51,7 +53,7 @@ def load_model(
     backend: str = "mmap",
     progress: Progress = None,
 ) -> tuple[set[str], list[str]]:
-    """Loads a safetensors file into a module, in place.
+    """Loads a safetensors file, or a checkpoint of several, into a module, in place.
 
     The data is read straight into the memory of the module's parameters and buffers, whatever their device. Modules
     with hooks or methods of their own in the way of load_state_dict get a load_file and a load_state_dict instead;
@@ -61,7 +63,7 @@ def load_model(
 
     Args:
         model: the module; none of its tensors may be on the meta device.
-        filename: the file; str, bytes or os.PathLike.
+        filename: the file, or a folder or an index as for load_sharded; str, bytes or os.PathLike.
         strict: whether a missing or unexpected name is an error.
         device: where a load_state_dict finds the tensors of the file. Not where the module's own tensors go.
         backend: how the file is read, as for load_file.
@@ -74,14 +76,14 @@ def load_model(
     Raises:
         RuntimeError: a shape that does not fit; missing or unexpected names with strict; a tensor on the meta
             device; shared memory that none of its names covers.
-        SafetensorError, OSError, ValueError: what load_file raises.
+        SafetensorError, OSError, ValueError: what load_file raises, and load_sharded.
     """
     target, progress = to_device(device), check_progress(progress)
     state = model.state_dict()
     _refuse_meta(model, state)
     if not _is_plain(model, state):
         return _load_through_state_dict(model, state, filename, strict, target, backend, progress)
-    file = open_file(filename, backend)
+    file = (open_checkpoint if is_checkpoint(encode_path(filename)) else open_file)(filename, backend)
     pending = call(file.start_state, state, _optional_names(model), type(model).__name__, strict, "")
     run(pending, pending.total, progress, "load")
     missing, unexpected = call(pending.result)
@@ -95,24 +97,27 @@ def save_model(
     metadata: Optional[dict[str, str]] = None,
     force_contiguous: bool = True,
     *,
+    max_shard_size: Union[None, int, str] = None,
     durable: bool = False,
     progress: Progress = None,
 ) -> None:
-    """Saves the state of a module into a safetensors file. Of names that share memory one is written.
+    """Saves the state of a module into a safetensors file, or a folder. Of names that share memory one is written.
 
     Args:
         model: the module.
-        filename: the file; str, bytes or os.PathLike.
+        filename: the file, or a folder, into which the module goes as by save_sharded; str, bytes or os.PathLike. It
+            is a folder if it is there as one, or if max_shard_size is given.
         metadata: text to store in the header. Each name that is left out is added to the file's metadata, with the
             name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
         force_contiguous: whether tensors that are not contiguous are copied, or refused.
+        max_shard_size: the most bytes of tensors in one file of a folder, as for save_sharded; None means "5GB".
         durable: whether to return only once the file is on the disk, as for save_file.
         progress: who is told how far it is, as for save_file.
 
     Raises:
         RuntimeError: shared memory that none of its names covers.
         ValueError: a tensor that is not contiguous, with force_contiguous=False.
-        And what save_file raises.
+        And what save_file raises, or save_sharded.
     """
     state = dict(model.state_dict())
     dropped = call(_tied, _dense(state), [])
@@ -126,7 +131,11 @@ def save_model(
         state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
     path = encode_path(filename)
     try:
-        save_file(state, path, metadata=metadata, durable=durable, progress=progress)
+        if max_shard_size is None and not os.path.isdir(path):
+            save_file(state, path, metadata=metadata, durable=durable, progress=progress)
+        else:
+            size = "5GB" if max_shard_size is None else max_shard_size
+            save_sharded(state, path, metadata, max_shard_size=size, durable=durable, progress=progress)
     except ValueError as error:
         # Of the ValueErrors only that of strides: not a UnicodeEncodeError, nor one about what is no dense tensor.
         if type(error) is not ValueError or not all(map(_is_dense, state.values())):
@@ -201,7 +210,8 @@ def _load_through_state_dict(
     backend: str,
     progress: Progress,
 ) -> tuple[set[str], list[str]]:
-    tensors = load_file(filename, device, backend=backend, progress=progress)
+    load = load_sharded if is_checkpoint(encode_path(filename)) else load_file
+    tensors = load(filename, device, backend=backend, progress=progress)
     dropped = call(_tied, _dense(state), list(tensors))
     snapshot = _Snapshot(model)
     try:

@@ -1,0 +1,188 @@
+"""load_sharded and save_sharded: checkpoints of several files and their index, as Hugging Face's tools have them.
+
+Owns the arguments of Python, and which paths mean a checkpoint. How tensors are divided, what the files are called, and
+whether an index fits its files, the native library decides.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Optional, Union
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
+from ._dynamo import opaque
+from ._errors import call
+from ._ops import Names, check_tensors, is_traced, load_file, load_in_steps, select, write
+from ._steps import Progress, check_progress
+
+_ops = torch.ops.safetensors_torch
+_open_checkpoint = _ops._open_checkpoint.default
+_plan_sharded_save = _ops._plan_sharded_save.default
+
+_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+_UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
+
+
+def is_checkpoint(path: bytes) -> bool:
+    """Whether a path means a folder or an index, rather than one file."""
+    return path.endswith(b".json") or os.path.isdir(path)
+
+
+def open_checkpoint(path: Path, backend: str) -> Any:
+    """The native File over the files of the checkpoint at ``path``."""
+    return call(_open_checkpoint, encode_path(path), check_backend(backend))
+
+
+@opaque
+def load_sharded(
+    path: Path,
+    device: Device = "cpu",
+    *,
+    backend: str = "mmap",
+    prefault: Optional[bool] = None,
+    dtype: Optional[torch.dtype] = None,
+    names: Names = None,
+    progress: Progress = None,
+) -> dict[str, torch.Tensor]:
+    """Loads the tensors of a checkpoint: of one file, or of several that an index lists.
+
+    The index is checked against its files before a tensor is read: they hold the tensors that it lists, where it says
+    so, and no others, and it names no file outside its folder.
+
+    Args:
+        path: a folder, an index (a name that ends in ``.json``), or a file; str, bytes or os.PathLike. In a folder
+            ``model.safetensors`` counts first, then ``model.safetensors.index.json``, as in transformers, then the
+            only checkpoint of another name.
+        device: where the tensors shall be, as for load_file.
+        backend: how the files are read, as for load_file.
+        prefault: what becomes of mapped pages before they are touched, as for load_file.
+        dtype: what floating-point tensors are converted to, as for load_file.
+        names: which tensors to load, as for load_file; files that have none of them are not read.
+        progress: who is told how far it is, as for load_file.
+
+    Returns:
+        The tensors by name, file after file, each in the order of its data.
+
+    Raises:
+        SafetensorError: an index that is malformed, names a file outside its folder, or does not fit its files; a
+            folder without a checkpoint, or with several; and what load_file raises, for each file.
+        OSError: a file that is missing, or cannot be read.
+        MemoryError, torch.OutOfMemoryError, ValueError, TypeError, RuntimeError, ImportError: as load_file.
+
+    Example:
+        >>> names = save_sharded({"a": torch.zeros(3), "b": torch.ones(2)}, folder, max_shard_size=12)
+        >>> names
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json']
+        >>> load_sharded(folder, names=["b"])
+        {'b': tensor([1., 1.])}
+    """
+    if prefault is not None:
+        check_flag(prefault, "prefault")
+    target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
+    file = open_checkpoint(path, backend)
+    if is_traced():
+        return _load_file_by_file(file, encode_path(path), select(file, names), target, backend, prefault, dtype)
+    if target.type == "cpu" and backend == "mmap" and (prefault or (prefault is None and names is None)):
+        call(file.prefault, prefault is not None)
+    return load_in_steps(file, target, dtype, names, progress)
+
+
+def _load_file_by_file(
+    file: Any,
+    path: bytes,
+    names: Optional[list[str]],
+    device: torch.device,
+    backend: str,
+    prefault: Optional[bool],
+    dtype: Optional[torch.dtype],
+) -> dict[str, torch.Tensor]:
+    """The same by operators that a mode of torch's can see."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    wanted = call(file.offset_keys) if names is None else names
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in call(file.shards):
+        here = [name for name in wanted if call(file.shard_of, name) == shard]
+        if here:
+            one = os.path.join(folder, os.fsencode(shard))
+            tensors.update(load_file(one, device, backend=backend, prefault=prefault, dtype=dtype, names=here))
+    return tensors
+
+
+@opaque
+def save_sharded(
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+    metadata: Optional[dict[str, str]] = None,
+    *,
+    max_shard_size: Union[int, str] = "5GB",
+    stem: str = "model",
+    durable: bool = False,
+    progress: Progress = None,
+) -> list[str]:
+    """Saves tensors as a checkpoint in a folder: one file, or several and their index.
+
+    Names, index and division are those of Hugging Face's tools: tensors go into the files in their order, and a new
+    file begins before the tensor with which it would pass the size. A checkpoint of the same stem that is there is
+    replaced as a whole; docs/saving.md says how, and what a process that is killed leaves.
+
+    Args:
+        tensors: the tensors by name, as for save_file.
+        folder: where the files go; made if it is not there. str, bytes or os.PathLike.
+        metadata: text to store in the header of each file. ``format`` = ``pt``, which Hugging Face's tools want, is
+            added unless it is there.
+        max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"); a
+            tensor that is larger has a file of its own.
+        stem: what the names of the files begin with.
+        durable: whether to return only once everything is on the disk, as for save_file.
+        progress: who is told how far it is, as for save_file.
+
+    Returns:
+        The names of the files, the index last.
+
+    Raises:
+        ValueError: a size that is none, or less than 1; and what save_file raises.
+        SafetensorError: a stem that no file name can begin with; and what save_file raises.
+        RuntimeError, TypeError, UnicodeEncodeError, OSError: as save_file.
+
+    Nothing is written if a check fails, and a folder keeps its checkpoint until all new files are complete.
+
+    Example:
+        >>> save_sharded({"a": torch.zeros(3)}, folder)
+        ['model.safetensors']
+    """
+    check_flag(durable, "durable")
+    progress, size = check_progress(progress), parse_size(max_shard_size)
+    if not isinstance(stem, str):
+        raise TypeError(f"stem must be a str, not {type(stem).__name__}")
+    check_tensors(tensors, metadata)
+    entries = {"format": "pt", **(metadata or {})}
+    with _disable_current_modes():
+        plan = call(_plan_sharded_save, tensors, entries, encode_path(folder), stem, size)
+        write(plan, progress, plan.start, durable)
+        return call(plan.file_names)
+
+
+def parse_size(size: Union[int, str]) -> int:
+    """A number of bytes, given as one or as text with a unit: powers of 1000 ("5GB") or of 1024 ("5GiB").
+
+    Raises:
+        ValueError: text that is no such size, or less than 1 byte.
+        TypeError: neither.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"a size is a number of bytes or a str such as '5GB', not {type(size).__name__}")
+    if isinstance(size, int):
+        parsed = size
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+        factor = _UNITS.get(match[2].upper() or "B") if match else None
+        if match is None or factor is None:
+            raise ValueError(f"{size!r} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'")
+        parsed = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if not 1 <= parsed < 1 << 63:
+        raise ValueError(f"{size!r} is no size that a file can have: give 1 byte or more, such as '5GB'")
+    return parsed

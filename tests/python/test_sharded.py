@@ -1,0 +1,202 @@
+"""load_sharded, save_sharded and models in folders. What else an index may say, the tests of the core have."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from safetensors_torch import (
+    SafetensorError,
+    load_file,
+    load_model,
+    load_sharded,
+    safe_open,
+    save_file,
+    save_model,
+    save_sharded,
+)
+from safetensors_torch.sharded import parse_size
+
+INDEX = "model.safetensors.index.json"
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.int64), "c": torch.zeros(0)}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("prefault", [None, True, False])
+def test_what_is_saved_is_loaded(tmp_path: Path, backend: str, prefault: Any) -> None:
+    names = save_sharded(state(), tmp_path / "new", max_shard_size=32)
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]
+    assert entries(tmp_path / "new") == sorted(names)
+    for path in (tmp_path / "new", tmp_path / "new" / INDEX, os.fsencode(tmp_path / "new")):
+        assert_equal(load_sharded(path, backend=backend, prefault=prefault), state())
+    # One file is a checkpoint too.
+    assert_equal(load_sharded(tmp_path / "new" / names[0], backend=backend), {"b": state()["b"]})
+
+
+def test_every_file_has_the_metadata(tmp_path: Path) -> None:
+    given = {"k": "v"}
+    for name in save_sharded(state(), tmp_path, given, max_shard_size="32B", stem="weights")[:-1]:
+        assert name.startswith("weights-0000")
+        with safe_open(tmp_path / name) as file:
+            assert file.metadata() == {"format": "pt", "k": "v"}
+    assert given == {"k": "v"}
+    save_sharded(state(), tmp_path, {"format": "np"}, stem="weights")
+    with safe_open(tmp_path / "weights.safetensors") as file:
+        assert file.metadata() == {"format": "np"}
+
+
+def test_a_part_is_loaded(tmp_path: Path) -> None:
+    save_sharded(state(), tmp_path, max_shard_size=32)
+    assert_equal(load_sharded(tmp_path, names=["a"]), {"a": state()["a"]})
+    assert set(load_sharded(tmp_path, names=lambda name: name < "c", backend="pread")) == {"a", "b"}
+    assert load_sharded(tmp_path, dtype=torch.bfloat16)["b"].dtype == torch.bfloat16
+    assert load_sharded(tmp_path, "meta")["b"].is_meta
+    with pytest.raises(SafetensorError, match=rf"{INDEX}: File does not contain tensor absent"):
+        load_sharded(tmp_path, names=["absent"])
+
+
+def test_progress_goes_over_all_files(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    names = save_sharded(state(), tmp_path, max_shard_size=32, progress=lambda *figures: told.append(figures))
+    size = sum((tmp_path / name).stat().st_size for name in names[:-1])
+    assert told[-1] == (size, size)
+    load_sharded(tmp_path, backend="pread", progress=lambda *figures: told.append(figures))
+    assert told[-1] == (56, 56)
+
+
+def test_the_mode_of_fake_tensors_sees_shapes(tmp_path: Path) -> None:
+    save_sharded(state(), tmp_path, max_shard_size=32)
+    with FakeTensorMode():
+        tensors = load_sharded(tmp_path, names=["c", "b"])
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"b": (2, 3), "c": (0,)}
+
+
+def test_the_index_is_not_trusted(tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    names = save_sharded(state(), folder, max_shard_size=32)
+    text = (folder / INDEX).read_text()
+    save_file({"b": torch.ones(1)}, tmp_path / "secret.safetensors")
+    (folder / INDEX).write_text(text.replace(names[0], "../secret.safetensors"))
+    with pytest.raises(SafetensorError, match=r"'?b'?.*\.\./secret\.safetensors"):
+        load_sharded(folder)
+    (folder / INDEX).write_text(text.replace(names[0], names[1]))
+    with pytest.raises(SafetensorError, match=rf'tensor "b" into shard "{names[1]}"'):
+        load_sharded(folder)
+    (folder / INDEX).write_text(text)
+    (folder / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{names[1]}.*{INDEX}"):
+        load_sharded(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"b": 1}}))
+    with pytest.raises(SafetensorError, match=rf"{INDEX}.*the file of tensor"):
+        load_sharded(folder)
+    (folder / INDEX).unlink()
+    (folder / names[0]).unlink()
+    with pytest.raises(SafetensorError, match="no checkpoint"):
+        load_sharded(folder)
+
+
+def test_where_load_file_is_the_wrong_function(tmp_path: Path) -> None:
+    save_sharded(state(), tmp_path, max_shard_size=32)
+    with pytest.raises(IsADirectoryError, match="load_sharded"):
+        load_file(tmp_path)
+    with pytest.raises(SafetensorError, match="load_sharded"):
+        load_file(tmp_path / INDEX)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"max_shard_size": 0}, ValueError),
+        ({"max_shard_size": "5 parsecs"}, ValueError),
+        ({"max_shard_size": 1.5}, TypeError),
+        ({"max_shard_size": True}, TypeError),
+        ({"stem": "a/b"}, SafetensorError),
+        ({"stem": "m-00001-of-00002"}, SafetensorError),
+        ({"stem": b"m"}, TypeError),
+        ({"durable": 1}, TypeError),
+        ({"progress": 7}, TypeError),
+        ({"metadata": {"k": 1}}, TypeError),
+    ],
+)
+def test_arguments_that_cannot_be(tmp_path: Path, arguments: dict[str, Any], error: type[Exception]) -> None:
+    before = save_sharded(state(), tmp_path / "d", max_shard_size=32)
+    with pytest.raises(error):
+        save_sharded({"x": torch.ones(1)}, tmp_path / "d", **arguments)
+    assert entries(tmp_path / "d") == sorted(before)
+
+
+def test_what_save_file_refuses(tmp_path: Path) -> None:
+    whole = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_sharded({"a": whole, "b": whole}, tmp_path / "d", max_shard_size=16)
+    with pytest.raises(ValueError, match="Expected a dict"):
+        save_sharded([whole], tmp_path / "d")  # type: ignore[arg-type]
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(7, 7), ("7", 7), ("7B", 7), ("5GB", 5 * 10**9), ("2 kib", 2048), ("1.5MB", 1_500_000), (" 1TiB ", 1 << 40)],
+)
+def test_sizes(size: Any, expected: int) -> None:
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "1e3", "0", -1, "0.5", 1 << 63, "9999999TB", "1 G B", "\u0665GB"])
+def test_sizes_that_are_none(size: Any) -> None:
+    with pytest.raises(ValueError, match="no size"):
+        parse_size(size)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(4, 4, bias=False)
+        self.second = torch.nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.norm = torch.nn.BatchNorm1d(4)
+
+
+class Hooked(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(lambda module, keys: None)
+
+
+@pytest.mark.parametrize("kind", [Tied, Hooked])
+def test_models_in_folders(tmp_path: Path, kind: type[Tied]) -> None:
+    model, other = kind(), kind()
+    save_model(model, tmp_path / "m", max_shard_size=64)
+    assert INDEX in entries(tmp_path / "m") and len(entries(tmp_path / "m")) > 2
+    for path in (tmp_path / "m", tmp_path / "m" / INDEX):
+        torch.nn.init.zeros_(other.first.weight)
+        assert load_model(other, path) == (set(), [])
+        assert torch.equal(other.second.weight, model.first.weight)
+    # A folder that is there needs no size.
+    save_model(model, tmp_path / "m")
+    assert entries(tmp_path / "m") == ["model.safetensors"]
+    with safe_open(tmp_path / "m" / "model.safetensors") as file:
+        assert file.metadata() == {"second.weight": "first.weight", "format": "pt"}
+    assert load_model(other, tmp_path / "m") == (set(), [])
+    with pytest.raises(ValueError, match="force_contiguous=True"):
+        model.first.weight.data = model.first.weight.data.t()
+        save_model(model, tmp_path / "m", force_contiguous=False)
