@@ -226,7 +226,7 @@ layer = ahead_of_time()
 setup(
     version=cargo_version(),
     license="Apache-2.0",
-    packages=[PACKAGE],
+    packages=[PACKAGE, f"{PACKAGE}.cli"],
     package_dir={"": "python"},
     package_data={PACKAGE: ["py.typed"]},
     ext_modules=layer.get("ext_modules", []),

@@ -37,7 +37,7 @@ def check_progress(progress: Any) -> Progress:
     return progress
 
 
-class _Bar:
+class Bar:
     """A progress function that draws."""
 
     def __init__(self, title: str) -> None:
@@ -68,7 +68,7 @@ def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> 
     bar = None
     try:
         if progress is True:
-            bar = _Bar(title)
+            bar = Bar(title)
         tell = bar or progress
         while not call(work.advance, STEP):
             if tell:

@@ -1,0 +1,57 @@
+"""The command line: ``python -m safetensors_torch ls``, ``verify``, ``diff`` and ``convert``.
+
+Owns the parser, the exit status and how errors are told; each command has a module of its own. Status: 0 all is well, 1
+a file is damaged or differs, 2 the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from .._errors import SafetensorError
+from . import convert, diff, ls, verify
+
+_COMMANDS = (ls, verify, diff, convert)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, with a subparser for each command."""
+    root = argparse.ArgumentParser(
+        prog="python -m safetensors_torch",
+        description="Looks at, checks, compares and converts safetensors files and checkpoints of several files.",
+    )
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        command = commands.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=module.HELP,
+            description=module.__doc__,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.set_defaults(run=module.run)
+    return root
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs the command that ``arguments`` (by default those of the process) say, and returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
+        print(f"{options.run.__module__.rpartition('.')[2]}: {error}", file=sys.stderr)
+        return 2
+    return status

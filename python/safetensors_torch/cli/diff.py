@@ -1,0 +1,166 @@
+"""Compares two files or checkpoints: names, dtypes, shapes, metadata and values, whatever the division into files. The
+status is 1 if they differ.
+
+Values are equal if their bits are, or, with a tolerance, if |a - b| <= atol + rtol * |b|; NaN then equals NaN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+
+from .._errors import call
+from .._steps import Bar
+from .listing import Entry, Listing, add_quiet, printable, wants_bar
+
+HELP = "compare names, shapes and values"
+EXAMPLES = """examples:
+  python -m safetensors_torch diff model.safetensors checkpoint/
+  python -m safetensors_torch diff model.safetensors other.safetensors --no-values
+  python -m safetensors_torch diff model.safetensors other.safetensors --rtol 1e-3 --atol 1e-6 --json
+"""
+
+# Elements that are compared at a time, so that the memory for it is some hundred MiB whatever the tensor.
+_PIECE = 1 << 23
+
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("left", help="a file, an index (.json), or a folder with either")
+    command.add_argument("right", help="what it is compared with")
+    command.add_argument("--no-values", action="store_true", help="compare names, dtypes, shapes and metadata alone")
+    command.add_argument("--rtol", type=float, default=0.0, help="relative tolerance of values (%(default)s)")
+    command.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of values (%(default)s)")
+    add_quiet(command)
+
+
+@dataclass
+class Differences:
+    """What the two sides do not have in common."""
+
+    left_only: list[str] = field(default_factory=list)
+    right_only: list[str] = field(default_factory=list)
+    kinds: list[dict[str, str]] = field(default_factory=list)
+    """Tensors of other dtypes or shapes."""
+    values: list[dict[str, Any]] = field(default_factory=list)
+    metadata: list[dict[str, Optional[str]]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any((self.left_only, self.right_only, self.kinds, self.values, self.metadata))
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.rtol < 0 or options.atol < 0:
+        raise ValueError("--rtol and --atol are not negative")
+    left, right = Listing(options.left), Listing(options.right)
+    found = Differences(
+        left_only=[name for name in left.entries if name not in right.entries],
+        right_only=[name for name in right.entries if name not in left.entries],
+    )
+    both = [(entry, right.entries[name]) for name, entry in left.entries.items() if name in right.entries]
+    same = []
+    for ours, theirs in both:
+        if (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape):
+            same.append(ours)
+        else:
+            found.kinds.append({"name": ours.name, "left": ours.kind(), "right": theirs.kind()})
+    _compare_metadata(left.metadata or {}, right.metadata or {}, found)
+    if not options.no_values:
+        _compare_values(left, right, same, options, found)
+    if options.json:
+        print(json.dumps({"equal": not found, "compared": len(both), **found.__dict__}, indent=2))
+    else:
+        _print(found, len(both))
+    return 1 if found else 0
+
+
+def _compare_metadata(left: dict[str, str], right: dict[str, str], found: Differences) -> None:
+    for key in sorted({*left, *right}):
+        if left.get(key) != right.get(key):
+            found.metadata.append({"key": key, "left": left.get(key), "right": right.get(key)})
+
+
+def _compare_values(
+    left: Listing, right: Listing, entries: list[Entry], options: argparse.Namespace, found: Differences
+) -> None:
+    bar = Bar("diff") if wants_bar(options) else None
+    total, done = sum(entry.nbytes for entry in entries), 0
+    try:
+        for entry in entries:
+            ours, theirs = (call(one.native.get_tensor, entry.name, torch.device("cpu")) for one in (left, right))
+            difference = compare(ours.reshape(-1), theirs.reshape(-1), options.rtol, options.atol)
+            if difference is not None:
+                found.values.append({"name": entry.name, **difference})
+            done += entry.nbytes
+            if bar is not None:
+                bar(done, total)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> Optional[dict[str, Any]]:
+    """How many elements of two flat tensors differ, and by how much at most (None where that is no finite number);
+    None if none does."""
+    differing = 0
+    distances: list[Optional[float]] = [0.0]
+    for start in range(0, left.numel(), _PIECE):
+        ours, theirs = (tensor[start : start + _PIECE] for tensor in (left, right))
+        if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+            continue
+        unequal, distance = _compare_piece(ours, theirs, rtol, atol)
+        differing += unequal
+        distances.append(distance)
+    if not differing:
+        return None
+    finite = [distance for distance in distances if distance is not None]
+    most = max(finite) if len(finite) == len(distances) else None
+    return {"differing": differing, "elements": left.numel(), "max_difference": most}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a flat tensor, a row for each element."""
+    return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
+
+
+def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, Optional[float]]:
+    # By bits, exactly, also where a double holds less.
+    different = (_bytes(left) != _bytes(right)).any(dim=1)
+    if left.dtype == _FLOAT4:
+        return int(different.sum()), None  # two values in each, which torch does not convert
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    ours, theirs = left[different].to(wide), right[different].to(wide)
+    if rtol or atol:
+        outside = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+        ours, theirs = ours[outside], theirs[outside]
+    if not ours.numel():
+        return 0, 0.0
+    distance = (ours - theirs).abs().max().item()
+    return ours.numel(), distance if math.isfinite(distance) else None
+
+
+def _print(found: Differences, compared: int) -> None:
+    for name in found.left_only:
+        print(f"only left   {printable(name)}")
+    for name in found.right_only:
+        print(f"only right  {printable(name)}")
+    for kind in found.kinds:
+        print(f"dtype, shape  {printable(kind['name'])}: {kind['left']} and {kind['right']}")
+    for value in found.values:
+        most = value["max_difference"]
+        by = "" if most is None else f", by up to {most:.6g}"
+        print(f"values  {printable(value['name'])}: {value['differing']} of {value['elements']} differ{by}")
+    for entry in found.metadata:
+        print(f"metadata {printable(entry['key'])}: {_quoted(entry['left'])} and {_quoted(entry['right'])}")
+    if not found:
+        print(f"equal: {compared} tensor(s)")
+
+
+def _quoted(text: Optional[str]) -> str:
+    return "none" if text is None else printable(repr(text))

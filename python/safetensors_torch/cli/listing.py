@@ -1,0 +1,101 @@
+"""What a path holds, for the commands: tensors with dtype, shape and place, metadata, files. Reads headers only.
+
+Owns how sizes and shapes are printed too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Optional
+
+from .._errors import call
+from ..sharded import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header of its file has it."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    nbytes: int
+    file: str
+    """The name of its file, from the folder of the checkpoint."""
+    begin: int
+    """Where its bytes begin, from the start of its file."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def kind(self) -> str:
+        """Dtype and shape in one word."""
+        return f"{self.dtype} {shape_text(self.shape)}"
+
+
+class Listing:
+    """A file or a checkpoint that is open."""
+
+    def __init__(self, path: str) -> None:
+        """Opens ``path``: a file, an index, or a folder with either."""
+        self.path = path
+        self.native = open_checkpoint(path, "mmap")
+        self.files: list[str] = call(self.native.shards)
+        self.metadata: Optional[dict[str, str]] = call(self.native.metadata)
+        names = call(self.native.offset_keys)
+        self.entries = {name: self._entry(name) for name in names}
+
+    def _entry(self, name: str) -> Entry:
+        file = self.native
+        begin, end = call(file.byte_range, name)
+        shape = list(call(file.shape, name))
+        return Entry(name, call(file.dtype, name), shape, end - begin, call(file.shard_of, name), begin)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def folder(self) -> str:
+        """The folder in which the files are."""
+        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+
+
+def shape_text(shape: list[int]) -> str:
+    """A shape as ``[3, 4]``."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for a person."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def printable(text: str) -> str:
+    """A name for one line of a terminal: control characters, and what the output cannot encode, as escapes."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def wants_bar(options: Any) -> bool:
+    """Whether long work shows a bar: on a terminal, where tqdm is installed, unless --quiet says no."""
+    if options.quiet or not sys.stderr.isatty():
+        return False
+    try:
+        import tqdm  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def add_quiet(command: Any) -> None:
+    """The option that wants_bar asks for."""
+    command.add_argument("-q", "--quiet", action="store_true", help="show no progress bar on a terminal")

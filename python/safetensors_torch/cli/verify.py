@@ -1,0 +1,141 @@
+"""Checks files or checkpoints: the header of each, the index against its files, that every byte can be read, and, where
+they are given, checksums. Prints what is wrong; the status is 1 then.
+
+Checksums are SHA-256 of whole files, in the format of sha256sum, with names from the folder of the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from typing import Any, Callable, Optional
+
+from .._errors import SafetensorError
+from .._steps import Bar
+from .listing import Listing, add_quiet, printable, size_text, wants_bar
+
+HELP = "check structure, readability and checksums"
+EXAMPLES = """examples:
+  python -m safetensors_torch verify model.safetensors checkpoint/
+  python -m safetensors_torch verify checkpoint/ --write-checksums checkpoint/SHA256SUMS
+  python -m safetensors_torch verify checkpoint/ --checksums checkpoint/SHA256SUMS
+"""
+
+_PIECE = 8 << 20
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", nargs="+", help="a file, an index (.json), or a folder with either")
+    command.add_argument("--header-only", action="store_true", help="do not read the data")
+    command.add_argument("--checksums", metavar="FILE", help="a list that sha256sum or --write-checksums made")
+    command.add_argument("--write-checksums", metavar="FILE", help="make such a list of the files, which are then read")
+    add_quiet(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.header_only and (options.checksums or options.write_checksums):
+        raise ValueError("checksums are of all bytes: leave --header-only away")
+    expected = _read_list(options.checksums) if options.checksums else None
+    digests = bool(options.checksums or options.write_checksums)
+    bar = Bar("verify") if wants_bar(options) else None
+    results, sums = [], {}
+    try:
+        files = _files(options.path, results)
+        total, done = sum(os.path.getsize(file) for file in files), 0
+        for file in files:
+            fault, digest = None, None
+            if not options.header_only:
+
+                def tell(count: int, before: int = done) -> None:
+                    if bar is not None:
+                        bar(before + count, total)
+
+                try:
+                    digest = _read(file, tell, digests)
+                except OSError as error:
+                    fault = f"cannot be read: {error}"
+            if digest is not None:
+                sums[file] = digest
+                fault = _compare(file, digest, expected)
+            done += os.path.getsize(file)
+            results.append({"path": file, "ok": fault is None, "fault": fault, "sha256": digest})
+    finally:
+        if bar is not None:
+            bar.close()
+    if options.write_checksums and all(result["ok"] for result in results):
+        _write_list(options.write_checksums, sums)
+    _report(results, options.json)
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
+    """The files behind ``paths`` whose headers are in order, each once; what is wrong with the others is put down."""
+    files: dict[str, None] = {}
+    for path in paths:
+        try:
+            listing = Listing(path)
+        except (SafetensorError, OSError) as error:
+            results.append({"path": path, "ok": False, "fault": str(error), "sha256": None})
+            continue
+        if os.path.isdir(path) or path.endswith(".json"):
+            files.update(dict.fromkeys(os.path.join(listing.folder(), name) for name in listing.files))
+        else:
+            files[path] = None
+    return list(files)
+
+
+def _read(file: str, tell: Callable[[int], None], with_digest: bool) -> Optional[str]:
+    """Reads all of ``file``, and gives its checksum if that is wanted."""
+    digest, piece, done = hashlib.sha256(), memoryview(bytearray(_PIECE)), 0
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            if with_digest:
+                digest.update(piece[:count])
+            done += count
+            tell(done)
+    return digest.hexdigest() if with_digest else None
+
+
+def _compare(file: str, digest: str, expected: Optional[dict[str, str]]) -> Optional[str]:
+    if expected is None:
+        return None
+    wanted = expected.get(os.path.realpath(file))
+    if wanted is None:
+        return "the list of checksums does not have it"
+    return (
+        None if wanted == digest else f"its checksum is {digest}, not {wanted}: the data is damaged, or another file's"
+    )
+
+
+def _read_list(path: str) -> dict[str, str]:
+    """The checksums of a list, by the real paths of their files."""
+    folder, sums = os.path.dirname(path), {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            digest, _, name = line.rstrip("\n").partition(" ")
+            if not name:
+                continue
+            if len(digest) != 64 or name[0] not in " *" or set(digest.lower()) - set("0123456789abcdef"):
+                raise ValueError(f"{path}, line {number}: not `SHA256  NAME`, as sha256sum writes it")
+            sums[os.path.realpath(os.path.join(folder, name[1:]))] = digest.lower()
+    return sums
+
+
+def _write_list(path: str, sums: dict[str, str]) -> None:
+    folder = os.path.dirname(os.path.realpath(path))
+    lines = [f"{digest}  {os.path.relpath(os.path.realpath(file), folder)}\n" for file, digest in sums.items()]
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as out:
+        out.writelines(lines)
+
+
+def _report(results: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        if result["ok"]:
+            print(f"ok      {printable(result['path'])}  {size_text(os.path.getsize(result['path']))}")
+        else:
+            print(f"FAILED  {printable(result['path'])}: {printable(result['fault'])}")

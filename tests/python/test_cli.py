@@ -1,0 +1,254 @@
+"""``python -m safetensors_torch``: what each command prints, its status, and that the examples in its help work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safetensors_torch import cli, load_file, load_sharded, safe_open, save_file, save_sharded
+
+COMMANDS = ("ls", "verify", "diff", "convert")
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {
+        "layer.weight": torch.linspace(-1, 1, 12).reshape(3, 4),
+        "layer.bias": torch.ones(3, dtype=torch.bfloat16),
+        "steps": torch.tensor(7),
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the examples name."""
+    monkeypatch.chdir(tmp_path)
+    save_file(state(), "model.safetensors", {"format": "pt"})
+    nearly = {**state(), "layer.weight": state()["layer.weight"] * (1 + 1e-4)}
+    save_file(nearly, "other.safetensors", {"format": "pt"})
+    save_sharded(state(), "checkpoint", max_shard_size=50)
+    torch.save(state(), "pytorch_model.bin")
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    return cli.main(arguments)
+
+
+def json_of(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def examples(command: str) -> list[str]:
+    (actions,) = (action for action in cli.parser()._actions if action.dest == "==SUPPRESS==" or action.choices)
+    lines = actions.choices[command].format_help().splitlines()
+    return [line.strip() for line in lines if line.startswith("  python -m safetensors_torch ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_work(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = examples(command)
+    assert len(found) >= 3
+    for example in found:
+        words = shlex.split(example)
+        assert words[:4] == ["python", "-m", "safetensors_torch", command]
+        assert run(*words[3:]) == 0, example
+        captured = capsys.readouterr()
+        assert captured.out and not captured.err
+        if "--json" in words:
+            json.loads(captured.out)
+
+
+def test_as_a_module(here: Path) -> None:
+    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "safetensors_torch", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert process("ls", "model.safetensors").returncode == 0
+    gone = process("ls", "gone.safetensors")
+    assert (gone.returncode, gone.stdout) == (2, "")
+    assert gone.stderr == "ls: No such file or directory: gone.safetensors\n"
+    assert process("guess").returncode == 2
+    # Whoever reads the first line alone is no error.
+    piped = f"{shlex.quote(sys.executable)} -m safetensors_torch ls {'model.safetensors ' * 3000} | head -n 1"
+    closed = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "model.safetensors:\n", "")
+
+
+def test_ls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ls", "model.safetensors") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "I64   []       8 B  steps",
+        "F32   [3, 4]  48 B  layer.weight",
+        "BF16  [3]      6 B  layer.bias",
+        "metadata format = pt",
+        "3 tensor(s), 62 B (62 bytes)",
+    ]
+    assert run("ls", "checkpoint", "--match", "*.weight") == 0
+    name = "model-00001-of-00002.safetensors"
+    assert f"F32  [3, 4]  48 B  layer.weight  {name}" in capsys.readouterr().out.splitlines()
+    assert run("ls", "checkpoint", "--json", "--sort", "name") == 0
+    (listed,) = json_of(capsys)
+    assert [entry["name"] for entry in listed["tensors"]] == sorted(state())
+    assert (listed["count"], listed["nbytes"], listed["metadata"]) == (3, 62, {"format": "pt"})
+    entry = listed["tensors"][1]
+    assert (entry["dtype"], entry["shape"], entry["nbytes"], entry["file"]) == ("F32", [3, 4], 48, name)
+    data = Path("checkpoint", name).read_bytes()[entry["begin"] : entry["begin"] + 48]
+    assert data == state()["layer.weight"].numpy().tobytes()
+
+
+def test_ls_prints_names_on_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a\nb\x1b[31m": torch.ones(1)}, "odd.safetensors", {"k\n": "\x07"})
+    assert run("ls", "odd.safetensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("  a\\nb\\x1b[31m") and lines[1] == "metadata k\\n = \\x07"
+
+
+def test_verify_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = bytearray(Path("model.safetensors").read_bytes())
+    Path("short.safetensors").write_bytes(damaged[:-1])
+    assert run("verify", "model.safetensors", "short.safetensors", "gone.safetensors", "--json") == 1
+    results = {result["path"]: result for result in json_of(capsys)}
+    assert results["model.safetensors"]["ok"]
+    assert "short.safetensors" in results["short.safetensors"]["fault"]
+    assert "No such file" in results["gone.safetensors"]["fault"]
+    Path("checkpoint", "model-00002-of-00002.safetensors").unlink()
+    assert run("verify", "checkpoint") == 1
+    assert capsys.readouterr().out.startswith("FAILED  checkpoint: No such file or directory: checkpoint/model-00002")
+
+
+def test_checksums(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", "checkpoint", "model.safetensors", "--write-checksums", "checkpoint/SHA256SUMS") == 0
+    lines = Path("checkpoint/SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256(Path("model.safetensors").read_bytes()).hexdigest()
+    assert lines[-1] == f"{digest}  ../model.safetensors" and len(lines) == 3
+    check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd="checkpoint", capture_output=True, check=False)
+    assert check.returncode == 0
+    assert run("verify", "checkpoint", "--checksums", "checkpoint/SHA256SUMS") == 0
+    # One bit of the data, which no header tells of.
+    damaged = bytearray(Path("model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    Path("model.safetensors").write_bytes(damaged)
+    capsys.readouterr()
+    assert run("verify", "model.safetensors") == 0
+    assert run("verify", "model.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 1
+    assert f"not {digest}: the data is damaged" in capsys.readouterr().out
+    assert run("verify", "other.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 1
+    assert "does not have it" in capsys.readouterr().out
+    Path("checkpoint/SHA256SUMS").write_text("not a checksum\n")
+    assert run("verify", "model.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 2
+    assert "SHA256SUMS, line 1" in capsys.readouterr().err
+    assert run("verify", "model.safetensors", "--checksums", "x", "--header-only") == 2
+
+
+def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diff", "model.safetensors", "other.safetensors") == 1
+    assert capsys.readouterr().out == "values  layer.weight: 12 of 12 differ, by up to 0.000100017\n"
+    changed = {**state(), "layer.bias": torch.ones(3), "new": torch.ones(1), "steps": torch.tensor(2**62 + 1)}
+    del changed["layer.weight"]
+    save_file(changed, "changed.safetensors", {"format": "pt", "k": "v"})
+    assert run("diff", "model.safetensors", "changed.safetensors", "--json") == 1
+    assert json_of(capsys) == {
+        "equal": False,
+        "compared": 2,
+        "left_only": ["layer.weight"],
+        "right_only": ["new"],
+        "kinds": [{"name": "layer.bias", "left": "BF16 [3]", "right": "F32 [3]"}],
+        "values": [{"name": "steps", "differing": 1, "elements": 1, "max_difference": float(2**62 - 6)}],
+        "metadata": [{"key": "k", "left": None, "right": "v"}],
+    }
+    # One apart, where a double sees no difference.
+    save_file({**changed, "steps": torch.tensor(2**62)}, "one_less.safetensors", {"format": "pt", "k": "v"})
+    assert run("diff", "changed.safetensors", "one_less.safetensors") == 1
+    assert "steps: 1 of 1 differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "tolerance", "expected"),
+    [
+        (float("nan"), float("nan"), 0.0, None),
+        (0.0, -0.0, 0.0, {"differing": 1, "elements": 2, "max_difference": 0.0}),
+        (0.0, -0.0, 1e-9, None),
+        (1.0, 1.1, 0.2, None),
+        (1.0, 2.0, 0.2, {"differing": 1, "elements": 2, "max_difference": 1.0}),
+        (1.0, float("inf"), 0.2, {"differing": 1, "elements": 2, "max_difference": None}),
+    ],
+)
+def test_values(left: float, right: float, tolerance: float, expected: Any) -> None:
+    pair = (torch.tensor([value, 5.0]) for value in (left, right))
+    assert cli.diff.compare(*pair, 0.0, tolerance) == expected
+
+
+def test_tensors_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.diff, "_PIECE", 3)
+    left, right = torch.zeros(10), torch.zeros(10)
+    right[[0, 9]] = torch.tensor([1.0, 3.0])
+    assert cli.diff.compare(left, right, 0.0, 0.0) == {"differing": 2, "elements": 10, "max_difference": 3.0}
+    for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8, torch.uint64):
+        ours = torch.zeros(7, dtype=torch.float32).to(dtype)
+        theirs = torch.tensor([0, 0, 0, 1, 0, 0, 0], dtype=torch.float32).to(dtype)
+        expected = {"differing": 1, "elements": 7, "max_difference": 1.0}
+        assert cli.diff.compare(ours, theirs, 0.0, 0.0) == expected, dtype
+
+
+def test_convert_what_torch_saved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = torch.arange(6.0).reshape(2, 3)
+    saved = {"optimizer": {"lr": 0.1}, "model": {"a": base, "tied": base, "bent": torch.arange(6).reshape(2, 3).t()}}
+    torch.save(saved, "trained.pt")
+    assert run("convert", "trained.pt", "a.safetensors") == 2
+    assert "optimizer (dict)" in capsys.readouterr().err
+    assert run("convert", "trained.pt", "a.safetensors", "--key", "gone") == 2
+    assert "no entry 'gone'" in capsys.readouterr().err
+    assert run("convert", "trained.pt", "a.safetensors", "--key", "model", "--json") == 0
+    assert json_of(capsys) == {"files": ["a.safetensors"], "count": 2, "nbytes": 72}
+    loaded = load_file("a.safetensors")
+    assert torch.equal(loaded["a"], base) and torch.equal(loaded["bent"], saved["model"]["bent"])
+    with safe_open("a.safetensors") as file:
+        assert file.metadata() == {"format": "pt", "tied": "a"}
+    torch.save(saved["model"], "old.pt", _use_new_zipfile_serialization=False)
+    assert run("convert", "old.pt", "old.safetensors") == 0
+    torch.save(base, "one.pt")
+    assert run("convert", "one.pt", "b.safetensors") == 2
+    assert "holds Tensor" in capsys.readouterr().err
+
+
+def test_convert_runs_no_code(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (Path("owned"),))
+
+    torch.save({"a": torch.ones(1), "b": Evil()}, "evil.bin")
+    assert run("convert", "evil.bin", "evil.safetensors") == 2
+    assert not Path("owned").exists() and not Path("evil.safetensors").exists()
+    assert "evil.bin holds more than tensors" in capsys.readouterr().err
+
+
+def test_convert_divides_joins_and_casts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", "model.safetensors", "parts", "--max-shard-size", "50B") == 0
+    assert len(list(Path("parts").iterdir())) == 4
+    assert run("convert", "parts", "joined.safetensors", "--dtype", "float16") == 0
+    joined = load_file("joined.safetensors")
+    assert joined["layer.weight"].dtype == joined["layer.bias"].dtype == torch.float16
+    assert torch.equal(joined["layer.weight"], state()["layer.weight"].half()) and joined["steps"] == 7
+    assert run("diff", "model.safetensors", "parts") == 0
+    capsys.readouterr()
+    # Nothing that is there is replaced unless it is asked for.
+    for target in ("joined.safetensors", "parts"):
+        before = {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")}
+        assert run("convert", "other.safetensors", target) == 2
+        assert f"{target} is there already" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")} == before
+        assert run("convert", "other.safetensors", target, "--force") == 0
+        assert torch.equal(load_sharded(target)["layer.weight"], load_file("other.safetensors")["layer.weight"])
+    # Over itself.
+    assert run("convert", "parts", "parts", "--force", "--max-shard-size", "50") == 0
+    assert run("diff", "other.safetensors", "parts") == 0
+    assert run("convert", "model.safetensors", "x.safetensors", "--max-shard-size", "1GB") == 2
+    assert run("convert", "model.safetensors", "x.safetensors", "--key", "k") == 2
