@@ -168,7 +168,7 @@ test-examples: build
 	    tests/examples.sh
 
 # The programs in the guides.
-test-docs: library
+test-docs: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c \
 	    WORK=$(CURDIR)/out/docs-programs tests/docs.sh
 

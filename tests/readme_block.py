@@ -6,7 +6,7 @@ Run: python tests/readme_block.py LANGUAGE [FILE [NAME]]
 FILE is README.md unless it is given. A block is called what the comment in its first line says: `// load.cpp`,
 `/* list.c */`, `# CMakeLists.txt`. Without NAME all blocks of LANGUAGE are printed.
 
-With --programs every block that has a name, as those in C, C++ and CMake must, goes to FOLDER/NAME, and the `text`
+With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to FOLDER/NAME, and the `text`
 block next to it, which shows what the program prints, to FOLDER/NAME.expected. The names are printed in their order.
 """
 
@@ -40,7 +40,7 @@ def write_programs(path: Path, folder: Path) -> list[str]:
     names: list[str] = []
     for block, following in zip(found := blocks_of(path), [*found[1:], Block("", "")], strict=True):
         if (name := block.name) is None:
-            if block.language in ("c", "cpp", "cmake"):
+            if block.language in ("c", "cpp", "cmake", "python"):
                 raise SystemExit(f"{path} has a {block.language} block without a name:\n{block.code}")
             continue
         if name in names:

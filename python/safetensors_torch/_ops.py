@@ -156,6 +156,13 @@ def load_file(
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
         ImportError: progress=True without tqdm.
+
+    Example:
+        >>> save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, path)
+        >>> load_file(path, names=["bias"])
+        {'bias': tensor([0., 0.])}
+        >>> load_file(path, backend="pread", dtype=torch.float16)["weight"].dtype
+        torch.float16
     """
     if prefault is not None:
         check_flag(prefault, "prefault")
@@ -209,6 +216,15 @@ def load(
         ValueError: copy=False with a read-only or scattered buffer, another device than the CPU, dtype or names; a
             dtype that is not floating-point.
         ImportError: progress=True without tqdm.
+
+    Example:
+        >>> data = bytearray(save({"x": torch.zeros(2)}))
+        >>> load(data)
+        {'x': tensor([0., 0.])}
+        >>> load(data, copy=False)["x"].fill_(1)
+        tensor([1., 1.])
+        >>> load(data)
+        {'x': tensor([1., 1.])}
     """
     target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     if copy:
@@ -259,6 +275,13 @@ def save_file(
         OSError: the file cannot be written.
 
     Nothing is written if a check fails.
+
+    Example:
+        >>> save_file({"weight": torch.ones(2, 3)}, path, metadata={"format": "pt"}, durable=True)
+        >>> weight = torch.ones(2, 3)
+        >>> save_file({"weight": weight, "row": weight[0]}, path)
+        Traceback (most recent call last):
+        RuntimeError: Some tensors share memory, ...
     """
     check_flag(durable, "durable")
     progress = check_progress(progress)
@@ -285,6 +308,10 @@ def save(
 
     Raises:
         What save_file raises, but for OSError.
+
+    Example:
+        >>> load(save({"x": torch.arange(3)}))
+        {'x': tensor([0, 1, 2])}
     """
     progress = check_progress(progress)
     check_tensors(tensors, metadata)

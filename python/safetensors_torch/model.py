@@ -77,6 +77,14 @@ def load_model(
         RuntimeError: a shape that does not fit; missing or unexpected names with strict; a tensor on the meta
             device; shared memory that none of its names covers.
         SafetensorError, OSError, ValueError: what load_file raises, and load_sharded.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> save_file({"weight": torch.ones(2, 3), "scale": torch.ones(1)}, path)
+        >>> load_model(model, path, strict=False)
+        ({'bias'}, ['scale'])
+        >>> model.weight[0]
+        tensor([1., 1., 1.], grad_fn=<SelectBackward0>)
     """
     target, progress = to_device(device), check_progress(progress)
     state = model.state_dict()
@@ -118,6 +126,13 @@ def save_model(
         RuntimeError: shared memory that none of its names covers.
         ValueError: a tensor that is not contiguous, with force_contiguous=False.
         And what save_file raises, or save_sharded.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> save_model(model, path)
+        >>> sorted(load_file(path))
+        ['0.bias', '0.weight', '1.bias']
     """
     state = dict(model.state_dict())
     dropped = call(_tied, _dense(state), [])

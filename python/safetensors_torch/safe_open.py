@@ -58,6 +58,12 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     Raises:
         SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend.
         OSError: the file cannot be read.
+
+    Example:
+        >>> save_file({"weight": torch.arange(6.0).reshape(2, 3)}, path)
+        >>> with safe_open(path) as file:
+        ...     print(file.keys(), file.get_slice("weight")[1, ::2])
+        ['weight'] tensor([3., 5.])
     """
 
     def __init__(self, filename: Path, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> None:

@@ -28,6 +28,10 @@ def transfer_options() -> TransferOptions:
 
     Until they are set, they are those of the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64 MiB) and
     SAFETENSORS_TORCH_THREADS (otherwise 0).
+
+    Example:
+        >>> transfer_options()
+        TransferOptions(ring_bytes=67108864, threads=0)
     """
     return TransferOptions(*call(_ops._transfer_options))
 
@@ -46,6 +50,12 @@ def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[
     Raises:
         TypeError: what is not an int.
         ValueError: a negative number.
+
+    Example:
+        >>> set_transfer_options(threads=4)
+        >>> transfer_options().threads
+        4
+        >>> set_transfer_options(threads=0)
     """
     for name, value in (("ring_bytes", ring_bytes), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -75,6 +85,10 @@ def reserve_transfer_memory(nbytes: int) -> int:
 
     Raises:
         TypeError: ``nbytes`` is no int.
+
+    Example:
+        >>> reserve_transfer_memory(32 << 20) in (0, 32 << 20)
+        True
     """
     if not isinstance(nbytes, int) or isinstance(nbytes, bool):
         raise TypeError(f"nbytes must be an int, not {type(nbytes).__name__}")
@@ -86,10 +100,19 @@ def release_transfer_memory() -> int:
 
     Returns:
         How many bytes that was.
+
+    Example:
+        >>> release_transfer_memory() >= 0
+        True
     """
     return call(_ops._release_transfer_memory)
 
 
 def transfer_memory() -> int:
-    """How many bytes of pinned host memory transfers have now, in use or waiting for the next one."""
+    """How many bytes of pinned host memory transfers have now, in use or waiting for the next one.
+
+    Example:
+        >>> transfer_memory() <= transfer_options().ring_bytes
+        True
+    """
     return call(_ops._transfer_memory)
