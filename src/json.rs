@@ -1,13 +1,13 @@
-//! What the readers of JSON in this crate share: strings that are borrowed where they can be, and errors of our own on
-//! the way through serde, whose errors are texts.
+//! What the readers of JSON in this crate share: strings that are borrowed where they can be, values that are passed over
+//! without being kept, and errors of our own on the way through serde, whose errors are texts.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 
-use serde::de::{self, Deserializer, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// Where a fault that has a kind of its own is put down, as serde can only stop with a text.
 pub(crate) type Fault = RefCell<Option<Error>>;
@@ -16,6 +16,90 @@ pub(crate) type Fault = RefCell<Option<Error>>;
 pub(crate) fn refuse<E: de::Error>(fault: &Fault, error: Error) -> E {
     *fault.borrow_mut() = Some(error);
     E::custom("refused")
+}
+
+/// Reads the whole of `text` as the one object that `visitor` takes. `fault` is where that puts down its own errors;
+/// `other` makes an error of serde's.
+///
+/// # Errors
+///
+/// What was put down, or what `other` made.
+pub(crate) fn read_object<'de, V: Visitor<'de>>(
+    text: &'de str,
+    fault: &Fault,
+    visitor: V,
+    other: impl FnOnce(serde_json::Error) -> Error,
+) -> Result<V::Value> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let outcome =
+        Object(visitor).deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
+    outcome.map_err(|error| fault.take().unwrap_or_else(|| other(error)))
+}
+
+/// An object, for the visitor inside.
+pub(crate) struct Object<V>(pub(crate) V);
+
+impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for Object<V> {
+    type Value = V::Value;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self.0)
+    }
+}
+
+/// A value that is passed over. Unlike serde's `IgnoredAny` it is subject to the limit of nesting; unlike a
+/// `serde_json::Value`, which takes up to a hundred times the bytes of its text, it takes no memory.
+pub(crate) struct Skipped;
+
+impl<'de> de::Deserialize<'de> for Skipped {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(Skipped)
+    }
+}
+
+impl<'de> Visitor<'de> for Skipped {
+    type Value = Skipped;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any value")
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E: de::Error>(self, _: &str) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_unit<E: de::Error>(self) -> std::result::Result<Skipped, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> std::result::Result<Skipped, A::Error> {
+        while elements.next_element::<Skipped>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Skipped, A::Error> {
+        while map.next_entry::<Text<'de>, Skipped>()?.is_some() {}
+        Ok(self)
+    }
 }
 
 /// A string, borrowed from the JSON unless it has escapes.
@@ -42,5 +126,41 @@ impl<'de> de::Deserialize<'de> for Text<'de> {
         }
 
         deserializer.deserialize_str(TextVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn skip(text: &str) -> serde_json::Result<Skipped> {
+        serde_json::from_str(text)
+    }
+
+    #[test]
+    fn everything_that_is_json_is_passed_over() {
+        for text in [
+            "null",
+            "true",
+            "-7",
+            "18446744073709551615",
+            "1.5e3",
+            r#""a\u00e4\n""#,
+            "[]",
+            r#"[1, {"b": [{}]}]"#,
+        ] {
+            assert!(skip(text).is_ok(), "{text}");
+        }
+        for text in ["", "[1,]", r#"{"a" 1}"#, r#"{1: 2}"#, r#""\ud800""#, "1e999", "[", "nul"] {
+            assert!(skip(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn nesting_has_a_limit() {
+        let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        assert!(skip(&nested(100)).is_ok());
+        assert!(skip(&nested(1_000)).is_err());
+        assert!(skip(&r#"{"a":"#.repeat(100_000)).is_err());
     }
 }

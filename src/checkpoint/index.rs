@@ -8,11 +8,11 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Component, Path};
 
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{MapAccess, Visitor};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{MAX_HEADER_BYTES, recognise};
-use crate::json::{Fault, Text, refuse};
+use crate::json::{self, Fault, Object, Skipped, Text, refuse};
 use crate::source::{open_regular, read_exact_at};
 
 /// The field that maps names of tensors to files.
@@ -51,15 +51,7 @@ impl Index {
         };
         let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let fault = RefCell::new(None);
-        let mut deserializer = serde_json::Deserializer::from_str(text);
-        let outcome = Root { fault: &fault }
-            .deserialize(&mut deserializer)
-            .and_then(|entries| deserializer.end().map(|()| entries));
-        match (outcome, fault.into_inner()) {
-            (Ok(entries), _) => Index::of(entries),
-            (Err(_), Some(fault)) => Err(fault),
-            (Err(error), None) => Err(invalid(&error)),
-        }
+        Index::of(json::read_object(text, &fault, Root { fault: &fault }, |error| invalid(&error))?)
     }
 
     /// Sorts what the JSON says.
@@ -121,17 +113,6 @@ struct Root<'f> {
     fault: &'f Fault,
 }
 
-impl<'de> DeserializeSeed<'de> for Root<'_> {
-    type Value = Entries;
-
-    fn deserialize<D: Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> std::result::Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
 impl<'de> Visitor<'de> for Root<'_> {
     type Value = Entries;
 
@@ -143,8 +124,9 @@ impl<'de> Visitor<'de> for Root<'_> {
         let mut entries = None;
         while let Some(Text(field)) = map.next_key()? {
             if field != WEIGHT_MAP {
-                map.next_value::<IgnoredAny>()?;
-            } else if entries.replace(map.next_value_seed(WeightMap { fault: self.fault })?).is_some() {
+                map.next_value::<Skipped>()?;
+            } else if entries.replace(map.next_value_seed(Object(WeightMap { fault: self.fault }))?).is_some()
+            {
                 let detail = format!("the index has {WEIGHT_MAP:?} twice");
                 return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
             }
@@ -159,17 +141,6 @@ impl<'de> Visitor<'de> for Root<'_> {
 /// `weight_map`: an object of strings.
 struct WeightMap<'f> {
     fault: &'f Fault,
-}
-
-impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
-    type Value = Entries;
-
-    fn deserialize<D: Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> std::result::Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
 }
 
 impl<'de> Visitor<'de> for WeightMap<'_> {

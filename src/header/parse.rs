@@ -11,7 +11,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 use super::{Entry, Header, METADATA_KEY, Metadata, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::json::{Fault, Text, refuse};
+use crate::json::{self, Fault, Skipped, Text, refuse};
 
 pub(super) fn parse(json: &[u8]) -> Result<Header> {
     if json.is_empty() {
@@ -34,34 +34,19 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
     };
     // Serde's errors are texts; a fault that has a kind of its own is put down here on the way out.
     let fault = RefCell::new(None);
-    let mut deserializer = serde_json::Deserializer::from_str(text);
-    let outcome = HeaderSeed { header: &mut header, fault: &fault }
-        .deserialize(&mut deserializer)
-        .and_then(|()| deserializer.end());
-    match (outcome, fault.into_inner()) {
-        (Ok(()), _) => Ok(header),
-        (Err(_), Some(fault)) => Err(fault),
-        (Err(error), None) => {
-            Err(Error::new(ErrorKind::HeaderJson, format!("the header is not valid: {error}")))
-        }
-    }
+    json::read_object(text, &fault, HeaderVisitor { header: &mut header, fault: &fault }, |error| {
+        Error::new(ErrorKind::HeaderJson, format!("the header is not valid: {error}"))
+    })?;
+    Ok(header)
 }
 
 /// The whole header: an object of tensors, and perhaps the metadata.
-struct HeaderSeed<'h> {
+struct HeaderVisitor<'h> {
     header: &'h mut Header,
     fault: &'h Fault,
 }
 
-impl<'de> DeserializeSeed<'de> for HeaderSeed<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for HeaderSeed<'_> {
+impl<'de> Visitor<'de> for HeaderVisitor<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -210,8 +195,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                     offsets.replace(pair).is_some()
                 }
                 _ => {
-                    // Not IgnoredAny, which passes over nesting of any depth.
-                    map.next_value::<serde_json::Value>().map_err(in_field)?;
+                    map.next_value::<Skipped>().map_err(in_field)?;
                     false
                 }
             };
