@@ -35,7 +35,7 @@ MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build demo test bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
 
@@ -143,6 +143,7 @@ test-tsan:
 
 test-c: out/core.stamp
 	tests/c/run.sh target/core/release
+	tests/faults/run.sh target/core/release
 
 TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
 

@@ -191,7 +191,12 @@ impl ShardedWriter {
         self.folder.keep();
         old_index.discard();
         if sync {
-            self.folder.synchronize()?;
+            self.folder.synchronize().map_err(|error| {
+                error.with_remedy(
+                    "all new files are in place, but may not survive a loss of power, so that those of the checkpoint before \
+                     are still there: save it again",
+                )
+            })?;
         }
         for name in &self.stale {
             let path = self.folder.path.join(name);
@@ -306,10 +311,23 @@ impl Folder {
         if path.as_os_str().is_empty() {
             return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
         }
-        let missing: Vec<PathBuf> =
-            path.ancestors().take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect();
-        fs::create_dir_all(path).map_err(fail)?;
-        Ok(Folder { path: path.to_path_buf(), made: missing, is_kept: false })
+        let mut missing = Vec::new();
+        for folder in path.ancestors().filter(|folder| !folder.as_os_str().is_empty()) {
+            if folder.try_exists().map_err(fail)? {
+                break;
+            }
+            missing.push(folder.to_path_buf());
+        }
+        let mut folder = Folder { path: path.to_path_buf(), made: Vec::new(), is_kept: false };
+        for new in missing.into_iter().rev() {
+            match fs::create_dir(&new) {
+                Ok(()) => folder.made.insert(0, new),
+                // Somebody else was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && new.is_dir() => {}
+                Err(error) => return Err(fail(error)),
+            }
+        }
+        Ok(folder)
     }
 
     /// The folders stay, whatever comes.

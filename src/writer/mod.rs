@@ -11,6 +11,7 @@ mod vectored;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek};
+use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -135,6 +136,7 @@ impl AtomicFile {
         if sync {
             self.synchronize()?;
         }
+        hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))?;
         if self.put_in_place().map_err(|source| Error::io("write", &self.path, source))? {
             return if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) };
         }
@@ -173,7 +175,8 @@ impl AtomicFile {
         let length = self.file.metadata().map_err(|source| fail(&self.path, source))?.len();
         attributes::reserve_beyond(&target, length)
             .map_err(|source| Error::io("reserve space for", &self.path, source))?;
-        let copied = self.file.rewind().and_then(|()| io::copy(&mut self.file, &mut target)).and_then(|_| {
+        self.file.rewind().map_err(|source| fail(&self.path, source))?;
+        let copied = io::copy(&mut self.file, &mut target).and_then(|_| {
             target.set_len(length)?;
             if sync { target.sync_all() } else { Ok(()) }
         });
@@ -196,6 +199,21 @@ impl Drop for AtomicFile {
             // There is nobody left to tell; the error that led here is already on its way.
             let _ = std::fs::remove_file(name);
         }
+    }
+}
+
+/// Asks whether the filesystem has taken what was written: some, as those of a network, only say so when a descriptor is
+/// closed, which has to be another one here, as the file gets its name by its own.
+fn hear_of_writes(file: &File) -> io::Result<()> {
+    let descriptor = file.try_clone()?.into_raw_fd();
+    // SAFETY: the descriptor was made above, and nothing else has it.
+    match unsafe { libc::close(descriptor) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // The descriptor is closed all the same, and nothing was said of the data.
+            error if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
+            error => Err(error),
+        },
     }
 }
 

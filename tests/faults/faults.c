@@ -1,0 +1,215 @@
+/* Saves in which every system call fails once, in every way that is worth it, until the save succeeds.
+ *
+ * After each: the call that failed was answered with an error that names the path, or the new file is complete all the
+ * same; the target holds the old file or the new one, whole; nothing stands beside it; no descriptor is left open; and
+ * the next save works. Run with a folder; ends in "N faults, N failed". */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <safetensors_torch.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "inject.h"
+
+enum { BYTES = 100000 };
+
+static long faults, wrong;
+static char folder[3000];
+
+static void expect(bool holds, const char* what, const char* scenario, long call, int error) {
+    if (holds) return;
+    wrong++;
+    const char* name = inject_failed();
+    printf("%s, call %ld (%s, %s): %s; %s\n", scenario, call, name == NULL ? "none" : name, strerror(error), what,
+           sft_last_error_message());
+}
+
+static const char* path_of(const char* name) {
+    static char path[4096];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return path;
+}
+
+/* How many entries a folder has; -1 if it is not there. */
+static int entries(const char* path) {
+    DIR* opened = opendir(path);
+    if (opened == NULL) return -1;
+    int count = 0;
+    for (const struct dirent* entry; (entry = readdir(opened)) != NULL;) {
+        count += strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0;
+    }
+    closedir(opened);
+    return count;
+}
+
+/* Descriptors that are open. The one with which they are counted is among them each time. */
+static int descriptors(void) { return entries("/proc/self/fd"); }
+
+/* A writer of three tensors of these bytes each. */
+static sft_writer* writer_of(const unsigned char* bytes) {
+    static const uint64_t shape[] = {BYTES};
+    sft_writer* writer = NULL;
+    if (sft_writer_new(&writer) != SFT_OK) abort();
+    for (const char* name = "abc"; *name != '\0'; name++) {
+        if (sft_writer_add_tensor(writer, name, 1, SFT_DTYPE_U8, shape, 1, bytes, BYTES) != SFT_OK) abort();
+    }
+    return writer;
+}
+
+/* The byte that all tensors of the checkpoint at `path` are full of; 0 if they are not, or if it cannot be read. */
+static unsigned char content(const char* path) {
+    static unsigned char bytes[BYTES];
+    sft_checkpoint* checkpoint = NULL;
+    if (sft_checkpoint_open(path, NULL, &checkpoint) != SFT_OK) return 0;
+    unsigned char value = 0;
+    bool same = true;
+    for (const char* name = "abc"; *name != '\0'; name++) {
+        size_t shard = 0, index = 0;
+        const sft_file* file = NULL;
+        sft_str ignored;
+        same = same && sft_checkpoint_find(checkpoint, name, 1, &shard, &index) == SFT_OK &&
+               sft_checkpoint_shard(checkpoint, shard, &ignored, &file) == SFT_OK &&
+               sft_file_read(file, index, bytes, BYTES) == SFT_OK;
+        value = value == 0 ? bytes[0] : value;
+        for (size_t i = 0; same && i < BYTES; i++) same = bytes[i] == value;
+    }
+    sft_checkpoint_free(checkpoint);
+    return same ? value : 0;
+}
+
+/* A way to save: what is there before, and how it is written. */
+typedef struct scenario {
+    const char* name;
+    bool exists;         /* whether an old file, or checkpoint, is there */
+    bool sync;           /* whether the new one is to be on the disk */
+    const char* missing; /* a call that this filesystem lacks, or NULL */
+    int missing_error;
+    uint64_t old_shard, new_shard; /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
+} scenario;
+
+static sft_status save(const scenario* what, const sft_writer* writer, uint64_t shard) {
+    if (shard == 0) {
+        sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+        options.sync = what->sync;
+        return sft_writer_write_file(writer, path_of("target"), &options);
+    }
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.max_shard_bytes = shard;
+    options.sync = what->sync;
+    return sft_writer_write_sharded(writer, path_of("target"), &options);
+}
+
+static void remove_target(void) {
+    char command[4200];
+    snprintf(command, sizeof command, "rm -rf '%s'", path_of("target"));
+    if (system(command) != 0) abort();
+}
+
+/* Calls whose failure changes nothing that anybody was promised: they look for a better way, or clean up. */
+static bool may_succeed(const char* name, int error) {
+    static const char* const harmless[] = {"close", "unlink", "fstatfs", "statx", "open", "fchown"};
+    if (name == NULL || error == EINTR) return true;
+    for (size_t i = 0; i < sizeof harmless / sizeof *harmless; i++) {
+        if (strcmp(name, harmless[i]) == 0) return true;
+    }
+    return false;
+}
+
+static bool is_whole(const scenario* what, unsigned char value, int before) {
+    return value == 2 || (what->exists ? value == 1 : value == 0 && before == entries(folder));
+}
+
+/* One save in which call number `call` fails. Gives how many calls it made. */
+static long run_one(const scenario* what, long call, fault kind, int error, const sft_writer* old,
+                    const sft_writer* fresh) {
+    remove_target();
+    if (what->exists && save(what, old, what->old_shard) != SFT_OK) abort();
+    const int before = entries(folder), open_before = descriptors();
+    if (what->missing != NULL) inject_always(what->missing, what->missing_error);
+    inject_arm(call, kind, error);
+    const sft_status status = save(what, fresh, what->new_shard);
+    const long calls = inject_disarm();
+    inject_always(NULL, 0);
+    char said[4096];
+    snprintf(said, sizeof said, "%s", status == SFT_OK ? "" : sft_last_error_message());
+    const char* name = inject_failed();
+    faults += name != NULL;
+
+    const unsigned char value = content(path_of("target"));
+    if (status == SFT_OK) {
+        expect(value == 2, "success, but the new file is not there", what->name, call, error);
+        expect(may_succeed(name, error) || kind == FAULT_SHORT, "success", what->name, call, error);
+    } else {
+        expect(strstr(said, folder) != NULL, said, what->name, call, error);
+        expect(sft_last_os_error() == error || strstr(said, strerror(error)) != NULL, said, what->name, call, error);
+        /* Where an old shard was replaced already, the error says so, and no reader takes what is left for one. */
+        const bool says_so = strstr(said, "is not complete") != NULL && value == 0;
+        expect(is_whole(what, value, before) || says_so, "neither the old file nor the new one", what->name, call,
+               error);
+    }
+    /* What cannot be removed stays: the error of a failed unlink has nobody to go to. */
+    const bool cannot_remove = name != NULL && (strcmp(name, "unlink") == 0 || strcmp(name, "rmdir") == 0);
+    const bool strays =
+        cannot_remove || strstr(said, "the new file is complete at") != NULL || strstr(said, "are still there") != NULL;
+    const int after = entries(folder);
+    expect(strays || after == before || (after == before + 1 && value == 2), "something is left", what->name, call,
+           error);
+    if (what->new_shard != 0 && !strays && value != 0) {
+        const int files = entries(path_of("target"));
+        expect(files == 1 || files == 3 || files == 4, "something is left in the folder", what->name, call, error);
+    }
+    expect(descriptors() == open_before, "a descriptor is open", what->name, call, error);
+    expect(save(what, fresh, what->new_shard) == SFT_OK && content(path_of("target")) == 2, "the next save fails",
+           what->name, call, error);
+    return calls;
+}
+
+static void run(const scenario* what, const sft_writer* old, const sft_writer* fresh) {
+    static const int errors[] = {EIO, ENOSPC, EINTR, EACCES, EDQUOT};
+    const long before = faults;
+    long most = 0;
+    for (size_t i = 0; i <= sizeof errors / sizeof *errors; i++) {
+        const fault kind = i == 0 ? FAULT_SHORT : FAULT_ERROR;
+        const int error = i == 0 ? 0 : errors[i - 1];
+        for (long call = 1;; call++) {
+            const long calls = run_one(what, call, kind, error, old, fresh);
+            if (inject_failed() == NULL) {
+                most = calls > most ? calls : most;
+                break;
+            }
+        }
+    }
+    printf("%s: %ld faults, %ld calls in a save\n", what->name, faults - before, most);
+}
+
+int main(int count, char** arguments) {
+    if (count != 2) return 2;
+    snprintf(folder, sizeof folder, "%s", arguments[1]);
+    static unsigned char ones[BYTES], twos[BYTES];
+    memset(ones, 1, BYTES);
+    memset(twos, 2, BYTES);
+    sft_writer *old = writer_of(ones), *fresh = writer_of(twos);
+    static const scenario scenarios[] = {
+        {"a new file", false, false, NULL, 0, 0, 0},
+        {"over an old file", true, false, NULL, 0, 0, 0},
+        {"a new file, synchronized", false, true, NULL, 0, 0, 0},
+        {"over an old file, synchronized", true, true, NULL, 0, 0, 0},
+        {"over an old file, no preallocation", true, false, "fallocate", EOPNOTSUPP, 0, 0},
+        {"one that cannot be renamed over", true, true, "rename", EXDEV, 0, 0},
+        {"a new checkpoint", false, true, NULL, 0, 0, 2 * BYTES},
+        {"a checkpoint of other names", true, true, NULL, 0, BYTES, 2 * BYTES},
+        {"a checkpoint of the same names", true, true, NULL, 0, 2 * BYTES, 2 * BYTES},
+        {"one file over a checkpoint", true, true, NULL, 0, BYTES, 9 * BYTES},
+        {"a checkpoint over one file", true, true, NULL, 0, 9 * BYTES, BYTES},
+    };
+    for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) run(&scenarios[i], old, fresh);
+    sft_writer_free(old);
+    sft_writer_free(fresh);
+    printf("%ld faults, %ld failed\n", faults, wrong);
+    return wrong == 0 ? 0 : 1;
+}
