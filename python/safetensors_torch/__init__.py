@@ -17,6 +17,7 @@ from . import _fake  # noqa: E402, F401
 from ._errors import SafetensorError  # noqa: E402
 from ._ops import load, load_file, save, save_file  # noqa: E402
 from .model import load_model, save_model  # noqa: E402
+from .patch import patch_safetensors, unpatch_safetensors  # noqa: E402
 from .safe_open import safe_open  # noqa: E402
 from .sharded import load_sharded, save_sharded  # noqa: E402
 from .transfer import (  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "load_file",
     "load_model",
     "load_sharded",
+    "patch_safetensors",
     "release_transfer_memory",
     "reserve_transfer_memory",
     "safe_open",
@@ -54,4 +56,5 @@ __all__ = [
     "set_transfer_options",
     "transfer_memory",
     "transfer_options",
+    "unpatch_safetensors",
 ]

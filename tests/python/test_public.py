@@ -81,6 +81,8 @@ SIGNATURES = {
         ("progress", None),
     ],
     "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
+    "patch_safetensors": [],
+    "unpatch_safetensors": [],
     "transfer_options": [],
     "set_transfer_options": ["*", ("ring_bytes", None), ("threads", None)],
     "reserve_transfer_memory": [("nbytes", REQUIRED)],
