@@ -28,6 +28,9 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "safetensors_torch"
+# Beside the package: what Python runs when it starts, and what that calls where SAFETENSORS_TORCH_PATCH is set.
+START_FILE = "safetensors_torch_patch.pth"
+START_MODULE = "_safetensors_torch_start"
 CRATE = "safetensors_torch"
 TARGET = ROOT / "target" / "python"
 
@@ -127,11 +130,14 @@ class BuildPackage(build_py):
         # What an earlier build left here, for another torch or from a removed file, would be packed too.
         shutil.rmtree(folder, ignore_errors=True)
         super().run()
+        # The root of build_lib becomes that of the wheel, and that site-packages, where alone Python looks for it.
+        copy(ROOT / "python" / START_FILE, Path(self.build_lib) / START_FILE)
         Core().stage(folder / "native")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         native = Path(self.build_lib) / PACKAGE / "native"
-        return [*super().get_outputs(include_bytecode), *(str(path) for path in native.rglob("*") if path.is_file())]
+        added = [Path(self.build_lib) / START_FILE, *(path for path in native.rglob("*") if path.is_file())]
+        return [*super().get_outputs(include_bytecode), *map(str, added)]
 
 
 class BinaryDistribution(Distribution):
@@ -227,6 +233,7 @@ setup(
     version=cargo_version(),
     license="Apache-2.0",
     packages=[PACKAGE, f"{PACKAGE}.cli"],
+    py_modules=[START_MODULE],
     package_dir={"": "python"},
     package_data={PACKAGE: ["py.typed"]},
     ext_modules=layer.get("ext_modules", []),

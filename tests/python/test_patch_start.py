@@ -1,0 +1,236 @@
+"""SAFETENSORS_TORCH_PATCH=1: the .pth file, the import hook, and what becomes of programs that cannot be patched.
+
+Most programs here run with small packages in place of safetensors and safetensors_torch, as torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import files
+from pathlib import Path
+
+import pytest
+import safetensors
+
+import safetensors_torch
+
+SITE = Path(safetensors_torch.__file__).parents[1]
+START_FILE = "safetensors_torch_patch.pth"
+START_MODULE = "_safetensors_torch_start"
+
+# A package that says what it does.
+STUB = """
+print("imported", __name__)
+def patch_safetensors():
+    import sys
+    print("patched, complete:", sys.modules["safetensors"].complete)
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder as Python finds it among its site-packages, with the start file and stubs of the packages."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    for name in (START_FILE, f"{START_MODULE}.py"):
+        shutil.copy(SITE / name, folder)
+    add(folder, "safetensors", "print('imported', __name__)\ncomplete = True")
+    add(folder, "safetensors_torch", STUB)
+    return folder
+
+
+def add(site: Path, package: str, source: str) -> None:
+    (site / package).mkdir(exist_ok=True)
+    (site / package / "__init__.py").write_text(source)
+
+
+def run(site: Path | None, program: str, value: str | None) -> tuple[list[str], str]:
+    """What ``program`` prints and says on the standard error, where Python has read the start files in ``site``.
+
+    Without the site-packages of this Python, which may have a start file too: with those, where it is None.
+    """
+    environment = {name: text for name, text in os.environ.items() if name != "SAFETENSORS_TORCH_PATCH"}
+    if value is not None:
+        environment["SAFETENSORS_TORCH_PATCH"] = value
+    folder = SITE if site is None else site
+    flags = [] if site is None else ["-S", "-E"]
+    start = f"import site; site.addsitedir({str(folder)!r})\n"
+    command = [sys.executable, *flags, "-c", start + textwrap.dedent(program)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines(), result.stderr
+
+
+IMPORT = "import safetensors; print('complete', safetensors.complete)"
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_without_the_variable_nothing_happens(value: str | None, site: Path) -> None:
+    look = """
+    import sys
+    print(sorted(name for name in sys.modules if "safetensors" in name), [type(f).__name__ for f in sys.meta_path])
+    """
+    bare, _ = run(site.parent, look, None)
+    assert bare[0].startswith("[] ")
+    assert run(site, look, value) == (bare, "")
+    assert run(site, IMPORT, value) == (["imported safetensors", "complete True"], "")
+
+
+def test_the_first_import_patches(site: Path) -> None:
+    program = """
+    import sys
+    print(sorted(name for name in sys.modules if "safetensors" in name))
+    import safetensors
+    print("imported by the program")
+    import safetensors
+    print(any(type(finder).__module__ == "_safetensors_torch_start" for finder in sys.meta_path))
+    print(type(safetensors.__loader__).__name__, safetensors.__spec__.loader is safetensors.__loader__)
+    """
+    lines, errors = run(site, program, "1")
+    assert errors == ""
+    assert lines == [
+        "['_safetensors_torch_start']",
+        "imported safetensors",
+        "imported safetensors_torch",
+        "patched, complete: True",
+        "imported by the program",
+        "False",
+        "SourceFileLoader True",
+    ]
+
+
+def test_names_that_the_first_import_takes_are_ours(site: Path) -> None:
+    add(site, "safetensors", "complete, safe_open = True, 'theirs'")
+    source = "import sys; sys.modules['safetensors'].safe_open = 'ours'"
+    add(site, "safetensors_torch", f"def patch_safetensors():\n    {source}")
+    assert run(site, "from safetensors import safe_open; print(safe_open)", "1") == (["ours"], "")
+
+
+def test_what_is_imported_already_is_patched_at_once(site: Path) -> None:
+    (site / "a_first.pth").write_text("import safetensors\n")
+    lines, errors = run(site, "print('the program')", "1")
+    assert errors == ""
+    assert lines == [
+        "imported safetensors",
+        "imported safetensors_torch",
+        "patched, complete: True",
+        "the program",
+    ]
+
+
+def test_looking_for_the_package_does_not_patch_it(site: Path) -> None:
+    program = """
+    import importlib.util
+    spec = importlib.util.find_spec("safetensors")
+    print(spec.origin.endswith("__init__.py"), spec.loader.is_package("safetensors"))
+    print(importlib.util.find_spec("no_such_package"))
+    """
+    assert run(site, program, "1") == (["True True", "None"], "")
+    assert run(site, program + IMPORT, "1")[0][2:] == [
+        "imported safetensors",
+        "imported safetensors_torch",
+        "patched, complete: True",
+        "complete True",
+    ]
+
+
+def test_two_start_files_patch_once(site: Path) -> None:
+    shutil.copy(site / START_FILE, site / "again.pth")
+    lines, _ = run(site, IMPORT + "; import sys; print([type(f).__name__ for f in sys.meta_path])", "1")
+    assert lines.count("patched, complete: True") == 1
+    assert "_Finder" not in lines[-1]
+
+
+def test_an_import_that_fails_is_patched_when_it_works(site: Path) -> None:
+    add(site, "safetensors", "import os; complete = True; assert 'READY' in os.environ")
+    program = """
+    import os
+    try:
+        import safetensors
+    except AssertionError:
+        print("failed")
+    os.environ["READY"] = "1"
+    import safetensors
+    """
+    assert run(site, program, "1") == (["failed", "imported safetensors_torch", "patched, complete: True"], "")
+
+
+def test_without_safetensors_the_import_fails_as_ever(site: Path) -> None:
+    shutil.rmtree(site / "safetensors")
+    program = """
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        print(error)
+    """
+    assert run(site, program, "1") == (["No module named 'safetensors'"], "")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('no torch here\\nand more of it')", "ImportError: no torch here"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def patch_safetensors(): raise OSError('broken')", "OSError: broken"),
+        ("", "ImportError: cannot import name 'patch_safetensors'"),
+    ],
+)
+def test_a_patch_that_fails_is_one_line(source: str, reason: str, site: Path) -> None:
+    add(site, "safetensors_torch", source)
+    lines, errors = run(site, IMPORT, "1")
+    assert lines == ["imported safetensors", "complete True"]
+    assert errors.startswith("safetensors_torch: SAFETENSORS_TORCH_PATCH=1, but safetensors stays as it is: ")
+    assert reason in errors
+    assert errors.count("\n") == 1 and errors.endswith("\n")
+
+
+def test_the_package_is_not_there_any_more(site: Path) -> None:
+    shutil.rmtree(site / "safetensors_torch")
+    lines, errors = run(site, IMPORT, "1")
+    assert lines == ["imported safetensors", "complete True"]
+    assert "No module named 'safetensors_torch'" in errors
+    assert errors.count("\n") == 1
+
+
+def test_another_value_is_one_line(site: Path) -> None:
+    lines, errors = run(site, IMPORT, "yes")
+    assert lines == ["imported safetensors", "complete True"]
+    assert errors == "safetensors_torch: SAFETENSORS_TORCH_PATCH='yes' is neither 0 nor 1; safetensors stays as it is\n"
+
+
+def test_without_a_standard_error_nothing_is_printed(site: Path) -> None:
+    add(site, "safetensors_torch", "raise ImportError")
+    assert run(site, "import sys; sys.stderr = None\n" + IMPORT, "1")[0] == ["imported safetensors", "complete True"]
+
+
+def test_both_files_are_recorded_so_that_pip_removes_them() -> None:
+    recorded = {str(path) for path in files("safetensors-torch")}
+    assert {START_FILE, f"{START_MODULE}.py"} <= recorded
+    assert (SITE / START_FILE).is_file()
+
+
+def test_the_packages_themselves(tmp_path: Path) -> None:
+    """A program that knows safetensors alone, which may be in another folder than ours."""
+    paths = [str(SITE), str(Path(safetensors.__file__).parents[1])]
+    program = f"""
+    import sys
+    sys.path[:0] = {paths!r}
+    assert "torch" not in sys.modules
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    import torch
+    save_file({{"a": torch.ones(3)}}, {str(tmp_path / "file")!r})
+    with safe_open({str(tmp_path / "file")!r}, "pt") as file:
+        print(file.get_tensor("a").tolist(), [base.__module__ for base in type(file).__mro__])
+    import safetensors, safetensors_torch
+    print(issubclass(safetensors_torch.SafetensorError, safetensors.SafetensorError))
+    safetensors_torch.unpatch_safetensors()
+    print(safe_open is safetensors.safe_open is safetensors._safetensors_rust.safe_open)
+    """
+    lines, errors = run(None, program, "1")
+    assert errors == ""
+    assert lines == ["[1.0, 1.0, 1.0] ['safetensors', 'safetensors_torch.safe_open', 'builtins']", "True", "True"]
