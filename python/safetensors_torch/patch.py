@@ -122,6 +122,15 @@ def patch_safetensors() -> AbstractContextManager[None]:
 
     Raises:
         ImportError: safetensors is not installed.
+
+    Example:
+        >>> import safetensors.torch
+        >>> with patch_safetensors():
+        ...     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+        ...     isinstance(safetensors.safe_open(path, "pt"), safe_open)
+        True
+        >>> issubclass(safetensors.safe_open, safe_open)
+        False
     """
     global _depth
     try:
@@ -146,6 +155,14 @@ def unpatch_safetensors() -> None:
 
     So have modules that were imported in between, and took names from safetensors. Does nothing where nothing is
     patched.
+
+    Example:
+        >>> import safetensors
+        >>> before = safetensors.safe_open
+        >>> patch = patch_safetensors()
+        >>> unpatch_safetensors()
+        >>> safetensors.safe_open is before
+        True
     """
     global _depth
     with _lock:
