@@ -6,8 +6,8 @@ Run: python tests/readme_block.py LANGUAGE [FILE [NAME]]
 FILE is README.md unless it is given. A block is called what the comment in its first line says: `// load.cpp`,
 `/* list.c */`, `# CMakeLists.txt`. Without NAME all blocks of LANGUAGE are printed.
 
-With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to FOLDER/NAME, and the `text`
-block next to it, which shows what the program prints, to FOLDER/NAME.expected. The names are printed in their order.
+With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to FOLDER/NAME, and the
+`text` block next to it, which shows what the program prints, to FOLDER/NAME.expected. The names are printed in order.
 """
 
 from __future__ import annotations
