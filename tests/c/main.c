@@ -75,6 +75,7 @@ int main(int argc, char** argv) {
     test_checkpoints();
     test_threads();
     test_refused_files();
+    test_malformed_files();
     test_arguments();
     test_struct_sizes();
 

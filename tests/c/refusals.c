@@ -1,5 +1,6 @@
 /* What is refused: files that are none, arguments that are none, structs of another version. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -44,6 +45,29 @@ void test_refused_files(void) {
     CHECK(sft_last_os_error() == EISDIR);
     CHECK_STATUS(sft_file_open("/dev/null", NULL, &file), SFT_ERROR_IO);
     CHECK(sft_last_os_error() == ENODEV);
+}
+
+/* The shared vectors: each file is refused, for the reason that the list gives, whichever way it is opened. */
+void test_malformed_files(void) {
+    FILE* list = fopen(VECTORS "/malformed.tsv", "r");
+    CHECK(list != NULL);
+    if (list == NULL) return;
+    char name[256], status[256], path[4096];
+    int count = 0;
+    for (; fscanf(list, "%255s %255s", name, status) == 2; count++) {
+        snprintf(path, sizeof path, VECTORS "/malformed/%s.safetensors", name);
+        for (sft_backend backend = SFT_BACKEND_MMAP; backend <= SFT_BACKEND_PREAD; backend++) {
+            sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+            options.backend = backend;
+            sft_file* file = (sft_file*)&file;
+            const char* given = sft_status_name(sft_file_open(path, &options, &file));
+            CHECK(strcmp(given, status) == 0 && file == NULL);
+            CHECK(strstr(sft_last_error_message(), path) != NULL);
+            if (strcmp(given, status) != 0) printf("    %s: %s, not %s\n", name, given, status);
+        }
+    }
+    fclose(list);
+    CHECK(count >= 150);
 }
 
 static void test_null_file_arguments(const sft_file* file) {

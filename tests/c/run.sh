@@ -35,7 +35,7 @@ ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 for source in "$here"/*.c; do
     # shellcheck disable=SC2086 # flags are words
     ${CC:-cc} -std=c11 -D_DEFAULT_SOURCE -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Werror ${CFLAGS:-} $sanitize \
-        -I"$here/../../include" -c "$source" -o "$work/$(basename "$source" .c).o"
+        -DVECTORS="\"$here/../vectors\"" -I"$here/../../include" -c "$source" -o "$work/$(basename "$source" .c).o"
 done
 
 # run NAME LIBRARY...

@@ -210,6 +210,20 @@ TEST(errors_can_be_told_apart) {
     check_numbers(caught([&] { file.keys(); }), Kind::safetensor, SFT_ERROR_CLOSED, 0);
 }
 
+TEST(the_shared_vectors_are_refused_for_the_right_reason) {
+    std::ifstream list(VECTORS "/malformed.tsv");
+    int count = 0;
+    for (std::string name, status; list >> name >> status; ++count) {
+        const std::string path = std::string(VECTORS "/malformed/") + name + ".safetensors";
+        for (const st::Backend backend : kBackends) {
+            const st::Error error = caught([&] { st::load_file(path, at::kCPU, backend); });
+            EXPECT_EQ(std::string(sft_status_name(error.code())), status);
+            EXPECT_HAS(error.what(), path);
+        }
+    }
+    EXPECT(count >= 150);
+}
+
 TEST(an_error_is_a_plain_c10_error) {
     const TempDir dir;
     try {

@@ -318,7 +318,8 @@ def foreign() -> list[Malformed]:
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 497764120\n"
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as writer:
-        writer.writestr("archive/data.pkl", pickle.dumps({"weight": 1}))
+        entry_of_1980 = zipfile.ZipInfo("archive/data.pkl")
+        writer.writestr(entry_of_1980, pickle.dumps({"weight": 1}, protocol=4))
     array = io.BytesIO()
     np.save(array, np.zeros(64, np.float32))
     state = {"weight": [0.0] * 64}

@@ -48,6 +48,30 @@ def test_the_table_is_large_and_its_names_differ() -> None:
     assert len({case.data for case in MALFORMED}) == len(MALFORMED)
 
 
+VECTORS = Path(__file__).resolve().parents[1] / "vectors"
+STATUS = dict(line.split("\t") for line in (VECTORS / "malformed.tsv").read_text().splitlines())
+
+
+def test_the_shared_vectors_are_this_table() -> None:
+    files = {path.stem: path.read_bytes() for path in (VECTORS / "malformed").iterdir()}
+    table = {case.id: case.data for case in MALFORMED}
+    assert files.keys() == table.keys() == STATUS.keys()
+    for name, data in files.items():
+        # What other versions of a library compress in another way begins in the same.
+        compared = 8 if name in ("foreign-zip", "foreign-gzip", "foreign-npy") else None
+        assert data[:compared] == table[name][:compared], name
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_the_shared_vectors_are_refused_for_the_right_reason(name: str) -> None:
+    header = (VECTORS.parents[1] / "include" / "safetensors_torch.h").read_text()
+    numbers = dict(re.findall(r"(SFT_ERROR_\w+) = (\d+)", header))
+    with pytest.raises(SafetensorError):
+        safetensors_torch.load_file(VECTORS / "malformed" / f"{name}.safetensors")
+    _, code, _, _ = torch.ops.safetensors_torch._last_error()
+    assert code == int(numbers[STATUS[name]])
+
+
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.id)
 def test_bytes_are_refused(case: Malformed) -> None:
     for data, copy in ((case.data, True), (bytearray(case.data), False)):

@@ -1,0 +1,37 @@
+//! The shared test vectors: every malformed file is refused, for the reason that its list gives.
+
+use std::fs;
+use std::path::Path;
+
+use safetensors_torch::{Backend, Error, TensorFile};
+
+/// The kind's name in the C header.
+fn status_name(error: &Error) -> String {
+    let mut name = String::from("SFT_ERROR");
+    for character in format!("{:?}", error.kind()).chars() {
+        if character.is_ascii_uppercase() {
+            name.push('_');
+        }
+        name.push(character.to_ascii_uppercase());
+    }
+    name
+}
+
+#[test]
+fn malformed_files_are_refused_for_the_right_reason() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
+    let list = fs::read_to_string(folder.join("malformed.tsv")).expect("the list");
+    let mut count = 0;
+    for line in list.lines() {
+        let (name, status) = line.split_once('\t').expect("name and status");
+        let path = folder.join("malformed").join(format!("{name}.safetensors"));
+        for backend in [Backend::Mmap, Backend::Pread] {
+            let error = TensorFile::open(&path, backend).expect_err(name);
+            assert_eq!(status_name(&error), status, "{name}: {error}");
+            assert!(error.to_string().starts_with(&format!("{}: ", path.display())), "{error}");
+        }
+        count += 1;
+    }
+    assert!(count >= 150, "{count}");
+    assert_eq!(fs::read_dir(folder.join("malformed")).expect("the folder").count(), count);
+}
