@@ -10,6 +10,7 @@ pub mod capi;
 mod checkpoint;
 mod copy;
 mod dtype;
+mod edit;
 mod error;
 mod feed;
 mod file;
@@ -25,6 +26,7 @@ mod reader;
 mod serialize;
 mod slice;
 mod source;
+mod stream;
 mod writer;
 
 #[cfg(feature = "bridge")]
@@ -35,6 +37,7 @@ pub use checkpoint::{
     TensorPlace, save_sharded,
 };
 pub use dtype::Dtype;
+pub use edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};
 pub use error::{Error, ErrorKind, Result};
 pub use feed::{Feed, PART_ALIGNMENT, Part, Taken};
 pub use file::TensorFile;
@@ -45,4 +48,5 @@ pub use prefault::Prefault;
 pub use serialize::{SaveOptions, save_file, save_into};
 pub use slice::{AxisRange, Slice};
 pub use source::{Backend, Borrowed, Mapping, OpenFile, Source};
+pub use stream::{StreamWriter, TensorWriter};
 pub use writer::AtomicFile;

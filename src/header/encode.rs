@@ -29,6 +29,16 @@ pub fn encode<'a>(
     metadata: Option<&Metadata>,
     alignment: u64,
 ) -> Result<Vec<u8>> {
+    let out = encode_open(entries, metadata);
+    let padded = (out.len() as u64).next_multiple_of(alignment);
+    close(out, padded)
+}
+
+/// The bytes before the data without their padding, and without a length yet.
+pub fn encode_open<'a>(
+    entries: impl Iterator<Item = TensorEntry<'a>>,
+    metadata: Option<&Metadata>,
+) -> Vec<u8> {
     let mut out = vec![0; LENGTH_BYTES as usize];
     out.push(b'{');
     let mut first = true;
@@ -52,7 +62,15 @@ pub fn encode<'a>(
         out.push(b'}');
     }
     out.push(b'}');
-    let padded = (out.len() as u64).next_multiple_of(alignment);
+    out
+}
+
+/// Pads what [`encode_open`] gave with spaces to `padded` bytes, and puts the length first.
+///
+/// # Errors
+///
+/// As [`encode`].
+pub fn close(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
     let length = padded - LENGTH_BYTES;
     if length > MAX_HEADER_BYTES {
         return Err(Error::new(

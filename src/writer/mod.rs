@@ -1,10 +1,11 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space, `vectored` fills it, `release` lets go of the file that it replaces. What happens where a rename is impossible
-//! is described in `docs/saving.md`. Nothing here knows of headers and tensors.
+//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces. What happens where a rename
+//! is impossible is described in `docs/saving.md`. Nothing here knows of headers and tensors.
 
 mod attributes;
+mod file_copy;
 mod release;
 mod staging;
 mod vectored;
@@ -13,7 +14,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek};
 use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -42,15 +43,8 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): no such directory, no permission, no space for `length` bytes, the
     /// target is a directory.
     pub fn create(path: &Path, length: u64) -> Result<AtomicFile> {
-        if path.as_os_str().as_bytes().contains(&0) {
-            return Err(bad_path(path));
-        }
         let fail = |source| Error::io("create", path, source);
-        if path.as_os_str().is_empty() {
-            return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
-        }
-        // Asked of the path itself: the links under /proc that name a pipe lead to no path.
-        let existing = existing(path).map_err(fail)?;
+        let existing = look(path)?;
         if let Some(metadata) = &existing {
             let kind = metadata.file_type();
             if kind.is_fifo() || kind.is_char_device() {
@@ -60,6 +54,18 @@ impl AtomicFile {
             }
         }
         let target = staging::follow_links(path).map_err(fail)?;
+        AtomicFile::begin(path, target, existing, length)
+    }
+
+    /// As [`AtomicFile::create`], for bytes that come in any order: a pipe or a device, which could not take them so, is
+    /// refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`AtomicFile::create`], and `ENODEV` for what is no regular file.
+    pub fn create_regular(path: &Path, length: u64) -> Result<AtomicFile> {
+        let existing = look(path)?;
+        let target = staging::follow_links(path).map_err(|source| Error::io("create", path, source))?;
         AtomicFile::begin(path, target, existing, length)
     }
 
@@ -108,6 +114,29 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): no space left, or whatever else the system refuses.
     pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
         vectored::write_all(&mut self.file, pieces).map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// Writes `bytes` at `offset`, whatever was appended before. Several threads may do so at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`AtomicFile::write`].
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// Appends bytes of the file `source`, which was opened by `path`, from `offset` on: some, but no more than
+    /// `length`. They come into this process's memory only where the kernel cannot copy them by itself. Gives their
+    /// number: 0 where `source` has no more.
+    ///
+    /// # Errors
+    ///
+    /// As [`AtomicFile::write`], and where `source` cannot be read.
+    pub fn copy_from(&mut self, source: &File, path: &Path, offset: u64, length: u64) -> Result<u64> {
+        file_copy::append(&mut self.file, source, offset, length).map_err(|failure| match failure {
+            file_copy::Failure::Read(source) => Error::io("read", path, source),
+            file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
+        })
     }
 
     /// Has what is written so far put on the disk.
@@ -235,6 +264,19 @@ pub(crate) fn set_aside(path: &Path) -> Result<PathBuf> {
 fn is_full(outcome: &io::Result<()>) -> bool {
     let full = [libc::ENOSPC, libc::EDQUOT];
     outcome.as_ref().is_err_and(|error| error.raw_os_error().is_some_and(|number| full.contains(&number)))
+}
+
+/// What is at a `path` that can be one of a file, links followed: asked of the path itself, as the links under /proc that
+/// name a pipe lead to no path.
+fn look(path: &Path) -> Result<Option<Metadata>> {
+    if path.as_os_str().as_bytes().contains(&0) {
+        return Err(bad_path(path));
+    }
+    let fail = |source| Error::io("create", path, source);
+    if path.as_os_str().is_empty() {
+        return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
+    }
+    existing(path).map_err(fail)
 }
 
 /// What is at `path`, links followed; `None` if there is nothing.

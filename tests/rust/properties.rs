@@ -1,12 +1,16 @@
-//! What holds for every file: a round trip gives back what was saved, no bytes make the reader panic, and a slice is
-//! what picking its elements one by one gives.
+//! What holds for every file: a round trip gives back what was saved, no bytes make the reader panic, a slice is what
+//! picking its elements one by one gives, tensors given in parts and in any order make the same file, and an edit of the
+//! metadata makes the file that a save with it would have made.
 
 mod common;
 
 use common::{Contents, contents, file_bytes, kind_of, naive_slice, pattern, read_slice, saved, with_file};
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
-use safetensors_torch::{AxisRange, DEFAULT_ALIGNMENT, Dtype, METADATA_KEY, Metadata, Slice, TensorSpec};
+use safetensors_torch::{
+    AxisRange, DEFAULT_ALIGNMENT, Dtype, EditOptions, METADATA_KEY, Metadata, MetadataChanges, SaveOptions,
+    Slice, StreamWriter, TensorSpec, edit_metadata,
+};
 
 #[derive(Clone, Debug)]
 struct Tensor {
@@ -262,5 +266,103 @@ fn every_truncation_and_every_flipped_bit_is_survived() {
         let mut bytes = whole.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
         read_all(&bytes);
+    }
+}
+
+/// The header of a file, padding and all, and the data.
+fn split(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    (&bytes[8..8 + length], &bytes[8 + length..])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn tensors_in_any_order_and_in_parts_make_the_same_file(
+        tensors in tensors(),
+        metadata in metadata(),
+        seeds in vec(any::<u64>(), 1..20),
+    ) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        let specs: Vec<TensorSpec> = tensors
+            .iter()
+            .map(|tensor| TensorSpec { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape })
+            .collect();
+        let writer = StreamWriter::create(&specs, metadata.as_ref(), &path, SaveOptions::default()).expect("begun");
+        // Each tensor in up to three parts, all of them in the order that the seeds give.
+        let mut parts = Vec::new();
+        for (number, tensor) in tensors.iter().enumerate() {
+            let cut = |seed: u64| (seed % (tensor.data.len() as u64 + 1)) as usize;
+            let mut cuts = [0, cut(seeds[number % seeds.len()]), cut(seeds[0] / 3), tensor.data.len()];
+            cuts.sort_unstable();
+            parts.extend(cuts.windows(2).filter(|cut| cut[0] < cut[1]).map(|cut| (number, cut[0], cut[1])));
+            if tensor.data.is_empty() {
+                parts.push((number, 0, 0));
+            }
+        }
+        parts.sort_by_key(|&(number, start, _)| seeds[(number + start) % seeds.len()]);
+        for (done, &(number, start, end)) in parts.iter().enumerate() {
+            let tensor = &tensors[number];
+            prop_assert!(writer.commit().is_err(), "complete after {done} of {} parts", parts.len());
+            writer.write_part(&tensor.name, start as u64, &tensor.data[start..end]).expect("written");
+        }
+        prop_assert!(writer.missing().is_empty());
+        writer.commit().expect("complete");
+        prop_assert!(std::fs::read(&path).expect("there") == save(&tensors, metadata.as_ref(), DEFAULT_ALIGNMENT));
+    }
+
+    #[test]
+    fn an_edit_makes_the_file_that_a_save_would_have_made(
+        tensors in tensors(),
+        before in metadata(),
+        changes in btree_map(text(), prop::option::of(text()), 0..4),
+        removed in any::<u64>(),
+        alignment in prop::sample::select(&[8u64, 64, 512, 1024]),
+        reserve in prop_oneof![Just(0u64), 0u64..300],
+        in_place in prop::option::of(any::<bool>()),
+    ) {
+        let mut changes: MetadataChanges = changes;
+        let keys = before.iter().flat_map(|metadata| metadata.keys());
+        changes.extend(keys.enumerate().filter(|(i, _)| removed >> i & 1 == 1).map(|(_, key)| (key.clone(), None)));
+        let mut after = before.clone();
+        for (key, value) in &changes {
+            match value {
+                Some(value) => drop(after.get_or_insert_default().insert(key.clone(), value.clone())),
+                None => drop(after.as_mut().map(|metadata| metadata.remove(key))),
+            }
+        }
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        let old = save(&tensors, before.as_ref(), alignment);
+        std::fs::write(&path, &old).expect("written");
+        let outcome = edit_metadata(&path, &changes, EditOptions { in_place, reserve, sync: false });
+        let new = std::fs::read(&path).expect("there");
+
+        let (old_header, data) = split(&old);
+        let compact = save(&tensors, after.as_ref(), DEFAULT_ALIGNMENT);
+        let json = split(&compact).0.trim_ascii_end();
+        let fits = json.len() as u64 + reserve <= old_header.len() as u64;
+        if !fits && in_place == Some(true) {
+            prop_assert!(outcome.is_err());
+            prop_assert!(new == old);
+            return Ok(());
+        }
+        prop_assert_eq!(outcome.expect("edited"), after.clone());
+        let (new_header, new_data) = split(&new);
+        prop_assert!(new_data == data);
+        prop_assert!(new_header.trim_ascii_end() == json);
+        let padding = (new_header.len() - json.len()) as u64;
+        prop_assert!(padding >= reserve && new_header[json.len()..].iter().all(|&byte| byte == b' '));
+        if fits && in_place != Some(false) {
+            prop_assert_eq!(new_header.len(), old_header.len());
+        } else if reserve == 0 {
+            // What the data's start happened to be aligned to, it stays aligned to.
+            let alignment = 1 << (8 + old_header.len() as u64).trailing_zeros();
+            prop_assert!(new == save(&tensors, after.as_ref(), alignment));
+        }
+        prop_assert!((8 + new_header.len() as u64).is_multiple_of(alignment));
     }
 }

@@ -1,0 +1,309 @@
+//! Edits of the metadata: where they are made, who sees them, and what stays when they fail.
+
+mod common;
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use common::{Contents, contents, file_bytes, pattern, read};
+use safetensors_torch::{
+    Backend, Dtype, EditOptions, Error, ErrorKind, Metadata, MetadataChanges, MetadataEdit, SaveOptions,
+    TensorFile, TensorSpec, edit_metadata, save_file,
+};
+use tempfile::TempDir;
+
+const IN_PLACE: EditOptions = EditOptions { in_place: Some(true), reserve: 0, sync: false };
+const REWRITE: EditOptions = EditOptions { in_place: Some(false), reserve: 0, sync: false };
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder for the test")
+}
+
+fn changes(pairs: &[(&str, Option<&str>)]) -> MetadataChanges {
+    pairs.iter().map(|(key, value)| (key.to_string(), value.map(str::to_string))).collect()
+}
+
+fn entries(pairs: &[(&str, &str)]) -> Option<Metadata> {
+    Some(pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect())
+}
+
+/// A file with two tensors, metadata, and data that begins at a multiple of `alignment`.
+fn make(folder: &TempDir, alignment: u64) -> PathBuf {
+    let path = folder.path().join("file");
+    let first = TensorSpec { name: "first", dtype: Dtype::F32, shape: &[1000] };
+    let second = TensorSpec { name: "second", dtype: Dtype::U8, shape: &[3] };
+    let options = SaveOptions { alignment, sync: false };
+    let metadata = entries(&[("format", "pt")]);
+    save_file(&[first, second], &[&pattern(4000), &[7, 8, 9]], metadata.as_ref(), &path, options)
+        .expect("saved");
+    path
+}
+
+fn open(path: &Path) -> Contents {
+    contents(&TensorFile::open(path, Backend::Pread).expect("valid"))
+}
+
+fn data_start(path: &Path) -> u64 {
+    TensorFile::open(path, Backend::Pread).expect("valid").header().data_start()
+}
+
+fn inode(path: &Path) -> u64 {
+    fs::metadata(path).expect("there").ino()
+}
+
+fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKind, path: &Path, part: &str) {
+    let error = outcome.expect_err(part);
+    assert_eq!(error.kind(), kind, "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
+}
+
+#[test]
+fn where_there_is_room_the_header_alone_is_written() {
+    let folder = folder();
+    let path = make(&folder, 4096);
+    let (before, tensors) = (inode(&path), open(&path).tensors);
+    for sync in [false, true] {
+        let options = EditOptions { sync, ..EditOptions::default() };
+        let changed =
+            changes(&[("format", None), ("epoch", Some("3")), ("na\0me", Some("\"\n")), ("absent", None)]);
+        let metadata = edit_metadata(&path, &changed, options).expect("edited");
+        assert_eq!(metadata, entries(&[("epoch", "3"), ("na\0me", "\"\n")]));
+        assert_eq!(open(&path), Contents { tensors: open(&path).tensors, metadata });
+        assert_eq!((inode(&path), data_start(&path)), (before, 4096));
+        edit_metadata(&path, &changes(&[("format", Some("pt"))]), options).expect("edited");
+    }
+    assert!(open(&path).tensors == tensors);
+}
+
+#[test]
+fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
+    let folder = folder();
+    let path = make(&folder, 8);
+    fs::set_permissions(&path, Permissions::from_mode(0o640)).expect("set");
+    let (before, start, tensors) = (inode(&path), data_start(&path), open(&path).tensors);
+    let long = "x".repeat(200);
+    let large = changes(&[("long", Some(&long))]);
+    assert_error(
+        edit_metadata(&path, &large, IN_PLACE),
+        ErrorKind::InvalidArgument,
+        &path,
+        "let the file be written anew",
+    );
+    assert_eq!(inode(&path), before);
+
+    let options = EditOptions { reserve: 500, ..EditOptions::default() };
+    let metadata = edit_metadata(&path, &large, options).expect("edited");
+    assert_eq!(metadata, entries(&[("format", "pt"), ("long", &long)]));
+    assert!(open(&path) == Contents { tensors, metadata });
+    assert_ne!(inode(&path), before);
+    assert!(data_start(&path) >= start + 700);
+    assert_eq!(fs::metadata(&path).expect("there").mode() & 0o7777, 0o640);
+
+    // There is room now for what follows, and for asking for as much again.
+    let before = inode(&path);
+    edit_metadata(&path, &changes(&[("more", Some("y"))]), IN_PLACE).expect("edited");
+    let options = EditOptions { reserve: 400, ..IN_PLACE };
+    edit_metadata(&path, &changes(&[]), options).expect("room enough");
+    let options = EditOptions { reserve: 5000, ..IN_PLACE };
+    assert_error(
+        edit_metadata(&path, &changes(&[]), options),
+        ErrorKind::InvalidArgument,
+        &path,
+        "5000 of them",
+    );
+    assert_eq!(inode(&path), before);
+    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+}
+
+#[test]
+fn an_edit_that_changes_nothing_writes_nothing() {
+    let folder = folder();
+    // Not as this library would write it: nothing is tidied up.
+    let path = folder.path().join("file");
+    let bytes = file_bytes("  {\"__metadata__\" : {\"a\":\"b\"} }   ", &[]);
+    fs::write(&path, &bytes).expect("written");
+    let before = inode(&path);
+    for options in [EditOptions::default(), IN_PLACE] {
+        let metadata =
+            edit_metadata(&path, &changes(&[("a", Some("b")), ("c", None)]), options).expect("edited");
+        assert_eq!(metadata, entries(&[("a", "b")]));
+    }
+    assert_eq!(fs::read(&path).expect("there"), bytes);
+    edit_metadata(&path, &changes(&[]), REWRITE).expect("edited");
+    assert_ne!(inode(&path), before);
+    assert_eq!(open(&path).metadata, entries(&[("a", "b")]));
+}
+
+#[test]
+fn metadata_comes_with_its_first_entry_and_stays_without() {
+    let folder = folder();
+    let path = folder.path().join("file");
+    save_file(&[], &[], None, &path, SaveOptions::default()).expect("saved");
+    let edit = |pairs: &[(&str, Option<&str>)]| {
+        edit_metadata(&path, &changes(pairs), EditOptions::default()).expect("edited")
+    };
+    assert_eq!(edit(&[("absent", None)]), None);
+    assert_eq!(edit(&[("k", Some("v"))]), entries(&[("k", "v")]));
+    assert_eq!(edit(&[("k", None)]), entries(&[]));
+    assert_eq!(open(&path).metadata, entries(&[]));
+}
+
+#[test]
+fn mapped_tensors_stay_what_they_are() {
+    let folder = folder();
+    let path = make(&folder, 4096);
+    for options in [IN_PLACE, REWRITE] {
+        let mapped = TensorFile::open(&path, Backend::Mmap).expect("opened");
+        let before = contents(&mapped);
+        edit_metadata(&path, &changes(&[("k", Some(&"v".repeat(2000)))]), options).expect("edited");
+        assert!(contents(&mapped) == before);
+        assert!(open(&path).tensors == before.tensors);
+        edit_metadata(&path, &changes(&[("k", None)]), IN_PLACE).expect("edited");
+    }
+}
+
+#[test]
+fn links() {
+    let folder = folder();
+    let path = make(&folder, 4096);
+    let (soft, hard) = (folder.path().join("soft"), folder.path().join("hard"));
+    symlink("file", &soft).expect("linked");
+    let before = inode(&path);
+    edit_metadata(&soft, &changes(&[("k", Some("1"))]), EditOptions::default()).expect("edited");
+    assert_eq!(inode(&path), before);
+    edit_metadata(&soft, &changes(&[("k", Some("2"))]), REWRITE).expect("edited");
+    assert!(fs::symlink_metadata(&soft).expect("there").is_symlink());
+    assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "2")]));
+
+    // The other name of the file keeps its metadata, unless it is asked for in place.
+    fs::hard_link(&path, &hard).expect("linked");
+    edit_metadata(&path, &changes(&[("k", Some("3"))]), EditOptions::default()).expect("edited");
+    assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "3")]));
+    assert_eq!(open(&hard).metadata, entries(&[("format", "pt"), ("k", "2")]));
+    fs::remove_file(&hard).expect("removed");
+    fs::hard_link(&path, &hard).expect("linked");
+    edit_metadata(&path, &changes(&[("k", Some("4"))]), IN_PLACE).expect("edited");
+    assert_eq!(open(&hard).metadata, entries(&[("format", "pt"), ("k", "4")]));
+}
+
+#[test]
+fn a_file_that_may_only_be_read_is_written_anew() {
+    let folder = folder();
+    let path = make(&folder, 4096);
+    fs::set_permissions(&path, Permissions::from_mode(0o444)).expect("set");
+    if File::options().write(true).open(&path).is_ok() {
+        // Root may write to every file; Python's tests go on as another user.
+        return;
+    }
+    let before = inode(&path);
+    assert_error(
+        edit_metadata(&path, &changes(&[("k", Some("v"))]), IN_PLACE),
+        ErrorKind::Io,
+        &path,
+        "ermission",
+    );
+    edit_metadata(&path, &changes(&[("k", Some("v"))]), EditOptions::default()).expect("edited");
+    assert_ne!(inode(&path), before);
+    assert_eq!(fs::metadata(&path).expect("there").mode() & 0o7777, 0o444);
+}
+
+#[test]
+fn what_is_no_file_of_tensors_is_refused_and_stays() {
+    let folder = folder();
+    let path = make(&folder, 4096);
+    let whole = fs::read(&path).expect("there");
+    for (bytes, kind) in [
+        (&whole[..whole.len() - 1], ErrorKind::DataLength),
+        (&whole[..100], ErrorKind::HeaderTruncated),
+        (b"PK\x03\x04 a zip", ErrorKind::ForeignFormat),
+    ] {
+        fs::write(&path, bytes).expect("written");
+        for options in [EditOptions::default(), IN_PLACE, REWRITE] {
+            let outcome = edit_metadata(&path, &changes(&[("k", Some("v"))]), options);
+            assert_error(outcome, kind, &path, "");
+            assert_eq!(fs::read(&path).expect("there"), bytes);
+        }
+    }
+    let absent = folder.path().join("absent");
+    assert_error(edit_metadata(&absent, &changes(&[]), REWRITE), ErrorKind::Io, &absent, "No such file");
+    assert_error(
+        edit_metadata(folder.path(), &changes(&[]), REWRITE),
+        ErrorKind::Io,
+        folder.path(),
+        "directory",
+    );
+    fs::write(&path, &whole).expect("written");
+    for reserve in [100_000_001, u64::MAX] {
+        let options = EditOptions { reserve, ..EditOptions::default() };
+        assert_error(
+            edit_metadata(&path, &changes(&[]), options),
+            ErrorKind::HeaderTooLarge,
+            &path,
+            "header",
+        );
+    }
+    assert!(fs::read(&path).expect("there") == whole);
+}
+
+/// What other writers may have made: an odd start of the data, unknown fields, another order.
+#[test]
+fn foreign_files_keep_their_tensors() {
+    let folder = folder();
+    let path = folder.path().join("file");
+    let json = r#"{"b":{"data_offsets":[2,6],"dtype":"F32","shape":[1],"note":[1,{}]},"\u0061":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
+    fs::write(&path, file_bytes(json, &[1, 2, 3, 4, 5, 6])).expect("written");
+    assert_ne!(data_start(&path) % 8, 0);
+    let tensors = open(&path).tensors;
+    edit_metadata(&path, &changes(&[("k", Some("v"))]), EditOptions::default()).expect("edited");
+    assert_eq!(open(&path), Contents { tensors: tensors.clone(), metadata: entries(&[("k", "v")]) });
+    assert_eq!(open(&path).tensors[0].0, "a");
+    edit_metadata(&path, &changes(&[("k", Some(&"v".repeat(100)))]), EditOptions::default()).expect("edited");
+    assert_eq!(data_start(&path) % 8, 0);
+    assert_eq!(open(&path).tensors, tensors);
+}
+
+#[test]
+fn a_large_file_is_written_in_steps_that_can_be_given_up() {
+    let folder = folder();
+    let path = folder.path().join("file");
+    let data = pattern(70 << 20);
+    let spec = TensorSpec { name: "large", dtype: Dtype::U8, shape: &[70 << 20] };
+    save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
+    let changed = changes(&[("k", Some("v"))]);
+    let begin = || MetadataEdit::begin(&path, &changed, EditOptions::default()).expect("begun");
+
+    let mut edit = begin();
+    assert!(!edit.advance(Some(Instant::now())).expect("a step"));
+    assert!(edit.done_bytes() > 0 && edit.done_bytes() < edit.total_bytes());
+    drop(edit);
+    assert_eq!(open(&path).metadata, None);
+    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+
+    let mut edit = begin();
+    let mut steps = 1;
+    while !edit.advance(Some(Instant::now())).expect("a step") {
+        steps += 1;
+    }
+    assert!(steps >= 3, "{steps}");
+    assert_eq!(edit.done_bytes(), edit.total_bytes());
+    assert!(edit.advance(None).expect("all is done"));
+    let file = TensorFile::open(&path, Backend::Pread).expect("valid");
+    assert_eq!(file.header().metadata(), edit.metadata());
+    assert!(read(&file, 0) == data);
+}
+
+#[test]
+fn a_file_that_changes_meanwhile_is_not_written_to() {
+    let folder = folder();
+    let path = make(&folder, 8);
+    let changed = changes(&[("k", Some("a longer value than there is room for"))]);
+    let mut edit = MetadataEdit::begin(&path, &changed, EditOptions::default()).expect("begun");
+    let file = File::options().write(true).open(&path).expect("opened");
+    file.set_len(fs::metadata(&path).expect("there").len() - 100).expect("cut short");
+    assert_error(edit.advance(None), ErrorKind::FileChanged, &path, "became shorter");
+    drop(edit);
+    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+}
