@@ -403,7 +403,7 @@ sft_status sft_writer_size(const sft_writer* writer, const sft_save_options* opt
 /** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md has
  * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
  * are kept, symbolic links followed, pipes and character devices written to. `options` may be NULL for the defaults.
- * Errors: those of sft_writer_size, and IO. */
+ * Errors: those of sft_writer_size, IO, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
 /** How a checkpoint is divided into files, and written. */
@@ -431,9 +431,90 @@ sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder
 
 /** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
  * which may overlap no tensor's data. `options` may be NULL for the defaults; `sync` means nothing here.
- * Errors: those of sft_writer_size, and BUFFER_SIZE. */
+ * Errors: those of sft_writer_size, BUFFER_SIZE, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_buffer(const sft_writer* writer, const sft_save_options* options, void* buffer,
                                    size_t nbytes);
+
+/* ---- Writing: tensor by tensor ----------------------------------------------------------------------------------- */
+
+/** A file that is written tensor by tensor, in any order, so that no more than one of them has to be in memory. It is
+ * there under its name only once it was committed. */
+typedef struct sft_stream sft_stream;
+
+/** Adds a tensor without data to `writer`, for sft_stream_create and sft_writer_size; the other functions that write
+ * refuse such a writer with INVALID_ARGUMENT. Name and shape are copied.
+ * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH. */
+sft_status sft_writer_declare_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
+                                     const uint64_t* shape, size_t rank);
+
+/** Begins the file at `path`, with the tensors and the metadata of `writer`, which is not needed any more afterwards.
+ * Tensors that were added with data are written at once; those that were declared are to be given to sft_stream_write.
+ * The file will be the one that sft_writer_write_file would write. What is at `path` stays as it is until the commit; a
+ * pipe or a device is refused. `options` may be NULL for the defaults. `*stream` becomes a handle to free with
+ * sft_stream_free, or NULL on an error.
+ * Errors: those of sft_writer_size, and IO, also where there is no space for all of the file. */
+sft_status sft_stream_create(const sft_writer* writer, const char* path, const sft_save_options* options,
+                             sft_stream** stream);
+
+/** Writes the tensor called `name`: all of its `nbytes` bytes, row-major, from `data`. Several threads may write
+ * different tensors at once. After IO the tensor may be given again.
+ * Errors: TENSOR_NOT_FOUND for a name that was not declared, DUPLICATE for a tensor that was given already,
+ * BUFFER_SIZE, CLOSED after the commit, IO. */
+sft_status sft_stream_write(const sft_stream* stream, const char* name, size_t name_length, const void* data,
+                            size_t nbytes);
+
+/** Writes `nbytes` bytes of the tensor called `name`, from its byte `offset` on. Parts come in any order, and from
+ * several threads; none may overlap another.
+ * Errors: as sft_stream_write. */
+sft_status sft_stream_write_part(const sft_stream* stream, const char* name, size_t name_length, uint64_t offset,
+                                 const void* data, size_t nbytes);
+
+/** Puts the file in place, as sft_writer_write_file does, once every byte was given.
+ * Errors: DATA_LENGTH, which lists tensors that are missing, after which they may still be given; CLOSED after an
+ * earlier commit; IO, after which the target is as it was. */
+sft_status sft_stream_commit(sft_stream* stream);
+
+/** Frees the handle. Without a commit the target stays as it was, and nothing is left beside it. NULL is ignored. */
+void sft_stream_free(sft_stream* stream);
+
+/* ---- Changing metadata ------------------------------------------------------------------------------------------- */
+
+/** One entry of the metadata that is set or removed. */
+typedef struct sft_metadata_change {
+    sft_str key;   /**< the key, at most one change of each */
+    sft_str value; /**< its new value; NULL with length 0 removes the entry, if it is there */
+} sft_metadata_change;
+
+/** Where a changed header is written. */
+typedef uint32_t sft_edit_mode;
+
+/** Every such place. */
+enum {
+    SFT_EDIT_AUTO = 0, /**< in place where there is room, and the file is writable and has no other name; else anew */
+    SFT_EDIT_IN_PLACE = 1, /**< over the old header; an error where there is no room */
+    SFT_EDIT_REWRITE = 2   /**< into a new file with the same data, which then replaces the old one */
+};
+
+/** How metadata is changed. */
+typedef struct sft_edit_options {
+    size_t struct_size; /**< sizeof(sft_edit_options) */
+    uint64_t reserve;   /**< bytes of the header that are to be left for later edits, at least */
+    sft_edit_mode mode; /**< where the header is written; SFT_EDIT_AUTO unless set */
+    uint32_t sync;      /**< 1: return only once the change is on the disk (fsync); 0: leave that to the kernel */
+} sft_edit_options;
+
+/** The defaults of sft_edit_options. */
+#define SFT_EDIT_OPTIONS_INIT {sizeof(sft_edit_options), 0, SFT_EDIT_AUTO, 0}
+
+/** Changes the metadata of the file at `path`, all of which is checked first. Tensors, their data and its alignment
+ * stay as they are. In place, one write changes the header, in which who opens the file meanwhile, or a loss of power,
+ * may meet a part of the change: it is safe where one program at a time uses the file, and files that are open already,
+ * or mapped, show nothing of it. Anew, the file is replaced as by sft_writer_write_file, its data copied by the kernel.
+ * Symbolic links are followed. Where nothing changes, nothing is written, except with SFT_EDIT_REWRITE. `options` may
+ * be NULL for the defaults. Errors: those of sft_file_open; DUPLICATE for a key that stands twice; INVALID_ARGUMENT
+ * where there is no room in place; HEADER_TOO_LARGE; FILE_CHANGED where another program is changing the file; IO. */
+sft_status sft_metadata_edit(const char* path, const sft_metadata_change* changes, size_t count,
+                             const sft_edit_options* options);
 
 #ifdef __cplusplus
 }

@@ -1,12 +1,14 @@
-//! The metadata of an open file: text entries, sorted by key.
+//! The metadata of an open file, text entries, sorted by key; and that of a file on the disk, which can be changed.
 
 use std::ffi::c_char;
 
 use super::boundary;
 use super::file::sft_file;
-use super::options::sft_str;
+use super::options::{sft_edit_options, sft_metadata_change, sft_str};
 use super::pointer::{self, Out, invalid};
 use super::status::sft_status;
+use crate::edit::{MetadataChanges, edit_metadata};
+use crate::error::{Error, ErrorKind};
 use crate::header::Header;
 
 /// The entries by number, which the header's map cannot give in constant time.
@@ -81,6 +83,43 @@ pub unsafe extern "C" fn sft_file_metadata_get(
         let found = open.file.header().metadata().and_then(|metadata| metadata.get(key));
         let absent = sft_str { data: std::ptr::null(), length: 0 };
         out.set(found.map_or(absent, |value| pointer::lend(value)));
+        Ok(())
+    })
+}
+
+/// Changes the metadata of the file at `path`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_metadata_edit(
+    path: *const c_char,
+    changes: *const sft_metadata_change,
+    count: usize,
+    options: *const sft_edit_options,
+) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a string, `count` changes, and options or NULL (header).
+        let (path, given, options) = unsafe {
+            (
+                pointer::path(path)?,
+                pointer::array(changes, count, "changes")?,
+                sft_edit_options::read(options)?,
+            )
+        };
+        let mut changes = MetadataChanges::new();
+        for change in given {
+            // SAFETY: each text of the caller's has so many bytes (header).
+            let key = unsafe { pointer::text(change.key.data, change.key.length, "key") }?;
+            let value = if change.value.data.is_null() && change.value.length == 0 {
+                None
+            } else {
+                // SAFETY: as above.
+                Some(unsafe { pointer::text(change.value.data, change.value.length, "value") }?.to_string())
+            };
+            if changes.insert(key.to_string(), value).is_some() {
+                let detail = format!("the changes have the key {key:?} twice");
+                return Err(Error::new(ErrorKind::Duplicate, detail).in_file(path));
+            }
+        }
+        edit_metadata(path, &changes, options)?;
         Ok(())
     })
 }

@@ -22,6 +22,7 @@ mod options;
 mod pointer;
 mod slice;
 mod status;
+mod stream;
 mod writer;
 
 pub use checkpoint::*;
@@ -31,6 +32,7 @@ pub use metadata::*;
 pub use options::*;
 pub use slice::*;
 pub use status::*;
+pub use stream::*;
 pub use writer::*;
 
 use std::ffi::c_char;

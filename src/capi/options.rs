@@ -4,6 +4,7 @@ use std::ffi::{c_char, c_void};
 
 use super::pointer::{self, Versioned, invalid};
 use crate::checkpoint::ShardedOptions;
+use crate::edit::EditOptions;
 use crate::error::Result;
 use crate::layout::DEFAULT_ALIGNMENT;
 use crate::prefault::Prefault;
@@ -30,6 +31,18 @@ pub const SFT_PREFAULT_BACKGROUND: sft_prefault = 1;
 
 /// The number of [`Prefault::Wait`].
 pub const SFT_PREFAULT_WAIT: sft_prefault = 2;
+
+/// The number of a way to change a file.
+pub type sft_edit_mode = u32;
+
+/// In place where that is possible, else anew.
+pub const SFT_EDIT_AUTO: sft_edit_mode = 0;
+
+/// In place, or not at all.
+pub const SFT_EDIT_IN_PLACE: sft_edit_mode = 1;
+
+/// Anew.
+pub const SFT_EDIT_REWRITE: sft_edit_mode = 2;
 
 /// Text with a length: UTF-8, in which NUL is a character like others.
 #[derive(Clone, Copy, Debug)]
@@ -196,6 +209,67 @@ impl sft_sharded_options {
         }
         Ok(result)
     }
+}
+
+/// How metadata is changed.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_edit_options {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// Bytes of the header that are to be left for later edits.
+    pub reserve: u64,
+    /// Where the new header is written.
+    pub mode: sft_edit_mode,
+    /// 1 to return only once the bytes are on the disk.
+    pub sync: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers only.
+unsafe impl Versioned for sft_edit_options {
+    const NAME: &'static str = "sft_edit_options";
+    const FIRST_SIZE: usize = 24;
+}
+
+impl sft_edit_options {
+    /// # Safety
+    ///
+    /// As for [`pointer::options`].
+    pub(super) unsafe fn read(options: *const sft_edit_options) -> Result<EditOptions> {
+        let defaults = sft_edit_options {
+            struct_size: size_of::<sft_edit_options>(),
+            reserve: 0,
+            mode: SFT_EDIT_AUTO,
+            sync: 0,
+        };
+        // SAFETY: the caller's promise.
+        let options = unsafe { pointer::options(options, defaults) }?;
+        let in_place = match options.mode {
+            SFT_EDIT_AUTO => None,
+            SFT_EDIT_IN_PLACE => Some(true),
+            SFT_EDIT_REWRITE => Some(false),
+            other => {
+                let detail = format!(
+                    "unknown mode {other}: give SFT_EDIT_AUTO, SFT_EDIT_IN_PLACE or SFT_EDIT_REWRITE"
+                );
+                return Err(invalid(detail));
+            }
+        };
+        if options.sync > 1 {
+            return Err(invalid(format!("{}: sync is {}: give 0 or 1", Self::NAME, options.sync)));
+        }
+        Ok(EditOptions { in_place, reserve: options.reserve, sync: options.sync == 1 })
+    }
+}
+
+/// One entry of the metadata that is set or removed.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_metadata_change {
+    /// The key.
+    pub key: sft_str,
+    /// The new value; NULL removes the entry.
+    pub value: sft_str,
 }
 
 /// What a file says of one tensor.

@@ -28,7 +28,7 @@ thread_local! {
 /// Runs a body that may fail; gives its status, and keeps its error for the thread.
 pub(super) fn guard(body: impl FnOnce() -> Result<()>) -> sft_status {
     // A body that panicked leaves nothing half done that a later call could see: files do not change once they are
-    // open, and a writer's lists grow by whole entries.
+    // open, a writer's lists grow by whole entries, and what a stream was writing is not taken for written.
     let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(panic_error(payload)));
     match outcome {
         Ok(()) => SFT_OK,

@@ -26,12 +26,19 @@ struct Tensor {
     name: String,
     dtype: Dtype,
     shape: Vec<u64>,
-    data: *const c_void,
-    nbytes: usize,
+    data: Data,
+}
+
+/// Where a tensor's bytes come from.
+enum Data {
+    /// From memory of the caller's.
+    Lent { start: *const c_void, nbytes: usize },
+    /// They are given to an `sft_stream`.
+    Streamed,
 }
 
 impl sft_writer {
-    fn specs(&self) -> Vec<TensorSpec<'_>> {
+    pub(super) fn specs(&self) -> Vec<TensorSpec<'_>> {
         self.tensors
             .iter()
             .map(|tensor| TensorSpec { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape })
@@ -44,11 +51,39 @@ impl sft_writer {
     ///
     /// The data of every tensor is still there, and nobody changes it while the result is in use.
     unsafe fn data(&self) -> Result<Vec<&[u8]>> {
-        // SAFETY: the caller's promise.
-        self.tensors
-            .iter()
-            .map(|tensor| unsafe { pointer::bytes(tensor.data, tensor.nbytes, "data") })
-            .collect()
+        let mut all = Vec::with_capacity(self.tensors.len());
+        for tensor in &self.tensors {
+            let Data::Lent { start, nbytes } = tensor.data else {
+                let detail = format!(
+                    "tensor {:?} was declared without data: write the file with sft_stream_create",
+                    tensor.name
+                );
+                return Err(pointer::invalid(detail));
+            };
+            // SAFETY: the caller's promise.
+            all.push(unsafe { pointer::bytes(start, nbytes, "data") }?);
+        }
+        Ok(all)
+    }
+
+    /// The name and the bytes of every tensor that has some.
+    ///
+    /// # Safety
+    ///
+    /// As for [`sft_writer::data`].
+    pub(super) unsafe fn lent(&self) -> Result<Vec<(&str, &[u8])>> {
+        let mut all = Vec::new();
+        for tensor in &self.tensors {
+            if let Data::Lent { start, nbytes } = tensor.data {
+                // SAFETY: the caller's promise.
+                all.push((tensor.name.as_str(), unsafe { pointer::bytes(start, nbytes, "data") }?));
+            }
+        }
+        Ok(all)
+    }
+
+    pub(super) fn metadata(&self) -> Option<&Metadata> {
+        self.metadata.as_ref()
     }
 }
 
@@ -101,7 +136,36 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
             let detail = format!("tensor {name:?} takes {needed} bytes, but {given} were given");
             return Err(Error::new(ErrorKind::BufferSize, detail));
         }
-        writer.tensors.push(Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), data, nbytes });
+        let data = Data::Lent { start: data, nbytes };
+        writer.tensors.push(Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), data });
+        Ok(())
+    })
+}
+
+/// Adds a tensor whose bytes are given to an `sft_stream`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_writer_declare_tensor(
+    writer: *mut sft_writer,
+    name: *const c_char,
+    name_length: usize,
+    dtype: sft_dtype,
+    shape: *const u64,
+    rank: usize,
+) -> sft_status {
+    boundary!({
+        // SAFETY: the caller gives a handle that nobody else uses now, `name_length` bytes, and `rank` dimensions
+        // (header).
+        let (writer, name, shape) = unsafe {
+            (
+                pointer::exclusive(writer, "writer")?,
+                pointer::text(name, name_length, "name")?,
+                pointer::array(shape, rank, "shape")?,
+            )
+        };
+        let dtype = dtype::require(dtype)?;
+        tensor_bytes(name, dtype, shape)?;
+        let (name, shape) = (name.to_string(), shape.to_vec());
+        writer.tensors.push(Tensor { name, dtype, shape, data: Data::Streamed });
         Ok(())
     })
 }

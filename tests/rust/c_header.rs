@@ -170,7 +170,7 @@ fn constants_are_documented() {
         .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
         .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
         .collect();
-    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3);
+    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3 + 3);
 }
 
 /// Compiles a C program that prints lines `name value`, and gives what it printed.
@@ -221,6 +221,9 @@ fn numbers_agree() {
     expected.insert("SFT_PREFAULT_NONE".into(), SFT_PREFAULT_NONE.into());
     expected.insert("SFT_PREFAULT_BACKGROUND".into(), SFT_PREFAULT_BACKGROUND.into());
     expected.insert("SFT_PREFAULT_WAIT".into(), SFT_PREFAULT_WAIT.into());
+    expected.insert("SFT_EDIT_AUTO".into(), SFT_EDIT_AUTO.into());
+    expected.insert("SFT_EDIT_IN_PLACE".into(), SFT_EDIT_IN_PLACE.into());
+    expected.insert("SFT_EDIT_REWRITE".into(), SFT_EDIT_REWRITE.into());
     for &(number, name) in STATUS_NAMES {
         expected.insert(name.into(), number.into());
     }
@@ -267,6 +270,8 @@ fn layouts_agree() {
         sft_open_options { struct_size, backend, prefault }
         sft_save_options { struct_size, alignment, sync, reserved }
         sft_sharded_options { struct_size, stem, max_shard_bytes, alignment, sync, reserved }
+        sft_edit_options { struct_size, reserve, mode, sync }
+        sft_metadata_change { key, value }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
         sft_read { index, buffer, nbytes }
@@ -299,6 +304,8 @@ fn aliases_and_initializers_agree() {
          SAY(\"prefault\", sizeof(sft_prefault)); SAY(\"prefault signed\", (sft_prefault)-1 < 1);\n\
          sft_open_options open = SFT_OPEN_OPTIONS_INIT; sft_save_options save = SFT_SAVE_OPTIONS_INIT;\n\
          sft_tensor_info info = SFT_TENSOR_INFO_INIT; sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;\n\
+         sft_edit_options edit = SFT_EDIT_OPTIONS_INIT; SAY(\"edit\", edit.struct_size);\n\
+         SAY(\"edit mode\", sizeof(sft_edit_mode)); SAY(\"edit mode signed\", (sft_edit_mode)-1 < 1);\n\
          SAY(\"sharded\", sharded.struct_size); SAY(\"sharded alignment\", sharded.alignment);\n\
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
          SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
@@ -316,6 +323,9 @@ fn aliases_and_initializers_agree() {
         ("open", size_of::<sft_open_options>()),
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
+        ("edit", size_of::<sft_edit_options>()),
+        ("edit mode", size_of::<sft_edit_mode>()),
+        ("edit mode signed", 0),
         ("sharded", size_of::<sft_sharded_options>()),
         ("sharded alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
