@@ -5,6 +5,7 @@
 #include "cpp/checkpoint.cpp"
 #include "cpp/download.cpp"
 #include "cpp/dtype.cpp"
+#include "cpp/edit.cpp"
 #include "cpp/error.cpp"
 #include "cpp/file.cpp"
 #include "cpp/load.cpp"
@@ -17,4 +18,5 @@
 #include "cpp/save.cpp"
 #include "cpp/save_sharded.cpp"
 #include "cpp/shared.cpp"
+#include "cpp/stream_writer.cpp"
 #include "cpp/upload.cpp"

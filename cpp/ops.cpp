@@ -4,6 +4,7 @@
 
 #include "cpp/built_for.h"
 #include "cpp/checkpoint.h"
+#include "cpp/edit.h"
 #include "cpp/error.h"
 #include "cpp/file.h"
 #include "cpp/load.h"
@@ -12,6 +13,7 @@
 #include "cpp/save.h"
 #include "cpp/save_sharded.h"
 #include "cpp/shared.h"
+#include "cpp/stream_writer.h"
 
 namespace safetensors_torch {
 namespace {
@@ -88,6 +90,16 @@ c10::intrusive_ptr<PendingShardedSave> plan_sharded_save_op(const Tensors& tenso
     });
 }
 
+c10::intrusive_ptr<StreamWriter> create_stream_op(const std::string& path, const Tensors& specs,
+                                                  const std::optional<Metadata>& metadata, bool durable) {
+    return guarded([&] { return c10::make_intrusive<StreamWriter>(path, named(specs), metadata, durable); });
+}
+
+c10::intrusive_ptr<PendingEdit> begin_edit_op(const std::string& path, const Metadata& set, const Names& removed,
+                                              std::optional<bool> in_place, int64_t reserve, bool durable) {
+    return guarded([&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
+}
+
 void check_save_op(const Tensors& tensors) {
     guarded([&] { check_saveable(named(tensors)); });
 }
@@ -155,6 +167,8 @@ TORCH_LIBRARY(safetensors_torch, library) {
     register_pending_loads(library);
     register_pending_save(library);
     register_pending_sharded_save(library);
+    register_stream_writer(library);
+    register_pending_edit(library);
     register_file(library);
 
     library.def(effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap", bool? prefault=None, )"
@@ -187,6 +201,13 @@ TORCH_LIBRARY(safetensors_torch, library) {
         "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str folder, str stem, "
         "int max_shard_bytes) -> __torch__.torch.classes.safetensors_torch.PendingShardedSave",
         torch::dispatch(key, plan_sharded_save_op));
+    library.def(
+        effectful("_create_stream(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
+                  "__torch__.torch.classes.safetensors_torch.StreamWriter"),
+        torch::dispatch(key, create_stream_op));
+    library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool? in_place, int reserve, "
+                          "bool durable) -> __torch__.torch.classes.safetensors_torch.PendingEdit"),
+                torch::dispatch(key, begin_edit_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),

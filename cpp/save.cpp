@@ -82,54 +82,12 @@ void refuse_without_data(const NamedTensors& tensors) {
     }
 }
 
-rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
-    const auto copy = [](const std::string& text) {
-        rust::Vec<uint8_t> bytes;
-        bytes.reserve(text.size());
-        for (const char c : text) {
-            bytes.push_back(static_cast<uint8_t>(c));
-        }
-        return bytes;
-    };
-    rust::Vec<core::Entry> entries;
-    if (metadata) {
-        for (const auto& entry : *metadata) {
-            entries.push_back({copy(entry.key()), copy(entry.value())});
-        }
-    }
-    return entries;
-}
-
 rust::Box<core::SavePlan> plan(const NamedTensors& tensors, const std::optional<Metadata>& metadata,
                                const std::string& path) {
     check_saveable(tensors);
-    // All shapes in one array, which must not move any more once the specs point into it.
-    std::vector<uint64_t> dims;
-    std::vector<std::pair<size_t, size_t>> spans;
-    std::vector<uint8_t> dtypes;
-    spans.reserve(tensors.size());
-    dtypes.reserve(tensors.size());
-    for (const auto& [name, tensor] : tensors) {
-        const auto dtype = from_torch(tensor.scalar_type());
-        if (!dtype) {
-            fail(Kind::safetensor,
-                 "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
-                     ", for which the safetensors format has no code: convert it before saving",
-                 SFT_ERROR_UNSUPPORTED_DTYPE);
-        }
-        const size_t start = dims.size();
-        append_header_shape(dims, tensor.scalar_type(), tensor.sizes(), name);
-        spans.emplace_back(start, dims.size() - start);
-        dtypes.push_back(*dtype);
-    }
-    std::vector<core::Spec> specs;
-    specs.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        specs.push_back({as_bytes(tensors[i].first), dtypes[i], {dims.data() + spans[i].first, spans[i].second}});
-    }
+    const Specs specs(tensors);
     const auto entries = entries_of(metadata);
-    return core::plan_save({specs.data(), specs.size()}, {entries.data(), entries.size()}, metadata.has_value(),
-                           as_bytes(path));
+    return core::plan_save(specs.slice(), {entries.data(), entries.size()}, metadata.has_value(), as_bytes(path));
 }
 
 class FileSink final : public Sink {
@@ -178,6 +136,48 @@ void check_saveable(const NamedTensors& tensors) {
         refuse_not_contiguous(tensors);
         refuse_without_data(tensors);
     }
+}
+
+Specs::Specs(const NamedTensors& tensors) {
+    std::vector<std::pair<size_t, size_t>> spans;
+    std::vector<uint8_t> dtypes;
+    spans.reserve(tensors.size());
+    dtypes.reserve(tensors.size());
+    for (const auto& [name, tensor] : tensors) {
+        const auto dtype = from_torch(tensor.scalar_type());
+        if (!dtype) {
+            fail(Kind::safetensor,
+                 "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
+                     ", for which the safetensors format has no code: convert it before saving",
+                 SFT_ERROR_UNSUPPORTED_DTYPE);
+        }
+        const size_t start = dims_.size();
+        append_header_shape(dims_, tensor.scalar_type(), tensor.sizes(), name);
+        spans.emplace_back(start, dims_.size() - start);
+        dtypes.push_back(*dtype);
+    }
+    specs_.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        specs_.push_back({as_bytes(tensors[i].first), dtypes[i], {dims_.data() + spans[i].first, spans[i].second}});
+    }
+}
+
+rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
+    const auto copy = [](const std::string& text) {
+        rust::Vec<uint8_t> bytes;
+        bytes.reserve(text.size());
+        for (const char c : text) {
+            bytes.push_back(static_cast<uint8_t>(c));
+        }
+        return bytes;
+    };
+    rust::Vec<core::Entry> entries;
+    if (metadata) {
+        for (const auto& entry : *metadata) {
+            entries.push_back({copy(entry.key()), copy(entry.value())});
+        }
+    }
+    return entries;
 }
 
 PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path)

@@ -9,6 +9,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpp/deadline.h"
 #include "cpp/download.h"
@@ -22,6 +24,25 @@ using Metadata = c10::Dict<std::string, std::string>;
 // Fails where a tensor cannot be saved: not strided, shared memory, not contiguous, without data - in this order, so
 // that the error is the same whichever function is asked.
 void check_saveable(const NamedTensors& tensors);
+
+// What the core is to know of tensors: names, dtypes and shapes. Their names must live as long as this.
+class Specs {
+  public:
+    // Fails, naming the tensor, for a dtype or a shape that the format has not.
+    explicit Specs(const NamedTensors& tensors);
+    Specs(const Specs&) = delete;
+    Specs& operator=(const Specs&) = delete;
+
+    rust::Slice<const core::Spec> slice() const { return {specs_.data(), specs_.size()}; }
+
+  private:
+    // All shapes in one array, which the specs point into.
+    std::vector<uint64_t> dims_;
+    std::vector<core::Spec> specs_;
+};
+
+// Text entries for the core; none where there is no metadata.
+rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata);
 
 // A save that has been checked and laid out, and that can be written: `torch.classes.safetensors_torch.PendingSave`.
 class PendingSave : public torch::CustomClassHolder {

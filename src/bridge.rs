@@ -4,9 +4,11 @@
 //! Calls go from C++ to Rust only. An `Err` arrives in C++ as `rust::Error`, its text `CODE ERRNO MESSAGE`.
 
 mod checkpoint;
+mod edit;
 mod feed;
 mod file;
 mod save;
+mod stream;
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -20,9 +22,11 @@ use crate::source::Mapping;
 use checkpoint::{
     Checkpoint, ShardPlan, ShardedWriter, commit_shards, create_shards, open_checkpoint, plan_shards,
 };
+use edit::{MetadataEdit, begin_edit};
 use feed::Feed;
 use file::{File, Loading, open_file, open_memory, release_block, release_mapping};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
+use stream::{StreamWriter, TensorWriter, create_stream, finish_tensor};
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
@@ -68,6 +72,15 @@ mod ffi {
         progress: Progress,
         slab: usize,
         parts: Vec<Part>,
+    }
+
+    /// Where changed metadata is written.
+    #[repr(u8)]
+    enum EditMode {
+        /// In place where that is possible, else anew.
+        Auto,
+        InPlace,
+        Rewrite,
     }
 
     /// Which tensor of which file.
@@ -224,6 +237,46 @@ mod ffi {
         type MemoryWriter;
         unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;
         fn write(self: &mut MemoryWriter, pieces: &[Piece]) -> Result<()>;
+    }
+
+    // Files that are written tensor by tensor, by any thread.
+    extern "Rust" {
+        type StreamWriter;
+        fn create_stream(
+            specs: &[Spec],
+            metadata: &[Entry],
+            has_metadata: bool,
+            path: &[u8],
+            sync: bool,
+        ) -> Result<Box<StreamWriter>>;
+        fn begin(self: &StreamWriter, spec: &Spec) -> Result<Box<TensorWriter>>;
+        fn missing(self: &StreamWriter) -> Vec<String>;
+        fn is_open(self: &StreamWriter) -> bool;
+        fn commit(self: &StreamWriter) -> Result<()>;
+        fn discard(self: &StreamWriter);
+
+        type TensorWriter;
+        fn write(self: &mut TensorWriter, pieces: &[Piece]) -> Result<()>;
+        fn finish_tensor(writer: Box<TensorWriter>) -> Result<()>;
+    }
+
+    // Changes of the metadata of a file.
+    extern "Rust" {
+        type MetadataEdit;
+        fn begin_edit(
+            path: &[u8],
+            set: &[Entry],
+            removed: &[Piece],
+            mode: EditMode,
+            reserve: u64,
+            sync: bool,
+        ) -> Result<Box<MetadataEdit>>;
+        /// Goes on until all is done, or `milliseconds` have passed; whether all is.
+        fn advance(self: &mut MetadataEdit, milliseconds: u64) -> Result<bool>;
+        fn total_bytes(self: &MetadataEdit) -> u64;
+        fn done_bytes(self: &MetadataEdit) -> u64;
+        /// What the file has once it is done.
+        fn metadata(self: &MetadataEdit) -> Vec<Entry>;
     }
 
     extern "Rust" {

@@ -65,6 +65,39 @@ struct SaveOptions {
     Progress progress = {};
 };
 
+/// A tensor that is to be written, without its data.
+struct TensorSpec {
+    /// Its dtype.
+    at::ScalarType dtype = at::kFloat;
+    /// Its shape, as torch has it.
+    std::vector<int64_t> shape = {};
+};
+
+/// Such tensors by name.
+using TensorSpecs = std::map<std::string, TensorSpec>;
+
+/// How a file is written tensor by tensor.
+struct StreamOptions {
+    /// As in SaveOptions, of the commit.
+    bool durable = false;
+};
+
+/// New text for keys of the metadata; without a value, the key is removed.
+using MetadataChanges = std::map<std::string, std::optional<std::string>>;
+
+/// How metadata is changed.
+struct EditOptions {
+    /// Without a value, the header is written over the old one where there is room, the file is writable, and it has no
+    /// other name (hard link); otherwise the file is written anew. True never writes it anew, false always.
+    std::optional<bool> in_place = std::nullopt;
+    /// Bytes of the header that are to be left for later edits, at least: a file that is written anew has them.
+    int64_t reserve = 0;
+    /// As in SaveOptions.
+    bool durable = false;
+    /// As in SaveOptions; its bytes are those that are written.
+    Progress progress = {};
+};
+
 /// How a checkpoint is divided into files, and written.
 struct ShardedSaveOptions {
     /// The most bytes of tensors in one file, 1 or more; a tensor that is larger has a file of its own.

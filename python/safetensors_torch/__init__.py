@@ -16,9 +16,11 @@ _loader.ensure_loaded()
 from . import _fake  # noqa: E402, F401
 from ._errors import SafetensorError  # noqa: E402
 from ._ops import load, load_file, save, save_file  # noqa: E402
+from .metadata import edit_metadata  # noqa: E402
 from .model import load_model, save_model  # noqa: E402
 from .patch import patch_safetensors, unpatch_safetensors  # noqa: E402
 from .safe_open import safe_open  # noqa: E402
+from .safe_writer import SafeWriter  # noqa: E402
 from .sharded import load_sharded, save_sharded  # noqa: E402
 from .transfer import (  # noqa: E402
     TransferOptions,
@@ -36,10 +38,12 @@ cmake_prefix_path: str = str(_loader.NATIVE)
 include_path: str = str(_loader.NATIVE / "include")
 
 __all__ = [
+    "SafeWriter",
     "SafetensorError",
     "TransferOptions",
     "__version__",
     "cmake_prefix_path",
+    "edit_metadata",
     "include_path",
     "load",
     "load_file",

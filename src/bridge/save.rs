@@ -19,20 +19,27 @@ pub fn plan_save(
     has_metadata: bool,
     path: &[u8],
 ) -> Result<Box<SavePlan>> {
-    let mut tensors = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let name = as_text("tensor name", spec.name)?;
-        let dtype = Dtype::from_number(u32::from(spec.dtype)).expect("cpp/ takes numbers from dtype_number");
-        tensors.push(TensorSpec { name, dtype, shape: spec.shape });
-    }
-    let mut entries = Metadata::new();
-    for Entry { key, value } in metadata {
-        let key = as_text("metadata key", key)?;
-        entries.insert(key.to_owned(), as_text("metadata value", value)?.to_owned());
-    }
+    let tensors = specs.iter().map(as_spec).collect::<Result<Vec<TensorSpec<'_>>>>()?;
+    let entries = as_metadata(metadata)?;
     let layout = Layout::plan(&tensors, has_metadata.then_some(&entries), DEFAULT_ALIGNMENT);
     let in_file = |error: Error| if path.is_empty() { error } else { error.in_file(as_path(path)) };
     Ok(Box::new(SavePlan(layout.map_err(in_file)?)))
+}
+
+/// A tensor as the core describes it.
+pub(super) fn as_spec<'a>(spec: &Spec<'a>) -> Result<TensorSpec<'a>> {
+    let name = as_text("tensor name", spec.name)?;
+    let dtype = Dtype::from_number(u32::from(spec.dtype)).expect("cpp/ takes numbers from dtype_number");
+    Ok(TensorSpec { name, dtype, shape: spec.shape })
+}
+
+pub(super) fn as_metadata(entries: &[Entry]) -> Result<Metadata> {
+    let mut metadata = Metadata::new();
+    for Entry { key, value } in entries {
+        let key = as_text("metadata key", key)?;
+        metadata.insert(key.to_owned(), as_text("metadata value", value)?.to_owned());
+    }
+    Ok(metadata)
 }
 
 impl SavePlan {

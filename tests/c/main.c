@@ -68,6 +68,8 @@ int main(int argc, char** argv) {
     test_version_and_status();
     test_dtypes();
     test_writing();
+    test_streams();
+    test_edits();
     test_reading();
     test_prefault();
     test_slices();

@@ -1,0 +1,44 @@
+// Files that are written tensor by tensor.
+#pragma once
+
+#include <torch/custom_class.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpp/save.h"
+
+namespace safetensors_torch {
+
+// A file whose tensors are declared first and then given in any order, by any thread:
+// `torch.classes.safetensors_torch.StreamWriter`. Without a commit, the target stays as it was.
+class StreamWriter : public torch::CustomClassHolder {
+  public:
+    // Begins the file at `path`. Of `specs`, tensors of any device, only dtypes and shapes count.
+    StreamWriter(std::string path, const NamedTensors& specs, const std::optional<Metadata>& metadata, bool durable);
+
+    // Checks the tensor, as every save does, and begins to write it. It is written once the result has advanced to its
+    // end; cancelled or dropped before, it can be given again.
+    c10::intrusive_ptr<PendingSave> start_write(const std::string& name, const at::Tensor& tensor) const;
+
+    // The names of tensors that were not given yet, in file order.
+    std::vector<std::string> missing() const;
+
+    bool is_open() const { return writer_->is_open(); }
+
+    // Fails, and stays open, where a tensor is missing.
+    void commit() const { writer_->commit(); }
+
+    void discard() const { writer_->discard(); }
+
+  private:
+    std::string path_;
+    rust::Box<core::StreamWriter> writer_;
+};
+
+// Tells torch of the class.
+void register_stream_writer(torch::Library& library);
+
+}  // namespace safetensors_torch

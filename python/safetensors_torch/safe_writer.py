@@ -1,0 +1,162 @@
+"""SafeWriter: a safetensors file that is written tensor by tensor.
+
+Owns the Python face of the native class StreamWriter, and what a declaration may look like. Which tensors were given,
+and where they go, is the native library's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from operator import index
+from types import TracebackType
+from typing import Any, Optional, Union
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ._arguments import Path, check_flag, encode_path
+from ._errors import SafetensorError, call
+from ._ops import _check, _check_metadata, _check_text
+from ._steps import run
+
+# How a tensor is declared: by dtype and shape, or by one that has them.
+Spec = Union[torch.Tensor, tuple[torch.dtype, Iterable[int]]]
+
+
+def _empty(name: str, spec: Any) -> torch.Tensor:
+    """A tensor without data that has the dtype and the shape of ``spec``."""
+    dtype, shape = (spec.dtype, spec.shape) if isinstance(spec, torch.Tensor) else _pair(name, spec)
+    try:
+        sizes = (index(shape),) if isinstance(shape, Integral) else tuple(map(index, shape))
+    except TypeError:
+        raise TypeError(f"tensor {name!r}: a shape is made of ints, not {shape!r}") from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"tensor {name!r}: the shape {shape!r} has a negative size")
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
+    if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
+        return spec[0], spec[1]
+    raise TypeError(f"tensor {name!r}: declare it as (dtype, shape), or by a tensor, not by {spec!r}")
+
+
+class SafeWriter:
+    """A safetensors file that is written tensor by tensor, so that no more than one has to be in memory.
+
+    A context manager. Leaving it commits: the file appears, complete, under its name. Leaving it by an exception, or
+    without all tensors, discards: what was there before stays as it was, and nothing is left beside it. The bytes are
+    those that save_file writes for the same tensors, in whatever order they are given.
+
+    Several threads may write different tensors at once.
+
+    Args:
+        filename: the file, replaced if it exists; str, bytes or os.PathLike.
+        tensors: for each name the dtype and the shape, as a pair or as a tensor that has them, which may be one on the
+            meta device.
+        metadata: as for save_file.
+        durable: as for save_file.
+
+    Raises:
+        OSError: the file cannot be written, or there is no space for all of it.
+        SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
+        ValueError: a negative size.
+        TypeError: a name that is no str, a declaration that is none, or another argument of another type.
+        UnicodeEncodeError: a name, or an entry of the metadata, with a lone surrogate.
+    """
+
+    def __init__(
+        self,
+        filename: Path,
+        tensors: Mapping[str, Spec],
+        metadata: Optional[dict[str, str]] = None,
+        *,
+        durable: bool = False,
+    ) -> None:
+        self._filename = filename
+        self._open: Optional[Any] = None
+        check_flag(durable, "durable")
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
+        for name in tensors:
+            _check_text(name, f"the key {name!r}")
+        if metadata is not None:
+            _check_metadata(metadata)
+        path = encode_path(filename)
+        with _disable_current_modes():
+            specs = [_empty(name, spec) for name, spec in tensors.items()]
+            native = torch.classes.safetensors_torch.StreamWriter
+            self._open = call(native, path, list(tensors), specs, metadata, durable)
+
+    def __enter__(self) -> SafeWriter:
+        self._native()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if self._open is None:
+            return
+        if exc_type is not None:
+            self.discard()
+            return
+        try:
+            self.commit()
+        finally:
+            self.discard()
+
+    def __repr__(self) -> str:
+        return f"<SafeWriter {self._filename!r}, {'closed' if self._open is None else 'open'}>"
+
+    def _native(self) -> Any:
+        native = self._open
+        if native is None:
+            raise SafetensorError("File is closed")
+        return native
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor, which has the dtype and the shape that were declared, from whatever device.
+
+        If this fails, or is interrupted, the tensor may be given again.
+
+        Raises:
+            SafetensorError: a name that was not declared, another dtype or shape than was declared, a tensor that was
+                given before, or the file is closed.
+            ValueError, RuntimeError, TypeError: as for save_file, for what it refuses of a tensor. That tensors share
+                memory is not found out: each is written by itself.
+            OSError: the file cannot be written.
+        """
+        native = self._native()
+        _check({name: tensor}, None)
+        with _disable_current_modes():
+            pending = call(native.start_write, name, tensor)
+            run(pending, pending.size, None, "save")
+
+    def missing(self) -> list[str]:
+        """The names of the tensors that were not given yet, in the order of their data in the file."""
+        return call(self._native().missing)
+
+    def commit(self) -> None:
+        """Puts the file under its name, and closes this; no tensor may be missing.
+
+        Raises:
+            SafetensorError: tensors are missing, which it lists, or another thread is still writing one: this stays
+                open. Or the file is closed.
+            OSError: the file cannot be written.
+        """
+        native = self._native()
+        try:
+            call(native.commit)
+        finally:
+            if not native.is_open():
+                self._open = None
+
+    def discard(self) -> None:
+        """Gives the file up, and closes this; what was there before stays as it was. Does nothing once it is closed."""
+        native, self._open = self._open, None
+        if native is not None:
+            native.discard()

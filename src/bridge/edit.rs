@@ -1,0 +1,54 @@
+//! Changes of the metadata of a file.
+
+use std::time::{Duration, Instant};
+
+use super::ffi::{EditMode, Entry, Piece};
+use super::save::as_metadata;
+use super::{Result, as_path, as_text};
+use crate::edit::{self, EditOptions};
+
+/// An edit that is under way, as C++ sees it.
+pub struct MetadataEdit(edit::MetadataEdit);
+
+pub fn begin_edit(
+    path: &[u8],
+    set: &[Entry],
+    removed: &[Piece<'_>],
+    mode: EditMode,
+    reserve: u64,
+    sync: bool,
+) -> Result<Box<MetadataEdit>> {
+    let mut changes: edit::MetadataChanges =
+        as_metadata(set)?.into_iter().map(|(key, value)| (key, Some(value))).collect();
+    for key in removed {
+        changes.insert(as_text("metadata key", key.bytes)?.to_owned(), None);
+    }
+    let in_place = match mode {
+        EditMode::InPlace => Some(true),
+        EditMode::Rewrite => Some(false),
+        _ => None,
+    };
+    let options = EditOptions { in_place, reserve, sync };
+    Ok(Box::new(MetadataEdit(edit::MetadataEdit::begin(as_path(path), &changes, options)?)))
+}
+
+impl MetadataEdit {
+    pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
+        // Without an end where the clock cannot tell it.
+        let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
+        Ok(self.0.advance(until)?)
+    }
+
+    pub fn total_bytes(&self) -> u64 {
+        self.0.total_bytes()
+    }
+
+    pub fn done_bytes(&self) -> u64 {
+        self.0.done_bytes()
+    }
+
+    pub fn metadata(&self) -> Vec<Entry> {
+        let entries = self.0.metadata().into_iter().flatten();
+        entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
+    }
+}
