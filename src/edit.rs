@@ -123,8 +123,9 @@ impl MetadataEdit {
         let has_room = needed <= header.data_start();
         if options.in_place == Some(true) && !has_room {
             let detail = format!(
-                "the new header needs {needed} bytes, {} of them for later edits, but the old one has {}: let the \
+                "the new header takes {} bytes, and {} are to be left for later edits, but the old one has {}: let the \
                  file be written anew",
+                open.len(),
                 options.reserve,
                 header.data_start()
             );

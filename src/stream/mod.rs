@@ -264,7 +264,7 @@ impl Shared {
         let more = missing.len().saturating_sub(LISTED);
         let more = if more > 0 { format!(", and {more} more") } else { String::new() };
         let detail = format!(
-            "{} of {} tensors were declared but not written, or not all of them: {}{more}; write them before the commit",
+            "{} of {} tensors are missing, or parts of them: {}{more}; write them before the commit",
             missing.len(),
             self.tensors.len(),
             names.join(", ")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safetensors_torch import load, load_file, load_model, save, save_file
+from safetensors_torch import SafeWriter, edit_metadata, load, load_file, load_model, save, save_file
 
 BYTES = 300 * 2**20  # long enough for many turns of another thread
 
@@ -28,8 +28,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def write_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with SafeWriter(path, tensors) as writer:
+        writer.write("weight", tensors["weight"])
+
+
 @pytest.fixture(scope="module")
 def works(file: Path) -> dict[str, Callable[[], object]]:
+    save_file({"weight": torch.ones(BYTES // 4)}, file.with_name("edited"))
     model, data, tensors = One(), file.read_bytes(), {"weight": torch.ones(BYTES // 4)}
     return {
         "load_file": lambda: load_file(file, backend="pread"),
@@ -37,10 +43,15 @@ def works(file: Path) -> dict[str, Callable[[], object]]:
         "load_model": lambda: load_model(model, file),
         "save": lambda: save(tensors),
         "save_file": lambda: save_file(tensors, file.with_name("saved")),
+        "SafeWriter": lambda: write_one(file.with_name("written"), tensors),
+        "edit_metadata": lambda: edit_metadata(file.with_name("edited"), {}, in_place=False),
     }
 
 
-@pytest.mark.parametrize("name", ["load_file", "load", "load_model", "save", "save_file"])
+NAMES = ["load_file", "load", "load_model", "save", "save_file", "SafeWriter", "edit_metadata"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_other_threads_run_meanwhile(name: str, works: dict[str, Callable[[], object]]) -> None:
     ticks: list[float] = []
     done = threading.Event()

@@ -83,13 +83,24 @@ SIGNATURES = {
     "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
     "patch_safetensors": [],
     "unpatch_safetensors": [],
+    "SafeWriter": [("filename", REQUIRED), ("tensors", REQUIRED), ("metadata", None), "*", ("durable", False)],
+    "edit_metadata": [
+        ("filename", REQUIRED),
+        ("changes", REQUIRED),
+        "*",
+        ("in_place", None),
+        ("reserve", 0),
+        ("durable", False),
+        ("progress", None),
+    ],
     "transfer_options": [],
     "set_transfer_options": ["*", ("ring_bytes", None), ("threads", None)],
     "reserve_transfer_memory": [("nbytes", REQUIRED)],
     "release_transfer_memory": [],
     "transfer_memory": [],
 }
-FUNCTIONS = [name for name in SIGNATURES if name != "safe_open"]
+CLASSES = ["safe_open", "SafeWriter"]
+FUNCTIONS = [name for name in SIGNATURES if name not in CLASSES]
 
 
 def described(function: object) -> list[object]:
@@ -134,8 +145,16 @@ def test_type_hints_of_safe_open_resolve(method: str) -> None:
     assert set(hints) >= {parameter.name for parameter in parameters if parameter.kind not in variadic} | {"return"}
 
 
-def test_safe_open_is_a_class() -> None:
-    assert inspect.isclass(safetensors_torch.safe_open)
+@pytest.mark.parametrize("method", "__init__ __enter__ __exit__ write missing commit discard".split())
+def test_type_hints_of_safe_writer_resolve(method: str) -> None:
+    function = getattr(safetensors_torch.SafeWriter, method)
+    parameters = set(inspect.signature(function).parameters) - {"self"}
+    assert set(typing.get_type_hints(function)) == parameters | {"return"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_opened_is_a_class(name: str) -> None:
+    assert inspect.isclass(getattr(safetensors_torch, name))
 
 
 def test_error_class_catches_what_the_package_raises_and_nothing_wider() -> None:

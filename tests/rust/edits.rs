@@ -112,7 +112,7 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
         edit_metadata(&path, &changes(&[]), options),
         ErrorKind::InvalidArgument,
         &path,
-        "5000 of them",
+        "5000 are to be left",
     );
     assert_eq!(inode(&path), before);
     assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);

@@ -120,12 +120,7 @@ fn what_is_refused_names_file_and_tensor() {
     assert_error(writer.write("none", &[]), ErrorKind::Duplicate, &path, "\"none\"");
 
     assert_eq!(writer.missing(), ["floats"]);
-    assert_error(
-        writer.commit(),
-        ErrorKind::DataLength,
-        &path,
-        "1 of 3 tensors were declared but not written",
-    );
+    assert_error(writer.commit(), ErrorKind::DataLength, &path, "1 of 3 tensors are missing");
     // It can be given after that.
     writer.write_part("floats", 4, &[3; 20]).expect("written");
     assert_error(writer.commit(), ErrorKind::DataLength, &path, "\"floats\"");
