@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The threads of the core under ThreadSanitizer: its unit tests and those of the feed.
+# The threads of the core under ThreadSanitizer: its unit tests, and those of the feed and of streams.
 #
 # The stable compiler has the sanitizer's runtime, but asks to be told that its user knows it may change. Its standard
 # library is not instrumented: what that orders, the sanitizer knows (threads begin and end in libpthread), or
@@ -14,5 +14,6 @@ fi
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg tsan"
 export TSAN_OPTIONS="suppressions=$PWD/tests/rust/tsan.suppressions"
-cargo test --quiet --locked --no-default-features --target "$target" --target-dir target/tsan --lib --test feed -- \
+cargo test --quiet --locked --no-default-features --target "$target" --target-dir target/tsan --lib --test feed \
+    --test streams -- \
     --test-threads=1
