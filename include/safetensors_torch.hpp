@@ -31,8 +31,8 @@
 ///
 /// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp, tensor by
 /// tensor in stream.hpp, changing metadata in metadata.hpp, checkpoints of several files in sharded.hpp, modules in
-/// model.hpp, other maps of tensors in maps.hpp, memory for devices in transfer.hpp, all options in types.hpp, errors in
-/// error.hpp. This header includes them.
+/// model.hpp, other maps of tensors in maps.hpp, memory for devices in transfer.hpp, all options in types.hpp, errors
+/// in error.hpp. This header includes them.
 #pragma once
 
 #include <ATen/ATen.h>

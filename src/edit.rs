@@ -93,7 +93,7 @@ enum Work {
     /// To copy the data behind the header that is in the new file already.
     Copy {
         file: AtomicFile,
-        source: TensorFile,
+        source: Box<TensorFile>,
         data_start: u64,
     },
 }
@@ -159,7 +159,7 @@ impl MetadataEdit {
         let mut file = AtomicFile::create(path, edit.total_bytes)?;
         file.write([&new[..]])?;
         edit.done_bytes = new.len() as u64;
-        edit.work = Work::Copy { file, source, data_start };
+        edit.work = Work::Copy { file, source: Box::new(source), data_start };
         Ok(edit)
     }
 
