@@ -43,11 +43,15 @@ StreamWriter::StreamWriter(std::string path, const NamedTensors& specs, const st
                            bool durable)
     : path_(std::move(path)), writer_(create(path_, specs, metadata, durable)) {}
 
-c10::intrusive_ptr<PendingSave> StreamWriter::start_write(const std::string& name, const at::Tensor& tensor) const {
+std::optional<c10::intrusive_ptr<PendingSave>> StreamWriter::write(const std::string& name, const at::Tensor& tensor,
+                                                                   Deadline until) const {
     const NamedTensors one{{name, tensor}};
     auto save = c10::make_intrusive<PendingSave>(one, std::nullopt, path_);
     const Specs specs(one);
     save->start(std::make_unique<TensorSink>(writer_->begin(specs.slice()[0])));
+    if (save->advance(until)) {
+        return std::nullopt;
+    }
     return save;
 }
 
@@ -76,9 +80,9 @@ void register_stream_writer(torch::Library& library) {
                 return c10::make_intrusive<StreamWriter>(path, named, metadata, durable);
             });
         }))
-        .def("start_write",
-             [](const Self& self, const std::string& name, const at::Tensor& tensor) {
-                 return guarded([&] { return self->start_write(name, tensor); });
+        .def("write",
+             [](const Self& self, const std::string& name, const at::Tensor& tensor, double seconds) {
+                 return guarded([&] { return self->write(name, tensor, Deadline::in(seconds)); });
              })
         .def("missing", [](const Self& self) { return guarded([&] { return self->missing(); }); })
         .def("is_open", [](const Self& self) { return self->is_open(); })

@@ -19,9 +19,10 @@ class StreamWriter : public torch::CustomClassHolder {
     // Begins the file at `path`. Of `specs`, tensors of any device, only dtypes and shapes count.
     StreamWriter(std::string path, const NamedTensors& specs, const std::optional<Metadata>& metadata, bool durable);
 
-    // Checks the tensor, as every save does, and begins to write it. It is written once the result has advanced to its
-    // end; cancelled or dropped before, it can be given again.
-    c10::intrusive_ptr<PendingSave> start_write(const std::string& name, const at::Tensor& tensor) const;
+    // Checks the tensor, as every save does, and writes it. Where the time is up before all of it is written, gives
+    // what goes on with it; that being cancelled or dropped before its end, the tensor can be given again.
+    std::optional<c10::intrusive_ptr<PendingSave>> write(const std::string& name, const at::Tensor& tensor,
+                                                         Deadline until) const;
 
     // The names of tensors that were not given yet, in file order.
     std::vector<std::string> missing() const;

@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 
-#include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -50,8 +50,7 @@ class StreamWriter {
     /// save_file refuses of a tensor by itself; after the commit; when the operating system refuses. That tensors
     /// share memory is not found out: each is written by itself.
     void write(const std::string& name, const at::Tensor& tensor) {
-        const detail::Object pending = call("start_write", name, tensor).toObject();
-        detail::run(pending, detail::call_method(pending, "size").toInt(), {});
+        call("write", name, tensor, std::numeric_limits<double>::infinity());
     }
 
     /// The names of the tensors that were not given yet, in the order of the data in the file.

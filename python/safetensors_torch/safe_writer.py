@@ -7,6 +7,7 @@ and where they go, is the native library's business.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from numbers import Integral
 from operator import index
 from types import TracebackType
@@ -17,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Path, check_flag, encode_path
 from ._errors import SafetensorError, call
-from ._ops import _check, _check_metadata, _check_text
-from ._steps import run
+from ._ops import _check, _check_metadata, _check_text, _is_traced
+from ._steps import STEP, run
 
 # How a tensor is declared: by dtype and shape, or by one that has them.
 Spec = Union[torch.Tensor, tuple[torch.dtype, Iterable[int]]]
@@ -132,9 +133,10 @@ class SafeWriter:
         """
         native = self._native()
         _check({name: tensor}, None)
-        with _disable_current_modes():
-            pending = call(native.start_write, name, tensor)
-            run(pending, pending.size, None, "save")
+        with _disable_current_modes() if _is_traced() else nullcontext():
+            pending = call(native.write, name, tensor, STEP)
+            if pending is not None:
+                run(pending, pending.size, None, "save")
 
     def missing(self) -> list[str]:
         """The names of the tensors that were not given yet, in the order of their data in the file."""
