@@ -80,7 +80,7 @@ def select(file: Any, names: Names) -> Optional[list[str]]:
         raise TypeError(f"names must be a list of names, or a function of a name, not {names!r} alone")
     chosen = list(names)
     for name in chosen:
-        _check_text(name, f"the name {name!r}")
+        check_text(name, f"the name {name!r}")
     return chosen
 
 
@@ -354,11 +354,11 @@ def check_tensors(tensors: Any, metadata: Any) -> None:
         # One pass in C over every name, instead of two checks for each.
         "".join(tensors).encode()
         if metadata is not None:
-            _check_metadata(metadata)
+            check_metadata(metadata)
     except (TypeError, UnicodeEncodeError):
         _check_memory(_with_printable_names(tensors))
         for name in tensors:
-            _check_text(name, f"the key {name!r}")
+            check_text(name, f"the key {name!r}")
         raise
     if fake:
         _check_memory(tensors)
@@ -370,15 +370,15 @@ def _check_memory(tensors: dict[str, torch.Tensor]) -> None:
         call(_check_save, tensors)
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
     for key, value in metadata.items():
-        _check_text(key, f"the metadata key {key!r}")
-        _check_text(value, f"the metadata value of {key!r}")
+        check_text(key, f"the metadata key {key!r}")
+        check_text(value, f"the metadata value of {key!r}")
 
 
-def _check_text(text: Any, what: str) -> None:
+def check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{what} must be a str, not {type(text).__name__}")
     text.encode()

@@ -13,7 +13,7 @@ import torch
 from ._arguments import Path, check_flag, encode_path
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import _check_text
+from ._ops import check_text
 from ._steps import Progress, check_progress, run
 
 
@@ -53,13 +53,18 @@ def edit_metadata(
         TypeError: an argument of another type.
         UnicodeEncodeError: a text with a lone surrogate.
         ImportError: progress=True without tqdm.
+
+    Example:
+        >>> save_file({"x": torch.zeros(1)}, path, {"epoch": "1", "note": "first"})
+        >>> edit_metadata(path, {"epoch": "2", "note": None})
+        {'epoch': '2'}
     """
     if not isinstance(changes, Mapping):
         raise TypeError(f"changes must map keys to str or None, not {type(changes).__name__}")
     for key, value in changes.items():
-        _check_text(key, f"the metadata key {key!r}")
+        check_text(key, f"the metadata key {key!r}")
         if value is not None:
-            _check_text(value, f"the metadata value of {key!r}")
+            check_text(value, f"the metadata value of {key!r}")
     if in_place is not None:
         check_flag(in_place, "in_place")
     if not isinstance(reserve, int) or isinstance(reserve, bool):

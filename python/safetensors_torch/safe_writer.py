@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Path, check_flag, encode_path
 from ._errors import SafetensorError, call
-from ._ops import _check, _check_metadata, _check_text, _is_traced
+from ._ops import check_metadata, check_tensors, check_text, is_traced
 from ._steps import STEP, run
 
 # How a tensor is declared: by dtype and shape, or by one that has them.
@@ -65,6 +65,15 @@ class SafeWriter:
         ValueError: a negative size.
         TypeError: a name that is no str, a declaration that is none, or another argument of another type.
         UnicodeEncodeError: a name, or an entry of the metadata, with a lone surrogate.
+
+    Example:
+        >>> with SafeWriter(path, {"a": (torch.float32, (2,)), "b": torch.empty(3, device="meta")}) as writer:
+        ...     writer.write("b", torch.ones(3))
+        ...     writer.missing()
+        ...     writer.write("a", torch.zeros(2))
+        ['a']
+        >>> load_file(path)
+        {'a': tensor([0., 0.]), 'b': tensor([1., 1., 1.])}
     """
 
     def __init__(
@@ -81,9 +90,9 @@ class SafeWriter:
         if not isinstance(tensors, Mapping):
             raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
         for name in tensors:
-            _check_text(name, f"the key {name!r}")
+            check_text(name, f"the key {name!r}")
         if metadata is not None:
-            _check_metadata(metadata)
+            check_metadata(metadata)
         path = encode_path(filename)
         with _disable_current_modes():
             specs = [_empty(name, spec) for name, spec in tensors.items()]
@@ -132,8 +141,8 @@ class SafeWriter:
             OSError: the file cannot be written.
         """
         native = self._native()
-        _check({name: tensor}, None)
-        with _disable_current_modes() if _is_traced() else nullcontext():
+        check_tensors({name: tensor}, None)
+        with _disable_current_modes() if is_traced() else nullcontext():
             pending = call(native.write, name, tensor, STEP)
             if pending is not None:
                 run(pending, pending.size, None, "save")
