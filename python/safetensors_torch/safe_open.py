@@ -1,13 +1,12 @@
 """safe_open: an open safetensors file, read tensor by tensor or slice by slice.
 
-Owns the Python face of the native class File and the meaning of ``get_slice(name)[index]``. It reads nothing itself
-and computes no offset: an index becomes one range for each dimension, and File knows the bytes behind it.
+Owns the Python face of the native class File and of a slice. It reads nothing itself and computes no offset: _index
+makes one range for each dimension of an index, and File knows the bytes behind those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Integral
 from types import TracebackType
 from typing import Any, Optional
 
@@ -15,6 +14,7 @@ import torch
 
 from ._arguments import Device, Path, to_device
 from ._errors import SafetensorError, call
+from ._index import bounding_box
 from ._ops import open_file
 from ._steps import run
 
@@ -162,8 +162,9 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 class PySafeSlice:
     """A tensor in an open file, to be read in part: ``[index]`` gives what the tensor itself would give.
 
-    With the backend "pread", an index of ints, slices and ``...`` reads only the bytes that it selects. Any other
-    index (None, a bool, a list, a tensor) reads the whole tensor first.
+    With the backend "pread", and on other devices than the CPU, an index of ints, slices, ``...``, None and bools reads
+    only the bytes that it selects. A list of ints or a tensor beside those takes its dimensions whole, the other items
+    narrow theirs all the same. Any other index (a list of lists, an array) reads the whole tensor first.
     """
 
     def __init__(self, file: Any, name: str, device: torch.device, backend: str) -> None:
@@ -191,21 +192,19 @@ class PySafeSlice:
             IndexError, ValueError, TypeError: what torch raises for this index and shape.
             SafetensorError: torch has no such dtype, or the file shrank meanwhile.
         """
-        items = index if isinstance(index, tuple) else (index,)
-        if not all(map(_is_basic, items)):
-            return _get_tensor(self._file, self._name, self._device)[index]
         if self._backend == "mmap" and self._device.type == "cpu":
             # A view of the mapping: only the pages that it touches are read.
             return call(self._file.get_tensor, self._name, self._device)[index]
-        shape = call(self._file.tensor_shape, self._name)
-        # Torch itself judges the index, so that its exceptions are the ones raised, and gives the shape.
-        result_shape = torch.empty(shape, device="meta")[index].shape
-        # An empty result needs no bytes, wherever it lies.
-        ranges = _ranges(items, shape) if 0 not in result_shape else [(0, 0, 1)] * len(shape)
-        starts, stops, steps = ([r[i] for r in ranges] for i in range(3))
-        pending = call(self._file.start_slice, self._name, starts, stops, steps, self._device)
+        like = call(self._file.get_tensor, self._name, torch.device("meta"))
+        items = index if isinstance(index, tuple) else (index,)
+        box = bounding_box(items, like.shape, is_packed=list(like.shape) != self._shape)
+        if box is None:
+            # Torch refuses here what it refuses, before anything is read: this has the shape, and no memory.
+            torch.empty((), dtype=like.dtype, device=self._device).expand(like.shape)[index]
+            return _get_tensor(self._file, self._name, self._device)[index]
+        pending = call(self._file.start_slice, self._name, box.starts, box.stops, box.steps, self._device)
         run(pending, pending.total, None, "load")
-        return call(pending.result).view(result_shape)
+        return call(pending.result)[box.rest]
 
 
 def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
@@ -216,30 +215,3 @@ def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
     run(pending, pending.total, None, "load")
     _, (tensor,) = call(pending.result)
     return tensor
-
-
-def _is_basic(item: Any) -> bool:
-    if isinstance(item, slice):
-        return all(part is None or isinstance(part, Integral) for part in (item.start, item.stop, item.step))
-    return item is Ellipsis or (isinstance(item, Integral) and not isinstance(item, bool))
-
-
-def _ranges(items: tuple[Any, ...], shape: list[int]) -> list[tuple[int, int, int]]:
-    """An index of ints, slices and ``...``, which torch has accepted, as (start, stop, step) a dimension.
-
-    0 <= start <= stop <= size and step >= 1 for each; an int selects a range of one. The first ``...`` stands for the
-    dimensions that the other items leave, each further one for none.
-    """
-    named = [item for item in items if item is not Ellipsis]
-    at = next((i for i, item in enumerate(items) if item is Ellipsis), len(named))
-    named[at:at] = [slice(None)] * (len(shape) - len(named))
-    ranges = []
-    for item, size in zip(named, shape):
-        if isinstance(item, slice):
-            start, stop, step = item.indices(size)
-            # A step beyond the size selects the first element whatever it is, and may not fit the operators' int.
-            ranges.append((start, max(start, stop), min(step, max(size, 1))))
-        else:
-            start = int(item) + (size if item < 0 else 0)
-            ranges.append((start, start + 1, 1))
-    return ranges
