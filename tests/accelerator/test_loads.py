@@ -71,6 +71,8 @@ def test_what_was_written_to_a_mapping_is_what_the_device_gets(path: Path, tenso
         (slice(5, 3000, 7), slice(3, 4)),
         (17,),
         (..., -1),
+        (None, 17, ..., None, slice(600, None)),
+        (True, 5, [3, 9]),
         (slice(9, 9),),
     ],
     ids=repr,
