@@ -85,6 +85,19 @@ NamedTensors named(const Tensors& tensors) {
     return result;
 }
 
+NamedTensors named(std::vector<std::string> names, std::vector<at::Tensor> tensors) {
+    if (names.size() != tensors.size()) {
+        fail(Kind::value, "a save takes as many names as tensors, not " + std::to_string(names.size()) + " and " +
+                              std::to_string(tensors.size()));
+    }
+    NamedTensors result;
+    result.reserve(names.size());
+    for (size_t i = 0; i < names.size(); ++i) {
+        result.emplace_back(std::move(names[i]), std::move(tensors[i]));
+    }
+    return result;
+}
+
 Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Target target)
     : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), target_(target) {
     target_.device = with_index(target_.device);

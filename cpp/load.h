@@ -24,6 +24,9 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 // The tensors of a dict, in its order.
 NamedTensors named(const Tensors& tensors);
 
+// Each tensor under the name of its place. Fails where there are not as many of both.
+NamedTensors named(std::vector<std::string> names, std::vector<at::Tensor> tensors);
+
 // What lends tensors their memory, for files whose bytes are in memory.
 struct Lender {
     // Whether tensors may use the file's memory: it is a mapping, or bytes that `data` owns.

@@ -67,9 +67,32 @@ at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c
     });
 }
 
+// Reads only the bytes that the slice needs, and maps nothing for them.
+at::Tensor get_slice_op(const std::string& filename, const std::string& name, const std::vector<int64_t>& starts,
+                        const std::vector<int64_t>& stops, const std::optional<std::vector<int64_t>>& steps,
+                        c10::Device device) {
+    const auto file = c10::make_intrusive<File>(filename, "pread");
+    return guarded([&] {
+        return file->get_slice(name, starts, stops, steps.value_or(std::vector<int64_t>(starts.size(), 1)), device);
+    });
+}
+
+std::vector<at::Tensor> load_tensors_op(const std::string& filename, const Names& names, c10::Device device,
+                                        const std::string& backend) {
+    const auto file = c10::make_intrusive<File>(filename, backend);
+    return guarded([&] { return file->get_tensors(names, device); });
+}
+
 void save_file_op(const Tensors& tensors, const std::string& filename, const std::optional<Metadata>& metadata,
                   bool durable) {
     guarded([&] { PendingSave(named(tensors), metadata, filename).write_file(filename, durable); });
+}
+
+void save_tensors_op(const std::string& filename, Names names, std::vector<at::Tensor> tensors,
+                     const std::optional<Metadata>& metadata, bool durable) {
+    guarded([&] {
+        PendingSave(named(std::move(names), std::move(tensors)), metadata, filename).write_file(filename, durable);
+    });
 }
 
 at::Tensor save_op(const Tensors& tensors, const std::optional<Metadata>& metadata) {
@@ -184,6 +207,17 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, save_op));
     library.def(effectful(R"(get_tensor(str filename, str name, *, Device device="cpu") -> Tensor)"),
                 torch::dispatch(key, get_tensor_op));
+    // One range for each dimension of torch's shape: 0 <= start <= stop <= size, and a step of 1 or more.
+    library.def(effectful("get_slice(str filename, str name, int[] starts, int[] stops, int[]? steps=None, *, "
+                          R"(Device device="cpu") -> Tensor)"),
+                torch::dispatch(key, get_slice_op));
+    // The same as load_file and save_file without a dict of tensors, which not every compiler takes.
+    library.def(effectful(R"(load_tensors(str filename, str[] names, *, Device device="cpu", str backend="mmap") -> )"
+                          "Tensor[]"),
+                torch::dispatch(key, load_tensors_op));
+    library.def(effectful("save_tensors(str filename, str[] names, Tensor[] tensors, Dict(str, str)? metadata=None, "
+                          "*, bool durable=False) -> ()"),
+                torch::dispatch(key, save_tensors_op));
 
     // What the Python package and the C++ header are made of; no promise to anyone else.
     library.def(effectful("_load_file_lists(str filename, *, Device device, str backend, bool? prefault) -> "

@@ -242,15 +242,7 @@ void register_pending_save(torch::Library& library) {
         .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> tensors,
                             const std::optional<Metadata>& metadata, const std::string& path) {
             return guarded([&] {
-                if (names.size() != tensors.size()) {
-                    fail(Kind::value, "a save takes as many names as tensors");
-                }
-                NamedTensors named;
-                named.reserve(names.size());
-                for (size_t i = 0; i < names.size(); ++i) {
-                    named.emplace_back(std::move(names[i]), std::move(tensors[i]));
-                }
-                return c10::make_intrusive<PendingSave>(std::move(named), metadata, path);
+                return c10::make_intrusive<PendingSave>(named(std::move(names), std::move(tensors)), metadata, path);
             });
         }))
         .def("size", [](const Self& self) { return self->size(); })

@@ -36,6 +36,32 @@ def _get_tensor(filename: str, name: str, *, device: torch.device = torch.device
     return _like(_open(filename), name, device)
 
 
+def _get_slice(
+    filename: str,
+    name: str,
+    starts: list[int],
+    stops: list[int],
+    steps: Optional[list[int]] = None,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> torch.Tensor:
+    with _disable_current_modes():
+        steps = [1] * len(starts) if steps is None else steps
+        real = call(_open(filename).get_slice, name, starts, stops, steps, torch.device("meta"))
+    return torch.empty(real.shape, dtype=real.dtype, device=device)
+
+
+def _load_tensors(
+    filename: str,
+    names: list[str],
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    backend: str = "mmap",
+) -> list[torch.Tensor]:
+    file = _open(filename)
+    return [_like(file, name, device) for name in names]
+
+
 def _load_file(
     filename: str,
     *,
@@ -89,6 +115,19 @@ def _save_file(
     return None
 
 
+def _save_tensors(
+    filename: str,
+    names: list[str],
+    tensors: list[torch.Tensor],
+    metadata: Optional[dict[str, str]] = None,
+    *,
+    durable: bool = False,
+) -> None:
+    if any(type(tensor) is torch.Tensor and tensor.is_meta for tensor in tensors):
+        # No tracer asks: torch takes this kernel for tensors on the meta device, which the real one refuses.
+        call(torch.ops.safetensors_torch._check_save, dict(zip(names, tensors)))
+
+
 def _keep_in_graphs(op: torch._ops.OpOverload) -> None:
     """Marks an operator as one that reads or writes what others do, so that no compiler drops or reorders it."""
     torch.fx.node.has_side_effect(op)
@@ -108,14 +147,18 @@ def register() -> None:
         ("load", _depends_on_data(ops.load.default)),
         ("_load_lists", _depends_on_data(ops._load_lists.default)),
         ("_load_shared_lists", _depends_on_data(ops._load_shared_lists.default)),
+        ("get_slice", _get_slice),
         ("get_tensor", _get_tensor),
         ("load_file", _load_file),
         ("_load_file_lists", _load_file_lists),
+        ("load_tensors", _load_tensors),
         ("save", _save),
         ("save_file", _save_file),
+        ("save_tensors", _save_tensors),
     ):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", kernel)
-    for op in (ops.get_tensor, ops.load_file, ops.save, ops.save_file):
+    reads = (ops.get_slice, ops.get_tensor, ops.load_file, ops.load_tensors)
+    for op in (*reads, ops.save, ops.save_file, ops.save_tensors):
         _keep_in_graphs(op.default)
 
 

@@ -56,6 +56,36 @@ SCHEMAS = {
         [("filename", "str", False, ()), ("name", "str", False, ()), ("device", "Device", True, (CPU,))],
         ["Tensor"],
     ),
+    "get_slice": (
+        [
+            ("filename", "str", False, ()),
+            ("name", "str", False, ()),
+            ("starts", "List[int]", False, ()),
+            ("stops", "List[int]", False, ()),
+            ("steps", "Optional[List[int]]", False, (None,)),
+            ("device", "Device", True, (CPU,)),
+        ],
+        ["Tensor"],
+    ),
+    "load_tensors": (
+        [
+            ("filename", "str", False, ()),
+            ("names", "List[str]", False, ()),
+            ("device", "Device", True, (CPU,)),
+            ("backend", "str", True, ("mmap",)),
+        ],
+        ["List[Tensor]"],
+    ),
+    "save_tensors": (
+        [
+            ("filename", "str", False, ()),
+            ("names", "List[str]", False, ()),
+            ("tensors", "List[Tensor]", False, ()),
+            ("metadata", "Optional[Dict[str, str]]", False, (None,)),
+            ("durable", "bool", True, (False,)),
+        ],
+        [],
+    ),
 }
 
 
