@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <exception>
@@ -10,6 +11,7 @@
 #include <utility>
 
 #include "cpp/error.h"
+#include "cpp/fork.h"
 
 namespace safetensors_torch {
 namespace {
@@ -38,14 +40,15 @@ int64_t from_environment(const char* name, int64_t otherwise) {
     return value;
 }
 
-std::mutex& options_mutex() {
-    static std::mutex mutex;
-    return mutex;
-}
+// Without a lock, which a process that is forked at the wrong moment would find locked for ever.
+struct Options {
+    std::atomic<int64_t> ring_bytes;
+    std::atomic<int64_t> threads;
+};
 
-TransferOptions& options() {
-    static TransferOptions options{from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes),
-                                   from_environment("SAFETENSORS_TORCH_THREADS", 0)};
+Options& options() {
+    static Options options{{from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes)},
+                           {from_environment("SAFETENSORS_TORCH_THREADS", 0)}};
     return options;
 }
 
@@ -62,8 +65,8 @@ void wait_for(const Slab& slab) {
 }  // namespace
 
 TransferOptions transfer_options() {
-    const std::lock_guard<std::mutex> lock(options_mutex());
-    return options();
+    const Options& now = options();
+    return {now.ring_bytes, now.threads};
 }
 
 void set_transfer_options(TransferOptions chosen) {
@@ -71,10 +74,8 @@ void set_transfer_options(TransferOptions chosen) {
         fail(Kind::value, "ring_bytes and threads must not be negative, but are " + std::to_string(chosen.ring_bytes) +
                               " and " + std::to_string(chosen.threads));
     }
-    {
-        const std::lock_guard<std::mutex> lock(options_mutex());
-        options() = chosen;
-    }
+    options().ring_bytes = chosen.ring_bytes;
+    options().threads = chosen.threads;
     Ring::of_process().trim();
 }
 
@@ -88,8 +89,22 @@ bool Slab::is_surely_idle() const noexcept {
 
 Ring& Ring::of_process() {
     // Never destroyed: when a process ends, the device's driver may be gone before its static objects are.
-    static Ring& ring = *new Ring;
+    static Ring& ring = for_all_forks(*new Ring);
     return ring;
+}
+
+void Ring::before_fork() { mutex_.lock(); }
+
+void Ring::after_fork(bool is_child) noexcept {
+    if (is_child) {
+        // The memory is the parent's to free, and so are the places of slabs that its other threads were pinning.
+        count_ -= waiting_.size() + pinning_;
+        static_cast<void>(new std::vector<Slab>(std::move(waiting_)));
+        waiting_.clear();
+        pinning_ = 0;
+        moved_ = 0;
+    }
+    mutex_.unlock();
 }
 
 std::vector<Slab> Ring::take_where(bool idle, size_t most) {

@@ -51,6 +51,10 @@ class Ring {
   public:
     static Ring& of_process();
 
+    // For for_all_forks(). A child has no slab to begin with.
+    void before_fork();
+    void after_fork(bool is_child) noexcept;
+
     // Up to `most` of the slabs that wait and are idle.
     std::vector<Slab> take(size_t most);
 

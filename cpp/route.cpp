@@ -13,6 +13,8 @@
 #include <mutex>
 #include <string>
 
+#include "cpp/fork.h"
+
 namespace safetensors_torch {
 namespace {
 
@@ -53,9 +55,12 @@ class Streams {
 
     // Never destroyed, as the ring is not.
     static Streams& of_process() {
-        static Streams& streams = *new Streams;
+        static Streams& streams = for_all_forks(*new Streams);
         return streams;
     }
+
+    void before_fork() { mutex_.lock(); }
+    void after_fork(bool /*is_child*/) noexcept { mutex_.unlock(); }
 
   private:
     std::mutex mutex_;

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::file::{TensorFile, read_runs};
 use crate::monitor::{Held, Monitor};
 use crate::parallel::{self, PARALLEL_BYTES};
+use crate::process::Process;
 use crate::reader::{self, Pace, Transfer};
 use crate::slice::Slice;
 
@@ -64,6 +65,8 @@ pub struct Feed {
     shared: Arc<Shared>,
     /// None for little: then [`Feed::take`] reads.
     threads: Vec<JoinHandle<()>>,
+    /// The one that has the threads.
+    process: Process,
 }
 
 #[derive(Debug)]
@@ -205,7 +208,12 @@ impl Feed {
         };
         // A machine that gives no more threads has at least the caller's.
         let threads = (0..threads).map_while(|_| work().ok()).collect();
-        Feed { shared, threads }
+        Feed { shared, threads, process: Process::current() }
+    }
+
+    /// Whether the threads are those of another process, which may have held the lock when this one was forked.
+    fn is_orphaned(&self) -> bool {
+        !self.threads.is_empty() && !self.process.is_current()
     }
 
     /// Adds a slab, for which the promises of [`Feed::new`] hold; gives its number.
@@ -224,6 +232,9 @@ impl Feed {
 
     /// Whether whoever reads has nothing to do for want of a slab.
     pub fn is_starved(&self) -> bool {
+        if self.is_orphaned() {
+            return false;
+        }
         let state = self.shared.state.lock();
         let wants = state.waiting > 0 || self.threads.is_empty();
         wants && state.free.is_empty() && !state.cursor.is_done()
@@ -231,6 +242,9 @@ impl Feed {
 
     /// Gives back a slab that was taken; its bytes are elsewhere.
     pub fn give(&self, slab: usize) {
+        if self.is_orphaned() {
+            return;
+        }
         let mut state = self.shared.state.lock();
         debug_assert!(!state.free.contains(&slab), "given back twice");
         state.free.push(slab);
@@ -241,9 +255,12 @@ impl Feed {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] where reading failed, with the tensor's name. Nothing more comes
-    /// after that.
+    /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] where reading failed, with the tensor's name; and
+    /// [`ErrorKind::InvalidArgument`] in a process that was forked meanwhile. Nothing more comes after that.
     pub fn take(&self, wait: Duration) -> Result<Taken> {
+        if self.is_orphaned() {
+            return Err(self.shared.file.locate(self.process.refuse("load")));
+        }
         let until = Instant::now() + wait;
         let shared = &*self.shared;
         let mut state = shared.state.lock();
@@ -274,6 +291,11 @@ impl Feed {
 
 impl Drop for Feed {
     fn drop(&mut self) {
+        if self.is_orphaned() {
+            // There is nobody to be waited for, nor anything left of them here that could be freed.
+            self.threads.drain(..).for_each(std::mem::forget);
+            return;
+        }
         self.shared.state.lock().stopped = true;
         self.shared.room.notify_all();
         for thread in self.threads.drain(..) {

@@ -22,6 +22,7 @@ mod monitor;
 mod page_cache;
 mod parallel;
 mod prefault;
+mod process;
 mod reader;
 mod serialize;
 mod slice;

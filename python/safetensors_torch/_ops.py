@@ -51,14 +51,32 @@ def _no_collection() -> Iterator[None]:
     through all of them again and again, for nothing. The switch is the whole process's: other threads collect nothing
     meanwhile either, and one that turns the collector off at this very moment finds it on again.
     """
+    global _is_collection_paused
     if sys.version_info >= (3, 12) or not gc.isenabled():
         yield
         return
+    _is_collection_paused = True
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        _is_collection_paused = False
+
+
+# Whether some thread is in the block above with the collector off.
+_is_collection_paused = False
+
+
+def _resume_collection() -> None:
+    """In a process that was forked meanwhile, and in which that thread is not."""
+    global _is_collection_paused
+    if _is_collection_paused:
+        gc.enable()
+        _is_collection_paused = False
+
+
+os.register_at_fork(after_in_child=_resume_collection)
 
 
 def open_file(filename: Path, backend: str) -> Any:

@@ -18,12 +18,14 @@ use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::process::Process;
 use crate::source::bad_path;
 use staging::Staging;
 
 /// A file that is being written, and is there under its name only once [`AtomicFile::commit`] has returned.
 ///
-/// Dropped before that, it leaves the target as it was and nothing beside it.
+/// Dropped before that, it leaves the target as it was and nothing beside it. It is for the process that began it: one
+/// that is forked meanwhile can neither go on with it nor take anything away.
 #[derive(Debug)]
 pub struct AtomicFile {
     file: File,
@@ -32,6 +34,7 @@ pub struct AtomicFile {
     /// `path` with its symbolic links followed.
     target: PathBuf,
     staging: Staging,
+    process: Process,
 }
 
 impl AtomicFile {
@@ -50,7 +53,8 @@ impl AtomicFile {
             if kind.is_fifo() || kind.is_char_device() {
                 let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
                 let path = path.to_path_buf();
-                return Ok(AtomicFile { file, target: path.clone(), path, staging: Staging::Direct });
+                let (target, process) = (path.clone(), Process::current());
+                return Ok(AtomicFile { file, path, target, staging: Staging::Direct, process });
             }
         }
         let target = staging::follow_links(path).map_err(fail)?;
@@ -94,7 +98,8 @@ impl AtomicFile {
         }
         let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
         // From here on, dropping `staged` removes what was staged.
-        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging };
+        let process = Process::current();
+        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging, process };
         if let Some(metadata) = &existing {
             attributes::take_over(&staged.file, metadata).map_err(fail)?;
         }
@@ -111,8 +116,10 @@ impl AtomicFile {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no space left, or whatever else the system refuses.
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no space left, or whatever else the system refuses;
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
     pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
+        self.check_process()?;
         vectored::write_all(&mut self.file, pieces).map_err(|source| Error::io("write", &self.path, source))
     }
 
@@ -157,8 +164,10 @@ impl AtomicFile {
     ///
     /// [`ErrorKind::Io`](crate::ErrorKind::Io). The target is then as it was, with two exceptions: it could only be
     /// overwritten in place, and that failed half-way (the error then names the complete new file); or all is done
-    /// but for the directory entry, which could not be synchronized.
+    /// but for the directory entry, which could not be synchronized. And
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
     pub fn commit(mut self, sync: bool) -> Result<()> {
+        self.check_process()?;
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
         }
@@ -170,6 +179,13 @@ impl AtomicFile {
             return if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) };
         }
         self.overwrite_in_place(sync)
+    }
+
+    fn check_process(&self) -> Result<()> {
+        if self.process.is_current() {
+            return Ok(());
+        }
+        Err(self.process.refuse("save").in_file(&self.path))
     }
 
     /// Links or renames the staged file to the target; `false` where that cannot be renamed over.
@@ -224,7 +240,8 @@ impl AtomicFile {
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
-        if let Staging::Named(name) = &self.staging {
+        let Staging::Named(name) = &self.staging else { return };
+        if self.process.is_current() {
             // There is nobody left to tell; the error that led here is already on its way.
             let _ = std::fs::remove_file(name);
         }
@@ -285,5 +302,39 @@ fn existing(path: &Path) -> io::Result<Option<Metadata>> {
         Ok(metadata) => Ok(Some(metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// A file that was begun, with a name of its own beside the target, in `process`.
+    fn begun(folder: &tempfile::TempDir, process: Process) -> (AtomicFile, PathBuf) {
+        let (target, name) = (folder.path().join("target"), folder.path().join("staged"));
+        let file = File::create(&name).expect("a file");
+        let staging = Staging::Named(name.clone());
+        (AtomicFile { file, path: target.clone(), target, staging, process }, name)
+    }
+
+    #[test]
+    fn what_was_begun_is_taken_away() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, name) = begun(&folder, Process::current());
+        drop(file);
+        assert!(!name.exists());
+    }
+
+    #[test]
+    fn another_process_neither_goes_on_nor_takes_anything_away() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (mut file, name) = begun(&folder, Process::other());
+        let error = file.write([&b"bytes"[..]]).expect_err("another process");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("target: this save was begun by process"), "{error}");
+        file.commit(false).expect_err("another process");
+        assert!(name.exists() && !folder.path().join("target").exists());
+        assert_eq!(name.metadata().expect("staged").len(), 0);
     }
 }

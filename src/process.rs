@@ -1,0 +1,32 @@
+//! The process that something was begun in: one that is forked meanwhile has a copy of it, but none of its threads, and
+//! shares what the kernel keeps of its files.
+
+use crate::error::{Error, ErrorKind};
+
+/// A process, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process(u32);
+
+impl Process {
+    /// The one that this runs in.
+    pub fn current() -> Process {
+        Process(std::process::id())
+    }
+
+    /// Another one.
+    #[cfg(test)]
+    pub fn other() -> Process {
+        Process(std::process::id() ^ 1)
+    }
+
+    /// Whether this runs in it, and in none that was forked from it.
+    pub fn is_current(self) -> bool {
+        self == Process::current()
+    }
+
+    /// The error for who goes on with `what` in another process.
+    pub fn refuse(self, what: &str) -> Error {
+        let detail = format!("this {what} was begun by process {}, before a fork: begin another one", self.0);
+        Error::new(ErrorKind::InvalidArgument, detail)
+    }
+}

@@ -1,0 +1,306 @@
+"""Processes that are forked after, and during, loads and saves: the child loads, saves and ends; the parent goes on.
+
+Each scenario is a Python of its own, with a time limit, as what it would find is a child that waits for ever.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from safetensors_torch import _ops
+
+SECONDS = 60
+
+# What all scenarios share.
+SHARED = """
+import os, sys, threading, time
+from pathlib import Path
+import numpy as np
+import torch
+from safetensors_torch import load, load_file, load_model, safe_open, save, save_file
+
+folder = Path(sys.argv[1])
+tensors = {"large": torch.arange(6 << 20, dtype=torch.int32), "small": torch.arange(5.0)}  # worth threads
+path = folder / "model"
+save_file(tensors, path)
+
+def same(loaded, expected=tensors):
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # torch's own operators on large tensors wait for threads that a child has not.
+        assert np.array_equal(loaded[name].numpy(), tensor.numpy()), name
+
+def all_works(name):
+    "Loads, saves, slices; in a file of its own"
+    own = folder / name
+    for backend in ("mmap", "pread"):
+        same(load_file(path, backend=backend))
+        with safe_open(path, backend=backend) as file:
+            same(file.get_tensors())
+            assert file.get_slice("large")[1 << 20 : 3 << 20 : 1 << 19].tolist() == [k << 19 for k in range(2, 6)]
+    save_file(tensors, own)
+    same(load_file(own, prefault=True))
+    same(load(own.read_bytes()))
+    assert save(tensors) == own.read_bytes()
+    own.unlink()
+
+def fork(work, *args, end=os._exit):
+    "The child's number; the child does its work and ends as multiprocessing's would, or else in order"
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        work(*args)
+        end(0)
+    return child
+
+def wait(child):
+    assert os.waitpid(child, 0)[1] == 0, "the child failed"
+"""
+
+AFTER_A_LOAD = """
+same(load_file(path, backend="pread"))
+kept = load_file(path)
+child = fork(lambda: (all_works("child"), same(kept), kept["large"].zero_()), end=sys.exit)
+all_works("parent")
+wait(child)
+same(kept)
+"""
+
+A_HANDLE_OF_THE_PARENT = """
+for backend in ("mmap", "pread"):
+    file = safe_open(path, backend=backend)
+    part = file.get_slice("large")
+    def reads():
+        same(file.get_tensors())
+        assert part[-1:].tolist() == [(6 << 20) - 1] and part[[3, 1]].tolist() == [3, 1]
+        file.__exit__(None, None, None)
+    children = [fork(reads) for _ in range(3)]
+    same(file.get_tensors())
+    for child in children:
+        wait(child)
+    reads()
+"""
+
+WHILE_PREFAULT_THREADS_RUN = """
+big = folder / "big"
+header = b'{"big":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (1 << 28, 1 << 28)
+with big.open("wb") as file:
+    file.write(len(header).to_bytes(8, "little") + header)
+    file.truncate(8 + len(header) + (1 << 28))
+
+def names():
+    for task in os.listdir("/proc/self/task"):
+        try:
+            yield Path(f"/proc/self/task/{task}/comm").read_text()
+        except OSError:
+            pass  # over already
+
+def touches(loaded):
+    assert loaded["big"].numpy()[:: 1 << 12].sum() == 0
+    same(load_file(path))
+    assert load_file(big)["big"][-1] == 0
+
+forked = 0
+for turn in range(60):
+    loaded = load_file(big)
+    if any(name.startswith("sft-prefault") for name in names()):
+        forked += 1
+        child = fork(touches, loaded)
+        del loaded
+        wait(child)
+        if forked == 5:
+            break
+assert forked, "no thread was seen at work"
+all_works("parent")
+"""
+
+WHILE_OTHER_THREADS_LOAD_AND_SAVE = """
+done, failures = threading.Event(), []
+
+def busy(work):
+    try:
+        while not done.is_set():
+            work()
+    except BaseException as error:
+        failures.append(error)
+
+model = torch.nn.Linear(300, 300)
+save_file(model.state_dict(), folder / "linear")
+options = torch.ops.safetensors_torch
+works = [
+    lambda: load_file(path, backend="pread"),
+    lambda: load_file(path, dtype=torch.float16),
+    lambda: save_file(tensors, folder / "other"),
+    lambda: load_model(model, folder / "linear"),
+    lambda: options._set_transfer_options(64 << 20, 0),
+    lambda: options._transfer_memory(),
+]
+threads = [threading.Thread(target=busy, args=(work,)) for work in works]
+for thread in threads:
+    thread.start()
+
+def child_works(number):
+    assert options._transfer_memory() == 0 and options._transfer_options() == (64 << 20, 0)
+    options._set_transfer_options(32 << 20, 0)
+    same(load_file(path))
+    same(load_file(path, backend="pread"))
+    assert load_file(path, dtype=torch.float16)["small"].dtype == torch.float16
+    save_file({"a": torch.ones(3)}, folder / f"child{number}")
+
+for number in range(8):
+    wait(fork(child_works, number))
+    time.sleep(0.01)
+done.set()
+for thread in threads:
+    thread.join()
+assert not failures, failures
+all_works("parent")
+"""
+
+AFTER_A_SAVE_OVER_A_LARGE_FILE = """
+for turn in range(4):
+    save_file(tensors, path)  # the old file is let go of by a thread
+    child = fork(lambda: (save_file(tensors, path), same(load_file(path))))
+    save_file(tensors, folder / "other")
+    wait(child)
+    same(load_file(path))
+"""
+
+FROM_INSIDE_OF_A_LOAD = """
+large = {"large": torch.zeros(100 << 20)}  # takes several steps of 0.1 s
+save_file(large, folder / "float")
+children = []
+
+def forks(done, total):
+    if not children and done < total:
+        children.append(os.fork())
+
+try:
+    loaded = load_file(folder / "float", dtype=torch.float64, progress=forks)
+except Exception as error:
+    # The child has not the threads that the load is made of.
+    assert children == [0] and "before a fork" in str(error), error
+    torch.set_num_threads(1)
+    same(load_file(path))
+    assert load_file(folder / "float", dtype=torch.float64)["large"].shape == (100 << 20,)
+    os._exit(0)
+assert children and children[0] > 0
+wait(children[0])
+assert loaded["large"].shape == (100 << 20,) and not loaded["large"].numpy()[::4096].any()
+"""
+
+FROM_INSIDE_OF_A_SAVE = """
+large = {f"t{i}": torch.full((20 << 20,), float(i)) for i in range(4)}  # in steps of 64 MiB
+children = []
+
+def forks(done, total):
+    if not children and done < total:
+        children.append(os.fork())
+        if children[0]:
+            wait(children[0])
+
+try:
+    save_file(large, folder / "saved", progress=forks)
+except Exception as error:
+    # The child would write into the parent's file.
+    assert children == [0] and "before a fork" in str(error), error
+    assert not (folder / "saved").exists()
+    save_file(tensors, folder / "own")
+    same(load_file(folder / "own"))
+    os._exit(0)
+assert children and children[0] > 0
+same(load_file(folder / "saved"), large)
+"""
+
+DATA_LOADER = """
+from torch.utils.data import DataLoader, Dataset
+
+rows = {"rows": torch.arange(64 * 1000, dtype=torch.float32).reshape(64, 1000)}
+save_file(rows, folder / "rows")
+
+class Rows(Dataset):
+    def __init__(self, backend):
+        self.open = safe_open(folder / "rows", backend=backend)
+        self.part = self.open.get_slice("rows")
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        by_slice, by_tensor = self.part[index], self.open.get_tensor("rows")[index]
+        by_load = load_file(folder / "rows", backend=self.open._backend)["rows"][index]
+        return torch.stack([by_slice, by_tensor, by_load])
+
+for backend in ("mmap", "pread"):
+    dataset = Rows(backend)
+    same(load_file(path, backend=backend))
+    dataset[0]
+    for epoch in range(2):
+        loader = DataLoader(dataset, batch_size=8, num_workers=2, multiprocessing_context="fork", timeout=60)
+        batches = list(loader)
+        for way in range(3):
+            found = torch.cat([batch[:, way] for batch in batches])
+            assert torch.equal(found, rows["rows"]), (backend, way)
+    assert torch.equal(dataset[5][0], rows["rows"][5])
+"""
+
+SCENARIOS = {
+    "after a large load": AFTER_A_LOAD,
+    "a handle of the parent": A_HANDLE_OF_THE_PARENT,
+    "while prefault threads run": WHILE_PREFAULT_THREADS_RUN,
+    "while other threads load and save": WHILE_OTHER_THREADS_LOAD_AND_SAVE,
+    "after a save over a large file": AFTER_A_SAVE_OVER_A_LARGE_FILE,
+    "from inside of a load": FROM_INSIDE_OF_A_LOAD,
+    "from inside of a save": FROM_INSIDE_OF_A_SAVE,
+    "DataLoader": DATA_LOADER,
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_fork(scenario: str, tmp_path: Path) -> None:
+    program = textwrap.dedent(SHARED) + textwrap.dedent(scenario)
+    command = [sys.executable, "-W", "ignore:.*fork.*:DeprecationWarning", "-c", program, str(tmp_path)]
+    # A session of its own, so that children that wait for ever end too.
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = running.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        said, _ = running.communicate()
+        pytest.fail(f"not over after {SECONDS} s: a child, or its parent, waits for ever. {said}")
+    assert running.returncode == 0, said
+    assert "Traceback" not in said and "Error" not in said, said
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="from Python 3.12 on loads need not pause the collector")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_load_of_another_thread_leaves_the_childs_collector_on() -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    def loads() -> None:
+        with _ops._no_collection():
+            inside.set()
+            over.wait()
+
+    thread = threading.Thread(target=loads)
+    thread.start()
+    try:
+        assert inside.wait(60) and not gc.isenabled()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not gc.isenabled(), "the parent's is paused still"
+    finally:
+        over.set()
+        thread.join()
+    assert gc.isenabled()
