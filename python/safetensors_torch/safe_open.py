@@ -46,7 +46,8 @@ def _is_unicode(text: str) -> bool:
 class safe_open:  # noqa: N801 - the name that users of safetensors know
     """A safetensors file, open for reading. A context manager; leaving it closes the file.
 
-    Tensors and slices that were taken before go on working after that.
+    Tensors and slices that were taken before go on working after that. Threads may share it, and processes that are
+    forked from this one; it cannot be sent to others.
 
     Args:
         filename: the file; str, bytes or os.PathLike.

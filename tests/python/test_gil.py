@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from safetensors_torch import SafeWriter, edit_metadata, load, load_file, load_model, safe_open, save, save_file
+from support import entry, pack
 
 BYTES = 300 * 2**20  # long enough for many turns of another thread
 COUNT = BYTES // 4
@@ -38,6 +39,8 @@ class Given:
         save_file(self.tensors, self.edited)
         self.data = path.read_bytes()
         self.model = One()
+        self.many = path.with_name("many")
+        self.many.write_bytes(pack({f"tensor.{number}": entry("F32", [0], 0, 0) for number in range(200_000)}))
         self.open = safe_open(path, backend="pread")
         self.part = self.open.get_slice("weight")
         self.file = torch.classes.safetensors_torch.File(self.name, "mmap")
@@ -49,6 +52,7 @@ def write_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 WORKS: dict[str, Callable[[Given], Any]] = {
+    "safe_open": lambda given: safe_open(given.many),
     "load_file": lambda given: load_file(given.path, backend="pread"),
     "load_file of another dtype": lambda given: load_file(given.path, dtype=torch.float16),
     "load": lambda given: load(given.data),

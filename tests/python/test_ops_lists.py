@@ -112,6 +112,9 @@ def test_load_tensors(backend: str, path: str, state: dict[str, torch.Tensor]) -
         loaded = ops.load_tensors(path, names, backend=backend)
         assert type(loaded) is list and len(loaded) == len(names)
         assert difference(dict(zip(names, loaded)), {name: state[name] for name in names}) is None
+    first, second = ops.load_tensors(path, ["weight", "weight"], backend=backend)
+    first.zero_()
+    assert torch.equal(second, first) == (backend == "mmap")
     meta = ops.load_tensors(path, ["mask", "weight"], device="meta", backend=backend)
     assert [(tensor.device.type, tensor.shape) for tensor in meta] == [("meta", (2,)), ("meta", (2, 3, 4))]
     with pytest.raises(RuntimeError, match="File does not contain tensor wait"):
