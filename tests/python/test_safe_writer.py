@@ -292,7 +292,8 @@ with safetensors_torch.SafeWriter({str(target)!r}, {{f"t{{i}}": (torch.float32, 
     for i in range(16):
         writer.write(f"t{{i}}", torch.full(shape, float(i)))
 """
-    assert 10 * MIB <= peak_growth("", work) < 28 * MIB
+    # All tensors together have 160 MiB.
+    assert 10 * MIB <= peak_growth("", work) < 64 * MIB
     assert target.stat().st_size > 160 * MIB
 
 
