@@ -60,7 +60,7 @@ mod torch {
             // In place of the copy that the crate cxx brings: its std::string must be that of torch's C++ ABI.
             .file(cxx.join("src/cxx.cc"))
             .include(".")
-            .std("c++17")
+            .std(standard(&torch.include))
             .warnings(true)
             .extra_warnings(true)
             // g++ 12 sees overflows in the reference counts of torch's own headers where there are none.
@@ -88,6 +88,13 @@ mod torch {
         println!("cargo:rustc-link-lib=dylib=stdc++");
         // For this crate's own tests only; what is shipped carries no path of the machine that built it.
         println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", torch.lib.display());
+    }
+
+    /// The C++ standard that torch's headers need, which is C++20 since torch 2.14; they say so themselves.
+    /// Headers that are not there are the compiler's to report.
+    fn standard(include: &Path) -> &'static str {
+        let header = std::fs::read_to_string(include.join("ATen/ATen.h")).unwrap_or_default();
+        if header.contains("error C++20") { "c++20" } else { "c++17" }
     }
 
     /// Writes a C++ file that names every symbol of the bridge as hidden, and returns its path.

@@ -185,13 +185,17 @@ or with -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmak
     set_target_properties(SafetensorsTorch::_${name} PROPERTIES
       IMPORTED_LOCATION "${libraries}/lib${name}.so")
   endforeach()
+  set(standard cxx_std_17)
+  if(version VERSION_GREATER_EQUAL 2.14)
+    set(standard cxx_std_20)
+  endif()
   set(includes "${root}/include" "${root}/include/torch/csrc/api/include")
   add_library(SafetensorsTorch::torch INTERFACE IMPORTED)
   set_target_properties(SafetensorsTorch::torch PROPERTIES
     INTERFACE_INCLUDE_DIRECTORIES "${includes}"
     INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${includes}"
     INTERFACE_COMPILE_DEFINITIONS "_GLIBCXX_USE_CXX11_ABI=${abi}"
-    INTERFACE_COMPILE_FEATURES cxx_std_17
+    INTERFACE_COMPILE_FEATURES ${standard}
     INTERFACE_LINK_LIBRARIES "SafetensorsTorch::_torch_cpu;SafetensorsTorch::_c10")
   if(EXISTS "${libraries}/libtorch_cuda.so")
     add_library(SafetensorsTorch::torch_cuda INTERFACE IMPORTED)

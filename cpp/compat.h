@@ -1,7 +1,10 @@
 // What differs between the versions of torch that are supported (2.6 and later). Nothing else asks for the version.
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <torch/version.h>
+
+#include <string>
 
 #define SAFETENSORS_TORCH_AT_LEAST(major, minor) \
     (TORCH_VERSION_MAJOR > (major) || (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
@@ -13,3 +16,10 @@
 // float8_e8m0fnu came with torch 2.7, float4_e2m1fn_x2 with 2.8.
 #define SAFETENSORS_TORCH_HAS_FLOAT8_E8M0 SAFETENSORS_TORCH_AT_LEAST(2, 7)
 #define SAFETENSORS_TORCH_HAS_FLOAT4 SAFETENSORS_TORCH_AT_LEAST(2, 8)
+
+namespace safetensors_torch {
+
+// How Python calls a dtype, without "torch.". torch's own answer was a std::string first, and is a string_view in 2.15.
+inline std::string dtype_name(c10::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
+
+}  // namespace safetensors_torch

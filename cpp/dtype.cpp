@@ -144,8 +144,8 @@ std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::Scalar
 void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor) {
     if (const auto reason = why_not_convertible(from, to)) {
         fail(Kind::safetensor,
-             "tensor " + repr(std::string(tensor)) + " of " + c10::getDtypeNames(from).first +
-                 " cannot be converted to " + c10::getDtypeNames(to).first + ": " + *reason,
+             "tensor " + repr(std::string(tensor)) + " of " + dtype_name(from) + " cannot be converted to " +
+                 dtype_name(to) + ": " + *reason,
              SFT_ERROR_UNSUPPORTED_DTYPE);
     }
 }

@@ -8,6 +8,7 @@
 
 #include <limits>
 
+#include "cpp/compat.h"
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 
@@ -102,7 +103,7 @@ Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Targ
     : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), target_(target) {
     target_.device = with_index(target_.device);
     if (target_.dtype && !c10::isFloatingType(*target_.dtype)) {
-        fail(Kind::value, "dtype must be a floating-point one, not " + c10::getDtypeNames(*target_.dtype).first);
+        fail(Kind::value, "dtype must be a floating-point one, not " + dtype_name(*target_.dtype));
     }
     const core::File& core_file = **file_;
     std::vector<size_t> to_read;

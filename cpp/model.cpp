@@ -9,6 +9,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "cpp/compat.h"
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "cpp/shared.h"
@@ -100,8 +101,8 @@ void check_conversions(const Checkpoint& checkpoint, const Matches& matches, con
         const auto to = match.destination.scalar_type();
         if (const auto reason = why_not_convertible(from, to)) {
             fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + match.name + ": a param of " +
-                                    c10::getDtypeNames(from).first + " from checkpoint cannot be copied into the " +
-                                    c10::getDtypeNames(to).first + " of the current model: " + *reason);
+                                    dtype_name(from) + " from checkpoint cannot be copied into the " + dtype_name(to) +
+                                    " of the current model: " + *reason);
         }
     }
 }

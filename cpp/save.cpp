@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpp/compat.h"
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "include/safetensors_torch.h"
@@ -147,7 +148,7 @@ Specs::Specs(const NamedTensors& tensors) {
         const auto dtype = from_torch(tensor.scalar_type());
         if (!dtype) {
             fail(Kind::safetensor,
-                 "tensor " + repr(name) + " has dtype " + c10::getDtypeNames(tensor.scalar_type()).first +
+                 "tensor " + repr(name) + " has dtype " + dtype_name(tensor.scalar_type()) +
                      ", for which the safetensors format has no code: convert it before saving",
                  SFT_ERROR_UNSUPPORTED_DTYPE);
         }
