@@ -1,13 +1,15 @@
 """Builds the Python package: the core with cargo, the libtorch layer ahead of time where torch is at hand.
 
-Owns what goes into the wheel's ``safetensors_torch/native``. How the libtorch layer is compiled stands in
-``safetensors_torch/_loader.py``, which does the same at first import where nothing that fits was built here.
+Owns what goes into ``safetensors_torch/native``: that of the wheel, or of the checkout for an editable install (``pip
+install -e .``). How the libtorch layer is compiled stands in ``safetensors_torch/_loader.py``, which does the same at
+first import where nothing that fits was built here.
 
 SAFETENSORS_TORCH_AOT=0 leaves the libtorch layer to the first import.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -91,6 +93,9 @@ class Core:
 
     def stage(self, native: Path) -> None:
         """Fills ``native`` with all that the libtorch layer is compiled from, here and by C++ programs."""
+        # What an earlier build left there, for another torch or from a removed file, would be taken for new.
+        if native.exists():
+            shutil.rmtree(native)
         for source in (ROOT / "cpp").glob("*"):
             if source.suffix in (".cpp", ".h"):
                 copy(source, native / "cpp" / source.name)
@@ -113,6 +118,17 @@ class Core:
         strip = shutil.which("strip")
         if strip:
             subprocess.run([strip, "-g", str(archive)], check=True)
+        # By this the loader knows a layer that it compiled before. Written last, so that it says that all is there.
+        (native / "fingerprint").write_text(digest_of(native) + "\n", encoding="ascii")
+
+
+def digest_of(folder: Path) -> str:
+    """Changes with every file below ``folder``."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"\0{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def copy(source: Path, target: Path) -> None:
@@ -121,23 +137,35 @@ def copy(source: Path, target: Path) -> None:
 
 
 class BuildPackage(build_py):
-    """Adds ``native`` to the package, in the build folder alone."""
+    """Adds ``native`` to the package: in the build folder, or for an editable install in the checkout."""
+
+    def native(self) -> Path:
+        return (ROOT / "python" if self.editable_mode else Path(self.build_lib).resolve()) / PACKAGE / "native"
 
     def run(self) -> None:
-        if getattr(self, "editable_mode", False):
-            raise SystemExit("an editable install has no place for what is built. Use: pip install .")
-        folder = Path(self.build_lib) / PACKAGE
-        # What an earlier build left here, for another torch or from a removed file, would be packed too.
-        shutil.rmtree(folder, ignore_errors=True)
+        if not self.editable_mode:
+            # What an earlier build left here would be packed too.
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
-        # The root of build_lib becomes that of the wheel, and that site-packages, where alone Python looks for it.
-        copy(ROOT / "python" / START_FILE, Path(self.build_lib) / START_FILE)
-        Core().stage(folder / "native")
+        # The root of build_lib becomes that of the wheel, and that site-packages, where alone Python looks for it. The
+        # wheel of an editable install is made of what is in install_lib.
+        install_lib = self.get_finalized_command("install").install_lib
+        copy(ROOT / "python" / START_FILE, Path(install_lib if self.editable_mode else self.build_lib) / START_FILE)
+        Core().stage(self.native())
+
+    def built(self) -> dict[str, Path]:
+        """What is in ``native``, by the place that it has in a wheel."""
+        place, native = Path(self.build_lib) / PACKAGE / "native", self.native()
+        return {str(place / path.relative_to(native)): path for path in native.rglob("*") if path.is_file()}
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        native = Path(self.build_lib) / PACKAGE / "native"
-        added = [Path(self.build_lib) / START_FILE, *(path for path in native.rglob("*") if path.is_file())]
-        return [*super().get_outputs(include_bytecode), *map(str, added)]
+        # An editable install has those of get_output_mapping.
+        added = [] if self.editable_mode else [str(Path(self.build_lib) / START_FILE), *self.built()]
+        return [*super().get_outputs(include_bytecode), *added]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        built = self.built() if self.editable_mode else {}
+        return {**super().get_output_mapping(), **{place: str(path) for place, path in built.items()}}
 
 
 class BinaryDistribution(Distribution):
@@ -185,7 +213,7 @@ def ahead_of_time() -> dict:
 
         def run(self) -> None:
             self.run_command("build_py")
-            native = (Path(self.build_lib) / PACKAGE / "native").resolve()
+            native = self.get_finalized_command("build_py").native()
             (extension,) = self.extensions
             extension.sources = loader.sources(native)
             system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
@@ -202,6 +230,7 @@ def ahead_of_time() -> dict:
             extension.runtime_library_dirs = []
             with loader.ninja_on_path():
                 super().run()
+            extension.sources = []  # which an editable build would list among the project's sources, by forbidden names
 
         def build_extensions(self) -> None:
             # Some Pythons link extensions with a search path into their own folder.
@@ -211,10 +240,14 @@ def ahead_of_time() -> dict:
                     setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])
             super().build_extensions()
 
-        def get_ext_filename(self, fullname: str) -> str:
-            # setuptools asks for the whole name and for its last part, whose folder it adds itself.
-            package = fullname.split(".")[:-1]
-            return os.path.join(*package, "native", "lib", loader.library_name())
+        def get_ext_fullpath(self, fullname: str) -> str:
+            return str(self.get_finalized_command("build_py").native() / "lib" / loader.library_name())
+
+        def copy_extensions_to_source(self) -> None:
+            """Nothing to copy: an editable install has it in its place already."""
+
+        def get_output_mapping(self) -> dict[str, str]:
+            return {}  # build_py's has it
 
         def get_export_symbols(self, ext) -> list[str]:
             return []

@@ -8,9 +8,7 @@ carries in ``native/``. The sources' meaning is not its business. setup.py uses 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -22,6 +20,8 @@ from pathlib import Path
 import torch
 
 NATIVE = Path(__file__).resolve().parent / "native"
+# Written last by setup.py: a digest of all that goes into the compilation.
+FINGERPRINT = "fingerprint"
 CACHE_VARIABLE = "SAFETENSORS_TORCH_CACHE"
 OLDEST_TORCH = (2, 6)
 # No -std: torch.utils.cpp_extension asks for the standard that its headers need.
@@ -63,10 +63,10 @@ def ensure_loaded() -> None:
             f"safetensors_torch needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, and torch {torch.__version__}"
             " is installed. Upgrade it: pip install --upgrade torch"
         )
-    if not sources(NATIVE):
+    if not (NATIVE / FINGERPRINT).exists():
         raise ImportError(
-            f"this safetensors_torch was not built: {NATIVE} has no sources. Install the package (pip install"
-            " safetensors-torch, or pip install . in a checkout) and import it from there"
+            f"this safetensors_torch was not built: {NATIVE} has not what setup.py puts there. Install the package (pip"
+            " install safetensors-torch, or in a checkout pip install . or pip install -e .)"
         )
     shipped = NATIVE / "lib" / library_name()
     if shipped.exists() and _try_load(shipped):
@@ -106,7 +106,8 @@ def _try_load(library: Path) -> bool:
 
 def _load_compiled() -> None:
     try:
-        library = _cache_folder() / _fingerprint() / library_name()
+        fingerprint = (NATIVE / FINGERPRINT).read_text(encoding="ascii").strip()
+        library = _cache_folder() / fingerprint / library_name()
         if not library.exists():
             library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _lock(library.with_suffix(".lock")) as alone:
@@ -123,16 +124,6 @@ def _cache_folder() -> Path:
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safetensors_torch"
-
-
-def _fingerprint() -> str:
-    """Changes with every file that goes into the compilation, and with the machine."""
-    files = sorted(path for path in NATIVE.rglob("*") if path.is_file() and path.suffix != ".so")
-    digest = hashlib.sha256(platform.machine().encode())
-    for path in files:
-        digest.update(f"\0{path.relative_to(NATIVE)}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -159,8 +150,8 @@ def _compile(library: Path, alone: bool) -> None:
     from torch.utils import cpp_extension
 
     print(
-        f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__}"
-        " (once, about half a minute) ...",
+        f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} (once, some 20 seconds of one"
+        f" core), to be kept in {library.parent} ...",
         file=sys.stderr,
         flush=True,
     )
@@ -239,11 +230,14 @@ def _report(error: Exception) -> str:
     if found:
         lines += ["Likely causes:", *found]
     lines += [
-        f"{'Other causes' if found else 'Likely causes'}: a compiler too old for C++17, or a torch that this package"
-        f" does not know yet. These seem to be in order: {others}.",
-        f"{type(error).__name__}, the last lines of which are:",
+        f"{'Other causes' if found else 'Likely causes'}: a compiler too old for its headers (C++17, since torch 2.14"
+        f" C++20), or a torch that this package does not know yet. These seem to be in order: {others}.",
     ]
-    lines += [line if len(line) <= 200 else f"{line[:200]} ..." for line in str(error).splitlines()[-30:]]
+    said = str(error).splitlines()
+    # A compiler goes on after the first error, with more and more that follows from it.
+    errors = [line for line in said if "error: " in line][:10]
+    lines.append(f"{type(error).__name__}, the {'first errors' if errors else 'last lines'} of which are:")
+    lines += [line if len(line) <= 200 else f"{line[:200]} ..." for line in errors or said[-30:]]
     return "\n".join(lines)
 
 
