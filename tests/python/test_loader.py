@@ -6,13 +6,17 @@ import is what is tested.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -45,7 +49,7 @@ USE = """
 needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
 
 
-def start(program: str, **environment: str | None) -> subprocess.Popen:
+def start(program: str, prepare: Callable[[], None] | None = None, **environment: str | None) -> subprocess.Popen:
     """A new Python that runs `program`, in the environment of this one but for what is named; None unsets."""
     changed = {**os.environ, _loader.CACHE_VARIABLE: "/proc/none", **environment}
     return subprocess.Popen(
@@ -54,6 +58,7 @@ def start(program: str, **environment: str | None) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=prepare,
     )
 
 
@@ -72,13 +77,44 @@ def copy_package(folder: Path) -> Path:
     return folder
 
 
+def make_compiler(folder: Path, script: str) -> str:
+    """A compiler that is g++ until it is to compile something, and then does what `script` says, for CXX."""
+    compiler = folder / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) ;; *) exec c++ "$@" ;; esac\n{script}\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def kill_while_compiling(folder: Path, environment: dict[str, str]) -> list[Path]:
+    """Kills a process that compiles, and its compilers; gives what it left behind."""
+    # Writes its own number where its output should be, which is named last, and goes on for longer than this test.
+    compiler = make_compiler(
+        folder, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
+    )
+    process = start(USE, CXX=compiler, **environment)
+    cache = Path(environment[_loader.CACHE_VARIABLE])
+    deadline = time.monotonic() + 300
+    while not list(cache.rglob("layer.o")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for half in cache.rglob("*.o"):
+        os.kill(int(half.read_text()), signal.SIGKILL)
+    process.communicate()
+    return list(cache.rglob("*.o"))
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A copy that two processes imported at the same moment, with an empty cache before them."""
+    """A copy that two processes imported at the same moment, after a third was killed while it compiled."""
     folder = tmp_path_factory.mktemp("first_import")
     environment = {"PYTHONPATH": str(copy_package(folder / "site")), _loader.CACHE_VARIABLE: str(folder / "cache")}
+    left = kill_while_compiling(folder, environment)
     processes = [start(USE, **environment) for _ in range(2)]
-    return {"folder": folder, "environment": environment, "outcomes": [outcome(process) for process in processes]}
+    outcomes = [outcome(process) for process in processes]
+    return {"folder": folder, "environment": environment, "outcomes": outcomes, "left": left}
 
 
 def test_first_import_compiles_once(compiled: dict) -> None:
@@ -89,8 +125,9 @@ def test_first_import_compiles_once(compiled: dict) -> None:
     messages = [stderr for _, _, stderr in compiled["outcomes"]]
     assert sum(COMPILING in message for message in messages) == 1, messages
     assert sum("waiting" in message for message in messages) == 1, messages
-    assert torch.__version__ in "".join(messages)
-    assert len(list(libraries(compiled))) == 1
+    (library,) = libraries(compiled)
+    assert f"for torch {torch.__version__} (" in "".join(messages)
+    assert f"kept in {library.parent} ..." in "".join(messages)
 
 
 def libraries(compiled: dict):
@@ -98,6 +135,7 @@ def libraries(compiled: dict):
 
 
 def test_nothing_but_the_library_stays_in_the_cache(compiled: dict) -> None:
+    assert compiled["left"], "the process that was killed left nothing, so that nothing is shown here"
     files = [path for path in (compiled["folder"] / "cache").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".so", ".lock"}, files
 
@@ -110,6 +148,52 @@ def test_second_import_is_quick_and_silent(compiled: dict) -> None:
     first = min(float(said(stdout, "took")[0]) for _, stdout, _ in compiled["outcomes"])
     assert float(said(stdout, "took")[0]) < first / 2
     assert said(stdout, "mapped") == [str(path) for path in libraries(compiled)]
+
+
+@pytest.mark.parametrize("place", ["cache", pytest.param("package", marks=needs_shipped)])
+def test_a_torch_that_was_replaced_gets_a_layer_of_its_own(place: str, compiled: dict) -> None:
+    """The library for the torch before is there, and would load; the symbols that it asks for may be others by now."""
+    program = """
+    import torch
+    torch.__version__ = type(torch.__version__)("2.99.0+other")
+    """
+    environment = compiled["environment"] if place == "cache" else {}
+    status, stdout, stderr = outcome(start(program + REPORT, CXX="/nonexistent/c++", **environment))
+    assert status == 0, stderr
+    assert "libtorch layer for torch 2.99.0+other" in stdout, stdout
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    if has_library:
+        shutil.copytree(compiled["folder"] / "cache", cache)
+    else:
+        cache.mkdir()
+    for path in [cache, *cache.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    program = f"""
+    import os
+    assert not os.access({str(cache)!r}, os.W_OK)
+    """
+    status, _, stderr = outcome(start(program, obey_permissions))
+    if status:
+        pytest.skip(f"this user can write everywhere: {stderr}")
+    environment = {**compiled["environment"], _loader.CACHE_VARIABLE: str(cache)}
+    status, stdout, stderr = outcome(start(USE if has_library else REPORT, obey_permissions, **environment))
+    assert (status, stderr) == (0, "")
+    if has_library:
+        assert said(stdout, "mapped") == [str(path) for path in cache.rglob("*.so")]
+    else:
+        assert re.search(rf"(?m)^ *- the cache folder {re.escape(str(cache))} cannot be written", stdout), stdout
+    for folder in [cache, *cache.rglob("*")]:
+        folder.chmod(0o755)  # so that pytest can delete it
+
+
+def obey_permissions() -> None:
+    """Has the program that comes next obey the permissions of files, root's too: it cannot have the right to pass over
+    them (CAP_DAC_OVERRIDE)."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
 def test_a_library_that_does_not_load_is_replaced(compiled: dict, tmp_path: Path) -> None:
@@ -197,6 +281,22 @@ def test_a_missing_compiler_is_reported(how: str, tmp_path: Path) -> None:
         assert other in stdout
     assert "pip install ninja" not in stdout, "ninja is there"
     assert [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()] == []
+
+
+def test_the_first_errors_of_the_compiler_are_reported(tmp_path: Path) -> None:
+    """Not the last ones, which follow from the first."""
+    script = (
+        "echo 'a.h:1:2: error: the cause'; seq -f 'a.h:%g:1: error: what follows' 2 1000; seq -f 'note %g' 99; exit 1"
+    )
+    environment = {
+        "PYTHONPATH": str(copy_package(tmp_path / "site")),
+        _loader.CACHE_VARIABLE: str(tmp_path / "cache"),
+        "CXX": make_compiler(tmp_path, script),
+    }
+    status, stdout, _ = outcome(start(REPORT, **environment))
+    assert status == 0
+    assert "error: the cause" in stdout, stdout
+    assert len(stdout.splitlines()) < 20, stdout
 
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
