@@ -1,0 +1,67 @@
+"""What importing the package costs a program that has torch: little time, and no module that it does not need."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import safetensors_torch
+from safetensors_torch import _loader
+
+PACKAGE = Path(safetensors_torch.__file__).parent
+SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
+pytestmark = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
+# Milliseconds. It takes about 10.
+LIMIT = 50
+TRIES = 8
+
+# Of the processor, not of the clock: others may be at work on this machine.
+IMPORT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.process_time()
+import safetensors_torch
+took = time.process_time() - start
+print(json.dumps({"took": 1000 * took, "modules": sorted(set(sys.modules) - before)}))
+"""
+
+
+def imported(environment: dict[str, str]) -> dict:
+    # Where it would have to compile, it fails instead.
+    changed = {**os.environ, _loader.CACHE_VARIABLE: "/proc/none", **environment}
+    result = subprocess.run([sys.executable, "-c", IMPORT], env=changed, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(params=["shipped", "cached"])
+def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """A package that was built for this torch, and one that was not but has a layer in its cache."""
+    if request.param == "shipped":
+        return {}
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    shutil.copytree(PACKAGE, site / PACKAGE.name, ignore=shutil.ignore_patterns("*.so"))
+    layer = cache / (PACKAGE / "native" / _loader.FINGERPRINT).read_text().strip() / SHIPPED.name
+    layer.parent.mkdir(parents=True)
+    shutil.copy(SHIPPED, layer)
+    return {"PYTHONPATH": str(site), _loader.CACHE_VARIABLE: str(cache)}
+
+
+def test_import_is_quick(environment: dict[str, str]) -> None:
+    times = []
+    while not times or (min(times) >= LIMIT and len(times) < TRIES):
+        times.append(imported(environment)["took"])
+    assert min(times) < LIMIT, times
+
+
+def test_import_brings_in_nothing_but_the_package() -> None:
+    """Neither a package that might be missing nor a part of torch that torch itself leaves until it is needed."""
+    modules = {name for name in imported({})["modules"] if name.partition(".")[0] != "safetensors_torch"}
+    assert modules <= set(sys.stdlib_module_names), modules
