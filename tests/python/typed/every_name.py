@@ -1,0 +1,150 @@
+"""Every public name of safetensors_torch, used as programs use it, with the types that they get.
+
+For type checkers: never run. tests/python/test_types.py has mypy check it, and says which name is missing here.
+
+One function for each name, in the order of the alphabet. ``assert_type`` refuses Any too. What is wrong on purpose is
+marked ``type: ignore``, which mypy --strict refuses where nothing is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+import torch
+from typing_extensions import assert_type
+
+import safetensors_torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+def use_SafetensorError() -> None:
+    try:
+        safetensors_torch.load(b"")
+    except safetensors_torch.SafetensorError as error:
+        assert_type(error, safetensors_torch.SafetensorError)
+        raise RuntimeError(str(error)) from error
+
+
+def use_TransferOptions(options: safetensors_torch.TransferOptions) -> None:
+    assert_type(options.ring_bytes, int)
+    assert_type(options.threads, int)
+    ring_bytes, threads = options
+    assert_type(threads, int)
+
+
+def use_version() -> None:
+    assert_type(safetensors_torch.__version__, str)
+
+
+def use_cmake_prefix_path() -> None:
+    assert_type(safetensors_torch.cmake_prefix_path, str)
+
+
+def use_include_path() -> None:
+    assert_type(safetensors_torch.include_path, str)
+
+
+def use_load(data: bytes, view: memoryview) -> None:
+    assert_type(safetensors_torch.load(data), Tensors)
+    safetensors_torch.load(bytearray(data), torch.device("cuda"), copy=False, names=["a"])
+    safetensors_torch.load(view, dtype=torch.float16, progress=True)
+    safetensors_torch.load(data, copy="no")  # type: ignore[arg-type]
+
+
+def use_load_file(path: Path) -> None:
+    assert_type(safetensors_torch.load_file(path), Tensors)
+    safetensors_torch.load_file(str(path), "cuda:0", backend="pread", prefault=True)
+    safetensors_torch.load_file(bytes(path), 0, dtype=torch.bfloat16, names=lambda name: name.startswith("a"))
+    safetensors_torch.load_file(path, device=None, progress=lambda done, total: print(done / total))
+    safetensors_torch.load_file(3.5)  # type: ignore[arg-type]
+    safetensors_torch.load_file(path, dtype="float16")  # type: ignore[arg-type]
+
+
+def use_load_model(model: torch.nn.Module, path: Path) -> None:
+    missing, unexpected = safetensors_torch.load_model(model, path, strict=False, device="cpu", backend="mmap")
+    assert_type(missing, set[str])
+    assert_type(unexpected, list[str])
+    safetensors_torch.load_model(model.state_dict(), path)  # type: ignore[arg-type]
+
+
+def use_load_sharded(folder: Path) -> None:
+    assert_type(safetensors_torch.load_sharded(folder), Tensors)
+    safetensors_torch.load_sharded(folder, "cuda", backend="pread", dtype=torch.float16, names=["a"], progress=False)
+    safetensors_torch.load_sharded(folder, prefault="no")  # type: ignore[arg-type]
+
+
+def use_patch_safetensors() -> None:
+    with safetensors_torch.patch_safetensors() as nothing:
+        assert_type(nothing, None)
+    safetensors_torch.patch_safetensors(True)  # type: ignore[call-arg]
+
+
+def use_release_transfer_memory() -> None:
+    assert_type(safetensors_torch.release_transfer_memory(), int)
+
+
+def use_reserve_transfer_memory() -> None:
+    assert_type(safetensors_torch.reserve_transfer_memory(64 << 20), int)
+    safetensors_torch.reserve_transfer_memory("64MB")  # type: ignore[arg-type]
+
+
+def use_safe_open(path: Path) -> None:
+    with safetensors_torch.safe_open(path, "pt", "cpu", backend="mmap") as file:
+        assert_type(file, safetensors_torch.safe_open)
+        assert_type(file.keys(), list[str])
+        assert_type(file.offset_keys(), list[str])
+        assert_type(file.metadata(), Optional[dict[str, str]])
+        assert_type(file.get_tensor("a"), torch.Tensor)
+        assert_type(file.get_tensors(), Tensors)
+        part = file.get_slice("a")
+        assert_type(part.get_shape(), list[int])
+        assert_type(part.get_dtype(), str)
+        assert_type(part[0, :, ..., ::2], torch.Tensor)
+        assert_type(iter(file), Iterator[str])
+        assert_type(len(file), int)
+        assert_type("a" in file, bool)
+        file.get_tensor(0)  # type: ignore[arg-type]
+
+
+def use_save(tensors: Tensors) -> None:
+    assert_type(safetensors_torch.save(tensors), bytes)
+    safetensors_torch.save(tensors, {"format": "pt"}, progress=True)
+    safetensors_torch.save(tensors, {"step": 1})  # type: ignore[dict-item]
+
+
+def use_save_file(tensors: Tensors, path: Path) -> None:
+    safetensors_torch.save_file(tensors, path, {"format": "pt"}, durable=True, progress=lambda done, total: None)
+    safetensors_torch.save_file(tensors, path, metadata=None)
+    safetensors_torch.save_file([*tensors.values()], path)  # type: ignore[arg-type]
+
+
+def use_save_model(model: torch.nn.Module, path: Path) -> None:
+    safetensors_torch.save_model(model, path, {"format": "pt"}, force_contiguous=False, durable=True)
+    safetensors_torch.save_model(model, path.parent, max_shard_size="5GB", progress=True)
+    safetensors_torch.save_model(model, path, max_shard_size=1.5)  # type: ignore[arg-type]
+
+
+def use_save_sharded(tensors: Tensors, folder: Path) -> None:
+    assert_type(safetensors_torch.save_sharded(tensors, folder), list[str])
+    safetensors_torch.save_sharded(tensors, folder, {"format": "pt"}, max_shard_size=10**9, stem="model", durable=True)
+    safetensors_torch.save_sharded(tensors, folder, stem=None)  # type: ignore[arg-type]
+
+
+def use_set_transfer_options() -> None:
+    safetensors_torch.set_transfer_options(ring_bytes=128 << 20, threads=4)
+    safetensors_torch.set_transfer_options(128 << 20)  # type: ignore[call-arg]
+
+
+def use_transfer_memory() -> None:
+    assert_type(safetensors_torch.transfer_memory(), int)
+
+
+def use_transfer_options() -> None:
+    assert_type(safetensors_torch.transfer_options(), safetensors_torch.TransferOptions)
+
+
+def use_unpatch_safetensors() -> None:
+    safetensors_torch.unpatch_safetensors()
