@@ -20,6 +20,16 @@ import safetensors_torch
 Tensors = dict[str, torch.Tensor]
 
 
+def use_SafeWriter(path: Path, tensor: torch.Tensor) -> None:
+    with safetensors_torch.SafeWriter(
+        path, {"a": (torch.float32, [2, 3]), "b": tensor}, {"format": "pt"}, durable=True
+    ) as writer:
+        assert_type(writer, safetensors_torch.SafeWriter)
+        writer.write("a", tensor)
+        assert_type(writer.missing(), list[str])
+        writer.write("a", [1.0])  # type: ignore[arg-type]
+
+
 def use_SafetensorError() -> None:
     try:
         safetensors_torch.load(b"")
@@ -41,6 +51,12 @@ def use_version() -> None:
 
 def use_cmake_prefix_path() -> None:
     assert_type(safetensors_torch.cmake_prefix_path, str)
+
+
+def use_edit_metadata(path: Path) -> None:
+    changed = safetensors_torch.edit_metadata(path, {"format": "pt", "step": None}, in_place=True, reserve=4096)
+    assert_type(changed, dict[str, str])
+    safetensors_torch.edit_metadata(path, {"step": 1})  # type: ignore[dict-item]
 
 
 def use_include_path() -> None:

@@ -1,0 +1,180 @@
+"""One wheel, several Pythons and torches: builds it, installs it beside each, checks and times it there.
+
+Owns the virtual environments and the table. What is checked stands in check.py. Each combination unpacks torch with
+its CUDA libraries, about 5 GB, and takes some minutes, so this is not part of the tests; the environments are made and
+deleted one after the other. Rust is hidden from everything but the build of the wheel.
+
+Run: python tests/packaging/matrix.py --python python3.10 --python python3.13 --torch 2.8.0 --torch 2.11.0
+         [--wheel FILE] [--cuda-of SITE] [--json FILE] [--folder DIR] [--imports N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUST = ("cargo", "rustc", "rustup")
+# Compared with; it saves through numpy.
+REFERENCE = ("safetensors==0.8.0", "numpy")
+# What torch imports when it is imported, beside its CUDA libraries.
+TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", "sympy", "setuptools")
+# The wheel has these, and no library for one torch; and nothing in it is built here beside the core.
+NEEDED = (
+    "_loader.py",
+    "py.typed",
+    "native/cpp/layer.cpp",
+    "native/bridge/bridge.rs.cc",
+    "native/lib/libsafetensors_torch.a",
+)
+
+
+def run(*command: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT) -> str:
+    """The command's standard output; ends the program with all that it said where it fails."""
+    result = subprocess.run(
+        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
+    return result.stdout
+
+
+def build_wheel(python: str, folder: Path) -> Path:
+    """Builds the wheel that fits every torch, in an isolated environment."""
+    environment = {**os.environ, "SAFETENSORS_TORCH_AOT": "0"}
+    pip = (python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps")
+    run(*pip, "--wheel-dir", folder, ROOT, environment=environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def check_wheel(wheel: Path) -> None:
+    if not wheel.name.endswith("-py3-none-linux_x86_64.whl"):
+        raise SystemExit(f"{wheel.name} is not for every Python, or not for this platform")
+    names = zipfile.ZipFile(wheel).namelist()
+    missing = [name for name in NEEDED if f"safetensors_torch/{name}" not in names]
+    wrong = [
+        name
+        for name in names
+        if name.endswith((".so", ".o", ".pyc")) or not name.lstrip("_").startswith("safetensors_torch")
+    ]
+    if missing or wrong:
+        raise SystemExit(f"{wheel.name} lacks {missing}, and has {wrong}")
+
+
+def without_rust(folder: Path) -> dict[str, str]:
+    """An environment whose PATH has no Rust, with a home folder of its own, so an empty cache, in ``folder``."""
+    programs = folder / "programs"
+    programs.mkdir(parents=True)
+    for place in os.environ["PATH"].split(os.pathsep):
+        for program in Path(place).glob("*"):
+            link = programs / program.name
+            if program.name not in RUST and not link.exists() and os.access(program, os.X_OK):
+                link.symlink_to(program)
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("CARGO", "RUST", "XDG_", "PYTHON"))
+    }
+    environment = {**kept, "PATH": str(programs), "HOME": str(folder)}
+    for program in RUST:
+        if shutil.which(program, path=environment["PATH"]):
+            raise SystemExit(f"{program} could not be hidden")
+    return environment
+
+
+def install_torch(inside: Path, install: tuple, torch: str, cuda_of: Path | None) -> None:
+    if cuda_of is None:
+        run(*install, f"torch=={torch}", *REFERENCE)
+        return
+    run(*install, "--no-deps", f"torch=={torch}")
+    run(*install, *TORCH_NEEDS, *REFERENCE)
+    site = Path(run(inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for path in cuda_of.glob("nvidia*"):
+        (site / path.name).symlink_to(path.resolve())
+
+
+def check_one(python: str, torch: str, wheel: Path, folder: Path, imports: int, cuda_of: Path | None) -> dict:
+    """Installs the wheel beside that torch, and says what came of it."""
+    run(python, "-m", "venv", folder / "venv")
+    inside = folder / "venv" / "bin" / "python"
+    install = (inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+    install_torch(inside, install, torch, cuda_of)  # with pip's own cache, which is in the real home folder
+    environment = without_rust(folder / "home")
+    run(*install, wheel, environment=environment)
+
+    command = (inside, "-I", HERE / "check.py")
+    first = json.loads(run(*command, environment=environment, folder=folder))
+    if not Path(first["package"]).is_relative_to(folder):
+        raise SystemExit(f"not the wheel was checked, but {first['package']}")
+    later = [json.loads(run(*command, "--import-only", environment=environment, folder=folder)) for _ in range(imports)]
+    cache = folder / "home" / ".cache" / "safetensors_torch"
+    (library,) = cache.rglob("*.so")
+    return {
+        **{name: first[name] for name in ("python", "torch", "cxx11_abi", "version", "dtypes")},
+        "first_import_s": first["package_s"],
+        "compiler_s": first["compiler_s"],
+        "later_import_ms": 1000 * statistics.median(said["package_s"] for said in later),
+        "later_import_cpu_ms": 1000 * statistics.median(said["cpu_s"] for said in later),
+        "torch_import_s": statistics.median(said["torch_s"] for said in later),
+        "library_bytes": library.stat().st_size,
+    }
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| Python | torch | dtypes | first import | compiler, CPU | later imports | these, CPU | `import torch` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        lines.append(
+            f"| {result['python']} | {result['torch']} | {result['dtypes']} | {result['first_import_s']:.0f} s"
+            f" | {result['compiler_s']:.0f} s | {result['later_import_ms']:.0f} ms"
+            f" | {result['later_import_cpu_ms']:.0f} ms | {result['torch_import_s']:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--python", action="append", required=True, help="a Python; may be given several times")
+    parser.add_argument("--torch", action="append", required=True, help="a version of it; may be given several times")
+    parser.add_argument("--wheel", type=Path, help="a wheel that is there, instead of building one")
+    parser.add_argument(
+        "--cuda-of",
+        type=Path,
+        help="a site-packages folder with that torch, to whose CUDA libraries, most of the 5 GB, the environments link",
+    )
+    parser.add_argument("--json", type=Path, help="where the results go besides, after each combination")
+    parser.add_argument("--folder", type=Path, help="where the environments are made; needs about 6 GB")
+    parser.add_argument("--imports", type=int, default=7, help="how many later imports are timed")
+    chosen = parser.parse_args()
+    results: list[dict] = []
+    with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="safetensors-torch-matrix-") as name:
+        folder = Path(name)
+        wheel = (chosen.wheel or build_wheel(chosen.python[0], folder / "dist")).resolve()
+        check_wheel(wheel)
+        for torch in chosen.torch:
+            for python in chosen.python:
+                print(f"{python}, torch {torch} ...", file=sys.stderr, flush=True)
+                place = folder / "one"
+                place.mkdir()
+                try:
+                    results.append(check_one(python, torch, wheel, place, chosen.imports, chosen.cuda_of))
+                finally:
+                    shutil.rmtree(place)
+                if chosen.json:
+                    chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"{wheel.name}, {date.today().isoformat()}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
