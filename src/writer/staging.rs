@@ -58,11 +58,9 @@ pub(super) fn stage(target: &Path, private: bool) -> io::Result<(File, Staging)>
     match options.clone().custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(directory_of(target)) {
         // Without /proc an unnamed file could never be given a name.
         Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
-        Ok(_) => {}
-        // What kernels and filesystems without O_TMPFILE answer.
-        Err(error)
-            if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {}
-        Err(error) => return Err(error),
+        // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a folder that
+        // was removed ext4 says EPERM). What is wrong with the folder itself, a file with a name will hear.
+        Ok(_) | Err(_) => {}
     }
     let (file, name) = with_fresh_name(target, |name| options.clone().create_new(true).open(name))?;
     Ok((file, Staging::Named(name)))
