@@ -1,13 +1,15 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces. What happens where a rename
-//! is impossible is described in `docs/saving.md`. Nothing here knows of headers and tensors.
+//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what saves
+//! that were killed have left. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here
+//! knows of headers and tensors.
 
 mod attributes;
 mod file_copy;
 mod release;
 mod staging;
+mod strays;
 mod vectored;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -20,7 +22,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::process::Process;
 use crate::source::bad_path;
-use staging::Staging;
+use staging::{Purpose, Staging};
 
 /// A file that is being written, and is there under its name only once [`AtomicFile::commit`] has returned.
 ///
@@ -97,6 +99,7 @@ impl AtomicFile {
             return Err(fail(io::Error::from_raw_os_error(errno)));
         }
         let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
+        strays::clear(staging::directory_of(&target), &file);
         // From here on, dropping `staged` removes what was staged.
         let process = Process::current();
         let staged = AtomicFile { file, path: path.to_path_buf(), target, staging, process };
@@ -203,6 +206,7 @@ impl AtomicFile {
         match std::fs::rename(name, &self.target) {
             Ok(()) => {
                 release::let_go(old);
+                strays::disclaim(&self.file);
                 self.staging = Staging::Direct;
                 Ok(true)
             }
@@ -221,6 +225,11 @@ impl AtomicFile {
         attributes::reserve_beyond(&target, length)
             .map_err(|source| Error::io("reserve space for", &self.path, source))?;
         self.file.rewind().map_err(|source| fail(&self.path, source))?;
+        if let Staging::Named(name) = &self.staging {
+            // No stray, whatever happens: it may become the only whole copy.
+            let name = staging::set_aside(name, Purpose::Whole).map_err(|source| fail(&self.path, source))?;
+            self.staging = Staging::Named(name);
+        }
         let copied = io::copy(&mut self.file, &mut target).and_then(|_| {
             target.set_len(length)?;
             if sync { target.sync_all() } else { Ok(()) }
@@ -274,7 +283,7 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
 
 /// Renames what is at `path` to a fresh name beside it, which is hidden, and gives that.
 pub(crate) fn set_aside(path: &Path) -> Result<PathBuf> {
-    staging::set_aside(path).map_err(|source| Error::io("rename", path, source))
+    staging::set_aside(path, Purpose::Old).map_err(|source| Error::io("rename", path, source))
 }
 
 /// Whether there was not enough space.

@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::strays;
+
 /// As many links as the kernel follows in one path.
 const MAX_SYMLINKS: usize = 40;
 
@@ -39,10 +41,31 @@ pub(super) fn follow_links(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::from_raw_os_error(libc::ELOOP))
 }
 
-fn directory_of(path: &Path) -> &Path {
+pub(super) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
+    }
+}
+
+/// What a fresh name is for, which its ending tells.
+#[derive(Clone, Copy)]
+pub(super) enum Purpose {
+    /// A file that is being written: removed by a later save should its process be killed.
+    Staged,
+    /// The one whole copy of what a file in place is being overwritten with.
+    Whole,
+    /// What something new is about to take the place of.
+    Old,
+}
+
+impl Purpose {
+    fn suffix(self) -> &'static str {
+        match self {
+            Purpose::Staged => strays::SUFFIX,
+            Purpose::Whole => ".whole",
+            Purpose::Old => ".old",
+        }
     }
 }
 
@@ -62,31 +85,39 @@ pub(super) fn stage(target: &Path, private: bool) -> io::Result<(File, Staging)>
         // was removed ext4 says EPERM). What is wrong with the folder itself, a file with a name will hear.
         Ok(_) | Err(_) => {}
     }
-    let (file, name) = with_fresh_name(target, |name| options.clone().create_new(true).open(name))?;
+    let create = |name: &Path| options.clone().create_new(true).open(name);
+    let (file, name) = with_fresh_name(target, Purpose::Staged, create)?;
+    strays::claim(&file);
     Ok((file, Staging::Named(name)))
 }
 
 /// Gives an unnamed file a fresh name beside `target`.
 pub(super) fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
-    with_fresh_name(target, |name| link_unnamed(file, name)).map(|((), name)| name)
+    strays::claim(file);
+    with_fresh_name(target, Purpose::Staged, |name| link_unnamed(file, name)).map(|((), name)| name)
 }
 
 /// Renames `path` to a fresh name beside it, and gives that.
-pub(super) fn set_aside(path: &Path) -> io::Result<PathBuf> {
+pub(super) fn set_aside(path: &Path, purpose: Purpose) -> io::Result<PathBuf> {
     let rename = |name: &Path| match name.symlink_metadata() {
         Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
         Err(_) => std::fs::rename(path, name),
     };
-    with_fresh_name(path, rename).map(|((), name)| name)
+    with_fresh_name(path, purpose, rename).map(|((), name)| name)
 }
 
 /// Calls `make` with names beside `target` until one is free.
-fn with_fresh_name<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(T, PathBuf)> {
+fn with_fresh_name<T>(
+    target: &Path,
+    purpose: Purpose,
+    make: impl Fn(&Path) -> io::Result<T>,
+) -> io::Result<(T, PathBuf)> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         // Short whatever the target's name: a long one with a suffix could pass the filesystem's limit.
-        let name = directory_of(target).join(format!(".safetensors-{}-{number}.tmp", std::process::id()));
+        let name = format!("{}{}-{number}{}", strays::PREFIX, std::process::id(), purpose.suffix());
+        let name = directory_of(target).join(name);
         match make(&name) {
             Ok(made) => return Ok((made, name)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
