@@ -4,6 +4,7 @@
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
+# make torture   hard tests of saving and loading, not in make test: kills, leaks, attacks, a soak of SECONDS=600
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
@@ -35,9 +36,9 @@ MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
+.PHONY: build demo test torture bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
 
 build: library out/python.stamp
 
@@ -144,6 +145,11 @@ test-tsan:
 test-c: out/core.stamp
 	tests/c/run.sh target/core/release
 	tests/faults/run.sh target/core/release
+	tests/torture/run.sh target/core/release quick
+
+# SECONDS: of the soak; KILLS: of each kind of target.
+torture: out/core.stamp out/python.stamp
+	PYTHON=$(CURDIR)/$(PY) SECONDS=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
 
 TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
 

@@ -1,0 +1,272 @@
+/* Saves that are killed: at any moment, just when a commit has begun, and between any two system calls.
+ *
+ * A child saves two contents, a large one and a tiny one, in turn to one file, or to one checkpoint. After each kill
+ * the file must be one of those that it can be, whole; the checkpoint too, or have no index, with the error that says
+ * so; and the next child's saves must work. The system calls of the library come by here, so that the child can tell
+ * when its commit begins, and end itself at a call that is chosen. Run with a folder and a number of kills. */
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "common.h"
+
+/* What parent and child share. */
+typedef struct shared {
+    atomic_long saves;   /* that the child has made */
+    atomic_int commits;  /* whether a commit has begun, since the parent last looked */
+    atomic_long mortal;  /* the call, counted from the first of a save, at which the child ends itself; 0 for none */
+    atomic_long longest; /* how many calls a save has */
+} shared;
+
+static shared* common;
+static _Thread_local bool counted;
+static long calls;
+static bool no_unnamed; /* a filesystem without O_TMPFILE */
+
+/* A call of the library: before it, and after it, is a moment to die. */
+static void moment(void) {
+    if (!counted) return;
+    calls++;
+    if (calls > atomic_load(&common->longest)) atomic_store(&common->longest, calls);
+    if (calls == atomic_load(&common->mortal)) raise(SIGKILL);
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define BETWEEN_MOMENTS(type, call) \
+    do {                            \
+        moment();                   \
+        const type result = (call); \
+        const int error = errno;    \
+        moment();                   \
+        errno = error;              \
+        return result;              \
+    } while (0)
+
+int open64(const char* path, int flags, ...) {
+    va_list arguments;
+    va_start(arguments, flags);
+    const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
+    va_end(arguments);
+    if (no_unnamed && (flags & O_TMPFILE) == O_TMPFILE) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    BETWEEN_MOMENTS(int, REAL(open64)(path, flags, mode));
+}
+ssize_t writev(int file, const struct iovec* pieces, int count) {
+    BETWEEN_MOMENTS(ssize_t, REAL(writev)(file, pieces, count));
+}
+int linkat(int a, const char* from, int b, const char* to, int flags) {
+    BETWEEN_MOMENTS(int, REAL(linkat)(a, from, b, to, flags));
+}
+int rename(const char* from, const char* to) { BETWEEN_MOMENTS(int, REAL(rename)(from, to)); }
+int unlink(const char* path) { BETWEEN_MOMENTS(int, REAL(unlink)(path)); }
+int fallocate(int file, int mode, off_t offset, off_t length) {
+    BETWEEN_MOMENTS(int, REAL(fallocate)(file, mode, offset, length));
+}
+int fcntl(int file, int command, ...) {
+    va_list arguments;
+    va_start(arguments, command);
+    void* argument = va_arg(arguments, void*);
+    va_end(arguments);
+    /* The commit begins with this one. */
+    if (counted && command == F_DUPFD_CLOEXEC) {
+        atomic_store(&common->commits, 1);
+        BETWEEN_MOMENTS(int, REAL(fcntl)(file, command, argument));
+    }
+    return REAL(fcntl)(file, command, argument);
+}
+
+/* A kind of target: what is saved, and how it is looked at. */
+typedef struct target {
+    const char* name;
+    bool unnamed;
+    sft_status (*save)(const sft_writer* writer, const char* path);
+    uint64_t (*version)(const char* path);
+    bool (*may_be_absent)(const char* path);
+    const char* (*folder)(const char* path);
+} target;
+
+static sft_status save_file(const sft_writer* writer, const char* path) {
+    return sft_writer_write_file(writer, path, NULL);
+}
+static uint64_t version_of_file(const char* path) { return file_version(path, SFT_BACKEND_MMAP); }
+static bool never(const char* path) {
+    (void)path;
+    return false;
+}
+static const char* folder_of_file(const char* path) {
+    (void)path;
+    return path_of("file");
+}
+
+/* Large ones have several files, tiny ones one or two; the names of both overlap. */
+static sft_status save_checkpoint(const sft_writer* writer, const char* path) {
+    uint64_t nbytes = 0;
+    sft_writer_size(writer, NULL, &nbytes);
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.max_shard_bytes = nbytes > 1000000 ? nbytes / 3 + 4096 : nbytes % 16 == 0 ? nbytes : nbytes / 2 + 24;
+    return sft_writer_write_sharded(writer, path, &options);
+}
+
+/* No index, and an error that speaks of it. */
+static bool has_no_index(const char* path) {
+    char index[4200];
+    snprintf(index, sizeof index, "%s/model.safetensors.index.json", path);
+    const char* said = sft_last_error_message();
+    return access(index, F_OK) != 0 && errno == ENOENT && strstr(said, path) != NULL && strstr(said, "index") != NULL;
+}
+static const char* itself(const char* path) { return path; }
+
+static const target targets[] = {
+    {"file", true, save_file, version_of_file, never, folder_of_file},
+    {"checkpoint", true, save_checkpoint, checkpoint_version, has_no_index, itself},
+    {"file without unnamed files", false, save_file, version_of_file, never, folder_of_file},
+    {"checkpoint without unnamed files", false, save_checkpoint, checkpoint_version, has_no_index, itself},
+};
+
+/* Saves for ever; the contents are those of this number. */
+static void child(const target* what, const char* path, const content* both, pid_t parent) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) _exit(1);
+    sft_writer* writers[] = {content_writer(&both[0]), content_writer(&both[1])};
+    counted = true;
+    for (size_t i = 0;; i++) {
+        calls = 0;
+        if (what->save(writers[i % 2], path) != SFT_OK) {
+            fprintf(stderr, "a save failed: %s\n", sft_last_error_message());
+            _exit(2);
+        }
+        atomic_fetch_add(&common->saves, 1);
+    }
+}
+
+static void sleep_for(uint64_t nanoseconds) {
+    const struct timespec time = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    nanosleep(&time, NULL);
+}
+
+static void wait_for_saves(long count) {
+    const double until = seconds() + 60;
+    siginfo_t ended = {0};
+    while (atomic_load(&common->saves) < count && seconds() < until) {
+        if (waitid(P_ALL, 0, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && ended.si_pid != 0) return;
+        sleep_for(50000);
+    }
+}
+
+static void remove_strays(const char* folder) {
+    DIR* opened = opendir(folder);
+    if (opened == NULL) return;
+    for (const struct dirent* entry; (entry = readdir(opened)) != NULL;) {
+        if (strncmp(entry->d_name, ".safetensors-", 13) == 0) unlinkat(dirfd(opened), entry->d_name, 0);
+    }
+    closedir(opened);
+}
+
+static void run(const target* what, long kills) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s", path_of(what->save == save_file ? "file/model.safetensors" : "checkpoint"));
+    no_unnamed = !what->unnamed;
+    mkdir(what->folder(path), 0777);
+    uint64_t state = 20, before = 1;
+    const content first = content_new(1, 6, 1000);
+    sft_writer* writer = content_writer(&first);
+    EXPECT(what->save(writer, path) == SFT_OK, "%s", sft_last_error_message());
+    sft_writer_free(writer);
+    long whole = 0, absent = 0, left = 0, in_save = 0, at_commit = 0, at_call = 0;
+    for (long kill_number = 1; kill_number <= kills; kill_number++) {
+        const size_t words = (3 + random_below(&state, 28)) * 131072 / 6;
+        content both[] = {content_new((uint64_t)kill_number * 2, 6, words),
+                          content_new((uint64_t)kill_number * 2 + 1, 6, 3 + random_below(&state, 40))};
+        *common = (shared){0};
+        const unsigned how = (unsigned)(kill_number % 3);
+        fflush(stdout);
+        const pid_t parent = getpid(), pid = fork();
+        if (pid < 0) abort();
+        if (pid == 0) child(what, path, both, parent);
+        if (how == 0) {
+            /* Anywhere, the first save included: it is the one that replaces what another process left. */
+            const double begun = seconds();
+            wait_for_saves(random_below(&state, 2) == 0 ? 0 : 2);
+            const double each = atomic_load(&common->saves) == 0 ? 0.03 : (seconds() - begun) / 2;
+            sleep_for(random_below(&state, (uint64_t)(each * 2e9) + 1));
+            in_save++;
+        } else if (how == 1) {
+            /* When a commit has begun, and a little later. */
+            wait_for_saves((long)random_below(&state, 3));
+            atomic_store(&common->commits, 0);
+            const double until = seconds() + 60;
+            while (atomic_load(&common->commits) == 0 && seconds() < until) sched_yield();
+            const uint64_t later = random_below(&state, 300000);
+            for (const double from = seconds(); seconds() - from < (double)later * 1e-9;) {
+            }
+            at_commit++;
+        } else {
+            /* At a call, which the child counts; the first two saves say how many there are. */
+            wait_for_saves(2);
+            atomic_store(&common->mortal, 1 + (long)random_below(&state, (uint64_t)atomic_load(&common->longest)));
+            /* Where only the first save had so many, nobody dies; the kill below ends it then. */
+            wait_for_saves(atomic_load(&common->saves) + 4);
+            at_call++;
+        }
+        int status = 0;
+        kill(pid, SIGKILL);
+        if (waitpid(pid, &status, 0) != pid) abort();
+        EXPECT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "%s: the child ended by itself: %d", what->name,
+               status);
+
+        const uint64_t version = what->version(path);
+        if (version == 0 && what->may_be_absent(path)) {
+            absent++;
+        } else if (EXPECT(version == before || version / 2 == (uint64_t)kill_number,
+                          "%s, kill %ld: version %llu after %llu; %s", what->name, kill_number,
+                          (unsigned long long)version, (unsigned long long)before, sft_last_error_message())) {
+            whole++;
+        }
+        before = version;
+        const int count = strays(what->folder(path));
+        /* The moment between two names: of a file, and of the index. Without unnamed files, all that was begun. */
+        EXPECT(count <= (what->unnamed ? 2 : 5), "%s, kill %ld: %d strays", what->name, kill_number, count);
+        left += count;
+        remove_strays(what->folder(path));
+        content_free(&both[0]);
+        content_free(&both[1]);
+    }
+    content last = first;
+    writer = content_writer(&last);
+    EXPECT(what->save(writer, path) == SFT_OK && what->version(path) == 1, "%s", sft_last_error_message());
+    sft_writer_free(writer);
+    content_free(&last);
+    printf(
+        "kills of a %s: %ld (%ld anywhere, %ld in the commit, %ld between calls), whole: %ld, no index: %ld, "
+        "strays: %ld\n",
+        what->name, kills, in_save, at_commit, at_call, whole, absent, left);
+}
+
+int main(int count, char** arguments) {
+    if (count != 3) return 2;
+    use_folder(arguments[1]);
+    common = mmap(NULL, sizeof *common, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (common == MAP_FAILED) return 2;
+    const long kills = atol(arguments[2]);
+    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
+        run(&targets[i], targets[i].unnamed ? kills : (kills + 4) / 5);
+    }
+    return failures() == 0 ? 0 : 1;
+}

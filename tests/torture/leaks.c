@@ -1,0 +1,94 @@
+/* Ten thousand loads and saves, failures among them: memory, descriptors, mappings and threads stay what they were
+ * after the first thousand. Run with a folder. */
+#include <malloc.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common.h"
+
+enum { ROUNDS = 10000, WARM_UP = 1000 };
+
+/* Everything that takes and gives back: one round of it. */
+static void round_of(long round, const sft_writer* small, const sft_writer* other) {
+    static uint64_t buffer[5000];
+    const char* file = path_of("a.safetensors");
+    sft_save_options save = SFT_SAVE_OPTIONS_INIT;
+    const sft_writer* writer = round % 2 == 0 ? small : other;
+    EXPECT(sft_writer_write_file(writer, file, &save) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(file_version(file, round % 3 == 0 ? SFT_BACKEND_PREAD : SFT_BACKEND_MMAP) == (round % 2 == 0 ? 1 : 2), "%s",
+           sft_last_error_message());
+
+    sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+    options.prefault = (sft_prefault)(round % 3);
+    sft_file* opened = NULL;
+    EXPECT(sft_file_open(path_of("large.safetensors"), &options, &opened) == SFT_OK, "%s", sft_last_error_message());
+    const sft_range range = {(uint64_t)round, (uint64_t)round + 4000, 1};
+    EXPECT(sft_file_read_slice(opened, 1, &range, 1, buffer, 4000 * 8) == SFT_OK, "%s", sft_last_error_message());
+    if (round % 2 == 0) sft_file_close(opened);
+    sft_file_free(opened);
+
+    /* What fails must give back as much. */
+    EXPECT(sft_file_open(path_of("torn.safetensors"), &options, &opened) != SFT_OK, "a torn file");
+    EXPECT(sft_file_open(path_of("absent"), NULL, &opened) == SFT_ERROR_IO, "an absent file");
+    EXPECT(sft_writer_write_file(writer, path_of("no/folder"), NULL) == SFT_ERROR_IO, "no folder");
+    EXPECT(sft_writer_write_file(writer, "/dev/full", NULL) == SFT_ERROR_IO, "full");
+    if (round % 10 == 0) {
+        sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
+        sharded.max_shard_bytes = round % 20 == 0 ? 100 : 1000000;
+        EXPECT(sft_writer_write_sharded(writer, path_of("checkpoint"), &sharded) == SFT_OK, "%s",
+               sft_last_error_message());
+        EXPECT(checkpoint_version(path_of("checkpoint")) != WRONG, "%s", sft_last_error_message());
+        sft_checkpoint* checkpoint = NULL;
+        EXPECT(sft_checkpoint_open(path_of("torn"), NULL, &checkpoint) == SFT_ERROR_INDEX, "%s",
+               sft_last_error_message());
+        content fresh = content_new(3, 3, 10);
+        sft_writer_free(content_writer(&fresh));
+        content_free(&fresh);
+    }
+}
+
+int main(int count, char** arguments) {
+    if (count != 2) return 2;
+    use_folder(arguments[1]);
+    content one = content_new(1, 3, 50), two = content_new(2, 4, 60), large = content_new(7, 2, 3000000);
+    sft_writer *small = content_writer(&one), *other = content_writer(&two);
+    save_content(&large, path_of("large.safetensors"));
+    put_file(path_of("torn.safetensors"), "\x40\0\0\0\0\0\0\0{\"a\":", 13);
+    if (mkdir(path_of("torn"), 0777) != 0) return 2;
+    put_file(path_of("torn/model.safetensors.index.json"), "{\"weight_map\":{\"a\":\"../b\"}}", 27);
+    content_free(&large);
+    figures warm = {0, 0, 0, 0};
+    const double begun = seconds();
+    for (long round = 0; round < ROUNDS; round++) {
+        if (round == WARM_UP) {
+            malloc_trim(0);
+            warm = figures_now();
+        }
+        round_of(round, small, other);
+    }
+    /* Threads that bring pages in, or close a file, end by themselves, soon. */
+    figures after;
+    const double until = seconds() + 20;
+    do {
+        usleep(20000);
+        malloc_trim(0);
+        after = figures_now();
+    } while (after.threads > 1 && seconds() < until);
+    EXPECT(after.resident <= warm.resident + (1 << 20), "%ld bytes, %ld before", after.resident, warm.resident);
+    EXPECT(after.descriptors <= warm.descriptors, "%ld descriptors, %ld before", after.descriptors, warm.descriptors);
+    EXPECT(after.mappings <= warm.mappings + 2, "%ld mappings, %ld before", after.mappings, warm.mappings);
+    EXPECT(after.threads == 1, "%ld threads", after.threads);
+    printf(
+        "leaks in C: %d rounds in %.1f s; kB in memory %ld, then %ld; descriptors %ld, %ld; mappings %ld, %ld; threads "
+        "%ld\n",
+        ROUNDS, seconds() - begun, warm.resident / 1024, after.resident / 1024, warm.descriptors, after.descriptors,
+        warm.mappings, after.mappings, after.threads);
+    sft_writer_free(small);
+    sft_writer_free(other);
+    content_free(&one);
+    content_free(&two);
+    return failures() == 0 ? 0 : 1;
+}

@@ -1,0 +1,171 @@
+/* What is on the disk when: with `sync`, a file is synchronized before it gets its name, and its folder afterwards; the
+ * files of a checkpoint before the names, the names before the index, the index before what it replaces goes.
+ *
+ * The system calls that matter come by here, are written down in a word, and done. Run with a folder. */
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common.h"
+
+static char log_text[65536];
+static bool is_logging;
+static ino_t numbers[64];
+static size_t known;
+
+static void note(const char* what, const char* name) {
+    const size_t length = strlen(log_text);
+    snprintf(log_text + length, sizeof log_text - length, "%s(%s) ", what, name);
+}
+
+static const char* last_part(const char* path) {
+    const char* slash = strrchr(path, '/');
+    const char* name = slash == NULL ? path : slash + 1;
+    return strncmp(name, ".safetensors-", 13) == 0 ? "hidden" : name;
+}
+
+/* "folder NAME", or "file N" by the order in which files are met first: they have no names yet. */
+static const char* name_of(int descriptor) {
+    static char name[PATH_MAX + 16];
+    struct stat told;
+    if (fstat(descriptor, &told) != 0) abort();
+    if (S_ISDIR(told.st_mode)) {
+        char link[64], path[PATH_MAX] = "";
+        snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+        if (readlink(link, path, sizeof path - 1) < 0) abort();
+        snprintf(name, sizeof name, "folder %s", last_part(path));
+        return name;
+    }
+    size_t number = 0;
+    while (number < known && numbers[number] != told.st_ino) number++;
+    if (number == known && known < sizeof numbers / sizeof *numbers) numbers[known++] = told.st_ino;
+    snprintf(name, sizeof name, "file %zu", number + 1);
+    return name;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+int fsync(int descriptor) {
+    if (is_logging) note("fsync", name_of(descriptor));
+    return REAL(fsync)(descriptor);
+}
+int fdatasync(int descriptor) {
+    if (is_logging) note("fdatasync", name_of(descriptor));
+    return REAL(fdatasync)(descriptor);
+}
+int rename(const char* from, const char* to) {
+    if (is_logging) note("rename", last_part(to));
+    return REAL(rename)(from, to);
+}
+int linkat(int a, const char* from, int b, const char* to, int flags) {
+    const int result = REAL(linkat)(a, from, b, to, flags);
+    if (is_logging && result == 0) note("link", last_part(to));
+    return result;
+}
+int unlink(const char* path) {
+    /* Shards go in the order in which the folder has them. */
+    if (is_logging) note("unlink", strstr(path, "-of-") != NULL ? "shard" : last_part(path));
+    return REAL(unlink)(path);
+}
+
+static long orders;
+
+static void expect_order(const char* scenario, sft_status status, const char* expected) {
+    is_logging = false;
+    EXPECT(status == SFT_OK, "%s: %s", scenario, sft_last_error_message());
+    EXPECT(strcmp(log_text, expected) == 0, "%s:\n  given    %s\n  expected %s", scenario, log_text, expected);
+    orders++;
+}
+
+static void begin(void) {
+    log_text[0] = '\0';
+    known = 0;
+    is_logging = true;
+}
+
+static void files(const sft_writer* writer) {
+    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+    begin();
+    expect_order("a file that is left to the kernel", sft_writer_write_file(writer, path_of("plain"), &options),
+                 "link(plain) ");
+    begin();
+    expect_order("another over it", sft_writer_write_file(writer, path_of("plain"), &options),
+                 "link(hidden) rename(plain) ");
+    options.sync = 1;
+    begin();
+    expect_order("a new file", sft_writer_write_file(writer, path_of("sub/synced"), &options),
+                 "fsync(file 1) link(synced) fsync(folder sub) ");
+    begin();
+    expect_order("a file over an old one", sft_writer_write_file(writer, path_of("sub/synced"), &options),
+                 "fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
+    /* The folder is that of the file, not that of the link. */
+    if (symlink("sub/synced", path_of("link")) != 0) abort();
+    begin();
+    expect_order("through a symbolic link", sft_writer_write_file(writer, path_of("link"), &options),
+                 "fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
+    if (chdir(path_of("sub")) != 0) abort();
+    begin();
+    expect_order("by a name without a folder", sft_writer_write_file(writer, "relative", &options),
+                 "fsync(file 1) link(relative) fsync(folder sub) ");
+}
+
+static void checkpoints(const sft_writer* writer) {
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.sync = 1;
+    options.max_shard_bytes = 8000;
+    const char* folder = path_of("parent/checkpoint");
+    begin();
+    /* Files and index, then the folder, then the names of files, on the disk before that of the index; at the end the
+     * folders that are new in theirs. */
+    expect_order("a new checkpoint", sft_writer_write_sharded(writer, folder, &options),
+                 "fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
+                 "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
+                 "fsync(folder checkpoint) link(model.safetensors.index.json) "
+                 "fsync(folder checkpoint) fsync(folder parent) fsync(folder files) fsync(folder checkpoint) ");
+    begin();
+    /* The old index is out of the way, on the disk, before the first file that it lists changes. */
+    expect_order("a checkpoint over one of the same names", sft_writer_write_sharded(writer, folder, &options),
+                 "fsync(file 1) fsync(file 2) fsync(file 3) rename(hidden) fsync(folder checkpoint) "
+                 "link(hidden) rename(model-00001-of-00002.safetensors) "
+                 "link(hidden) rename(model-00002-of-00002.safetensors) "
+                 "fsync(folder checkpoint) link(model.safetensors.index.json) unlink(hidden) "
+                 "fsync(folder checkpoint) fsync(folder checkpoint) ");
+    options.max_shard_bytes = 1000000;
+    begin();
+    expect_order("one file over a checkpoint", sft_writer_write_sharded(writer, folder, &options),
+                 "fsync(file 1) fsync(folder checkpoint) link(model.safetensors) fsync(folder checkpoint) "
+                 "unlink(model.safetensors.index.json) unlink(shard) unlink(shard) "
+                 "fsync(folder checkpoint) ");
+    options.max_shard_bytes = 8000;
+    begin();
+    expect_order("a checkpoint over one file", sft_writer_write_sharded(writer, folder, &options),
+                 "fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
+                 "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
+                 "fsync(folder checkpoint) link(model.safetensors.index.json) fsync(folder checkpoint) "
+                 "unlink(model.safetensors) fsync(folder checkpoint) ");
+}
+
+int main(int count, char** arguments) {
+    if (count != 2) return 2;
+    use_folder(arguments[1]);
+    const int unnamed = open(arguments[1], O_TMPFILE | O_WRONLY, 0600);
+    if (unnamed < 0) {
+        printf("order: skipped, as this filesystem has no files without names\n");
+        return 0;
+    }
+    close(unnamed);
+    const content what = content_new(1, 2, 1000);
+    sft_writer* writer = content_writer(&what);
+    if (mkdir(path_of("sub"), 0777) != 0) return 2;
+    files(writer);
+    checkpoints(writer);
+    sft_writer_free(writer);
+    printf("order of synchronizing: %ld orders, %ld wrong\n", orders, failures());
+    return failures() == 0 ? 0 : 1;
+}
