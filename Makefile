@@ -149,7 +149,7 @@ test-c: out/core.stamp
 
 # SECONDS: of the soak; KILLS: of each kind of target.
 torture: out/core.stamp out/python.stamp
-	PYTHON=$(CURDIR)/$(PY) SECONDS=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
+	PYTHON=$(CURDIR)/$(PY) SOAK=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
 
 TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
 

@@ -77,9 +77,10 @@ int main(int count, char** arguments) {
         malloc_trim(0);
         after = figures_now();
     } while (after.threads > 1 && seconds() < until);
-    EXPECT(after.resident <= warm.resident + (1 << 20), "%ld bytes, %ld before", after.resident, warm.resident);
+    EXPECT(after.resident <= warm.resident + (512 << 10), "%ld bytes, %ld before", after.resident, warm.resident);
     EXPECT(after.descriptors <= warm.descriptors, "%ld descriptors, %ld before", after.descriptors, warm.descriptors);
-    EXPECT(after.mappings <= warm.mappings + 2, "%ld mappings, %ld before", after.mappings, warm.mappings);
+    /* Stacks and arenas of threads are kept for the next ones. */
+    EXPECT(after.mappings <= warm.mappings + 16, "%ld mappings, %ld before", after.mappings, warm.mappings);
     EXPECT(after.threads == 1, "%ld threads", after.threads);
     printf(
         "leaks in C: %d rounds in %.1f s; kB in memory %ld, then %ld; descriptors %ld, %ld; mappings %ld, %ld; threads "

@@ -48,6 +48,18 @@ int statx(int folder, const char* restrict path, int flags, unsigned mask, struc
     return result;
 }
 
+/* A process that is forked while a file is about to be renamed, and lives on. */
+static bool forks_at_rename;
+static pid_t forked;
+
+int rename(const char* from, const char* to) {
+    if (forks_at_rename && (forked = fork()) == 0) {
+        pause();
+        _exit(0);
+    }
+    return ((__typeof__(&rename))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+
 static void make_folder(const char* path, mode_t mode) {
     if (mkdir(path, 0777) != 0 || chmod(path, mode) != 0) abort();
 }
@@ -270,6 +282,20 @@ static void strays_of_the_dead(const char* name, bool unnamed) {
     no_unnamed = false;
 }
 
+/* The lock of a staged file ends with the save, also where a process that was forked meanwhile has its descriptor. */
+static void saved_files_are_not_locked(void) {
+    EXPECT(save_version(1, 10, path_of("unlocked")) == SFT_OK, "%s", sft_last_error_message());
+    fflush(stdout);
+    forks_at_rename = true;
+    EXPECT(save_version(2, 10, path_of("unlocked")) == SFT_OK, "%s", sft_last_error_message());
+    forks_at_rename = false;
+    const int file = open(path_of("unlocked"), O_RDONLY);
+    EXPECT(forked > 0 && file >= 0 && flock(file, LOCK_EX | LOCK_NB) == 0, "%s", strerror(errno));
+    close(file);
+    if (forked > 0 && (kill(forked, SIGKILL) != 0 || waitpid(forked, NULL, 0) != forked)) abort();
+    (*manners)++;
+}
+
 /* Two processes save to one path, each its own content, at once: a whole file wins each time. */
 static void race(const char* name, bool unnamed, long rounds) {
     char folder[4096];
@@ -327,6 +353,7 @@ int main(int count, char** arguments) {
     as_child(folder_that_is_gone, false);
     another_user();
     small_disk();
+    saved_files_are_not_locked();
     strays_of_the_dead("strays", true);
     strays_of_the_dead("strays of named files", false);
     printf("manners: %ld, failed: %ld\n", *manners, failures());

@@ -5,8 +5,8 @@
 #     tests/torture/run.sh target/core/release [PROGRAM...]
 #
 # PROGRAM is "kills", "order", "manners", "changes", "leaks", "soak" or "attacks", "quick" for those that take seconds
-# alone, or nothing for all. KILLS (500) and SECONDS (600, of the soak) say how much; with PYTHON, the leaks of the Python package are
-# looked for too. Each prints a line with its figures.
+# alone, or nothing for all. KILLS (500) and SOAK (600 seconds) say how much; with PYTHON, the leaks of the Python package
+# are looked for too. Each prints a line with its figures.
 set -eu
 library=$(cd "${1:?usage: $0 FOLDER_OF_THE_LIBRARY [PROGRAM...]}" && pwd)
 shift
@@ -20,18 +20,22 @@ trap 'rm -rf "$work"' EXIT
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 ln -s "$soname" "$work/libsafetensors_torch.so"
+failed=
 for program in "$@"; do
     # -rdynamic: some have definitions of system calls that the library is to find.
     ${CC:-cc} -std=c11 -D_GNU_SOURCE -g -O2 -Wall -Wextra -Werror -rdynamic "$here/$program.c" "$here/common.c" \
         -I"$here/../../include" -L"$work" -lsafetensors_torch -lpthread -ldl -Wl,-rpath,"$work" -o "$work/$program"
     mkdir "$work/files"
     case $program in
-        kills) "$work/kills" "$work/files" "${KILLS:-500}" ;;
-        soak) "$work/soak" "$work/files" "${SECONDS:-600}" ;;
-        *) "$work/$program" "$work/files" ;;
+        kills) amount=${KILLS:-500} ;;
+        soak) amount=${SOAK:-600} ;;
+        *) amount= ;;
     esac
+    # One that fails keeps none of the others from running.
+    "$work/$program" "$work/files" ${amount:+"$amount"} || failed="$failed $program"
     if [ "$program" = leaks ] && [ -n "${PYTHON:-}" ]; then
-        "$PYTHON" "$here/leaks.py" "$work/files"
+        "$PYTHON" "$here/leaks.py" "$work/files" || failed="$failed leaks.py"
     fi
     rm -rf "$work/files"
 done
+[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
