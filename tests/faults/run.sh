@@ -1,5 +1,5 @@
 #!/bin/sh
-# Has every system call of a save fail in turn, with the shared library in the folder that is given:
+# Has every system call of a save fail in turn, then every allocation, with the shared library in the folder that is given:
 #
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/faults/run.sh target/core/release
@@ -11,8 +11,15 @@ trap 'rm -rf "$work"' EXIT
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 ln -s "$soname" "$work/libsafetensors_torch.so"
-# Its own definitions of open, write and so on are for the library to find.
-${CC:-cc} -std=c11 -g -O1 -Wall -Wextra -Werror -rdynamic "$here/faults.c" "$here/inject.c" -I"$here/../../include" \
-    -L"$work" -lsafetensors_torch -ldl -Wl,-rpath,"$work" -o "$work/faults"
-mkdir "$work/files"
-"$work/faults" "$work/files"
+# Definitions of open, malloc and so on of their own are for the library to find.
+build() {
+    name=$1
+    shift
+    ${CC:-cc} -std=c11 -g -O1 -Wall -Wextra -Werror -rdynamic "$@" -I"$here/../../include" \
+        -L"$work" -lsafetensors_torch -ldl -Wl,-rpath,"$work" -o "$work/$name"
+    rm -rf "$work/files"
+    mkdir "$work/files"
+    "$work/$name" "$work/files"
+}
+build faults "$here/faults.c" "$here/inject.c"
+build memory "$here/memory.c"

@@ -1,0 +1,137 @@
+/* Saves in which every allocation fails once, in a child process each time, until the save succeeds.
+ *
+ * Rust ends a process that has no memory left for what cannot do without it, so the child may end with SIGABRT, or with
+ * an error, or, where the memory was for something that can be done without, with success. Whichever it is, the target
+ * holds the old file or the new one, whole, and nothing stands beside it. Run with a folder. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <safetensors_torch.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { BYTES = 20000 };
+
+static bool armed;
+static long calls, chosen;
+
+static bool fails(void) {
+    if (!armed || ++calls != chosen) return false;
+    errno = ENOMEM;
+    return true;
+}
+
+/* Those of glibc, which can be called before dlsym can. */
+extern void* __libc_malloc(size_t size);
+extern void* __libc_calloc(size_t count, size_t size);
+extern void* __libc_realloc(void* old, size_t size);
+extern void* __libc_memalign(size_t alignment, size_t size);
+
+void* malloc(size_t size) { return fails() ? NULL : __libc_malloc(size); }
+void* calloc(size_t count, size_t size) { return fails() ? NULL : __libc_calloc(count, size); }
+void* realloc(void* old, size_t size) { return fails() ? NULL : __libc_realloc(old, size); }
+
+int posix_memalign(void** memory, size_t alignment, size_t size) {
+    if (fails()) return ENOMEM;
+    *memory = __libc_memalign(alignment, size);
+    return *memory == NULL ? ENOMEM : 0;
+}
+
+static char folder[3000], target[4000];
+
+static int entries(void) {
+    DIR* opened = opendir(folder);
+    if (opened == NULL) abort();
+    int count = 0;
+    for (const struct dirent* entry; (entry = readdir(opened)) != NULL;)
+        count += entry->d_name[0] != '.' || entry->d_name[1] == 's';
+    closedir(opened);
+    return count;
+}
+
+/* Saves 40 tensors of this byte. */
+static sft_status save(unsigned char value) {
+    static unsigned char bytes[BYTES];
+    static const uint64_t shape[] = {BYTES};
+    memset(bytes, value, BYTES);
+    sft_writer* writer = NULL;
+    sft_status status = sft_writer_new(&writer);
+    for (char i = 0; status == SFT_OK && i < 40; i++) {
+        const char name[] = {'t', (char)('0' + i)};
+        status = sft_writer_add_tensor(writer, name, sizeof name, SFT_DTYPE_U8, shape, 1, bytes, BYTES);
+    }
+    if (status == SFT_OK) status = sft_writer_write_file(writer, target, NULL);
+    sft_writer_free(writer);
+    return status;
+}
+
+/* The byte of which every tensor is full; 0 if the file is not whole. */
+static unsigned char content(void) {
+    static unsigned char bytes[BYTES];
+    sft_file* file = NULL;
+    if (sft_file_open(target, NULL, &file) != SFT_OK) return 0;
+    size_t count = 0;
+    unsigned char value = 0;
+    bool whole = sft_file_count(file, &count) == SFT_OK && count == 40;
+    for (size_t i = 0; whole && i < count; i++) {
+        whole = sft_file_read(file, i, bytes, BYTES) == SFT_OK && (i == 0 || bytes[0] == value);
+        value = bytes[0];
+        for (size_t at = 0; whole && at < BYTES; at++) whole = bytes[at] == value;
+    }
+    sft_file_free(file);
+    return whole ? value : 0;
+}
+
+enum { SAVED = 0, REFUSED = 1, SILENT = 2, UNTOUCHED = 3 };
+
+/* In the child: one save in which allocation number `call` fails. */
+static int attempt(long call) {
+    /* What ends it tells of it on the standard error, and leaves no core. */
+    const struct rlimit none = {0, 0};
+    setrlimit(RLIMIT_CORE, &none);
+    if (freopen("/dev/null", "w", stderr) == NULL) return SILENT;
+    chosen = call;
+    armed = true;
+    const sft_status status = save(2);
+    armed = false;
+    if (calls < chosen) return UNTOUCHED;
+    if (status == SFT_OK) return SAVED;
+    return strlen(sft_last_error_message()) > 0 ? REFUSED : SILENT;
+}
+
+int main(int count, char** arguments) {
+    if (count != 2) return 2;
+    snprintf(folder, sizeof folder, "%s", arguments[1]);
+    snprintf(target, sizeof target, "%s/target", folder);
+    long ended[3] = {0, 0, 0}, aborted = 0, wrong = 0;
+    for (long call = 1;; call++) {
+        if (save(1) != SFT_OK || content() != 1) abort();
+        const int before = entries();
+        const pid_t child = fork();
+        if (child == 0) _exit(attempt(call));
+        int status = 0;
+        if (child < 0 || waitpid(child, &status, 0) != child) abort();
+        if (WIFEXITED(status) && WEXITSTATUS(status) == UNTOUCHED) break;
+        const bool is_abort = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+        const int how = WIFEXITED(status) ? WEXITSTATUS(status) : SILENT;
+        const unsigned char value = content();
+        aborted += is_abort;
+        if (!is_abort) ended[how < SILENT ? how : SILENT]++;
+        /* The old file, unless the child says that it has saved: one that is killed may have got that far too. */
+        const bool whole = value == 2 || (value == 1 && how != SAVED);
+        if (!whole || entries() != before || (!is_abort && how >= SILENT)) {
+            wrong++;
+            printf("allocation %ld: status %d, the file holds %d\n", call, status, value);
+        }
+    }
+    printf("%ld allocations that failed: %ld errors, %ld aborts, %ld saved all the same; %ld wrong\n",
+           ended[SAVED] + ended[REFUSED] + ended[SILENT] + aborted, ended[REFUSED], aborted, ended[SAVED], wrong);
+    return wrong == 0 ? 0 : 1;
+}
