@@ -5,6 +5,7 @@
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
 # make torture   hard tests of saving and loading, not in make test: kills, leaks, attacks, a soak of SECONDS=600
+# make fuzz      every fuzz target of the core, SECONDS=n each
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
@@ -18,6 +19,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # 0 installs the C library alone, which needs no libtorch.
 TORCH   ?= 1
+# How long each fuzz target runs.
+SECONDS ?= 60
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
@@ -38,7 +41,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test torture bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library
+.PHONY: build demo test torture bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
 
 build: library out/python.stamp
 
@@ -132,7 +135,7 @@ demo: build
 
 # --- tests
 
-test: test-rust test-tsan test-c test-cpp test-sanitizers test-docs test-examples test-install test-python test-accelerator
+test: test-rust test-tsan test-fuzz test-c test-cpp test-sanitizers test-docs test-examples test-install test-python test-accelerator
 
 # The core has no torch in it, so neither have its tests.
 test-rust: $(VENV)/requirements.stamp
@@ -141,6 +144,11 @@ test-rust: $(VENV)/requirements.stamp
 # The threads of the core, under ThreadSanitizer where the compiler has it.
 test-tsan:
 	tests/rust/tsan.sh
+
+# The corpus of the fuzz targets, once. fuzz/README.md says more.
+test-fuzz:
+	RUSTFLAGS="--cfg fuzzing" cargo test --quiet --locked --no-default-features --manifest-path fuzz/Cargo.toml \
+	    --target-dir target/fuzz-replay
 
 test-c: out/core.stamp
 	tests/c/run.sh target/core/release
@@ -193,6 +201,9 @@ test-accelerator: out/python.stamp
 
 # --- the rest
 
+fuzz:
+	fuzz/run.sh $(SECONDS)
+
 wheel: $(VENV)/requirements.stamp
 	SAFETENSORS_TORCH_AOT=0 $(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	    --wheel-dir out/dist .
@@ -221,8 +232,11 @@ bench-header:
 
 lint: out/library.stamp out/core.stamp
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings
+	RUSTFLAGS="--cfg fuzzing" cargo clippy --locked --all-targets --no-default-features --manifest-path fuzz/Cargo.toml \
+	    --target-dir target/fuzz-replay -- -D warnings
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)

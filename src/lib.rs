@@ -33,6 +33,9 @@ mod writer;
 #[cfg(feature = "bridge")]
 mod bridge;
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use checkpoint::parse_index;
 pub use checkpoint::{
     Checkpoint, DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, Shard, ShardPlan, ShardedOptions, ShardedWriter,
     TensorPlace, save_sharded,

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Runs the fuzz targets, each for so many seconds, and tells executions, coverage and findings:
+#
+#     fuzz/run.sh SECONDS [TARGET...]
+#
+# With the compiler that is there, be it stable: coverage is a pass of LLVM that rustc can be told to run, libFuzzer comes
+# with the crate libfuzzer-sys, and AddressSanitizer's runtime with rustc. FUZZ_SANITIZER=none leaves that out, which is
+# some times faster. What is found lies in target/fuzz/findings/TARGET, what was learned in target/fuzz/corpus/TARGET.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seconds=${1:?"fuzz/run.sh SECONDS [TARGET...]"}
+shift
+targets=("$@")
+if test ${#targets[@]} = 0; then
+    targets=(capi differential header index slice writer)
+fi
+host=$(rustc -vV | sed -n 's/^host: //p')
+sanitizer=${FUZZ_SANITIZER:-address}
+if ! ls "$(rustc --print sysroot)/lib/rustlib/$host/lib/"*.asan.a >/dev/null 2>&1; then
+    sanitizer=none
+fi
+
+# The flags of cargo-fuzz.
+flags=(--cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module)
+for flag in sanitizer-coverage-level=4 sanitizer-coverage-inline-8bit-counters sanitizer-coverage-pc-table \
+    sanitizer-coverage-trace-compares simplifycfg-branch-fold-threshold=0; do
+    flags+=("-Cllvm-args=-$flag")
+done
+if test "$sanitizer" != none; then
+    flags+=("-Zsanitizer=$sanitizer")
+fi
+bins=("${targets[@]/#/--bin=}")
+# AddressSanitizer asks the compiler for what it keeps for those who know that it may change.
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="${flags[*]}" cargo build --quiet --release --locked --manifest-path fuzz/Cargo.toml \
+    --target "$host" --target-dir target/fuzz "${bins[@]}"
+
+# Where files are made and removed all the time, and left when a target ends.
+if test -z "${TMPDIR:-}" && test -w /dev/shm; then
+    export TMPDIR=/dev/shm
+fi
+TMPDIR=$(mktemp -d)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+failed=0
+table=$(printf '%-14s %8s %12s %9s %9s %9s' target seconds executions coverage features findings)
+for target in "${targets[@]}"; do
+    learned=target/fuzz/corpus/$target
+    findings=target/fuzz/findings/$target
+    log=target/fuzz/$target.log
+    mkdir -p "$learned" "$findings"
+    seeds=("fuzz/corpus/$target")
+    options=()
+    case $target in
+    header | differential)
+        seeds+=(tests/vectors/malformed)
+        options+=(-dict=fuzz/header.dict)
+        ;;
+    capi | index) options+=(-dict=fuzz/header.dict) ;;
+    esac
+    before=$(find "$findings" -type f | wc -l)
+    begin=$(date +%s)
+    if ! "target/fuzz/$host/release/$target" "$learned" "${seeds[@]}" "${options[@]}" -max_total_time="$seconds" \
+        -max_len=4096 -timeout=20 -rss_limit_mb=3000 -print_final_stats=1 -artifact_prefix="$findings/" >"$log" 2>&1; then
+        failed=1
+        grep -E -A 3 'panicked at|ERROR:|SUMMARY:|Test unit written' "$log" >&2 || tail -n 30 "$log" >&2
+    fi
+    took=$(($(date +%s) - begin))
+    executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
+    last=$(grep -E 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -n 1)
+    coverage=$(sed -n 's/.*cov: \([0-9]*\).*/\1/p' <<<"$last")
+    features=$(sed -n 's/.* ft: \([0-9]*\).*/\1/p' <<<"$last")
+    found=$(($(find "$findings" -type f | wc -l) - before))
+    table+=$(printf '\n%-14s %8s %12s %9s %9s %9s' "$target" "$took" "${executions:-?}" "${coverage:-?}" "${features:-?}" "$found")
+done
+echo "sanitizer: $sanitizer"
+echo "$table"
+exit $failed

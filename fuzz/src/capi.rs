@@ -1,0 +1,251 @@
+//! The C functions: any bytes as a file, and any sequence of calls on it, with buffers that end where they say. The calls
+//! that read are in `reading`, those that write, and open what was written, in `writing`.
+//!
+//! What each call gives is compared with the bytes of the file; that nothing else is touched is for AddressSanitizer.
+
+mod reading;
+mod writing;
+
+use std::cell::OnceCell;
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr::{null, null_mut};
+
+use safetensors_torch::ErrorKind;
+use safetensors_torch::capi::*;
+
+use crate::{frame, json};
+
+const OK: sft_status = 0;
+const INVALID: sft_status = ErrorKind::InvalidArgument as sft_status;
+const CLOSED: sft_status = ErrorKind::Closed as sft_status;
+
+/// The most bytes that are made up behind a header.
+const MAX_DATA: u64 = 1 << 16;
+
+/// The most tensors that one call looks at.
+const MANY: usize = 16;
+
+/// How the file is opened.
+const FROM_FILE: u8 = 1;
+const FRAMED: u8 = 2;
+
+thread_local! {
+    /// Where files go, for as long as the process lives.
+    static FOLDER: OnceCell<tempfile::TempDir> = const { OnceCell::new() };
+}
+
+/// `bytes` are the number of calls, how the file is opened (two bytes), four bytes a call, then the file.
+pub fn run(bytes: &[u8]) {
+    let [count, how, options, rest @ ..] = bytes else { return };
+    let (script, file) = rest.split_at(rest.len().min(usize::from(count % 32) * 4));
+    let made = if how & FRAMED == 0 {
+        None
+    } else {
+        let json = frame::header_of(file);
+        frame::whole_file(json, frame::data_end(json::read(json).as_ref()), MAX_DATA)
+    };
+    // Exactly as long as it says, so that a read beyond it is seen.
+    let file: Box<[u8]> = made.map_or_else(|| file.into(), Vec::into_boxed_slice);
+    let Some(mut session) = Session::open(&file, how & FROM_FILE != 0, *options) else { return };
+    for call in script.chunks_exact(4) {
+        session.call(call[0], call[1].into(), call[2].into(), call[3].into());
+    }
+}
+
+/// Checks a status, and the message of one that is an error; whether it is none.
+fn check(status: sft_status) -> bool {
+    assert_ne!(status, ErrorKind::Panic as sft_status);
+    // SAFETY: these texts end in NUL, and stay until the next call that fails.
+    let texts = unsafe {
+        [
+            CStr::from_ptr(sft_last_error_message()),
+            CStr::from_ptr(sft_status_name(status)),
+            CStr::from_ptr(sft_status_message(status)),
+        ]
+    };
+    let [message, name, meaning] = texts.map(|text| text.to_str().expect("UTF-8"));
+    assert!(name != "unknown status" && !meaning.is_empty());
+    assert!(status == OK || !message.is_empty());
+    status == OK
+}
+
+/// What a text that was lent says.
+fn read(text: &sft_str) -> &str {
+    // SAFETY: the library lends `length` bytes of UTF-8 (header), for longer than the callers here use them.
+    let bytes = unsafe { std::slice::from_raw_parts(text.data.cast::<u8>(), text.length) };
+    std::str::from_utf8(bytes).expect("UTF-8")
+}
+
+fn no_text() -> sft_str {
+    sft_str { data: null(), length: 0 }
+}
+
+/// The path of a file in the folder of this process.
+fn with_path<T>(name: &str, use_it: impl FnOnce(&Path, &CStr) -> T) -> T {
+    FOLDER.with(|folder| {
+        let path = folder.get_or_init(|| tempfile::tempdir().expect("a folder")).path().join(name);
+        let text = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
+        use_it(&path, &text)
+    })
+}
+
+/// Writes a new file, as an old one may be mapped.
+fn replace(path: &Path, bytes: &[u8]) {
+    fs::remove_file(path).or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).expect("removed");
+    fs::write(path, bytes).expect("written");
+}
+
+/// An open file, and a writer beside it.
+struct Session<'b> {
+    bytes: &'b [u8],
+    file: *mut sft_file,
+    writer: *mut sft_writer,
+    /// What is expected of every call.
+    closed: bool,
+    /// Whether tensors are in memory.
+    in_memory: bool,
+    count: usize,
+    /// Once is enough: it takes long.
+    checkpoint_done: bool,
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        // SAFETY: both handles came from the library, and nobody uses them any more. The writer, which borrows from the
+        // file, is first.
+        unsafe {
+            sft_writer_free(self.writer);
+            sft_file_free(self.file);
+        }
+    }
+}
+
+impl<'b> Session<'b> {
+    /// Opens the bytes; `None` where they are no file, which nothing more can be done with.
+    fn open(bytes: &'b [u8], from_file: bool, options: u8) -> Option<Session<'b>> {
+        let (mut file, mut writer) = (null_mut(), null_mut());
+        let options = sft_open_options {
+            struct_size: size_of::<sft_open_options>() + usize::from(options >> 7),
+            backend: (options & 3).into(),
+            prefault: (options >> 2 & 3).into(),
+        };
+        let usable = !from_file || (options.backend < 2 && options.prefault < 3);
+        // A size that is larger than the struct wants as many bytes.
+        let padded = [options, sft_open_options { struct_size: 0, backend: 0, prefault: 0 }];
+        // SAFETY: the bytes and the options outlive the calls, the bytes the handle too; the handles are written to.
+        let status = unsafe {
+            if from_file {
+                with_path("f.safetensors", |path, text| {
+                    replace(path, bytes);
+                    sft_file_open(text.as_ptr(), padded.as_ptr(), &mut file)
+                })
+            } else {
+                sft_file_open_buffer(bytes.as_ptr().cast(), bytes.len(), &mut file)
+            }
+        };
+        if !check(status) {
+            assert!(file.is_null());
+            return None;
+        }
+        assert!(!file.is_null() && usable);
+        let mut count = 0;
+        // SAFETY: an open handle, and places for results.
+        unsafe {
+            assert!(check(sft_writer_new(&mut writer)));
+            assert!(check(sft_file_count(file, &mut count)));
+        }
+        let in_memory = !from_file || options.backend == SFT_BACKEND_MMAP;
+        Some(Session { bytes, file, writer, closed: false, in_memory, count, checkpoint_done: false })
+    }
+
+    /// Checks the status of a call on the file that is right unless the file is closed.
+    fn check(&self, status: sft_status) -> bool {
+        assert_eq!(status == CLOSED, self.closed, "{status}");
+        check(status)
+    }
+
+    /// An index of a tensor, sometimes of none.
+    fn index(&self, a: usize) -> usize {
+        if a == 255 { usize::MAX } else { a % (self.count + 1) }
+    }
+
+    fn call(&mut self, what: u8, a: usize, b: usize, c: usize) {
+        match what % 16 {
+            0 => drop(self.tensor(a, b)),
+            1 => self.sorted(a),
+            2 => self.find(a, b),
+            3 => self.metadata(a, b),
+            4 => self.data(a),
+            5 => self.read(a, b),
+            6 => self.read_many(a, b, c),
+            7 | 8 => self.slice(a, b, c),
+            9 if b == 7 => self.close(),
+            9 => self.wrong_pointers(a),
+            10 => self.add_tensor(a, b, c),
+            11 => self.add_metadata(a, b),
+            12 => self.write_buffer(a, b),
+            13 => dtypes(a, b, c),
+            14 if !self.checkpoint_done => self.checkpoint(a, b),
+            15 => self.write_file(a),
+            _ => {}
+        }
+    }
+
+    fn close(&mut self) {
+        // The writer may have borrowed what the file lends.
+        // SAFETY: handles of ours, which nobody else uses.
+        unsafe {
+            sft_writer_free(self.writer);
+            self.writer = null_mut();
+            assert!(check(sft_writer_new(&mut self.writer)));
+            assert!(check(sft_file_close(self.file)));
+        }
+        self.closed = true;
+    }
+
+    /// NULL and pointers that are not aligned are refused.
+    fn wrong_pointers(&self, a: usize) {
+        let mut words = [0u64; 4];
+        let odd = words.as_mut_ptr().cast::<u8>().wrapping_add(1);
+        let mut count = 0;
+        // SAFETY: NULL and misaligned pointers are refused, not followed (header).
+        let status = unsafe {
+            match a % 10 {
+                0 => sft_file_count(null(), &mut count),
+                1 => sft_file_count(odd.cast(), &mut count),
+                2 => sft_file_open_buffer(null(), 8, odd.cast()),
+                3 => sft_file_open(null(), null(), (&raw mut words).cast()),
+                4 => sft_writer_add_metadata(self.writer, null(), 3, null(), 0),
+                5 => sft_writer_add_tensor(self.writer, c"n".as_ptr(), 1, 4, odd.cast(), 1, null(), 0),
+                6 => sft_writer_size(null(), null(), words.as_mut_ptr()),
+                7 => sft_writer_add_tensor(self.writer, c"n".as_ptr(), usize::MAX, 4, null(), 0, null(), 1),
+                8 => sft_checkpoint_open(null(), null(), (&raw mut words).cast()),
+                _ => sft_checkpoint_count(odd.cast(), &mut count),
+            }
+        };
+        assert_eq!(status, INVALID);
+        check(status);
+    }
+}
+
+/// Numbers of dtypes, and sizes of shapes.
+fn dtypes(a: usize, b: usize, c: usize) {
+    let number = (a % 24) as u32;
+    let code = sft_dtype_code(number);
+    assert_eq!(code.is_null(), sft_dtype_bits(number) == 0);
+    let shape = [b as u64, 1 << (c % 64), (b * c) as u64, u64::MAX];
+    let mut nbytes = u64::MAX;
+    // SAFETY: `rank` dimensions, a place for a number; a code ends in NUL.
+    unsafe {
+        let ok = check(sft_dtype_nbytes(number, shape.as_ptr(), c % 5, &mut nbytes));
+        assert_eq!(ok, nbytes != u64::MAX);
+        let mut again = u32::MAX;
+        if !code.is_null() {
+            assert!(check(sft_dtype_from_code(code, &mut again)));
+            assert_eq!(again, number);
+        }
+    }
+}

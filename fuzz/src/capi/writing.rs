@@ -1,0 +1,178 @@
+//! The calls that write, and those on a checkpoint that was written.
+
+use std::fs;
+use std::ptr::{null, null_mut};
+
+use safetensors_torch::capi::*;
+use safetensors_torch::{ErrorKind, Metadata};
+
+use super::{INVALID, MANY, OK, Session, check, no_text, read, replace, with_path};
+
+impl Session<'_> {
+    /// Adds the tensor at `a` to the writer, with its bytes as the file lends them, under a name that may stand twice.
+    pub(super) fn add_tensor(&self, a: usize, b: usize, c: usize) {
+        let mut data = null();
+        let Some(info) = self.info(a) else { return };
+        // SAFETY: a handle and a place for a pointer.
+        if !check(unsafe { sft_file_data(self.file, self.index(a), &mut data) }) {
+            return;
+        }
+        let length = info.name.length - usize::from(b == 1).min(info.name.length);
+        let dtype = if c < 200 { info.dtype } else { c as u32 - 200 };
+        let nbytes = info.nbytes as usize / (1 + usize::from(b == 2));
+        // SAFETY: the file lends the name, the shape and the data until it is closed, when the writer is freed too.
+        check(unsafe {
+            sft_writer_add_tensor(
+                self.writer,
+                info.name.data,
+                length,
+                dtype,
+                info.shape,
+                info.rank,
+                data,
+                nbytes,
+            )
+        });
+    }
+
+    pub(super) fn add_metadata(&self, a: usize, b: usize) {
+        let text = [&b""[..], b"key", b"\"\0\\", b"\xff", "\u{10ffff}\u{1}".as_bytes()];
+        let (key, value) = (text[a % 5], text[b % 5]);
+        // SAFETY: a handle and two texts.
+        unsafe {
+            if a == 200 {
+                assert!(check(sft_writer_enable_metadata(self.writer)));
+            }
+            let status = sft_writer_add_metadata(
+                self.writer,
+                key.as_ptr().cast(),
+                key.len(),
+                value.as_ptr().cast(),
+                value.len(),
+            );
+            let valid = a % 5 != 3 && b % 5 != 3;
+            assert!(if valid {
+                [OK, ErrorKind::Duplicate as sft_status].contains(&status)
+            } else {
+                status == INVALID
+            });
+            check(status);
+        }
+    }
+
+    /// Writes what was added, and opens it.
+    pub(super) fn write_buffer(&self, a: usize, b: usize) {
+        let options = sft_save_options {
+            struct_size: size_of::<sft_save_options>(),
+            alignment: [0, 8, 64, 4096, 24, u64::MAX][a % 6],
+            sync: 0,
+            reserved: u32::from(a == 250),
+        };
+        let mut nbytes = u64::MAX;
+        // SAFETY: a handle, options, and a place for a number.
+        if !check(unsafe { sft_writer_size(self.writer, &options, &mut nbytes) }) {
+            return assert_eq!(nbytes, u64::MAX);
+        }
+        let length = nbytes as usize - usize::from(b == 1);
+        let mut buffer = vec![0xAA; length];
+        // SAFETY: a handle, options, and a buffer of that length; what it writes is in memory until then.
+        let status =
+            unsafe { sft_writer_write_buffer(self.writer, &options, buffer.as_mut_ptr().cast(), length) };
+        assert_eq!(check(status), b != 1);
+        if status == OK {
+            let mut file = null_mut();
+            // SAFETY: the buffer outlives the handle, which is freed here.
+            unsafe {
+                assert!(check(sft_file_open_buffer(buffer.as_ptr().cast(), length, &mut file)));
+                sft_file_free(file);
+            }
+        }
+    }
+
+    /// Writes what was added to a file, which holds the same bytes as a buffer.
+    pub(super) fn write_file(&self, a: usize) {
+        let mut nbytes = 0;
+        // SAFETY: a handle, no options, a place for a number.
+        if !check(unsafe { sft_writer_size(self.writer, null(), &mut nbytes) }) {
+            return;
+        }
+        let mut buffer = vec![0xAA; nbytes as usize];
+        // SAFETY: as above, and a buffer of that length.
+        assert!(check(unsafe {
+            sft_writer_write_buffer(self.writer, null(), buffer.as_mut_ptr().cast(), buffer.len())
+        }));
+        // Over the file that the data is mapped from, or beside it.
+        with_path(["f.safetensors", "g.safetensors"][a % 2], |path, text| {
+            // SAFETY: a handle and a path.
+            assert!(check(unsafe { sft_writer_write_file(self.writer, text.as_ptr(), null()) }));
+            assert!(fs::read(path).expect("written") == buffer);
+        });
+    }
+
+    /// The file as a shard, with an index that lists its tensors, or all but some, or is the file itself.
+    pub(super) fn checkpoint(&mut self, a: usize, b: usize) {
+        self.checkpoint_done = true;
+        let names: Vec<String> = (0..self.count.min(256))
+            .filter(|&index| a < 128 || index != b)
+            .map_while(|index| self.info(index))
+            .map(|info| read(&info.name).to_string())
+            .collect();
+        let whole = names.len() == self.count;
+        let files = ["s.safetensors", "./s.safetensors", "t.safetensors", "x//s.safetensors"];
+        let file = files[if b < 200 { 0 } else { b % 4 }];
+        let map: Metadata = names.into_iter().map(|name| (name, file.to_string())).collect();
+        let index = serde_json::json!({"metadata": {}, "weight_map": map}).to_string();
+        let index = if a == 255 { self.bytes } else { index.as_bytes() };
+        with_path("s.safetensors", |path, _| replace(path, self.bytes));
+        with_path("m.json", |path, text| {
+            replace(path, index);
+            let options = sft_open_options {
+                struct_size: size_of::<sft_open_options>(),
+                backend: (b % 2) as u32,
+                prefault: SFT_PREFAULT_NONE,
+            };
+            let mut checkpoint = null_mut();
+            // SAFETY: a path, options, and a place for a handle.
+            let status = unsafe { sft_checkpoint_open(text.as_ptr(), &options, &mut checkpoint) };
+            // Without a tensor there is no name of a file.
+            if a < 255 && (b < 200 || b.is_multiple_of(4)) && !map.is_empty() {
+                assert_eq!(check(status), whole, "{map:?}");
+            }
+            if check(status) {
+                self.look_through(checkpoint, &map);
+            }
+            // SAFETY: a handle that nobody uses any more, or NULL.
+            unsafe { sft_checkpoint_free(checkpoint) };
+        });
+    }
+
+    /// Compares an open checkpoint with what its index lists.
+    pub(super) fn look_through(&self, checkpoint: *const sft_checkpoint, map: &Metadata) {
+        let (mut shards, mut count, mut shard, mut index) = (0, 0, 0, 0);
+        // SAFETY: an open handle, and places for results.
+        unsafe {
+            assert!(check(sft_checkpoint_shard_count(checkpoint, &mut shards)));
+            assert!(check(sft_checkpoint_count(checkpoint, &mut count)));
+            assert_eq!(count, map.len());
+            assert!(!check(sft_checkpoint_sorted(checkpoint, count, &mut shard, &mut index)));
+            let (mut name, mut file) = (no_text(), null());
+            assert!(!check(sft_checkpoint_shard(checkpoint, shards, &mut name, &mut file)));
+            for (position, tensor) in map.keys().enumerate().take(MANY) {
+                assert!(check(sft_checkpoint_sorted(checkpoint, position, &mut shard, &mut index)));
+                let place = (shard, index);
+                let text = tensor.as_bytes();
+                assert!(check(sft_checkpoint_find(
+                    checkpoint,
+                    text.as_ptr().cast(),
+                    text.len(),
+                    &mut shard,
+                    &mut index
+                )));
+                assert_eq!((shard, index), place);
+                assert!(check(sft_checkpoint_shard(checkpoint, shard, &mut name, &mut file)));
+                assert_eq!(read(&name), map[tensor]);
+                assert!(check(sft_file_find(file, text.as_ptr().cast(), text.len(), &mut index)));
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Slices: a plan takes the bits that picking element by element takes, or is refused where those are no whole bytes.
+
+use arbitrary::{Result, Unstructured};
+use safetensors_torch::{AxisRange, Dtype, ErrorKind, Layout, Slice, TensorFile, TensorSpec, save_into};
+
+/// The most elements of a tensor whose elements are picked.
+const MAX_ELEMENTS: u64 = 4096;
+
+/// A tensor, and the ranges that are asked for.
+#[derive(Debug)]
+struct Input {
+    dtype: Dtype,
+    shape: Vec<u64>,
+    ranges: Vec<AxisRange>,
+    /// A part of the slice's bytes, in 255ths.
+    part: (u8, u8),
+}
+
+/// `bytes` are anything: a tensor and ranges are made from them.
+pub fn run(bytes: &[u8]) {
+    if let Ok(input) = input(&mut Unstructured::new(bytes)) {
+        check(&input);
+    }
+}
+
+fn input(u: &mut Unstructured<'_>) -> Result<Input> {
+    let dtype = *u.choose(Dtype::ALL)?;
+    let part = u.arbitrary()?;
+    let mut shape = Vec::new();
+    let mut ranges = Vec::new();
+    for _ in 0..u.int_in_range(0..=6)? {
+        let dim = match u.int_in_range(0..=31)? {
+            // As large as a header can have it.
+            31 => u.arbitrary::<u64>()? >> u.int_in_range(1..=63)?,
+            small => small % 13,
+        };
+        shape.push(dim);
+        ranges.push(range(u, dim)?);
+    }
+    match u.int_in_range(0..=63)? {
+        62 => drop(ranges.pop()),
+        63 => ranges.push(range(u, 1)?),
+        _ => {}
+    }
+    Ok(Input { dtype, shape, ranges, part })
+}
+
+/// A range of a dimension of size `dim`, most often a valid one.
+fn range(u: &mut Unstructured<'_>, dim: u64) -> Result<AxisRange> {
+    if u.ratio(1, 64)? {
+        return Ok(AxisRange { start: u.arbitrary()?, stop: u.arbitrary()?, step: u.arbitrary()? });
+    }
+    let (a, b) = (u.int_in_range(0..=dim)?, u.int_in_range(0..=dim)?);
+    let step = if u.ratio(1, 32)? { u.arbitrary()? } else { u.int_in_range(1..=4)? };
+    Ok(AxisRange { start: a.min(b), stop: a.max(b), step })
+}
+
+fn check(input: &Input) {
+    let Input { dtype, shape, ranges, part } = input;
+    let spec = TensorSpec { name: "t", dtype: *dtype, shape };
+    // A slice is of a tensor that a header may have.
+    let Ok(layout) = Layout::plan(&[spec], None, 8) else { return };
+    let fits = ranges.len() == shape.len()
+        && ranges.iter().zip(shape).all(|(r, &dim)| r.step > 0 && r.start <= r.stop && r.stop <= dim);
+    let planned = Slice::plan("t", *dtype, shape, ranges);
+    if !fits {
+        assert_eq!(planned.expect_err("ranges that do not fit").kind(), ErrorKind::Slice, "{input:?}");
+        return;
+    }
+    let lengths: Vec<u64> = ranges.iter().map(length).collect();
+    if let Ok(slice) = &planned {
+        assert_eq!(slice.shape(), lengths, "{input:?}");
+        let elements: u128 = lengths.iter().map(|&length| u128::from(length)).product();
+        assert_eq!(u128::from(slice.nbytes()) * 8, elements * u128::from(dtype.bits()), "{input:?}");
+        // The first and the last runs of a slice that is too large to go through.
+        let size = layout.total_bytes() - layout.header().len() as u64;
+        let edge = slice.nbytes().min(64);
+        for bytes in [0..edge, slice.nbytes() - edge..slice.nbytes()] {
+            let runs = slice.byte_ranges_of(bytes).take(65);
+            assert!(runs.into_iter().all(|run| run.start < run.end && run.end <= size), "{input:?}");
+        }
+    }
+    // Also where one dimension of 0 makes up for others.
+    if shape.iter().map(|&dim| u128::from(dim.max(1))).product::<u128>() > MAX_ELEMENTS.into() {
+        return;
+    }
+    let expected = picked_bytes(&picked_bits(*dtype, shape, ranges));
+    match (planned, expected) {
+        (Ok(slice), Some(expected)) => {
+            let all: Vec<u64> = slice.byte_ranges().flatten().collect();
+            assert_eq!(all, expected, "{input:?}");
+            let place = |share: u8| expected.len() * usize::from(share) / 255;
+            let (from, to) = (place(part.0.min(part.1)), place(part.0.max(part.1)));
+            let some: Vec<u64> = slice.byte_ranges_of(from as u64..to as u64).flatten().collect();
+            assert_eq!(some, expected[from..to], "{input:?}");
+            check_read(&layout, spec, &slice, &expected);
+        }
+        (Err(error), None) => assert_eq!(error.kind(), ErrorKind::Slice, "{input:?}"),
+        (planned, expected) => panic!("{input:?}: the plan is {planned:?}, the model {expected:?}"),
+    }
+}
+
+/// Reads the slice from a file in memory.
+fn check_read(layout: &Layout, spec: TensorSpec<'_>, slice: &Slice, expected: &[u64]) {
+    let size = layout.total_bytes() as usize - layout.header().len();
+    let data: Vec<u8> =
+        (0..size).map(|place| (place as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    let mut bytes = vec![0; layout.total_bytes() as usize];
+    save_into(&[spec], &[&data], None, &mut bytes, 8).expect("a tensor");
+    // SAFETY: the bytes outlive the file, and nobody writes to them.
+    let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) }.expect("a file");
+    let mut read = vec![0; expected.len()];
+    // SAFETY: the buffer is that long and nobody else's.
+    unsafe { file.read_slice(0, slice, read.as_mut_ptr(), read.len()) }.expect("in memory");
+    assert!(read.iter().eq(expected.iter().map(|&place| &data[place as usize])));
+}
+
+fn length(range: &AxisRange) -> u64 {
+    u128::from(range.stop - range.start).div_ceil(range.step.into()) as u64
+}
+
+/// Where each bit of a slice is in the tensor, element by element.
+fn picked_bits(dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Vec<u64> {
+    let mut elements = vec![0];
+    for (range, dim) in ranges.iter().zip(shape) {
+        let indices: Vec<u64> = (range.start..range.stop).step_by(range.step as usize).collect();
+        elements = elements
+            .iter()
+            .flat_map(|element| indices.iter().map(move |index| element * dim + index))
+            .collect();
+    }
+    elements.iter().flat_map(|element| element * dtype.bits()..(element + 1) * dtype.bits()).collect()
+}
+
+/// The bytes that these bits make up; `None` where they are no whole bytes.
+fn picked_bytes(bits: &[u64]) -> Option<Vec<u64>> {
+    let whole = |byte: &[u64]| {
+        let first = byte[0];
+        (byte.len() == 8 && first.is_multiple_of(8) && byte.iter().copied().eq(first..first + 8))
+            .then_some(first / 8)
+    };
+    bits.chunks(8).map(whole).collect()
+}

@@ -1,0 +1,48 @@
+//! The corpus, and the shared test vectors, once through every target: what was found once stays mended.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors_torch_fuzz::TARGETS;
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("an entry").path()).collect();
+    files.sort();
+    files
+}
+
+fn replay(target: &str) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (_, run) = TARGETS.iter().find(|(name, _)| *name == target).expect("a target");
+    let corpus = files(&root.join("corpus").join(target));
+    let vectors = files(&root.join("../tests/vectors/malformed"));
+    assert!(corpus.len() >= 8 && vectors.len() >= 150, "{} and {}", corpus.len(), vectors.len());
+    for path in corpus.iter().chain(&vectors) {
+        // Shown with the output of a failed test alone.
+        println!("{target}: {}", path.display());
+        run(&fs::read(path).expect("a file"));
+    }
+}
+
+macro_rules! replays {
+    ($($target:ident)*) => {
+        $(
+            #[test]
+            fn $target() {
+                replay(stringify!($target));
+            }
+        )*
+
+        #[test]
+        fn every_target_is_replayed_and_has_a_program() {
+            let names = [$(stringify!($target)),*];
+            assert!(TARGETS.iter().map(|(name, _)| *name).eq(names));
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz_targets");
+            let programs = files(&folder);
+            assert!(programs.iter().map(|path| path.file_stem().expect("a name")).eq(names));
+        }
+    };
+}
+
+replays! { capi differential header index slice writer }
