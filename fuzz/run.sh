@@ -66,9 +66,9 @@ for target in "${targets[@]}"; do
     fi
     took=$(($(date +%s) - begin))
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
-    last=$(grep -E 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -n 1)
-    coverage=$(sed -n 's/.*cov: \([0-9]*\).*/\1/p' <<<"$last")
-    features=$(sed -n 's/.* ft: \([0-9]*\).*/\1/p' <<<"$last")
+    # None where a seed is a finding.
+    coverage=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
+    features=$(sed -n 's/.* ft: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
     found=$(($(find "$findings" -type f | wc -l) - before))
     table+=$(printf '\n%-14s %8s %12s %9s %9s %9s' "$target" "$took" "${executions:-?}" "${coverage:-?}" "${features:-?}" "$found")
 done
