@@ -27,8 +27,9 @@ ROOT = HERE.parents[1]
 RUST = ("cargo", "rustc", "rustup")
 # Compared with; it saves through numpy.
 REFERENCE = ("safetensors==0.8.0", "numpy")
-# What torch imports when it is imported, beside its CUDA libraries.
-TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", "sympy", "setuptools")
+# What torch imports when it is imported, beside its CUDA libraries, and what the wheel needs.
+TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", "sympy")
+WHEEL_NEEDS = ("setuptools", "ninja")
 # The wheel has these, and no library for one torch; and nothing in it is built here beside the core.
 NEEDED = (
     "_loader.py",
@@ -96,7 +97,7 @@ def install_torch(inside: Path, install: tuple, torch: str, cuda_of: Path | None
         run(*install, f"torch=={torch}", *REFERENCE)
         return
     run(*install, "--no-deps", f"torch=={torch}")
-    run(*install, *TORCH_NEEDS, *REFERENCE)
+    run(*install, *TORCH_NEEDS, *WHEEL_NEEDS, *REFERENCE)
     site = Path(run(inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     for path in cuda_of.glob("nvidia*"):
         (site / path.name).symlink_to(path.resolve())
@@ -109,7 +110,9 @@ def check_one(python: str, torch: str, wheel: Path, folder: Path, imports: int, 
     install = (inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
     install_torch(inside, install, torch, cuda_of)  # with pip's own cache, which is in the real home folder
     environment = without_rust(folder / "home")
-    run(*install, wheel, environment=environment)
+    # pip would write the CUDA libraries that it misses through the links, into the folder that was lent.
+    lent = () if cuda_of is None else ("--no-deps",)
+    run(*install, *lent, wheel, environment=environment)
 
     command = (inside, "-I", HERE / "check.py")
     first = json.loads(run(*command, environment=environment, folder=folder))
