@@ -68,7 +68,7 @@ TEST(braces_mean_the_defaults) {
     const TempDir dir;
     torch::nn::Linear layer(2, 3);
     st::Tensors state = st::to_tensors(layer->named_parameters());
-    state.erase("bias");
+    EXPECT_EQ(state.erase("bias"), 1U);
     st::save_file(state, dir.file("m"));
     EXPECT_HAS(ERROR_OF(st::load_model(layer, dir.file("m"), {})), "Missing key(s)");
     layer->weight.set_data(at::ones({2, 3}).t());
