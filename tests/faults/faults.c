@@ -58,10 +58,13 @@ static sft_writer* writer_of(const unsigned char* bytes) {
     for (const char* name = "abc"; *name != '\0'; name++) {
         if (sft_writer_add_tensor(writer, name, 1, SFT_DTYPE_U8, shape, 1, bytes, BYTES) != SFT_OK) abort();
     }
+    /* Room for an edit in place. */
+    if (sft_writer_add_metadata(writer, "room", 4, "for a longer value", 18) != SFT_OK) abort();
     return writer;
 }
 
-/* The byte that all tensors of the checkpoint at `path` are full of; 0 if they are not, or if it cannot be read. */
+/* The byte that all tensors of the checkpoint at `path` are full of, or 2 if its metadata were edited; 0 if they are
+ * not, or if it cannot be read. */
 static unsigned char content(const char* path) {
     static unsigned char bytes[BYTES];
     sft_checkpoint* checkpoint = NULL;
@@ -77,6 +80,10 @@ static unsigned char content(const char* path) {
                sft_file_read(file, index, bytes, BYTES) == SFT_OK;
         value = value == 0 ? bytes[0] : value;
         for (size_t i = 0; same && i < BYTES; i++) same = bytes[i] == value;
+        sft_str edited = {NULL, 0};
+        same = same && sft_file_metadata_get(file, "edited", 6, &edited) == SFT_OK;
+        value = edited.data != NULL ? 2 : value;
+        if (edited.data != NULL && same) break;
     }
     sft_checkpoint_free(checkpoint);
     return same ? value : 0;
@@ -89,8 +96,27 @@ typedef struct scenario {
     bool sync;           /* whether the new one is to be on the disk */
     const char* missing; /* a call that this filesystem lacks, or NULL */
     int missing_error;
-    uint64_t old_shard, new_shard; /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
+    uint64_t old_shard, new_shard;      /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
+    enum { AT_ONCE, STREAM, EDIT } how; /* all tensors at once, one by one, or a change of the metadata */
+    sft_edit_mode mode;
 } scenario;
+
+/* Writes the tensors of `writer` through a stream. */
+static sft_status stream(const sft_writer* writer, const sft_save_options* options) {
+    sft_stream* opened = NULL;
+    sft_status status = sft_stream_create(writer, path_of("target"), options, &opened);
+    if (status == SFT_OK) status = sft_stream_commit(opened);
+    sft_stream_free(opened);
+    return status;
+}
+
+static sft_status edit(const scenario* what) {
+    static const sft_metadata_change changes[] = {{{"room", 4}, {NULL, 0}}, {{"edited", 6}, {"yes", 3}}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = what->mode;
+    options.sync = what->sync;
+    return sft_metadata_edit(path_of("target"), changes, 2, &options);
+}
 
 static sft_status save(const scenario* what, const sft_writer* writer, uint64_t shard) {
     if (shard == 0) {
@@ -102,6 +128,15 @@ static sft_status save(const scenario* what, const sft_writer* writer, uint64_t 
     options.max_shard_bytes = shard;
     options.sync = what->sync;
     return sft_writer_write_sharded(writer, path_of("target"), &options);
+}
+
+/* The save that is tested, over what is there. */
+static sft_status save_anew(const scenario* what, const sft_writer* fresh) {
+    if (what->how == EDIT) return edit(what);
+    if (what->how == AT_ONCE) return save(what, fresh, what->new_shard);
+    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+    options.sync = what->sync;
+    return stream(fresh, &options);
 }
 
 static void remove_target(void) {
@@ -132,7 +167,7 @@ static long run_one(const scenario* what, long call, fault kind, int error, cons
     const int before = entries(folder), open_before = descriptors();
     if (what->missing != NULL) inject_always(what->missing, what->missing_error);
     inject_arm(call, kind, error);
-    const sft_status status = save(what, fresh, what->new_shard);
+    const sft_status status = save_anew(what, fresh);
     const long calls = inject_disarm();
     inject_always(NULL, 0);
     char said[4096];
@@ -166,8 +201,8 @@ static long run_one(const scenario* what, long call, fault kind, int error, cons
         expect(files == 1 || files == 3 || files == 4, "something is left in the folder", what->name, call, error);
     }
     expect(descriptors() == open_before, "a descriptor is open", what->name, call, error);
-    expect(save(what, fresh, what->new_shard) == SFT_OK && content(path_of("target")) == 2, "the next save fails",
-           what->name, call, error);
+    expect(save_anew(what, fresh) == SFT_OK && content(path_of("target")) == 2, "the next save fails", what->name, call,
+           error);
     return calls;
 }
 
@@ -197,17 +232,51 @@ int main(int count, char** arguments) {
     memset(twos, 2, BYTES);
     sft_writer *old = writer_of(ones), *fresh = writer_of(twos);
     static const scenario scenarios[] = {
-        {"a new file", false, false, NULL, 0, 0, 0},
-        {"over an old file", true, false, NULL, 0, 0, 0},
-        {"a new file, synchronized", false, true, NULL, 0, 0, 0},
-        {"over an old file, synchronized", true, true, NULL, 0, 0, 0},
-        {"over an old file, no preallocation", true, false, "fallocate", EOPNOTSUPP, 0, 0},
-        {"one that cannot be renamed over", true, true, "rename", EXDEV, 0, 0},
-        {"a new checkpoint", false, true, NULL, 0, 0, 2 * BYTES},
-        {"a checkpoint of other names", true, true, NULL, 0, BYTES, 2 * BYTES},
-        {"a checkpoint of the same names", true, true, NULL, 0, 2 * BYTES, 2 * BYTES},
-        {"one file over a checkpoint", true, true, NULL, 0, BYTES, 9 * BYTES},
-        {"a checkpoint over one file", true, true, NULL, 0, 9 * BYTES, BYTES},
+        {.name = "a new file"},
+        {.name = "over an old file", .exists = true},
+        {.name = "a new file, synchronized", .sync = true},
+        {.name = "over an old file, synchronized", .exists = true, .sync = true},
+        {.name = "over an old file, no preallocation",
+         .exists = true,
+         .missing = "fallocate",
+         .missing_error = EOPNOTSUPP},
+        {.name = "one that cannot be renamed over",
+         .exists = true,
+         .sync = true,
+         .missing = "rename",
+         .missing_error = EXDEV},
+        {.name = "a new checkpoint", .sync = true, .new_shard = 2 * BYTES},
+        {.name = "a checkpoint of other names",
+         .exists = true,
+         .sync = true,
+         .old_shard = BYTES,
+         .new_shard = 2 * BYTES},
+        {.name = "a checkpoint of the same names",
+         .exists = true,
+         .sync = true,
+         .old_shard = 2 * BYTES,
+         .new_shard = 2 * BYTES},
+        {.name = "one file over a checkpoint",
+         .exists = true,
+         .sync = true,
+         .old_shard = BYTES,
+         .new_shard = 9 * BYTES},
+        {.name = "a checkpoint over one file",
+         .exists = true,
+         .sync = true,
+         .old_shard = 9 * BYTES,
+         .new_shard = BYTES},
+        {.name = "a stream to a new file", .sync = true, .how = STREAM},
+        {.name = "a stream over an old file", .exists = true, .sync = true, .how = STREAM},
+        {.name = "an edit in place", .exists = true, .sync = true, .how = EDIT, .mode = SFT_EDIT_IN_PLACE},
+        {.name = "an edit anew", .exists = true, .sync = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
+        {.name = "an edit anew, copied by hand",
+         .exists = true,
+         .sync = true,
+         .missing = "copy_file_range",
+         .missing_error = EXDEV,
+         .how = EDIT,
+         .mode = SFT_EDIT_REWRITE},
     };
     for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) run(&scenarios[i], old, fresh);
     sft_writer_free(old);
