@@ -21,9 +21,10 @@ def packages() -> dict[str, dict[str, str]]:
 def test_every_crate_is_pinned_with_its_checksum() -> None:
     found = packages()
     assert len(found) > 10
+    assert len({fields["source"] for fields in found.values() if "source" in fields}) == 1
     for name, fields in found.items():
         if name != "safetensors-torch":
-            assert fields["source"] == "registry+https://github.com/rust-lang/crates.io-index", name
+            assert fields["source"].startswith("registry+"), name
             assert re.fullmatch("[0-9a-f]{64}", fields["checksum"]), name
 
 
