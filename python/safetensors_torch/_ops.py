@@ -1,7 +1,7 @@
 """load_file, load, save_file and save: the operators with the argument types and the checks of Python.
 
-Owns what only Python can know: buffers, names, keys that are no str; _arguments has the rest. Everything about the
-format and about the tensors' memory is checked by the native library.
+Owns what only Python can know of a call: buffers, names, whether a mode is watching. _arguments and _checks have the
+rest. Everything about the format and about the tensors' memory is checked by the native library.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from typing import Any, Callable, Optional, Union
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
 from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
+from ._checks import check_tensors, check_text
 from ._dynamo import opaque
 from ._errors import call
 from ._steps import STEP, Progress, check_progress, run
@@ -34,13 +33,9 @@ _load_shared = _ops._load_shared_lists.default
 _open_bytes = _ops._open_bytes.default
 _File = torch.classes.safetensors_torch.File
 _PendingSave = torch.classes.safetensors_torch.PendingSave
-_check_save = _ops._check_save.default
 
 # Loads of less than this, in bytes, are over before anybody could interrupt them.
 _LARGE = 256 << 20
-
-# Those of nearly all tensors, about which there is nothing to ask.
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 @contextmanager
@@ -122,6 +117,12 @@ def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, tensors))
 
 
+def bring_in(file: Any, device: torch.device, backend: str, prefault: Optional[bool], names: Names) -> None:
+    """Has a mapping's pages brought in where ``prefault`` asks for it, or where nothing is said and all is loaded."""
+    if device.type == "cpu" and backend == "mmap" and (prefault or (prefault is None and names is None)):
+        call(file.prefault, prefault is not None)
+
+
 def load_in_steps(
     file: Any, device: torch.device, dtype: Optional[torch.dtype], names: Names, progress: Progress
 ) -> dict[str, torch.Tensor]:
@@ -195,8 +196,7 @@ def load_file(
     if is_traced():
         chosen = select(file, names)
         return call(_ops.load_file, path, device=target, backend=backend, prefault=prefault, dtype=dtype, names=chosen)
-    if mapped and (prefault or (prefault is None and names is None)):
-        call(file.prefault, prefault is not None)
+    bring_in(file, target, backend, prefault, names)
     return load_in_steps(file, target, dtype, names, progress)
 
 
@@ -351,63 +351,3 @@ def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any)
 def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:
     """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
     return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path)
-
-
-def check_tensors(tensors: Any, metadata: Any) -> None:
-    """The checks that need the Python objects. Faults of names come last, after what the native library checks."""
-    if not isinstance(tensors, dict):
-        raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
-    fake = False
-    for name, tensor in tensors.items():
-        if type(tensor) in _PLAIN_CLASSES:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
-        if isinstance(tensor, UninitializedTensorMixin):
-            raise ValueError(
-                f"Key `{name}` is invalid: a lazy module has not given it a shape yet. Run the module once"
-            )
-        fake = fake or isinstance(tensor, FakeTensor)
-    try:
-        # One pass in C over every name, instead of two checks for each.
-        "".join(tensors).encode()
-        if metadata is not None:
-            check_metadata(metadata)
-    except (TypeError, UnicodeEncodeError):
-        _check_memory(_with_printable_names(tensors))
-        for name in tensors:
-            check_text(name, f"the key {name!r}")
-        raise
-    if fake:
-        _check_memory(tensors)
-
-
-def _check_memory(tensors: dict[str, torch.Tensor]) -> None:
-    """What the native library checks of the tensors, also where a mode would run a fake kernel instead."""
-    with _disable_current_modes():
-        call(_check_save, tensors)
-
-
-def check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, dict):
-        raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
-    for key, value in metadata.items():
-        check_text(key, f"the metadata key {key!r}")
-        check_text(value, f"the metadata value of {key!r}")
-
-
-def check_text(text: Any, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} must be a str, not {type(text).__name__}")
-    text.encode()
-
-
-def _with_printable_names(tensors: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under names that the operators take, none lost, so that the checks before can speak of them."""
-    named: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        name = str(key).encode("utf-8", "backslashreplace").decode()
-        while name in named:
-            name += "'"
-        named[name] = tensor
-    return named

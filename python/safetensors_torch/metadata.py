@@ -11,9 +11,9 @@ from typing import Optional
 import torch
 
 from ._arguments import Path, check_flag, encode_path
+from ._checks import check_text
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import check_text
 from ._steps import Progress, check_progress, run
 
 

@@ -20,9 +20,9 @@ from torch.nn.parameter import is_lazy
 from ._arguments import Device, Path, encode_path, to_device
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import load_file, open_file, save_file
+from ._ops import save_file
 from ._steps import Progress, check_progress, run
-from .sharded import is_checkpoint, load_sharded, open_checkpoint, save_sharded
+from .sharded import load_sharded, open_checkpoint, save_sharded
 
 _ops = torch.ops.safetensors_torch
 _tied = _ops._tied.default
@@ -91,7 +91,7 @@ def load_model(
     _refuse_meta(model, state)
     if not _is_plain(model, state):
         return _load_through_state_dict(model, state, filename, strict, target, backend, progress)
-    file = (open_checkpoint if is_checkpoint(encode_path(filename)) else open_file)(filename, backend)
+    file = open_checkpoint(filename, backend)
     pending = call(file.start_state, state, _optional_names(model), type(model).__name__, strict, "")
     run(pending, pending.total, progress, "load")
     missing, unexpected = call(pending.result)
@@ -225,8 +225,7 @@ def _load_through_state_dict(
     backend: str,
     progress: Progress,
 ) -> tuple[set[str], list[str]]:
-    load = load_sharded if is_checkpoint(encode_path(filename)) else load_file
-    tensors = load(filename, device, backend=backend, progress=progress)
+    tensors = load_sharded(filename, device, backend=backend, progress=progress)
     dropped = call(_tied, _dense(state), list(tensors))
     snapshot = _Snapshot(model)
     try:

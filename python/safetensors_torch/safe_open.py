@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -32,6 +32,16 @@ def _name(name: Any) -> str:
 def _absent(name: str) -> SafetensorError:
     """The text by which programs know the error: without the file, which the native one names."""
     return SafetensorError(f"File does not contain tensor {name}")
+
+
+def _of(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
+    """What ``get`` makes of a tensor of ``file``, which may not be there."""
+    try:
+        return get(file, name)
+    except SafetensorError:
+        if not call(file.contains, name):
+            raise _absent(name) from None
+        raise
 
 
 def _is_unicode(text: str) -> bool:
@@ -119,13 +129,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, the file is closed, or torch has no such dtype.
         """
-        file, name = self._file(), _name(name)
-        try:
-            return _get_tensor(file, name, self._device)
-        except SafetensorError:
-            if not call(file.contains, name):
-                raise _absent(name) from None
-            raise
+        return _of(self._file(), _name(name), lambda file, name: _get_tensor(file, name, self._device))
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in the order of their data in the file, on the device of this handle.
@@ -144,10 +148,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, or the file is closed.
         """
-        file, name = self._file(), _name(name)
-        if not call(file.contains, name):
-            raise _absent(name)
-        return PySafeSlice(file, name, self._device, self._backend)
+        return _of(self._file(), _name(name), lambda file, name: PySafeSlice(file, name, self._device, self._backend))
 
     def __contains__(self, name: object) -> bool:
         file = self._file()

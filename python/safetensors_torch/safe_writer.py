@@ -17,8 +17,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Path, check_flag, encode_path
+from ._checks import check_metadata, check_tensors, check_text
 from ._errors import SafetensorError, call
-from ._ops import check_metadata, check_tensors, check_text, is_traced
+from ._ops import is_traced
 from ._steps import STEP, run
 
 # How a tensor is declared: by dtype and shape, or by one that has them.

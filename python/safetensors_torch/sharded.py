@@ -1,7 +1,7 @@
 """load_sharded and save_sharded: checkpoints of several files and their index, as Hugging Face's tools have them.
 
-Owns the arguments of Python, and which paths mean a checkpoint. How tensors are divided, what the files are called, and
-whether an index fits its files, the native library decides.
+Owns the arguments of Python. What a path means, how tensors are divided, what the files are called, and whether an
+index fits its files, the native library decides.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
+from ._checks import check_tensors
 from ._dynamo import opaque
 from ._errors import call
-from ._ops import Names, check_tensors, is_traced, load_file, load_in_steps, select, write
+from ._ops import Names, bring_in, is_traced, load_file, load_in_steps, select, write
 from ._steps import Progress, check_progress
 
 _ops = torch.ops.safetensors_torch
@@ -25,11 +26,6 @@ _plan_sharded_save = _ops._plan_sharded_save.default
 
 _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
-
-
-def is_checkpoint(path: bytes) -> bool:
-    """Whether a path means a folder or an index, rather than one file."""
-    return path.endswith(b".json") or os.path.isdir(path)
 
 
 def open_checkpoint(path: Path, backend: str) -> Any:
@@ -86,8 +82,7 @@ def load_sharded(
     file = open_checkpoint(path, backend)
     if is_traced():
         return _load_file_by_file(file, encode_path(path), select(file, names), target, backend, prefault, dtype)
-    if target.type == "cpu" and backend == "mmap" and (prefault or (prefault is None and names is None)):
-        call(file.prefault, prefault is not None)
+    bring_in(file, target, backend, prefault, names)
     return load_in_steps(file, target, dtype, names, progress)
 
 

@@ -15,15 +15,15 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import zipfile
 from datetime import date
 from pathlib import Path
 
+from commands import ROOT, run
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 RUST = ("cargo", "rustc", "rustup")
 # Compared with; it saves through numpy.
 REFERENCE = ("safetensors==0.8.0", "numpy")
@@ -38,16 +38,6 @@ NEEDED = (
     "native/bridge/bridge.rs.cc",
     "native/lib/libsafetensors_torch.a",
 )
-
-
-def run(*command: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT) -> str:
-    """The command's standard output; ends the program with all that it said where it fails."""
-    result = subprocess.run(
-        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
-    return result.stdout
 
 
 def build_wheel(python: str, folder: Path) -> Path:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
+from commands import run
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
 # These of the other Python stay where they are: they are not what is tested, or what the build is to find by itself.
 LEFT_OUT = (
@@ -31,16 +31,6 @@ LEFT_OUT = (
     "distutils-precedence",
     "__editable__",
 )
-
-
-def run(*command: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT) -> str:
-    """The command's standard output; ends the program with all that it said where it fails."""
-    result = subprocess.run(
-        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
-    return result.stdout
 
 
 def make_sdist(python: str, folder: Path) -> Path:

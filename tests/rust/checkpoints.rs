@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use common::read;
+use common::{names, read};
 use proptest::prelude::*;
 use safetensors_torch::{
     Backend, Checkpoint, Dtype, Error, ErrorKind, Metadata, SaveOptions, ShardPlan, ShardedOptions,
@@ -62,14 +62,6 @@ fn contents(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
         (name, read(file, place.index as usize))
     });
     places.collect()
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).expect("a folder");
-    let mut names: Vec<String> =
-        entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
-    names.sort();
-    names
 }
 
 fn refused(path: &Path, kind: ErrorKind, parts: &[&str]) {

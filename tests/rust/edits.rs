@@ -7,10 +7,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use common::{Contents, contents, file_bytes, pattern, read};
+use common::{Contents, assert_error, contents, file_bytes, pattern, read};
 use safetensors_torch::{
-    Backend, Dtype, EditOptions, Error, ErrorKind, Metadata, MetadataChanges, MetadataEdit, SaveOptions,
-    TensorFile, TensorSpec, edit_metadata, save_file,
+    Backend, Dtype, EditOptions, ErrorKind, Metadata, MetadataChanges, MetadataEdit, SaveOptions, TensorFile,
+    TensorSpec, edit_metadata, save_file,
 };
 use tempfile::TempDir;
 
@@ -51,13 +51,6 @@ fn data_start(path: &Path) -> u64 {
 
 fn inode(path: &Path) -> u64 {
     fs::metadata(path).expect("there").ino()
-}
-
-fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKind, path: &Path, part: &str) {
-    let error = outcome.expect_err(part);
-    assert_eq!(error.kind(), kind, "{error}");
-    let text = error.to_string();
-    assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
 }
 
 #[test]

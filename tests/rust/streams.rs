@@ -8,10 +8,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{contents, pattern};
+use common::{assert_error, contents, names, pattern};
 use safetensors_torch::{
-    Backend, DEFAULT_ALIGNMENT, Dtype, Error, ErrorKind, Metadata, SaveOptions, StreamWriter, TensorFile,
-    TensorSpec,
+    Backend, DEFAULT_ALIGNMENT, Dtype, ErrorKind, Metadata, SaveOptions, StreamWriter, TensorFile, TensorSpec,
 };
 use tempfile::TempDir;
 
@@ -25,24 +24,8 @@ fn folder() -> TempDir {
     tempfile::tempdir().expect("a folder for the test")
 }
 
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).expect("a folder");
-    let mut names: Vec<String> =
-        entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
-    names.sort();
-    names
-}
-
 fn begin(path: &Path) -> StreamWriter {
     StreamWriter::create(&SPECS, None, path, SaveOptions::default()).expect("begun")
-}
-
-/// That an error is of this kind, and names the file and `part`.
-fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKind, path: &Path, part: &str) {
-    let error = outcome.expect_err(part);
-    assert_eq!(error.kind(), kind, "{error}");
-    let text = error.to_string();
-    assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
 }
 
 #[test]

@@ -3,6 +3,9 @@
 // Each test program uses a part of this.
 #![allow(dead_code)]
 
+use std::fs;
+use std::path::Path;
+
 use safetensors_torch::{AxisRange, Error, ErrorKind, Layout, Metadata, TensorFile, TensorSpec, save_into};
 
 /// The bytes of a file with this header, as it stands, and this data.
@@ -91,4 +94,21 @@ pub fn saved(
 /// Bytes that differ from their neighbours, so that a shift by one shows.
 pub fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
+}
+
+/// That an error is of this kind, and names the file and `part`.
+pub fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKind, path: &Path, part: &str) {
+    let error = outcome.expect_err(part);
+    assert_eq!(error.kind(), kind, "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
+}
+
+/// The names in a folder, sorted.
+pub fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
+    names.sort();
+    names
 }
