@@ -12,7 +12,7 @@ seconds=${1:?"fuzz/run.sh SECONDS [TARGET...]"}
 shift
 targets=("$@")
 if test ${#targets[@]} = 0; then
-    targets=(capi differential header index slice writer)
+    targets=(capi differential edit header index slice stream writer)
 fi
 host=$(rustc -vV | sed -n 's/^host: //p')
 sanitizer=${FUZZ_SANITIZER:-address}
@@ -55,7 +55,7 @@ for target in "${targets[@]}"; do
         seeds+=(tests/vectors/malformed)
         options+=(-dict=fuzz/header.dict)
         ;;
-    capi | index) options+=(-dict=fuzz/header.dict) ;;
+    capi | edit | index) options+=(-dict=fuzz/header.dict) ;;
     esac
     before=$(find "$findings" -type f | wc -l)
     begin=$(date +%s)

@@ -6,16 +6,13 @@
 mod reading;
 mod writing;
 
-use std::cell::OnceCell;
-use std::ffi::{CStr, CString};
-use std::fs;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
 use safetensors_torch::ErrorKind;
 use safetensors_torch::capi::*;
 
+use crate::folder::{HAS_FILES, replace, with_path};
 use crate::{frame, json};
 
 const OK: sft_status = 0;
@@ -32,11 +29,6 @@ const MANY: usize = 16;
 const FROM_FILE: u8 = 1;
 const FRAMED: u8 = 2;
 
-thread_local! {
-    /// Where files go, for as long as the process lives.
-    static FOLDER: OnceCell<tempfile::TempDir> = const { OnceCell::new() };
-}
-
 /// `bytes` are the number of calls, how the file is opened (two bytes), four bytes a call, then the file.
 pub fn run(bytes: &[u8]) {
     let [count, how, options, rest @ ..] = bytes else { return };
@@ -49,7 +41,7 @@ pub fn run(bytes: &[u8]) {
     };
     // Exactly as long as it says, so that a read beyond it is seen.
     let file: Box<[u8]> = made.map_or_else(|| file.into(), Vec::into_boxed_slice);
-    let Some(mut session) = Session::open(&file, how & FROM_FILE != 0, *options) else { return };
+    let Some(mut session) = Session::open(&file, how & FROM_FILE != 0 && HAS_FILES, *options) else { return };
     for call in script.chunks_exact(4) {
         session.call(call[0], call[1].into(), call[2].into(), call[3].into());
     }
@@ -81,21 +73,6 @@ fn read(text: &sft_str) -> &str {
 
 fn no_text() -> sft_str {
     sft_str { data: null(), length: 0 }
-}
-
-/// The path of a file in the folder of this process.
-fn with_path<T>(name: &str, use_it: impl FnOnce(&Path, &CStr) -> T) -> T {
-    FOLDER.with(|folder| {
-        let path = folder.get_or_init(|| tempfile::tempdir().expect("a folder")).path().join(name);
-        let text = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
-        use_it(&path, &text)
-    })
-}
-
-/// Writes a new file, as an old one may be mapped.
-fn replace(path: &Path, bytes: &[u8]) {
-    fs::remove_file(path).or_else(|error| if path.exists() { Err(error) } else { Ok(()) }).expect("removed");
-    fs::write(path, bytes).expect("written");
 }
 
 /// An open file, and a writer beside it.
@@ -188,8 +165,8 @@ impl<'b> Session<'b> {
             11 => self.add_metadata(a, b),
             12 => self.write_buffer(a, b),
             13 => dtypes(a, b, c),
-            14 if !self.checkpoint_done => self.checkpoint(a, b),
-            15 => self.write_file(a),
+            14 if !self.checkpoint_done && HAS_FILES => self.checkpoint(a, b),
+            15 if HAS_FILES => self.write_file(a),
             _ => {}
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Shared by the programs that libFuzzer drives (`fuzz_targets/`) and by the test that replays the corpus
 //! (`tests/replay.rs`). `json`, `model` and `frame` are what several targets judge by; they use nothing of the core
-//! but the list of dtypes.
+//! but the list of dtypes. `folder` is where they have files, `tensors` makes what they write.
 
 #[cfg(not(fuzzing))]
 compile_error!(
@@ -11,12 +11,16 @@ compile_error!(
 
 pub mod capi;
 pub mod differential;
+pub mod edit;
+mod folder;
 mod frame;
 pub mod header;
 pub mod index;
 mod json;
 mod model;
 pub mod slice;
+pub mod stream;
+mod tensors;
 pub mod writer;
 
 /// What a target does with an input.
@@ -26,8 +30,10 @@ pub type Body = fn(&[u8]);
 pub const TARGETS: &[(&str, Body)] = &[
     ("capi", capi::run),
     ("differential", differential::run),
+    ("edit", edit::run),
     ("header", header::run),
     ("index", index::run),
     ("slice", slice::run),
+    ("stream", stream::run),
     ("writer", writer::run),
 ];

@@ -45,4 +45,4 @@ macro_rules! replays {
     };
 }
 
-replays! { capi differential header index slice writer }
+replays! { capi differential edit header index slice stream writer }

@@ -6,7 +6,8 @@ use std::ptr::{null, null_mut};
 use safetensors_torch::capi::*;
 use safetensors_torch::{ErrorKind, Metadata};
 
-use super::{INVALID, MANY, OK, Session, check, no_text, read, replace, with_path};
+use super::{INVALID, MANY, OK, Session, check, no_text, read};
+use crate::folder::{replace, with_path};
 
 impl Session<'_> {
     /// Adds the tensor at `a` to the writer, with its bytes as the file lends them, under a name that may stand twice.
