@@ -5,7 +5,7 @@
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
 # make torture   hard tests of saving and loading, not in make test: kills, leaks, attacks, a soak of SECONDS=600
-# make fuzz      every fuzz target of the core, SECONDS=n each
+# make fuzz      every fuzz target of the core, SECONDS=60 each
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
@@ -19,8 +19,6 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # 0 installs the C library alone, which needs no libtorch.
 TORCH   ?= 1
-# How long each fuzz target runs.
-SECONDS ?= 60
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
@@ -202,7 +200,7 @@ test-accelerator: out/python.stamp
 # --- the rest
 
 fuzz:
-	fuzz/run.sh $(SECONDS)
+	fuzz/run.sh $(or $(SECONDS),60)
 
 wheel: $(VENV)/requirements.stamp
 	SAFETENSORS_TORCH_AOT=0 $(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
