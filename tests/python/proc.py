@@ -66,7 +66,7 @@ def look():
 {setup}
 gc.collect()
 before = anonymous()
-thread = threading.Thread(target=look)
+thread = threading.Thread(target=look, daemon=True)
 thread.start()
 {work}
 done.set()
