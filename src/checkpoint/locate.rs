@@ -1,11 +1,13 @@
 //! What a path means: a file, an index, or the one of them that a folder holds.
 
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::plan::{DEFAULT_STEM, INDEX_SUFFIX, SUFFIX, stem_of_shard};
-use crate::error::{Error, ErrorKind, Result};
+use super::{Attempt, Failure};
+use crate::error::{Error, ErrorKind};
 
 /// How a checkpoint is to be opened.
 #[derive(Debug, PartialEq)]
@@ -16,7 +18,7 @@ pub(super) enum Location {
     Index(PathBuf),
 }
 
-pub(super) fn locate(path: &Path) -> Result<Location> {
+pub(super) fn locate(path: &Path) -> Attempt<Location> {
     // What is not there, or cannot be looked at, is for opening to say.
     if fs::metadata(path).is_ok_and(|metadata| metadata.is_dir()) {
         return look_through(path);
@@ -26,25 +28,38 @@ pub(super) fn locate(path: &Path) -> Result<Location> {
 }
 
 /// The checkpoint in `folder`.
-fn look_through(folder: &Path) -> Result<Location> {
-    let read = |source| Error::io("read the folder", folder, source);
-    let (mut files, mut indexes, mut sharded) = (Vec::new(), Vec::new(), Vec::new());
+fn look_through(folder: &Path) -> Attempt<Location> {
+    let read = |source| Failure::Final(Error::io("read the folder", folder, source));
+    let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(read)? {
         // A name that is not UTF-8 is none that such tools give.
-        let Ok(name) = entry.map_err(read)?.file_name().into_string() else { continue };
-        if name.starts_with('.') {
-            continue;
-        }
+        names.extend(entry.map_err(read)?.file_name().into_string().ok());
+    }
+    choose(folder, names)
+}
+
+/// The checkpoint among the `names` that `folder` had a moment ago.
+fn choose(folder: &Path, names: Vec<String>) -> Attempt<Location> {
+    let (mut files, mut indexes, mut sharded) = (Vec::new(), Vec::new(), Vec::new());
+    for name in names.into_iter().filter(|name| !name.starts_with('.')) {
         if let Some(stem) = stem_of_shard(&name) {
             sharded.push(stem.to_string());
             continue;
         }
-        // Not a link to nowhere, as an interrupted download may leave it.
-        let is_file = || fs::metadata(folder.join(&name)).is_ok_and(|metadata| metadata.is_file());
-        if let Some(stem) = name.strip_suffix(INDEX_SUFFIX).filter(|_| is_file()) {
-            indexes.push(stem.to_string());
-        } else if let Some(stem) = name.strip_suffix(SUFFIX).filter(|_| is_file()) {
-            files.push(stem.to_string());
+        let (stem, found) = match (name.strip_suffix(INDEX_SUFFIX), name.strip_suffix(SUFFIX)) {
+            (Some(stem), _) => (stem, &mut indexes),
+            (_, Some(stem)) => (stem, &mut files),
+            _ => continue,
+        };
+        let at = folder.join(&name);
+        match fs::metadata(&at) {
+            Ok(metadata) if metadata.is_file() => found.push(stem.to_string()),
+            // Gone since it was listed: what has taken its place may not be in this list.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && is_gone(&at) => {
+                return Err(Failure::Changed);
+            }
+            // A link to nowhere, as an interrupted download may leave it, or no file.
+            _ => {}
         }
     }
     // A file counts before the index of the same name: while one replaces the other, both are there.
@@ -53,7 +68,7 @@ fn look_through(folder: &Path) -> Result<Location> {
     let file = |stem: &str| Location::File(folder.join(format!("{stem}{SUFFIX}")));
     let index = |stem: &str| Location::Index(folder.join(format!("{stem}{INDEX_SUFFIX}")));
     let is_default = |stem: &String| stem == DEFAULT_STEM;
-    let fail = |detail: String| Err(Error::new(ErrorKind::Index, detail).in_file(folder));
+    let fail = |detail: String| Err(Failure::Missing(Error::new(ErrorKind::Index, detail).in_file(folder)));
     match (&files[..], &indexes[..], &sharded[..]) {
         _ if files.iter().any(is_default) => Ok(file(DEFAULT_STEM)),
         _ if indexes.iter().any(is_default) => Ok(index(DEFAULT_STEM)),
@@ -63,7 +78,7 @@ fn look_through(folder: &Path) -> Result<Location> {
             fail(format!("the folder holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"))
         }
         (_, _, []) => {
-            fail(format!("the folder holds several checkpoints: open one of {}", names(&files, &indexes)))
+            fail(format!("the folder holds several checkpoints: open one of {}", listed(&files, &indexes)))
         }
         // The index goes first and comes last, so these are what an interrupted save leaves. What else there is may be
         // of another model.
@@ -74,15 +89,20 @@ fn look_through(folder: &Path) -> Result<Location> {
             );
             if !files.is_empty() || !indexes.is_empty() {
                 detail +=
-                    &format!(". To open another one of this folder, name it: {}", names(&files, &indexes));
+                    &format!(". To open another one of this folder, name it: {}", listed(&files, &indexes));
             }
             fail(detail)
         }
     }
 }
 
+/// Whether there is no entry at `path`, not even a link.
+fn is_gone(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
 /// The names of files and indexes with these stems, sorted.
-fn names(files: &[String], indexes: &[String]) -> String {
+fn listed(files: &[String], indexes: &[String]) -> String {
     let files = files.iter().map(|stem| format!("{stem}{SUFFIX}"));
     let mut names: Vec<String> =
         files.chain(indexes.iter().map(|stem| format!("{stem}{INDEX_SUFFIX}"))).collect();
@@ -103,11 +123,12 @@ mod tests {
             Ok(Location::File(path) | Location::Index(path)) => {
                 Ok(path.file_name().expect("a name").to_string_lossy().into_owned())
             }
-            Err(error) => {
+            Err(Failure::Missing(error)) => {
                 assert_eq!(error.kind(), ErrorKind::Index);
                 assert!(error.to_string().starts_with(&folder.path().display().to_string()), "{error}");
                 Err(error.to_string())
             }
+            Err(failure) => panic!("{failure:?}"),
         }
     }
 
@@ -144,6 +165,18 @@ mod tests {
             error.contains("not their index") && error.ends_with("name it: adapter.safetensors"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_name_that_is_gone_has_the_folder_listed_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("adapter.safetensors"), "").expect("written");
+        for gone in ["model.safetensors", "model.safetensors.index.json"] {
+            // Files took its place, which this list does not have: what it does have is of another model.
+            let names = ["adapter.safetensors", gone].map(String::from).to_vec();
+            let failure = choose(folder.path(), names).expect_err("gone");
+            assert!(matches!(failure, Failure::Changed), "{failure:?}");
+        }
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! A checkpoint: tensors in one file or in several, its shards, which an index lists.
 //!
 //! `locate` finds the index or the file that a path means, `index` reads and writes the index, `plan` says which tensor
-//! goes into which shard, `write` puts the shards of a checkpoint in place. The files themselves are [`TensorFile`]s.
+//! goes into which shard, `write` puts the shards of a checkpoint in place, `lock` lets one save at a time do so. The
+//! files themselves are [`TensorFile`]s.
 //!
 //! Names, index and division are those of Hugging Face's tools: `model.safetensors`, or
 //! `model-00001-of-00003.safetensors` and so on beside `model.safetensors.index.json`.
 
 mod index;
 mod locate;
+mod lock;
 mod plan;
 mod write;
 
@@ -26,6 +28,7 @@ use crate::prefault::{self, Prefault};
 use crate::source::Backend;
 use index::Index;
 use locate::Location;
+use lock::FolderLock;
 
 /// How often a checkpoint that is replaced meanwhile is opened anew.
 const OPEN_ATTEMPTS: usize = 20;
@@ -47,6 +50,20 @@ pub struct Shard {
     /// The file, open.
     pub file: Arc<TensorFile>,
 }
+
+/// Why an attempt to open a checkpoint failed.
+#[derive(Debug)]
+enum Failure {
+    /// Another attempt would fare no better.
+    Final(Error),
+    /// What was found first was gone, or another file, a moment later: something else is there now.
+    Changed,
+    /// There is no checkpoint, unless a save is just about to put the next one in place.
+    Missing(Error),
+}
+
+/// What an attempt to open a checkpoint gives.
+type Attempt<T> = std::result::Result<T, Failure>;
 
 /// Which tensor of which shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,9 +87,38 @@ impl Checkpoint {
     /// a folder that holds no checkpoint, or several; [`ErrorKind::FileChanged`] where it is replaced over and over; those
     /// of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
     pub fn open(path: &Path, backend: Backend) -> Result<Checkpoint> {
+        let (mut waited, mut _lock) = (false, None);
+        for _ in 0..OPEN_ATTEMPTS {
+            match Checkpoint::try_open(path, backend) {
+                Ok(checkpoint) => return Ok(checkpoint),
+                Err(Failure::Changed) => {}
+                Err(Failure::Missing(_)) if !waited => {
+                    // In the moment between two indexes; no save begins as long as this has the lock.
+                    _lock = FolderLock::for_open(folder_of(path));
+                    waited = true;
+                }
+                Err(Failure::Missing(error) | Failure::Final(error)) => return Err(error),
+            }
+        }
+        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
+        Err(Error::new(ErrorKind::FileChanged, detail).in_file(path))
+    }
+
+    fn try_open(path: &Path, backend: Backend) -> Attempt<Checkpoint> {
+        let is_absent = |error: &Error| error.os_error() == Some(libc::ENOENT);
         match locate::locate(path)? {
-            Location::File(file) => Ok(Checkpoint::of_file(TensorFile::open(&file, backend)?, file)),
-            Location::Index(index) => Checkpoint::of_index(index, backend),
+            Location::File(at) => match TensorFile::open(&at, backend) {
+                Ok(file) => Ok(Checkpoint::of_file(file, at)),
+                // It was in the folder just now.
+                Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
+                Err(error) => Err(Failure::Final(error)),
+            },
+            Location::Index(at) => match Index::read(&at) {
+                Ok((index, file)) => Checkpoint::of_index(index, &file, at, backend),
+                Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
+                Err(error) if is_absent(&error) => Err(Failure::Missing(error)),
+                Err(error) => Err(Failure::Final(error)),
+            },
         }
     }
 
@@ -83,20 +129,13 @@ impl Checkpoint {
         Checkpoint { by_name: sorted_places(&shards), shards, path }
     }
 
-    /// A checkpoint of several files. A save that replaces it meanwhile takes its index away before the first of its
-    /// files changes, and puts another one in place after the last: if the index is still there once all files are open,
-    /// they belong together. If it is not, the new one is tried.
-    fn of_index(path: PathBuf, backend: Backend) -> Result<Checkpoint> {
-        for _ in 0..OPEN_ATTEMPTS {
-            // Open for as long as it is compared, so that no other file can have its number.
-            let (index, file) = Index::read(&path)?;
-            let opened = Checkpoint::of_files(index, path.clone(), backend);
-            if is_at(&file, &path) {
-                return opened;
-            }
-        }
-        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
-        Err(Error::new(ErrorKind::FileChanged, detail).in_file(&path))
+    /// A checkpoint of several files, whose index was read from `file`. A save that replaces it meanwhile takes its index
+    /// away before the first of its files changes, and puts another one in place after the last: if the index is still
+    /// there once all files are open, they belong together.
+    fn of_index(index: Index, file: &File, path: PathBuf, backend: Backend) -> Attempt<Checkpoint> {
+        let opened = Checkpoint::of_files(index, path.clone(), backend);
+        // Open for as long as it is compared, so that no other file can have its number.
+        if is_at(file, &path) { opened.map_err(Failure::Final) } else { Err(Failure::Changed) }
     }
 
     fn of_files(index: Index, path: PathBuf, backend: Backend) -> Result<Checkpoint> {
@@ -170,6 +209,15 @@ impl Checkpoint {
 #[cfg(fuzzing)]
 pub fn parse_index(json: &[u8]) -> Result<(Vec<String>, Vec<(String, u32)>)> {
     Index::parse(json).map(|index| (index.shards, index.tensors))
+}
+
+/// The folder that `path` is, or is in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        _ if path.is_dir() => path,
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Whether `file` is what is at `path`.

@@ -15,7 +15,7 @@ pub(super) const SUFFIX: &str = ".safetensors";
 pub(super) const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The division of a checkpoint's tensors into files.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ShardPlan {
     stem: String,
     /// The shard of each tensor, in the order in which they were given.

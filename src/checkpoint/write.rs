@@ -1,13 +1,14 @@
 //! Puts the files of a checkpoint in place together: all of them are complete before the first one gets its name.
 //!
 //! The order in which names change is what keeps a reader, or a process that is killed, from taking files of two saves
-//! for one checkpoint; `docs/saving.md` has it in words.
+//! for one checkpoint; a lock keeps two saves from changing them at once. `docs/saving.md` has it in words.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::index;
+use super::lock::FolderLock;
 use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan, stem_of_shard};
 use super::with_limit;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,12 +40,12 @@ impl Default for ShardedOptions<'_> {
 
 /// Writes `tensors`, whose bytes are in `data` at the same index, as a checkpoint into `folder`, which is made if it is
 /// not there: one file, or several and their index. Files of an earlier checkpoint of the same stem are replaced or
-/// removed. Gives the names of the files, the index last.
+/// removed. Of several saves at once, the one that ends last stays whole. Gives the names of the files, the index last.
 ///
 /// # Errors
 ///
-/// As [`crate::save_file`], and those of [`ShardPlan::new`]. Up to the point where all files are complete, the folder
-/// stays as it was.
+/// As [`crate::save_file`], those of [`ShardPlan::new`], and `EWOULDBLOCK` where others have the folder locked for
+/// minutes. Up to the point where all files are complete, the folder stays as it was.
 pub fn save_sharded(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],
@@ -90,8 +91,7 @@ pub struct ShardedWriter {
     /// The index, where there is more than one file.
     index: Option<Vec<u8>>,
     index_name: String,
-    /// Names in the folder that belong to an earlier checkpoint, in the order in which they are to be removed.
-    stale: Vec<String>,
+    plan: ShardPlan,
     /// Dropped last: a folder goes only once it is empty.
     folder: Folder,
 }
@@ -124,19 +124,10 @@ impl ShardedWriter {
             index::encode(entries, plan.total_bytes())
         });
         let folder = Folder::make(folder)?;
-        let read = |source| Error::io("read the folder", &folder.path, source);
-        let mut stale = Vec::new();
-        for entry in fs::read_dir(&folder.path).map_err(read)? {
-            if let Ok(name) = entry.map_err(read)?.file_name().into_string()
-                && plan.makes_stale(&name)
-            {
-                stale.push(name);
-            }
-        }
-        // What would be opened in place of the new checkpoint, or with it, goes first.
-        stale.sort_by_key(|name| stem_of_shard(name).is_some());
-        let (complete, index_name) = (Vec::new(), plan.index_name());
-        Ok(ShardedWriter { names: file_names, complete, index, index_name, stale, folder })
+        // Before anything is written for a folder that the commit could not look through.
+        folder.entries()?;
+        let (complete, index_name, plan) = (Vec::new(), plan.index_name(), plan.clone());
+        Ok(ShardedWriter { names: file_names, complete, index, index_name, plan, folder })
     }
 
     /// Begins file number `shard`, of exactly `length` bytes.
@@ -159,13 +150,13 @@ impl ShardedWriter {
         self.names.iter().chain(index).cloned().collect()
     }
 
-    /// Gives all files their names, and removes those of an earlier checkpoint. With `sync`, returns once everything is on
-    /// the disk. Gives the names.
+    /// Gives all files their names, and removes those of an earlier checkpoint, when no other save does. With `sync`,
+    /// returns once everything is on the disk. Gives the names.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced already:
-    /// the error says so.
+    /// the error says so. `EWOULDBLOCK` where others have the folder locked for minutes.
     pub fn commit(mut self, sync: bool) -> Result<Vec<String>> {
         assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
         let names = self.file_names();
@@ -176,6 +167,9 @@ impl ShardedWriter {
         if sync {
             self.complete.iter().chain(&index).try_for_each(AtomicFile::synchronize)?;
         }
+        // From here on names change. What is there now may be of a save that has ended since this one began.
+        let lock = FolderLock::for_save(&self.folder.path).map_err(with_limit)?;
+        let stale = self.stale().map_err(with_limit)?;
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
         let replaces: Vec<bool> = self.names.iter().map(|name| self.exists(name)).collect();
@@ -198,7 +192,7 @@ impl ShardedWriter {
                 )
             })?;
         }
-        for name in &self.stale {
+        for name in &stale {
             let path = self.folder.path.join(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -211,7 +205,24 @@ impl ShardedWriter {
         if sync {
             sync_folder(&self.folder.path)?;
         }
+        drop(lock);
         Ok(names)
+    }
+
+    /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be removed.
+    fn stale(&self) -> Result<Vec<String>> {
+        let mut stale = Vec::new();
+        for entry in self.folder.entries()? {
+            let entry = entry.map_err(|source| self.folder.unreadable(source))?;
+            if let Ok(name) = entry.file_name().into_string()
+                && self.plan.makes_stale(&name)
+            {
+                stale.push(name);
+            }
+        }
+        // What would be opened in place of the new checkpoint, or with it, goes first.
+        stale.sort_by_key(|name| stem_of_shard(name).is_some());
+        Ok(stale)
     }
 
     fn write_index(&self, bytes: &[u8]) -> Result<AtomicFile> {
@@ -328,6 +339,14 @@ impl Folder {
             }
         }
         Ok(folder)
+    }
+
+    fn entries(&self) -> Result<fs::ReadDir> {
+        fs::read_dir(&self.path).map_err(|source| self.unreadable(source))
+    }
+
+    fn unreadable(&self, source: io::Error) -> Error {
+        Error::io("read the folder", &self.path, source)
     }
 
     /// The folders stay, whatever comes.

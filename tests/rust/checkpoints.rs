@@ -7,37 +7,17 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use common::{names, read};
+use common::checkpoints::{INDEX, contents, save, save_with};
+use common::names;
 use proptest::prelude::*;
 use safetensors_torch::{
-    Backend, Checkpoint, Dtype, Error, ErrorKind, Metadata, SaveOptions, ShardPlan, ShardedOptions,
-    ShardedWriter, TensorSpec, save_file, save_sharded,
+    Backend, Checkpoint, Dtype, Error, ErrorKind, SaveOptions, ShardPlan, ShardedOptions, ShardedWriter,
+    TensorSpec, save_file, save_sharded,
 };
 use tempfile::TempDir;
 
-const INDEX: &str = "model.safetensors.index.json";
-
 fn folder() -> TempDir {
     tempfile::tempdir().expect("a folder for the test")
-}
-
-/// Saves tensors of bytes, in this order.
-fn save(folder: &Path, tensors: &[(&str, &[u8])], max_shard_bytes: u64) -> Result<Vec<String>, Error> {
-    save_with(folder, tensors, ShardedOptions { max_shard_bytes, ..ShardedOptions::default() })
-}
-
-fn save_with(
-    folder: &Path,
-    tensors: &[(&str, &[u8])],
-    options: ShardedOptions<'_>,
-) -> Result<Vec<String>, Error> {
-    let shapes: Vec<[u64; 1]> = tensors.iter().map(|(_, bytes)| [bytes.len() as u64]).collect();
-    let specs = tensors.iter().zip(&shapes);
-    let specs: Vec<_> =
-        specs.map(|((name, _), shape)| TensorSpec { name, dtype: Dtype::U8, shape }).collect();
-    let data: Vec<&[u8]> = tensors.iter().map(|&(_, bytes)| bytes).collect();
-    let metadata = Metadata::from([("format".to_string(), "pt".to_string())]);
-    save_sharded(&specs, &data, Some(&metadata), folder, options)
 }
 
 fn save_one(path: &Path, name: &str, data: &[u8]) {
@@ -51,17 +31,6 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
     let read = Checkpoint::open(path, Backend::Pread);
     assert_eq!(mapped.is_ok(), read.is_ok());
     mapped
-}
-
-/// Names and bytes, in the order of names.
-fn contents(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
-    let places = checkpoint.sorted_by_name().iter().map(|place| {
-        let file = &checkpoint.shards()[place.shard as usize].file;
-        let name = file.tensor(place.index as usize).expect("there").name.to_string();
-        assert_eq!(checkpoint.find(&name), Some(*place));
-        (name, read(file, place.index as usize))
-    });
-    places.collect()
 }
 
 fn refused(path: &Path, kind: ErrorKind, parts: &[&str]) {
@@ -205,46 +174,6 @@ fn a_commit_that_fails_is_taken_back() {
     assert!(error.contains("1 of 2 files are in place, and no index"), "{error}");
     refused(at, ErrorKind::Index, &["not their index"]);
     assert_eq!(names(at), before[..2]);
-}
-
-#[test]
-fn who_opens_during_a_save_has_files_of_one_save() {
-    let folder = folder();
-    let at = folder.path().join("c");
-    let write = |value: u8| {
-        let bytes = [value];
-        let tensors: Vec<(&str, &[u8])> = ["a", "b", "c"].iter().map(|&name| (name, &bytes[..])).collect();
-        save(&at, &tensors, 1).expect("saved")
-    };
-    write(0);
-    let saving = std::sync::atomic::AtomicBool::new(true);
-    let (mut whole, mut refused) = (0, 0);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for round in 1..400u32 {
-                write(round as u8);
-            }
-            saving.store(false, std::sync::atomic::Ordering::Release);
-        });
-        while saving.load(std::sync::atomic::Ordering::Acquire) {
-            match Checkpoint::open(&at, Backend::Mmap) {
-                Ok(checkpoint) => {
-                    let values: Vec<Vec<u8>> =
-                        contents(&checkpoint).into_iter().map(|(_, bytes)| bytes).collect();
-                    assert!(values.iter().all(|bytes| *bytes == values[0]), "{values:?}");
-                    whole += 1;
-                }
-                // In the moment between the old index and the new one.
-                Err(error) => {
-                    let kinds = [ErrorKind::Index, ErrorKind::Io, ErrorKind::FileChanged];
-                    assert!(kinds.contains(&error.kind()), "{error}");
-                    refused += 1;
-                }
-            }
-        }
-    });
-    assert!(whole > 0, "{refused} refused");
-    assert_eq!(contents(&open(&at).expect("valid"))[0].1, [399u32 as u8]);
 }
 
 #[test]
