@@ -48,18 +48,22 @@ impl FolderLock {
         let mut opened = open()?;
         loop {
             match flock(&opened, operation | libc::LOCK_NB) {
-                // Not that of a folder which was removed, or replaced, meanwhile.
-                Ok(()) if !is_at(&opened, folder) => opened = open()?,
-                Ok(()) => return Ok(Some(FolderLock { folder: opened })),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(()) if is_at(&opened, folder) => return Ok(Some(FolderLock { folder: opened })),
+                // That of a folder which was removed, or replaced, meanwhile.
+                Ok(()) => opened = open()?,
                 Err(error) if has_no_locks(&error) => return Ok(None),
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                Err(error) if begin.elapsed() >= wait => return Err(error),
-                Err(_) => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(longest);
+                Err(error)
+                    if ![io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) =>
+                {
+                    return Err(error);
                 }
+                Err(_) => {}
             }
+            if begin.elapsed() >= wait {
+                return Err(io::Error::from_raw_os_error(libc::EWOULDBLOCK));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(longest);
         }
     }
 }
