@@ -426,9 +426,9 @@ typedef struct sft_sharded_options {
  * is replaced, links in the folder too: nothing of it changes before all files are complete, and files that are not
  * overwritten are removed at the end. An error of IO after that takes back what is in place, or says what is. All files
  * are open until the end. Of several saves into one folder one at a time gives names to its files, and the last one
- * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults. Errors: those of
- * sft_writer_write_file; IO with EWOULDBLOCK where the folder stays locked for minutes; INVALID_ARGUMENT for a stem
- * that is no file name, or that of a shard. */
+ * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults.
+ * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK where the folder stays locked for minutes;
+ * INVALID_ARGUMENT for a stem that is no file name, or that of a shard. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
 
 /** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
