@@ -209,14 +209,13 @@ impl StreamWriter {
     /// # Errors
     ///
     /// [`ErrorKind::DataLength`] that lists what is missing, and [`ErrorKind::InvalidArgument`] where another thread is
-    /// still writing: the writer then stays open. [`ErrorKind::Closed`]; those of [`AtomicFile::commit`].
+    /// still writing, or in another process: the writer then stays open. [`ErrorKind::Closed`]; those of
+    /// [`AtomicFile::commit`].
     pub fn commit(&self) -> Result<()> {
         let shared = &self.shared;
         let file = {
             let mut state = shared.state.lock();
-            if state.file.is_none() {
-                return Err(shared.closed());
-            }
+            state.file.as_ref().ok_or_else(|| shared.closed())?.check_process()?;
             if let Some(index) = state.given.iter().position(|given| given.under_way > 0) {
                 let name = &shared.tensors[index].name;
                 let detail = format!("tensor {name:?} is still being written: commit when that has returned");

@@ -132,6 +132,7 @@ impl AtomicFile {
     ///
     /// As [`AtomicFile::write`].
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.check_process()?;
         self.file.write_all_at(bytes, offset).map_err(|source| Error::io("write", &self.path, source))
     }
 
@@ -143,6 +144,7 @@ impl AtomicFile {
     ///
     /// As [`AtomicFile::write`], and where `source` cannot be read.
     pub fn copy_from(&mut self, source: &File, path: &Path, offset: u64, length: u64) -> Result<u64> {
+        self.check_process()?;
         file_copy::append(&mut self.file, source, offset, length).map_err(|failure| match failure {
             file_copy::Failure::Read(source) => Error::io("read", path, source),
             file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
@@ -153,8 +155,10 @@ impl AtomicFile {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io); [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in
+    /// another process.
     pub fn synchronize(&self) -> Result<()> {
+        self.check_process()?;
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
         }
@@ -184,7 +188,8 @@ impl AtomicFile {
         self.overwrite_in_place(sync)
     }
 
-    fn check_process(&self) -> Result<()> {
+    /// Refuses a process that was forked from the one that began the file.
+    pub(crate) fn check_process(&self) -> Result<()> {
         if self.process.is_current() {
             return Ok(());
         }
@@ -339,9 +344,18 @@ mod tests {
     fn another_process_neither_goes_on_nor_takes_anything_away() {
         let folder = tempfile::tempdir().expect("a folder");
         let (mut file, name) = begun(&folder, Process::other());
-        let error = file.write([&b"bytes"[..]]).expect_err("another process");
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        assert!(error.to_string().contains("target: this save was begun by process"), "{error}");
+        let source = tempfile::tempfile().expect("a file");
+        source.write_all_at(b"bytes", 0).expect("written");
+        for outcome in [
+            file.write([&b"bytes"[..]]),
+            file.write_at(b"bytes", 0),
+            file.copy_from(&source, Path::new("source"), 0, 5).map(|_| ()),
+            file.synchronize(),
+        ] {
+            let error = outcome.expect_err("another process");
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().contains("target: this save was begun by process"), "{error}");
+        }
         file.commit(false).expect_err("another process");
         assert!(name.exists() && !folder.path().join("target").exists());
         assert_eq!(name.metadata().expect("staged").len(), 0);

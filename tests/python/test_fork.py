@@ -26,7 +26,7 @@ import os, sys, threading, time
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors_torch import load, load_file, load_model, safe_open, save, save_file
+from safetensors_torch import SafeWriter, load, load_file, load_model, safe_open, save, save_file
 
 folder = Path(sys.argv[1])
 tensors = {"large": torch.arange(6 << 20, dtype=torch.int32), "small": torch.arange(5.0)}  # worth threads
@@ -240,6 +240,39 @@ assert children and children[0] > 0
 same(load_file(folder / "saved"), large)
 """
 
+A_WRITER_OF_THE_PARENT = """
+def refused(work, *args):
+    try:
+        work(*args)
+    except Exception as error:
+        assert "before a fork" in str(error), error
+    else:
+        raise AssertionError("the child was let go on")
+
+for order in ("child first", "parent first"):
+    writer = SafeWriter(folder / "streamed", tensors)
+    gate, go = os.pipe()
+    def child_goes_on():
+        os.read(gate, 1)
+        for name, tensor in tensors.items():
+            refused(writer.write, name, torch.zeros_like(tensor))
+        refused(writer.commit)
+        writer.discard()
+        save_file(tensors, folder / "own")
+        same(load_file(folder / "own"))
+    child = fork(child_goes_on)
+    if order == "child first":
+        os.write(go, b"!")
+        wait(child)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.commit()
+    if order == "parent first":
+        os.write(go, b"!")
+        wait(child)
+    same(load_file(folder / "streamed"))
+"""
+
 DATA_LOADER = """
 from torch.utils.data import DataLoader, Dataset
 
@@ -279,6 +312,7 @@ SCENARIOS = {
     "after a save over a large file": AFTER_A_SAVE_OVER_A_LARGE_FILE,
     "from inside of a load": FROM_INSIDE_OF_A_LOAD,
     "from inside of a save": FROM_INSIDE_OF_A_SAVE,
+    "a writer of the parent": A_WRITER_OF_THE_PARENT,
     "DataLoader": DATA_LOADER,
 }
 
