@@ -4,7 +4,7 @@
 //! `docs/saving.md` has in words who sees what meanwhile. How a file is replaced is the writer's business.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::file::TensorFile;
 use crate::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_open};
 use crate::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
+use crate::process::Process;
 use crate::source::{Backend, OpenFile, Source, read_exact_at, shrank};
 use crate::writer::AtomicFile;
 
@@ -76,6 +77,9 @@ pub struct MetadataEdit {
     metadata: Option<Metadata>,
     sync: bool,
     work: Work,
+    /// The file that was opened, as it was then.
+    before: fs::Metadata,
+    process: Process,
     total_bytes: u64,
     done_bytes: u64,
 }
@@ -106,6 +110,8 @@ impl MetadataEdit {
     /// As [`edit_metadata`].
     pub fn begin(path: &Path, changes: &MetadataChanges, options: EditOptions) -> Result<MetadataEdit> {
         let source = TensorFile::open(path, Backend::Pread)?;
+        let before =
+            open_file(&source).file.metadata().map_err(|source| Error::io("inspect", path, source))?;
         let header = source.header();
         let metadata = changed(header.metadata(), changes);
         let mut entries: Vec<TensorEntry<'_>> = Vec::with_capacity(header.len());
@@ -135,6 +141,8 @@ impl MetadataEdit {
             path: path.to_path_buf(),
             sync: options.sync,
             work: Work::Nothing,
+            before,
+            process: Process::current(),
             total_bytes: 0,
             done_bytes: 0,
             metadata,
@@ -143,7 +151,7 @@ impl MetadataEdit {
             if edit.metadata.as_ref() == header.metadata() {
                 return Ok(edit);
             }
-            if let Some(file) = writable(path, open_file(&source), options.in_place == Some(true))? {
+            if let Some(file) = writable(path, &edit.before, options.in_place == Some(true))? {
                 let new = close(open, header.data_start()).map_err(|error| error.in_file(path))?;
                 let mut old = vec![0; new.len()];
                 read_exact_at(&file, path, &mut old, 0)?;
@@ -156,7 +164,7 @@ impl MetadataEdit {
         let new = close(open, padded).map_err(|error| error.in_file(path))?;
         let data_start = header.data_start();
         edit.total_bytes = new.len() as u64 + data_bytes(header);
-        let mut file = AtomicFile::create(path, edit.total_bytes)?;
+        let mut file = AtomicFile::create_regular(path, edit.total_bytes)?;
         file.write([&new[..]])?;
         edit.done_bytes = new.len() as u64;
         edit.work = Work::Copy { file, source: Box::new(source), data_start };
@@ -169,9 +177,13 @@ impl MetadataEdit {
     ///
     /// As [`edit_metadata`].
     pub fn advance(&mut self, until: Option<Instant>) -> Result<bool> {
+        if !self.process.is_current() {
+            return Err(self.process.refuse("edit").in_file(&self.path));
+        }
         match &mut self.work {
             Work::Nothing => {}
             Work::Header { file, old, new } => {
+                check_unchanged(&self.path, fs::metadata(&self.path), &self.before)?;
                 write_over(file, &self.path, old, new, self.sync)?;
                 self.done_bytes = self.total_bytes;
             }
@@ -193,7 +205,8 @@ impl MetadataEdit {
             }
         }
         if let Work::Copy { file, .. } = std::mem::replace(&mut self.work, Work::Nothing) {
-            file.commit(self.sync)?;
+            let check = |target: &Path| check_unchanged(&self.path, target.symlink_metadata(), &self.before);
+            file.commit_if(self.sync, check)?;
         }
         Ok(true)
     }
@@ -247,9 +260,9 @@ fn alignment_of(header: &Header) -> u64 {
     (1u64 << header.data_start().trailing_zeros().min(63)).clamp(DEFAULT_ALIGNMENT, MAX_ALIGNMENT)
 }
 
-/// The file behind `opened` for writing; `None` where it may not be written to, or has another name whose contents would
+/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name whose contents would
 /// change too, unless it `must` be.
-fn writable(path: &Path, opened: &OpenFile, must: bool) -> Result<Option<File>> {
+fn writable(path: &Path, before: &fs::Metadata, must: bool) -> Result<Option<File>> {
     let file = match OpenOptions::new()
         .read(true)
         .write(true)
@@ -263,13 +276,25 @@ fn writable(path: &Path, opened: &OpenFile, must: bool) -> Result<Option<File>> 
             return if is_forbidden && !must { Ok(None) } else { Err(Error::io("write", path, source)) };
         }
     };
-    let fail = |source| Error::io("inspect", path, source);
-    let (now, before) = (file.metadata().map_err(fail)?, opened.file.metadata().map_err(fail)?);
-    if (now.dev(), now.ino(), now.len()) != (before.dev(), before.ino(), before.len()) {
-        let detail = "the file was replaced while its metadata was edited: edit it again";
-        return Err(Error::new(ErrorKind::FileChanged, detail).in_file(path));
+    let now = file.metadata();
+    let is_only_name = now.as_ref().is_ok_and(|now| now.nlink() == 1);
+    check_unchanged(path, now, before)?;
+    Ok((must || is_only_name).then_some(file))
+}
+
+/// Refuses where something else has replaced, removed or written to the file since it was as `before`. What it does in
+/// the instant after this is not seen.
+fn check_unchanged(path: &Path, now: io::Result<fs::Metadata>, before: &fs::Metadata) -> Result<()> {
+    let stamp = |of: &fs::Metadata| (of.dev(), of.ino(), of.len(), of.mtime(), of.mtime_nsec());
+    match now {
+        Ok(now) if stamp(&now) == stamp(before) => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("inspect", path, error)),
+        _ => {
+            let detail = "the file was replaced, removed or written to while its metadata was edited, and stays as that \
+                          left it: run the edit again";
+            Err(Error::new(ErrorKind::FileChanged, detail).in_file(path))
+        }
     }
-    Ok((must || now.nlink() == 1).then_some(file))
 }
 
 /// Writes the part of `new` that differs from `old` with one call, and puts `old` back should that fail.
@@ -319,5 +344,24 @@ mod tests {
         assert_eq!(error.os_error(), Some(libc::EBADF));
         assert!(error.to_string().contains("nor could its old header be restored"), "{error}");
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+    }
+    #[test]
+    fn another_process_does_not_go_on() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        let options = crate::serialize::SaveOptions { alignment: 4096, sync: false };
+        crate::serialize::save_file(&[], &[], None, &path, options).expect("saved");
+        let before = fs::read(&path).expect("there");
+        for in_place in [true, false] {
+            let changes = MetadataChanges::from([("k".to_string(), Some("v".to_string()))]);
+            let options = EditOptions { in_place: Some(in_place), ..EditOptions::default() };
+            let mut edit = MetadataEdit::begin(&path, &changes, options).expect("begun");
+            edit.process = Process::other();
+            let error = edit.advance(None).expect_err("another process");
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().contains("file: this edit was begun by process"), "{error}");
+            drop(edit);
+            assert!(fs::read(&path).expect("there") == before);
+        }
     }
 }

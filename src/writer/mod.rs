@@ -173,7 +173,13 @@ impl AtomicFile {
     /// overwritten in place, and that failed half-way (the error then names the complete new file); or all is done
     /// but for the directory entry, which could not be synchronized. And
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
-    pub fn commit(mut self, sync: bool) -> Result<()> {
+    pub fn commit(self, sync: bool) -> Result<()> {
+        self.commit_if(sync, |_| Ok(()))
+    }
+
+    /// As [`AtomicFile::commit`], unless `check` has an error for what is at the target in the moment before the file is
+    /// put there; it is given the target, which is no symbolic link.
+    pub(crate) fn commit_if(mut self, sync: bool, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.check_process()?;
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
@@ -182,6 +188,7 @@ impl AtomicFile {
             self.synchronize()?;
         }
         hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))?;
+        check(&self.target)?;
         if self.put_in_place().map_err(|source| Error::io("write", &self.path, source))? {
             return if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) };
         }

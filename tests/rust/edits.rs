@@ -5,7 +5,7 @@ mod common;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{Contents, assert_error, contents, file_bytes, pattern, read};
 use safetensors_torch::{
@@ -299,4 +299,50 @@ fn a_file_that_changes_meanwhile_is_not_written_to() {
     assert_error(edit.advance(None), ErrorKind::FileChanged, &path, "became shorter");
     drop(edit);
     assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+}
+
+#[test]
+fn what_others_do_to_the_file_meanwhile_stays() {
+    let folder = folder();
+    let path = folder.path().join("file");
+    let (soft, copy) = (folder.path().join("soft"), folder.path().join("copy"));
+    symlink("file", &soft).expect("linked");
+    let save = || {
+        let spec = TensorSpec { name: "saved", dtype: Dtype::U8, shape: &[3] };
+        save_file(&[spec], &[&[1, 2, 3]], None, &path, SaveOptions::default()).expect("saved");
+    };
+    let edit_in_place = || {
+        edit_metadata(&path, &changes(&[("other", Some("x"))]), IN_PLACE).expect("edited");
+    };
+    let write = || {
+        fs::copy(&path, &copy).expect("copied");
+        fs::write(&path, fs::read(&copy).expect("there")).expect("written");
+        fs::remove_file(&copy).expect("removed");
+    };
+    let remove = || fs::remove_file(&path).expect("removed");
+    let doings: [(&str, &dyn Fn()); 4] =
+        [("save", &save), ("edit", &edit_in_place), ("write", &write), ("remove", &remove)];
+    for (what, do_it) in doings {
+        for options in [IN_PLACE, REWRITE, EditOptions { sync: true, ..REWRITE }] {
+            make(&folder, 4096);
+            // Filesystems tell times to some milliseconds.
+            std::thread::sleep(Duration::from_millis(20));
+            let mut edit = MetadataEdit::begin(&soft, &changes(&[("k", Some("v"))]), options).expect("begun");
+            do_it();
+            let theirs = fs::read(&path).ok();
+            assert_error(edit.advance(None), ErrorKind::FileChanged, &soft, "run the edit again");
+            drop(edit);
+            assert!(fs::read(&path).ok() == theirs, "{what} was undone by {options:?}");
+            assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1 + usize::from(path.exists()));
+        }
+    }
+    // What leaves the file as it is keeps no edit from it.
+    make(&folder, 4096);
+    let mut edit = MetadataEdit::begin(&path, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
+    fs::hard_link(&path, &copy).expect("linked");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("set");
+    open(&path);
+    assert!(edit.advance(None).expect("edited"));
+    assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "v")]));
+    assert_eq!(open(&copy).metadata, entries(&[("format", "pt")]));
 }
