@@ -297,7 +297,8 @@ fn check_unchanged(path: &Path, now: io::Result<fs::Metadata>, before: &fs::Meta
     }
 }
 
-/// Writes the part of `new` that differs from `old` with one call, and puts `old` back should that fail.
+/// Writes the part of `new` that differs from `old` with one call, and puts `old` back should that fail, or, with `sync`,
+/// should the disk refuse it: left in place, it would be taken for an edit that is done already.
 fn write_over(file: &File, path: &Path, old: &[u8], new: &[u8], sync: bool) -> Result<()> {
     let differs = |(index, (old, new)): (usize, (&u8, &u8))| (old != new).then_some(index);
     let mut differences = old.iter().zip(new).enumerate().filter_map(differs);
@@ -305,14 +306,19 @@ fn write_over(file: &File, path: &Path, old: &[u8], new: &[u8], sync: bool) -> R
     let end = differences.next_back().unwrap_or(first) + 1;
     let written = file.write_all_at(&new[first..end], first as u64);
     written.map_err(|source| put_back(file, path, old, first..end, source))?;
-    if sync { file.sync_all().map_err(|source| Error::io("write", path, source)) } else { Ok(()) }
+    let synchronized = if sync { file.sync_all() } else { Ok(()) };
+    synchronized.map_err(|source| {
+        put_back(file, path, old, first..end, source).with_remedy(
+            "after a loss of power it may have the new metadata all the same: run the edit again",
+        )
+    })
 }
 
 /// Restores a header of which some was written over before `source` happened; gives the error.
 fn put_back(file: &File, path: &Path, old: &[u8], range: std::ops::Range<usize>, source: io::Error) -> Error {
     let error = Error::io("write", path, source);
     match file.write_all_at(&old[range.clone()], range.start as u64) {
-        Ok(()) => error,
+        Ok(()) => error.with_remedy("the old header is in its place again"),
         Err(second) => error.with_remedy(&format!(
             "nor could its old header be restored, which may be written over in part: {second}"
         )),
@@ -337,14 +343,25 @@ mod tests {
         assert_eq!(read(), b"01a34b6789");
         let error = put_back(&file, &path, b"0123456789", 2..6, io::Error::from_raw_os_error(libc::EIO));
         assert_eq!(read(), b"0123456789");
-        assert!(!error.to_string().contains("restored"), "{error}");
+        assert!(error.to_string().contains("the old header is in its place again"), "{error}");
 
         let closed = File::open(&path).expect("opened for reading alone");
         let error = write_over(&closed, &path, b"0", b"1", false).expect_err("refused");
         assert_eq!(error.os_error(), Some(libc::EBADF));
         assert!(error.to_string().contains("nor could its old header be restored"), "{error}");
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+
+        // It takes every byte, and cannot be synchronized.
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null").expect("opened");
+        write_over(&null, &path, b"0", b"1", false).expect("written");
+        let error = write_over(&null, &path, b"0", b"1", true).expect_err("refused");
+        assert_eq!(error.os_error(), Some(libc::EINVAL));
+        assert!(
+            error.to_string().contains("in its place again; after a loss of power it may have the new"),
+            "{error}"
+        );
     }
+
     #[test]
     fn another_process_does_not_go_on() {
         let folder = tempfile::tempdir().expect("a folder");

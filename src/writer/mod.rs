@@ -285,7 +285,12 @@ fn hear_of_writes(file: &File) -> io::Result<()> {
 }
 
 fn sync_directory_of(path: &Path, target: &Path) -> Result<()> {
-    staging::sync_directory(target).map_err(|source| Error::io("synchronize the directory of", path, source))
+    staging::sync_directory(target).map_err(|source| {
+        Error::io("synchronize the directory of", path, source).with_remedy(
+            "the new file is in place and complete, but after a loss of power what was there before may be back: save it \
+             again",
+        )
+    })
 }
 
 /// Has the entries of `folder` put on the disk.
