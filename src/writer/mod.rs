@@ -2,10 +2,11 @@
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
 //! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what saves
-//! that were killed have left. What happens where a rename is impossible is described in `docs/saving.md`. Nothing here
-//! knows of headers and tensors.
+//! that were killed have left, `fallbacks` copies where a link or a rename is impossible, as `docs/saving.md` describes.
+//! Nothing here knows of headers and tensors.
 
 mod attributes;
+mod fallbacks;
 mod file_copy;
 mod release;
 mod staging;
@@ -13,7 +14,7 @@ mod strays;
 mod vectored;
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Seek};
+use std::io;
 use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
@@ -106,12 +107,7 @@ impl AtomicFile {
         if let Some(metadata) = &existing {
             attributes::take_over(&staged.file, metadata).map_err(fail)?;
         }
-        let mut reserved = attributes::reserve(&staged.file, length);
-        // The space that is missing may be that of a file that was replaced just now.
-        if is_full(&reserved) && release::wait() {
-            reserved = attributes::reserve(&staged.file, length);
-        }
-        reserved.map_err(|source| Error::io("reserve space for", path, source))?;
+        reserve(&staged.file, length).map_err(|source| Error::io("reserve space for", path, source))?;
         Ok(staged)
     }
 
@@ -178,8 +174,8 @@ impl AtomicFile {
     }
 
     /// As [`AtomicFile::commit`], unless `check` has an error for what is at the target in the moment before the file is
-    /// put there; it is given the target, which is no symbolic link.
-    pub(crate) fn commit_if(mut self, sync: bool, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    /// put there; it is given the target, which is no symbolic link, and may be called twice.
+    pub(crate) fn commit_if(mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
         self.check_process()?;
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
@@ -188,11 +184,11 @@ impl AtomicFile {
             self.synchronize()?;
         }
         hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))?;
-        check(&self.target)?;
-        if self.put_in_place().map_err(|source| Error::io("write", &self.path, source))? {
-            return if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) };
+        match self.put_in_place(sync, check)? {
+            Some(refusal) => self.overwrite_in_place(&refusal, sync),
+            None if sync => sync_directory_of(&self.path, &self.target),
+            None => Ok(()),
         }
-        self.overwrite_in_place(sync)
     }
 
     /// Refuses a process that was forked from the one that began the file.
@@ -203,59 +199,36 @@ impl AtomicFile {
         Err(self.process.refuse("save").in_file(&self.path))
     }
 
-    /// Links or renames the staged file to the target; `false` where that cannot be renamed over.
-    fn put_in_place(&mut self) -> io::Result<bool> {
+    /// Links or renames the staged file to the target; where only overwriting that is left, gives what was refused.
+    fn put_in_place(&mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<Option<io::Error>> {
+        check(&self.target)?;
         if matches!(self.staging, Staging::Unnamed) {
             // Nothing at the target: the link is the commit.
-            match staging::link_unnamed(&self.file, &self.target) {
-                Ok(()) => return Ok(true),
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                Err(_) => self.staging = Staging::Named(staging::link_beside(&self.file, &self.target)?),
+            let linked = match staging::link_unnamed(&self.file, &self.target) {
+                Ok(()) => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    staging::link_beside(&self.file, &self.target)
+                }
+                Err(error) => Err(error),
+            };
+            match linked {
+                Ok(name) => self.staging = Staging::Named(name),
+                Err(refusal) => self.copy_beside(&refusal, sync)?,
             }
+            check(&self.target)?;
         }
-        let Staging::Named(name) = &self.staging else { return Ok(true) };
+        let Staging::Named(name) = &self.staging else { return Ok(None) };
         let old = release::hold(&self.target);
         match std::fs::rename(name, &self.target) {
             Ok(()) => {
                 release::let_go(old);
                 strays::disclaim(&self.file);
                 self.staging = Staging::Direct;
-                Ok(true)
+                Ok(None)
             }
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EXDEV)) => Ok(false),
-            Err(error) => Err(error),
+            Err(error) if fallbacks::cannot_rename(&error, &self.target) => Ok(Some(error)),
+            Err(error) => Err(Error::io("write", &self.path, error)),
         }
-    }
-
-    /// For a target that cannot be renamed over, such as a file that is itself a mount point. Its space is there
-    /// before its first byte changes, and should the copy fail all the same, the staged file stays.
-    fn overwrite_in_place(&mut self, sync: bool) -> Result<()> {
-        let fail = |path: &Path, source| Error::io("overwrite", path, source);
-        let opened = OpenOptions::new().write(true).open(&self.target);
-        let mut target = opened.map_err(|source| fail(&self.path, source))?;
-        let length = self.file.metadata().map_err(|source| fail(&self.path, source))?.len();
-        attributes::reserve_beyond(&target, length)
-            .map_err(|source| Error::io("reserve space for", &self.path, source))?;
-        self.file.rewind().map_err(|source| fail(&self.path, source))?;
-        if let Staging::Named(name) = &self.staging {
-            // No stray, whatever happens: it may become the only whole copy.
-            let name = staging::set_aside(name, Purpose::Whole).map_err(|source| fail(&self.path, source))?;
-            self.staging = Staging::Named(name);
-        }
-        let copied = io::copy(&mut self.file, &mut target).and_then(|_| {
-            target.set_len(length)?;
-            if sync { target.sync_all() } else { Ok(()) }
-        });
-        copied.map_err(|source| {
-            let error = fail(&self.path, source);
-            match std::mem::replace(&mut self.staging, Staging::Direct) {
-                Staging::Named(name) => error.with_remedy(&format!(
-                    "its old contents are lost; the new file is complete at {}",
-                    name.display()
-                )),
-                _ => error,
-            }
-        })
     }
 }
 
@@ -301,6 +274,13 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
 /// Renames what is at `path` to a fresh name beside it, which is hidden, and gives that.
 pub(crate) fn set_aside(path: &Path) -> Result<PathBuf> {
     staging::set_aside(path, Purpose::Old).map_err(|source| Error::io("rename", path, source))
+}
+
+/// Sets aside the blocks of a file of `length` bytes.
+fn reserve(file: &File, length: u64) -> io::Result<()> {
+    let reserved = attributes::reserve(file, length);
+    // The space that is missing may be that of a file that was replaced just now.
+    if is_full(&reserved) && release::wait() { attributes::reserve(file, length) } else { reserved }
 }
 
 /// Whether there was not enough space.

@@ -75,20 +75,30 @@ pub(super) fn stage(target: &Path, private: bool) -> io::Result<(File, Staging)>
     if target.file_name().is_none() || target.as_os_str().as_bytes().ends_with(b"/") {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
-    // Readable too: should the target have to be overwritten in place, the bytes come from here.
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(if private { 0o600 } else { 0o666 });
-    match options.clone().custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(directory_of(target)) {
+    let mode = if private { 0o600 } else { 0o666 };
+    match options(mode).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(directory_of(target)) {
         // Without /proc an unnamed file could never be given a name.
         Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
         // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a folder that
         // was removed ext4 says EPERM). What is wrong with the folder itself, a file with a name will hear.
         Ok(_) | Err(_) => {}
     }
-    let create = |name: &Path| options.clone().create_new(true).open(name);
+    stage_named(target, mode).map(|(file, name)| (file, Staging::Named(name)))
+}
+
+/// The same under a fresh name, which is given too, with what the umask leaves of `mode`.
+pub(super) fn stage_named(target: &Path, mode: u32) -> io::Result<(File, PathBuf)> {
+    let create = |name: &Path| options(mode).create_new(true).open(name);
     let (file, name) = with_fresh_name(target, Purpose::Staged, create)?;
     strays::claim(&file);
-    Ok((file, Staging::Named(name)))
+    Ok((file, name))
+}
+
+/// Readable too: should the target have to be overwritten in place, the bytes come from the staged file.
+fn options(mode: u32) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(mode);
+    options
 }
 
 /// Gives an unnamed file a fresh name beside `target`.

@@ -147,7 +147,7 @@ static void remove_target(void) {
 
 /* Calls whose failure changes nothing that anybody was promised: they look for a better way, or clean up. */
 static bool may_succeed(const char* name, int error) {
-    static const char* const harmless[] = {"close", "unlink", "fstatfs", "statx", "open", "fchown", "flock"};
+    static const char* const harmless[] = {"close", "unlink", "fstatfs", "statx", "open", "fchown", "flock", "linkat"};
     if (name == NULL || error == EINTR) return true;
     for (size_t i = 0; i < sizeof harmless / sizeof *harmless; i++) {
         if (strcmp(name, harmless[i]) == 0) return true;
@@ -280,6 +280,17 @@ int main(int count, char** arguments) {
          .missing_error = EXDEV,
          .how = EDIT,
          .mode = SFT_EDIT_REWRITE},
+        {.name = "a new file, no links", .sync = true, .missing = "linkat", .missing_error = EPERM},
+        {.name = "over an old file, no links",
+         .exists = true,
+         .sync = true,
+         .missing = "linkat",
+         .missing_error = EOPNOTSUPP},
+        {.name = "over an old file, no renames",
+         .exists = true,
+         .sync = true,
+         .missing = "rename",
+         .missing_error = ENOSYS},
     };
     for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) run(&scenarios[i], old, fresh);
     sft_writer_free(old);

@@ -2,8 +2,8 @@
  * second user or a second process for.
  *
  * What killed saves have left, a folder with the set-group-ID bit, a sticky one, links to another filesystem,
- * filesystems without unnamed files, a disk that is full, a folder that may not be written to or is gone, two processes
- * at one path. What needs root is skipped without. Run with a folder. */
+ * filesystems without unnamed files, renames or links, a disk that is full, a folder that may not be written to or is
+ * gone, two processes at one path. What needs root is skipped without. Run with a folder. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -52,7 +52,22 @@ int statx(int folder, const char* restrict path, int flags, unsigned mask, struc
 static bool forks_at_rename;
 static pid_t forked;
 
+/* What a filesystem says that has no renames, or no links; 0 where it has. */
+static int no_renames, no_links;
+
+int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+    if (no_links != 0) {
+        errno = no_links;
+        return -1;
+    }
+    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_folder, from, to_folder, to, flags);
+}
+
 int rename(const char* from, const char* to) {
+    if (no_renames != 0) {
+        errno = no_renames;
+        return -1;
+    }
     if (forks_at_rename && (forked = fork()) == 0) {
         pause();
         _exit(0);
@@ -170,6 +185,10 @@ static void as_a_stranger(void) {
     refused("the same, no unnamed files", path_of("closed/a"), 10, EACCES, 1, path_of("closed"));
     no_unnamed = false;
     refused("another's file in a sticky folder", path_of("sticky/a"), 10, EPERM, 1, path_of("sticky"));
+    refused("the same, which everybody may write to", path_of("sticky/open"), 10, EPERM, 1, path_of("sticky"));
+    no_renames = ENOSYS;
+    refused("another's file, no renames", path_of("shared/a"), 10, EACCES, 1, path_of("shared"));
+    no_renames = 0;
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
     content what = content_new(2, 2, 10);
     sft_writer* writer = content_writer(&what);
@@ -189,7 +208,47 @@ static void another_user(void) {
     make_folder(path_of("sticky"), 01777);
     EXPECT(save_version(1, 10, path_of("closed/a")) == SFT_OK, "%s", sft_last_error_message());
     EXPECT(save_version(1, 10, path_of("sticky/a")) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(save_version(1, 10, path_of("sticky/open")) == SFT_OK, "%s", sft_last_error_message());
+    if (chmod(path_of("sticky/open"), 0666) != 0) abort();
+    make_folder(path_of("shared"), 0777);
+    EXPECT(save_version(1, 10, path_of("shared/a")) == SFT_OK, "%s", sft_last_error_message());
     as_child(as_a_stranger, true);
+}
+
+/* A new file and two over it, and its permissions, on a filesystem that lacks what is set. */
+static void saves_all_the_same(const char* name, bool unnamed, int renames, int links) {
+    char folder[4096], file[4200];
+    snprintf(folder, sizeof folder, "%s", path_of(name));
+    make_folder(folder, 0755);
+    snprintf(file, sizeof file, "%s/model.safetensors", folder);
+    no_unnamed = !unnamed;
+    no_renames = renames;
+    no_links = links;
+    accepted(name, file, 5000, 0, folder);
+    const mode_t mask = umask(0);
+    umask(mask);
+    EXPECT(mode_of(file) == (0666 & ~mask), "%s: mode %o", name, mode_of(file));
+    if (chmod(file, 0600) != 0) abort();
+    accepted(name, file, 100, 0, folder);
+    EXPECT(mode_of(file) == 0600, "%s: mode %o", name, mode_of(file));
+    /* What is not of the filesystem is an error still. */
+    no_renames = EACCES;
+    refused(name, file, 10, EACCES, 7, folder);
+    no_unnamed = false;
+    no_renames = no_links = 0;
+}
+
+static void without_renames_or_links(void) {
+    static const int errors[] = {ENOSYS, EOPNOTSUPP, EINVAL, EPERM};
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++) {
+        char name[40];
+        snprintf(name, sizeof name, "no links, %zu", i);
+        saves_all_the_same(name, true, 0, errors[i]);
+        snprintf(name, sizeof name, "no renames, %zu", i);
+        saves_all_the_same(name, false, errors[i], 0);
+        snprintf(name, sizeof name, "neither, %zu", i);
+        saves_all_the_same(name, true, errors[i], errors[i]);
+    }
 }
 
 /* A disk of 1 MiB: one old file of a third of it. */
@@ -209,6 +268,11 @@ static void on_a_small_disk(void) {
         refused("a file larger than the disk", a, 70000, ENOSPC, 1, disk);
         refused("one that would fit in the place of the old one", a, 50000, ENOSPC, 1, disk);
         refused("a new file", path_of("disk/b"), 50000, ENOSPC, 0, disk);
+        no_links = EPERM;
+        no_renames = ENOSYS;
+        refused("a new file that is written twice", path_of("disk/b"), 25000, ENOSPC, 0, disk);
+        if (!no_unnamed) refused("one over the old, written twice", a, 25000, ENOSPC, 1, disk);
+        no_links = no_renames = 0;
         content what = content_new(2, 2, 50000);
         sft_writer* writer = content_writer(&what);
         sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
@@ -350,6 +414,7 @@ int main(int count, char** arguments) {
     if (chmod(above, 0755) != 0 || chmod(arguments[1], 0755) != 0) return 2;
     folders_with_bits();
     without_unnamed_files();
+    without_renames_or_links();
     as_child(folder_that_is_gone, false);
     another_user();
     small_disk();

@@ -1,0 +1,178 @@
+//! What a commit does on a filesystem that lacks a step of it: a staged file that can be given no name is copied into one
+//! that has one, and a target that cannot be renamed over is overwritten in place.
+//!
+//! Owns these two copies, and what of the kernel's refusals leads to the second. `docs/saving.md` has in words who sees what
+//! meanwhile.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::staging::{self, Purpose, Staging};
+use super::{AtomicFile, attributes, file_copy, hear_of_writes, reserve, strays, sync_directory_of};
+use crate::error::{Error, Result};
+
+/// Whether a rename over `target` that was refused with `error` is one that cannot be done there at all: the target is a
+/// mount point, or the filesystem has no renames. What the process may not do stays an error.
+pub(super) fn cannot_rename(error: &io::Error, target: &Path) -> bool {
+    match error.raw_os_error() {
+        Some(libc::EBUSY | libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL) => true,
+        // Of a sticky folder this is said of a file that is another user's, be it one that everyone may write to.
+        Some(libc::EPERM) => {
+            let folder = staging::directory_of(target).metadata();
+            folder.is_ok_and(|folder| folder.mode() & libc::S_ISVTX == 0)
+        }
+        _ => false,
+    }
+}
+
+impl AtomicFile {
+    /// For a staged file without a name that cannot be given one, as `refusal` says: goes on with a copy that has one.
+    pub(super) fn copy_beside(&mut self, refusal: &io::Error, sync: bool) -> Result<()> {
+        let copied = self.try_copy_beside(sync);
+        copied.map_err(|source| {
+            Error::io("write", &self.path, source).with_remedy(&format!(
+                "a second copy was needed, as the file that was written has no name and cannot be linked to one: {refusal}"
+            ))
+        })
+    }
+
+    fn try_copy_beside(&mut self, sync: bool) -> io::Result<()> {
+        let told = self.file.metadata()?;
+        let (file, name) = staging::stage_named(&self.target, told.mode() & 0o666)?;
+        let unnamed = std::mem::replace(&mut self.file, file);
+        // From here on, dropping this removes the copy.
+        self.staging = Staging::Named(name);
+        attributes::take_over(&self.file, &told)?;
+        reserve(&self.file, told.len())?;
+        let mut done = 0;
+        while done < told.len() {
+            match file_copy::append(&mut self.file, &unnamed, done, told.len() - done) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => done += count,
+                Err(file_copy::Failure::Read(error) | file_copy::Failure::Write(error)) => return Err(error),
+            }
+        }
+        if sync {
+            self.file.sync_all()?;
+        }
+        hear_of_writes(&self.file)
+    }
+
+    /// For a target that cannot be renamed over, as `refusal` says. Its space is there before its first byte changes, and
+    /// should the copy fail all the same, the staged file stays; but for a target that was not there, which goes again.
+    pub(super) fn overwrite_in_place(&mut self, refusal: &io::Error, sync: bool) -> Result<()> {
+        let fail = |source| Error::io("overwrite", &self.path, source);
+        let told = self.file.metadata().map_err(fail)?;
+        let (mut target, is_new) = open_over(&self.target, &told)
+            .map_err(|source| fail(source).with_remedy(&format!("nor can it be renamed over: {refusal}")))?;
+        let copied = self.copy_over(&mut target, told.len(), is_new, sync);
+        if !is_new {
+            return copied;
+        }
+        if copied.is_err() {
+            // The error is already on its way, and readers take what is left for the part of a file that it is.
+            let _ = std::fs::remove_file(&self.target);
+        }
+        copied?;
+        if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) }
+    }
+
+    fn copy_over(&mut self, target: &mut File, length: u64, is_new: bool, sync: bool) -> Result<()> {
+        let fail = |path: &Path, source| Error::io("overwrite", path, source);
+        attributes::reserve_beyond(target, length)
+            .map_err(|source| Error::io("reserve space for", &self.path, source))?;
+        self.file.rewind().map_err(|source| fail(&self.path, source))?;
+        if let Staging::Named(name) = &self.staging
+            && !is_new
+        {
+            // No stray, whatever happens: it may become the only whole copy.
+            match staging::set_aside(name, Purpose::Whole) {
+                Ok(name) => self.staging = Staging::Named(name),
+                Err(error) if cannot_rename(&error, name) => {}
+                Err(error) => return Err(fail(&self.path, error)),
+            }
+        }
+        let copied = io::copy(&mut self.file, target).and_then(|_| {
+            target.set_len(length)?;
+            if sync { target.sync_all() } else { Ok(()) }
+        });
+        let Err(source) = copied else { return Ok(()) };
+        let error = fail(&self.path, source);
+        if is_new {
+            return Err(error);
+        }
+        let Staging::Named(name) = std::mem::replace(&mut self.staging, Staging::Direct) else {
+            return Err(error);
+        };
+        let error = error.with_remedy(&format!(
+            "its old contents are lost; the new file is complete at {}",
+            name.display()
+        ));
+        let is_stray = name.as_os_str().as_encoded_bytes().ends_with(strays::SUFFIX.as_bytes());
+        Err(if is_stray {
+            error.with_remedy("copy it within a day, after which a later save removes it")
+        } else {
+            error
+        })
+    }
+}
+
+/// The file at `target` for writing, and whether it was made for that, as one like `staged`. What a link there points to is
+/// left alone.
+fn open_over(target: &Path, staged: &Metadata) -> io::Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(staged.mode() & 0o666).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    match options.open(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let file = options.create_new(true).open(target)?;
+            let taken = attributes::take_over(&file, staged);
+            taken.inspect_err(|_| drop(std::fs::remove_file(target)))?;
+            Ok((file, true))
+        }
+        opened => opened.map(|file| (file, false)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn what_may_not_be_done_is_told_from_what_cannot() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let target = folder.path().join("target");
+        let cannot = |number| cannot_rename(&io::Error::from_raw_os_error(number), &target);
+        for number in [libc::EBUSY, libc::EXDEV, libc::ENOSYS, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM] {
+            assert!(cannot(number), "{number}");
+        }
+        for number in [libc::EACCES, libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EROFS, libc::EISDIR] {
+            assert!(!cannot(number), "{number}");
+        }
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o1777)).expect("set");
+        assert!(!cannot(libc::EPERM) && cannot(libc::ENOSYS));
+        fs::remove_dir(folder.path()).expect("removed");
+        assert!(!cannot(libc::EPERM));
+    }
+
+    #[test]
+    fn a_target_is_opened_or_made_but_no_link_followed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let open = |name: &str| open_over(&at(name), &at("staged").metadata().expect("there"));
+        fs::write(at("staged"), "bytes").expect("written");
+        fs::set_permissions(at("staged"), Permissions::from_mode(0o640)).expect("set");
+        assert!(open("new").expect("made").1);
+        assert_eq!(at("new").metadata().expect("there").mode() & 0o7777, 0o640);
+        assert!(!open("new").expect("opened").1);
+        for name in ["new", "nothing"] {
+            symlink(name, at("link")).expect("linked");
+            assert_eq!(open("link").expect_err("a link").raw_os_error(), Some(libc::ELOOP));
+            fs::remove_file(at("link")).expect("removed");
+        }
+        assert!(!at("nothing").exists());
+    }
+}
