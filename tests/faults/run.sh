@@ -7,7 +7,9 @@ set -eu
 library=$(cd "${1:?usage: $0 FOLDER_OF_THE_LIBRARY}" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# In memory, where there is such a filesystem: thousands of files are made and removed.
+files=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d)
+trap 'rm -rf "$work" "$files"' EXIT
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 ln -s "$soname" "$work/libsafetensors_torch.so"
@@ -15,11 +17,10 @@ ln -s "$soname" "$work/libsafetensors_torch.so"
 build() {
     name=$1
     shift
-    ${CC:-cc} -std=c11 -g -O1 -Wall -Wextra -Werror -rdynamic "$@" -I"$here/../../include" \
+    ${CC:-cc} -std=c11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Werror -rdynamic "$@" -I"$here/../../include" -I"$here/../torture" \
         -L"$work" -lsafetensors_torch -ldl -Wl,-rpath,"$work" -o "$work/$name"
-    rm -rf "$work/files"
-    mkdir "$work/files"
-    "$work/$name" "$work/files"
+    mkdir "$files/$name"
+    "$work/$name" "$files/$name"
 }
-build faults "$here/faults.c" "$here/inject.c"
+build faults "$here/faults.c" "$here/inject.c" "$here/../torture/common.c"
 build memory "$here/memory.c"
