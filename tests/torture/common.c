@@ -85,6 +85,34 @@ void save_content(const content* what, const char* path) {
     sft_writer_free(writer);
 }
 
+sft_status content_stream(const content* what, const char* path, const sft_save_options* options) {
+    sft_writer* writer = NULL;
+    sft_stream* stream = NULL;
+    if (sft_writer_new(&writer) != SFT_OK) die("sft_writer_new");
+    const uint64_t shape[] = {what->words};
+    const size_t nbytes = what->words * 8, half = nbytes / 2;
+    char name[32];
+    for (size_t t = 0; t < what->tensors; t++) {
+        const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
+        if (sft_writer_declare_tensor(writer, name, length, SFT_DTYPE_U64, shape, 1) != SFT_OK) die("declare");
+    }
+    sft_status status = sft_stream_create(writer, path, options, &stream);
+    for (size_t t = what->tensors; status == SFT_OK && t-- > 0;) {
+        const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
+        const unsigned char* bytes = (const unsigned char*)(what->data + t * what->words);
+        if (t + 1 < what->tensors) {
+            status = sft_stream_write(stream, name, length, bytes, nbytes);
+            continue;
+        }
+        status = sft_stream_write_part(stream, name, length, half, bytes + half, nbytes - half);
+        if (status == SFT_OK) status = sft_stream_write_part(stream, name, length, 0, bytes, half);
+    }
+    if (status == SFT_OK) status = sft_stream_commit(stream);
+    sft_stream_free(stream);
+    sft_writer_free(writer);
+    return status;
+}
+
 bool tensor_is(const void* bytes, size_t nbytes, uint64_t version, size_t tensor) {
     const uint64_t* words = bytes;
     if (nbytes < 24 || words[0] != version || words[2] != nbytes / 8) return false;

@@ -34,6 +34,9 @@ uint64_t checkpoint_version(const char* path);
 /* Saves the content, or fails the test that is named. */
 void save_content(const content* what, const char* path);
 
+/* Writes the content tensor by tensor, the last one first and in two parts. */
+sft_status content_stream(const content* what, const char* path, const sft_save_options* options);
+
 /* Prints what does not hold, and counts it. For any thread. */
 #define EXPECT(condition, ...) held((condition) || does_not_hold(#condition, __FILE__, __LINE__, __VA_ARGS__))
 static inline bool held(bool holds) { return holds; }

@@ -1,9 +1,11 @@
 /* Saves that are killed: at any moment, just when a commit has begun, and between any two system calls.
  *
- * A child saves two contents, a large one and a tiny one, in turn to one file, or to one checkpoint. After each kill
- * the file must be one of those that it can be, whole; the checkpoint too, or have no index, with the error that says
- * so; and the next child's saves must work. The system calls of the library come by here, so that the child can tell
- * when its commit begins, and end itself at a call that is chosen. Run with a folder and a number of kills. */
+ * A child saves two contents, a large one and a tiny one, in turn to one file, at once or as a stream, or to one
+ * checkpoint; or it changes the metadata of a file. After each kill the file must be one of those that it can be,
+ * whole; the checkpoint too, or have no index, with the error that says so; a file that had to be overwritten in place
+ * may be torn, with a whole one beside it; and the next child's saves must work. The system calls of the library come
+ * by here, so that the child can tell when its commit begins, and end itself at a call that is chosen. Run with a
+ * folder and a number of kills. */
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -37,6 +39,8 @@ static shared* common;
 static _Thread_local bool counted;
 static long calls;
 static bool no_unnamed; /* a filesystem without O_TMPFILE */
+static bool no_rename;  /* a target that cannot be renamed over */
+static bool pwrites;    /* a commit is one pwrite */
 
 /* A call of the library: before it, and after it, is a moment to die. */
 static void moment(void) {
@@ -71,10 +75,27 @@ int open64(const char* path, int flags, ...) {
 ssize_t writev(int file, const struct iovec* pieces, int count) {
     BETWEEN_MOMENTS(ssize_t, REAL(writev)(file, pieces, count));
 }
+ssize_t write(int file, const void* bytes, size_t count) { BETWEEN_MOMENTS(ssize_t, REAL(write)(file, bytes, count)); }
+ssize_t pwrite64(int file, const void* bytes, size_t count, off_t offset) {
+    if (counted && pwrites) atomic_store(&common->commits, 1);
+    BETWEEN_MOMENTS(ssize_t, REAL(pwrite64)(file, bytes, count, offset));
+}
+ssize_t copy_file_range(int in, off_t* in_offset, int out, off_t* out_offset, size_t count, unsigned flags) {
+    /* A file that is overwritten gets its bytes in several calls. */
+    if (no_rename && count > 1 << 20) count = 1 << 20;
+    BETWEEN_MOMENTS(ssize_t, REAL(copy_file_range)(in, in_offset, out, out_offset, count, flags));
+}
+int ftruncate64(int file, off_t length) { BETWEEN_MOMENTS(int, REAL(ftruncate64)(file, length)); }
 int linkat(int a, const char* from, int b, const char* to, int flags) {
     BETWEEN_MOMENTS(int, REAL(linkat)(a, from, b, to, flags));
 }
-int rename(const char* from, const char* to) { BETWEEN_MOMENTS(int, REAL(rename)(from, to)); }
+int rename(const char* from, const char* to) {
+    if (counted && no_rename && strstr(to, "/.safetensors-") == NULL) {
+        errno = EXDEV;
+        return -1;
+    }
+    BETWEEN_MOMENTS(int, REAL(rename)(from, to));
+}
 int unlink(const char* path) { BETWEEN_MOMENTS(int, REAL(unlink)(path)); }
 int fallocate(int file, int mode, off_t offset, off_t length) {
     BETWEEN_MOMENTS(int, REAL(fallocate)(file, mode, offset, length));
@@ -96,14 +117,17 @@ int fcntl(int file, int command, ...) {
 typedef struct target {
     const char* name;
     bool unnamed;
-    sft_status (*save)(const sft_writer* writer, const char* path);
+    sft_status (*save)(const content* what, const char* path);
     uint64_t (*version)(const char* path);
     bool (*may_be_absent)(const char* path);
     const char* (*folder)(const char* path);
 } target;
 
-static sft_status save_file(const sft_writer* writer, const char* path) {
-    return sft_writer_write_file(writer, path, NULL);
+static sft_status save_file(const content* what, const char* path) {
+    sft_writer* writer = content_writer(what);
+    const sft_status status = sft_writer_write_file(writer, path, NULL);
+    sft_writer_free(writer);
+    return status;
 }
 static uint64_t version_of_file(const char* path) { return file_version(path, SFT_BACKEND_MMAP); }
 static bool never(const char* path) {
@@ -115,13 +139,84 @@ static const char* folder_of_file(const char* path) {
     return path_of("file");
 }
 
+/* The last tensor first. */
+static sft_status save_stream(const content* what, const char* path) { return content_stream(what, path, NULL); }
+
+/* Where a file cannot be renamed over, it may be torn, if the new one is whole beside it; it is put in its place then.
+ */
+static long recovered;
+static uint64_t version_of_overwritten(const char* path) {
+    const uint64_t version = version_of_file(path);
+    if (version != 0 && version != WRONG) return version;
+    DIR* opened = opendir(folder_of_file(path));
+    if (opened == NULL) return WRONG;
+    uint64_t beside = WRONG;
+    for (const struct dirent* entry; beside == WRONG && (entry = readdir(opened)) != NULL;) {
+        const size_t length = strlen(entry->d_name);
+        if (length < 6 || strcmp(entry->d_name + length - 6, ".whole") != 0) continue;
+        char whole[4400];
+        snprintf(whole, sizeof whole, "%s/%s", folder_of_file(path), entry->d_name);
+        beside = version_of_file(whole);
+        if (rename(whole, path) != 0) abort();
+        recovered++;
+    }
+    closedir(opened);
+    return beside;
+}
+
+/* The tensors stay what they are; the metadata have the version, and digits that depend on it, as many each time, so
+ * that there is room. */
+enum { EDITED_WORDS = 50000, DIGITS = 1000 };
+static void write_digits(uint64_t version, char digits[DIGITS + 1]) {
+    snprintf(digits, DIGITS + 1, "%020llu", (unsigned long long)version);
+    uint64_t state = version;
+    for (size_t i = 20; i < DIGITS; i++) digits[i] = (char)('0' + random_below(&state, 10));
+    digits[DIGITS] = '\0';
+}
+static sft_status edit(const content* what, const char* path, sft_edit_mode mode) {
+    if (access(path, F_OK) != 0) {
+        content first = content_new(1, 6, EDITED_WORDS);
+        const sft_status saved = save_file(&first, path);
+        content_free(&first);
+        if (saved != SFT_OK) return saved;
+        mode = SFT_EDIT_REWRITE;
+    }
+    char digits[DIGITS + 1];
+    write_digits(what->version, digits);
+    const sft_metadata_change change = {{"version", 7}, {digits, DIGITS}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = mode;
+    return sft_metadata_edit(path, &change, 1, &options);
+}
+static sft_status edit_anew(const content* what, const char* path) { return edit(what, path, SFT_EDIT_REWRITE); }
+static sft_status edit_in_place(const content* what, const char* path) { return edit(what, path, SFT_EDIT_IN_PLACE); }
+static uint64_t version_of_metadata(const char* path) {
+    if (version_of_file(path) != 1) return WRONG;
+    sft_file* file = NULL;
+    if (sft_file_open(path, NULL, &file) != SFT_OK) return 0;
+    sft_str text = {NULL, 0};
+    uint64_t version = WRONG;
+    if (sft_file_metadata_get(file, "version", 7, &text) == SFT_OK && text.length == DIGITS) {
+        char first[21] = "", digits[DIGITS + 1];
+        memcpy(first, text.data, 20);
+        version = strtoull(first, NULL, 10);
+        write_digits(version, digits);
+        if (memcmp(text.data, digits, DIGITS) != 0) version = WRONG;
+    }
+    sft_file_free(file);
+    return version;
+}
+
 /* Large ones have several files, tiny ones one or two; the names of both overlap. */
-static sft_status save_checkpoint(const sft_writer* writer, const char* path) {
+static sft_status save_checkpoint(const content* what, const char* path) {
+    sft_writer* writer = content_writer(what);
     uint64_t nbytes = 0;
     sft_writer_size(writer, NULL, &nbytes);
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
     options.max_shard_bytes = nbytes > 1000000 ? nbytes / 3 + 4096 : nbytes % 16 == 0 ? nbytes : nbytes / 2 + 24;
-    return sft_writer_write_sharded(writer, path, &options);
+    const sft_status status = sft_writer_write_sharded(writer, path, &options);
+    sft_writer_free(writer);
+    return status;
 }
 
 /* No index, and an error that speaks of it. */
@@ -136,19 +231,23 @@ static const char* itself(const char* path) { return path; }
 static const target targets[] = {
     {"file", true, save_file, version_of_file, never, folder_of_file},
     {"checkpoint", true, save_checkpoint, checkpoint_version, has_no_index, itself},
+    {"stream", true, save_stream, version_of_file, never, folder_of_file},
+    {"file edited anew", true, edit_anew, version_of_metadata, never, folder_of_file},
+    {"file edited in place", true, edit_in_place, version_of_metadata, never, folder_of_file},
+    {"file that is overwritten", true, save_file, version_of_overwritten, never, folder_of_file},
     {"file without unnamed files", false, save_file, version_of_file, never, folder_of_file},
     {"checkpoint without unnamed files", false, save_checkpoint, checkpoint_version, has_no_index, itself},
+    {"stream without unnamed files", false, save_stream, version_of_file, never, folder_of_file},
 };
 
 /* Saves for ever; the contents are those of this number. */
 static void child(const target* what, const char* path, const content* both, pid_t parent) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) _exit(1);
-    sft_writer* writers[] = {content_writer(&both[0]), content_writer(&both[1])};
     counted = true;
     for (size_t i = 0;; i++) {
         calls = 0;
-        if (what->save(writers[i % 2], path) != SFT_OK) {
+        if (what->save(&both[i % 2], path) != SFT_OK) {
             fprintf(stderr, "a save failed: %s\n", sft_last_error_message());
             _exit(2);
         }
@@ -181,14 +280,15 @@ static void remove_strays(const char* folder) {
 
 static void run(const target* what, long kills) {
     char path[4096];
-    snprintf(path, sizeof path, "%s", path_of(what->save == save_file ? "file/model.safetensors" : "checkpoint"));
+    snprintf(path, sizeof path, "%s", path_of(what->folder == itself ? "checkpoint" : "file/model.safetensors"));
     no_unnamed = !what->unnamed;
-    mkdir(what->folder(path), 0777);
+    no_rename = what->version == version_of_overwritten;
+    pwrites = what->save == edit_in_place;
+    remove_all(what->folder(path));
+    if (mkdir(what->folder(path), 0777) != 0) abort();
     uint64_t state = 20, before = 1;
     const content first = content_new(1, 6, 1000);
-    sft_writer* writer = content_writer(&first);
-    EXPECT(what->save(writer, path) == SFT_OK, "%s", sft_last_error_message());
-    sft_writer_free(writer);
+    EXPECT(what->save(&first, path) == SFT_OK, "%s", sft_last_error_message());
     long whole = 0, absent = 0, left = 0, in_save = 0, at_commit = 0, at_call = 0;
     for (long kill_number = 1; kill_number <= kills; kill_number++) {
         const size_t words = (3 + random_below(&state, 28)) * 131072 / 6;
@@ -234,7 +334,7 @@ static void run(const target* what, long kills) {
         const uint64_t version = what->version(path);
         if (version == 0 && what->may_be_absent(path)) {
             absent++;
-        } else if (EXPECT(version == before || version / 2 == (uint64_t)kill_number,
+        } else if (EXPECT(version != 0 && (version == before || version / 2 == (uint64_t)kill_number),
                           "%s, kill %ld: version %llu after %llu; %s", what->name, kill_number,
                           (unsigned long long)version, (unsigned long long)before, sft_last_error_message())) {
             whole++;
@@ -249,14 +349,13 @@ static void run(const target* what, long kills) {
         content_free(&both[1]);
     }
     content last = first;
-    writer = content_writer(&last);
-    EXPECT(what->save(writer, path) == SFT_OK && what->version(path) == 1, "%s", sft_last_error_message());
-    sft_writer_free(writer);
+    EXPECT(what->save(&last, path) == SFT_OK && what->version(path) == 1, "%s", sft_last_error_message());
     content_free(&last);
     printf(
         "kills of a %s: %ld (%ld anywhere, %ld in the commit, %ld between calls), whole: %ld, no index: %ld, "
-        "strays: %ld\n",
-        what->name, kills, in_save, at_commit, at_call, whole, absent, left);
+        "overwritten in part: %ld, strays: %ld\n",
+        what->name, kills, in_save, at_commit, at_call, whole, absent, recovered, left);
+    recovered = 0;
 }
 
 int main(int count, char** arguments) {
