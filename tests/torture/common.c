@@ -167,8 +167,14 @@ uint64_t file_version(const char* path, sft_backend backend) {
 }
 
 uint64_t checkpoint_version(const char* path) {
+    sft_status ignored;
+    return checkpoint_open_version(path, &ignored);
+}
+
+uint64_t checkpoint_open_version(const char* path, sft_status* status) {
     sft_checkpoint* checkpoint = NULL;
-    if (sft_checkpoint_open(path, NULL, &checkpoint) != SFT_OK) return 0;
+    *status = sft_checkpoint_open(path, NULL, &checkpoint);
+    if (*status != SFT_OK) return 0;
     size_t shards = 0;
     sft_checkpoint_shard_count(checkpoint, &shards);
     uint64_t version = 0, tensors = 0, seen = 0;

@@ -31,6 +31,9 @@ bool tensor_is(const void* bytes, size_t nbytes, uint64_t version, size_t tensor
 uint64_t file_version(const char* path, sft_backend backend);
 uint64_t checkpoint_version(const char* path);
 
+/* The same, with the status of opening it. */
+uint64_t checkpoint_open_version(const char* path, sft_status* status);
+
 /* Saves the content, or fails the test that is named. */
 void save_content(const content* what, const char* path);
 
