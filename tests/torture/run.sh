@@ -13,7 +13,7 @@ shift
 here=$(cd "$(dirname "$0")" && pwd)
 case ${*:-all} in
     all) set -- order manners changes attacks leaks kills soak ;;
-    quick) set -- order manners changes ;;
+    quick) set -- order manners changes attacks ;;
 esac
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
