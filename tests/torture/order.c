@@ -1,7 +1,9 @@
-/* What is on the disk when: with `sync`, a file is synchronized before it gets its name, and its folder afterwards; the
- * files of a checkpoint before the names, the names before the index, the index before what it replaces goes.
+/* What is on the disk when: with `sync`, a file is synchronized when all of it is written and before it gets its name,
+ * and its folder afterwards; the files of a checkpoint before the names, the names before the index, the index before
+ * what it replaces goes. Streams and edits of the metadata too.
  *
- * The system calls that matter come by here, are written down in a word, and done. Run with a folder. */
+ * The system calls that matter come by here, are written down in a word, and done; those in a row that write to one
+ * file, in one word. Nothing else may be written, so that no byte comes after the synchronizing. Run with a folder. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -9,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "common.h"
@@ -51,6 +55,40 @@ static const char* name_of(int descriptor) {
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
+static void note_write(int descriptor) {
+    static char last[PATH_MAX + 32];
+    if (!is_logging) return;
+    const int error = errno;
+    snprintf(last, sizeof last, "write(%s) ", name_of(descriptor));
+    const size_t length = strlen(log_text), of_last = strlen(last);
+    if (length < of_last || strcmp(log_text + length - of_last, last) != 0) note("write", name_of(descriptor));
+    errno = error;
+}
+
+ssize_t write(int descriptor, const void* bytes, size_t count) {
+    note_write(descriptor);
+    return REAL(write)(descriptor, bytes, count);
+}
+ssize_t writev(int descriptor, const struct iovec* pieces, int count) {
+    note_write(descriptor);
+    return REAL(writev)(descriptor, pieces, count);
+}
+ssize_t pwrite64(int descriptor, const void* bytes, size_t count, off_t offset) {
+    note_write(descriptor);
+    return REAL(pwrite64)(descriptor, bytes, count, offset);
+}
+ssize_t copy_file_range(int in, off_t* in_offset, int out, off_t* out_offset, size_t count, unsigned flags) {
+    note_write(out);
+    return REAL(copy_file_range)(in, in_offset, out, out_offset, count, flags);
+}
+ssize_t sendfile64(int out, int in, off64_t* offset, size_t count) {
+    note_write(out);
+    return REAL(sendfile64)(out, in, offset, count);
+}
+int ftruncate64(int descriptor, off_t length) {
+    note_write(descriptor);
+    return REAL(ftruncate64)(descriptor, length);
+}
 int fsync(int descriptor) {
     if (is_logging) note("fsync", name_of(descriptor));
     return REAL(fsync)(descriptor);
@@ -93,26 +131,26 @@ static void files(const sft_writer* writer) {
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
     begin();
     expect_order("a file that is left to the kernel", sft_writer_write_file(writer, path_of("plain"), &options),
-                 "link(plain) ");
+                 "write(file 1) link(plain) ");
     begin();
     expect_order("another over it", sft_writer_write_file(writer, path_of("plain"), &options),
-                 "link(hidden) rename(plain) ");
+                 "write(file 1) link(hidden) rename(plain) ");
     options.sync = 1;
     begin();
     expect_order("a new file", sft_writer_write_file(writer, path_of("sub/synced"), &options),
-                 "fsync(file 1) link(synced) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(synced) fsync(folder sub) ");
     begin();
     expect_order("a file over an old one", sft_writer_write_file(writer, path_of("sub/synced"), &options),
-                 "fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
     /* The folder is that of the file, not that of the link. */
     if (symlink("sub/synced", path_of("link")) != 0) abort();
     begin();
     expect_order("through a symbolic link", sft_writer_write_file(writer, path_of("link"), &options),
-                 "fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
     if (chdir(path_of("sub")) != 0) abort();
     begin();
     expect_order("by a name without a folder", sft_writer_write_file(writer, "relative", &options),
-                 "fsync(file 1) link(relative) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(relative) fsync(folder sub) ");
 }
 
 static void checkpoints(const sft_writer* writer) {
@@ -123,32 +161,75 @@ static void checkpoints(const sft_writer* writer) {
     begin();
     /* Files and index, then the folder, then the names of files, on the disk before that of the index; at the end the
      * folders that are new in theirs. */
-    expect_order("a new checkpoint", sft_writer_write_sharded(writer, folder, &options),
-                 "fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
-                 "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
-                 "fsync(folder checkpoint) link(model.safetensors.index.json) "
-                 "fsync(folder checkpoint) fsync(folder parent) fsync(folder files) fsync(folder checkpoint) ");
+    expect_order(
+        "a new checkpoint", sft_writer_write_sharded(writer, folder, &options),
+        "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
+        "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
+        "fsync(folder checkpoint) link(model.safetensors.index.json) "
+        "fsync(folder checkpoint) fsync(folder parent) fsync(folder files) fsync(folder checkpoint) ");
     begin();
     /* The old index is out of the way, on the disk, before the first file that it lists changes. */
     expect_order("a checkpoint over one of the same names", sft_writer_write_sharded(writer, folder, &options),
-                 "fsync(file 1) fsync(file 2) fsync(file 3) rename(hidden) fsync(folder checkpoint) "
+                 "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) rename(hidden) "
+                 "fsync(folder checkpoint) "
                  "link(hidden) rename(model-00001-of-00002.safetensors) "
                  "link(hidden) rename(model-00002-of-00002.safetensors) "
                  "fsync(folder checkpoint) link(model.safetensors.index.json) unlink(hidden) "
                  "fsync(folder checkpoint) fsync(folder checkpoint) ");
     options.max_shard_bytes = 1000000;
     begin();
-    expect_order("one file over a checkpoint", sft_writer_write_sharded(writer, folder, &options),
-                 "fsync(file 1) fsync(folder checkpoint) link(model.safetensors) fsync(folder checkpoint) "
-                 "unlink(model.safetensors.index.json) unlink(shard) unlink(shard) "
-                 "fsync(folder checkpoint) ");
+    expect_order(
+        "one file over a checkpoint", sft_writer_write_sharded(writer, folder, &options),
+        "write(file 1) fsync(file 1) fsync(folder checkpoint) link(model.safetensors) fsync(folder checkpoint) "
+        "unlink(model.safetensors.index.json) unlink(shard) unlink(shard) "
+        "fsync(folder checkpoint) ");
     options.max_shard_bytes = 8000;
     begin();
-    expect_order("a checkpoint over one file", sft_writer_write_sharded(writer, folder, &options),
-                 "fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
-                 "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
-                 "fsync(folder checkpoint) link(model.safetensors.index.json) fsync(folder checkpoint) "
-                 "unlink(model.safetensors) fsync(folder checkpoint) ");
+    expect_order(
+        "a checkpoint over one file", sft_writer_write_sharded(writer, folder, &options),
+        "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
+        "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
+        "fsync(folder checkpoint) link(model.safetensors.index.json) fsync(folder checkpoint) "
+        "unlink(model.safetensors) fsync(folder checkpoint) ");
+}
+
+/* Tensor by tensor, and in two parts. */
+static void streams(const content* what) {
+    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+    begin();
+    expect_order("a stream that is left to the kernel", content_stream(what, path_of("sub/stream"), &options),
+                 "write(file 1) link(stream) ");
+    options.sync = 1;
+    begin();
+    expect_order("a stream over an old file", content_stream(what, path_of("sub/stream"), &options),
+                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(folder sub) ");
+    if (unlink(path_of("sub/stream")) != 0) abort();
+    begin();
+    expect_order("a stream to a new file", content_stream(what, path_of("sub/stream"), &options),
+                 "write(file 1) fsync(file 1) link(stream) fsync(folder sub) ");
+}
+
+static sft_status edit(const char* value, sft_edit_mode mode, uint32_t sync) {
+    const sft_metadata_change change = {{"key", 3}, {value, strlen(value)}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = mode;
+    options.sync = sync;
+    return sft_metadata_edit(path_of("sub/stream"), &change, 1, &options);
+}
+
+static void edits(void) {
+    begin();
+    expect_order("an edit anew that is left to the kernel", edit("a", SFT_EDIT_REWRITE, 0),
+                 "write(file 1) link(hidden) rename(stream) ");
+    begin();
+    expect_order("an edit anew", edit("b", SFT_EDIT_REWRITE, 1),
+                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(folder sub) ");
+    begin();
+    expect_order("an edit in place that is left to the kernel", edit("c", SFT_EDIT_IN_PLACE, 0), "write(file 1) ");
+    begin();
+    expect_order("an edit in place", edit("d", SFT_EDIT_IN_PLACE, 1), "write(file 1) fsync(file 1) ");
+    begin();
+    expect_order("an edit that changes nothing", edit("d", SFT_EDIT_AUTO, 1), "");
 }
 
 int main(int count, char** arguments) {
@@ -165,6 +246,8 @@ int main(int count, char** arguments) {
     if (mkdir(path_of("sub"), 0777) != 0) return 2;
     files(writer);
     checkpoints(writer);
+    streams(&what);
+    edits();
     sft_writer_free(writer);
     printf("order of synchronizing: %ld orders, %ld wrong\n", orders, failures());
     return failures() == 0 ? 0 : 1;
