@@ -39,6 +39,17 @@ int open64(const char* path, int flags, ...) {
     return ((__typeof__(&open64))dlsym(RTLD_NEXT, "open64"))(path, flags, mode);
 }
 
+/* A filesystem that sets no space aside, where that is wanted. */
+static bool no_fallocate;
+
+int fallocate(int file, int mode, off_t offset, off_t length) {
+    if (no_fallocate) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return ((__typeof__(&fallocate))dlsym(RTLD_NEXT, "fallocate"))(file, mode, offset, length);
+}
+
 /* What the filesystem's clock is ahead by, for open files. */
 static long ahead;
 
@@ -93,15 +104,21 @@ static sft_status save_version(uint64_t version, size_t words, const char* path)
     return status;
 }
 
-/* The save must fail with this errno and name the path, and leave `version` in it and nothing beside it. */
-static void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder) {
-    const int before = entries(folder);
-    EXPECT(save_version(99, words, path) == SFT_ERROR_IO, "%s: %s", what, sft_last_error_message());
+/* A save with this status must have failed with this errno and named the path, and left `version` in it and nothing
+ * beside it. */
+static void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version,
+                       const char* folder, int before) {
+    EXPECT(status == SFT_ERROR_IO, "%s: status %d, %s", what, status, sft_last_error_message());
     EXPECT(sft_last_os_error() == error, "%s: %s", what, sft_last_error_message());
     EXPECT(strstr(sft_last_error_message(), path) != NULL, "%s: %s", what, sft_last_error_message());
     EXPECT(version == 0 || file_version(path, SFT_BACKEND_PREAD) == version, "%s: %s", what, sft_last_error_message());
     EXPECT(entries(folder) == before, "%s: %d entries, %d before", what, entries(folder), before);
     (*manners)++;
+}
+
+static void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder) {
+    const int before = entries(folder);
+    is_refused(what, save_version(99, words, path), path, error, version, folder, before);
 }
 
 static void accepted(const char* what, const char* path, size_t words, int beside, const char* folder) {
@@ -251,10 +268,74 @@ static void without_renames_or_links(void) {
     }
 }
 
+static bool put_line(const char* path, const char* line) {
+    const int file = open(path, O_WRONLY);
+    const bool written = file >= 0 && write(file, line, strlen(line)) == (ssize_t)strlen(line);
+    if (file >= 0) close(file);
+    return written;
+}
+
+/* Mounts of its own for this process: as root, or as the root of a namespace of its own, where that is allowed. */
+static bool may_mount(void) {
+    char users[64], groups[64];
+    snprintf(users, sizeof users, "0 %u 1", geteuid());
+    snprintf(groups, sizeof groups, "0 %u 1", getegid());
+    const bool is_root = unshare(CLONE_NEWNS) == 0;
+    return (is_root || (unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0 && put_line("/proc/self/setgroups", "deny") &&
+                        put_line("/proc/self/uid_map", users) && put_line("/proc/self/gid_map", groups))) &&
+           mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
+           mount("tmpfs", path_of("disk"), "tmpfs", 0, "size=1m") == 0;
+}
+
+static sft_status stream_version(uint64_t version, size_t words, const char* path) {
+    content what = content_new(version, 2, words);
+    const sft_status status = content_stream(&what, path, NULL);
+    content_free(&what);
+    return status;
+}
+
+static sft_status edit(const char* path, const char* value, sft_edit_mode mode) {
+    const sft_metadata_change change = {{"key", 3}, {value, strlen(value)}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = mode;
+    options.reserve = mode == SFT_EDIT_REWRITE ? 100 : 0;
+    return sft_metadata_edit(path, &change, 1, &options);
+}
+
+static bool metadata_is(const char* path, const char* value) {
+    sft_file* file = NULL;
+    sft_str text = {NULL, 0};
+    if (sft_file_open(path, NULL, &file) != SFT_OK) return false;
+    const bool same = sft_file_metadata_get(file, "key", 3, &text) == SFT_OK && text.length == strlen(value) &&
+                      memcmp(text.data, value, text.length) == 0;
+    sft_file_free(file);
+    return same;
+}
+
+/* Edits and streams where there is no byte left: what needs no space works. */
+static void on_a_full_disk(const char* a, const char* disk) {
+    EXPECT(edit(a, "first", SFT_EDIT_REWRITE) == SFT_OK, "%s", sft_last_error_message());
+    static const char page[4096];
+    const int fill = open(path_of("disk/fill"), O_CREAT | O_WRONLY, 0666);
+    while (fill >= 0 && write(fill, page, sizeof page) > 0) {
+    }
+    EXPECT(fill >= 0 && errno == ENOSPC, "%s", strerror(errno));
+    close(fill);
+    const int before = entries(disk);
+    is_refused("an edit anew", edit(a, "second", SFT_EDIT_REWRITE), a, ENOSPC, 1, disk, before);
+    is_refused("a stream", stream_version(99, 10000, a), a, ENOSPC, 1, disk, before);
+    is_refused("a stream to a new file", stream_version(99, 10000, path_of("disk/b")), path_of("disk/b"), ENOSPC, 0,
+               disk, before);
+    EXPECT(metadata_is(a, "first"), "%s", sft_last_error_message());
+    EXPECT(edit(a, "third", SFT_EDIT_IN_PLACE) == SFT_OK && metadata_is(a, "third"), "%s", sft_last_error_message());
+    EXPECT(file_version(a, SFT_BACKEND_PREAD) == 1, "%s", sft_last_error_message());
+    if (unlink(path_of("disk/fill")) != 0) abort();
+    (*manners)++;
+}
+
 /* A disk of 1 MiB: one old file of a third of it. */
 static void on_a_small_disk(void) {
-    if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
-        mount("tmpfs", path_of("disk"), "tmpfs", 0, "size=1m") != 0) {
+    if (!may_mount()) {
         printf("manners: a full disk skipped, as this process may not mount: %s\n", strerror(errno));
         return;
     }
@@ -262,8 +343,9 @@ static void on_a_small_disk(void) {
     char disk[4096], a[4096];
     snprintf(disk, sizeof disk, "%s", path_of("disk"));
     snprintf(a, sizeof a, "%s", path_of("disk/a"));
-    for (int round = 0; round < 2; round++) {
-        no_unnamed = round == 1;
+    for (int round = 0; round < 4; round++) {
+        no_unnamed = round % 2 == 1;
+        no_fallocate = round >= 2;
         EXPECT(save_version(1, third, a) == SFT_OK, "%s", sft_last_error_message());
         refused("a file larger than the disk", a, 70000, ENOSPC, 1, disk);
         refused("one that would fit in the place of the old one", a, 50000, ENOSPC, 1, disk);
@@ -273,6 +355,7 @@ static void on_a_small_disk(void) {
         refused("a new file that is written twice", path_of("disk/b"), 25000, ENOSPC, 0, disk);
         if (!no_unnamed) refused("one over the old, written twice", a, 25000, ENOSPC, 1, disk);
         no_links = no_renames = 0;
+        on_a_full_disk(a, disk);
         content what = content_new(2, 2, 50000);
         sft_writer* writer = content_writer(&what);
         sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
@@ -289,7 +372,7 @@ static void on_a_small_disk(void) {
         if (unlink(a) != 0) abort();
         *manners += 2;
     }
-    no_unnamed = false;
+    no_unnamed = no_fallocate = false;
     /* Nothing was kept back: the disk is as empty as at first. */
     struct statfs told;
     EXPECT(statfs(disk, &told) == 0 && told.f_bfree + 1 >= told.f_blocks, "%ld of %ld blocks", (long)told.f_bfree,
