@@ -1,5 +1,5 @@
-/* Ten thousand loads and saves, failures among them: memory, descriptors, mappings and threads stay what they were
- * after the first thousand. Run with a folder. */
+/* Ten thousand rounds of loads, saves, streams and edits, failures among them: memory, descriptors, mappings and
+ * threads stay what they were after a thousand others. Run with a folder. */
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,7 +9,41 @@
 
 #include "common.h"
 
-enum { ROUNDS = 10000, WARM_UP = 1000 };
+/* And how many bytes may be more at the end: 13 a round, so that no leak in each of them passes. */
+enum { WARM_UP = 1000, ROUNDS = WARM_UP + 10000, SLACK = 128 << 10 };
+
+/* A stream that is committed, one that is given up, and one that is not complete; edits in place and anew, and such as
+ * are refused. */
+static void changes_of(long round, const content* what) {
+    const char *streamed = path_of("stream.safetensors"), *edited = path_of("edited.safetensors");
+    EXPECT(content_stream(what, streamed, NULL) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(content_stream(what, path_of("no/folder"), NULL) == SFT_ERROR_IO, "no folder");
+    const uint64_t shape[] = {4};
+    sft_writer* writer = NULL;
+    sft_stream* stream = NULL;
+    EXPECT(sft_writer_new(&writer) == SFT_OK &&
+               sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1) == SFT_OK &&
+               sft_stream_create(writer, streamed, NULL, &stream) == SFT_OK,
+           "%s", sft_last_error_message());
+    EXPECT(sft_stream_write_part(stream, "a", 1, 1, "xy", 2) == SFT_OK, "%s", sft_last_error_message());
+    if (round % 2 == 0) EXPECT(sft_stream_commit(stream) == SFT_ERROR_DATA_LENGTH, "not complete");
+    sft_stream_free(stream);
+    sft_writer_free(writer);
+    EXPECT(file_version(streamed, SFT_BACKEND_MMAP) == what->version, "%s", sft_last_error_message());
+
+    if (round == 0) save_content(what, edited);
+    char value[32];
+    snprintf(value, sizeof value, "%010ld", round);
+    const sft_metadata_change change = {{"round", 5}, {value, strlen(value)}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = round % 4 == 0 ? SFT_EDIT_REWRITE : SFT_EDIT_IN_PLACE;
+    EXPECT(sft_metadata_edit(edited, &change, 1, &options) == SFT_OK, "%s", sft_last_error_message());
+    options.mode = SFT_EDIT_IN_PLACE;
+    options.reserve = 1000;
+    EXPECT(sft_metadata_edit(edited, &change, 1, &options) == SFT_ERROR_INVALID_ARGUMENT, "no room");
+    EXPECT(sft_metadata_edit(path_of("absent"), &change, 1, &options) == SFT_ERROR_IO, "an absent file");
+    EXPECT(sft_metadata_edit(path_of("torn.safetensors"), &change, 1, &options) != SFT_OK, "a torn file");
+}
 
 /* Everything that takes and gives back: one round of it. */
 static void round_of(long round, const sft_writer* small, const sft_writer* other) {
@@ -68,6 +102,7 @@ int main(int count, char** arguments) {
             warm = figures_now();
         }
         round_of(round, small, other);
+        changes_of(round, &one);
     }
     /* Threads that bring pages in, or close a file, end by themselves, soon. */
     figures after;
@@ -77,7 +112,7 @@ int main(int count, char** arguments) {
         malloc_trim(0);
         after = figures_now();
     } while (after.threads > 1 && seconds() < until);
-    EXPECT(after.resident <= warm.resident + (512 << 10), "%ld bytes, %ld before", after.resident, warm.resident);
+    EXPECT(after.resident <= warm.resident + SLACK, "%ld bytes, %ld before", after.resident, warm.resident);
     EXPECT(after.descriptors <= warm.descriptors, "%ld descriptors, %ld before", after.descriptors, warm.descriptors);
     /* Stacks and arenas of threads are kept for the next ones. */
     EXPECT(after.mappings <= warm.mappings + 16, "%ld mappings, %ld before", after.mappings, warm.mappings);
@@ -85,8 +120,8 @@ int main(int count, char** arguments) {
     printf(
         "leaks in C: %d rounds in %.1f s; kB in memory %ld, then %ld; descriptors %ld, %ld; mappings %ld, %ld; threads "
         "%ld\n",
-        ROUNDS, seconds() - begun, warm.resident / 1024, after.resident / 1024, warm.descriptors, after.descriptors,
-        warm.mappings, after.mappings, after.threads);
+        ROUNDS - WARM_UP, seconds() - begun, warm.resident / 1024, after.resident / 1024, warm.descriptors,
+        after.descriptors, warm.mappings, after.mappings, after.threads);
     sft_writer_free(small);
     sft_writer_free(other);
     content_free(&one);
