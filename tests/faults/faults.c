@@ -16,12 +16,7 @@
 
 #include "common.h"
 #include "inject.h"
-
-/* Of each tensor; and of one in a file that is large enough to be closed by another thread. */
-enum { BYTES = 100000, LARGE = 16 << 20 };
-
-/* The owner of a file that another user left; only root can make one. */
-enum { STRANGER = 12345 };
+#include "scenarios.h"
 
 /* So many faults has the shortest of the scenarios, at the least. */
 enum { LEAST = 48 };
@@ -47,161 +42,31 @@ static bool are_open(int descriptors) {
     return true;
 }
 
-/* A writer of three tensors of these bytes each. */
-static sft_writer* writer_of(const unsigned char* bytes) {
-    static const uint64_t shape[] = {BYTES};
-    sft_writer* writer = NULL;
-    if (sft_writer_new(&writer) != SFT_OK) abort();
-    for (const char* name = "abc"; *name != '\0'; name++) {
-        if (sft_writer_add_tensor(writer, name, 1, SFT_DTYPE_U8, shape, 1, bytes, BYTES) != SFT_OK) abort();
-    }
-    /* Room for an edit in place. */
-    if (sft_writer_add_metadata(writer, "room", 4, "for a longer value", 18) != SFT_OK) abort();
-    return writer;
-}
-
-/* The byte that all tensors of the checkpoint at `path` are full of, or 2 if its metadata were edited; 0 if they are
- * not, or if it cannot be read. */
-static unsigned char value_of(const char* path) {
-    static unsigned char bytes[BYTES];
-    sft_checkpoint* checkpoint = NULL;
-    if (sft_checkpoint_open(path, NULL, &checkpoint) != SFT_OK) return 0;
-    unsigned char value = 0;
-    bool same = true;
-    for (const char* name = "abc"; *name != '\0'; name++) {
-        size_t shard = 0, index = 0;
-        const sft_file* file = NULL;
-        sft_str ignored;
-        same = same && sft_checkpoint_find(checkpoint, name, 1, &shard, &index) == SFT_OK &&
-               sft_checkpoint_shard(checkpoint, shard, &ignored, &file) == SFT_OK &&
-               sft_file_read(file, index, bytes, BYTES) == SFT_OK;
-        value = value == 0 ? bytes[0] : value;
-        for (size_t i = 0; same && i < BYTES; i++) same = bytes[i] == value;
-        sft_str edited = {NULL, 0};
-        same = same && sft_file_metadata_get(file, "edited", 6, &edited) == SFT_OK;
-        value = edited.data != NULL ? 2 : value;
-        if (edited.data != NULL && same) break;
-    }
-    sft_checkpoint_free(checkpoint);
-    return same ? value : 0;
-}
-
-/* A call that a filesystem lacks, and what it says then. */
-typedef struct lack {
-    const char* name;
-    int error;
-} lack;
-
-/* A way to save: what is there before, and how it is written. */
-typedef struct scenario {
-    const char* name;
-    bool exists;                        /* whether an old file, or checkpoint, is there */
-    bool sync;                          /* whether the new one is to be on the disk */
-    bool stranger;                      /* whether the old file is another user's */
-    bool large;                         /* whether it is a large one */
-    bool twice;                         /* whether what comes after a failure fails too */
-    lack missing[3];                    /* calls that this filesystem lacks */
-    uint64_t old_shard, new_shard;      /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
-    enum { AT_ONCE, STREAM, EDIT } how; /* all tensors at once, one by one, or a change of the metadata */
-    sft_edit_mode mode;
-} scenario;
-
-/* Kinds of scenarios, and the calls that must have failed in one of each kind at least. */
-enum { FILES, CHECKPOINTS, STREAMS, EDITS, KINDS };
+/* The calls of which one at least must have failed in each kind of scenario. */
 static const struct {
     const char* name;
-    const char* calls[40];
+    const char* calls;
 } kinds[KINDS] = {
-    {"files",
-     {"close",
-      "close of a duplicate",
-      "copy_file_range",
-      "fallocate",
-      "fchmod",
-      "fchown",
-      "fcntl",
-      "flock",
-      "fstatfs",
-      "fsync",
-      "ftruncate",
-      "linkat",
-      "lseek",
-      "open",
-      "open to hold",
-      "open unnamed",
-      "opendir",
-      "pthread_create",
-      "readdir",
-      "readlink",
-      "rename",
-      "rename to a hidden name",
-      "statx",
-      "statx of /proc",
-      "statx of a file",
-      "statx of a hidden name",
-      "unlink of a hidden name",
-      "writev"}},
-    {"checkpoints",
-     {"close",
-      "close of a duplicate",
-      "fallocate",
-      "fcntl",
-      "flock",
-      "fsync",
-      "linkat",
-      "mkdir",
-      "open",
-      "open to hold",
-      "open unnamed",
-      "opendir",
-      "readdir",
-      "rename",
-      "rename to a hidden name",
-      "rmdir",
-      "statx",
-      "statx of /proc",
-      "statx of a file",
-      "statx of a hidden name",
-      "unlink",
-      "unlink of a hidden name",
-      "writev"}},
-    {"streams",
-     {"close",
-      "close of a duplicate",
-      "fallocate",
-      "fchmod",
-      "fcntl",
-      "flock",
-      "fsync",
-      "linkat",
-      "open",
-      "open to hold",
-      "open unnamed",
-      "opendir",
-      "pwrite",
-      "readdir",
-      "readlink",
-      "rename",
-      "statx",
-      "statx of /proc",
-      "statx of a file",
-      "unlink of a hidden name"}},
-    {"edits", {"close",           "close of a duplicate",
-               "copy_file_range", "fallocate",
-               "fchmod",          "fcntl",
-               "flock",           "fsync",
-               "linkat",          "open",
-               "open to hold",    "open unnamed",
-               "pread",           "pwrite",
-               "readlink",        "rename",
-               "statx",           "statx of /proc",
-               "statx of a file", "unlink of a hidden name",
-               "write",           "writev"}},
+    [FILES] =
+        {"files",
+         "close, close of a duplicate, copy_file_range, fallocate, fchmod, fchown, fcntl, flock, fstatfs, fsync, "
+         "ftruncate, "
+         "linkat, lseek, open, open to hold, open unnamed, opendir, pthread_create, read, readdir, readlink, rename, "
+         "rename to a hidden name, sendfile, statx, statx of /proc, statx of a file, statx of a hidden name, "
+         "unlink of a hidden name, write, writev"},
+    [CHECKPOINTS] = {"checkpoints",
+                     "close, close of a duplicate, fallocate, fcntl, flock, fsync, linkat, mkdir, open, open to hold, "
+                     "open unnamed, opendir, readdir, rename, rename to a hidden name, rmdir, statx, statx of /proc, "
+                     "statx of a file, statx of a hidden name, unlink, unlink of a hidden name, writev"},
+    [STREAMS] = {"streams",
+                 "close, close of a duplicate, fallocate, fchmod, fcntl, flock, fsync, linkat, open, open to hold, "
+                 "open unnamed, opendir, pwrite, readdir, readlink, rename, statx, statx of /proc, statx of a file, "
+                 "unlink of a hidden name"},
+    [EDITS] = {"edits",
+               "close, close of a duplicate, copy_file_range, fallocate, fchmod, fcntl, flock, fsync, linkat, open, "
+               "open to hold, open unnamed, pread, pwrite, readlink, rename, statx, statx of /proc, statx of a file, "
+               "unlink of a hidden name, write, writev"},
 };
-
-static int kind_of(const scenario* what) {
-    return what->how == EDIT ? EDITS : what->how == STREAM ? STREAMS : what->new_shard > 0 ? CHECKPOINTS : FILES;
-}
 
 /* The calls that failed, of each kind. */
 static const char* seen[KINDS][64];
@@ -217,82 +82,20 @@ static void expect_all_failed(void) {
     for (int kind = 0; kind < KINDS; kind++) {
         size_t count = 0;
         while (seen[kind][count] != NULL) count++;
-        for (const char* const* wanted = kinds[kind].calls; *wanted != NULL; wanted++) {
+        char wanted[1000], *rest = NULL;
+        snprintf(wanted, sizeof wanted, "%s", kinds[kind].calls);
+        for (char* name = strtok_r(wanted, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
+            name += strspn(name, " ");
             size_t i = 0;
-            while (i < count && strcmp(seen[kind][i], *wanted) != 0) i++;
+            while (i < count && strcmp(seen[kind][i], name) != 0) i++;
             /* Nobody but root can leave a file to somebody else. */
-            if (i < count || (strcmp(*wanted, "fchown") == 0 && geteuid() != 0)) continue;
+            if (i < count || (strcmp(name, "fchown") == 0 && geteuid() != 0)) continue;
             wrong++;
-            printf("%s: %s never failed\n", kinds[kind].name, *wanted);
+            printf("%s: %s never failed\n", kinds[kind].name, name);
         }
         printf("%s: %zu different calls failed\n", kinds[kind].name, count);
     }
 }
-
-/* Writes the tensors of `writer` through a stream. */
-static sft_status stream(const sft_writer* writer, const sft_save_options* options) {
-    sft_stream* opened = NULL;
-    sft_status status = sft_stream_create(writer, path_of("target"), options, &opened);
-    if (status == SFT_OK) status = sft_stream_commit(opened);
-    sft_stream_free(opened);
-    return status;
-}
-
-static sft_status edit(const scenario* what) {
-    static const sft_metadata_change changes[] = {{{"room", 4}, {NULL, 0}}, {{"edited", 6}, {"yes", 3}}};
-    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = what->mode;
-    options.sync = what->sync;
-    return sft_metadata_edit(path_of("target"), changes, 2, &options);
-}
-
-static sft_status save(const scenario* what, const sft_writer* writer, uint64_t shard) {
-    if (shard == 0) {
-        sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-        options.sync = what->sync;
-        return sft_writer_write_file(writer, path_of("target"), &options);
-    }
-    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-    options.max_shard_bytes = shard;
-    options.sync = what->sync;
-    return sft_writer_write_sharded(writer, path_of("target"), &options);
-}
-
-/* The save that is tested, over what is there. */
-static sft_status save_anew(const scenario* what, const sft_writer* fresh) {
-    if (what->how == EDIT) return edit(what);
-    if (what->how == AT_ONCE) return save(what, fresh, what->new_shard);
-    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-    options.sync = what->sync;
-    return stream(fresh, &options);
-}
-
-/* What is there before, in a folder that no save has looked through yet. */
-static void prepare(const scenario* what, const sft_writer* old) {
-    static long number;
-    if (number > 0) remove_all(path_of(""));
-    char own[3072];
-    snprintf(own, sizeof own, "%s/%ld", folder, ++number);
-    if (mkdir(own, 0755) != 0) abort();
-    use_folder(own);
-    if (!what->exists) return;
-    if (save(what, old, what->old_shard) != SFT_OK) abort();
-    if (what->new_shard != 0) return;
-    if (what->stranger && geteuid() == 0 && chown(path_of("target"), STRANGER, STRANGER) != 0) abort();
-    if (chmod(path_of("target"), 0640) != 0) abort();
-}
-
-/* Whether the file has the owner and the permissions that it is to have. */
-static bool is_as_it_was(const scenario* what) {
-    struct stat told;
-    const mode_t mask = umask(0);
-    umask(mask);
-    return stat(path_of("target"), &told) == 0 && (told.st_mode & 07777) == (what->exists ? 0640 : 0666 & ~mask) &&
-           told.st_uid == (what->stranger && geteuid() == 0 ? STRANGER : geteuid());
-}
-
-/* How many files a checkpoint of three tensors has. */
-static int files_of(uint64_t shard) { return shard >= 3 * BYTES ? 1 : shard >= 2 * BYTES ? 3 : 4; }
 
 /* Calls that a save can do without: they look for a better way, or clean up. What else comes of them is seen
  * afterwards: permissions, owner, and how many files there are. */
@@ -356,15 +159,14 @@ static bool is_whole(const scenario* what, const char* said, unsigned char value
 
 /* One save in which call number `call` fails, and with `after` the one that comes so many later. Gives how many calls
  * it made. */
-static long run_one(const scenario* what, long call, fault kind, int error, long after, const sft_writer* old,
-                    const sft_writer* fresh) {
-    prepare(what, old);
+static long run_one(const scenario* what, long call, fault kind, int error, long after) {
+    prepare(what);
     const int before = entries(path_of("")), open_before = entries("/proc/self/fd");
     for (size_t i = 0; i < 3 && what->missing[i].name != NULL; i++) {
         inject_always(what->missing[i].name, what->missing[i].error);
     }
     inject_arm(call, kind, error, after);
-    const sft_status status = save_anew(what, fresh);
+    const sft_status status = save_anew(what);
     const long calls = inject_disarm();
     inject_always(NULL, 0);
     char said[4096];
@@ -401,12 +203,12 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
         expect(strays(path_of("target")) == 0, "something hidden is left in the folder", what->name, call, error);
     }
     expect(are_open(open_before), "a descriptor is open", what->name, call, error);
-    expect(save_anew(what, fresh) == SFT_OK && value_of(path_of("target")) == 2, "the next save fails", what->name,
-           call, error);
+    expect(save_anew(what) == SFT_OK && value_of(path_of("target")) == 2, "the next save fails", what->name, call,
+           error);
     return calls;
 }
 
-static void run(const scenario* what, const sft_writer* old, const sft_writer* fresh) {
+static void run(const scenario* what) {
     static const int errors[] = {EIO, ENOSPC, EINTR, EACCES, EDQUOT};
     const long before = faults;
     long most = 0;
@@ -414,7 +216,7 @@ static void run(const scenario* what, const sft_writer* old, const sft_writer* f
         const fault kind = i == 0 ? FAULT_SHORT : FAULT_ERROR;
         const int error = i == 0 ? 0 : errors[i - 1];
         for (long call = 1;; call++) {
-            const long calls = run_one(what, call, kind, error, 0, old, fresh);
+            const long calls = run_one(what, call, kind, error, 0);
             if (inject_failed() == NULL) {
                 most = calls > most ? calls : most;
                 break;
@@ -425,7 +227,7 @@ static void run(const scenario* what, const sft_writer* old, const sft_writer* f
     expect(once >= LEAST, "too few faults", what->name, 0, 0);
     for (long call = 1; what->twice && call <= most; call++) {
         long after = 0;
-        do run_one(what, call, FAULT_ERROR, EIO, ++after, old, fresh);
+        do run_one(what, call, FAULT_ERROR, EIO, ++after);
         while (inject_failed_again() != NULL);
     }
     printf("%s: %ld faults, %ld more after others, %ld calls in a save\n", what->name, once, faults - before - once,
@@ -435,107 +237,10 @@ static void run(const scenario* what, const sft_writer* old, const sft_writer* f
 int main(int count, char** arguments) {
     if (count != 2) return 2;
     snprintf(folder, sizeof folder, "%s", arguments[1]);
-    static unsigned char ones[BYTES], twos[BYTES];
-    memset(ones, 1, BYTES);
-    memset(twos, 2, BYTES);
-    sft_writer *old = writer_of(ones), *large = writer_of(ones), *fresh = writer_of(twos);
-    static const uint64_t shape[] = {LARGE};
-    unsigned char* zeros = calloc(LARGE, 1);
-    if (zeros == NULL || sft_writer_add_tensor(large, "large", 5, SFT_DTYPE_U8, shape, 1, zeros, LARGE) != SFT_OK) {
-        return 2;
-    }
-    static const scenario scenarios[] = {
-        {.name = "a new file"},
-        {.name = "over an old file", .exists = true},
-        {.name = "a new file, synchronized", .sync = true},
-        {.name = "over an old file, synchronized", .exists = true, .sync = true, .twice = true},
-        {.name = "over an old file, no preallocation", .exists = true, .missing = {{"fallocate", EOPNOTSUPP}}},
-        {.name = "one that cannot be renamed over",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .missing = {{"rename", EXDEV}}},
-        {.name = "a new checkpoint", .sync = true, .twice = true, .new_shard = 2 * BYTES},
-        {.name = "a checkpoint of other names",
-         .exists = true,
-         .sync = true,
-         .old_shard = BYTES,
-         .new_shard = 2 * BYTES},
-        {.name = "a checkpoint of the same names",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .old_shard = 2 * BYTES,
-         .new_shard = 2 * BYTES},
-        {.name = "one file over a checkpoint",
-         .exists = true,
-         .sync = true,
-         .old_shard = BYTES,
-         .new_shard = 9 * BYTES},
-        {.name = "a checkpoint over one file",
-         .exists = true,
-         .sync = true,
-         .old_shard = 9 * BYTES,
-         .new_shard = BYTES},
-        {.name = "a stream to a new file", .sync = true, .how = STREAM},
-        {.name = "a stream over an old file", .exists = true, .sync = true, .how = STREAM},
-        {.name = "an edit in place",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .how = EDIT,
-         .mode = SFT_EDIT_IN_PLACE},
-        {.name = "an edit anew", .exists = true, .sync = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
-        {.name = "an edit anew, copied by hand",
-         .exists = true,
-         .sync = true,
-         .missing = {{"copy_file_range", EXDEV}},
-         .how = EDIT,
-         .mode = SFT_EDIT_REWRITE},
-        {.name = "over another's file", .exists = true, .sync = true, .stranger = true},
-        {.name = "over a large file", .exists = true, .large = true},
-        {.name = "a new file, no unnamed files", .sync = true, .missing = {{"open unnamed", EOPNOTSUPP}}},
-        {.name = "over an old file, no unnamed files",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .missing = {{"open unnamed", EOPNOTSUPP}}},
-        {.name = "a checkpoint, no unnamed files",
-         .exists = true,
-         .sync = true,
-         .missing = {{"open unnamed", EOPNOTSUPP}},
-         .old_shard = BYTES,
-         .new_shard = BYTES},
-        {.name = "a stream, no unnamed files",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .missing = {{"open unnamed", EOPNOTSUPP}},
-         .how = STREAM},
-        {.name = "an edit anew, no unnamed files",
-         .exists = true,
-         .sync = true,
-         .twice = true,
-         .missing = {{"open unnamed", EOPNOTSUPP}},
-         .how = EDIT,
-         .mode = SFT_EDIT_REWRITE},
-        {.name = "one that cannot be renamed over, nor copied to by the kernel",
-         .exists = true,
-         .sync = true,
-         .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}}},
-        {.name = "one that has to be copied to by hand",
-         .exists = true,
-         .sync = true,
-         .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}, {"sendfile", EINVAL}}},
-    };
-    for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) {
-        run(&scenarios[i], scenarios[i].large ? large : old, fresh);
-    }
+    scenarios_begin(folder);
+    for (const scenario* what = scenarios; what->name != NULL; what++) run(what);
+    scenarios_end();
     expect_all_failed();
-    sft_writer_free(old);
-    sft_writer_free(large);
-    free(zeros);
-    sft_writer_free(fresh);
     printf("%ld faults, %ld failed\n", faults, wrong);
     return wrong == 0 ? 0 : 1;
 }

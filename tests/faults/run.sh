@@ -22,5 +22,5 @@ build() {
     mkdir "$files/$name"
     "$work/$name" "$files/$name"
 }
-build faults "$here/faults.c" "$here/inject.c" "$here/../torture/common.c"
+build faults "$here/faults.c" "$here/scenarios.c" "$here/inject.c" "$here/../torture/common.c"
 build memory "$here/memory.c"

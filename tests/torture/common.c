@@ -234,10 +234,16 @@ figures figures_now(void) {
     FILE* status = fopen("/proc/self/status", "r");
     if (status == NULL) die("/proc/self/status");
     while (fgets(line, sizeof line, status) != NULL) {
-        if (sscanf(line, "VmRSS: %ld kB", &now.resident) == 1) now.resident *= 1024;
         sscanf(line, "Threads: %ld", &now.threads);
     }
     fclose(status);
+    /* Counted page by page: VmRSS of the former file is off by as much as each processor has not told yet. */
+    FILE* pages = fopen("/proc/self/smaps_rollup", "r");
+    if (pages == NULL) die("/proc/self/smaps_rollup");
+    while (fgets(line, sizeof line, pages) != NULL) {
+        if (sscanf(line, "Rss: %ld kB", &now.resident) == 1) now.resident *= 1024;
+    }
+    fclose(pages);
     FILE* maps = fopen("/proc/self/maps", "r");
     if (maps == NULL) die("/proc/self/maps");
     while (fgets(line, sizeof line, maps) != NULL) now.mappings += strchr(line, '\n') != NULL;

@@ -1,0 +1,213 @@
+/* See scenarios.h. */
+#include "scenarios.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common.h"
+
+/* Of each tensor; and of one in a file that is large enough to be closed by another thread. */
+enum { BYTES = 100000, LARGE = 16 << 20 };
+
+/* The owner of a file that another user left; only root can make one. */
+enum { STRANGER = 12345 };
+
+const scenario scenarios[] = {
+    {.name = "a new file"},
+    {.name = "over an old file", .exists = true},
+    {.name = "a new file, synchronized", .sync = true},
+    {.name = "over an old file, synchronized", .exists = true, .sync = true, .twice = true},
+    {.name = "over an old file, no preallocation", .exists = true, .missing = {{"fallocate", EOPNOTSUPP}}},
+    {.name = "one that cannot be renamed over",
+     .exists = true,
+     .sync = true,
+     .twice = true,
+     .missing = {{"rename", EXDEV}}},
+    {.name = "a new checkpoint", .sync = true, .twice = true, .new_shard = 2 * BYTES},
+    {.name = "a checkpoint of other names", .exists = true, .sync = true, .old_shard = BYTES, .new_shard = 2 * BYTES},
+    {.name = "a checkpoint of the same names",
+     .exists = true,
+     .sync = true,
+     .twice = true,
+     .old_shard = 2 * BYTES,
+     .new_shard = 2 * BYTES},
+    {.name = "one file over a checkpoint", .exists = true, .sync = true, .old_shard = BYTES, .new_shard = 9 * BYTES},
+    {.name = "a checkpoint over one file", .exists = true, .sync = true, .old_shard = 9 * BYTES, .new_shard = BYTES},
+    {.name = "a stream to a new file", .sync = true, .how = STREAM},
+    {.name = "a stream over an old file", .exists = true, .sync = true, .how = STREAM},
+    {.name = "an edit in place", .exists = true, .sync = true, .twice = true, .how = EDIT, .mode = SFT_EDIT_IN_PLACE},
+    {.name = "an edit anew", .exists = true, .sync = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
+    {.name = "an edit anew, copied by hand",
+     .exists = true,
+     .sync = true,
+     .missing = {{"copy_file_range", EXDEV}},
+     .how = EDIT,
+     .mode = SFT_EDIT_REWRITE},
+    {.name = "over another's file", .exists = true, .sync = true, .stranger = true},
+    {.name = "over a large file", .exists = true, .large = true},
+    {.name = "a new file, no unnamed files", .sync = true, .missing = {{"open unnamed", EOPNOTSUPP}}},
+    {.name = "over an old file, no unnamed files",
+     .exists = true,
+     .sync = true,
+     .twice = true,
+     .missing = {{"open unnamed", EOPNOTSUPP}}},
+    {.name = "a checkpoint, no unnamed files",
+     .exists = true,
+     .sync = true,
+     .missing = {{"open unnamed", EOPNOTSUPP}},
+     .old_shard = BYTES,
+     .new_shard = BYTES},
+    {.name = "a stream, no unnamed files",
+     .exists = true,
+     .sync = true,
+     .twice = true,
+     .missing = {{"open unnamed", EOPNOTSUPP}},
+     .how = STREAM},
+    {.name = "an edit anew, no unnamed files",
+     .exists = true,
+     .sync = true,
+     .twice = true,
+     .missing = {{"open unnamed", EOPNOTSUPP}},
+     .how = EDIT,
+     .mode = SFT_EDIT_REWRITE},
+    {.name = "one that cannot be renamed over, nor copied to by the kernel",
+     .exists = true,
+     .sync = true,
+     .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}}},
+    {.name = "one that has to be copied to by hand",
+     .exists = true,
+     .sync = true,
+     .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}, {"sendfile", EINVAL}}},
+    {.name = NULL},
+};
+
+scenario_kind kind_of(const scenario* what) {
+    return what->how == EDIT ? EDITS : what->how == STREAM ? STREAMS : what->new_shard > 0 ? CHECKPOINTS : FILES;
+}
+
+static char folder[3000];
+static sft_writer *old, *large, *fresh;
+static unsigned char ones[BYTES], twos[BYTES], *zeros;
+
+/* A writer of three tensors of these bytes each. */
+static sft_writer* writer_of(const unsigned char* bytes) {
+    static const uint64_t shape[] = {BYTES};
+    sft_writer* writer = NULL;
+    if (sft_writer_new(&writer) != SFT_OK) abort();
+    for (const char* name = "abc"; *name != '\0'; name++) {
+        if (sft_writer_add_tensor(writer, name, 1, SFT_DTYPE_U8, shape, 1, bytes, BYTES) != SFT_OK) abort();
+    }
+    /* Room for an edit in place. */
+    if (sft_writer_add_metadata(writer, "room", 4, "for a longer value", 18) != SFT_OK) abort();
+    return writer;
+}
+
+void scenarios_begin(const char* where) {
+    snprintf(folder, sizeof folder, "%s", where);
+    memset(ones, 1, BYTES);
+    memset(twos, 2, BYTES);
+    old = writer_of(ones);
+    large = writer_of(ones);
+    fresh = writer_of(twos);
+    static const uint64_t shape[] = {LARGE};
+    zeros = calloc(LARGE, 1);
+    if (zeros == NULL || sft_writer_add_tensor(large, "large", 5, SFT_DTYPE_U8, shape, 1, zeros, LARGE) != SFT_OK) {
+        abort();
+    }
+}
+
+void scenarios_end(void) {
+    sft_writer_free(old);
+    sft_writer_free(large);
+    sft_writer_free(fresh);
+    free(zeros);
+}
+
+static sft_status stream(const sft_writer* writer, const sft_save_options* options) {
+    sft_stream* opened = NULL;
+    sft_status status = sft_stream_create(writer, path_of("target"), options, &opened);
+    if (status == SFT_OK) status = sft_stream_commit(opened);
+    sft_stream_free(opened);
+    return status;
+}
+
+static sft_status edit(const scenario* what) {
+    static const sft_metadata_change changes[] = {{{"room", 4}, {NULL, 0}}, {{"edited", 6}, {"yes", 3}}};
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = what->mode;
+    options.sync = what->sync;
+    return sft_metadata_edit(path_of("target"), changes, 2, &options);
+}
+
+static sft_status save(const scenario* what, const sft_writer* writer, uint64_t shard) {
+    if (shard == 0) {
+        sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+        options.sync = what->sync;
+        return sft_writer_write_file(writer, path_of("target"), &options);
+    }
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.max_shard_bytes = shard;
+    options.sync = what->sync;
+    return sft_writer_write_sharded(writer, path_of("target"), &options);
+}
+
+sft_status save_anew(const scenario* what) {
+    if (what->how == EDIT) return edit(what);
+    if (what->how == AT_ONCE) return save(what, fresh, what->new_shard);
+    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+    options.sync = what->sync;
+    return stream(fresh, &options);
+}
+
+void prepare(const scenario* what) {
+    /* One that no save has looked through for strays yet. */
+    static long number;
+    if (number > 0) remove_all(path_of(""));
+    char own[3072];
+    snprintf(own, sizeof own, "%s/%ld", folder, ++number);
+    if (mkdir(own, 0755) != 0) abort();
+    use_folder(own);
+    if (!what->exists) return;
+    if (save(what, what->large ? large : old, what->old_shard) != SFT_OK) abort();
+    if (what->new_shard != 0) return;
+    if (what->stranger && geteuid() == 0 && chown(path_of("target"), STRANGER, STRANGER) != 0) abort();
+    if (chmod(path_of("target"), 0640) != 0) abort();
+}
+
+bool is_as_it_was(const scenario* what) {
+    struct stat told;
+    const mode_t mask = umask(0);
+    umask(mask);
+    return stat(path_of("target"), &told) == 0 && (told.st_mode & 07777) == (what->exists ? 0640 : 0666 & ~mask) &&
+           told.st_uid == (what->stranger && geteuid() == 0 ? STRANGER : geteuid());
+}
+
+int files_of(uint64_t shard) { return shard >= 3 * BYTES ? 1 : shard >= 2 * BYTES ? 3 : 4; }
+
+unsigned char value_of(const char* path) {
+    static unsigned char bytes[BYTES];
+    sft_checkpoint* checkpoint = NULL;
+    if (sft_checkpoint_open(path, NULL, &checkpoint) != SFT_OK) return 0;
+    unsigned char value = 0;
+    bool same = true;
+    for (const char* name = "abc"; *name != '\0'; name++) {
+        size_t shard = 0, index = 0;
+        const sft_file* file = NULL;
+        sft_str ignored;
+        same = same && sft_checkpoint_find(checkpoint, name, 1, &shard, &index) == SFT_OK &&
+               sft_checkpoint_shard(checkpoint, shard, &ignored, &file) == SFT_OK &&
+               sft_file_read(file, index, bytes, BYTES) == SFT_OK;
+        value = value == 0 ? bytes[0] : value;
+        for (size_t i = 0; same && i < BYTES; i++) same = bytes[i] == value;
+        sft_str edited = {NULL, 0};
+        same = same && sft_file_metadata_get(file, "edited", 6, &edited) == SFT_OK;
+        value = edited.data != NULL ? 2 : value;
+        if (edited.data != NULL && same) break;
+    }
+    sft_checkpoint_free(checkpoint);
+    return same ? value : 0;
+}
