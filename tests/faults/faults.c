@@ -103,6 +103,7 @@ static bool may_succeed(const scenario* what, const char* name, int error) {
     static const char* const harmless[] = {"close",
                                            "flock",
                                            "fstatfs",
+                                           "linkat",
                                            "open to hold",
                                            "open unnamed",
                                            "opendir",
@@ -139,15 +140,16 @@ static bool is_complete(const char* said) {
     if (path == NULL) return false;
     snprintf(copy, sizeof copy, "%s", path + strlen("complete at "));
     copy[strcspn(copy, ";,)\n")] = '\0';
-    /* It has a name that no later save takes for a stray. */
-    return strstr(copy, ".whole") != NULL && value_of(copy) == 2;
+    /* It has a name that no later save takes for a stray, or the error says how long there is. */
+    return (strstr(copy, ".whole") != NULL || strstr(said, "within a day") != NULL) && value_of(copy) == 2;
 }
 
 /* Whether what an error leaves is the old file, or another thing that it tells of, and that can be. */
 static bool is_whole(const scenario* what, const char* said, unsigned char value) {
     if (what->exists ? value == 1 : value == 0 && (access(path_of("target"), F_OK) != 0 || cannot_remove()))
         return true;
-    /* To take back what was done failed too. */
+    /* To take back what was done failed too: it says so, or nothing was there that could have been lost. */
+    if (inject_failed_again() != NULL && strcmp(inject_failed_again(), "unlink") == 0 && !what->exists) return true;
     if (inject_failed_again() != NULL && strstr(said, "be restored") != NULL) return true;
     if (!inject_had_changed()) return false;
     /* Once the target has been replaced, or is half overwritten, and there is a whole copy. */
