@@ -4,7 +4,7 @@
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
-# make torture   hard tests of saving and loading, not in make test: kills, leaks, attacks, a soak of SECONDS=600
+# make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600
 # make fuzz      every fuzz target of the core, SECONDS=60 each
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
