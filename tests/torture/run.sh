@@ -22,8 +22,10 @@ ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 ln -s "$soname" "$work/libsafetensors_torch.so"
 failed=
 for program in "$@"; do
+    set -- "$here/$program.c" "$here/common.c"
+    [ "$program" != manners ] || set -- "$@" "$here/disk.c" "$here/filesystem.c"
     # -rdynamic: some have definitions of system calls that the library is to find.
-    ${CC:-cc} -std=c11 -D_GNU_SOURCE -g -O2 -Wall -Wextra -Werror -rdynamic "$here/$program.c" "$here/common.c" \
+    ${CC:-cc} -std=c11 -D_GNU_SOURCE -g -O2 -Wall -Wextra -Werror -rdynamic "$@" \
         -I"$here/../../include" -L"$work" -lsafetensors_torch -lpthread -ldl -Wl,-rpath,"$work" -o "$work/$program"
     mkdir "$work/files"
     case $program in

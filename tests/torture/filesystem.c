@@ -1,0 +1,121 @@
+/* See filesystem.h. */
+#include "filesystem.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "common.h"
+
+long* manners;
+
+bool no_unnamed, no_fallocate;
+int no_renames, no_links;
+long ahead;
+bool forks_at_rename;
+pid_t forked;
+
+int open64(const char* path, int flags, ...) {
+    va_list arguments;
+    va_start(arguments, flags);
+    const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
+    va_end(arguments);
+    if (no_unnamed && (flags & O_TMPFILE) == O_TMPFILE) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return ((__typeof__(&open64))dlsym(RTLD_NEXT, "open64"))(path, flags, mode);
+}
+
+int fallocate(int file, int mode, off_t offset, off_t length) {
+    if (no_fallocate) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return ((__typeof__(&fallocate))dlsym(RTLD_NEXT, "fallocate"))(file, mode, offset, length);
+}
+
+int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
+    const int result = ((__typeof__(&statx))dlsym(RTLD_NEXT, "statx"))(folder, path, flags, mask, told);
+    if (result == 0 && (flags & AT_EMPTY_PATH) != 0) told->stx_ctime.tv_sec += ahead;
+    return result;
+}
+
+int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+    if (no_links != 0) {
+        errno = no_links;
+        return -1;
+    }
+    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_folder, from, to_folder, to, flags);
+}
+
+int rename(const char* from, const char* to) {
+    if (no_renames != 0) {
+        errno = no_renames;
+        return -1;
+    }
+    if (forks_at_rename && (forked = fork()) == 0) {
+        pause();
+        _exit(0);
+    }
+    return ((__typeof__(&rename))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+
+void make_folder(const char* path, mode_t mode) {
+    if (mkdir(path, 0777) != 0 || chmod(path, mode) != 0) abort();
+}
+
+sft_status save_version(uint64_t version, size_t words, const char* path) {
+    content what = content_new(version, 2, words);
+    sft_writer* writer = content_writer(&what);
+    const sft_status status = sft_writer_write_file(writer, path, NULL);
+    sft_writer_free(writer);
+    content_free(&what);
+    return status;
+}
+
+void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version, const char* folder,
+                int before) {
+    EXPECT(status == SFT_ERROR_IO, "%s: status %d, %s", what, status, sft_last_error_message());
+    EXPECT(sft_last_os_error() == error, "%s: %s", what, sft_last_error_message());
+    EXPECT(strstr(sft_last_error_message(), path) != NULL, "%s: %s", what, sft_last_error_message());
+    EXPECT(version == 0 || file_version(path, SFT_BACKEND_PREAD) == version, "%s: %s", what, sft_last_error_message());
+    EXPECT(entries(folder) == before, "%s: %d entries, %d before", what, entries(folder), before);
+    (*manners)++;
+}
+
+void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder) {
+    const int before = entries(folder);
+    is_refused(what, save_version(99, words, path), path, error, version, folder, before);
+}
+
+void accepted(const char* what, const char* path, size_t words, int beside, const char* folder) {
+    for (uint64_t version = 5; version < 8; version++) {
+        EXPECT(save_version(version, words, path) == SFT_OK, "%s: %s", what, sft_last_error_message());
+        EXPECT(file_version(path, SFT_BACKEND_MMAP) == version, "%s: %s", what, sft_last_error_message());
+        EXPECT(entries(folder) == beside + 1, "%s: %d entries", what, entries(folder));
+    }
+    (*manners)++;
+}
+
+void as_child(void (*body)(void), bool as_nobody) {
+    fflush(stdout);
+    const pid_t pid = fork();
+    if (pid < 0) abort();
+    if (pid == 0) {
+        if (as_nobody && geteuid() == 0 && (setgid(65534) != 0 || setuid(65534) != 0)) abort();
+        const long before = failures();
+        body();
+        fflush(stdout);
+        _exit(failures() == before ? 0 : 1);
+    }
+    int status = 0;
+    EXPECT(waitpid(pid, &status, 0) == pid && status == 0, "status %d", status);
+}

@@ -1,0 +1,47 @@
+/* Filesystems that lack this or that, and saves to them: what the parts of the program "manners" share. The system
+ * calls of the library come by here. */
+#ifndef TORTURE_FILESYSTEM_H
+#define TORTURE_FILESYSTEM_H
+
+#include <safetensors_torch.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* How many manners were seen; those of children count too. */
+extern long* manners;
+
+/* A filesystem without O_TMPFILE, one that sets no space aside; and what one says that has no renames, or no links: 0
+ * where it has. */
+extern bool no_unnamed, no_fallocate;
+extern int no_renames, no_links;
+
+/* What the filesystem's clock is ahead by, in seconds, for open files. */
+extern long ahead;
+
+/* A process that is forked while a file is about to be renamed, and lives on. */
+extern bool forks_at_rename;
+extern pid_t forked;
+
+void make_folder(const char* path, mode_t mode);
+
+/* Saves two tensors of so many words each. */
+sft_status save_version(uint64_t version, size_t words, const char* path);
+
+/* A save with this status must have failed with this errno and named the path, and left `version` in it (0: whatever it
+ * may be) and nothing beside it: `before` entries in the folder. */
+void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version, const char* folder,
+                int before);
+
+/* Such a save; and three that must succeed, with `beside` other entries in the folder. */
+void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder);
+void accepted(const char* what, const char* path, size_t words, int beside, const char* folder);
+
+/* In a child, as another user where this process may change it: what it makes of its failures is its exit status. */
+void as_child(void (*body)(void), bool as_nobody);
+
+/* The part that is about a disk without space. */
+void small_disk(void);
+
+#endif
