@@ -172,9 +172,9 @@ impl ShardedWriter {
         let stale = self.stale().map_err(with_limit)?;
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
-        let replaces: Vec<bool> = self.names.iter().map(|name| self.exists(name)).collect();
+        let replaces = self.names.iter().map(|name| self.exists(name)).collect::<Result<Vec<bool>>>()?;
         let mut old_index = Aside::default();
-        if names.len() > 1 && replaces.contains(&true) && self.exists(&self.index_name) {
+        if names.len() > 1 && replaces.contains(&true) && self.exists(&self.index_name)? {
             old_index = Aside::new(self.folder.path.join(&self.index_name))?;
         }
         let mut done = 0;
@@ -203,7 +203,12 @@ impl ShardedWriter {
             }
         }
         if sync {
-            sync_folder(&self.folder.path)?;
+            sync_folder(&self.folder.path).map_err(|error| {
+                error.with_remedy(
+                    "the new checkpoint is complete, but files of the one before may be back after a loss of power: save it \
+                     again",
+                )
+            })?;
         }
         drop(lock);
         Ok(names)
@@ -233,8 +238,14 @@ impl ShardedWriter {
     }
 
     /// Whether the folder has this name, be it for a link to nowhere.
-    fn exists(&self, name: &str) -> bool {
-        self.folder.path.join(name).symlink_metadata().is_ok()
+    fn exists(&self, name: &str) -> Result<bool> {
+        let path = self.folder.path.join(name);
+        match path.symlink_metadata() {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // Taken for absent, it would be overwritten without a trace, or removed when the rest is taken back.
+            Err(error) => Err(Error::io("inspect", &path, error)),
+        }
     }
 
     /// Gives the files their names, one after the other, then the index. `done` counts the files. With `sync`, no crash
