@@ -4,27 +4,18 @@
 //! the new one took. Held open meanwhile, it is freed when it is closed, and that can be done by another thread.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use super::filesystem::is_local;
 
 /// Below this many bytes a file is freed faster than a thread is started.
 const LARGE_BYTES: u64 = 16 << 20;
 
 /// As long as space is waited for that a file gives back.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Filesystems that free a file when it is closed. Others need not be asked to keep one open: NFS, for instance, would
-/// have to give it another name in the folder.
-const LOCAL: [libc::c_long; 5] = [
-    libc::EXT4_SUPER_MAGIC as libc::c_long,
-    libc::XFS_SUPER_MAGIC as libc::c_long,
-    libc::BTRFS_SUPER_MAGIC as libc::c_long,
-    libc::TMPFS_MAGIC as libc::c_long,
-    libc::OVERLAYFS_SUPER_MAGIC as libc::c_long,
-];
 
 /// How many files are being closed.
 static CLOSING: Closing = Closing(AtomicU64::new(0));
@@ -61,21 +52,14 @@ impl Closing {
     }
 }
 
-/// The file at `target`, if there is a large one that nobody else keeps. Needs no right to read it.
+/// The file at `target`, if there is a large one that nobody else keeps, on a filesystem that frees a file when it is closed:
+/// NFS, for instance, would have to give it another name in the folder. Needs no right to read it.
 pub(super) fn hold(target: &Path) -> Option<File> {
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;
     let metadata = file.metadata().ok()?;
     let worth_it = metadata.is_file() && metadata.nlink() == 1 && metadata.len() >= LARGE_BYTES;
     (worth_it && is_local(&file)).then_some(file)
-}
-
-fn is_local(file: &File) -> bool {
-    // SAFETY: a plain struct of integers, for which zeros are a value.
-    let mut told: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a descriptor that `file` keeps open, and a place for the answer.
-    let status = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut told) };
-    status == 0 && LOCAL.contains(&(told.f_type as libc::c_long))
 }
 
 /// Closes what [`hold`] gave, in the background.

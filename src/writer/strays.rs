@@ -1,32 +1,46 @@
 //! Removes what saves that were killed have left in a folder: staged files that belong to nobody any more.
 //!
 //! A staged file with a name is locked (`flock`) for as long as it is one, and the kernel gives the lock back however its
-//! process ends. So a file whose lock can be taken has no owner, be it in another container. As some filesystems keep
-//! locks to one machine, and one that shares the folder could be at work, nothing is removed either that was touched
-//! within a day, by the clock of the filesystem. Where there are no locks at all, nothing is removed.
+//! process ends. So a file whose lock can be taken has no owner, be it in another container; it is left for a moment all
+//! the same, as it gets its lock just after its name. Filesystems that several machines share may keep locks to one of
+//! them: there a file must have been left alone for a day too, by the clock of the filesystem, and its process be gone.
+//! Where there are no locks at all, nothing is removed.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex};
 
+use super::filesystem::is_local;
+
 /// What the names of staged files begin with, ahead of process and number, and how they end.
 pub(super) const PREFIX: &str = ".safetensors-";
 pub(super) const SUFFIX: &str = ".tmp";
 
-/// As long as a file has to have been left alone, in seconds.
-const ABANDONED_AFTER: i64 = 24 * 60 * 60;
+/// When a staged file whose lock can be taken is a stray.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Rule {
+    /// As long as it has to have been left alone, in seconds.
+    abandoned_after: i64,
+    /// Whether the process that its name speaks of must be gone too.
+    process_is_gone: bool,
+    /// How often a process looks through a folder, in seconds: a save should not read a folder of many names each time.
+    interval: i64,
+}
 
-/// How often a process looks through a folder, in seconds: a save should not read a folder of many names each time.
-const INTERVAL: i64 = 60 * 60;
+/// Where every process that can have the file sees its lock.
+const LOCAL: Rule = Rule { abandoned_after: 60, process_is_gone: false, interval: 60 };
+
+const SHARED: Rule = Rule { abandoned_after: 24 * 60 * 60, process_is_gone: true, interval: 60 * 60 };
 
 /// More folders than this are not remembered.
 const MAX_FOLDERS: usize = 1000;
 
-/// When folders were looked through last.
-static LOOKED: LazyLock<Mutex<HashMap<PathBuf, i64>>> = LazyLock::new(Mutex::default);
+/// For how long folders are not looked through again: from when to when.
+static LOOKED: LazyLock<Mutex<HashMap<PathBuf, Range<i64>>>> = LazyLock::new(Mutex::default);
 
 /// Has others see that `file`, which has a name or will get one, belongs to this process.
 pub(super) fn claim(file: &File) {
@@ -45,29 +59,31 @@ fn flock(file: &File, operation: libc::c_int) -> bool {
     unsafe { libc::flock(file.as_raw_fd(), operation) == 0 }
 }
 
-/// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so within the hour.
-/// What cannot be looked at or removed stays.
+/// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so just now. What cannot
+/// be looked at or removed stays.
 pub(super) fn clear(folder: &Path, staged: &File) {
     let Ok(own) = staged.metadata() else { return };
     // Held by another thread, or by one that a fork has left behind: next time.
     let Ok(mut looked) = LOOKED.try_lock() else { return };
-    if looked.get(folder).is_some_and(|&last| (last..last + INTERVAL).contains(&own.ctime())) {
+    if looked.get(folder).is_some_and(|quiet| quiet.contains(&own.ctime())) {
         return;
     }
+    let rule = if is_local(staged) { LOCAL } else { SHARED };
     if looked.len() >= MAX_FOLDERS {
         looked.clear();
     }
-    looked.insert(folder.to_path_buf(), own.ctime());
+    looked.insert(folder.to_path_buf(), own.ctime()..own.ctime() + rule.interval);
     drop(looked);
-    clear_at(folder, own.ctime(), own.uid());
+    clear_at(folder, own.ctime(), own.uid(), rule);
 }
 
 /// The same at a time of the filesystem, for files of one user.
-fn clear_at(folder: &Path, now: i64, uid: u32) {
+fn clear_at(folder: &Path, now: i64, uid: u32, rule: Rule) {
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().to_str().and_then(owner).is_some_and(|process| !is_alive(process)) {
-            remove_abandoned(&entry.path(), now, uid);
+        let Some(process) = entry.file_name().to_str().and_then(owner) else { continue };
+        if !(rule.process_is_gone && is_alive(process)) {
+            remove_abandoned(&entry.path(), now.saturating_sub(rule.abandoned_after), uid);
         }
     }
 }
@@ -87,8 +103,10 @@ fn is_alive(process: libc::pid_t) -> bool {
     told == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
 }
 
-fn remove_abandoned(path: &Path, now: i64, uid: u32) {
-    let found = || path.symlink_metadata().ok().filter(|found| is_old(found, now, uid));
+/// Removes a file of the user `uid` that nobody has and that was left alone since `since`.
+fn remove_abandoned(path: &Path, since: i64, uid: u32) {
+    let is_abandoned = |found: &Metadata| found.is_file() && found.uid() == uid && found.ctime() <= since;
+    let found = || path.symlink_metadata().ok().filter(is_abandoned);
     let Some(before) = found() else { return };
     let open = |write| {
         OpenOptions::new()
@@ -108,10 +126,6 @@ fn remove_abandoned(path: &Path, now: i64, uid: u32) {
         // There is nobody to tell, and a save that can do without is not to fail for it.
         let _ = std::fs::remove_file(path);
     }
-}
-
-fn is_old(found: &Metadata, now: i64, uid: u32) -> bool {
-    found.is_file() && found.uid() == uid && found.ctime() <= now.saturating_sub(ABANDONED_AFTER)
 }
 
 #[cfg(test)]
@@ -161,34 +175,44 @@ mod tests {
         fs::create_dir(&inner).expect("made");
 
         let own = fs::metadata(&stray).expect("there");
-        let now = own.ctime();
-        clear_at(folder.path(), now + ABANDONED_AFTER - 1, own.uid());
-        clear_at(folder.path(), now + ABANDONED_AFTER + 1, own.uid() + 1);
+        let clear_after = |seconds, uid, rule| clear_at(folder.path(), own.ctime() + seconds, uid, rule);
+        clear_after(SHARED.abandoned_after - 1, own.uid(), SHARED);
+        clear_after(LOCAL.abandoned_after - 1, own.uid(), LOCAL);
+        clear_after(SHARED.abandoned_after + 1, own.uid() + 1, LOCAL);
         assert!(stray.exists(), "too young, or another's");
-        clear_at(folder.path(), now + ABANDONED_AFTER + 1, own.uid());
+        clear_after(SHARED.abandoned_after + 1, own.uid(), SHARED);
         assert!(!stray.exists() && !read_only.exists());
         assert!(locked.exists() && link.is_symlink() && inner.is_dir());
         assert!(others.iter().all(|path| path.exists()));
 
         disclaim(&owner);
-        clear_at(folder.path(), now + ABANDONED_AFTER + 1, own.uid());
+        clear_after(SHARED.abandoned_after + 1, own.uid(), SHARED);
         assert!(!locked.exists());
+
+        // In a container every process may have the same number, from one start to the next.
+        clear_after(LOCAL.abandoned_after + 1, own.uid(), LOCAL);
+        let (of_a_number, rest) = others.split_at(2);
+        assert!(of_a_number.iter().all(|path| !path.exists()));
+        assert!(rest.iter().all(|path| path.exists()) && link.is_symlink() && inner.is_dir());
     }
 
     #[test]
-    fn a_folder_is_looked_through_once_an_hour() {
+    fn a_folder_is_not_looked_through_all_the_time() {
         let folder = tempfile::tempdir().expect("a folder");
         let staged = tempfile::tempfile_in(folder.path()).expect("a file");
-        let last = || LOOKED.lock().expect("no panic").get(folder.path()).copied();
-        while last().is_none() {
+        let quiet = || LOOKED.lock().expect("no panic").get(folder.path()).cloned();
+        while quiet().is_none() {
             clear(folder.path(), &staged);
         }
-        let now = last().expect("looked");
-        LOOKED.lock().expect("no panic").insert(folder.path().into(), now - INTERVAL + 60);
+        let first = quiet().expect("looked");
+        assert_eq!(first.end - first.start, if is_local(&staged) { LOCAL.interval } else { SHARED.interval });
+        let mut earlier = first.start - 1..first.start + 1;
+        LOOKED.lock().expect("no panic").insert(folder.path().into(), earlier.clone());
         clear(folder.path(), &staged);
-        assert_eq!(last(), Some(now - INTERVAL + 60));
-        LOOKED.lock().expect("no panic").insert(folder.path().into(), now - INTERVAL);
-        while last() != Some(now) {
+        assert_eq!(quiet(), Some(earlier));
+        earlier = first.start - 1..first.start;
+        LOOKED.lock().expect("no panic").insert(folder.path().into(), earlier);
+        while quiet().as_ref() != Some(&first) {
             clear(folder.path(), &staged);
         }
     }

@@ -4,11 +4,13 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,6 +21,7 @@ long* manners;
 bool no_unnamed, no_fallocate;
 int no_renames, no_links;
 long ahead;
+bool is_shared;
 bool forks_at_rename;
 pid_t forked;
 
@@ -45,6 +48,12 @@ int fallocate(int file, int mode, off_t offset, off_t length) {
 int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
     const int result = ((__typeof__(&statx))dlsym(RTLD_NEXT, "statx"))(folder, path, flags, mask, told);
     if (result == 0 && (flags & AT_EMPTY_PATH) != 0) told->stx_ctime.tv_sec += ahead;
+    return result;
+}
+
+int fstatfs(int file, struct statfs* told) {
+    const int result = ((__typeof__(&fstatfs))dlsym(RTLD_NEXT, "fstatfs"))(file, told);
+    if (result == 0) told->f_type = is_shared ? NFS_SUPER_MAGIC : EXT4_SUPER_MAGIC;
     return result;
 }
 

@@ -20,6 +20,9 @@ extern int no_renames, no_links;
 /* What the filesystem's clock is ahead by, in seconds, for open files. */
 extern long ahead;
 
+/* Whether the filesystem is one that machines share; else it is ext4. */
+extern bool is_shared;
+
 /* A process that is forked while a file is about to be renamed, and lives on. */
 extern bool forks_at_rename;
 extern pid_t forked;

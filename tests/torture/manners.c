@@ -146,41 +146,48 @@ static void without_renames_or_links(void) {
     }
 }
 
-/* Staged files of a process that is gone: they stay while they are young, or locked, and go then; what is no staged
- * file stays for ever. */
-static void strays_of_the_dead(const char* name, bool unnamed) {
-    enum { DAYS = 86400 };
+/* Staged files whose lock nobody has: they stay while they are young, and go then, if only their process is gone too
+ * where machines share the filesystem. What is locked stays, and what is no staged file for ever. */
+static void strays_of_the_dead(const char* name, bool unnamed, bool shared) {
+    enum { MINUTE = 60, HOUR = 60 * MINUTE, DAY = 24 * HOUR };
     make_folder(path_of(name), 0755);
     no_unnamed = !unnamed;
+    is_shared = shared;
     fflush(stdout);
     const pid_t gone = fork();
     if (gone == 0) _exit(0);
     if (gone < 0 || waitpid(gone, NULL, 0) != gone) abort();
-    char folder[4096], stray[3][4200], file[4200];
+    char folder[4096], stray[4][4200], file[4200];
     snprintf(folder, sizeof folder, "%s", path_of(name));
     snprintf(file, sizeof file, "%s/model.safetensors", folder);
-    static const char* const endings[] = {"-0.tmp", "-1.tmp", "-0.whole"};
-    for (int i = 0; i < 3; i++) {
-        snprintf(stray[i], sizeof stray[i], "%s/.safetensors-%d%s", folder, (int)gone, endings[i]);
+    const struct {
+        pid_t process;
+        const char* end;
+    } names[] = {{gone, "-0.tmp"}, {gone, "-1.tmp"}, {gone, "-0.whole"}, {getppid(), "-0.tmp"}};
+    for (int i = 0; i < 4; i++) {
+        snprintf(stray[i], sizeof stray[i], "%s/.safetensors-%d%s", folder, (int)names[i].process, names[i].end);
         EXPECT(save_version(1, 1000, stray[i]) == SFT_OK, "%s", sft_last_error_message());
     }
     const int locked = open(stray[1], O_RDONLY);
     if (locked < 0 || flock(locked, LOCK_EX) != 0) abort();
+    /* A save is made at these times, and leaves so many entries; before the last but one the lock is given back. */
     const struct {
         long ahead;
         int left;
-    } steps[] = {{0, 4}, {DAYS - 600, 4}, {2 * DAYS, 3}, {2 * DAYS + 600, 3}, {4 * DAYS, 2}};
-    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+    } here[] = {{0, 5}, {MINUTE - 10, 5}, {3 * MINUTE, 3}, {3 * MINUTE + 30, 3}, {5 * MINUTE, 2}},
+      elsewhere[] = {{0, 5}, {DAY - HOUR / 2, 5}, {2 * DAY, 4}, {2 * DAY + HOUR / 2, 4}, {4 * DAY, 3}};
+    for (size_t i = 0; i < sizeof here / sizeof *here; i++) {
         if (i == 3) close(locked);
-        ahead = steps[i].ahead;
+        ahead = shared ? elsewhere[i].ahead : here[i].ahead;
         EXPECT(save_version(i + 2, 1000, file) == SFT_OK && file_version(file, SFT_BACKEND_MMAP) == i + 2, "%s",
                sft_last_error_message());
         ahead = 0;
-        EXPECT(entries(folder) == steps[i].left, "%s, step %zu: %d entries", name, i, entries(folder));
+        const int left = shared ? elsewhere[i].left : here[i].left;
+        EXPECT(entries(folder) == left, "%s, step %zu: %d entries, not %d", name, i, entries(folder), left);
         (*manners)++;
     }
     EXPECT(file_version(stray[2], SFT_BACKEND_MMAP) == 1, "%s: %s", name, sft_last_error_message());
-    no_unnamed = false;
+    no_unnamed = is_shared = false;
 }
 
 /* The lock of a staged file ends with the save, also where a process that was forked meanwhile has its descriptor. */
@@ -256,8 +263,10 @@ int main(int count, char** arguments) {
     another_user();
     small_disk();
     saved_files_are_not_locked();
-    strays_of_the_dead("strays", true);
-    strays_of_the_dead("strays of named files", false);
+    strays_of_the_dead("strays", true, false);
+    strays_of_the_dead("strays of named files", false, false);
+    strays_of_the_dead("strays on a shared filesystem", true, true);
+    strays_of_the_dead("strays of named files on one", false, true);
     printf("manners: %ld, failed: %ld\n", *manners, failures());
     race("unnamed", true, 100);
     race("named", false, 100);
