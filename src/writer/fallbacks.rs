@@ -1,7 +1,7 @@
 //! What a commit does on a filesystem that lacks a step of it: a staged file that can be given no name is copied into one
 //! that has one, and a target that cannot be renamed over is overwritten in place.
 //!
-//! Owns these two copies, and what of the kernel's refusals leads to the second. `docs/saving.md` has in words who sees what
+//! A copy of what was synchronized is synchronized too. Owns these two copies, and what of the kernel's refusals leads to the second. `docs/saving.md` has in words who sees what
 //! meanwhile.
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -29,8 +29,8 @@ pub(super) fn cannot_rename(error: &io::Error, target: &Path) -> bool {
 
 impl AtomicFile {
     /// For a staged file without a name that cannot be given one, as `refusal` says: goes on with a copy that has one.
-    pub(super) fn copy_beside(&mut self, refusal: &io::Error, sync: bool) -> Result<()> {
-        let copied = self.try_copy_beside(sync);
+    pub(super) fn copy_beside(&mut self, refusal: &io::Error) -> Result<()> {
+        let copied = self.try_copy_beside();
         copied.map_err(|source| {
             Error::io("write", &self.path, source).with_remedy(&format!(
                 "a second copy was needed, as the file that was written has no name and cannot be linked to one: {refusal}"
@@ -38,7 +38,7 @@ impl AtomicFile {
         })
     }
 
-    fn try_copy_beside(&mut self, sync: bool) -> io::Result<()> {
+    fn try_copy_beside(&mut self) -> io::Result<()> {
         let told = self.file.metadata()?;
         let (file, name) = staging::stage_named(&self.target, told.mode() & 0o666)?;
         let unnamed = std::mem::replace(&mut self.file, file);
@@ -54,7 +54,7 @@ impl AtomicFile {
                 Err(file_copy::Failure::Read(error) | file_copy::Failure::Write(error)) => return Err(error),
             }
         }
-        if sync {
+        if *self.is_synchronized.get_mut() {
             self.file.sync_all()?;
         }
         hear_of_writes(&self.file)
@@ -67,7 +67,7 @@ impl AtomicFile {
         let told = self.file.metadata().map_err(fail)?;
         let (mut target, is_new) = open_over(&self.target, &told)
             .map_err(|source| fail(source).with_remedy(&format!("nor can it be renamed over: {refusal}")))?;
-        let copied = self.copy_over(&mut target, told.len(), is_new, sync);
+        let copied = self.copy_over(&mut target, told.len(), is_new);
         if !is_new {
             return copied;
         }
@@ -79,7 +79,7 @@ impl AtomicFile {
         if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) }
     }
 
-    fn copy_over(&mut self, target: &mut File, length: u64, is_new: bool, sync: bool) -> Result<()> {
+    fn copy_over(&mut self, target: &mut File, length: u64, is_new: bool) -> Result<()> {
         let fail = |path: &Path, source| Error::io("overwrite", path, source);
         attributes::reserve_beyond(target, length)
             .map_err(|source| Error::io("reserve space for", &self.path, source))?;
@@ -96,7 +96,7 @@ impl AtomicFile {
         }
         let copied = io::copy(&mut self.file, target).and_then(|_| {
             target.set_len(length)?;
-            if sync { target.sync_all() } else { Ok(()) }
+            if *self.is_synchronized.get_mut() { target.sync_all() } else { Ok(()) }
         });
         let Err(source) = copied else { return Ok(()) };
         let error = fail(&self.path, source);

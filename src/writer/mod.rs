@@ -20,6 +20,7 @@ use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::process::Process;
@@ -39,6 +40,8 @@ pub struct AtomicFile {
     target: PathBuf,
     staging: Staging,
     process: Process,
+    /// Whether what was written was put on the disk, as a copy of it will have to be.
+    is_synchronized: AtomicBool,
 }
 
 impl AtomicFile {
@@ -58,7 +61,14 @@ impl AtomicFile {
                 let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
                 let path = path.to_path_buf();
                 let (target, process) = (path.clone(), Process::current());
-                return Ok(AtomicFile { file, path, target, staging: Staging::Direct, process });
+                return Ok(AtomicFile {
+                    file,
+                    path,
+                    target,
+                    staging: Staging::Direct,
+                    process,
+                    is_synchronized: AtomicBool::default(),
+                });
             }
         }
         let target = staging::follow_links(path).map_err(fail)?;
@@ -104,7 +114,8 @@ impl AtomicFile {
         strays::clear(staging::directory_of(&target), &file);
         // From here on, dropping `staged` removes what was staged.
         let process = Process::current();
-        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging, process };
+        let is_synchronized = AtomicBool::default();
+        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging, process, is_synchronized };
         if let Some(metadata) = &existing {
             attributes::take_over(&staged.file, metadata).map_err(fail)?;
         }
@@ -159,7 +170,9 @@ impl AtomicFile {
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
         }
-        self.file.sync_all().map_err(|source| Error::io("write", &self.path, source))
+        self.file.sync_all().map_err(|source| Error::io("write", &self.path, source))?;
+        self.is_synchronized.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Puts the file where the target was. With `sync`, returns once file and directory entry are on the disk.
@@ -185,7 +198,7 @@ impl AtomicFile {
             self.synchronize()?;
         }
         hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))?;
-        match self.put_in_place(sync, check)? {
+        match self.put_in_place(check)? {
             Some(refusal) => self.overwrite_in_place(&refusal, sync),
             None if sync => sync_directory_of(&self.path, &self.target),
             None => Ok(()),
@@ -201,7 +214,7 @@ impl AtomicFile {
     }
 
     /// Links or renames the staged file to the target; where only overwriting that is left, gives what was refused.
-    fn put_in_place(&mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<Option<io::Error>> {
+    fn put_in_place(&mut self, check: impl Fn(&Path) -> Result<()>) -> Result<Option<io::Error>> {
         check(&self.target)?;
         if matches!(self.staging, Staging::Unnamed) {
             // Nothing at the target: the link is the commit.
@@ -214,7 +227,7 @@ impl AtomicFile {
             };
             match linked {
                 Ok(name) => self.staging = Staging::Named(name),
-                Err(refusal) => self.copy_beside(&refusal, sync)?,
+                Err(refusal) => self.copy_beside(&refusal)?,
             }
             check(&self.target)?;
         }
@@ -322,7 +335,8 @@ mod tests {
         let (target, name) = (folder.path().join("target"), folder.path().join("staged"));
         let file = File::create(&name).expect("a file");
         let staging = Staging::Named(name.clone());
-        (AtomicFile { file, path: target.clone(), target, staging, process }, name)
+        let is_synchronized = AtomicBool::default();
+        (AtomicFile { file, path: target.clone(), target, staging, process, is_synchronized }, name)
     }
 
     #[test]

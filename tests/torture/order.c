@@ -97,11 +97,24 @@ int fdatasync(int descriptor) {
     if (is_logging) note("fdatasync", name_of(descriptor));
     return REAL(fdatasync)(descriptor);
 }
+/* What a filesystem says that has no links for files without names, or no renames over a file; 0 where it has. */
+static int no_links, no_renames;
+
 int rename(const char* from, const char* to) {
     if (is_logging) note("rename", last_part(to));
+    if (no_renames != 0 && strcmp(last_part(to), "hidden") != 0) {
+        errno = no_renames;
+        return -1;
+    }
     return REAL(rename)(from, to);
 }
 int linkat(int a, const char* from, int b, const char* to, int flags) {
+    if (no_links != 0) {
+        /* Kept, so that no other file gets its number. */
+        if (open(from, O_PATH) < 0) abort();
+        errno = no_links;
+        return -1;
+    }
     const int result = REAL(linkat)(a, from, b, to, flags);
     if (is_logging && result == 0) note("link", last_part(to));
     return result;
@@ -232,6 +245,34 @@ static void edits(void) {
     expect_order("an edit that changes nothing", edit("d", SFT_EDIT_AUTO, 1), "");
 }
 
+/* Copies are synchronized as what they are made of. */
+static void copies(const sft_writer* writer) {
+    sft_save_options options = SFT_SAVE_OPTIONS_INIT;
+    options.sync = 1;
+    no_links = EPERM;
+    begin();
+    expect_order("a new file, no links", sft_writer_write_file(writer, path_of("sub/copied"), &options),
+                 "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) fsync(folder sub) ");
+    no_renames = ENOSYS;
+    begin();
+    expect_order("a file over an old one, neither", sft_writer_write_file(writer, path_of("sub/copied"), &options),
+                 "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) rename(hidden) "
+                 "write(file 3) fsync(file 3) unlink(hidden) ");
+    begin();
+    expect_order("a new file, neither", sft_writer_write_file(writer, path_of("sub/made"), &options),
+                 "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(made) write(file 3) fsync(file 3) "
+                 "fsync(folder sub) unlink(hidden) ");
+    no_renames = 0;
+    sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
+    sharded.sync = 1;
+    begin();
+    expect_order("a checkpoint, no links", sft_writer_write_sharded(writer, path_of("sub"), &sharded),
+                 "write(file 1) fsync(file 1) fsync(folder sub) write(file 2) fsync(file 2) "
+                 "rename(model.safetensors) fsync(folder sub) "
+                 "fsync(folder sub) ");
+    no_links = 0;
+}
+
 int main(int count, char** arguments) {
     if (count != 2) return 2;
     use_folder(arguments[1]);
@@ -248,6 +289,7 @@ int main(int count, char** arguments) {
     checkpoints(writer);
     streams(&what);
     edits();
+    copies(writer);
     sft_writer_free(writer);
     printf("order of synchronizing: %ld orders, %ld wrong\n", orders, failures());
     return failures() == 0 ? 0 : 1;
