@@ -260,8 +260,8 @@ fn alignment_of(header: &Header) -> u64 {
     (1u64 << header.data_start().trailing_zeros().min(63)).clamp(DEFAULT_ALIGNMENT, MAX_ALIGNMENT)
 }
 
-/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name whose contents would
-/// change too, unless it `must` be.
+/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name whose
+/// contents would change too, unless it `must` be.
 fn writable(path: &Path, before: &fs::Metadata, must: bool) -> Result<Option<File>> {
     let file = match OpenOptions::new()
         .read(true)

@@ -1,8 +1,8 @@
 //! What a commit does on a filesystem that lacks a step of it: a staged file that can be given no name is copied into one
 //! that has one, and a target that cannot be renamed over is overwritten in place.
 //!
-//! A copy of what was synchronized is synchronized too. Owns these two copies, and what of the kernel's refusals leads to the second. `docs/saving.md` has in words who sees what
-//! meanwhile.
+//! Owns these two copies, and which of the kernel's refusals leads to the second. A copy of what was synchronized is
+//! synchronized too. `docs/saving.md` has in words who sees what meanwhile.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek};
@@ -89,7 +89,13 @@ impl AtomicFile {
         {
             // No stray, whatever happens: it may become the only whole copy.
             match staging::set_aside(name, Purpose::Whole) {
-                Ok(name) => self.staging = Staging::Named(name),
+                Ok(name) => {
+                    self.staging = Staging::Named(name);
+                    // Else a loss of power in the middle could take the name of the one whole copy.
+                    if *self.is_synchronized.get_mut() {
+                        staging::sync_directory(&self.target).map_err(|source| fail(&self.path, source))?;
+                    }
+                }
                 Err(error) if cannot_rename(&error, name) => {}
                 Err(error) => return Err(fail(&self.path, error)),
             }
@@ -112,7 +118,7 @@ impl AtomicFile {
         ));
         let is_stray = name.as_os_str().as_encoded_bytes().ends_with(strays::SUFFIX.as_bytes());
         Err(if is_stray {
-            error.with_remedy("copy it within a day, after which a later save removes it")
+            error.with_remedy("copy it from there now: later saves remove files of such names")
         } else {
             error
         })

@@ -2,8 +2,8 @@
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
 //! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what saves
-//! that were killed have left, `filesystem` says whom such a file can belong to, `fallbacks` copies where a link or a rename is impossible, as `docs/saving.md` describes.
-//! Nothing here knows of headers and tensors.
+//! that were killed have left, `filesystem` says whether other machines can have it, `fallbacks` copies where a link or a
+//! rename is impossible, as `docs/saving.md` describes. Nothing here knows of headers and tensors.
 
 mod attributes;
 mod fallbacks;

@@ -141,7 +141,7 @@ static bool is_complete(const char* said) {
     snprintf(copy, sizeof copy, "%s", path + strlen("complete at "));
     copy[strcspn(copy, ";,)\n")] = '\0';
     /* It has a name that no later save takes for a stray, or the error says how long there is. */
-    return (strstr(copy, ".whole") != NULL || strstr(said, "within a day") != NULL) && value_of(copy) == 2;
+    return (strstr(copy, ".whole") != NULL || strstr(said, "copy it from there now") != NULL) && value_of(copy) == 2;
 }
 
 /* Whether what an error leaves is the old file, or another thing that it tells of, and that can be. */

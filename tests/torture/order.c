@@ -257,7 +257,7 @@ static void copies(const sft_writer* writer) {
     begin();
     expect_order("a file over an old one, neither", sft_writer_write_file(writer, path_of("sub/copied"), &options),
                  "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) rename(hidden) "
-                 "write(file 3) fsync(file 3) unlink(hidden) ");
+                 "fsync(folder sub) write(file 3) fsync(file 3) unlink(hidden) ");
     begin();
     expect_order("a new file, neither", sft_writer_write_file(writer, path_of("sub/made"), &options),
                  "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(made) write(file 3) fsync(file 3) "
