@@ -106,11 +106,14 @@ impl Checkpoint {
 
     fn try_open(path: &Path, backend: Backend) -> Attempt<Checkpoint> {
         let is_absent = |error: &Error| error.os_error() == Some(libc::ENOENT);
+        let is_folder = |error: &Error| error.os_error() == Some(libc::EISDIR);
         match locate::locate(path)? {
             Location::File(at) => match TensorFile::open(&at, backend) {
                 Ok(file) => Ok(Checkpoint::of_file(file, at)),
                 // It was in the folder just now.
                 Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
+                // It was none just now: a save has made it.
+                Err(error) if is_folder(&error) && at == path => Err(Failure::Changed),
                 Err(error) => Err(Failure::Final(error)),
             },
             Location::Index(at) => match Index::read(&at) {

@@ -74,6 +74,30 @@ fn so_has_who_opens_the_index() {
 }
 
 #[test]
+fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
+    let (root, begin) = (tempfile::tempdir().expect("a folder"), Instant::now());
+    let (mut round, mut told) = (0, Vec::new());
+    while round < 500 && begin.elapsed() < LIMIT {
+        let at = &root.path().join(round.to_string());
+        let barrier = &Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                barrier.wait();
+                write(at, 1, 1)
+            });
+            barrier.wait();
+            while let Err(error) = whole(at) {
+                // No folder, or an empty one.
+                let nothing = error.os_error() == Some(libc::ENOENT) || error.kind() == ErrorKind::Index;
+                told.extend((!nothing).then(|| error.to_string()));
+            }
+        });
+        round += 1;
+    }
+    assert!(told.is_empty(), "{} in {round} rounds: {:?}", told.len(), told[0]);
+}
+
+#[test]
 fn of_two_saves_at_once_one_stays_whole() {
     for sizes in [[1, 1], [1, 2], [1, 9], [2, 9]] {
         let (folder, begin) = (tempfile::tempdir().expect("a folder"), Instant::now());
