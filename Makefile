@@ -4,8 +4,9 @@
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
-# make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600
+# make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600, Miri
 # make fuzz      every fuzz target of the core, SECONDS=60 each
+# make miri      the core under Miri, where a nightly compiler has it
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
@@ -39,7 +40,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test torture bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
+.PHONY: build demo test torture miri bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
 
 build: library out/python.stamp
 
@@ -156,6 +157,10 @@ test-c: out/core.stamp
 # SECONDS: of the soak; KILLS: of each kind of target.
 torture: out/core.stamp out/python.stamp
 	PYTHON=$(CURDIR)/$(PY) SOAK=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
+	$(MAKE) --no-print-directory miri
+
+miri:
+	tests/rust/miri.sh
 
 TORCH_DIR = $(shell $(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')
 

@@ -48,13 +48,17 @@ pub(super) fn guard_value<T>(fallback: T, body: impl FnOnce() -> T) -> T {
 }
 
 fn panic_error(payload: Box<dyn Any + Send>) -> Error {
-    let said = payload
-        .downcast_ref::<&str>()
-        .map(|text| text.to_string())
-        .or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "it gave no text".to_string());
-    // A payload may be of a type whose destructor panics too, and nothing would catch that.
-    std::mem::forget(payload);
+    let said = match payload.downcast::<&str>() {
+        Ok(text) => text.to_string(),
+        Err(payload) => match payload.downcast::<String>() {
+            Ok(text) => *text,
+            Err(payload) => {
+                // The destructor of another type may panic too, and nothing would catch that.
+                std::mem::forget(payload);
+                "it gave no text".to_string()
+            }
+        },
+    };
     Error::new(ErrorKind::Panic, format!("this is a bug of safetensors_torch, please report it: {said}"))
 }
 
