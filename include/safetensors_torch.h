@@ -80,7 +80,7 @@ enum {
     SFT_ERROR_SLICE = 18,             /**< outside the tensor, of step 0, or splitting a byte */
     SFT_ERROR_BUFFER_SIZE = 19,       /**< a buffer of the wrong size */
     SFT_ERROR_CLOSED = 20,            /**< the file was closed */
-    SFT_ERROR_FILE_CHANGED = 21,      /**< the file became shorter while it was open */
+    SFT_ERROR_FILE_CHANGED = 21,      /**< shorter, replaced or written to while it was open or edited */
     SFT_ERROR_PANIC = 22,             /**< a bug of this library */
     SFT_ERROR_INDEX = 23 /**< an index of a checkpoint that is malformed, names files outside its folder or does
                               not fit its files; a folder that holds no checkpoint, or several */
@@ -328,7 +328,7 @@ typedef struct sft_checkpoint sft_checkpoint;
  * files in it must not lead out of its folder. `options` may be NULL for the defaults, and is for each file.
  * `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
  * Errors: INDEX; DUPLICATE for a name that the index has twice; those of sft_file_open for each file, and for the index
- * IO and FOREIGN_FORMAT. */
+ * IO and FOREIGN_FORMAT; FILE_CHANGED where it is replaced over and over. */
 sft_status sft_checkpoint_open(const char* path, const sft_open_options* options, sft_checkpoint** checkpoint);
 
 /** Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other

@@ -77,7 +77,7 @@ kinds! {
     BufferSize = 19;
     /// The file was closed.
     Closed = 20;
-    /// The file shrank while it was open.
+    /// The file became shorter, was replaced or was written to while it was open or edited.
     FileChanged = 21;
     /// A panic, stopped at the C boundary: a bug of this library.
     Panic = 22;

@@ -121,7 +121,7 @@ statuses! {
     Slice, "SFT_ERROR_SLICE", "the slice does not fit the tensor";
     BufferSize, "SFT_ERROR_BUFFER_SIZE", "the buffer has the wrong size";
     Closed, "SFT_ERROR_CLOSED", "the file is closed";
-    FileChanged, "SFT_ERROR_FILE_CHANGED", "the file became shorter while it was open";
+    FileChanged, "SFT_ERROR_FILE_CHANGED", "the file was changed while it was open or edited";
     Panic, "SFT_ERROR_PANIC", "a bug of this library";
     Index, "SFT_ERROR_INDEX", "the index of the checkpoint does not fit its files";
 }
