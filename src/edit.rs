@@ -1,5 +1,5 @@
-//! Changes the metadata of a file: in place where the new header fits into the old one's bytes, else by writing the file
-//! anew. The tensors stay as they are.
+//! Changes the metadata of a file: in place where the new header fits into the old one's bytes, else by writing the
+//! file anew. The tensors stay as they are.
 //!
 //! `docs/saving.md` has in words who sees what meanwhile. How a file is replaced is the writer's business.
 
@@ -16,7 +16,7 @@ use crate::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_ope
 use crate::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::process::Process;
 use crate::source::{Backend, OpenFile, Source, read_exact_at, shrank};
-use crate::writer::AtomicFile;
+use crate::writer::{AtomicFile, hear_of_writes};
 
 /// The most bytes that are copied before the time is looked at.
 const STEP_BYTES: u64 = 32 << 20;
@@ -204,7 +204,7 @@ impl MetadataEdit {
                 }
             }
         }
-        if let Work::Copy { file, .. } = std::mem::replace(&mut self.work, Work::Nothing) {
+        if let Work::Copy { mut file, .. } = std::mem::replace(&mut self.work, Work::Nothing) {
             let check = |target: &Path| check_unchanged(&self.path, target.symlink_metadata(), &self.before);
             file.commit_if(self.sync, check)?;
         }
@@ -260,8 +260,8 @@ fn alignment_of(header: &Header) -> u64 {
     (1u64 << header.data_start().trailing_zeros().min(63)).clamp(DEFAULT_ALIGNMENT, MAX_ALIGNMENT)
 }
 
-/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name whose
-/// contents would change too, unless it `must` be.
+/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name
+/// whose contents would change too, unless it `must` be.
 fn writable(path: &Path, before: &fs::Metadata, must: bool) -> Result<Option<File>> {
     let file = match OpenOptions::new()
         .read(true)
@@ -297,8 +297,9 @@ fn check_unchanged(path: &Path, now: io::Result<fs::Metadata>, before: &fs::Meta
     }
 }
 
-/// Writes the part of `new` that differs from `old` with one call, and puts `old` back should that fail, or, with `sync`,
-/// should the disk refuse it: left in place, it would be taken for an edit that is done already.
+/// Writes the part of `new` that differs from `old` with one call, and puts `old` back should that fail, or should the
+/// disk, with `sync`, or the filesystem refuse it later: left in place, it would be taken for an edit that is done
+/// already.
 fn write_over(file: &File, path: &Path, old: &[u8], new: &[u8], sync: bool) -> Result<()> {
     let differs = |(index, (old, new)): (usize, (&u8, &u8))| (old != new).then_some(index);
     let mut differences = old.iter().zip(new).enumerate().filter_map(differs);
@@ -307,7 +308,7 @@ fn write_over(file: &File, path: &Path, old: &[u8], new: &[u8], sync: bool) -> R
     let written = file.write_all_at(&new[first..end], first as u64);
     written.map_err(|source| put_back(file, path, old, first..end, source))?;
     let synchronized = if sync { file.sync_all() } else { Ok(()) };
-    synchronized.map_err(|source| {
+    synchronized.and_then(|()| hear_of_writes(file)).map_err(|source| {
         put_back(file, path, old, first..end, source).with_remedy(
             "after a loss of power it may have the new metadata all the same: run the edit again",
         )

@@ -1,6 +1,6 @@
-//! Streams: tensors that are given whole, in parts, or piece by piece, in any order, some of them wrongly. What is taken is
-//! what a mark on every byte says; once all of it is there, the file has the bytes that a save at once writes, and until
-//! then the old file stands.
+//! Streams: tensors that are given whole, in parts, or piece by piece, in any order, some of them wrongly. What is
+//! taken is what a mark on every byte says; once all of it is there, the file has the bytes that a save at once writes,
+//! and until then the old file stands.
 
 use std::fs;
 use std::path::Path;

@@ -33,6 +33,9 @@ use lock::FolderLock;
 /// How often a checkpoint that is replaced meanwhile is opened anew.
 const OPEN_ATTEMPTS: usize = 20;
 
+/// How often an open that finds no checkpoint waits for the save that may be putting one there.
+const MOST_WAITS: usize = 10;
+
 /// An open checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -75,27 +78,27 @@ pub struct TensorPlace {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a folder with either. An index
-    /// is checked against its files: they have the tensors that it lists, where it says, and no others.
+    /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a folder with either. An
+    /// index is checked against its files: they have the tensors that it lists, where it says, and no others.
     ///
     /// In a folder, `model.safetensors` counts first, then `model.safetensors.index.json`, as for Hugging Face's tools,
     /// then the one index or file of another name. A link in a folder may lead out of it; a name in an index may not.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and for
-    /// a folder that holds no checkpoint, or several; [`ErrorKind::FileChanged`] where it is replaced over and over; those
-    /// of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
+    /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and
+    /// for a folder that holds no checkpoint, or several; [`ErrorKind::FileChanged`] where it is replaced over and
+    /// over; those of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
     pub fn open(path: &Path, backend: Backend) -> Result<Checkpoint> {
-        let (mut waited, mut _lock) = (false, None);
+        let mut waits = 0;
         for _ in 0..OPEN_ATTEMPTS {
             match Checkpoint::try_open(path, backend) {
                 Ok(checkpoint) => return Ok(checkpoint),
                 Err(Failure::Changed) => {}
-                Err(Failure::Missing(_)) if !waited => {
-                    // In the moment between two indexes; no save begins as long as this has the lock.
-                    _lock = FolderLock::for_open(folder_of(path));
-                    waited = true;
+                Err(Failure::Missing(_)) if waits < MOST_WAITS => {
+                    // In the moment between two indexes, perhaps. The lock is not kept, so that no number of those who
+                    // look keeps a save from beginning.
+                    waits = FolderLock::for_open(folder_of(path)).map_or(MOST_WAITS, |_| waits + 1);
                 }
                 Err(Failure::Missing(error) | Failure::Final(error)) => return Err(error),
             }
@@ -132,9 +135,9 @@ impl Checkpoint {
         Checkpoint { by_name: sorted_places(&shards), shards, path }
     }
 
-    /// A checkpoint of several files, whose index was read from `file`. A save that replaces it meanwhile takes its index
-    /// away before the first of its files changes, and puts another one in place after the last: if the index is still
-    /// there once all files are open, they belong together.
+    /// A checkpoint of several files, whose index was read from `file`. A save that replaces it meanwhile takes its
+    /// index away before the first of its files changes, and puts another one in place after the last: if the index is
+    /// still there once all files are open, they belong together.
     fn of_index(index: Index, file: &File, path: PathBuf, backend: Backend) -> Attempt<Checkpoint> {
         let opened = Checkpoint::of_files(index, path.clone(), backend);
         // Open for as long as it is compared, so that no other file can have its number.

@@ -80,8 +80,8 @@ pub fn save_sharded(
     writer.commit(options.save.sync)
 }
 
-/// The files of a checkpoint that is being written. Dropped before [`ShardedWriter::commit`], it leaves the folder as it
-/// was.
+/// The files of a checkpoint that is being written. Dropped before [`ShardedWriter::commit`], it leaves the folder as
+/// it was.
 #[derive(Debug)]
 pub struct ShardedWriter {
     /// What the files will be called.
@@ -155,8 +155,8 @@ impl ShardedWriter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced already:
-    /// the error says so. `EWOULDBLOCK` where others have the folder locked for minutes.
+    /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced
+    /// already: the error says so. `EWOULDBLOCK` where others have the folder locked for minutes.
     pub fn commit(mut self, sync: bool) -> Result<Vec<String>> {
         assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
         let names = self.file_names();
@@ -164,8 +164,12 @@ impl ShardedWriter {
             Some(bytes) => Some(self.write_index(bytes)?),
             None => None,
         };
-        if sync {
-            self.complete.iter().chain(&index).try_for_each(AtomicFile::synchronize)?;
+        for file in self.complete.iter().chain(&index) {
+            if sync {
+                file.synchronize()?;
+            }
+            // Filesystems of a network send the bytes now, not while others wait.
+            file.hear_of_writes()?;
         }
         // From here on names change. What is there now may be of a save that has ended since this one began.
         let lock = FolderLock::for_save(&self.folder.path).map_err(with_limit)?;
@@ -177,10 +181,10 @@ impl ShardedWriter {
         if names.len() > 1 && replaces.contains(&true) && self.exists(&self.index_name)? {
             old_index = Aside::new(self.folder.path.join(&self.index_name))?;
         }
-        let mut done = 0;
+        let mut progress = Progress::default();
         let complete = std::mem::take(&mut self.complete);
-        if let Err(error) = self.put_in_place(complete, index, &mut done, sync) {
-            return Err(self.roll_back(error, &replaces[..done], old_index));
+        if let Err(error) = self.put_in_place(complete, index, &mut progress, sync) {
+            return Err(self.roll_back(error, &replaces, &progress, old_index));
         }
         self.folder.keep();
         old_index.discard();
@@ -214,7 +218,8 @@ impl ShardedWriter {
         Ok(names)
     }
 
-    /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be removed.
+    /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be
+    /// removed.
     fn stale(&self) -> Result<Vec<String>> {
         let mut stale = Vec::new();
         for entry in self.folder.entries()? {
@@ -248,20 +253,20 @@ impl ShardedWriter {
         }
     }
 
-    /// Gives the files their names, one after the other, then the index. `done` counts the files. With `sync`, no crash
-    /// can bring about the new index without them, or the old one with them.
+    /// Gives the files their names, one after the other, then the index, and tells how far it came. With `sync`, no
+    /// crash can bring about the new index without them, or the old one with them.
     fn put_in_place(
         &self,
         files: Vec<AtomicFile>,
         index: Option<AtomicFile>,
-        done: &mut usize,
+        progress: &mut Progress,
         sync: bool,
     ) -> Result<()> {
         let synchronize = || if sync { sync_folder(&self.folder.path) } else { Ok(()) };
         synchronize()?;
-        for file in files {
-            file.commit(false)?;
-            *done += 1;
+        for mut file in files {
+            file.try_commit(false).inspect_err(|_| progress.is_torn = file.has_overwritten())?;
+            progress.done += 1;
         }
         let Some(index) = index else { return Ok(()) };
         synchronize()?;
@@ -269,19 +274,19 @@ impl ShardedWriter {
     }
 
     /// After an error during the commit: takes back what can be taken back, and says of the error what state it leaves.
-    /// `done` has for each file that is in place whether it replaced one.
-    fn roll_back(&self, error: Error, done: &[bool], old_index: Aside) -> Error {
-        if done.contains(&true) {
+    /// `replaces` has for each file whether there was one of its name.
+    fn roll_back(&self, error: Error, replaces: &[bool], progress: &Progress, old_index: Aside) -> Error {
+        let done = progress.done;
+        if progress.is_torn || replaces[..done].contains(&true) {
             old_index.discard();
             return error.with_remedy(&format!(
-                "{} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
-                done.len(),
+                "{done} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
                 self.names.len(),
                 self.folder.path.display()
             ));
         }
         let mut failures: Vec<Error> = Vec::new();
-        for name in &self.names[..done.len()] {
+        for name in &self.names[..done] {
             let path = self.folder.path.join(name);
             failures.extend(fs::remove_file(&path).err().map(|source| Error::io("remove", &path, source)));
         }
@@ -290,6 +295,15 @@ impl ShardedWriter {
             error.with_remedy(&format!("and what was there before could not be restored: {failure}"))
         })
     }
+}
+
+/// How far a commit has come.
+#[derive(Debug, Default)]
+struct Progress {
+    /// How many files are in place.
+    done: usize,
+    /// Whether the next one was overwritten in part, as it could not be renamed over.
+    is_torn: bool,
 }
 
 /// A file that was renamed out of the way, if there was one.

@@ -1,5 +1,5 @@
-//! What a commit does on a filesystem that lacks a step of it: a staged file that can be given no name is copied into one
-//! that has one, and a target that cannot be renamed over is overwritten in place.
+//! What a commit does on a filesystem that lacks a step of it: a staged file that can be given no name is copied into
+//! one that has one, and a target that cannot be renamed over is overwritten in place.
 //!
 //! Owns these two copies, and which of the kernel's refusals leads to the second. A copy of what was synchronized is
 //! synchronized too. `docs/saving.md` has in words who sees what meanwhile.
@@ -13,8 +13,8 @@ use super::staging::{self, Purpose, Staging};
 use super::{AtomicFile, attributes, file_copy, hear_of_writes, reserve, strays, sync_directory_of};
 use crate::error::{Error, Result};
 
-/// Whether a rename over `target` that was refused with `error` is one that cannot be done there at all: the target is a
-/// mount point, or the filesystem has no renames. What the process may not do stays an error.
+/// Whether a rename over `target` that was refused with `error` is one that cannot be done there at all: the target is
+/// a mount point, or the filesystem has no renames. What the process may not do stays an error.
 pub(super) fn cannot_rename(error: &io::Error, target: &Path) -> bool {
     match error.raw_os_error() {
         Some(libc::EBUSY | libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL) => true,
@@ -60,8 +60,9 @@ impl AtomicFile {
         hear_of_writes(&self.file)
     }
 
-    /// For a target that cannot be renamed over, as `refusal` says. Its space is there before its first byte changes, and
-    /// should the copy fail all the same, the staged file stays; but for a target that was not there, which goes again.
+    /// For a target that cannot be renamed over, as `refusal` says. Its space is there before its first byte changes,
+    /// and should the copy fail all the same, the staged file stays; but for a target that was not there, which goes
+    /// again.
     pub(super) fn overwrite_in_place(&mut self, refusal: &io::Error, sync: bool) -> Result<()> {
         let fail = |source| Error::io("overwrite", &self.path, source);
         let told = self.file.metadata().map_err(fail)?;
@@ -102,13 +103,18 @@ impl AtomicFile {
         }
         let copied = io::copy(&mut self.file, target).and_then(|_| {
             target.set_len(length)?;
-            if *self.is_synchronized.get_mut() { target.sync_all() } else { Ok(()) }
+            if *self.is_synchronized.get_mut() {
+                target.sync_all()?;
+            }
+            hear_of_writes(target)
         });
         let Err(source) = copied else { return Ok(()) };
         let error = fail(&self.path, source);
-        if is_new {
+        // Where nothing was written, the old contents are still there.
+        if is_new || target.stream_position().is_ok_and(|written| written == 0) {
             return Err(error);
         }
+        self.has_overwritten = true;
         let Staging::Named(name) = std::mem::replace(&mut self.staging, Staging::Direct) else {
             return Err(error);
         };
@@ -125,8 +131,8 @@ impl AtomicFile {
     }
 }
 
-/// The file at `target` for writing, and whether it was made for that, as one like `staged`. What a link there points to is
-/// left alone.
+/// The file at `target` for writing, and whether it was made for that, as one like `staged`. What a link there points
+/// to is left alone.
 fn open_over(target: &Path, staged: &Metadata) -> io::Result<(File, bool)> {
     let mut options = OpenOptions::new();
     options.write(true).mode(staged.mode() & 0o666).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);

@@ -1,9 +1,9 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
 //! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what saves
-//! that were killed have left, `filesystem` says whether other machines can have it, `fallbacks` copies where a link or a
-//! rename is impossible, as `docs/saving.md` describes. Nothing here knows of headers and tensors.
+//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what
+//! saves that were killed have left, `filesystem` says whether other machines can have it, `fallbacks` copies where a
+//! link or a rename is impossible, as `docs/saving.md` describes. Nothing here knows of headers and tensors.
 
 mod attributes;
 mod fallbacks;
@@ -42,6 +42,8 @@ pub struct AtomicFile {
     process: Process,
     /// Whether what was written was put on the disk, as a copy of it will have to be.
     is_synchronized: AtomicBool,
+    /// Whether the target, which could not be renamed over, has lost its old contents.
+    has_overwritten: bool,
 }
 
 impl AtomicFile {
@@ -59,24 +61,15 @@ impl AtomicFile {
             let kind = metadata.file_type();
             if kind.is_fifo() || kind.is_char_device() {
                 let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
-                let path = path.to_path_buf();
-                let (target, process) = (path.clone(), Process::current());
-                return Ok(AtomicFile {
-                    file,
-                    path,
-                    target,
-                    staging: Staging::Direct,
-                    process,
-                    is_synchronized: AtomicBool::default(),
-                });
+                return Ok(AtomicFile::new(file, path, path.to_path_buf(), Staging::Direct));
             }
         }
         let target = staging::follow_links(path).map_err(fail)?;
         AtomicFile::begin(path, target, existing, length)
     }
 
-    /// As [`AtomicFile::create`], for bytes that come in any order: a pipe or a device, which could not take them so, is
-    /// refused.
+    /// As [`AtomicFile::create`], for bytes that come in any order: a pipe or a device, which could not take them so,
+    /// is refused.
     ///
     /// # Errors
     ///
@@ -103,6 +96,18 @@ impl AtomicFile {
         AtomicFile::begin(path, path.to_path_buf(), existing, length)
     }
 
+    fn new(file: File, path: &Path, target: PathBuf, staging: Staging) -> AtomicFile {
+        AtomicFile {
+            file,
+            path: path.to_path_buf(),
+            target,
+            staging,
+            process: Process::current(),
+            is_synchronized: AtomicBool::default(),
+            has_overwritten: false,
+        }
+    }
+
     /// Begins the file that will be at `target`, where there is `existing` now.
     fn begin(path: &Path, target: PathBuf, existing: Option<Metadata>, length: u64) -> Result<AtomicFile> {
         let fail = |source| Error::io("create", path, source);
@@ -113,9 +118,7 @@ impl AtomicFile {
         let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
         strays::clear(staging::directory_of(&target), &file);
         // From here on, dropping `staged` removes what was staged.
-        let process = Process::current();
-        let is_synchronized = AtomicBool::default();
-        let staged = AtomicFile { file, path: path.to_path_buf(), target, staging, process, is_synchronized };
+        let staged = AtomicFile::new(file, path, target, staging);
         if let Some(metadata) = &existing {
             attributes::take_over(&staged.file, metadata).map_err(fail)?;
         }
@@ -175,6 +178,15 @@ impl AtomicFile {
         Ok(())
     }
 
+    /// Asks whether the filesystem has taken what was written, as [`AtomicFile::commit`] does too.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn hear_of_writes(&self) -> Result<()> {
+        hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))
+    }
+
     /// Puts the file where the target was. With `sync`, returns once file and directory entry are on the disk.
     ///
     /// # Errors
@@ -183,13 +195,23 @@ impl AtomicFile {
     /// overwritten in place, and that failed half-way (the error then names the complete new file); or all is done
     /// but for the directory entry, which could not be synchronized. And
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
-    pub fn commit(self, sync: bool) -> Result<()> {
+    pub fn commit(mut self, sync: bool) -> Result<()> {
+        self.try_commit(sync)
+    }
+
+    /// As [`AtomicFile::commit`], once; afterwards [`AtomicFile::has_overwritten`] tells more.
+    pub(crate) fn try_commit(&mut self, sync: bool) -> Result<()> {
         self.commit_if(sync, |_| Ok(()))
     }
 
-    /// As [`AtomicFile::commit`], unless `check` has an error for what is at the target in the moment before the file is
-    /// put there; it is given the target, which is no symbolic link, and may be called twice.
-    pub(crate) fn commit_if(mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
+    /// Whether a commit that failed took the target's old contents, as it could not be renamed over.
+    pub(crate) fn has_overwritten(&self) -> bool {
+        self.has_overwritten
+    }
+
+    /// As [`AtomicFile::commit`], unless `check` has an error for what is at the target in the moment before the file
+    /// is put there; it is given the target, which is no symbolic link, and may be called twice.
+    pub(crate) fn commit_if(&mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
         self.check_process()?;
         if matches!(self.staging, Staging::Direct) {
             return Ok(());
@@ -197,7 +219,7 @@ impl AtomicFile {
         if sync {
             self.synchronize()?;
         }
-        hear_of_writes(&self.file).map_err(|source| Error::io("write", &self.path, source))?;
+        self.hear_of_writes()?;
         match self.put_in_place(check)? {
             Some(refusal) => self.overwrite_in_place(&refusal, sync),
             None if sync => sync_directory_of(&self.path, &self.target),
@@ -256,9 +278,9 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Asks whether the filesystem has taken what was written: some, as those of a network, only say so when a descriptor is
-/// closed, which has to be another one here, as the file gets its name by its own.
-fn hear_of_writes(file: &File) -> io::Result<()> {
+/// Asks whether the filesystem has taken what was written: some, as those of a network, only say so when a descriptor
+/// is closed, which has to be another one here, as the file gets its name by its own.
+pub(crate) fn hear_of_writes(file: &File) -> io::Result<()> {
     let descriptor = file.try_clone()?.into_raw_fd();
     // SAFETY: the descriptor was made above, and nothing else has it.
     match unsafe { libc::close(descriptor) } {
@@ -303,8 +325,8 @@ fn is_full(outcome: &io::Result<()>) -> bool {
     outcome.as_ref().is_err_and(|error| error.raw_os_error().is_some_and(|number| full.contains(&number)))
 }
 
-/// What is at a `path` that can be one of a file, links followed: asked of the path itself, as the links under /proc that
-/// name a pipe lead to no path.
+/// What is at a `path` that can be one of a file, links followed: asked of the path itself, as the links under /proc
+/// that name a pipe lead to no path.
 fn look(path: &Path) -> Result<Option<Metadata>> {
     if path.as_os_str().as_bytes().contains(&0) {
         return Err(bad_path(path));
@@ -335,8 +357,9 @@ mod tests {
         let (target, name) = (folder.path().join("target"), folder.path().join("staged"));
         let file = File::create(&name).expect("a file");
         let staging = Staging::Named(name.clone());
-        let is_synchronized = AtomicBool::default();
-        (AtomicFile { file, path: target.clone(), target, staging, process, is_synchronized }, name)
+        let mut begun = AtomicFile::new(file, &target.clone(), target, staging);
+        begun.process = process;
+        (begun, name)
     }
 
     #[test]

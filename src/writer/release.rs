@@ -20,7 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How many files are being closed.
 static CLOSING: Closing = Closing(AtomicU64::new(0));
 
-/// A number of files, and in the upper half the process that closes them: a fork inherits the number, but not the threads.
+/// A number of files, and in the upper half the process that closes them: a fork inherits the number, but not the
+/// threads.
 struct Closing(AtomicU64);
 
 impl Closing {
@@ -52,8 +53,8 @@ impl Closing {
     }
 }
 
-/// The file at `target`, if there is a large one that nobody else keeps, on a filesystem that frees a file when it is closed:
-/// NFS, for instance, would have to give it another name in the folder. Needs no right to read it.
+/// The file at `target`, if there is a large one that nobody else keeps, on a filesystem that frees a file when it is
+/// closed: NFS, for instance, would have to give it another name in the folder. Needs no right to read it.
 pub(super) fn hold(target: &Path) -> Option<File> {
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;

@@ -1,10 +1,10 @@
 //! Removes what saves that were killed have left in a folder: staged files that belong to nobody any more.
 //!
-//! A staged file with a name is locked (`flock`) for as long as it is one, and the kernel gives the lock back however its
-//! process ends. So a file whose lock can be taken has no owner, be it in another container; it is left for a moment all
-//! the same, as it gets its lock just after its name. Filesystems that several machines share may keep locks to one of
-//! them: there a file must have been left alone for a day too, by the clock of the filesystem, and its process be gone.
-//! Where there are no locks at all, nothing is removed.
+//! A staged file with a name is locked (`flock`) for as long as it is one, and the kernel gives the lock back however
+//! its process ends. So a file whose lock can be taken has no owner, be it in another container. It must have been left
+//! alone for an hour all the same, by the clock of the filesystem, as a machine that has the folder through this one
+//! (an export, a shared folder) may keep its locks to itself. On filesystems that machines share it must be a day, and
+//! its process be gone. Where there are no locks at all, nothing is removed.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions};
@@ -31,8 +31,8 @@ struct Rule {
     interval: i64,
 }
 
-/// Where every process that can have the file sees its lock.
-const LOCAL: Rule = Rule { abandoned_after: 60, process_is_gone: false, interval: 60 };
+/// Where the processes of one machine have the file, in containers perhaps, which all begin with the same numbers.
+const LOCAL: Rule = Rule { abandoned_after: 60 * 60, process_is_gone: false, interval: 60 };
 
 const SHARED: Rule = Rule { abandoned_after: 24 * 60 * 60, process_is_gone: true, interval: 60 * 60 };
 
@@ -59,8 +59,8 @@ fn flock(file: &File, operation: libc::c_int) -> bool {
     unsafe { libc::flock(file.as_raw_fd(), operation) == 0 }
 }
 
-/// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so just now. What cannot
-/// be looked at or removed stays.
+/// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so just now. What
+/// cannot be looked at or removed stays.
 pub(super) fn clear(folder: &Path, staged: &File) {
     let Ok(own) = staged.metadata() else { return };
     // Held by another thread, or by one that a fork has left behind: next time.
@@ -176,21 +176,21 @@ mod tests {
 
         let own = fs::metadata(&stray).expect("there");
         let clear_after = |seconds, uid, rule| clear_at(folder.path(), own.ctime() + seconds, uid, rule);
-        clear_after(SHARED.abandoned_after - 1, own.uid(), SHARED);
-        clear_after(LOCAL.abandoned_after - 1, own.uid(), LOCAL);
-        clear_after(SHARED.abandoned_after + 1, own.uid() + 1, LOCAL);
+        clear_after(SHARED.abandoned_after - 60, own.uid(), SHARED);
+        clear_after(LOCAL.abandoned_after - 60, own.uid(), LOCAL);
+        clear_after(SHARED.abandoned_after + 60, own.uid() + 1, LOCAL);
         assert!(stray.exists(), "too young, or another's");
-        clear_after(SHARED.abandoned_after + 1, own.uid(), SHARED);
+        clear_after(SHARED.abandoned_after + 60, own.uid(), SHARED);
         assert!(!stray.exists() && !read_only.exists());
         assert!(locked.exists() && link.is_symlink() && inner.is_dir());
         assert!(others.iter().all(|path| path.exists()));
 
         disclaim(&owner);
-        clear_after(SHARED.abandoned_after + 1, own.uid(), SHARED);
+        clear_after(SHARED.abandoned_after + 60, own.uid(), SHARED);
         assert!(!locked.exists());
 
         // In a container every process may have the same number, from one start to the next.
-        clear_after(LOCAL.abandoned_after + 1, own.uid(), LOCAL);
+        clear_after(LOCAL.abandoned_after + 60, own.uid(), LOCAL);
         let (of_a_number, rest) = others.split_at(2);
         assert!(of_a_number.iter().all(|path| !path.exists()));
         assert!(rest.iter().all(|path| path.exists()) && link.is_symlink() && inner.is_dir());

@@ -68,14 +68,20 @@ void inject_always(const char* name, int error) {
     }
 }
 
-/* Whether this call of `name` is to fail; errno is set then. */
-static bool fails(const char* name) {
-    if (!armed) return false;
-    for (size_t i = 0; i < ALWAYS && always[i].name != NULL; i++) {
+/* Whether every call of `name` fails; errno is set then. */
+static bool is_always(const char* name) {
+    for (size_t i = 0; armed && i < ALWAYS && always[i].name != NULL; i++) {
         if (strcmp(always[i].name, name) != 0) continue;
         errno = always[i].error;
         return true;
     }
+    return false;
+}
+
+/* Whether this call of `name` is to fail; errno is set then. */
+static bool fails(const char* name) {
+    if (!armed) return false;
+    if (is_always(name)) return true;
     calls++;
     if (calls == chosen) {
         failed = name;
@@ -235,6 +241,7 @@ int linkat(int from_folder, const char* from, int to_folder, const char* to, int
 int rename(const char* from, const char* to) {
     /* Where a target cannot be renamed over, a hidden file beside it can be renamed all the same. */
     if (fails(is_hidden(to) ? "rename to a hidden name" : "rename")) return -1;
+    if (!is_hidden(to) && access(to, F_OK) == 0 && is_always("rename over a file")) return -1;
     return note_name(to, REAL(rename)(from, to));
 }
 

@@ -29,7 +29,8 @@ const char* inject_failed_again(void);
 /* Whether something got a name that is not hidden, or bytes in a file that has one, before the fault. */
 bool inject_had_changed(void);
 
-/* Fails every call of this name too, with `error`, from inject_arm on; NULL for none any more. Not counted. */
+/* Fails every call of this name too, with `error`, from inject_arm on; NULL for none any more. Not counted. "rename
+ * over a file" is one to a name that is not free. */
 void inject_always(const char* name, int error);
 
 #endif

@@ -22,8 +22,9 @@ def tree(*options: str, manifest: str = "Cargo.toml") -> dict[str, str]:
     if shutil.which("cargo") is None:
         pytest.skip("needs cargo, which knows what a build takes")
     command = ["cargo", "tree", "--locked", "--manifest-path", ROOT / manifest, "--prefix", "none"]
-    out = subprocess.run([*command, "--format", "{p}|{l}", *options], check=True, capture_output=True, text=True).stdout
-    lines = (line.removesuffix(" (*)").split("|") for line in out.splitlines() if "|" in line)
+    done = subprocess.run([*command, "--format", "{p}|{l}", *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (line.removesuffix(" (*)").split("|") for line in done.stdout.splitlines() if "|" in line)
     return {package.split(" ")[0]: licence for package, licence in lines}
 
 

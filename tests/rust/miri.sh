@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The core under Miri, which sees undefined behaviour that leaves no trace: uninitialized bytes that are read, references
-# that must not exist, pointers that lost what they point into.
+# The core under Miri, which sees undefined behaviour that leaves no trace: uninitialized bytes that are read,
+# references that must not exist, pointers that lost what they point into.
 #
 #     rustup component add --toolchain nightly miri rust-src
 #     tests/rust/miri.sh
 #
-# Only nightly compilers have Miri. It runs what needs nothing of the kernel but plain files: the unit tests, those of the
-# format, and the corpus of the fuzz targets that work in memory, the C functions among them, with the shared vectors. It
-# has neither mappings of files nor files without a name, nor the calls that ask for or advise on pages.
+# Only nightly compilers have Miri. It runs what needs nothing of the kernel but plain files: the unit tests, those of
+# the format, and the corpus of the fuzz targets that work in memory, the C functions among them, with the shared
+# vectors. It has neither mappings of files nor files without a name, nor the calls that ask for or advise on pages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if ! cargo +nightly miri --version >/dev/null 2>&1; then

@@ -174,7 +174,7 @@ static void strays_of_the_dead(const char* name, bool unnamed, bool shared) {
     const struct {
         long ahead;
         int left;
-    } here[] = {{0, 5}, {MINUTE - 10, 5}, {3 * MINUTE, 3}, {3 * MINUTE + 30, 3}, {5 * MINUTE, 2}},
+    } here[] = {{0, 5}, {HOUR - 2 * MINUTE, 5}, {2 * HOUR, 3}, {2 * HOUR + 30, 3}, {3 * HOUR, 2}},
       elsewhere[] = {{0, 5}, {DAY - HOUR / 2, 5}, {2 * DAY, 4}, {2 * DAY + HOUR / 2, 4}, {4 * DAY, 3}};
     for (size_t i = 0; i < sizeof here / sizeof *here; i++) {
         if (i == 3) close(locked);
