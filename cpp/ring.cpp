@@ -40,15 +40,19 @@ int64_t from_environment(const char* name, int64_t otherwise) {
     return value;
 }
 
-// Without a lock, which a process that is forked at the wrong moment would find locked for ever.
-struct Options {
-    std::atomic<int64_t> ring_bytes;
-    std::atomic<int64_t> threads;
-};
+// Options in one word, so that nobody sees those of two threads mixed: the number of threads is in the lower bits.
+constexpr int kThreadsBits = 16;
+constexpr int64_t kMostThreads = (int64_t(1) << kThreadsBits) - 1;
+constexpr int64_t kMostRingBytes = (int64_t(1) << (63 - kThreadsBits)) - 1;
 
-Options& options() {
-    static Options options{{from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes)},
-                           {from_environment("SAFETENSORS_TORCH_THREADS", 0)}};
+int64_t packed(const TransferOptions& options) {
+    return std::min(options.ring_bytes, kMostRingBytes) << kThreadsBits | std::min(options.threads, kMostThreads);
+}
+
+// Without a lock, which a process that is forked at the wrong moment would find locked for ever.
+std::atomic<int64_t>& options() {
+    static std::atomic<int64_t> options{packed({from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes),
+                                                from_environment("SAFETENSORS_TORCH_THREADS", 0)})};
     return options;
 }
 
@@ -65,8 +69,8 @@ void wait_for(const Slab& slab) {
 }  // namespace
 
 TransferOptions transfer_options() {
-    const Options& now = options();
-    return {now.ring_bytes, now.threads};
+    const int64_t now = options();
+    return {now >> kThreadsBits, now & kMostThreads};
 }
 
 void set_transfer_options(TransferOptions chosen) {
@@ -74,8 +78,7 @@ void set_transfer_options(TransferOptions chosen) {
         fail(Kind::value, "ring_bytes and threads must not be negative, but are " + std::to_string(chosen.ring_bytes) +
                               " and " + std::to_string(chosen.threads));
     }
-    options().ring_bytes = chosen.ring_bytes;
-    options().threads = chosen.threads;
+    options() = packed(chosen);
     Ring::of_process().trim();
 }
 

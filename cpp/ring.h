@@ -40,7 +40,7 @@ struct TransferOptions {
 // Those of SAFETENSORS_TORCH_RING_BYTES and SAFETENSORS_TORCH_THREADS until others are set.
 TransferOptions transfer_options();
 
-// Takes effect with the next transfer. Fails for negative numbers.
+// Takes effect with the next transfer. Fails for negative numbers; more than 128 TiB, or 65,535 threads, are as many.
 void set_transfer_options(TransferOptions options);
 
 // The slabs of the process: those in use, and those that wait for the next transfer.

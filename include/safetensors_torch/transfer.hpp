@@ -20,7 +20,8 @@ inline TransferOptions transfer_options() {
     return {ring_bytes, threads};
 }
 
-/// Sets what transfers may use, from the next load or save on. Throws Error for negative numbers.
+/// Sets what transfers may use, from the next load or save on; more than 128 TiB, or 65,535 threads, count as
+/// so many. Throws Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
     static const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
     detail::call(op, options.ring_bytes, options.threads);

@@ -1,5 +1,7 @@
 // What a load or a save can be asked for beside the file: dtype, names, progress; and what transfers may use.
 
+#include <limits>
+
 #include "support.h"
 
 using namespace support;
@@ -113,6 +115,10 @@ TEST(transfer_options_can_be_set) {
     EXPECT_HAS(ERROR_OF(st::set_transfer_options({-1, 0})), "must not be negative");
     EXPECT_HAS(ERROR_OF(st::set_transfer_options({0, -1})), "must not be negative");
     EXPECT(st::transfer_options().threads == 3);
+    const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+    st::set_transfer_options({most, most});
+    EXPECT_EQ(st::transfer_options().ring_bytes, (std::int64_t(128) << 40) - 1);
+    EXPECT_EQ(st::transfer_options().threads, 65535);
     st::set_transfer_options(before);
     if (!at::hasCUDA()) {
         EXPECT(st::reserve_transfer_memory(8 << 20) == 0);
