@@ -14,6 +14,7 @@ mod edit;
 mod error;
 mod feed;
 mod file;
+mod flock;
 mod header;
 mod json;
 mod layout;

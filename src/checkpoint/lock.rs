@@ -6,13 +6,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::is_at;
 use crate::error::{Error, Result};
+use crate::flock::flock;
 
 /// How long a save waits for others: longer than a commit takes that gives names to many files on a slow disk.
 const SAVE_WAIT: Duration = Duration::from_secs(300);
@@ -99,14 +99,6 @@ fn refused(folder: &Path, source: io::Error) -> Error {
 fn has_no_locks(error: &io::Error) -> bool {
     let answers = [libc::ENOLCK, libc::EOPNOTSUPP, libc::EINVAL, libc::EBADF, libc::ENOSYS, libc::EPERM];
     error.raw_os_error().is_some_and(|number| answers.contains(&number))
-}
-
-fn flock(file: &File, operation: libc::c_int) -> io::Result<()> {
-    // SAFETY: a call without pointers on a descriptor that `file` keeps open.
-    match unsafe { libc::flock(file.as_raw_fd(), operation) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

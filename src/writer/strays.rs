@@ -9,12 +9,12 @@
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex};
 
 use super::filesystem::is_local;
+use crate::flock::flock;
 
 /// What the names of staged files begin with, ahead of process and number, and how they end.
 pub(super) const PREFIX: &str = ".safetensors-";
@@ -45,18 +45,13 @@ static LOOKED: LazyLock<Mutex<HashMap<PathBuf, Range<i64>>>> = LazyLock::new(Mut
 /// Has others see that `file`, which has a name or will get one, belongs to this process.
 pub(super) fn claim(file: &File) {
     // Without locks on its filesystem nobody can take it for a stray.
-    flock(file, libc::LOCK_EX | libc::LOCK_NB);
+    let _ = flock(file, libc::LOCK_EX | libc::LOCK_NB);
 }
 
 /// Ends what [`claim`] began, for copies of the descriptor too that a fork has made.
 pub(super) fn disclaim(file: &File) {
-    flock(file, libc::LOCK_UN);
-}
-
-/// Whether the lock was changed.
-fn flock(file: &File, operation: libc::c_int) -> bool {
-    // SAFETY: a call without pointers on a descriptor that `file` keeps open.
-    unsafe { libc::flock(file.as_raw_fd(), operation) == 0 }
+    // Where there are no locks there is none to give back.
+    let _ = flock(file, libc::LOCK_UN);
 }
 
 /// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so just now. What
@@ -117,7 +112,7 @@ fn remove_abandoned(path: &Path, since: i64, uid: u32) {
     };
     // NFS locks only what is open for writing; other filesystems also a file that may only be read.
     let Ok(file) = open(true).or_else(|_| open(false)) else { return };
-    if !flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+    if flock(&file, libc::LOCK_EX | libc::LOCK_NB).is_err() {
         return;
     }
     // The name may have gone to another file meanwhile. From here on it cannot, as who removes it needs the lock.
