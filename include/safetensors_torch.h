@@ -76,7 +76,8 @@ enum {
     SFT_ERROR_DATA_LENGTH = 14,       /**< bytes missing after, or left over behind, the last tensor */
     SFT_ERROR_TENSOR_NOT_FOUND = 15,  /**< no tensor of that name */
     SFT_ERROR_RESERVED_NAME = 16,     /**< a tensor called `__metadata__` */
-    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /**< a dtype number that no SFT_DTYPE_ constant has */
+    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /**< a dtype number that no SFT_DTYPE_ constant has; on a big-endian machine, a
+                                           dtype of several bytes */
     SFT_ERROR_SLICE = 18,             /**< outside the tensor, of step 0, or splitting a byte */
     SFT_ERROR_BUFFER_SIZE = 19,       /**< a buffer of the wrong size */
     SFT_ERROR_CLOSED = 20,            /**< the file was closed */
@@ -108,7 +109,8 @@ int32_t sft_last_os_error(void);
 /** One of the SFT_DTYPE_ numbers; more of them may come. */
 typedef uint32_t sft_dtype;
 
-/** Every element type. Elements are little-endian. */
+/** Every element type. Elements are little-endian: big-endian machines can open and write only files whose elements
+ * have one byte at most. */
 enum {
     SFT_DTYPE_BOOL = 0,         /**< a byte, 0 or 1 */
     SFT_DTYPE_F4 = 1,           /**< 4-bit float (e2m1), two to a byte */

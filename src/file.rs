@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::byte_order;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::memory::Memory;
@@ -32,6 +33,12 @@ pub struct TensorFile {
     path: Option<PathBuf>,
 }
 
+/// The header, if this machine has the byte order of the elements.
+fn native(header: Header) -> Result<Header> {
+    byte_order::check(header.iter().map(|tensor| (tensor.name, tensor.dtype)))?;
+    Ok(header)
+}
+
 impl TensorFile {
     /// Opens the file at `path`, reads its header, and checks it against the file's length. The header is read even
     /// where the data is mapped.
@@ -39,7 +46,8 @@ impl TensorFile {
     /// # Errors
     ///
     /// [`ErrorKind::Io`] where the file cannot be opened, read or mapped; the kinds from
-    /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for.
+    /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for;
+    /// [`ErrorKind::UnsupportedDtype`] on a big-endian machine, for elements of several bytes.
     pub fn open(path: &Path, backend: Backend) -> Result<TensorFile> {
         let (file, length) = open_regular(path)?;
         let header = {
@@ -48,7 +56,7 @@ impl TensorFile {
             let header_length = Header::length(&start, length).map_err(|error| error.in_file(path))?;
             let mut json = vec![0; header_length as usize];
             read_exact_at(&file, path, &mut json, LENGTH_BYTES)?;
-            Header::parse(&json, length).map_err(|error| error.in_file(path))?
+            Header::parse(&json, length).and_then(native).map_err(|error| error.in_file(path))?
         };
         let file = OpenFile { file, path: path.to_path_buf() };
         let source = match backend {
@@ -78,7 +86,7 @@ impl TensorFile {
         let header_length = Header::length(bytes, length as u64)?;
         // A copy: should somebody write to the bytes all the same, what was checked is still what is parsed.
         let json = bytes[LENGTH_BYTES as usize..][..header_length as usize].to_vec();
-        let header = Header::parse(&json, length as u64)?;
+        let header = native(Header::parse(&json, length as u64)?)?;
         // SAFETY: as the caller promised.
         let source = unsafe { Source::borrowed(start, length) };
         Ok(TensorFile { header, source, path: None })

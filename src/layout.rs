@@ -2,6 +2,7 @@
 //!
 //! Writes nothing itself; the writer and the serializers follow the plan that is made here.
 
+use crate::byte_order;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{METADATA_KEY, Metadata, TensorEntry, encode, tensor_bytes};
@@ -49,13 +50,15 @@ impl Layout {
     ///
     /// [`ErrorKind::ReservedName`], [`ErrorKind::Duplicate`], [`ErrorKind::ShapeOverflow`],
     /// [`ErrorKind::SizeMismatch`] (elements that end in the middle of a byte), [`ErrorKind::HeaderTooLarge`], and
-    /// [`ErrorKind::InvalidArgument`] where `alignment` is not a power of two from 8 to [`MAX_ALIGNMENT`].
+    /// [`ErrorKind::InvalidArgument`] where `alignment` is not a power of two from 8 to [`MAX_ALIGNMENT`];
+    /// [`ErrorKind::UnsupportedDtype`] on a big-endian machine, for elements of several bytes.
     pub fn plan(tensors: &[TensorSpec<'_>], metadata: Option<&Metadata>, alignment: u64) -> Result<Layout> {
         if !alignment.is_power_of_two() || !(DEFAULT_ALIGNMENT..=MAX_ALIGNMENT).contains(&alignment) {
             let detail =
                 format!("alignment {alignment}: give a power of two from 8 to {MAX_ALIGNMENT} bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
+        byte_order::check(tensors.iter().map(|tensor| (tensor.name, tensor.dtype)))?;
         let mut sorted = check_names(tensors)?;
         // Stable: those of one dtype stay sorted by name.
         sorted.sort_by_key(|&index| tensors[index].dtype.layout_rank());

@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 mod available;
+mod byte_order;
 pub mod capi;
 mod checkpoint;
 mod copy;
