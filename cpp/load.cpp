@@ -30,9 +30,11 @@ void* as_context(const T* owner) {
     return const_cast<T*>(owner);
 }
 
-// Where the file's memory can be lent to the tensor at `index`, its address, else null.
-uint8_t* lendable(const core::File& file, const Lender& lender, size_t index) {
-    return lender.lends && file.nbytes(index) != 0 ? file.shareable(index) : nullptr;
+// Where the file's memory can be lent to the tensor at `index`, its address, else null. Kernels want elements at
+// multiples of their size: torch's complex64 at 8, where C's is content with 4.
+uint8_t* lendable(const core::File& file, const Lender& lender, size_t index, c10::ScalarType type) {
+    uint8_t* data = lender.lends && file.nbytes(index) != 0 ? file.data(index) : nullptr;
+    return reinterpret_cast<uintptr_t>(data) % c10::elementSize(type) == 0 ? data : nullptr;
 }
 
 // A pointer into the file's memory, which keeps that memory alive.
@@ -116,7 +118,7 @@ Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Targ
         }
         if (!target_.device.is_cpu() || type != stored) {
             set_aside(i, stored, type, shape);
-        } else if (core_file.nbytes(indices_[i]) != 0 && lendable(core_file, lender_, indices_[i]) == nullptr) {
+        } else if (core_file.nbytes(indices_[i]) != 0 && lendable(core_file, lender_, indices_[i], stored) == nullptr) {
             places_.resize(indices_.size(), kLent);
             places_[i] = to_read.size();
             to_read.push_back(indices_[i]);
@@ -201,7 +203,7 @@ at::Tensor Loader::tensor(size_t i) const {
         return load_tensor(file_, lender_, index, at::kCPU).to(target_.device).to(type);
     }
     if (places_.empty() || places_[i] == kLent) {
-        return over(lend(file, lender_, lendable(file, lender_, index)), nbytes, type, shape, nullptr);
+        return over(lend(file, lender_, lendable(file, lender_, index, stored)), nbytes, type, shape, nullptr);
     }
     const core::Loading& loading = **loading_;
     c10::DataPtr data(loading.data(places_[i]), as_context(loading.share(places_[i])), &release_block, c10::kCPU);

@@ -126,8 +126,8 @@ mod ffi {
         fn has_metadata(self: &File) -> bool;
         fn metadata(self: &File) -> Vec<Entry>;
 
-        /// The tensor's bytes where they are in memory and aligned to its dtype, else null.
-        fn shareable(self: &File, index: usize) -> *mut u8;
+        /// The tensor's bytes if they are in memory, else null. They may be at any address.
+        fn data(self: &File, index: usize) -> *mut u8;
         /// Keeps the mapping alive until `release_mapping`; for a file with the mmap backend.
         fn share_mapping(self: &File) -> *const Mapping;
         /// Brings the pages of a mapping in: before this returns, or in the background.

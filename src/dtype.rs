@@ -106,16 +106,6 @@ impl Dtype {
         };
         RANKS[self as usize]
     }
-
-    /// How an address must be aligned for this dtype, in bytes.
-    pub const fn alignment(self) -> usize {
-        match self {
-            // A complex number is aligned as its parts are.
-            Dtype::C64 => 4,
-            _ if self.bits() < 8 => 1,
-            _ => (self.bits() / 8) as usize,
-        }
-    }
 }
 
 impl fmt::Display for Dtype {

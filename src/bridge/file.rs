@@ -87,12 +87,8 @@ impl File {
         self.0.byte_range(&self.info(index)).start
     }
 
-    pub fn shareable(&self, index: usize) -> *mut u8 {
-        let tensor = self.info(index);
-        match self.0.data_ptr(&tensor) {
-            Some(data) if data.addr() % tensor.dtype.alignment() == 0 => data.cast_mut(),
-            _ => std::ptr::null_mut(),
-        }
+    pub fn data(&self, index: usize) -> *mut u8 {
+        self.0.data_ptr(&self.info(index)).map_or(std::ptr::null_mut(), <*const u8>::cast_mut)
     }
 
     pub fn share_mapping(&self) -> *const Mapping {
