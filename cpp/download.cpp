@@ -10,6 +10,7 @@
 
 #include "cpp/alias.h"
 #include "cpp/error.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 namespace {
@@ -23,18 +24,22 @@ constexpr size_t kMostSlabs = 8;
 // How long to sleep where the device has not come so far yet.
 constexpr auto kPoll = std::chrono::microseconds(20);
 
-bool is_verbatim(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
+// Whether the bytes to be written are in memory somewhere, one behind the other.
+bool is_verbatim(const at::Tensor& tensor) {
+    return !tensor.is_conj() && !tensor.is_neg() && !tensor._is_zerotensor() && tensor.is_contiguous();
+}
 
 // Whether the bytes to be written are those that the tensor has in host memory.
 bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbatim(tensor); }
 
 // Whether they are those that it has in a device's memory.
-bool is_on_device(const at::Tensor& tensor) {
-    return !tensor.is_cpu() && is_verbatim(tensor) && tensor.storage().data() != nullptr;
-}
+bool is_on_device(const at::Tensor& tensor) { return !tensor.is_cpu() && is_verbatim(tensor) && has_memory(tensor); }
 
-// The values of a tensor, copied to host memory.
-at::Tensor to_host(const at::Tensor& tensor) { return tensor.to(at::kCPU).resolve_conj().resolve_neg().contiguous(); }
+// The values of a tensor, copied to host memory. A clone gives a zero tensor memory.
+at::Tensor to_host(const at::Tensor& tensor) {
+    const at::Tensor source = tensor._is_zerotensor() ? tensor.clone() : tensor;
+    return source.to(at::kCPU).resolve_conj().resolve_neg().contiguous();
+}
 
 [[noreturn]] void explain(const c10::Error& error, const std::string& name, c10::Device device) {
     const std::string text =

@@ -19,4 +19,5 @@
 #include "cpp/save_sharded.cpp"
 #include "cpp/shared.cpp"
 #include "cpp/stream_writer.cpp"
+#include "cpp/tensor_memory.cpp"
 #include "cpp/upload.cpp"

@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/copy.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <map>
@@ -81,16 +82,28 @@ void check_names(const Mismatch& mismatch, const std::string& class_name) {
     fail(Kind::runtime, text);
 }
 
-// Torch refuses to copy into an expanded tensor, whose elements share memory with each other.
+// What torch refuses to copy into, and storages that are too small, which it does not look at.
 template <typename Matches>
 void check_destinations(const Matches& matches, const std::string& class_name) {
     for (const auto& match : matches) {
-        if (at::has_internal_overlap(match.destination) == at::MemOverlap::Yes) {
-            fail(Kind::runtime,
-                 heading(class_name) + "\n\t" + match.name +
-                     " is expanded: several of its elements are one place in memory, so that nothing can "
-                     "be loaded into it. Give it memory of its own with `.clone()`.");
+        const at::Tensor& tensor = match.destination;
+        const auto refuse = [&](const char* why) {
+            fail(Kind::runtime, heading(class_name) + "\n\t" + match.name + " " + why);
+        };
+        if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
+            refuse(
+                "is expanded: several of its elements are one place in memory, so that nothing can be loaded into it. "
+                "Give it memory of its own with `.clone()`.");
         }
+        if (tensor._is_zerotensor()) {
+            refuse("is a zero tensor, which is immutable. Give it memory of its own with `.clone()`.");
+        }
+        if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
+            refuse(
+                "is an inference tensor: in-place updates outside InferenceMode are not allowed. Load the model within "
+                "InferenceMode, or `.clone()` the tensor outside of it.");
+        }
+        check_whole(match.name, tensor);
     }
 }
 
@@ -171,11 +184,14 @@ void StateLoader::plan(bool aliased) {
         const size_t index = match.place.index;
         const uint64_t nbytes = file.nbytes(index);
         total_ += nbytes;
+        if (has_memory(tensor)) {
+            // Memory that is shared until it is written to is parted here, on the caller's stream.
+            tensor.mutable_data_ptr();
+        }
+        memory_.emplace_back(tensor);
         if (aliased || !takes_bytes(match)) {
             rest_.push_back(match);
         } else if (!tensor.is_cpu()) {
-            // Memory that is shared until it is written to is parted here, on the caller's stream.
-            tensor.mutable_data_ptr();
             groups[{tensor.device().str(), match.place.shard}].push_back({index, describe(file, index).first, tensor});
         } else {
             requests[match.place.shard].push_back({index, static_cast<uint8_t*>(tensor.mutable_data_ptr()), nbytes});
@@ -194,15 +210,17 @@ bool StateLoader::takes_bytes(const Match& match) const {
     const auto [type, shape] = describe(checkpoint_->file(match.place), match.place.index);
     const at::Tensor& tensor = match.destination;
     return tensor.layout() == at::kStrided && tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() &&
-           tensor.sizes() == c10::IntArrayRef(shape) &&
-           (tensor.is_cpu() ? tensor.scalar_type() == type
-                            : tensor.has_storage() && tensor.storage().data() != nullptr && tensor.numel() != 0);
+           tensor.sizes() == c10::IntArrayRef(shape) && (tensor.numel() == 0 ? tensor.is_cpu() : has_memory(tensor)) &&
+           (!tensor.is_cpu() || tensor.scalar_type() == type);
 }
 
 bool StateLoader::advance(Deadline until) {
     const at::NoGradGuard no_grad;
     if (!std::exchange(started_, true)) {
         std::for_each(matches_.begin(), matches_.end(), [](const Match& match) { note_write(match.destination); });
+    }
+    for (size_t i = 0; i < matches_.size(); ++i) {
+        memory_[i].check(matches_[i].name, matches_[i].destination);
     }
     for (; next_reading_ < reading_.size(); ++next_reading_) {
         core::Loading& reading = *reading_[next_reading_];
@@ -222,8 +240,8 @@ bool StateLoader::advance(Deadline until) {
         done_ += upload_->done_bytes();
         upload_.reset();
     }
-    for (; next_rest_ < rest_.size(); ++next_rest_) {
-        if (!load_and_copy(rest_[next_rest_], until)) {
+    while (next_rest_ < rest_.size()) {
+        if (!load_and_copy(rest_[next_rest_], until) || (++next_rest_ < rest_.size() && until.passed())) {
             return false;
         }
     }

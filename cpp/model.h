@@ -11,6 +11,7 @@
 
 #include "cpp/checkpoint.h"
 #include "cpp/load.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 
@@ -61,6 +62,8 @@ class StateLoader {
     Lender lender_;
     Mismatch mismatch_;
     std::vector<Match> matches_;
+    // Of each destination.
+    std::vector<TensorMemory> memory_;
     uint64_t total_ = 0;
     // By what is over.
     uint64_t done_ = 0;

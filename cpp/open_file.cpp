@@ -2,6 +2,7 @@
 
 #include "cpp/dtype.h"
 #include "cpp/error.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 
@@ -10,9 +11,11 @@ SharedFile open_file(const std::string& path, const std::string& backend) {
 }
 
 SharedFile open_bytes(const at::Tensor& data) {
-    if (data.scalar_type() != at::kByte || data.dim() != 1 || !data.is_cpu() || !data.is_contiguous()) {
+    if (data.scalar_type() != at::kByte || data.dim() != 1 || !data.is_cpu() || !data.is_contiguous() ||
+        (data.numel() != 0 && !has_memory(data))) {
         fail(Kind::value, "load takes the bytes of a file as a contiguous one-dimensional uint8 tensor on the CPU");
     }
+    check_whole("data", data);
     struct Owner {
         at::Tensor data;
         rust::Box<core::File> file;

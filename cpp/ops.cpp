@@ -14,6 +14,7 @@
 #include "cpp/save_sharded.h"
 #include "cpp/shared.h"
 #include "cpp/stream_writer.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 namespace {
@@ -129,8 +130,13 @@ void check_save_op(const Tensors& tensors) {
 
 c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names& preferred) {
     return guarded([&] {
+        const NamedTensors all = named(tensors);
+        // Before the caller copies, or loads into, what is not contiguous, or has hooks.
+        for (const auto& [name, tensor] : all) {
+            check_whole(name, tensor);
+        }
         c10::Dict<std::string, std::string> result;
-        for (const auto& [dropped, kept] : tied_names(named(tensors), {preferred.begin(), preferred.end()})) {
+        for (const auto& [dropped, kept] : tied_names(all, {preferred.begin(), preferred.end()})) {
             result.insert(dropped, kept);
         }
         return result;

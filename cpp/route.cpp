@@ -236,13 +236,17 @@ void Route::abandon(std::vector<Slab>& slabs) noexcept {
     slabs.clear();
 }
 
-void Route::finish() {
+void Route::join() {
     if (current_ && stream_) {
         c10::Event done(device_.type());
         done.record(*stream_);
         done.block(*current_);
-        current_.reset();
     }
+}
+
+void Route::finish() {
+    join();
+    current_.reset();
 }
 
 void Route::give_back() {

@@ -76,7 +76,10 @@ class Route {
     // Whether the slab may be written to.
     bool is_idle(size_t slab) const { return slabs_[slab].is_idle(); }
 
-    // From here on, what the caller's stream has to do comes after all copies. There are no more of them.
+    // From here on, what the caller's stream has to do comes after the copies that are under way.
+    void join();
+
+    // The same; there are no more copies.
     void finish();
 
   private:

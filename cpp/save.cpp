@@ -21,7 +21,8 @@ bool is_without_data(const at::Tensor& tensor) {
 
 // Whether nothing but its sharing of memory could be against saving it.
 bool is_plain(const at::Tensor& tensor) {
-    return is_dense(tensor) && tensor.is_contiguous() && !is_without_data(tensor);
+    return is_dense(tensor) && tensor.is_contiguous() && !is_without_data(tensor) &&
+           (tensor.numel() == 0 || (has_memory(tensor) && is_whole(tensor)));
 }
 
 void refuse_sparse(const NamedTensors& tensors) {
@@ -65,21 +66,20 @@ void refuse_not_contiguous(const NamedTensors& tensors) {
 
 void refuse_without_data(const NamedTensors& tensors) {
     for (const auto& [name, tensor] : tensors) {
-        if (!is_without_data(tensor)) {
-            continue;
-        }
         if (!tensor.defined()) {
             fail(Kind::value, "tensor " + repr(name) + " is undefined: leave it out, or give it a value before saving");
         }
-        if (tensor.is_meta() || tensor.has_storage()) {
+        if (is_without_data(tensor) && (tensor.is_meta() || tensor.has_storage())) {
             fail(Kind::runtime, "Cannot copy out of meta tensor; no data! Tensor `" + name +
                                     "` is on the meta device (or fake): materialize it before saving.");
-        } else {
+        }
+        if (is_wrapper(tensor)) {
             fail(Kind::safetensor,
                  "tensor " + repr(name) +
-                     " is of a kind that has no memory of its own (a wrapper subclass): convert it to a "
-                     "plain tensor before saving");
+                     " is of a kind that has no memory of its own (a wrapper subclass, or a tensor in a transform of "
+                     "torch.func): convert it to a plain tensor before saving, or save outside of the transform");
         }
+        check_whole(name, tensor);
     }
 }
 
@@ -182,7 +182,12 @@ rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
 }
 
 PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path)
-    : tensors_(std::move(tensors)), layout_(plan(tensors_, metadata, path)) {}
+    : tensors_(std::move(tensors)), layout_(plan(tensors_, metadata, path)) {
+    memory_.reserve(tensors_.size());
+    for (const auto& entry : tensors_) {
+        memory_.emplace_back(entry.second);
+    }
+}
 
 int64_t PendingSave::size() const { return static_cast<int64_t>(layout_->total_bytes()); }
 
@@ -200,7 +205,20 @@ void PendingSave::start_into(const at::Tensor& out) {
         fail(Kind::value, "save needs a contiguous uint8 tensor on the CPU of " +
                               std::to_string(layout_->total_bytes()) + " elements to write into");
     }
+    check_whole("out", out);
     start(std::make_unique<MemorySink>(out));
+}
+
+// Of the tensors that are not written to the end: the caller's code has run since the last step.
+void PendingSave::check_memory() const {
+    uint64_t end = layout_->header().size();
+    for (size_t place = 0; place < tensors_.size(); ++place) {
+        end += layout_->nbytes(place);
+        if (end > download_->done_bytes()) {
+            const size_t i = layout_->tensor(place);
+            memory_[i].check(tensors_[i].first, tensors_[i].second);
+        }
+    }
 }
 
 bool PendingSave::advance(Deadline until) {
@@ -208,6 +226,7 @@ bool PendingSave::advance(Deadline until) {
         fail(Kind::value, "nothing was begun that could be gone on with");
     }
     try {
+        check_memory();
         return download_->advance(until);
     } catch (...) {
         cancel();

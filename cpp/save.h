@@ -16,6 +16,7 @@
 #include "cpp/download.h"
 #include "cpp/load.h"
 #include "cpp/shared.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 
@@ -81,8 +82,12 @@ class PendingSave : public torch::CustomClassHolder {
     at::Tensor write();
 
   private:
+    void check_memory() const;
+
     NamedTensors tensors_;
     rust::Box<core::SavePlan> layout_;
+    // Of each tensor.
+    std::vector<TensorMemory> memory_;
     // What is under way.
     std::unique_ptr<Download> download_;
 };

@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "cpp/error.h"
+#include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
 namespace {
@@ -21,36 +22,17 @@ struct Extent {
     size_t index;
 };
 
-// Past the checks of Storage::data(), which refuses fake tensors and materializes copy-on-write ones.
-const c10::DataPtr& data_ptr(const at::Tensor& tensor) {
-    return tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
-}
-
-const void* storage_data(const at::Tensor& tensor) { return data_ptr(tensor).get(); }
-
 // What two tensors have in common that share memory: an address, but for a lazy copy, which has its original's until
 // one of them is written to.
 const void* identity(const at::Tensor& tensor) {
-    const bool is_lazy_copy = c10::impl::cow::is_cow_data_ptr(data_ptr(tensor));
-    return is_lazy_copy ? tensor.storage().unsafeGetStorageImpl() : storage_data(tensor);
-}
-
-bool has_memory(const at::Tensor& tensor) {
-    return tensor.has_storage() && !tensor.storage().device().is_meta() && storage_data(tensor) != nullptr &&
-           tensor.storage().nbytes() != 0;
+    const bool is_lazy_copy = c10::impl::cow::is_cow_data_ptr(storage_data(tensor));
+    return is_lazy_copy ? tensor.storage().unsafeGetStorageImpl() : storage_data(tensor).get();
 }
 
 Extent extent_of(const at::Tensor& tensor, size_t index) {
-    const auto itemsize = tensor.itemsize();
-    const auto begin = reinterpret_cast<uintptr_t>(storage_data(tensor)) + tensor.storage_offset() * itemsize;
-    if (tensor.numel() == 0) {
-        return {begin, begin, index};
-    }
-    int64_t last = 0;
-    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-        last += (tensor.size(axis) - 1) * tensor.stride(axis);
-    }
-    return {begin, begin + (last + 1) * itemsize, index};
+    const auto begin =
+        reinterpret_cast<uintptr_t>(storage_data(tensor).get()) + tensor.storage_offset() * tensor.itemsize();
+    return {begin, begin + span_bytes(tensor), index};
 }
 
 // Whether every byte of the storage belongs to exactly one element; an expanded tensor has as many, but not all.
@@ -107,7 +89,7 @@ std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
     std::vector<std::pair<uintptr_t, size_t>> addresses;
     addresses.reserve(tensors.size());
     for (size_t index = 0; index < tensors.size(); ++index) {
-        if (has_memory(tensors[index].second)) {
+        if (has_memory(tensors[index].second) && tensors[index].second.storage().nbytes() != 0) {
             addresses.emplace_back(reinterpret_cast<uintptr_t>(identity(tensors[index].second)), index);
         }
     }

@@ -92,6 +92,15 @@ void Upload::start() {
 }
 
 bool Upload::advance(Deadline until) {
+    const bool is_done = copy_until(until);
+    if (!is_done) {
+        // The caller may free a destination before the next step: whoever gets that memory comes after the copies.
+        route_.join();
+    }
+    return is_done;
+}
+
+bool Upload::copy_until(Deadline until) {
     const at::NoGradGuard no_grad;
     if (!feed_) {
         start();

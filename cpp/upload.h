@@ -45,6 +45,7 @@ class Upload {
            bool is_slice);
 
     void start();
+    bool copy_until(Deadline until);
     void take_back();
     void copy(const core::Taken& taken);
     void copy_part(const core::Part& part, size_t slab);
