@@ -7,10 +7,11 @@ carries in ``native/``. The sources' meaning is not its business. setup.py uses 
 
 from __future__ import annotations
 
-import fcntl
+import importlib.util
 import os
 import shlex
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -68,10 +69,8 @@ def ensure_loaded() -> None:
             f"this safetensors_torch was not built: {NATIVE} has not what setup.py puts there. Install the package (pip"
             " install safetensors-torch, or in a checkout pip install . or pip install -e .)"
         )
-    shipped = NATIVE / "lib" / library_name()
-    if shipped.exists() and _try_load(shipped):
-        return
-    _load_compiled()
+    if not _load(NATIVE / "lib" / library_name()):
+        _load_compiled()
 
 
 def _torch_version() -> tuple[int, ...]:
@@ -95,59 +94,63 @@ def _registered() -> bool:
     return True
 
 
-def _try_load(library: Path) -> bool:
+def _load(library: Path) -> bool:
+    """Loads ``library``, and returns whether it did. Says why if the library is there but does not load."""
     try:
+        if not _is_complete(library):
+            raise OSError("it is cut short, or damaged")
         torch.ops.load_library(str(library))
+    except FileNotFoundError:
+        return False
     except OSError as error:
-        print(f"safetensors_torch: {library.name} does not load ({error}); compiling instead", file=sys.stderr)
+        print(f"safetensors_torch: {library} does not load ({error}); compiling a new one", file=sys.stderr)
         return False
     return True
 
 
+def _is_complete(library: Path) -> bool:
+    """Whether an ELF file is as long as its header says. Loading one that was cut short may end the process."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False
+    # The table of the sections, which linkers write last: where it begins, the size of an entry, and their number.
+    (start,), (entry, count) = struct.unpack_from("=Q", header, 0x28), struct.unpack_from("=HH", header, 0x3A)
+    return size >= start + entry * count
+
+
 def _load_compiled() -> None:
+    """Loads the layer in the cache, after compiling it if there is none that loads."""
+    from . import _cache  # not above: setup.py loads this file by itself
+
     try:
-        fingerprint = (NATIVE / FINGERPRINT).read_text(encoding="ascii").strip()
-        library = _cache_folder() / fingerprint / library_name()
-        if not library.exists():
-            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _lock(library.with_suffix(".lock")) as alone:
-                if not library.exists():
-                    _compile(library, alone)
-                    return
-        torch.ops.load_library(str(library))
-    except Exception as error:
-        raise ImportError(_report(error)) from error
+        library = _cache.library()
+        if _load(library):
+            return
+        before = _identity(library)
+        _refuse_missing_tools()
+        with _cache.lock(library) as alone:
+            # Another process may have compiled it while this one waited.
+            if _identity(library) == before or not _load(library):
+                _compile(library, alone)
+    except (OSError, RuntimeError) as error:
+        raise ImportError(_report(error)) from None
 
 
-def _cache_folder() -> Path:
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safetensors_torch"
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """One process at a time. A lock that the kernel drops with the process, so none is left behind by a kill.
-
-    Yields False where the filesystem has no locks: two processes may compile then, each in its own folder.
-    """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            print("safetensors_torch: waiting for another process that compiles it ...", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _compile(library: Path, alone: bool) -> None:
     """Compiles and loads the libtorch layer, and leaves it at ``library``, which appears complete or not at all."""
     from torch.utils import cpp_extension
+
+    from . import _cache
 
     print(
         f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} (once, some 20 seconds of one"
@@ -170,8 +173,7 @@ def _compile(library: Path, alone: bool) -> None:
             is_python_module=False,
         )
         # By pattern: torch adds a counter to the name when it has compiled before in this process.
-        built = next(Path(folder).glob("safetensors_torch_native*.so"))
-        os.replace(built, library)
+        _cache.put(next(Path(folder).glob("safetensors_torch_native*.so")), library)
 
 
 @contextmanager
@@ -191,57 +193,47 @@ def ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _report(error: Exception) -> str:
-    """Says what failed: first the likely causes that are the case here, and what to do about each, then the others."""
+def _refuse_missing_tools() -> None:
+    """Raises ImportError if what compiling needs is missing, before torch's build tools find out in their own words."""
     words = shlex.split(os.environ.get("CXX", "c++"))
     compiler = words[0] if words else "c++"
     headers = Path(torch.__file__).parent / "include" / "torch" / "library.h"
-    cache = _cache_folder()
-    in_cache = isinstance(error, OSError) and str(error.filename).startswith(str(cache))
     with ninja_on_path():
         has_ninja = shutil.which("ninja") is not None
-    causes = [
-        (not has_ninja, "ninja", "no ninja. Install it: pip install ninja"),
-        (
+    missing = {
+        f"a C++ compiler ({compiler})": (
             shutil.which(compiler) is None,
-            f"the C++ compiler ({compiler})",
-            f"no C++ compiler: {compiler} is not to be found. Install g++ (apt-get install g++), or name a compiler in"
-            " the environment variable CXX",
+            "install g++ (apt-get install g++), or name a compiler in the environment variable CXX",
         ),
-        (
-            in_cache or not _is_writable(cache),
-            f"the cache folder ({cache})",
-            f"the cache folder {cache} cannot be written. Name another in the environment variable {CACHE_VARIABLE}",
-        ),
-        (
-            not headers.exists(),
-            "torch's C++ headers",
-            f"no C++ headers of torch: {headers} is missing. Install torch from a wheel, which has them",
-        ),
-        (
-            isinstance(error, ImportError),
-            "torch.utils.cpp_extension",
-            "torch.utils.cpp_extension cannot be imported. Install what it needs: pip install setuptools",
-        ),
-    ]
-    found = [f"  - {remedy}" for is_case, _, remedy in causes if is_case]
-    others = ", ".join(what for is_case, what, _ in causes if not is_case)
-    lines = [f"safetensors_torch could not load its libtorch layer for torch {torch.__version__}."]
+        "ninja": (not has_ninja, "pip install ninja"),
+        "setuptools": (importlib.util.find_spec("setuptools") is None, "pip install setuptools"),
+        f"torch's C++ headers ({headers})": (not headers.exists(), "install torch from a wheel, which has them"),
+    }
+    found = {what: remedy for what, (is_missing, remedy) in missing.items() if is_missing}
     if found:
-        lines += ["Likely causes:", *found]
-    lines += [
-        f"{'Other causes' if found else 'Likely causes'}: a compiler too old for its headers (C++17, since torch 2.14"
-        f" C++20), or a torch that this package does not know yet. These seem to be in order: {others}.",
-    ]
+        raise ImportError(
+            f"safetensors_torch has to compile its libtorch layer for torch {torch.__version__} once, and lacks"
+            f" {', '.join(found)}.\n"
+            f"What to do: {'; '.join(found.values())}.\n"
+            f"Or compile it on another machine of this kind, and set {CACHE_VARIABLE} to a copy of its cache directory."
+        )
+
+
+def _report(error: Exception) -> str:
+    """Says what failed and what to do about it, with the compiler's first errors."""
+    what = f"safetensors_torch could not compile its libtorch layer for torch {torch.__version__}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{what}: {error.filename} cannot be used ({error.strerror}); name another cache directory in the"
+            f" environment variable {CACHE_VARIABLE}"
+        )
     said = str(error).splitlines()
     # A compiler goes on after the first error, with more and more that follows from it.
     errors = [line for line in said if "error: " in line][:10]
-    lines.append(f"{type(error).__name__}, the {'first errors' if errors else 'last lines'} of which are:")
-    lines += [line if len(line) <= 200 else f"{line[:200]} ..." for line in errors or said[-30:]]
+    lines = [
+        f"{what}. Likely causes: a compiler too old for torch's headers (C++17, since torch 2.14 C++20), or a torch"
+        " that this package does not know yet.",
+        f"{type(error).__name__}, the {'first errors' if errors else 'last lines'} of which are:",
+        *(line if len(line) <= 200 else f"{line[:200]} ..." for line in errors or said[-30:]),
+    ]
     return "\n".join(lines)
-
-
-def _is_writable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

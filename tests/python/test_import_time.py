@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import safetensors_torch
-from safetensors_torch import _loader
+from safetensors_torch import _cache, _loader
 
 PACKAGE = Path(safetensors_torch.__file__).parent
 SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
@@ -42,14 +42,15 @@ def imported(environment: dict[str, str]) -> dict:
 
 
 @pytest.fixture(params=["shipped", "cached"])
-def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+def environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A package that was built for this torch, and one that was not but has a layer in its cache."""
     if request.param == "shipped":
         return {}
     site, cache = tmp_path / "site", tmp_path / "cache"
     shutil.copytree(PACKAGE, site / PACKAGE.name, ignore=shutil.ignore_patterns("*.so"))
-    layer = cache / (PACKAGE / "native" / _loader.FINGERPRINT).read_text().strip() / SHIPPED.name
-    layer.parent.mkdir(parents=True)
+    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(cache))
+    layer = _cache.library()
+    layer.parent.mkdir(parents=True, mode=0o700)
     shutil.copy(SHIPPED, layer)
     return {"PYTHONPATH": str(site), _loader.CACHE_VARIABLE: str(cache)}
 
