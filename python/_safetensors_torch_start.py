@@ -1,8 +1,9 @@
-"""Has SAFETENSORS_TORCH_PATCH=1 patch safetensors when a program first imports it.
+"""Has SAFETENSORS_TORCH_PATCH=1 patch safetensors once a program has imported it and torch.
 
 Owns the reading of the variable and the import hook. safetensors_torch_patch.pth calls it when an interpreter starts in
 which the variable is set. It stands beside the package, not in it, because importing the package brings torch in, for
-which programs that never use safetensors shall not wait. What is patched, and how, safetensors_torch/patch.py knows.
+which programs that never use safetensors, or use it without torch, shall not wait. What is patched, and how,
+safetensors_torch/patch.py knows.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ import os
 import sys
 
 VARIABLE = "SAFETENSORS_TORCH_PATCH"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+# The reference's names for torch.
+_FRAMEWORKS = ("pt", "torch", "pytorch")
 _REFERENCE = "safetensors"
+# Nothing is patched before the first two are imported, nor while one of the others is.
+_WATCHED = ("torch", _REFERENCE, "safetensors.torch", "safetensors_torch")
+
+_finder = None
 
 
 def install() -> None:
-    """Patches safetensors if it is imported, else has its first import do so. Whatever is wrong, it does not raise."""
-    value = os.environ.get(VARIABLE, "")
-    if value in ("", "0"):
-        return
-    if value != "1":
-        _say(f"{VARIABLE}={value!r} is neither 0 nor 1; {_REFERENCE} stays as it is")
-    elif _REFERENCE in sys.modules:
-        _patch()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Patches safetensors if it and torch are imported, else has their imports do so. Whatever is wrong, it does not
+    raise. A second call, as of a second start file, does nothing."""
+    global _finder
+    if _finder is None and _value() not in _OFF:
+        _finder = _Finder()
+        sys.meta_path.insert(0, _finder)
+        if _REFERENCE in sys.modules:
+            _finder.imported(_REFERENCE)
+
+
+def _value() -> str:
+    return os.environ.get(VARIABLE, "").strip().lower()
 
 
 def _patch() -> None:
@@ -36,7 +46,7 @@ def _patch() -> None:
         # The program did not ask for the package by itself, and can do without.
         reason = str(error).strip().partition("\n")[0]
         _say(
-            f"{VARIABLE}=1, but {_REFERENCE} stays as it is: {type(error).__name__}: {reason}"
+            f"{VARIABLE}={os.environ.get(VARIABLE)}, but {_REFERENCE} stays as it is: {type(error).__name__}: {reason}"
             " (python -c 'import safetensors_torch' shows all of it)"
         )
 
@@ -47,10 +57,13 @@ def _say(text: str) -> None:
 
 
 class _Finder:
-    """Finds safetensors as the other finders do, and has it patched once it is imported."""
+    """Finds the modules above as the other finders do, and has safetensors patched once they are imported."""
+
+    def __init__(self) -> None:
+        self._complete = {name for name in _WATCHED if name in sys.modules}
 
     def find_spec(self, name, path=None, target=None):
-        if name != _REFERENCE:
+        if name not in _WATCHED:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -61,9 +74,29 @@ class _Finder:
                 return spec
         return None
 
+    def imported(self, name: str) -> None:
+        """Patches safetensors if ``name`` was the last module that this waited for."""
+        self._complete.add(name)
+        if name == _REFERENCE and _value() not in _ON:
+            if self.remove():
+                _say(f"{VARIABLE}={os.environ.get(VARIABLE)!r} is neither 1 nor 0; {_REFERENCE} stays as it is")
+        elif {"torch", _REFERENCE} <= self._complete:
+            if all(other in self._complete for other in _WATCHED if other in sys.modules) and self.remove():
+                _patch()
+        elif name == _REFERENCE:
+            _wait_for_torch(sys.modules[_REFERENCE], self)
+
+    def remove(self) -> bool:
+        """Returns whether this was still installed, which is true once: threads may import two modules at a time."""
+        try:
+            sys.meta_path.remove(self)
+        except ValueError:
+            return False
+        return True
+
 
 class _Loader:
-    """The loader of safetensors, with the patch after it. The module itself gets to see the loader alone."""
+    """The loader of a module, with a call of ``imported`` after it. The module itself gets to see the loader alone."""
 
     def __init__(self, loader, finder: _Finder) -> None:
         self._loader = loader
@@ -75,6 +108,35 @@ class _Loader:
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-            _patch()
+        self._finder.imported(module.__name__)
+
+
+def _wait_for_torch(package, finder: _Finder) -> None:
+    """Replaces the reference's safe_open with one that patches first if it is asked for torch's tensors.
+
+    The reference's would import torch in the middle of its work, too late for the file that it opens.
+    """
+    reference = getattr(package, "safe_open", None)
+    if reference is None:
+        return
+
+    def latest():
+        current = package.safe_open
+        return reference if current is safe_open else current
+
+    class Type(type):
+        def __instancecheck__(cls, instance) -> bool:
+            return isinstance(instance, (reference, latest()))
+
+    class safe_open(metaclass=Type):  # noqa: N801 - the reference's name
+        __doc__ = reference.__doc__
+        # What patch_safetensors takes for the reference's.
+        _safetensors_torch_waits_for = reference
+
+        def __new__(cls, filename, framework, *args, **kwargs):
+            if framework in _FRAMEWORKS and finder.remove():
+                _patch()
+            return latest()(filename, framework, *args, **kwargs)
+
+    safe_open.__module__, safe_open.__qualname__ = _REFERENCE, "safe_open"
+    package.safe_open = safe_open

@@ -21,6 +21,9 @@ class _Base(Exception):
 class SafetensorError(_Base):
     """A file or buffer that is not valid safetensors, a tensor that the format cannot hold, or a wrong request."""
 
+    _code: int = 0
+    """The number of the error in the C header, or 0 for one that was raised in Python."""
+
 
 _BUILTIN: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -41,7 +44,7 @@ def translate(error: RuntimeError) -> Exception:
         An exception of the promised class, or ``error`` itself where it did not come from this library.
     """
     try:
-        kind, _code, os_error, message = torch.ops.safetensors_torch._last_error()
+        kind, code, os_error, message = torch.ops.safetensors_torch._last_error()
     except UnicodeDecodeError:
         # The last error is an older one, of an operator that somebody called with names that are not UTF-8.
         return error
@@ -49,7 +52,9 @@ def translate(error: RuntimeError) -> Exception:
     if not message or not str(error).startswith(message):
         return error
     if kind == "SafetensorError":
-        return SafetensorError(message)
+        refused = SafetensorError(message)
+        refused._code = code
+        return refused
     if kind == "OSError":
         # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
         translated = type(OSError(os_error, ""))(message)

@@ -141,8 +141,13 @@ def _keep_in_graphs(op: torch._ops.OpOverload) -> None:
 
 
 def register() -> None:
-    """Registers the fake kernels and effects. To be called once in a process, after the operators are there."""
+    """Makes the fake kernels and effects known to torch, after the operators are there.
+
+    Torch takes one kernel for each operator in a process, and the package may be imported again (after its removal from
+    sys.modules, or after an import that was interrupted). So torch gets functions that call the latest kernels.
+    """
     ops = torch.ops.safetensors_torch
+    kernels: dict[str, Callable[..., object]] = vars(ops).setdefault("_fake_kernels", {})
     for name, kernel in (
         ("load", _depends_on_data(ops.load.default)),
         ("_load_lists", _depends_on_data(ops._load_lists.default)),
@@ -156,10 +161,19 @@ def register() -> None:
         ("save_file", _save_file),
         ("save_tensors", _save_tensors),
     ):
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", kernel)
+        if name not in kernels:
+            torch.library.register_fake(f"{_NAMESPACE}::{name}", _latest(kernels, name))
+        kernels[name] = kernel
     reads = (ops.get_slice, ops.get_tensor, ops.load_file, ops.load_tensors)
     for op in (*reads, ops.save, ops.save_file, ops.save_tensors):
         _keep_in_graphs(op.default)
+
+
+def _latest(kernels: dict[str, Callable[..., object]], name: str) -> Callable[..., object]:
+    def kernel(*args: object, **kwargs: object) -> object:
+        return kernels[name](*args, **kwargs)
+
+    return kernel
 
 
 register()

@@ -11,7 +11,8 @@ import functools
 import importlib
 import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Callable, Optional
 
@@ -29,6 +30,23 @@ _FUNCTIONS = ("load", "load_file", "load_model", "save", "save_file", "save_mode
 
 _ERROR_BASES = SafetensorError.__bases__
 
+# What the reference says of a header, by the numbers of our errors in the C header: programs that fetch a damaged file
+# again look for it. Most files of other formats have a first byte that makes their length too large.
+_PHRASES = {
+    3: "header too small",
+    4: "header too large",
+    5: "invalid header length",
+    6: "header too large",
+    7: "invalid UTF-8 in header",
+    8: "invalid JSON in header",
+    9: "invalid JSON in header",
+    10: "invalid JSON in header",
+    11: "overflow computing buffer size from shape and/or element type",
+    12: "invalid shape, data type, or offset for tensor",
+    13: "invalid offset for tensor",
+    14: "incomplete metadata, file not fully covered",
+}
+
 # Serialises patching and unpatching. Reentrant, as what patching imports may itself patch.
 _lock = threading.RLock()
 _depth = 0
@@ -36,6 +54,18 @@ _depth = 0
 _reference: dict[str, Any] = {}
 # The namespaces of modules in which something was replaced: sys.modules may lose some of them meanwhile.
 _namespaces: list[dict[str, Any]] = []
+
+
+@contextmanager
+def _references_phrases() -> Iterator[None]:
+    """Has errors about a header begin as the reference's do."""
+    try:
+        yield
+    except SafetensorError as error:
+        phrase = _PHRASES.get(error._code)
+        if phrase is not None:
+            error.args = (f"Error while deserializing header: {phrase}: {error}",)
+        raise
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
@@ -48,7 +78,10 @@ def _stand_in(name: str) -> Callable[..., Any]:
     @opaque
     @functools.wraps(getattr(_package, name))
     def function(*args: Any, **kwargs: Any) -> Any:
-        return getattr(_package, name)(*args, **kwargs)
+        if not name.startswith("load"):
+            return getattr(_package, name)(*args, **kwargs)
+        with _references_phrases():
+            return getattr(_package, name)(*args, **kwargs)
 
     function.__module__ = "safetensors.torch"
     return function
@@ -75,6 +108,10 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
         # Which refuses what is no framework in its own words. Older ones know no backend.
         options = {} if backend == "mmap" else {"backend": backend}
         return _reference["safe_open"](filename, framework, device, **options)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _references_phrases():
+            super().__init__(*args, **kwargs)
 
     def __bool__(self) -> bool:
         return True  # as the reference's, which has no length
@@ -175,13 +212,17 @@ def unpatch_safetensors() -> None:
 
 def _apply() -> None:
     package, functions = (sys.modules[name] for name in _PATCHED_MODULES)
+    found = []  # kept, so that no other object gets the id of one
     for name, stand_in in _stand_ins.items():
         current = getattr(package if name == "safe_open" else functions, name)
         if current is not stand_in:  # which somebody may have put back there
-            _reference[name] = current
+            # Or that of _safetensors_torch_start, which waits for torch.
+            _reference[name] = getattr(current, "_safetensors_torch_waits_for", current)
+            found.append((current, stand_in))
+        found.append((_reference[name], stand_in))
     # First, because it alone can fail: where a class derives from both errors, and names the reference's first.
     SafetensorError.__bases__ = (*_ERROR_BASES, package.SafetensorError)
-    _namespaces[:] = _replace(_loaded_namespaces(), {id(_reference[name]): new for name, new in _stand_ins.items()})
+    _namespaces[:] = _replace(_loaded_namespaces(), {id(current): stand_in for current, stand_in in found})
 
 
 def _take_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import safetensors_torch
+from malformed_files import MALFORMED, VALID
 from patching import FUNCTIONS, is_unpatched
 from safetensors_torch import patch_safetensors, unpatch_safetensors
 
@@ -193,6 +195,63 @@ def test_the_references_class_catches_ours_however_it_is_held() -> None:
     with pytest.raises(safetensors_torch.SafetensorError) as error:
         safetensors_torch.load(b"")
     assert not isinstance(error.value, safetensors.SafetensorError)
+
+
+# What the reference says in other words: elements that end in the middle of a byte, and these files.
+OTHER_WORDS = {"twice-name-disjoint", "foreign-gzip"}
+
+
+def test_header_errors_begin_as_the_references_do(tmp_path: Path, reference: types.SimpleNamespace) -> None:
+    """By which programs know a damaged file, and fetch it again."""
+    path = tmp_path / "file"
+    compared = 0
+    for case in MALFORMED:
+        path.write_bytes(case.data)
+        with patch_safetensors(), pytest.raises(safetensors.SafetensorError) as ours:
+            safetensors.torch.load_file(path)
+        assert str(ours.value).startswith("Error while deserializing header: "), case.id
+        try:
+            reference.load_file(path)
+        except safetensors.SafetensorError as error:
+            # What follows is the JSON parser's own, or the name of a tensor, which ours has in its own words.
+            phrase = re.match(r"Error while deserializing header: [^:`]+", str(error))[0].rstrip()
+            is_comparable = case.id not in OTHER_WORDS and "byte boundary" not in phrase
+            assert not is_comparable or str(ours.value).startswith(f"{phrase}: {path}: "), case.id
+            compared += is_comparable
+        except (TypeError, RuntimeError):
+            continue
+    assert compared > 150
+
+
+def test_every_load_has_the_references_phrase(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(VALID[:-1])
+    phrase = "Error while deserializing header: incomplete metadata, file not fully covered: "
+    with pytest.raises(safetensors_torch.SafetensorError) as unpatched:
+        safetensors_torch.load_file(path)
+    with patch_safetensors():
+        for load in (
+            lambda: safetensors.torch.load_file(path),
+            lambda: safetensors.safe_open(path, "pt"),
+            lambda: safetensors.torch.load_model(nn.Linear(1, 1), path),
+        ):
+            with pytest.raises(safetensors.SafetensorError) as error:
+                load()
+            assert str(error.value) == f"{phrase}{unpatched.value}"
+            assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+        with pytest.raises(safetensors.SafetensorError, match=f"^{phrase}"):
+            safetensors.torch.load(VALID[:-1])
+
+
+def test_other_errors_are_no_header_errors(tmp_path: Path, path: Path, patched: None) -> None:
+    for call in (
+        lambda: safetensors.torch.load_file(path, backend="guess"),
+        lambda: safetensors.safe_open(path, "pt").get_tensor("gone"),
+        lambda: safetensors.torch.save_file({"__metadata__": torch.ones(1)}, tmp_path / "new"),
+    ):
+        with pytest.raises(safetensors.SafetensorError) as error:
+            call()
+        assert "deserializing" not in str(error.value)
 
 
 def test_classes_of_both_errors() -> None:

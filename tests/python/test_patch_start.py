@@ -1,6 +1,6 @@
 """SAFETENSORS_TORCH_PATCH=1: the .pth file, the import hook, and what becomes of programs that cannot be patched.
 
-Most programs here run with small packages in place of safetensors and safetensors_torch, as torch takes seconds.
+Most programs here run with small packages in place of safetensors, safetensors_torch and torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ START_MODULE = "_safetensors_torch_start"
 
 # A package that says what it does.
 STUB = """
+import torch
 print("imported", __name__)
 def patch_safetensors():
-    import sys
-    print("patched, complete:", sys.modules["safetensors"].complete)
+    import safetensors.torch
+    print("patched, complete:", safetensors.complete and torch.complete)
 """
+# What a program gets to see that imports torch and safetensors.
+PATCHED = ["imported safetensors_torch", "imported safetensors.torch", "patched, complete: True"]
 
 
 @pytest.fixture
@@ -39,6 +42,8 @@ def site(tmp_path: Path) -> Path:
     for name in (START_FILE, f"{START_MODULE}.py"):
         shutil.copy(SITE / name, folder)
     add(folder, "safetensors", "print('imported', __name__)\ncomplete = True")
+    (folder / "safetensors" / "torch.py").write_text("import torch\nprint('imported', __name__)\n")
+    add(folder, "torch", "print('imported', __name__)\ncomplete = True")
     add(folder, "safetensors_torch", STUB)
     return folder
 
@@ -65,61 +70,142 @@ def run(site: Path | None, program: str, value: str | None) -> tuple[list[str], 
     return result.stdout.splitlines(), result.stderr
 
 
-IMPORT = "import safetensors; print('complete', safetensors.complete)"
+IMPORT = "import safetensors, torch; print('complete', safetensors.complete)"
+IMPORTED = ["imported safetensors", "imported torch"]
 
 
-@pytest.mark.parametrize("value", [None, "", "0"])
+@pytest.mark.parametrize("value", [None, "", "0", "false", "No", " off "])
 def test_without_the_variable_nothing_happens(value: str | None, site: Path) -> None:
     look = """
     import sys
-    print(sorted(name for name in sys.modules if "safetensors" in name), [type(f).__name__ for f in sys.meta_path])
+    print([type(f).__name__ for f in sys.meta_path])
     """
     bare, _ = run(site.parent, look, None)
-    assert bare[0].startswith("[] ")
     assert run(site, look, value) == (bare, "")
-    assert run(site, IMPORT, value) == (["imported safetensors", "complete True"], "")
+    if value in (None, "", "0"):
+        modules = "import sys; print([name for name in sys.modules if 'safetensors' in name])"
+        assert run(site, modules, value) == (["[]"], "")
+    assert run(site, IMPORT, value) == ([*IMPORTED, "complete True"], "")
+
+
+@pytest.mark.parametrize("value", ["1", "true", "Yes", " ON "])
+def test_values_that_patch(value: str, site: Path) -> None:
+    assert run(site, IMPORT, value) == ([*IMPORTED, *PATCHED, "complete True"], "")
 
 
 def test_the_first_import_patches(site: Path) -> None:
     program = """
     import sys
     print(sorted(name for name in sys.modules if "safetensors" in name))
-    import safetensors
+    import safetensors, torch
     print("imported by the program")
     import safetensors
     print(any(type(finder).__module__ == "_safetensors_torch_start" for finder in sys.meta_path))
-    print(type(safetensors.__loader__).__name__, safetensors.__spec__.loader is safetensors.__loader__)
+    for module in (safetensors, torch):
+        print(type(module.__loader__).__name__, module.__spec__.loader is module.__loader__)
     """
     lines, errors = run(site, program, "1")
     assert errors == ""
     assert lines == [
         "['_safetensors_torch_start']",
-        "imported safetensors",
-        "imported safetensors_torch",
-        "patched, complete: True",
+        *IMPORTED,
+        *PATCHED,
         "imported by the program",
         "False",
         "SourceFileLoader True",
+        "SourceFileLoader True",
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("import torch, safetensors", ["imported torch", "imported safetensors"]),
+        # Nothing is patched while one of these is half imported.
+        ("import safetensors.torch", ["imported safetensors", "imported torch", "imported safetensors.torch"]),
+        ("import safetensors, safetensors_torch", [*IMPORTED, "imported safetensors_torch"]),
+        (
+            "import safetensors_torch, safetensors",
+            ["imported torch", "imported safetensors_torch", "imported safetensors"],
+        ),
+    ],
+)
+def test_the_order_of_the_imports_is_of_no_matter(program: str, expected: list[str], site: Path) -> None:
+    expected = [*expected, *(line for line in PATCHED if line not in expected)]
+    assert run(site, program, "1") == (expected, "")
+
+
+# In place of safetensors: whoever opens a file with it is told by whom.
+OPENER = """
+print("imported", __name__)
+complete = True
+class safe_open:
+    def __init__(self, filename, framework, device="cpu"):
+        print("the reference opens", filename, framework, device)
+"""
+PATCHING = (
+    STUB
+    + """
+    class safe_open(safetensors.safe_open._safetensors_torch_waits_for):
+        def __init__(self, filename, framework, device="cpu"):
+            print("this library opens", filename, framework, device)
+    safetensors.safe_open = safe_open
+"""
+)
+
+
+def test_a_program_without_torch_stays_without_it(site: Path) -> None:
+    add(site, "safetensors", OPENER)
+    program = """
+    import sys
+    from safetensors import safe_open
+    file = safe_open("a", framework="np")
+    print(isinstance(file, safe_open), isinstance(3, safe_open), "torch" in sys.modules)
+    """
+    expected = ["imported safetensors", "the reference opens a np cpu", "True False False"]
+    assert run(site, program, "1") == (expected, "")
+
+
+def test_tensors_of_torch_are_asked_for_before_torch_is_imported(site: Path) -> None:
+    add(site, "safetensors", OPENER)
+    add(site, "safetensors_torch", PATCHING)
+    program = """
+    from safetensors import safe_open
+    for framework in ("np", "pt", "pt", "np"):
+        print(isinstance(safe_open("a", framework, device="meta"), safe_open))
+    """
+    opened = ["this library opens a pt meta", "True"]
+    lines, errors = run(site, program, "1")
+    assert errors == ""
+    assert lines == [
+        "imported safetensors",
+        *("the reference opens a np meta", "True"),
+        "imported torch",
+        *PATCHED,
+        *opened,
+        *opened,
+        *("this library opens a np meta", "True"),  # which the real one leaves to the reference
+    ]
+    # If the patch fails, the reference goes on.
+    add(site, "safetensors_torch", "raise ImportError('broken')")
+    lines, errors = run(site, program, "1")
+    assert lines[1::2] == [f"the reference opens a {framework} meta" for framework in ("np", "pt", "pt", "np")]
+    assert errors.count("\n") == 1 and "ImportError: broken" in errors
 
 
 def test_names_that_the_first_import_takes_are_ours(site: Path) -> None:
     add(site, "safetensors", "complete, safe_open = True, 'theirs'")
     source = "import sys; sys.modules['safetensors'].safe_open = 'ours'"
     add(site, "safetensors_torch", f"def patch_safetensors():\n    {source}")
-    assert run(site, "from safetensors import safe_open; print(safe_open)", "1") == (["ours"], "")
+    program = "import torch; from safetensors import safe_open; print(safe_open)"
+    assert run(site, program, "1") == (["imported torch", "ours"], "")
 
 
 def test_what_is_imported_already_is_patched_at_once(site: Path) -> None:
-    (site / "a_first.pth").write_text("import safetensors\n")
+    (site / "a_first.pth").write_text("import safetensors, torch\n")
     lines, errors = run(site, "print('the program')", "1")
     assert errors == ""
-    assert lines == [
-        "imported safetensors",
-        "imported safetensors_torch",
-        "patched, complete: True",
-        "the program",
-    ]
+    assert lines == [*IMPORTED, *PATCHED, "the program"]
 
 
 def test_looking_for_the_package_does_not_patch_it(site: Path) -> None:
@@ -130,12 +216,7 @@ def test_looking_for_the_package_does_not_patch_it(site: Path) -> None:
     print(importlib.util.find_spec("no_such_package"))
     """
     assert run(site, program, "1") == (["True True", "None"], "")
-    assert run(site, program + IMPORT, "1")[0][2:] == [
-        "imported safetensors",
-        "imported safetensors_torch",
-        "patched, complete: True",
-        "complete True",
-    ]
+    assert run(site, program + IMPORT, "1")[0][2:] == [*IMPORTED, *PATCHED, "complete True"]
 
 
 def test_two_start_files_patch_once(site: Path) -> None:
@@ -143,6 +224,8 @@ def test_two_start_files_patch_once(site: Path) -> None:
     lines, _ = run(site, IMPORT + "; import sys; print([type(f).__name__ for f in sys.meta_path])", "1")
     assert lines.count("patched, complete: True") == 1
     assert "_Finder" not in lines[-1]
+    (site / "a_first.pth").write_text("import safetensors, torch\n")
+    assert run(site, "", "1")[0].count("patched, complete: True") == 1
 
 
 def test_an_import_that_fails_is_patched_when_it_works(site: Path) -> None:
@@ -156,7 +239,7 @@ def test_an_import_that_fails_is_patched_when_it_works(site: Path) -> None:
     os.environ["READY"] = "1"
     import safetensors
     """
-    assert run(site, program, "1") == (["failed", "imported safetensors_torch", "patched, complete: True"], "")
+    assert run(site, "import torch\n" + textwrap.dedent(program), "1") == (["imported torch", "failed", *PATCHED], "")
 
 
 def test_without_safetensors_the_import_fails_as_ever(site: Path) -> None:
@@ -182,7 +265,7 @@ def test_without_safetensors_the_import_fails_as_ever(site: Path) -> None:
 def test_a_patch_that_fails_is_one_line(source: str, reason: str, site: Path) -> None:
     add(site, "safetensors_torch", source)
     lines, errors = run(site, IMPORT, "1")
-    assert lines == ["imported safetensors", "complete True"]
+    assert lines == [*IMPORTED, "complete True"]
     assert errors.startswith("safetensors_torch: SAFETENSORS_TORCH_PATCH=1, but safetensors stays as it is: ")
     assert reason in errors
     assert errors.count("\n") == 1 and errors.endswith("\n")
@@ -191,20 +274,25 @@ def test_a_patch_that_fails_is_one_line(source: str, reason: str, site: Path) ->
 def test_the_package_is_not_there_any_more(site: Path) -> None:
     shutil.rmtree(site / "safetensors_torch")
     lines, errors = run(site, IMPORT, "1")
-    assert lines == ["imported safetensors", "complete True"]
+    assert lines == [*IMPORTED, "complete True"]
     assert "No module named 'safetensors_torch'" in errors
     assert errors.count("\n") == 1
 
 
 def test_another_value_is_one_line(site: Path) -> None:
-    lines, errors = run(site, IMPORT, "yes")
-    assert lines == ["imported safetensors", "complete True"]
-    assert errors == "safetensors_torch: SAFETENSORS_TORCH_PATCH='yes' is neither 0 nor 1; safetensors stays as it is\n"
+    """In programs that use safetensors, with however many start files: a link to site-packages makes two of one."""
+    shutil.copy(site / START_FILE, site / "again.pth")
+    assert run(site, "import torch", "maybe") == (["imported torch"], "")
+    lines, errors = run(site, IMPORT, "maybe")
+    assert lines == [*IMPORTED, "complete True"]
+    assert (
+        errors == "safetensors_torch: SAFETENSORS_TORCH_PATCH='maybe' is neither 1 nor 0; safetensors stays as it is\n"
+    )
 
 
 def test_without_a_standard_error_nothing_is_printed(site: Path) -> None:
     add(site, "safetensors_torch", "raise ImportError")
-    assert run(site, "import sys; sys.stderr = None\n" + IMPORT, "1")[0] == ["imported safetensors", "complete True"]
+    assert run(site, "import sys; sys.stderr = None\n" + IMPORT, "1")[0] == [*IMPORTED, "complete True"]
 
 
 def test_both_files_are_recorded_so_that_pip_removes_them() -> None:
@@ -219,18 +307,27 @@ def test_the_packages_themselves(tmp_path: Path) -> None:
     program = f"""
     import sys
     sys.path[:0] = {paths!r}
-    assert "torch" not in sys.modules
+    import numpy, safetensors.numpy
     from safetensors import safe_open
-    from safetensors.torch import save_file
-    import torch
-    save_file({{"a": torch.ones(3)}}, {str(tmp_path / "file")!r})
-    with safe_open({str(tmp_path / "file")!r}, "pt") as file:
+    path = {str(tmp_path / "file")!r}
+    safetensors.numpy.save_file({{"a": numpy.ones(3)}}, path)
+    with safe_open(path, "np") as file:
+        print(file.get_tensor("a").tolist(), isinstance(file, safe_open), "torch" in sys.modules)
+    with safe_open(path, "pt") as file:
         print(file.get_tensor("a").tolist(), [base.__module__ for base in type(file).__mro__])
+    with safe_open(path, "np") as file:
+        print(type(file) is safetensors._safetensors_rust.safe_open)
     import safetensors, safetensors_torch
+    print(safe_open is safetensors.safe_open is safetensors.torch.safe_open)
+    print(issubclass(safe_open, safetensors_torch.safe_open))
     print(issubclass(safetensors_torch.SafetensorError, safetensors.SafetensorError))
     safetensors_torch.unpatch_safetensors()
     print(safe_open is safetensors.safe_open is safetensors._safetensors_rust.safe_open)
     """
     lines, errors = run(None, program, "1")
     assert errors == ""
-    assert lines == ["[1.0, 1.0, 1.0] ['safetensors', 'safetensors_torch.safe_open', 'builtins']", "True", "True"]
+    assert lines == [
+        "[1.0, 1.0, 1.0] True False",
+        "[1.0, 1.0, 1.0] ['safetensors', 'safetensors_torch.safe_open', 'builtins']",
+        *["True"] * 5,
+    ]
