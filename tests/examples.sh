@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
 mkdir -p "$WORK"
+root=$PWD
 libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 sample="$WORK/sample.safetensors"
 
@@ -77,8 +78,11 @@ CMAKE
 (
     cd "$readme"
     "$PYTHON" use.py
-    cc -std=c11 app.c -I"$C_PREFIX/include" -L"$C_PREFIX/lib" -Wl,-rpath,"$C_PREFIX/lib" -lsafetensors_torch -o app-c
-    ./app-c | expect '^-?[0-9]+\.[0-9]+$'
+    # As it is written there, with the folder of this installation in it. The environment names no library.
+    commands=$(grep -A 1 '^cc ' "$root/README.md" | sed "s|/opt/safetensors-c|$C_PREFIX|g")
+    [ "$(wc -l <<<"$commands")" = 2 ] || { echo "README.md does not say how to build and run C, but: $commands"; exit 1; }
+    rm -f app
+    (unset LD_LIBRARY_PATH; eval "$commands") | expect '^-?[0-9]+\.[0-9]+$'
     cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch" >/dev/null
     cmake --build build >/dev/null
     build/app | expect '^weight \[3, 4\]$'

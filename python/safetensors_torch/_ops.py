@@ -160,8 +160,9 @@ def load_file(
             others stay as they are. None converts nothing.
         names: the tensors to load, by name, or a function that is true for the names of those; others are not read.
         progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the load. What is mapped is
-            not read, and not told of; nor is anything under a mode of torch's that looks at operators.
+            some ten times a second, and at the end. What it raises ends the load. A load that maps the file reads
+            nothing: there is no bar, and the function is called once, with 0 and 0. Under a mode of torch's that looks
+            at operators it is not called.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the shape in the header.

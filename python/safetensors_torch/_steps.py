@@ -38,19 +38,23 @@ def check_progress(progress: Any) -> Progress:
 
 
 class Bar:
-    """A progress function that draws."""
+    """A progress function that draws, if there is anything to move: a load that maps the file moves nothing."""
 
     def __init__(self, title: str) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024)
+        self._title = title
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
+        if self._bar is None and total > 0:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(desc=self._title, total=total, unit="B", unit_scale=True, unit_divisor=1024)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> None:

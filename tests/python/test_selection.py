@@ -185,6 +185,9 @@ def test_a_bar(path: Path, tensors: dict, capfd: pytest.CaptureFixture) -> None:
     assert "save: 100%" in capfd.readouterr().err
     load_file(path, progress=False)
     assert capfd.readouterr().err == ""
+    capfd.readouterr()
+    load_file(path, progress=True)
+    assert capfd.readouterr().err == "", "a mapped load has nothing to show"
 
 
 def test_a_bar_without_tqdm(path: Path, tensors: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
