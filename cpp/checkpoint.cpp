@@ -8,8 +8,10 @@
 
 namespace safetensors_torch {
 
-Checkpoint::Checkpoint(const std::string& path, const std::string& backend)
-    : checkpoint_(core::open_checkpoint(as_bytes(path), as_bytes(backend))) {
+Checkpoint::Checkpoint(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
+                       const std::string& extra)
+    : checkpoint_(core::open_checkpoint(as_bytes(path), as_bytes(backend), variant.has_value(),
+                                        as_bytes(variant.value_or("")), as_bytes(extra))) {
     for (size_t shard = 0; shard < (*checkpoint_)->shard_count(); ++shard) {
         files_.push_back(std::make_shared<const rust::Box<core::File>>((*checkpoint_)->shard_file(shard)));
     }
@@ -23,13 +25,7 @@ std::vector<std::string> Checkpoint::file_names() const {
     return names;
 }
 
-size_t Checkpoint::count() const {
-    size_t count = 0;
-    for (const SharedFile& file : files_) {
-        count += (*file)->count();
-    }
-    return count;
-}
+size_t Checkpoint::count() const { return checkpoint_ ? (*checkpoint_)->count() : (*files_.front())->count(); }
 
 bool Checkpoint::contains(const std::string& name) const {
     return checkpoint_ ? (*checkpoint_)->contains(as_bytes(name)) : (*files_.front())->contains(as_bytes(name));
@@ -54,11 +50,21 @@ std::vector<core::Place> Checkpoint::sorted_by_name() const {
 }
 
 std::vector<core::Place> Checkpoint::in_file_order() const {
+    // Files may hold tensors that are not the checkpoint's.
+    std::vector<std::vector<bool>> is_listed;
+    for (const SharedFile& file : files_) {
+        is_listed.emplace_back((*file)->count());
+    }
+    for (const core::Place& place : sorted_by_name()) {
+        is_listed[place.shard][place.index] = true;
+    }
     std::vector<core::Place> places;
     places.reserve(count());
     for (size_t shard = 0; shard < files_.size(); ++shard) {
-        for (size_t index = 0; index < (*files_[shard])->count(); ++index) {
-            places.push_back({shard, index});
+        for (size_t index = 0; index < is_listed[shard].size(); ++index) {
+            if (is_listed[shard][index]) {
+                places.push_back({shard, index});
+            }
         }
     }
     return places;

@@ -147,9 +147,11 @@ c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string&
     return c10::make_intrusive<File>(filename, backend);
 }
 
-c10::intrusive_ptr<File> open_checkpoint_op(const std::string& path, const std::string& backend) {
+c10::intrusive_ptr<File> open_checkpoint_op(const std::string& path, const std::string& backend,
+                                            const std::optional<std::string>& variant, const std::string& extra) {
     return guarded([&] {
-        return c10::make_intrusive<File>(std::make_shared<const Checkpoint>(path, backend), backend == "mmap");
+        auto checkpoint = std::make_shared<const Checkpoint>(path, backend, variant, extra);
+        return c10::make_intrusive<File>(std::move(checkpoint), backend == "mmap");
     });
 }
 
@@ -252,7 +254,7 @@ TORCH_LIBRARY(safetensors_torch, library) {
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
-    library.def(effectful("_open_checkpoint(str path, str backend) -> "
+    library.def(effectful("_open_checkpoint(str path, str backend, str? variant, str extra) -> "
                           "__torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_checkpoint_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",

@@ -324,14 +324,40 @@ sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_ran
  * together. Nothing of it changes once it is open. */
 typedef struct sft_checkpoint sft_checkpoint;
 
+/** What is done about tensors that the files of a checkpoint hold, and its index does not list. */
+typedef uint32_t sft_extra;
+
+/** Everything that may be done. */
+enum {
+    SFT_EXTRA_ERROR = 0, /**< the checkpoint is refused: index and files may be of two checkpoints */
+    SFT_EXTRA_IGNORE = 1 /**< they are left out of the functions of sft_checkpoint; the files still have them */
+};
+
+/** How a checkpoint is opened. */
+typedef struct sft_checkpoint_options {
+    size_t struct_size;    /**< sizeof(sft_checkpoint_options) */
+    sft_backend backend;   /**< as in sft_open_options, of each file */
+    sft_prefault prefault; /**< as in sft_open_options, of each file */
+    const char* variant;   /**< which of the checkpoints of a directory, UTF-8 that ends in NUL: "fp16" stands for
+                                model.fp16.safetensors, model.safetensors.index.fp16.json and so on; NULL for the one
+                                without a variant */
+    sft_extra extra;       /**< what is done about tensors that the index does not list; SFT_EXTRA_ERROR unless set */
+    uint32_t reserved;     /**< 0 */
+} sft_checkpoint_options;
+
+/** The defaults of sft_checkpoint_options. */
+#define SFT_CHECKPOINT_OPTIONS_INIT \
+    {sizeof(sft_checkpoint_options), SFT_BACKEND_MMAP, SFT_PREFAULT_NONE, NULL, SFT_EXTRA_ERROR, 0}
+
 /** Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a folder with either, where
  * model.safetensors counts before model.safetensors.index.json, and both before other names. All files are opened, and
- * the index is checked against them: they hold the tensors that it lists, where it says so, and no others; the names of
- * files in it must not lead out of its folder. `options` may be NULL for the defaults, and is for each file.
- * `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
- * Errors: INDEX; DUPLICATE for a name that the index has twice; those of sft_file_open for each file, and for the index
- * IO and FOREIGN_FORMAT; FILE_CHANGED where it is replaced over and over. */
-sft_status sft_checkpoint_open(const char* path, const sft_open_options* options, sft_checkpoint** checkpoint);
+ * the index is checked against them: they hold the tensors that it lists, where it says so, and no others, unless
+ * `extra` leaves those out; the names of files in it must not lead out of its folder. `options` may be NULL for the
+ * defaults. `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
+ * Errors: INDEX; INVALID_ARGUMENT for a variant of a path that is a file; DUPLICATE for a name that the index has
+ * twice; those of sft_file_open for each file, and for the index IO and FOREIGN_FORMAT; FILE_CHANGED where it is
+ * replaced over and over. */
+sft_status sft_checkpoint_open(const char* path, const sft_checkpoint_options* options, sft_checkpoint** checkpoint);
 
 /** Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other
  * thread may use the handle or its files meanwhile. */
@@ -345,7 +371,7 @@ sft_status sft_checkpoint_shard_count(const sft_checkpoint* checkpoint, size_t* 
  * Errors: INVALID_ARGUMENT for a shard beyond the last one. */
 sft_status sft_checkpoint_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name, const sft_file** file);
 
-/** Sets `*count` to the number of tensors in all files. */
+/** Sets `*count` to the number of tensors in all files, without those that `extra` leaves out. */
 sft_status sft_checkpoint_count(const sft_checkpoint* checkpoint, size_t* count);
 
 /** Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name

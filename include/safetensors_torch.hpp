@@ -87,7 +87,7 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
 ///
 /// Throws Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to.
 inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
-    return detail::load(detail::open("safetensors_torch::_open", path, options.backend), device, options);
+    return detail::load(detail::open(path, options.backend), device, options);
 }
 
 /// Every tensor of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may go away.

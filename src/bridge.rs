@@ -189,7 +189,16 @@ mod ffi {
     // The tensors of one file or several.
     extern "Rust" {
         type Checkpoint;
-        fn open_checkpoint(path: &[u8], backend: &[u8]) -> Result<Box<Checkpoint>>;
+        /// Without `has_variant`, that of no variant.
+        fn open_checkpoint(
+            path: &[u8],
+            backend: &[u8],
+            has_variant: bool,
+            variant: &[u8],
+            extra: &[u8],
+        ) -> Result<Box<Checkpoint>>;
+        /// The number of tensors.
+        fn count(self: &Checkpoint) -> usize;
         fn shard_count(self: &Checkpoint) -> usize;
         fn shard_name(self: &Checkpoint, shard: usize) -> &str;
         fn shard_file(self: &Checkpoint, shard: usize) -> Box<File>;

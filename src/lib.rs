@@ -39,8 +39,8 @@ mod bridge;
 #[doc(hidden)]
 pub use checkpoint::parse_index;
 pub use checkpoint::{
-    Checkpoint, DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, Shard, ShardPlan, ShardedOptions, ShardedWriter,
-    TensorPlace, save_sharded,
+    Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, Extra, Shard, ShardPlan,
+    ShardedOptions, ShardedWriter, TensorPlace, save_sharded,
 };
 pub use dtype::Dtype;
 pub use edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};

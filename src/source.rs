@@ -14,9 +14,10 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How a file's tensors come into memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
     /// One private, writable mapping: nothing is copied, and writes stay in memory.
+    #[default]
     Mmap,
     /// Reads into memory that the caller owns; the file is never mapped.
     Pread,

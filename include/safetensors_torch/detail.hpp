@@ -125,9 +125,17 @@ c10::IValue call_method(const Object& object, const char* method, const Args&...
     return std::move(stack.back());
 }
 
-// Opens what is at `path` with the operator `name`, one of those that open.
-inline Object open(const char* name, const std::string& path, Backend backend) {
-    return call_boxed(find_op(name), path, name_of(backend)).toObject();
+// Opens the file at `path`.
+inline Object open(const std::string& path, Backend backend) {
+    static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
+    return call_boxed(op, path, name_of(backend)).toObject();
+}
+
+// Opens the checkpoint at `path`.
+inline Object open_checkpoint(const std::string& path, Backend backend, const CheckpointOptions& options) {
+    static const c10::OperatorHandle op = find_op("safetensors_torch::_open_checkpoint");
+    const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
+    return call_boxed(op, path, name_of(backend), options.variant, extra).toObject();
 }
 
 // Has an object of the library do its work in steps, and tells `progress` between them.

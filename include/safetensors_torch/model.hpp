@@ -111,7 +111,7 @@ template <typename Module>
 LoadResult load_model(const Module& module, const std::string& path, const LoadModelOptions& options) {
     const c10::NoGradGuard no_grad;
     const State state = state_of(module, options.prefix, options.rename);
-    const Object files = open("safetensors_torch::_open_checkpoint", path, options.backend);
+    const Object files = open_checkpoint(path, options.backend, {options.variant, options.extra});
     const Object pending = call_method(files, "start_state", state.tensors, state.optional, class_of(module),
                                        options.strict, options.prefix)
                                .toObject();

@@ -14,11 +14,12 @@
 namespace safetensors_torch {
 
 /// The tensors of the checkpoint at `path` that `options` select, on `device`, file after file. `path` is a file, an
-/// index or a folder, as for Checkpoint.
+/// index or a folder, as for Checkpoint, and so is `checkpoint`.
 ///
 /// Throws Error: as Checkpoint and as load_file do.
-inline Tensors load_sharded(const std::string& path, at::Device device = at::kCPU, const LoadOptions& options = {}) {
-    const auto files = detail::open("safetensors_torch::_open_checkpoint", path, options.backend);
+inline Tensors load_sharded(const std::string& path, at::Device device = at::kCPU, const LoadOptions& options = {},
+                            const CheckpointOptions& checkpoint = {}) {
+    const auto files = detail::open_checkpoint(path, options.backend, checkpoint);
     return detail::load(files, device, options);
 }
 

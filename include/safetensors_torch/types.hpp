@@ -56,6 +56,23 @@ struct LoadOptions {
     Progress progress = {};
 };
 
+/// What is done about tensors that the files of a checkpoint hold, and its index does not list.
+enum class Extra {
+    /// The checkpoint is refused: index and files may be of two checkpoints.
+    error,
+    /// They are left out.
+    ignore,
+};
+
+/// Which checkpoint of a directory is opened, and how its index is checked.
+struct CheckpointOptions {
+    /// With a value, the checkpoint of this variant: "fp16" opens `model.fp16.safetensors`,
+    /// `model.safetensors.index.fp16.json` and the other names that diffusers and transformers use.
+    std::optional<std::string> variant = std::nullopt;
+    /// What is done about tensors that the index does not list.
+    Extra extra = Extra::error;
+};
+
 /// How a file is written.
 struct SaveOptions {
     /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
@@ -127,6 +144,10 @@ struct LoadModelOptions {
     Rename rename = {};
     /// Is told how far the load is, if there is one.
     Progress progress = {};
+    /// As in CheckpointOptions.
+    std::optional<std::string> variant = std::nullopt;
+    /// As in CheckpointOptions.
+    Extra extra = Extra::error;
 };
 
 /// How a module is saved.

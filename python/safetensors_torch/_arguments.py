@@ -58,6 +58,25 @@ def check_backend(backend: Any) -> str:
     return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
 
 
+def check_variant(variant: Any) -> Optional[str]:
+    """``variant`` if it is text or None.
+
+    Raises:
+        TypeError: it is not.
+        UnicodeEncodeError: it has a lone surrogate.
+    """
+    if variant is not None:
+        if not isinstance(variant, str):
+            raise TypeError(f"variant must be a str or None, not {type(variant).__name__}")
+        variant.encode()
+    return variant
+
+
+def check_extra(extra: Any) -> str:
+    """``extra`` for the operators, which refuse all but "error" and "ignore" with an error that lists both."""
+    return extra if isinstance(extra, str) and extra.isascii() else ascii(extra)
+
+
 def check_flag(value: Any, name: str) -> bool:
     """``value`` if it is a bool.
 

@@ -13,7 +13,17 @@ from typing import Any, Optional, Union
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
+from ._arguments import (
+    Device,
+    Path,
+    check_backend,
+    check_dtype,
+    check_extra,
+    check_flag,
+    check_variant,
+    encode_path,
+    to_device,
+)
 from ._checks import check_tensors
 from ._dynamo import opaque
 from ._errors import call
@@ -28,9 +38,9 @@ _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB",
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
 
 
-def open_checkpoint(path: Path, backend: str) -> Any:
-    """The native File over the files of the checkpoint at ``path``."""
-    return call(_open_checkpoint, encode_path(path), check_backend(backend))
+def open_checkpoint(path: Path, backend: str, variant: Optional[str] = None, extra: str = "error") -> Any:
+    """The native File over the files of the checkpoint at ``path``; the arguments are those of load_sharded."""
+    return call(_open_checkpoint, encode_path(path), check_backend(backend), check_variant(variant), check_extra(extra))
 
 
 @opaque
@@ -42,12 +52,14 @@ def load_sharded(
     prefault: Optional[bool] = None,
     dtype: Optional[torch.dtype] = None,
     names: Names = None,
+    variant: Optional[str] = None,
+    extra: str = "error",
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
     """Loads the tensors of a checkpoint: of one file, or of several that an index lists.
 
     The index is checked against its files before a tensor is read: they hold the tensors that it lists, where it says
-    so, and no others, and it names no file outside its folder.
+    so, and no others unless ``extra`` allows them, and it names no file outside its folder.
 
     Args:
         path: a folder, an index (a name that ends in ``.json``), or a file; str, bytes or os.PathLike. In a folder
@@ -58,6 +70,10 @@ def load_sharded(
         prefault: what becomes of mapped pages before they are touched, as for load_file.
         dtype: what floating-point tensors are converted to, as for load_file.
         names: which tensors to load, as for load_file; files that have none of them are not read.
+        variant: which checkpoint of a directory: "fp16" loads ``model.fp16.safetensors``,
+            ``model.safetensors.index.fp16.json`` and the other names that diffusers and transformers use.
+        extra: what is done about tensors that the files hold and the index does not list: "error" refuses the
+            checkpoint, "ignore" leaves them out.
         progress: who is told how far it is, as for load_file.
 
     Returns:
@@ -65,7 +81,8 @@ def load_sharded(
 
     Raises:
         SafetensorError: an index that is malformed, names a file outside its folder, or does not fit its files; a
-            folder without a checkpoint, or with several; and what load_file raises, for each file.
+            folder without a checkpoint, or with several; a variant of a path that is a file; and what load_file
+            raises, for each file.
         OSError: a file that is missing, or cannot be read.
         MemoryError, torch.OutOfMemoryError, ValueError, TypeError, RuntimeError, ImportError: as load_file.
 
@@ -79,11 +96,25 @@ def load_sharded(
     if prefault is not None:
         check_flag(prefault, "prefault")
     target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
-    file = open_checkpoint(path, backend)
+    file = open_checkpoint(path, backend, variant, extra)
+    return load_opened(file, path, target, backend, prefault, dtype, names, progress)
+
+
+def load_opened(
+    file: Any,
+    path: Path,
+    device: torch.device,
+    backend: str,
+    prefault: Optional[bool] = None,
+    dtype: Optional[torch.dtype] = None,
+    names: Names = None,
+    progress: Progress = None,
+) -> dict[str, torch.Tensor]:
+    """load_sharded of a checkpoint that is open, of the native File over what is at ``path``."""
     if is_traced():
-        return _load_file_by_file(file, encode_path(path), select(file, names), target, backend, prefault, dtype)
-    bring_in(file, target, backend, prefault, names)
-    return load_in_steps(file, target, dtype, names, progress)
+        return _load_file_by_file(file, encode_path(path), select(file, names), device, backend, prefault, dtype)
+    bring_in(file, device, backend, prefault, names)
+    return load_in_steps(file, device, dtype, names, progress)
 
 
 def _load_file_by_file(

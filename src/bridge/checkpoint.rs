@@ -13,9 +13,19 @@ use crate::header::absent;
 /// An open checkpoint as C++ sees it.
 pub struct Checkpoint(checkpoint::Checkpoint);
 
-pub fn open_checkpoint(path: &[u8], backend: &[u8]) -> Result<Box<Checkpoint>> {
-    let backend = String::from_utf8_lossy(backend).parse()?;
-    Ok(Box::new(Checkpoint(checkpoint::Checkpoint::open(as_path(path), backend)?)))
+pub fn open_checkpoint(
+    path: &[u8],
+    backend: &[u8],
+    has_variant: bool,
+    variant: &[u8],
+    extra: &[u8],
+) -> Result<Box<Checkpoint>> {
+    let options = checkpoint::CheckpointOptions {
+        backend: String::from_utf8_lossy(backend).parse()?,
+        variant: has_variant.then(|| as_text("variant", variant)).transpose()?,
+        extra: String::from_utf8_lossy(extra).parse()?,
+    };
+    Ok(Box::new(Checkpoint(checkpoint::Checkpoint::open(as_path(path), options)?)))
 }
 
 impl From<checkpoint::TensorPlace> for Place {
@@ -25,6 +35,10 @@ impl From<checkpoint::TensorPlace> for Place {
 }
 
 impl Checkpoint {
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     pub fn shard_count(&self) -> usize {
         self.0.shards().len()
     }

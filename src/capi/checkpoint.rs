@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::boundary;
 use super::file::sft_file;
-use super::options::{sft_open_options, sft_str};
+use super::options::{sft_checkpoint_options, sft_str};
 use super::pointer::{self, Out, invalid};
 use super::status::sft_status;
 use crate::checkpoint::{Checkpoint, TensorPlace};
@@ -43,7 +43,7 @@ impl PlaceOut {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_open(
     path: *const c_char,
-    options: *const sft_open_options,
+    options: *const sft_checkpoint_options,
     checkpoint: *mut *mut sft_checkpoint,
 ) -> sft_status {
     boundary!({
@@ -51,8 +51,9 @@ pub unsafe extern "C" fn sft_checkpoint_open(
         let out = unsafe { Out::new(checkpoint, "checkpoint") }?;
         out.set(std::ptr::null_mut());
         // SAFETY: as above.
-        let (path, (backend, prefault)) = unsafe { (pointer::path(path)?, sft_open_options::read(options)?) };
-        let opened = Checkpoint::open(path, backend)?;
+        let (path, (options, prefault)) =
+            unsafe { (pointer::path(path)?, sft_checkpoint_options::read(options)?) };
+        let opened = Checkpoint::open(path, options)?;
         if let Some(when) = prefault {
             opened.prefault(when)?;
         }

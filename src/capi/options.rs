@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_void};
 
 use super::pointer::{self, Versioned, invalid};
-use crate::checkpoint::ShardedOptions;
+use crate::checkpoint::{CheckpointOptions, Extra, ShardedOptions};
 use crate::edit::EditOptions;
 use crate::error::Result;
 use crate::layout::DEFAULT_ALIGNMENT;
@@ -31,6 +31,15 @@ pub const SFT_PREFAULT_BACKGROUND: sft_prefault = 1;
 
 /// The number of [`Prefault::Wait`].
 pub const SFT_PREFAULT_WAIT: sft_prefault = 2;
+
+/// The number of what is done about tensors that an index does not list.
+pub type sft_extra = u32;
+
+/// The number of [`Extra::Error`].
+pub const SFT_EXTRA_ERROR: sft_extra = 0;
+
+/// The number of [`Extra::Ignore`].
+pub const SFT_EXTRA_IGNORE: sft_extra = 1;
 
 /// The number of a way to change a file.
 pub type sft_edit_mode = u32;
@@ -84,26 +93,94 @@ impl sft_open_options {
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
-        let backend = match options.backend {
-            SFT_BACKEND_MMAP => Backend::Mmap,
-            SFT_BACKEND_PREAD => Backend::Pread,
+        Ok((backend_of(options.backend)?, prefault_of(options.prefault)?))
+    }
+}
+
+fn backend_of(number: sft_backend) -> Result<Backend> {
+    match number {
+        SFT_BACKEND_MMAP => Ok(Backend::Mmap),
+        SFT_BACKEND_PREAD => Ok(Backend::Pread),
+        other => Err(invalid(format!("unknown backend {other}: give SFT_BACKEND_MMAP or SFT_BACKEND_PREAD"))),
+    }
+}
+
+fn prefault_of(number: sft_prefault) -> Result<Option<Prefault>> {
+    match number {
+        SFT_PREFAULT_NONE => Ok(None),
+        SFT_PREFAULT_BACKGROUND => Ok(Some(Prefault::Background)),
+        SFT_PREFAULT_WAIT => Ok(Some(Prefault::Wait)),
+        other => {
+            let detail = format!(
+                "unknown prefault {other}: give SFT_PREFAULT_NONE, SFT_PREFAULT_BACKGROUND or SFT_PREFAULT_WAIT"
+            );
+            Err(invalid(detail))
+        }
+    }
+}
+
+/// How a checkpoint is opened.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_checkpoint_options {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// As in [`sft_open_options`], of each file.
+    pub backend: sft_backend,
+    /// As in [`sft_open_options`], of each file.
+    pub prefault: sft_prefault,
+    /// Which of the checkpoints of a directory; NULL for the one without a variant.
+    pub variant: *const c_char,
+    /// What is done about tensors that the index does not list.
+    pub extra: sft_extra,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds integers and a raw pointer only.
+unsafe impl Versioned for sft_checkpoint_options {
+    const NAME: &'static str = "sft_checkpoint_options";
+    const FIRST_SIZE: usize = 32;
+}
+
+impl sft_checkpoint_options {
+    /// # Safety
+    ///
+    /// As for [`pointer::options`]; `variant` is NULL or as for [`pointer::c_string`], as long as the result is in use.
+    pub(super) unsafe fn read<'a>(
+        options: *const sft_checkpoint_options,
+    ) -> Result<(CheckpointOptions<'a>, Option<Prefault>)> {
+        let defaults = sft_checkpoint_options {
+            struct_size: size_of::<sft_checkpoint_options>(),
+            backend: SFT_BACKEND_MMAP,
+            prefault: SFT_PREFAULT_NONE,
+            variant: std::ptr::null(),
+            extra: SFT_EXTRA_ERROR,
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise.
+        let options = unsafe { pointer::options(options, defaults) }?;
+        if options.reserved != 0 {
+            return Err(invalid(format!("{}: reserved must be 0", Self::NAME)));
+        }
+        let extra = match options.extra {
+            SFT_EXTRA_ERROR => Extra::Error,
+            SFT_EXTRA_IGNORE => Extra::Ignore,
             other => {
-                let detail = format!("unknown backend {other}: give SFT_BACKEND_MMAP or SFT_BACKEND_PREAD");
-                return Err(invalid(detail));
+                return Err(invalid(format!(
+                    "unknown extra {other}: give SFT_EXTRA_ERROR or SFT_EXTRA_IGNORE"
+                )));
             }
         };
-        let prefault = match options.prefault {
-            SFT_PREFAULT_NONE => None,
-            SFT_PREFAULT_BACKGROUND => Some(Prefault::Background),
-            SFT_PREFAULT_WAIT => Some(Prefault::Wait),
-            other => {
-                let detail = format!(
-                    "unknown prefault {other}: give SFT_PREFAULT_NONE, SFT_PREFAULT_BACKGROUND or SFT_PREFAULT_WAIT"
-                );
-                return Err(invalid(detail));
-            }
-        };
-        Ok((backend, prefault))
+        let mut variant = None;
+        if !options.variant.is_null() {
+            // SAFETY: the caller's promise.
+            let text = unsafe { pointer::c_string(options.variant, "variant") }?;
+            variant =
+                Some(text.to_str().map_err(|_| invalid(format!("{}: variant is not UTF-8", Self::NAME)))?);
+        }
+        let backend = backend_of(options.backend)?;
+        Ok((CheckpointOptions { backend, variant, extra }, prefault_of(options.prefault)?))
     }
 }
 

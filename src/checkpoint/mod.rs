@@ -19,6 +19,7 @@ pub use write::{ShardedOptions, ShardedWriter, save_sharded};
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -54,6 +55,43 @@ pub struct Shard {
     pub file: Arc<TensorFile>,
 }
 
+/// How a checkpoint is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CheckpointOptions<'a> {
+    /// How the bytes of its files become memory.
+    pub backend: Backend,
+    /// Which of the checkpoints of a directory: `fp16` stands for `model.fp16.safetensors`, and for shards and indexes
+    /// of such names.
+    pub variant: Option<&'a str>,
+    /// What is done about tensors of the shards that the index does not list.
+    pub extra: Extra,
+}
+
+/// What is done about tensors that shards hold and their index does not list.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Extra {
+    /// The checkpoint is refused: index and shards may be of two checkpoints.
+    #[default]
+    Error,
+    /// They are left out.
+    Ignore,
+}
+
+impl FromStr for Extra {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Extra> {
+        match name {
+            "error" => Ok(Extra::Error),
+            "ignore" => Ok(Extra::Ignore),
+            _ => {
+                let detail = format!("unknown extra {name:?}: choose \"error\" or \"ignore\"");
+                Err(Error::new(ErrorKind::InvalidArgument, detail))
+            }
+        }
+    }
+}
+
 /// Why an attempt to open a checkpoint failed.
 #[derive(Debug)]
 enum Failure {
@@ -79,20 +117,23 @@ pub struct TensorPlace {
 
 impl Checkpoint {
     /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a folder with either. An
-    /// index is checked against its files: they have the tensors that it lists, where it says, and no others.
+    /// index is checked against its files: they have the tensors that it lists, where it says, and no others, unless
+    /// [`Extra::Ignore`] leaves those out.
     ///
     /// In a folder, `model.safetensors` counts first, then `model.safetensors.index.json`, as for Hugging Face's tools,
-    /// then the one index or file of another name. A link in a folder may lead out of it; a name in an index may not.
+    /// then the one index or file of another name. With a variant, only names of that variant count; without one, a
+    /// variant does not count beside the checkpoint that it is a variant of. A link in a folder may lead out of it; a
+    /// name in an index may not.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and
-    /// for a folder that holds no checkpoint, or several; [`ErrorKind::FileChanged`] where it is replaced over and
+    /// for a folder that holds no checkpoint, or several; [`ErrorKind::InvalidArgument`] for a variant of a file; [`ErrorKind::FileChanged`] where it is replaced over and
     /// over; those of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
-    pub fn open(path: &Path, backend: Backend) -> Result<Checkpoint> {
+    pub fn open(path: &Path, options: CheckpointOptions<'_>) -> Result<Checkpoint> {
         let mut waits = 0;
         for _ in 0..OPEN_ATTEMPTS {
-            match Checkpoint::try_open(path, backend) {
+            match Checkpoint::try_open(path, options) {
                 Ok(checkpoint) => return Ok(checkpoint),
                 Err(Failure::Changed) => {}
                 Err(Failure::Missing(_)) if waits < MOST_WAITS => {
@@ -107,11 +148,11 @@ impl Checkpoint {
         Err(Error::new(ErrorKind::FileChanged, detail).in_file(path))
     }
 
-    fn try_open(path: &Path, backend: Backend) -> Attempt<Checkpoint> {
+    fn try_open(path: &Path, options: CheckpointOptions<'_>) -> Attempt<Checkpoint> {
         let is_absent = |error: &Error| error.os_error() == Some(libc::ENOENT);
         let is_folder = |error: &Error| error.os_error() == Some(libc::EISDIR);
-        match locate::locate(path)? {
-            Location::File(at) => match TensorFile::open(&at, backend) {
+        match locate::locate(path, options.variant)? {
+            Location::File(at) => match TensorFile::open(&at, options.backend) {
                 Ok(file) => Ok(Checkpoint::of_file(file, at)),
                 // It was in the folder just now.
                 Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
@@ -120,7 +161,7 @@ impl Checkpoint {
                 Err(error) => Err(Failure::Final(error)),
             },
             Location::Index(at) => match Index::read(&at) {
-                Ok((index, file)) => Checkpoint::of_index(index, &file, at, backend),
+                Ok((index, file)) => Checkpoint::of_index(index, &file, at, options),
                 Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
                 Err(error) if is_absent(&error) => Err(Failure::Missing(error)),
                 Err(error) => Err(Failure::Final(error)),
@@ -138,29 +179,40 @@ impl Checkpoint {
     /// A checkpoint of several files, whose index was read from `file`. A save that replaces it meanwhile takes its
     /// index away before the first of its files changes, and puts another one in place after the last: if the index is
     /// still there once all files are open, they belong together.
-    fn of_index(index: Index, file: &File, path: PathBuf, backend: Backend) -> Attempt<Checkpoint> {
-        let opened = Checkpoint::of_files(index, path.clone(), backend);
+    fn of_index(
+        index: Index,
+        file: &File,
+        path: PathBuf,
+        options: CheckpointOptions<'_>,
+    ) -> Attempt<Checkpoint> {
+        let opened = Checkpoint::of_files(index, path.clone(), options);
         // Open for as long as it is compared, so that no other file can have its number.
         if is_at(file, &path) { opened.map_err(Failure::Final) } else { Err(Failure::Changed) }
     }
 
-    fn of_files(index: Index, path: PathBuf, backend: Backend) -> Result<Checkpoint> {
+    fn of_files(index: Index, path: PathBuf, options: CheckpointOptions<'_>) -> Result<Checkpoint> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let shards = index.shards.iter().map(|name| {
-            let file = TensorFile::open(&folder.join(name), backend).map_err(|error| {
-                match error.os_error() {
+            let file = TensorFile::open(&folder.join(name), options.backend).map_err(|error| match error
+                .os_error()
+            {
                 Some(libc::ENOENT) => error.with_remedy(&format!(
                     "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
                     path.display()
                 )),
                 _ => with_limit(error),
-            }
             })?;
             Ok(Shard { name: name.clone(), file: Arc::new(file) })
         });
         let shards = shards.collect::<Result<Vec<Shard>>>()?;
-        let by_name = sorted_places(&shards);
-        check(&index, &shards, &by_name).map_err(|error| error.in_file(&path))?;
+        let by_name = match options.extra {
+            Extra::Error => {
+                let by_name = sorted_places(&shards);
+                check(&index, &shards, &by_name).map(|()| by_name)
+            }
+            Extra::Ignore => listed_places(&index, &shards),
+        };
+        let by_name = by_name.map_err(|error| error.in_file(&path))?;
         Ok(Checkpoint { shards, by_name, path })
     }
 
@@ -265,6 +317,16 @@ fn name_at(shards: &[Shard], place: TensorPlace) -> &str {
     tensor.map_or("", |tensor| tensor.name)
 }
 
+/// The places of the tensors that the index lists, sorted by name.
+fn listed_places(index: &Index, shards: &[Shard]) -> Result<Vec<TensorPlace>> {
+    let places = index.tensors.iter().map(|(name, shard)| {
+        let found = shards[*shard as usize].file.header().find(name);
+        let found = found.ok_or_else(|| misplaced(name, *shard, shards))?;
+        Ok(TensorPlace { shard: *shard, index: found as u32 })
+    });
+    places.collect()
+}
+
 /// Whether the shards hold what the index says, and nothing else: two lists in the order of names.
 fn check(index: &Index, shards: &[Shard], places: &[TensorPlace]) -> Result<()> {
     let mut listed = index.tensors.iter().peekable();
@@ -282,7 +344,8 @@ fn check(index: &Index, shards: &[Shard], places: &[TensorPlace]) -> Result<()> 
             _ => {
                 let detail = format!(
                     "shard {shard:?} holds tensor {name:?}, which the index does not have there: index and shards are not \
-                     of one checkpoint; save or fetch them again, or load the shard by itself"
+                     of one checkpoint; save or fetch them again, or set `extra` to \"ignore\" to load only what the index \
+                     lists"
                 );
                 return Err(Error::new(ErrorKind::Index, detail));
             }

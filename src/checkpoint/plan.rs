@@ -45,7 +45,7 @@ impl ShardPlan {
             );
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
-        if is_shard_name(&format!("{stem}{SUFFIX}")) {
+        if parse_shard_name(&format!("{stem}{SUFFIX}")).is_some() {
             let detail = format!(
                 "{stem:?} is what a shard of another checkpoint is called: give what stands before the numbers"
             );
@@ -120,37 +120,61 @@ impl ShardPlan {
 
     /// Whether a file of this name belongs to a checkpoint of the same stem, and is not among this one's.
     pub(super) fn makes_stale(&self, name: &str) -> bool {
+        parse_name(name).is_some_and(|(_, stem)| stem == self.stem) && !self.is_own(name)
+    }
+
+    fn is_own(&self, name: &str) -> bool {
         if self.count == 1 {
-            return name == self.index_name() || self.is_other_shard(name);
+            return name == self.file_name(0);
         }
-        name == format!("{}{SUFFIX}", self.stem) || self.is_other_shard(name)
-    }
-
-    fn is_other_shard(&self, name: &str) -> bool {
-        let Some((stem, number, count)) = parse_shard_name(name) else { return false };
-        let is_own = self.count > 1 && count == self.count && (1..=count).contains(&number);
-        stem == self.stem && !is_own
+        let shard = parse_shard_name(name).and_then(|(_, number, _)| number.checked_sub(1));
+        name == self.index_name() || shard.is_some_and(|shard| name == self.file_name(shard))
     }
 }
 
-/// Whether a file is called as one of several shards is.
-pub(super) fn is_shard_name(name: &str) -> bool {
-    parse_shard_name(name).is_some()
+/// What a name in the directory of a checkpoint stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NameKind {
+    /// The only file of a checkpoint.
+    File,
+    /// One of several files.
+    Shard,
+    /// The list of several files.
+    Index,
 }
 
-/// The stem of a shard's name; `None` for other names.
-pub(super) fn stem_of_shard(name: &str) -> Option<&str> {
-    parse_shard_name(name).map(|(stem, _, _)| stem)
+/// What a file of a checkpoint is, and its stem, of which a variant is the end: `model.fp16`. `None` for other names.
+///
+/// The names of variants are those of diffusers and transformers, old and new: `model.fp16.safetensors`,
+/// `model.fp16-00001-of-00002.safetensors`, `model-00001-of-00002.fp16.safetensors`,
+/// `model.safetensors.index.fp16.json`, `model.safetensors.fp16.index.json`; and the one that follows from a stem
+/// `model.fp16`, `model.fp16.safetensors.index.json`.
+pub(super) fn parse_name(name: &str) -> Option<(NameKind, String)> {
+    if let Some((stem, _, _)) = parse_shard_name(name) {
+        return Some((NameKind::Shard, stem));
+    }
+    if let Some(stem) = name.strip_suffix(SUFFIX) {
+        return Some((NameKind::File, stem.to_string()));
+    }
+    let (stem, rest) = name.strip_suffix(".json")?.split_once(&format!("{SUFFIX}."))?;
+    let variant = match rest {
+        "index" => None,
+        _ => Some(rest.strip_prefix("index.").or_else(|| rest.strip_suffix(".index"))?),
+    };
+    Some((NameKind::Index, variant.map_or(stem.to_string(), |variant| format!("{stem}.{variant}"))))
 }
 
-/// The stem and the numbers of `STEM-00001-of-00003.safetensors`; `None` for other names.
-fn parse_shard_name(name: &str) -> Option<(&str, usize, usize)> {
-    let (rest, count) = name.strip_suffix(SUFFIX)?.rsplit_once("-of-")?;
+/// The stem and the numbers of `STEM-00001-of-00003.safetensors`; `None` for other names. With a variant behind the
+/// numbers, that is the end of the stem.
+fn parse_shard_name(name: &str) -> Option<(String, usize, usize)> {
+    let (rest, end) = name.strip_suffix(SUFFIX)?.rsplit_once("-of-")?;
     let (stem, number) = rest.rsplit_once('-')?;
+    let (count, variant) = end.split_once('.').map_or((end, None), |(count, variant)| (count, Some(variant)));
     let parse = |text: &str| {
         let is_number = text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
         text.parse().ok().filter(|_| is_number)
     };
+    let stem = variant.map_or(stem.to_string(), |variant| format!("{stem}.{variant}"));
     Some((stem, parse(number)?, parse(count)?))
 }
 
@@ -206,8 +230,33 @@ mod tests {
             ("m2-00003-of-00003.safetensors", false, false),
             ("m-1-of-3.safetensors", false, false),
             ("m.bin", false, false),
+            ("m.fp16.safetensors", false, false),
         ] {
             assert_eq!((stale(&two, name), stale(&one, name)), (by_two, by_one), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_of_variants_are_those_of_one_stem() {
+        use NameKind::{File, Index, Shard};
+        let stem = "model.fp16";
+        for (name, kind) in [
+            ("model.fp16.safetensors", File),
+            ("model.fp16-00001-of-00002.safetensors", Shard),
+            ("model-00001-of-00002.fp16.safetensors", Shard),
+            ("model.safetensors.index.fp16.json", Index),
+            ("model.safetensors.fp16.index.json", Index),
+            ("model.fp16.safetensors.index.json", Index),
+        ] {
+            assert_eq!(parse_name(name), Some((kind, stem.to_string())), "{name}");
+            // A save of that stem leaves none of them behind that is not its own.
+            let two = ShardPlan::new([9, 9].into_iter(), stem, 9).expect("valid");
+            let is_own = ["model.fp16-00001-of-00002.safetensors", "model.fp16.safetensors.index.json"];
+            assert_eq!(two.makes_stale(name), !is_own.contains(&name), "{name}");
+        }
+        assert_eq!(parse_name("model.safetensors.index.json"), Some((Index, "model".to_string())));
+        for name in ["model.json", "model.safetensors.json", "model.safetensors.x.json", "model.bin"] {
+            assert_eq!(parse_name(name), None, "{name}");
         }
     }
 

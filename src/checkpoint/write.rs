@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::index;
 use super::lock::FolderLock;
-use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan, stem_of_shard};
+use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, NameKind, ShardPlan, parse_name};
 use super::with_limit;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
@@ -178,8 +178,18 @@ impl ShardedWriter {
         // checkpoint, where with it they could be taken for one.
         let replaces = self.names.iter().map(|name| self.exists(name)).collect::<Result<Vec<bool>>>()?;
         let mut old_index = Aside::default();
-        if names.len() > 1 && replaces.contains(&true) && self.exists(&self.index_name)? {
-            old_index = Aside::new(self.folder.path.join(&self.index_name))?;
+        if names.len() > 1 && replaces.contains(&true) {
+            // Other tools have other names for the index of a variant.
+            let indexes =
+                stale.iter().filter(|name| is_kind(name, NameKind::Index)).chain([&self.index_name]);
+            for name in indexes {
+                if let Err(error) = self
+                    .exists(name)
+                    .and_then(|there| if there { old_index.add(self.folder.path.join(name)) } else { Ok(()) })
+                {
+                    return Err(self.roll_back(error, &replaces, &Progress::default(), old_index));
+                }
+            }
         }
         let mut progress = Progress::default();
         let complete = std::mem::take(&mut self.complete);
@@ -231,7 +241,7 @@ impl ShardedWriter {
             }
         }
         // What would be opened in place of the new checkpoint, or with it, goes first.
-        stale.sort_by_key(|name| stem_of_shard(name).is_some());
+        stale.sort_by_key(|name| is_kind(name, NameKind::Shard));
         Ok(stale)
     }
 
@@ -306,26 +316,32 @@ struct Progress {
     is_torn: bool,
 }
 
-/// A file that was renamed out of the way, if there was one.
+fn is_kind(name: &str, kind: NameKind) -> bool {
+    parse_name(name).is_some_and(|(found, _)| found == kind)
+}
+
+/// Files that were renamed out of the way.
 #[derive(Debug, Default)]
 struct Aside {
-    /// Its name before, and now.
-    names: Option<(PathBuf, PathBuf)>,
+    /// Their names before, and now.
+    names: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Aside {
-    fn new(path: PathBuf) -> Result<Aside> {
+    fn add(&mut self, path: PathBuf) -> Result<()> {
         let hidden = set_aside(&path)?;
-        Ok(Aside { names: Some((path, hidden)) })
+        self.names.push((path, hidden));
+        Ok(())
     }
 
     fn put_back(self) -> Result<()> {
-        let Some((path, hidden)) = self.names else { return Ok(()) };
-        fs::rename(hidden, &path).map_err(|source| Error::io("restore", &path, source))
+        self.names.into_iter().try_for_each(|(path, hidden)| {
+            fs::rename(hidden, &path).map_err(|source| Error::io("restore", &path, source))
+        })
     }
 
     fn discard(self) {
-        if let Some((_, hidden)) = self.names {
+        for (_, hidden) in self.names {
             // It is hidden, and nothing refers to it: no reason to call a save failed that has all in place.
             let _ = fs::remove_file(hidden);
         }

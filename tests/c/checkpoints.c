@@ -46,7 +46,7 @@ static void reads_values(const sft_checkpoint* checkpoint) {
     }
 }
 
-static void test_what_was_written(const char* path, const sft_open_options* options) {
+static void test_what_was_written(const char* path, const sft_checkpoint_options* options) {
     sft_checkpoint* checkpoint = NULL;
     CHECK_OK(sft_checkpoint_open(path, options, &checkpoint));
     size_t count = 0;
@@ -88,7 +88,7 @@ void test_checkpoints(void) {
     options.sync = 1;
     CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
     CHECK(exists("deep/sharded/m.safetensors.index.json"));
-    sft_open_options pread = SFT_OPEN_OPTIONS_INIT;
+    sft_checkpoint_options pread = SFT_CHECKPOINT_OPTIONS_INIT;
     pread.backend = SFT_BACKEND_PREAD;
     test_what_was_written(path_of("deep/sharded"), NULL);
     test_what_was_written(path_of("deep/sharded/m.safetensors.index.json"), &pread);
@@ -111,6 +111,44 @@ void test_checkpoints(void) {
     CHECK_STATUS(sft_writer_write_sharded(writer, path_of("one"), &options), SFT_ERROR_INVALID_ARGUMENT);
     sft_writer_free(writer);
 
+    /* A variant, and an index that lists a part of its files. */
+    writer = three_pairs();
+    options.stem = "m.fp16";
+    options.max_shard_bytes = 4;
+    CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
+    sft_writer_free(writer);
+    sft_checkpoint_options chosen = SFT_CHECKPOINT_OPTIONS_INIT;
+    chosen.variant = "fp16";
+    CHECK_OK(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint));
+    size_t count = 0;
+    CHECK_OK(sft_checkpoint_shard_count(checkpoint, &count));
+    CHECK(count == 2);
+    reads_values(checkpoint);
+    sft_checkpoint_free(checkpoint);
+    write_text("deep/sharded/m.fp16.safetensors.index.json",
+               "{\"weight_map\": {\"b\": \"m.fp16-00002-of-00002.safetensors\", \"c\": "
+               "\"m.fp16-00001-of-00002.safetensors\"}}");
+    CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INDEX);
+    chosen.extra = SFT_EXTRA_IGNORE;
+    CHECK_OK(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint));
+    CHECK_OK(sft_checkpoint_count(checkpoint, &count));
+    CHECK(count == 2);
+    size_t shard = 9, index = 9;
+    CHECK_STATUS(sft_checkpoint_find(checkpoint, "a", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK_OK(sft_checkpoint_find(checkpoint, "c", 1, &shard, &index));
+    CHECK(shard == 0 && index == 1);
+    sft_checkpoint_free(checkpoint);
+    chosen.variant = "bf16";
+    CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INDEX);
+    CHECK(strstr(sft_last_error_message(), "m.fp16.safetensors.index.json (variant \"fp16\")") != NULL);
+    CHECK_STATUS(sft_checkpoint_open(path_of("one/model.safetensors"), &chosen, &checkpoint),
+                 SFT_ERROR_INVALID_ARGUMENT);
+    chosen.variant = "\xff";
+    CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+    chosen.variant = NULL;
+    chosen.extra = 2;
+    CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+
     /* What an index may not say. */
     CHECK(mkdir(path_of("bad"), 0700) == 0);
     refused("bad", SFT_ERROR_INDEX, "no checkpoint");
@@ -127,7 +165,6 @@ void test_checkpoints(void) {
 
     CHECK_STATUS(sft_checkpoint_open(NULL, NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_checkpoint_open(path_of("one"), NULL, NULL), SFT_ERROR_INVALID_ARGUMENT);
-    size_t count;
     CHECK_STATUS(sft_checkpoint_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_checkpoint_shard_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
 }

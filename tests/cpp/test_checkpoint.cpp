@@ -214,3 +214,51 @@ TEST(tensors_in_other_maps) {
     st::save_file(st::to_tensors(layer->named_parameters()), dir.file("f"));
     EXPECT(identical(st::load_file(dir.file("f")).at("weight"), layer->weight.detach()));
 }
+
+TEST(variants_and_extra_tensors) {
+    const TempDir dir;
+    save_five(dir);
+    st::ShardedSaveOptions half = of_at_most(40);
+    half.stem = "model.fp16";
+    st::Tensors others;
+    for (const auto& entry : five()) {
+        others.insert(entry.key(), entry.value() + 1);
+    }
+    st::save_sharded(others, dir.file(""), {}, half);
+    std::filesystem::rename(dir.file("model.fp16.safetensors.index.json"),
+                            dir.file("model.safetensors.index.fp16.json"));
+    st::CheckpointOptions options;
+    options.variant = "fp16";
+    EXPECT(identical(st::load_sharded(dir.file("")), five()));
+    EXPECT(identical(st::load_sharded(dir.file(""), at::kCPU, {}, options), others));
+    const st::Checkpoint checkpoint(dir.file(""), at::kCPU, st::Backend::pread, options);
+    EXPECT(at::equal(checkpoint.get_tensor("a"), others.at("a")));
+    options.variant = "bf16";
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""), at::kCPU, {}, options)), "fp16.json (variant \"fp16\")");
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(kIndex), at::kCPU, {}, options)), "this is a file");
+
+    // An index that lists a part of its files.
+    write_index(dir, "{\"a\": \"model-00002-of-00003.safetensors\", \"e\": \"model-00001-of-00003.safetensors\"}");
+    options = {};
+    EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "set `extra` to \"ignore\"");
+    options.extra = st::Extra::ignore;
+    const st::Tensors listed = st::load_sharded(dir.file(""), at::kCPU, {}, options);
+    EXPECT_EQ(listed.size(), std::size_t(2));
+    EXPECT(at::equal(listed.at("a"), five().at("a")) && at::equal(listed.at("e"), five().at("e")));
+    const st::Checkpoint part(dir.file(""), at::kCPU, st::Backend::mmap, options);
+    EXPECT_EQ(part.size(), std::size_t(2));
+    EXPECT_EQ(part.offset_keys(), (Names{"e", "a"}));
+    EXPECT(!part.contains("b"));
+    torch::nn::Module module;
+    const at::Tensor a = module.register_buffer("a", at::zeros({4}));
+    const at::Tensor e = module.register_buffer("e", at::zeros({4}));
+    st::LoadModelOptions model_options;
+    model_options.extra = st::Extra::ignore;
+    EXPECT(st::load_model(module, dir.file(""), model_options).unexpected.empty());
+    EXPECT(at::equal(a, five().at("a")));
+    model_options = {};
+    model_options.strict = false;
+    model_options.variant = "fp16";
+    st::load_model(module, dir.file(""), model_options);
+    EXPECT(at::equal(e, others.at("e")));
+}

@@ -170,7 +170,7 @@ fn constants_are_documented() {
         .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
         .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
         .collect();
-    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3 + 3);
+    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3 + 2 + 3);
 }
 
 /// Compiles a C program that prints lines `name value`, and gives what it printed.
@@ -221,6 +221,8 @@ fn numbers_agree() {
     expected.insert("SFT_PREFAULT_NONE".into(), SFT_PREFAULT_NONE.into());
     expected.insert("SFT_PREFAULT_BACKGROUND".into(), SFT_PREFAULT_BACKGROUND.into());
     expected.insert("SFT_PREFAULT_WAIT".into(), SFT_PREFAULT_WAIT.into());
+    expected.insert("SFT_EXTRA_ERROR".into(), SFT_EXTRA_ERROR.into());
+    expected.insert("SFT_EXTRA_IGNORE".into(), SFT_EXTRA_IGNORE.into());
     expected.insert("SFT_EDIT_AUTO".into(), SFT_EDIT_AUTO.into());
     expected.insert("SFT_EDIT_IN_PLACE".into(), SFT_EDIT_IN_PLACE.into());
     expected.insert("SFT_EDIT_REWRITE".into(), SFT_EDIT_REWRITE.into());
@@ -268,6 +270,7 @@ fn layouts_agree() {
     let (expected, body) = layouts! {
         sft_str { data, length }
         sft_open_options { struct_size, backend, prefault }
+        sft_checkpoint_options { struct_size, backend, prefault, variant, extra, reserved }
         sft_save_options { struct_size, alignment, sync, reserved }
         sft_sharded_options { struct_size, stem, max_shard_bytes, alignment, sync, reserved }
         sft_edit_options { struct_size, reserve, mode, sync }
@@ -309,7 +312,10 @@ fn aliases_and_initializers_agree() {
          SAY(\"sharded\", sharded.struct_size); SAY(\"sharded alignment\", sharded.alignment);\n\
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
          SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
-         SAY(\"none\", open.prefault);",
+         SAY(\"none\", open.prefault);\n\
+         sft_checkpoint_options checkpoint = SFT_CHECKPOINT_OPTIONS_INIT;\n\
+         SAY(\"checkpoint\", checkpoint.struct_size); SAY(\"no variant\", checkpoint.variant == NULL);\n\
+         SAY(\"extra\", sizeof(sft_extra)); SAY(\"extra signed\", (sft_extra)-1 < 1);",
     );
     let expected = [
         ("status", size_of::<sft_status>()),
@@ -321,6 +327,10 @@ fn aliases_and_initializers_agree() {
         ("prefault", size_of::<sft_prefault>()),
         ("prefault signed", 0),
         ("open", size_of::<sft_open_options>()),
+        ("checkpoint", size_of::<sft_checkpoint_options>()),
+        ("no variant", 1),
+        ("extra", size_of::<sft_extra>()),
+        ("extra signed", 0),
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
         ("edit", size_of::<sft_edit_options>()),

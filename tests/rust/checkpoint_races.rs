@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::checkpoints::{INDEX, contents, save};
 use common::names;
-use safetensors_torch::{Backend, Checkpoint, Error, ErrorKind};
+use safetensors_torch::{Backend, Checkpoint, CheckpointOptions, Error, ErrorKind};
 
 /// No part of a test goes on for longer, however slow the machine.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -25,7 +25,10 @@ fn write(at: &Path, value: u8, max_shard_bytes: u64) -> Vec<String> {
 
 /// Opens the checkpoint, and gives what all of its tensors are.
 fn whole(path: &Path) -> Result<u8, Error> {
-    let checkpoint = Checkpoint::open(path, Backend::Pread)?;
+    let checkpoint = Checkpoint::open(
+        path,
+        CheckpointOptions { backend: Backend::Pread, ..CheckpointOptions::default() },
+    )?;
     let values: Vec<Vec<u8>> = contents(&checkpoint).into_iter().map(|(_, bytes)| bytes).collect();
     assert!(values.len() == 6 && values.iter().all(|bytes| *bytes == values[0]), "{values:?}");
     Ok(values[0][0])

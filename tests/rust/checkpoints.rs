@@ -11,8 +11,8 @@ use common::checkpoints::{INDEX, contents, save, save_with};
 use common::names;
 use proptest::prelude::*;
 use safetensors_torch::{
-    Backend, Checkpoint, Dtype, Error, ErrorKind, SaveOptions, ShardPlan, ShardedOptions, ShardedWriter,
-    TensorSpec, save_file, save_sharded,
+    Backend, Checkpoint, CheckpointOptions, Dtype, Error, ErrorKind, Extra, SaveOptions, ShardPlan,
+    ShardedOptions, ShardedWriter, TensorSpec, save_file, save_sharded,
 };
 use tempfile::TempDir;
 
@@ -27,8 +27,12 @@ fn save_one(path: &Path, name: &str, data: &[u8]) {
 }
 
 fn open(path: &Path) -> Result<Checkpoint, Error> {
-    let mapped = Checkpoint::open(path, Backend::Mmap);
-    let read = Checkpoint::open(path, Backend::Pread);
+    open_with(path, CheckpointOptions::default())
+}
+
+fn open_with(path: &Path, options: CheckpointOptions) -> Result<Checkpoint, Error> {
+    let mapped = Checkpoint::open(path, CheckpointOptions { backend: Backend::Mmap, ..options });
+    let read = Checkpoint::open(path, CheckpointOptions { backend: Backend::Pread, ..options });
     assert_eq!(mapped.is_ok(), read.is_ok());
     mapped
 }
@@ -129,9 +133,9 @@ fn links_are_replaced_and_what_they_point_to_stays() {
 }
 
 /// Saves `count` tensors, one a file, when the file of number `blocked` cannot get its name.
-fn save_blocked(at: &Path, count: usize, blocked: &str) -> Error {
+fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
     let tensors: Vec<String> = (0..count).map(|i| format!("t{i}")).collect();
-    let plan = ShardPlan::new((0..count).map(|_| 1), "model", 1).expect("valid");
+    let plan = ShardPlan::new((0..count).map(|_| 1), stem, 1).expect("valid");
     let mut writer = ShardedWriter::new(at, &plan, tensors.iter().map(String::as_str)).expect("begun");
     for shard in 0..plan.count() {
         let mut file = writer.create(shard, 1).expect("begun");
@@ -164,13 +168,17 @@ fn a_commit_that_fails_is_taken_back() {
     };
     // Files of other names: those that are in place already go again.
     for blocked in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
-        assert!(!save_blocked(at, 3, blocked).to_string().contains("not complete"));
+        assert!(!save_blocked(at, "model", 3, blocked).to_string().contains("not complete"));
         unchanged();
     }
     // The same names: the old index comes back if the first of them fails.
-    assert!(!save_blocked(at, 2, "model-00001-of-00002.safetensors").to_string().contains("not complete"));
+    assert!(
+        !save_blocked(at, "model", 2, "model-00001-of-00002.safetensors")
+            .to_string()
+            .contains("not complete")
+    );
     unchanged();
-    let error = save_blocked(at, 2, "model-00002-of-00002.safetensors").to_string();
+    let error = save_blocked(at, "model", 2, "model-00002-of-00002.safetensors").to_string();
     assert!(error.contains("1 of 2 files are in place, and no index"), "{error}");
     refused(at, ErrorKind::Index, &["not their index"]);
     assert_eq!(names(at), before[..2]);
@@ -249,6 +257,88 @@ fn files_that_the_index_does_not_fit() {
     save_one(&at.join("elsewhere"), "b", &[2]);
     symlink("elsewhere", &second).expect("linked");
     assert_eq!(contents(&open(at).expect("valid")).len(), 2);
+}
+
+#[test]
+fn an_index_that_lists_a_part_of_its_files() {
+    let folder = folder();
+    let at = folder.path();
+    save(at, &[("a", &[1]), ("b", &[2]), ("c", &[3]), ("d", &[4])], 2).expect("saved");
+    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    let index = |map: serde_json::Value| {
+        fs::write(at.join(INDEX), serde_json::json!({ "weight_map": map }).to_string()).expect("written");
+    };
+    index(serde_json::json!({"b": first, "c": second}));
+    refused(at, ErrorKind::Index, &[first, "\"a\"", "set `extra` to \"ignore\""]);
+    let ignore = CheckpointOptions { extra: Extra::Ignore, ..CheckpointOptions::default() };
+    let checkpoint = open_with(at, ignore).expect("the rest is left out");
+    assert_eq!(contents(&checkpoint), [("b".to_string(), vec![2]), ("c".to_string(), vec![3])]);
+    assert_eq!((checkpoint.len(), checkpoint.find("a"), checkpoint.find("d")), (2, None, None));
+
+    // The index says which of two files counts.
+    save_one(&at.join(second), "b", &[9]);
+    index(serde_json::json!({"a": first, "b": second}));
+    let checkpoint = open_with(at, ignore).expect("each once");
+    assert_eq!(contents(&checkpoint), [("a".to_string(), vec![1]), ("b".to_string(), vec![9])]);
+
+    // What it lists must be there all the same.
+    index(serde_json::json!({"a": second, "b": first}));
+    let error = open_with(at, ignore).expect_err("it is elsewhere");
+    assert!(
+        error.kind() == ErrorKind::Index && error.to_string().contains("it is in \"model-00001"),
+        "{error}"
+    );
+    index(serde_json::json!({"gone": first}));
+    assert!(open_with(at, ignore).expect_err("nowhere").to_string().contains("no shard has it"));
+    assert_eq!("ignore".parse::<Extra>().expect("known"), Extra::Ignore);
+    assert!("no".parse::<Extra>().is_err());
+}
+
+#[test]
+fn variants_in_one_directory() {
+    let folder = folder();
+    let at = folder.path();
+    save(at, &[("a", &[1]), ("b", &[2])], 9).expect("saved");
+    save_with(
+        at,
+        &[("a", &[3]), ("b", &[4])],
+        ShardedOptions { stem: "model.fp16", max_shard_bytes: 1, ..ShardedOptions::default() },
+    )
+    .expect("saved");
+    let fp16 = CheckpointOptions { variant: Some("fp16"), ..CheckpointOptions::default() };
+    let (plain, half) = (
+        [("a".to_string(), vec![1]), ("b".to_string(), vec![2])],
+        [("a".to_string(), vec![3]), ("b".to_string(), vec![4])],
+    );
+    assert_eq!(contents(&open(at).expect("without a variant")), plain);
+    assert_eq!(contents(&open_with(at, fp16).expect("the variant")), half);
+    // Under the name of an index that other tools give.
+    let other = at.join("model.safetensors.index.fp16.json");
+    fs::rename(at.join("model.fp16.safetensors.index.json"), &other).expect("renamed");
+    let checkpoint = open_with(at, fp16).expect("the variant");
+    assert_eq!((checkpoint.path(), contents(&checkpoint)), (&*other, half.to_vec()));
+    let bf16 = CheckpointOptions { variant: Some("bf16"), ..fp16 };
+    let error = open_with(at, bf16).expect_err("absent");
+    assert!(error.to_string().contains("variant \"bf16\""), "{error}");
+    let error = open_with(&at.join("model.safetensors"), fp16).expect_err("a file");
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    // It is away while files that it lists are replaced, and back if none was.
+    let error = save_blocked(at, "model.fp16", 2, "model.fp16-00001-of-00002.safetensors");
+    assert!(!error.to_string().contains("not complete"), "{error}");
+    assert_eq!(contents(&open_with(at, fp16).expect("as before")), half);
+    let error = save_blocked(at, "model.fp16", 2, "model.fp16-00002-of-00002.safetensors");
+    assert!(error.to_string().contains("1 of 2 files are in place, and no index"), "{error}");
+    assert!(!other.exists());
+    fs::write(&other, "{}").expect("written");
+    // A save of the variant leaves one index.
+    let options = ShardedOptions { stem: "model.fp16", max_shard_bytes: 1, ..ShardedOptions::default() };
+    save_with(at, &[("a", &[5]), ("b", &[6])], options).expect("saved");
+    assert!(!other.exists());
+    assert_eq!(
+        contents(&open_with(at, fp16).expect("the variant")),
+        [("a".to_string(), vec![5]), ("b".to_string(), vec![6])]
+    );
+    assert_eq!(contents(&open(at).expect("without a variant")), plain);
 }
 
 #[test]

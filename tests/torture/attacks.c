@@ -227,11 +227,13 @@ static void index_of_arrays(const char* path) {
 static void child(const attack* what, const char* path, sft_backend backend) {
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.backend = backend;
+    sft_checkpoint_options checkpoint_options = SFT_CHECKPOINT_OPTIONS_INIT;
+    checkpoint_options.backend = backend;
     sft_file* file = NULL;
     sft_checkpoint* checkpoint = NULL;
     atomic_store(&armed, true);
-    const sft_status status =
-        what->is_index ? sft_checkpoint_open(path, &options, &checkpoint) : sft_file_open(path, &options, &file);
+    const sft_status status = what->is_index ? sft_checkpoint_open(path, &checkpoint_options, &checkpoint)
+                                             : sft_file_open(path, &options, &file);
     atomic_store(&armed, false);
     const char* said = status == SFT_OK ? "" : sft_last_error_message();
     const bool right = EXPECT(status == what->status, "%s: %d, %.300s", what->name, status, said) &&

@@ -256,7 +256,7 @@ static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkp
 
 static bool inspect(const char* path, bool json) {
     /* Read, not mapped: a file that another program cuts short meanwhile gives an error, and no signal. */
-    sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+    sft_checkpoint_options options = SFT_CHECKPOINT_OPTIONS_INIT;
     options.backend = SFT_BACKEND_PREAD;
     sft_checkpoint* checkpoint;
     if (sft_checkpoint_open(path, &options, &checkpoint) != SFT_OK) {

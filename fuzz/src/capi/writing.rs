@@ -127,17 +127,21 @@ impl Session<'_> {
         with_path("s.safetensors", |path, _| replace(path, self.bytes));
         with_path("m.json", |path, text| {
             replace(path, index);
-            let options = sft_open_options {
-                struct_size: size_of::<sft_open_options>(),
+            let ignores = (b / 2) % 2 == 1;
+            let options = sft_checkpoint_options {
+                struct_size: size_of::<sft_checkpoint_options>(),
                 backend: (b % 2) as u32,
                 prefault: SFT_PREFAULT_NONE,
+                variant: null(),
+                extra: if ignores { SFT_EXTRA_IGNORE } else { SFT_EXTRA_ERROR },
+                reserved: 0,
             };
             let mut checkpoint = null_mut();
             // SAFETY: a path, options, and a place for a handle.
             let status = unsafe { sft_checkpoint_open(text.as_ptr(), &options, &mut checkpoint) };
             // Without a tensor there is no name of a file.
             if a < 255 && (b < 200 || b.is_multiple_of(4)) && !map.is_empty() {
-                assert_eq!(check(status), whole, "{map:?}");
+                assert_eq!(check(status), whole || ignores, "{map:?}");
             }
             if check(status) {
                 self.look_through(checkpoint, &map);
