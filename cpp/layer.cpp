@@ -9,6 +9,7 @@
 #include "cpp/error.cpp"
 #include "cpp/file.cpp"
 #include "cpp/load.cpp"
+#include "cpp/mismatch.cpp"
 #include "cpp/model.cpp"
 #include "cpp/open_file.cpp"
 #include "cpp/ops.cpp"

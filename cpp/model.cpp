@@ -18,14 +18,6 @@
 namespace safetensors_torch {
 namespace {
 
-std::string quoted_list(const std::vector<std::string>& names) {
-    std::string out;
-    for (const std::string& name : names) {
-        out += (out.empty() ? "\"" : ", \"") + name + "\"";
-    }
-    return out;
-}
-
 std::string torch_size(c10::IntArrayRef shape) {
     std::string out;
     for (const int64_t dim : shape) {
@@ -33,8 +25,6 @@ std::string torch_size(c10::IntArrayRef shape) {
     }
     return "torch.Size([" + out + "])";
 }
-
-std::string heading(const std::string& class_name) { return "Error(s) in loading state_dict for " + class_name + ":"; }
 
 // load_state_dict takes a 1-D tensor of one element for a scalar, as files from torch 0.3 need it.
 bool is_old_scalar(c10::IntArrayRef source, c10::IntArrayRef destination) {
@@ -62,24 +52,9 @@ void check_on_device(const NamedTensors& state) {
         if (tensor.is_meta()) {
             fail(Kind::runtime, "Cannot load into " + repr(name) +
                                     ": it is on the meta device and has no memory. Give the model memory first (in "
-                                    "Python with `model.to_empty(device=...)`)");
+                                    "Python load it with assign=True)");
         }
     }
-}
-
-void check_names(const Mismatch& mismatch, const std::string& class_name) {
-    const auto& [missing, unexpected] = mismatch;
-    if (missing.empty() && unexpected.empty()) {
-        return;
-    }
-    std::string text = heading(class_name);
-    if (!missing.empty()) {
-        text += "\n    Missing key(s) in state_dict: " + quoted_list(missing);
-    }
-    if (!unexpected.empty()) {
-        text += "\n    Unexpected key(s) in state_dict: " + quoted_list(unexpected);
-    }
-    fail(Kind::runtime, text);
 }
 
 // What torch refuses to copy into, and storages that are too small, which it does not look at.
@@ -167,7 +142,7 @@ StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, Lender lender, cons
     check_shapes(checkpoint, matches_, class_name);
     check_conversions(checkpoint, matches_, class_name);
     if (strict) {
-        check_names(mismatch_, class_name);
+        check_names(mismatch_, class_name, prefix);
     }
     plan(aliased);
 }

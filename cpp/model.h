@@ -11,12 +11,10 @@
 
 #include "cpp/checkpoint.h"
 #include "cpp/load.h"
+#include "cpp/mismatch.h"
 #include "cpp/tensor_memory.h"
 
 namespace safetensors_torch {
-
-// Names in a state dict that a load left alone, and names in a file that it had no use for; both sorted.
-using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
 
 // A load of a checkpoint's tensors into those of a state dict, by name, whatever their device. Tied names count once.
 //

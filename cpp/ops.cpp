@@ -8,6 +8,7 @@
 #include "cpp/error.h"
 #include "cpp/file.h"
 #include "cpp/load.h"
+#include "cpp/mismatch.h"
 #include "cpp/pending_load.h"
 #include "cpp/ring.h"
 #include "cpp/save.h"
@@ -143,6 +144,11 @@ c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names&
     });
 }
 
+void check_names_op(const std::string& class_name, const Names& missing, const Names& unexpected,
+                    const std::string& prefix) {
+    guarded([&] { check_names({missing, unexpected}, class_name, prefix); });
+}
+
 c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string& backend) {
     return c10::make_intrusive<File>(filename, backend);
 }
@@ -252,6 +258,8 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, begin_edit_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
+    library.def(effectful("_check_names(str class_name, str[] missing, str[] unexpected, str prefix) -> ()"),
+                torch::dispatch(key, check_names_op));
     library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(key, open_op));
     library.def(effectful("_open_checkpoint(str path, str backend, str? variant, str extra) -> "

@@ -25,8 +25,9 @@ struct Extent {
 // What two tensors have in common that share memory: an address, but for a lazy copy, which has its original's until
 // one of them is written to.
 const void* identity(const at::Tensor& tensor) {
-    const bool is_lazy_copy = c10::impl::cow::is_cow_data_ptr(storage_data(tensor));
-    return is_lazy_copy ? tensor.storage().unsafeGetStorageImpl() : storage_data(tensor).get();
+    const c10::DataPtr& data = storage_data(tensor);
+    const bool has_no_address = tensor.is_meta() || c10::impl::cow::is_cow_data_ptr(data);
+    return has_no_address ? tensor.storage().unsafeGetStorageImpl() : data.get();
 }
 
 Extent extent_of(const at::Tensor& tensor, size_t index) {
@@ -85,11 +86,13 @@ void add_groups(const std::vector<size_t>& members, const NamedTensors& tensors,
 
 }  // namespace
 
-std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors) {
+std::vector<std::vector<std::string>> overlapping(const NamedTensors& tensors, bool with_meta) {
     std::vector<std::pair<uintptr_t, size_t>> addresses;
     addresses.reserve(tensors.size());
     for (size_t index = 0; index < tensors.size(); ++index) {
-        if (has_memory(tensors[index].second) && tensors[index].second.storage().nbytes() != 0) {
+        const at::Tensor& tensor = tensors[index].second;
+        const bool has_storage = has_memory(tensor) || (with_meta && tensor.is_meta() && tensor.has_storage());
+        if (has_storage && tensor.storage().nbytes() != 0) {
             addresses.emplace_back(reinterpret_cast<uintptr_t>(identity(tensors[index].second)), index);
         }
     }
@@ -116,7 +119,7 @@ std::map<std::string, std::string> tied_names(const NamedTensors& tensors,
         by_name.emplace(name, &tensor);
     }
     std::map<std::string, std::string> dropped;
-    for (const auto& group : overlapping(tensors)) {
+    for (const auto& group : overlapping(tensors, /*with_meta=*/true)) {
         const std::string* kept = nullptr;
         bool kept_is_preferred = false;
         for (const std::string& name : group) {

@@ -198,3 +198,16 @@ TEST(script_module) {
     st::save_model(source, dir.file("s"), {}, save);
     EXPECT_EQ(st::Checkpoint(dir.file("s")).shards().size(), 3U);
 }
+
+TEST(names_that_wrappers_make) {
+    const TempDir dir;
+    const auto source = layers(1), target = layers(2);
+    st::SaveModelOptions options;
+    options.prefix = "_orig_mod.";
+    st::save_model(source, dir.file("m"), {}, options);
+    const std::string error = ERROR_OF(st::load_model(target, dir.file("m")));
+    EXPECT_HAS(error, "torch.compile");
+    EXPECT_HAS(error, "give the prefix \"_orig_mod.\"");
+    st::load_model(target, dir.file("m"), within("_orig_mod."));
+    EXPECT(same(*source, *target));
+}

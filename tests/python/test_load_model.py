@@ -101,7 +101,7 @@ def test_plain_modules_are_read_into_straight(
         raise AssertionError("a detour")
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
-    monkeypatch.setattr(safetensors_torch.model, "load_sharded", refuse)
+    monkeypatch.setattr(safetensors_torch.model, "load_opened", refuse)
     source, model = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Tied()) for _ in range(2))
     state = snapshot(source)
     del state["2.head.weight"]

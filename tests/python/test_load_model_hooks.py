@@ -11,6 +11,7 @@ from torch import nn
 
 from random_state import difference
 from safetensors_torch import load_model, save_model
+from safetensors_torch import model as module_of_model
 from support import snapshot
 
 STATE = {"0.weight": torch.full((2, 2), 4.0), "0.bias": torch.full((2,), 5.0), "1.bias": torch.full((2,), 6.0)}
@@ -261,3 +262,89 @@ def test_tied_weights_with_a_hook(write: Callable[..., Path], backend: str, refe
         given = write({"0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2)})
         expected = reference.load_model(model, given, strict=False)
         assert load_model(model, given, strict=False, backend=backend) == expected
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The tensors that are copied to be put back."""
+    copied, made = module_of_model._copied, []
+    monkeypatch.setattr(module_of_model, "_copied", lambda tensor: made.append(tensor) or copied(tensor))
+    return made
+
+
+def with_pre_hook() -> nn.Module:
+    model = model_of()
+    model.register_load_state_dict_pre_hook(lambda *arguments: None)
+    return model
+
+
+def with_post_hook() -> nn.Module:
+    model = model_of()
+    model[1].register_load_state_dict_post_hook(lambda *arguments: None)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_post_hook, *GIVE_COPIES.values()])
+def test_no_copy_where_all_can_be_checked(
+    make: Callable, write: Callable[..., Path], backend: str, copies: list
+) -> None:
+    model = make()
+    before = snapshot(model)
+    for state in ({**STATE, "1.bias": torch.ones(3)}, {**STATE, "0.bias": torch.ones(2, 2)}):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            load_model(model, write(state), backend=backend)
+    assert difference(snapshot(model), before) is None
+    assert load_model(model, write(STATE), backend=backend) == (set(), [])
+    assert loaded(model) and copies == []
+
+
+def test_a_copy_where_a_hook_may_decide_about_names(write: Callable[..., Path], backend: str, copies: list) -> None:
+    model = with_post_hook()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_model(model, write({**STATE, "x": torch.ones(1)}), backend=backend)
+    assert difference(snapshot(model), before) is None and len(copies) == 3
+
+
+@pytest.mark.parametrize("make", [with_pre_hook, lambda: model_of(nn.Linear(2, 2), Doubling())])
+def test_a_copy_can_be_declined(make: Callable, write: Callable[..., Path], backend: str, copies: list) -> None:
+    name, value = ("1.half", torch.full((2,), 3.0)) if isinstance(make()[1], Doubling) else ("1.bias", STATE["1.bias"])
+    state = {"0.weight": STATE["0.weight"], "0.bias": STATE["0.bias"], name: value}
+    model = make()
+    load_model(model, write(state), strict=False, backend=backend, backup=False)
+    assert loaded(model) and copies == []
+    load_model(make(), write(state), strict=False, backend=backend)
+    assert len(copies) == 3
+    # What was loaded before a failure stays; which tensors the module has, does not change.
+    model = make()
+    held = list(model.parameters())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_model(model, write({**state, "0.bias": torch.ones(3)}), backend=backend, backup=False)
+    assert model[0].weight.tolist() == [[4, 4], [4, 4]]
+    assert all(now is then for now, then in zip(model.parameters(), held))
+
+
+def test_no_memory_for_a_copy(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not enough memory: you tried to allocate 16 bytes.")
+
+    monkeypatch.setattr(module_of_model, "_copied", refuse)
+    model = with_pre_hook()
+    before = snapshot(model)
+    with pytest.raises(MemoryError, match=r"the 32 bytes of Sequential, .*tried to allocate.*: pass backup=False"):
+        load_model(model, write(STATE))
+    assert difference(snapshot(model), before) is None
+    assert load_model(model, write(STATE), backup=False) == (set(), [])
+    assert loaded(model)
+
+
+class Attributed(nn.Parameter):
+    pass
+
+
+def test_a_class_of_parameters_is_no_detour(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_model, "load_opened", None)
+    model = model_of()
+    model[1].bias = Attributed(torch.zeros(2))
+    assert load_model(model, write(STATE)) == (set(), [])
+    assert loaded(model) and type(model[1].bias) is Attributed

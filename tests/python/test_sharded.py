@@ -200,3 +200,55 @@ def test_models_in_folders(tmp_path: Path, kind: type[Tied]) -> None:
     with pytest.raises(ValueError, match="force_contiguous=True"):
         model.first.weight.data = model.first.weight.data.t()
         save_model(model, tmp_path / "m", force_contiguous=False)
+
+
+def test_an_index_that_lists_a_part_of_its_files(tmp_path: Path, backend: str) -> None:
+    names = save_sharded(state(), tmp_path, max_shard_size=32)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"]["a"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(SafetensorError, match='holds tensor "a".*set `extra` to "ignore"'):
+        load_sharded(tmp_path, backend=backend)
+    rest = {name: tensor for name, tensor in state().items() if name != "a"}
+    for path in (tmp_path, tmp_path / INDEX):
+        assert_equal(load_sharded(path, backend=backend, extra="ignore"), rest)
+    with pytest.raises(SafetensorError, match="does not contain tensor a"):
+        load_sharded(tmp_path, names=["a"], extra="ignore")
+    with FakeTensorMode():
+        assert load_sharded(tmp_path, extra="ignore").keys() == rest.keys()
+    model = torch.nn.Module()
+    for name, tensor in rest.items():
+        model.register_buffer(name, torch.zeros_like(tensor))
+    assert load_model(model, tmp_path, backend=backend, extra="ignore") == (set(), [])
+    assert_equal(dict(model.state_dict()), rest)
+    assert "a" in load_file(tmp_path / names[0]) or "a" in load_file(tmp_path / names[1])
+    for wrong in ("Ignore", "", None, "\udc80"):
+        with pytest.raises(SafetensorError, match='choose "error" or "ignore"'):
+            load_sharded(tmp_path, extra=wrong)  # type: ignore[arg-type]
+
+
+def test_variants(tmp_path: Path, backend: str) -> None:
+    """The names are those of diffusers and transformers; all that there are, the tests of the core have."""
+    half = {name: tensor + 1 for name, tensor in state().items()}
+    save_sharded(state(), tmp_path, max_shard_size=32, stem="diffusion_pytorch_model")
+    save_sharded(half, tmp_path, max_shard_size=32, stem="diffusion_pytorch_model.fp16")
+    index = "diffusion_pytorch_model.safetensors.index.fp16.json"
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors.index.json").rename(tmp_path / index)
+    assert_equal(load_sharded(tmp_path, backend=backend), state())
+    assert_equal(load_sharded(tmp_path, backend=backend, variant="fp16"), half)
+    model = torch.nn.Module()
+    for name, tensor in state().items():
+        model.register_buffer(name, tensor.clone())
+    assert load_model(model, tmp_path, backend=backend, variant="fp16") == (set(), [])
+    assert_equal(dict(model.state_dict()), half)
+    with pytest.raises(SafetensorError, match=r'no checkpoint of variant "bf16".*fp16\.json \(variant "fp16"\)'):
+        load_sharded(tmp_path, variant="bf16")
+    save_file(state(), tmp_path / "other.safetensors")
+    with pytest.raises(
+        SafetensorError, match="several checkpoints: open one by its path, .* it holds diffusion_pyt.*, o"
+    ):
+        load_sharded(tmp_path)
+    with pytest.raises((SafetensorError, ValueError), match="this is a file"):
+        load_sharded(tmp_path / "other.safetensors", variant="fp16")
+    with pytest.raises(TypeError, match="variant must be a str"):
+        load_sharded(tmp_path, variant=16)  # type: ignore[arg-type]

@@ -83,12 +83,16 @@ def use_load_model(model: torch.nn.Module, path: Path) -> None:
     missing, unexpected = safetensors_torch.load_model(model, path, strict=False, device="cpu", backend="mmap")
     assert_type(missing, set[str])
     assert_type(unexpected, list[str])
+    safetensors_torch.load_model(model, path, prefix="a.", rename=str.lower, assign=True, backup=False)
+    safetensors_torch.load_model(model, path, variant="fp16", extra="ignore", progress=True)
     safetensors_torch.load_model(model.state_dict(), path)  # type: ignore[arg-type]
+    safetensors_torch.load_model(model, path, rename={"a": "b"})  # type: ignore[arg-type]
 
 
 def use_load_sharded(folder: Path) -> None:
     assert_type(safetensors_torch.load_sharded(folder), Tensors)
     safetensors_torch.load_sharded(folder, "cuda", backend="pread", dtype=torch.float16, names=["a"], progress=False)
+    safetensors_torch.load_sharded(folder, variant="fp16", extra="ignore")
     safetensors_torch.load_sharded(folder, prefault="no")  # type: ignore[arg-type]
 
 
@@ -140,6 +144,7 @@ def use_save_file(tensors: Tensors, path: Path) -> None:
 def use_save_model(model: torch.nn.Module, path: Path) -> None:
     safetensors_torch.save_model(model, path, {"format": "pt"}, force_contiguous=False, durable=True)
     safetensors_torch.save_model(model, path.parent, max_shard_size="5GB", progress=True)
+    safetensors_torch.save_model(model, path, prefix="a.", rename=lambda name: name.lower())
     safetensors_torch.save_model(model, path, max_shard_size=1.5)  # type: ignore[arg-type]
 
 

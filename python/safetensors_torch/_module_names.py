@@ -1,0 +1,73 @@
+"""The names that a module's tensors have in a file: ``prefix`` and ``rename`` of load_model and save_model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Callable, Optional, TypeVar
+
+from ._checks import check_text
+
+Rename = Optional[Callable[[str], str]]
+T = TypeVar("T")
+
+
+class ModuleNames:
+    """A tensor ``name`` of the module is called ``prefix + rename(name)`` in the file.
+
+    Args:
+        class_name: what errors call the module.
+        prefix: what the names in the file begin with.
+        rename: a function from the module's names to those in the file; None means the same names.
+
+    Raises:
+        TypeError: a prefix that is no str, or a rename that is not callable.
+    """
+
+    def __init__(self, class_name: str, prefix: str, rename: Rename) -> None:
+        check_text(prefix, "prefix")
+        if rename is not None and not callable(rename):
+            raise TypeError(f"rename must be a function of a name, or None, not {type(rename).__name__}")
+        self._class_name, self.prefix, self._rename = class_name, prefix, rename
+
+    def in_file(self, name: str) -> str:
+        """The name in the file."""
+        if self._rename is not None:
+            renamed = self._rename(name)
+            check_text(renamed, f"the name that `rename` returns for {name!r}")
+            name = renamed
+        return self.prefix + name
+
+    def state_in_file(self, state: dict[str, T]) -> dict[str, T]:
+        """``state`` under the names in the file.
+
+        Raises:
+            ValueError: two names of the module have one name in the file.
+        """
+        result: dict[str, T] = {}
+        for name, value in state.items():
+            renamed = self.in_file(name)
+            if renamed in result:
+                raise ValueError(
+                    f"two tensors of {self._class_name} are called {renamed} by `rename`, `{name}` and one before it:"
+                    " give each its own name"
+                )
+            result[renamed] = value
+        return result
+
+    def select(self, names: Iterable[str]) -> Optional[list[str]]:
+        """Of the ``names`` of a file those that may be the module's; None means all."""
+        return [name for name in names if name.startswith(self.prefix)] if self.prefix else None
+
+    def to_module(self, state: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+        """For each of the ``names`` of a file the one in the module, whose state is ``state``.
+
+        A name that the module's state does not have is handed on without the prefix: a hook may know it. None is
+        handed on that is another tensor's name.
+        """
+        known = {self.in_file(name): name for name in state}
+        result = {name: known[name] for name in names if name in known}
+        for name in names:
+            bare = name[len(self.prefix) :]
+            if name not in known and bare not in state:
+                result[name] = bare
+        return result
