@@ -203,7 +203,7 @@ TORCH_LIBRARY(safetensors_torch, library) {
     // Before File, whose methods return them.
     register_pending_loads(library);
     register_pending_save(library);
-    register_pending_sharded_save(library);
+    register_sharded_saves(library);
     register_stream_writer(library);
     register_pending_edit(library);
     register_file(library);

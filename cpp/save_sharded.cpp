@@ -7,18 +7,33 @@
 namespace safetensors_torch {
 namespace {
 
-rust::Box<core::ShardPlan> plan(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_bytes) {
+// `tensors` may be without data.
+rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_bytes) {
     if (max_shard_bytes <= 0) {
         fail(Kind::value, "max_shard_bytes is " + std::to_string(max_shard_bytes) +
                               ": give the most bytes of tensors that one file may have, 1 or more");
     }
-    check_saveable(tensors);
     std::vector<uint64_t> sizes;
     sizes.reserve(tensors.size());
     for (const auto& entry : tensors) {
         sizes.push_back(entry.second.nbytes());
     }
     return core::plan_shards({sizes.data(), sizes.size()}, as_bytes(stem), static_cast<uint64_t>(max_shard_bytes));
+}
+
+rust::Box<core::ShardPlan> plan(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_bytes) {
+    check_saveable(tensors);
+    return divide(tensors, stem, max_shard_bytes);
+}
+
+rust::Box<core::ShardedWriter> begin(const std::string& folder, const core::ShardPlan& plan,
+                                     const std::vector<std::string>& names) {
+    std::vector<core::Piece> pieces;
+    pieces.reserve(names.size());
+    for (const std::string& name : names) {
+        pieces.push_back({as_bytes(name)});
+    }
+    return core::create_shards(as_bytes(folder), plan, {pieces.data(), pieces.size()});
 }
 
 // The file of one shard, which its checkpoint keeps until all are complete.
@@ -65,12 +80,7 @@ int64_t PendingShardedSave::size() const {
 }
 
 void PendingShardedSave::start(bool durable) {
-    std::vector<core::Piece> names;
-    names.reserve(names_.size());
-    for (const std::string& name : names_) {
-        names.push_back({as_bytes(name)});
-    }
-    writer_ = core::create_shards(as_bytes(folder_), *plan_, {names.data(), names.size()});
+    writer_ = begin(folder_, *plan_, names_);
     durable_ = durable;
     next_ = 0;
     done_ = 0;
@@ -118,7 +128,111 @@ void PendingShardedSave::cancel() {
     writer_.reset();
 }
 
-void register_pending_sharded_save(torch::Library& library) {
+ShardedWriter::ShardedWriter(NamedTensors specs, std::optional<Metadata> metadata, std::string folder,
+                             const std::string& stem, int64_t max_shard_bytes)
+    : specs_(std::move(specs)), metadata_(std::move(metadata)), folder_(std::move(folder)) {
+    const auto plan = divide(specs_, stem, max_shard_bytes);
+    members_.resize(plan->count());
+    const auto shard_of = plan->shard_of();
+    std::vector<std::string> names;
+    for (size_t i = 0; i < specs_.size(); ++i) {
+        members_[shard_of[i]].push_back(i);
+        names.push_back(specs_[i].first);
+    }
+    writer_ = begin(folder_, *plan, names);
+}
+
+std::vector<std::vector<std::string>> ShardedWriter::members() const {
+    std::vector<std::vector<std::string>> names(members_.size());
+    for (size_t shard = 0; shard < members_.size(); ++shard) {
+        for (const size_t place : members_[shard]) {
+            names[shard].push_back(specs_[place].first);
+        }
+    }
+    return names;
+}
+
+void ShardedWriter::start(const std::vector<at::Tensor>& tensors) {
+    if (!writer_ || current_ || next_ == members_.size()) {
+        fail(Kind::value, "this checkpoint waits for no other file");
+    }
+    const std::vector<size_t>& members = members_[next_];
+    if (tensors.size() != members.size()) {
+        fail(Kind::value, "file " + std::to_string(next_ + 1) + " of the checkpoint takes " +
+                              std::to_string(members.size()) + " tensors, not " + std::to_string(tensors.size()));
+    }
+    NamedTensors named;
+    for (size_t i = 0; i < members.size(); ++i) {
+        const auto& [name, spec] = specs_[members[i]];
+        if (tensors[i].scalar_type() != spec.scalar_type() || tensors[i].sizes() != spec.sizes()) {
+            fail(Kind::value, "tensor " + repr(name) + " is not of the dtype and the shape that were declared");
+        }
+        named.emplace_back(name, tensors[i]);
+    }
+    auto file = std::make_unique<PendingSave>(std::move(named), metadata_, folder_);
+    size_ = file->size();
+    file->start(std::make_unique<ShardSink>(**writer_, next_, static_cast<uint64_t>(size_)));
+    current_ = std::move(file);
+}
+
+bool ShardedWriter::advance(Deadline until) {
+    if (!current_) {
+        fail(Kind::value, "no file of this checkpoint was begun");
+    }
+    if (!current_->advance(until)) {
+        return false;
+    }
+    current_.reset();
+    ++next_;
+    return true;
+}
+
+std::vector<std::string> ShardedWriter::commit(bool durable) {
+    if (!writer_ || next_ < members_.size()) {
+        fail(Kind::value, "not all files of this checkpoint are written");
+    }
+    auto writer = std::move(*writer_);
+    writer_.reset();
+    std::vector<std::string> names;
+    for (const auto& name : core::commit_shards(std::move(writer), durable)) {
+        names.emplace_back(name);
+    }
+    return names;
+}
+
+void ShardedWriter::cancel() {
+    current_.reset();
+    writer_.reset();
+}
+
+namespace {
+
+void register_sharded_writer(torch::Library& library) {
+    using Self = c10::intrusive_ptr<ShardedWriter>;
+    library.class_<ShardedWriter>("ShardedWriter")
+        .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> specs,
+                            const std::optional<Metadata>& metadata, const std::string& folder, const std::string& stem,
+                            int64_t max_shard_bytes) {
+            return guarded([&] {
+                return c10::make_intrusive<ShardedWriter>(named(std::move(names), std::move(specs)), metadata, folder,
+                                                          stem, max_shard_bytes);
+            });
+        }))
+        .def("members", [](const Self& self) { return self->members(); })
+        .def("start",
+             [](const Self& self, const std::vector<at::Tensor>& tensors) { guarded([&] { self->start(tensors); }); })
+        .def("advance", [](const Self& self,
+                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
+        .def("size", [](const Self& self) { return self->size(); })
+        .def("done", [](const Self& self) { return self->done(); })
+        .def("commit", [](const Self& self, bool durable) { return guarded([&] { return self->commit(durable); }); })
+        .def("cancel", [](const Self& self) { self->cancel(); });
+}
+
+}  // namespace
+
+void register_sharded_saves(torch::Library& library) {
+    register_sharded_writer(library);
     using Self = c10::intrusive_ptr<PendingShardedSave>;
     library.class_<PendingShardedSave>("PendingShardedSave")
         .def("size", [](const Self& self) { return self->size(); })

@@ -4,6 +4,7 @@
 #include <torch/custom_class.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -53,7 +54,51 @@ class PendingShardedSave : public torch::CustomClassHolder {
     std::vector<std::string> file_names_;
 };
 
-// Tells torch of the class.
-void register_pending_sharded_save(torch::Library& library);
+// A checkpoint that is written file by file, each of tensors that are given only then, so that no more than those of
+// one file have to be in memory: `torch.classes.safetensors_torch.ShardedWriter`.
+class ShardedWriter : public torch::CustomClassHolder {
+  public:
+    // `specs` have the names, dtypes and shapes of all tensors. Begins to write; the folder stays as it is until
+    // commit().
+    ShardedWriter(NamedTensors specs, std::optional<Metadata> metadata, std::string folder, const std::string& stem,
+                  int64_t max_shard_bytes);
+    ~ShardedWriter() override { cancel(); }
+    ShardedWriter(const ShardedWriter&) = delete;
+    ShardedWriter& operator=(const ShardedWriter&) = delete;
+
+    // The names of the tensors in each file.
+    std::vector<std::vector<std::string>> members() const;
+
+    // Begins the next file; `tensors` are those of its names, in their order.
+    void start(const std::vector<at::Tensor>& tensors);
+
+    // Goes on with that file until it is written, or the time is up; whether it is. Lets go of its tensors then.
+    bool advance(Deadline until);
+
+    // The bytes of that file, and those of it that are written.
+    int64_t size() const { return size_; }
+    int64_t done() const { return current_ ? current_->done() : size_; }
+
+    // Gives the files their names, once all are written. The names, the index last.
+    std::vector<std::string> commit(bool durable);
+
+    // Leaves what was begun undone: the folder is as it was.
+    void cancel();
+
+  private:
+    NamedTensors specs_;
+    std::optional<Metadata> metadata_;
+    std::string folder_;
+    // Places among the specs, of each file.
+    std::vector<std::vector<size_t>> members_;
+    std::optional<rust::Box<core::ShardedWriter>> writer_;
+    // The file that is being written, whose sink refers to the writer.
+    std::unique_ptr<PendingSave> current_;
+    int64_t size_ = 0;
+    size_t next_ = 0;
+};
+
+// Tells torch of the classes.
+void register_sharded_saves(torch::Library& library);
 
 }  // namespace safetensors_torch

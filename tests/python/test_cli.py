@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(nearly, "other.safetensors", {"format": "pt"})
     save_sharded(state(), "checkpoint", max_shard_size=50)
     torch.save(state(), "pytorch_model.bin")
+    torch.save({"model": {"state_dict": {**state(), "epoch": 3}}}, "trained.ckpt")
     return tmp_path
 
 
@@ -203,11 +204,11 @@ def test_convert_what_torch_saved(here: Path, capsys: pytest.CaptureFixture[str]
     saved = {"optimizer": {"lr": 0.1}, "model": {"a": base, "tied": base, "bent": torch.arange(6).reshape(2, 3).t()}}
     torch.save(saved, "trained.pt")
     assert run("convert", "trained.pt", "a.safetensors") == 2
-    assert "optimizer (dict)" in capsys.readouterr().err
+    assert "optimizer (dict of lr)" in capsys.readouterr().err
     assert run("convert", "trained.pt", "a.safetensors", "--key", "gone") == 2
     assert "no entry 'gone'" in capsys.readouterr().err
     assert run("convert", "trained.pt", "a.safetensors", "--key", "model", "--json") == 0
-    assert json_of(capsys) == {"files": ["a.safetensors"], "count": 2, "nbytes": 72}
+    assert json_of(capsys) == {"files": ["a.safetensors"], "count": 2, "nbytes": 72, "skipped": []}
     loaded = load_file("a.safetensors")
     assert torch.equal(loaded["a"], base) and torch.equal(loaded["bent"], saved["model"]["bent"])
     with safe_open("a.safetensors") as file:

@@ -1,0 +1,84 @@
+"""What convert writes: a file, or a checkpoint of several, a few tensors at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Callable, NamedTuple, Union
+
+import torch
+
+from .._arguments import encode_path
+from .._errors import call
+from .._steps import Bar, run
+from ..safe_writer import SafeWriter
+from ..sharded import parse_size
+
+Specs = dict[str, torch.Tensor]
+Read = Callable[[list[str]], list[torch.Tensor]]
+
+# Bytes of tensors that are read, and converted, at once.
+_BATCH = 64 << 20
+
+
+class Options(NamedTuple):
+    """How files are written."""
+
+    metadata: dict[str, str]
+    durable: bool
+    bar: bool
+    """Whether a bar shows how far it is."""
+
+
+def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[str]:
+    """Writes the tensors that ``specs`` declares, and ``read`` gives, into a file. Returns its path in a list."""
+    bar, done, total = Bar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
+    try:
+        with SafeWriter(path, specs, options.metadata, durable=options.durable) as writer:
+            for names in _batches(specs):
+                for name, tensor in zip(names, read(names)):
+                    writer.write(name, tensor)
+                    done += tensor.nbytes
+                    if bar is not None:
+                        bar(done, total)
+    finally:
+        if bar is not None:
+            bar.close()
+    return [path]
+
+
+def write_directory(
+    specs: Specs, read: Read, path: str, max_shard_size: Union[int, str], options: Options
+) -> list[str]:
+    """Writes them as a checkpoint, as save_sharded does, and returns the paths of the files.
+
+    No more than one of its files has to be in memory.
+    """
+    native = torch.classes.safetensors_torch.ShardedWriter
+    size = parse_size(max_shard_size)
+    writer = call(native, list(specs), list(specs.values()), options.metadata, encode_path(path), "model", size)
+    bar, done, total = Bar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
+    try:
+        for names in call(writer.members):
+            call(writer.start, read(names))
+            run(writer, writer.size, None, "save")
+            done += sum(specs[name].nbytes for name in names)
+            if bar is not None:
+                bar(done, total)
+        return [os.path.join(path, name) for name in call(writer.commit, options.durable)]
+    finally:
+        writer.cancel()
+        if bar is not None:
+            bar.close()
+
+
+def _batches(specs: Specs) -> Iterator[list[str]]:
+    names: list[str] = []
+    nbytes = 0
+    for name, spec in specs.items():
+        if names and nbytes + spec.nbytes > _BATCH:
+            yield names
+            names, nbytes = [], 0
+        names.append(name)
+        nbytes += spec.nbytes
+    yield names
