@@ -64,10 +64,8 @@ struct Tables {
     }
 };
 
-const Tables& tables() {
-    static const Tables instance;
-    return instance;
-}
+// Made when the library is loaded, for the reason that cpp/fork.h gives.
+const Tables tables;
 
 bool packs_two(c10::ScalarType type) {
 #if SAFETENSORS_TORCH_HAS_FLOAT4
@@ -83,7 +81,7 @@ std::string_view as_view(rust::Str text) { return {text.data(), text.size()}; }
 }  // namespace
 
 c10::ScalarType to_torch(uint8_t dtype, rust::Str tensor) {
-    const auto type = tables().to_torch[dtype];
+    const auto type = tables.to_torch[dtype];
     if (!type) {
         fail(Kind::safetensor,
              "tensor " + repr(as_view(tensor)) + " has dtype " + std::string(core::dtype_code(dtype)) +
@@ -93,7 +91,7 @@ c10::ScalarType to_torch(uint8_t dtype, rust::Str tensor) {
     return *type;
 }
 
-std::optional<uint8_t> from_torch(c10::ScalarType type) { return tables().from_torch[static_cast<uint8_t>(type)]; }
+std::optional<uint8_t> from_torch(c10::ScalarType type) { return tables.from_torch[static_cast<uint8_t>(type)]; }
 
 c10::DimVector to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> shape, rust::Str tensor) {
     // The core refuses dimensions that do not fit in 63 bits.

@@ -1,7 +1,5 @@
 #include "cpp/file.h"
 
-#include <atomic>
-
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "include/safetensors_torch.h"
@@ -27,7 +25,7 @@ File::File(const at::Tensor& data)
 File::File(SharedCheckpoint checkpoint, bool lends) : checkpoint_(std::move(checkpoint)) { lender_.lends = lends; }
 
 SharedCheckpoint File::opened() const {
-    SharedCheckpoint checkpoint = std::atomic_load(&checkpoint_);
+    SharedCheckpoint checkpoint = checkpoint_.take();
     if (checkpoint == nullptr) {
         fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
     }
@@ -197,9 +195,9 @@ c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const s
 
 void File::prefault(bool wait) const { opened()->prefault(wait); }
 
-void File::close() { std::atomic_store(&checkpoint_, SharedCheckpoint()); }
+void File::close() { checkpoint_.close(); }
 
-bool File::is_open() const { return std::atomic_load(&checkpoint_) != nullptr; }
+bool File::is_open() const { return checkpoint_.is_open(); }
 
 namespace {
 

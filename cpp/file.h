@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpp/checkpoint.h"
+#include "cpp/closable.h"
 #include "cpp/load.h"
 #include "cpp/model.h"
 #include "cpp/pending_load.h"
@@ -69,7 +70,7 @@ class File : public torch::CustomClassHolder {
     // What lends memory to tensors for `device`; from then on, copies show what was written to those.
     Lender lender_for(c10::Device device) const;
 
-    SharedCheckpoint checkpoint_;
+    mutable Closable<const Checkpoint> checkpoint_;
     Lender lender_;
     // Whether tensors have the mapping's memory, or may have.
     mutable std::atomic<bool> is_lent_{false};

@@ -7,17 +7,18 @@
 
 namespace safetensors_torch {
 
-// Gives `shared`, which State::of_process() is about to give to everybody, and has forks wait for its lock from now on:
-// before_fork() takes it, after_fork() lets it go, in the parent and, with true, in the child.
+// Has forks wait for the lock of State::of_process() from now on: before_fork() takes it, after_fork() lets it go, in
+// the parent and, with true, in the child. Called when the library is loaded, as what of_process() returns is made
+// then: of a local static that a thread is making in the moment of a fork, the child would wait for the end for ever.
 template <typename State>
-State& for_all_forks(State& shared) {
+bool for_all_forks() {
     const int status =
         pthread_atfork([] { State::of_process().before_fork(); }, [] { State::of_process().after_fork(false); },
                        [] { State::of_process().after_fork(true); });
     if (status != 0) {
         throw std::bad_alloc();
     }
-    return shared;
+    return true;
 }
 
 }  // namespace safetensors_torch

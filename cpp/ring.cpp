@@ -90,11 +90,15 @@ bool Slab::is_surely_idle() const noexcept {
     }
 }
 
-Ring& Ring::of_process() {
-    // Never destroyed: when a process ends, the device's driver may be gone before its static objects are.
-    static Ring& ring = for_all_forks(*new Ring);
-    return ring;
-}
+namespace {
+
+// Never destroyed: when a process ends, the device's driver may be gone before its static objects are.
+Ring& ring = *new Ring;
+[[maybe_unused]] const bool ring_is_for_all_forks = for_all_forks<Ring>();
+
+}  // namespace
+
+Ring& Ring::of_process() { return ring; }
 
 void Ring::before_fork() { mutex_.lock(); }
 

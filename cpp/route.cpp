@@ -53,11 +53,7 @@ class Streams {
         waiting_[stream.device().str()].push_back(stream);
     }
 
-    // Never destroyed, as the ring is not.
-    static Streams& of_process() {
-        static Streams& streams = for_all_forks(*new Streams);
-        return streams;
-    }
+    static Streams& of_process();
 
     void before_fork() { mutex_.lock(); }
     void after_fork(bool /*is_child*/) noexcept { mutex_.unlock(); }
@@ -66,6 +62,12 @@ class Streams {
     std::mutex mutex_;
     std::map<std::string, std::vector<c10::Stream>> waiting_;
 };
+
+// Never destroyed, as the ring is not.
+Streams& streams = *new Streams;
+[[maybe_unused]] const bool streams_are_for_all_forks = for_all_forks<Streams>();
+
+Streams& Streams::of_process() { return streams; }
 
 }  // namespace
 

@@ -77,7 +77,7 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
     using Names = std::optional<std::vector<std::string>>;
     using Signature = Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>,
                               std::optional<at::ScalarType>, const Names&);
-    static const auto op = detail::find_op("safetensors_torch::load_file").typed<Signature>();
+    const auto op = detail::find_op("safetensors_torch::load_file").typed<Signature>();
     return detail::call(op, path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
 }
 
@@ -99,7 +99,7 @@ inline Tensors load_file(const std::string& path, at::Device device, const LoadO
 inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
     using Names = std::optional<std::vector<std::string>>;
     using Signature = Tensors(const at::Tensor&, at::Device, std::optional<at::ScalarType>, const Names&);
-    static const auto op = detail::find_op("safetensors_torch::load").typed<Signature>();
+    const auto op = detail::find_op("safetensors_torch::load").typed<Signature>();
     // from_blob asks for a mutable pointer; the operator only reads.
     const at::Tensor data =
         at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
@@ -111,7 +111,7 @@ inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
 ///
 /// Throws Error as load_file does of the contents and the options.
 inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions& options) {
-    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_open_bytes");
+    const auto op = detail::find_op("safetensors_torch::_open_bytes");
     const at::Tensor data =
         at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
     LoadOptions copies = options;

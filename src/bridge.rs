@@ -259,7 +259,7 @@ mod ffi {
             sync: bool,
         ) -> Result<Box<StreamWriter>>;
         fn begin(self: &StreamWriter, spec: &Spec) -> Result<Box<TensorWriter>>;
-        fn missing(self: &StreamWriter) -> Vec<String>;
+        fn missing(self: &StreamWriter) -> Result<Vec<String>>;
         fn is_open(self: &StreamWriter) -> bool;
         fn commit(self: &StreamWriter) -> Result<()>;
         fn discard(self: &StreamWriter);

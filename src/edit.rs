@@ -177,9 +177,7 @@ impl MetadataEdit {
     ///
     /// As [`edit_metadata`].
     pub fn advance(&mut self, until: Option<Instant>) -> Result<bool> {
-        if !self.process.is_current() {
-            return Err(self.process.refuse("edit").in_file(&self.path));
-        }
+        self.process.check("edit").map_err(|error| error.in_file(&self.path))?;
         match &mut self.work {
             Work::Nothing => {}
             Work::Header { file, old, new } => {

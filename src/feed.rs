@@ -258,8 +258,8 @@ impl Feed {
     /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] where reading failed, with the tensor's name; and
     /// [`ErrorKind::InvalidArgument`] in a process that was forked meanwhile. Nothing more comes after that.
     pub fn take(&self, wait: Duration) -> Result<Taken> {
-        if self.is_orphaned() {
-            return Err(self.shared.file.locate(self.process.refuse("load")));
+        if !self.threads.is_empty() {
+            self.process.check("load").map_err(|error| self.shared.file.locate(error))?;
         }
         let until = Instant::now() + wait;
         let shared = &*self.shared;

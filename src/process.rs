@@ -1,7 +1,7 @@
 //! The process that something was begun in: one that is forked meanwhile has a copy of it, but none of its threads, and
 //! shares what the kernel keeps of its files.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A process, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +24,16 @@ impl Process {
         self == Process::current()
     }
 
-    /// The error for who goes on with `what` in another process.
-    pub fn refuse(self, what: &str) -> Error {
+    /// Refuses to go on with `what` in another process.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`].
+    pub fn check(self, what: &str) -> Result<()> {
+        if self.is_current() {
+            return Ok(());
+        }
         let detail = format!("this {what} was begun by process {}, before a fork: begin another one", self.0);
-        Error::new(ErrorKind::InvalidArgument, detail)
+        Err(Error::new(ErrorKind::InvalidArgument, detail))
     }
 }

@@ -291,7 +291,7 @@ impl Session<'_> {
     }
 
     fn check_missing(&self) {
-        let (mut ours, mut theirs) = (self.missing(), self.stream.missing());
+        let (mut ours, mut theirs) = (self.missing(), self.stream.missing().expect("this process"));
         ours.sort_unstable();
         theirs.sort_unstable();
         assert_eq!(ours, theirs);

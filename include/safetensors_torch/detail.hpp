@@ -9,6 +9,7 @@
 #include <ATen/core/stack.h>
 #include <torch/version.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -49,10 +50,15 @@ inline void check_torch() {
     }
 }
 
-// The one reference to a symbol of the library: it keeps the library among those needed under --as-needed.
+// The one reference to a symbol of the library: it keeps the library among those needed under --as-needed. Looked for
+// each time: what a local static keeps, another thread may be making when the process is forked, and the child would
+// wait for ever for that to end.
 inline c10::OperatorHandle find_op(const char* name) {
-    static const bool is_checked = (check_torch(), true);
-    static_cast<void>(is_checked);
+    static std::atomic<bool> is_checked{false};
+    if (!is_checked.load(std::memory_order_relaxed)) {
+        check_torch();
+        is_checked.store(true, std::memory_order_relaxed);
+    }
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
         fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
@@ -172,7 +178,7 @@ inline std::optional<std::vector<std::string>> select(const Object& file, const 
 
 // A save that is checked and laid out. `path` is for the errors.
 inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path) {
-    static const c10::OperatorHandle op = find_op("safetensors_torch::_plan_save");
+    const auto op = find_op("safetensors_torch::_plan_save");
     return call_boxed(op, tensors, to_dict(metadata), path).toObject();
 }
 

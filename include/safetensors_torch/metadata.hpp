@@ -22,7 +22,7 @@ namespace safetensors_torch {
 /// not UTF-8; when the operating system refuses. The file is then as it was, unless the text says otherwise.
 inline Metadata edit_metadata(const std::string& path, const MetadataChanges& changes,
                               const EditOptions& options = {}) {
-    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_begin_edit");
+    const auto op = detail::find_op("safetensors_torch::_begin_edit");
     detail::Strings set;
     std::vector<std::string> removed;
     for (const auto& [key, value] : changes) {

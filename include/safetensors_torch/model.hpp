@@ -138,7 +138,7 @@ inline void save_kept(const Tensors& tensors, const std::string& path, const Met
 template <typename Module>
 void save_model(const Module& module, const std::string& path, const Metadata& metadata,
                 const SaveModelOptions& options) {
-    static const auto tied =
+    const auto tied =
         find_op("safetensors_torch::_tied").typed<Strings(const Tensors&, const std::vector<std::string>&)>();
     const c10::NoGradGuard no_grad;
     const State state = state_of(module, options.prefix, options.rename);

@@ -39,7 +39,7 @@ inline Tensors load_sharded(const std::string& path, at::Device device = at::kCP
 /// that is no file name.
 inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::string& folder,
                                              const Metadata& metadata = {}, const ShardedSaveOptions& options = {}) {
-    static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_plan_sharded_save");
+    const auto op = detail::find_op("safetensors_torch::_plan_sharded_save");
     Metadata entries = metadata;
     entries.emplace("format", "pt");
     const detail::Object plan =

@@ -39,7 +39,7 @@ class StreamWriter {
     /// The same with the dtypes and the shapes of `tensors`, which may be on the meta device, and are not written.
     StreamWriter(const std::string& path, const Tensors& tensors, const Metadata& metadata = {},
                  const StreamOptions& options = {}) {
-        static const c10::OperatorHandle op = detail::find_op("safetensors_torch::_create_stream");
+        const auto op = detail::find_op("safetensors_torch::_create_stream");
         object_ = detail::call_boxed(op, path, tensors, detail::to_dict(metadata), options.durable).toObject();
     }
 
@@ -54,6 +54,7 @@ class StreamWriter {
     }
 
     /// The names of the tensors that were not given yet, in the order of the data in the file.
+    /// Throws Error in a process that was forked from the one that began the file; so do write and commit.
     std::vector<std::string> missing() const { return call("missing").to<std::vector<std::string>>(); }
 
     /// Puts the file under its name, as save_file does.
@@ -65,7 +66,7 @@ class StreamWriter {
     /// Gives the file up: what was there before stays as it was. Does nothing once it was committed.
     void discard() { call("discard"); }
 
-    /// Whether tensors can be given: it was neither committed nor discarded.
+    /// Whether tensors can be given: by this process, and it was neither committed nor discarded.
     bool is_open() const { return object_ && call("is_open").toBool(); }
 
   private:

@@ -14,8 +14,7 @@ namespace safetensors_torch {
 /// What transfers may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64
 /// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say. Throws Error for variables that are no numbers.
 inline TransferOptions transfer_options() {
-    static const auto op =
-        detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
+    const auto op = detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
     const auto [ring_bytes, threads] = detail::call(op);
     return {ring_bytes, threads};
 }
@@ -23,26 +22,26 @@ inline TransferOptions transfer_options() {
 /// Sets what transfers may use, from the next load or save on; more than 128 TiB, or 65,535 threads, count as
 /// so many. Throws Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
-    static const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
+    const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
     detail::call(op, options.ring_bytes, options.threads);
 }
 
 /// Pins host memory for transfers to come, so that the first of them need not, until there are `bytes` (but no more
 /// than ring_bytes). Returns how many bytes there are: 0 where there is no accelerator that has such memory.
 inline int64_t reserve_transfer_memory(int64_t bytes) {
-    static const auto op = detail::find_op("safetensors_torch::_reserve_transfer_memory").typed<int64_t(int64_t)>();
+    const auto op = detail::find_op("safetensors_torch::_reserve_transfer_memory").typed<int64_t(int64_t)>();
     return detail::call(op, bytes);
 }
 
 /// The bytes of pinned host memory that transfers have, in use or waiting for the next one.
 inline int64_t transfer_memory() {
-    static const auto op = detail::find_op("safetensors_torch::_transfer_memory").typed<int64_t()>();
+    const auto op = detail::find_op("safetensors_torch::_transfer_memory").typed<int64_t()>();
     return detail::call(op);
 }
 
 /// Frees the pinned host memory that waits for the next transfer; returns its bytes.
 inline int64_t release_transfer_memory() {
-    static const auto op = detail::find_op("safetensors_torch::_release_transfer_memory").typed<int64_t()>();
+    const auto op = detail::find_op("safetensors_torch::_release_transfer_memory").typed<int64_t()>();
     return detail::call(op);
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ _PHRASES = {
 
 # Serialises patching and unpatching. Reentrant, as what patching imports may itself patch.
 _lock = threading.RLock()
+# A fork waits for it: in the child, a thread that is not there could hold it for ever, with half of the names replaced.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _depth = 0
 # The reference's objects by name, as they were when they were last replaced.
 _reference: dict[str, Any] = {}

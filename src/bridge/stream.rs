@@ -31,8 +31,8 @@ impl StreamWriter {
         Ok(Box::new(TensorWriter(self.0.begin(as_spec(spec)?)?)))
     }
 
-    pub fn missing(&self) -> Vec<String> {
-        self.0.missing().into_iter().map(str::to_owned).collect()
+    pub fn missing(&self) -> Result<Vec<String>> {
+        Ok(self.0.missing()?.into_iter().map(str::to_owned).collect())
     }
 
     pub fn is_open(&self) -> bool {

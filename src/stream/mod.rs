@@ -14,7 +14,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{Layout, TensorSpec};
-use crate::monitor::Monitor;
+use crate::monitor::{Held, Monitor};
+use crate::process::Process;
 use crate::serialize::SaveOptions;
 use crate::writer::AtomicFile;
 use ranges::Ranges;
@@ -54,6 +55,8 @@ struct Shared {
     tensors: Vec<Declared>,
     by_name: HashMap<String, usize>,
     sync: bool,
+    process: Process,
+    /// Locked by [`Shared::lock`] alone.
     state: Monitor<State>,
 }
 
@@ -117,8 +120,9 @@ impl StreamWriter {
             tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
         let given = (0..tensors.len()).map(|_| Given::default()).collect();
         let state = Monitor::new(State { file: Some(Arc::new(file)), given });
-        let path = path.to_path_buf();
-        Ok(StreamWriter { shared: Arc::new(Shared { path, tensors, by_name, sync: options.sync, state }) })
+        let (path, process) = (path.to_path_buf(), Process::current());
+        let shared = Shared { path, tensors, by_name, sync: options.sync, process, state };
+        Ok(StreamWriter { shared: Arc::new(shared) })
     }
 
     /// Writes all bytes of the tensor `name`.
@@ -194,14 +198,18 @@ impl StreamWriter {
     }
 
     /// The tensors of which bytes are missing, in file order.
-    pub fn missing(&self) -> Vec<&str> {
-        let state = self.shared.state.lock();
-        self.shared.missing(&state).into_iter().map(|tensor| tensor.name.as_str()).collect()
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] in another process.
+    pub fn missing(&self) -> Result<Vec<&str>> {
+        let state = self.shared.lock()?;
+        Ok(self.shared.missing(&state).into_iter().map(|tensor| tensor.name.as_str()).collect())
     }
 
-    /// Whether tensors can be given: it was neither committed nor discarded.
+    /// Whether tensors can be given: by this process, and it was neither committed nor discarded.
     pub fn is_open(&self) -> bool {
-        self.shared.state.lock().file.is_some()
+        self.shared.lock().is_ok_and(|state| state.file.is_some())
     }
 
     /// Puts the file where the target was.
@@ -209,13 +217,15 @@ impl StreamWriter {
     /// # Errors
     ///
     /// [`ErrorKind::DataLength`] that lists what is missing, and [`ErrorKind::InvalidArgument`] where another thread is
-    /// still writing, or in another process: the writer then stays open. [`ErrorKind::Closed`]; those of
+    /// still writing: the writer then stays open. That too in another process. [`ErrorKind::Closed`]; those of
     /// [`AtomicFile::commit`].
     pub fn commit(&self) -> Result<()> {
         let shared = &self.shared;
         let file = {
-            let mut state = shared.state.lock();
-            state.file.as_ref().ok_or_else(|| shared.closed())?.check_process()?;
+            let mut state = shared.lock()?;
+            if state.file.is_none() {
+                return Err(shared.closed());
+            }
             if let Some(index) = state.given.iter().position(|given| given.under_way > 0) {
                 let name = &shared.tensors[index].name;
                 let detail = format!("tensor {name:?} is still being written: commit when that has returned");
@@ -228,15 +238,23 @@ impl StreamWriter {
         file.commit(shared.sync)
     }
 
-    /// Gives the file up: the target stays as it was. What other threads are writing goes nowhere.
+    /// Gives the file up: the target stays as it was. What other threads are writing goes nowhere. Does nothing in
+    /// another process.
     pub fn discard(&self) {
         // Dropped once the lock is free: to remove a file takes a while.
-        let file = self.shared.state.lock().file.take();
+        let file = self.shared.lock().ok().and_then(|mut state| state.file.take());
         drop(file);
     }
 }
 
 impl Shared {
+    /// Locks the state, which is for the process that began the file: in one that was forked from it, a thread that is
+    /// not there may have locked it for ever.
+    fn lock(&self) -> Result<Held<'_, State>> {
+        self.process.check("save").map_err(|error| error.in_file(&self.path))?;
+        Ok(self.state.lock())
+    }
+
     fn fail(&self, kind: ErrorKind, detail: String) -> Error {
         Error::new(kind, detail).in_file(&self.path)
     }
@@ -292,7 +310,7 @@ struct Claim {
 impl Claim {
     fn new(shared: &Arc<Shared>, index: usize, bytes: Range<u64>) -> Result<Claim> {
         let tensor = &shared.tensors[index];
-        let mut state = shared.state.lock();
+        let mut state = shared.lock()?;
         let file = state.file.clone().ok_or_else(|| shared.closed())?;
         let given = &mut state.given[index];
         let is_free = if tensor.nbytes == 0 {
@@ -326,7 +344,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
+        // In another process nothing can be given any more.
+        let Ok(mut state) = self.shared.lock() else { return };
         self.file = None;
         let given = &mut state.given[self.index];
         given.under_way -= 1;

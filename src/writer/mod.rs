@@ -228,11 +228,8 @@ impl AtomicFile {
     }
 
     /// Refuses a process that was forked from the one that began the file.
-    pub(crate) fn check_process(&self) -> Result<()> {
-        if self.process.is_current() {
-            return Ok(());
-        }
-        Err(self.process.refuse("save").in_file(&self.path))
+    fn check_process(&self) -> Result<()> {
+        self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
     /// Links or renames the staged file to the target; where only overwriting that is left, gives what was refused.

@@ -6,12 +6,12 @@
 //! (an export, a shared folder) may keep its locks to itself. On filesystems that machines share it must be a day, and
 //! its process be gone. Where there are no locks at all, nothing is removed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::{File, Metadata, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex};
+use std::sync::Mutex;
 
 use super::filesystem::is_local;
 use crate::flock::flock;
@@ -39,8 +39,9 @@ const SHARED: Rule = Rule { abandoned_after: 24 * 60 * 60, process_is_gone: true
 /// More folders than this are not remembered.
 const MAX_FOLDERS: usize = 1000;
 
-/// For how long folders are not looked through again: from when to when.
-static LOOKED: LazyLock<Mutex<HashMap<PathBuf, Range<i64>>>> = LazyLock::new(Mutex::default);
+/// For how long folders are not looked through again: from when to when. Made by the compiler: what a thread makes at
+/// its first use, a process that is forked in that moment waits for for ever.
+static LOOKED: Mutex<BTreeMap<PathBuf, Range<i64>>> = Mutex::new(BTreeMap::new());
 
 /// Has others see that `file`, which has a name or will get one, belongs to this process.
 pub(super) fn claim(file: &File) {

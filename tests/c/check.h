@@ -35,6 +35,7 @@ void test_checkpoints(void);
 void test_threads(void);
 void test_writing(void);
 void test_streams(void);
+void test_forks(void);
 void test_edits(void);
 void test_refused_files(void);
 void test_malformed_files(void);

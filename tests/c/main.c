@@ -69,6 +69,7 @@ int main(int argc, char** argv) {
     test_dtypes();
     test_writing();
     test_streams();
+    test_forks();
     test_edits();
     test_reading();
     test_prefault();

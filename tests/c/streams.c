@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -216,46 +215,9 @@ static void test_threads_of_streams(void) {
     sft_file_free(file);
 }
 
-/* A child has the parent's descriptor, and could change the file that the parent has committed. */
-static void test_fork_of_streams(void) {
-    const unsigned char others[3] = {1, 2, 3};
-    unsigned char found[3] = {0};
-    sft_writer* writer = NULL;
-    sft_stream* stream = NULL;
-    CHECK_OK(sft_writer_new(&writer));
-    CHECK_OK(sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, bytes_shape, 1));
-    CHECK_OK(sft_stream_create(writer, path_of("forked.safetensors"), NULL, &stream));
-    sft_writer_free(writer);
-    int gate[2];
-    CHECK(pipe(gate) == 0);
-    fflush(stdout);
-    const pid_t child = fork();
-    CHECK(child >= 0);
-    if (child == 0) {
-        close(gate[1]);
-        const bool committed = read(gate[0], found, 1) == 0;
-        const bool refused = sft_stream_write(stream, "a", 1, others, 3) == SFT_ERROR_INVALID_ARGUMENT &&
-                             strstr(sft_last_error_message(), "before a fork") != NULL;
-        _exit(committed && refused ? 0 : 1);
-    }
-    CHECK_OK(sft_stream_write(stream, "a", 1, bytes, 3));
-    CHECK_OK(sft_stream_commit(stream));
-    sft_stream_free(stream);
-    close(gate[0]);
-    close(gate[1]);
-    int status = 1;
-    CHECK(waitpid(child, &status, 0) == child && status == 0);
-    sft_file* file = NULL;
-    CHECK_OK(sft_file_open(path_of("forked.safetensors"), NULL, &file));
-    CHECK_OK(sft_file_read(file, 0, found, 3));
-    CHECK(memcmp(found, bytes, 3) == 0);
-    sft_file_free(file);
-}
-
 void test_streams(void) {
     test_bytes();
     test_refused();
     test_arguments_of_streams();
     test_threads_of_streams();
-    test_fork_of_streams();
 }

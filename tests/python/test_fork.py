@@ -185,6 +185,39 @@ for thread in threads:
     thread.join()
 """
 
+WHILE_A_THREAD_PATCHES = """
+import signal
+try:
+    import safetensors.torch
+except ImportError:
+    sys.exit()
+from safetensors_torch import patch_safetensors
+
+over = False
+reference = safetensors.torch.load_file
+
+def patches():
+    while not over:
+        with patch_safetensors():
+            pass
+
+def child_patches():
+    signal.alarm(20)  # which ends a child that waits
+    with patch_safetensors():
+        same(safetensors.torch.load_file(path))
+    while safetensors.torch.load_file is not reference:  # the parent's was forked too
+        safetensors_torch.unpatch_safetensors()
+
+import safetensors_torch
+sys.setswitchinterval(1e-5)
+thread = threading.Thread(target=patches, daemon=True)
+thread.start()
+for _ in range(40):
+    wait(fork(child_patches))
+over = True
+thread.join()
+"""
+
 AFTER_A_SAVE_OVER_A_LARGE_FILE = """
 for turn in range(4):
     save_file(tensors, path)  # the old file is let go of by a thread
@@ -256,6 +289,7 @@ for order in ("child first", "parent first"):
         os.read(gate, 1)
         for name, tensor in tensors.items():
             refused(writer.write, name, torch.zeros_like(tensor))
+        refused(writer.missing)
         refused(writer.commit)
         writer.discard()
         save_file(tensors, folder / "own")
@@ -309,6 +343,7 @@ SCENARIOS = {
     "while prefault threads run": WHILE_PREFAULT_THREADS_RUN,
     "while other threads load and save": WHILE_OTHER_THREADS_LOAD_AND_SAVE,
     "while a lock is taken": WHILE_A_LOCK_IS_TAKEN,
+    "while a thread patches": WHILE_A_THREAD_PATCHES,
     "after a save over a large file": AFTER_A_SAVE_OVER_A_LARGE_FILE,
     "from inside of a load": FROM_INSIDE_OF_A_LOAD,
     "from inside of a save": FROM_INSIDE_OF_A_SAVE,

@@ -102,7 +102,7 @@ fn what_is_refused_names_file_and_tensor() {
     writer.write("none", &[]).expect("written");
     assert_error(writer.write("none", &[]), ErrorKind::Duplicate, &path, "\"none\"");
 
-    assert_eq!(writer.missing(), ["floats"]);
+    assert_eq!(writer.missing().expect("this process"), ["floats"]);
     assert_error(writer.commit(), ErrorKind::DataLength, &path, "1 of 3 tensors are missing");
     // It can be given after that.
     writer.write_part("floats", 4, &[3; 20]).expect("written");
@@ -147,7 +147,7 @@ fn a_tensor_that_was_given_up_can_be_given_again() {
     assert_error(writer.commit(), ErrorKind::InvalidArgument, &path, "\"floats\" is still being written");
     assert_error(half.write(&[9; 15]), ErrorKind::BufferSize, &path, "\"floats\" takes 24 bytes, but 25");
     assert_error(half.finish(), ErrorKind::BufferSize, &path, "but 10 were given");
-    assert_eq!(writer.missing(), ["floats"]);
+    assert_eq!(writer.missing().expect("this process"), ["floats"]);
     drop(writer.begin(SPECS[1]).expect("begun again"));
     writer.write("floats", &[2; 24]).expect("written");
     writer.commit().expect("committed");
@@ -329,7 +329,7 @@ fn write_beyond_the_limit() {
     let error = writer.write("large", &pattern(100_000)).expect_err("beyond the limit");
     assert_eq!(error.os_error(), Some(libc::EFBIG), "{error}");
     assert!(error.to_string().contains(&path.display().to_string()), "{error}");
-    assert_eq!(writer.missing(), ["bytes", "large"]);
+    assert_eq!(writer.missing().expect("this process"), ["bytes", "large"]);
     // Half of it is in the file; it can be given again all the same.
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: a limit that lives during the call.
