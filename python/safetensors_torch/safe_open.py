@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NoReturn, Optional
 
 import torch
 
@@ -57,7 +57,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     """A safetensors file, open for reading. A context manager; leaving it closes the file.
 
     Tensors and slices that were taken before go on working after that. Threads may share it, and processes that are
-    forked from this one; it cannot be sent to others.
+    forked from this one; to pickle or copy it is a TypeError.
 
     Args:
         filename: the file; str, bytes or os.PathLike.
@@ -100,6 +100,13 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     ) -> None:
         # Not File.close(): slices share the File, and the last of them closes it.
         self._open = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied: another process may find another file at the path."""
+        raise TypeError(
+            f"cannot pickle or copy {self!r}: threads and forked processes may share it; any other process has to open"
+            f" the file itself: safe_open({self._filename!r})"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._open is None else "open"
@@ -175,6 +182,13 @@ class PySafeSlice:
         self._device = device
         self._backend = backend
         self._shape: list[int] = call(file.shape, name)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied, as the handle does."""
+        raise TypeError(
+            f"cannot pickle or copy {self!r}: send the tensors that it gives, or open the file in the other process:"
+            f" safe_open(path).get_slice({self._name!r})"
+        )
 
     def __repr__(self) -> str:
         return f"<slice of {self._name!r}: {self.get_dtype()} {self._shape}>"

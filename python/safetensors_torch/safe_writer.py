@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from numbers import Integral
 from operator import index
 from types import TracebackType
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -119,6 +119,13 @@ class SafeWriter:
             self.commit()
         finally:
             self.discard()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied: the file has one writer."""
+        raise TypeError(
+            f"cannot pickle or copy {self!r}: threads may share it, but only the process that began the file can write"
+            " it; send the tensors to that process"
+        )
 
     def __repr__(self) -> str:
         return f"<SafeWriter {self._filename!r}, {'closed' if self._open is None else 'open'}>"

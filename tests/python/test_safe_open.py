@@ -5,7 +5,9 @@ Every kind of index is tested elsewhere; here are shapes, dtypes, a few indices 
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -331,3 +333,20 @@ def test_matches_the_reference(path: Path, backend: str, reference) -> None:
         for name in theirs.keys():
             assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
             assert ours.get_slice(name).get_dtype() == theirs.get_slice(name).get_dtype()
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+def test_handles_and_slices_are_neither_pickled_nor_copied(way: Callable, matrix: Path, tmp_path: Path) -> None:
+    with safetensors_torch.safe_open(matrix) as file:
+        part = file.get_slice("matrix")
+        with pytest.raises(TypeError, match=rf"cannot pickle or copy <safe_open .* open the file itself.*{matrix.name}"):
+            way(file)
+        with pytest.raises(TypeError, match=r"cannot pickle or copy <slice of 'matrix'.*get_slice\('matrix'\)"):
+            way(part)
+        assert part[1, 1] == 5
+    with pytest.raises(TypeError, match="cannot pickle or copy <safe_open .*closed"):
+        way(file)
+    writer = safetensors_torch.SafeWriter(tmp_path / "new", {"a": MATRIX})
+    with pytest.raises(TypeError, match="cannot pickle or copy <SafeWriter .*send the tensors to that process"):
+        way(writer)
+    writer.discard()
