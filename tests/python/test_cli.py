@@ -115,14 +115,24 @@ def test_ls_prints_names_on_one_line(here: Path, capsys: pytest.CaptureFixture[s
 def test_verify_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = bytearray(Path("model.safetensors").read_bytes())
     Path("short.safetensors").write_bytes(damaged[:-1])
-    assert run("verify", "model.safetensors", "short.safetensors", "gone.safetensors", "--json") == 1
+    assert run("verify", "model.safetensors", "short.safetensors", "--json") == 1
     results = {result["path"]: result for result in json_of(capsys)}
     assert results["model.safetensors"]["ok"]
     assert "short.safetensors" in results["short.safetensors"]["fault"]
-    assert "No such file" in results["gone.safetensors"]["fault"]
     Path("checkpoint", "model-00002-of-00002.safetensors").unlink()
     assert run("verify", "checkpoint") == 1
     assert capsys.readouterr().out.startswith("FAILED  checkpoint: No such file or directory: checkpoint/model-00002")
+
+
+@pytest.mark.parametrize("gone", ["gone.safetensors", "gone/model.safetensors.index.json", "nowhere/"])
+def test_verify_of_what_is_absent_could_not_be_carried_out(
+    gone: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", gone) == 2
+    assert f"FAILED  {gone}: No such file or directory" in capsys.readouterr().out
+    Path("short.safetensors").write_bytes(b"short")
+    assert run("verify", "model.safetensors", gone, "short.safetensors", "--json") == 2
+    assert [result["ok"] for result in json_of(capsys)].count(False) == 2
 
 
 def test_checksums(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

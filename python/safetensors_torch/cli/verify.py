@@ -1,5 +1,5 @@
 """Checks files or checkpoints: the header of each, the index against its files, that every byte can be read, and, where
-they are given, checksums. Prints what is wrong; the status is 1 then.
+they are given, checksums. Prints what is wrong; the status is 1 then, or 2 if a path does not exist.
 
 Checksums are SHA-256 of whole files, in the format of sha256sum, with names from the folder of the list.
 """
@@ -67,7 +67,10 @@ def run(options: argparse.Namespace) -> int:
     if options.write_checksums and all(result["ok"] for result in results):
         _write_list(options.write_checksums, sums)
     _report(results, options.json)
-    return 0 if all(result["ok"] for result in results) else 1
+    if all(result["ok"] for result in results):
+        return 0
+    # What is not there is not damaged.
+    return 1 if all(os.path.exists(path) for path in options.path) else 2
 
 
 def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
