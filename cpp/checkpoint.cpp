@@ -8,10 +8,7 @@
 
 namespace safetensors_torch {
 
-Checkpoint::Checkpoint(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
-                       const std::string& extra)
-    : checkpoint_(core::open_checkpoint(as_bytes(path), as_bytes(backend), variant.has_value(),
-                                        as_bytes(variant.value_or("")), as_bytes(extra))) {
+Checkpoint::Checkpoint(rust::Box<core::Checkpoint> checkpoint) : checkpoint_(std::move(checkpoint)) {
     for (size_t shard = 0; shard < (*checkpoint_)->shard_count(); ++shard) {
         files_.push_back(std::make_shared<const rust::Box<core::File>>((*checkpoint_)->shard_file(shard)));
     }

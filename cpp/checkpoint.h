@@ -16,10 +16,8 @@ class Checkpoint {
     // The tensors of one file.
     explicit Checkpoint(SharedFile file) : files_{std::move(file)} {}
 
-    // Those of the file, the index or the folder at `path`. `variant` is one of the checkpoints of a folder, `extra`
-    // what is done about tensors that an index does not list.
-    Checkpoint(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
-               const std::string& extra);
+    // Those of the files that were opened together.
+    explicit Checkpoint(rust::Box<core::Checkpoint> checkpoint);
 
     const std::vector<SharedFile>& files() const { return files_; }
 

@@ -52,6 +52,14 @@ at::Tensor to_host(const at::Tensor& tensor) {
 
 }  // namespace
 
+uint64_t bytes_of(const std::vector<core::Piece>& pieces) {
+    uint64_t bytes = 0;
+    for (const core::Piece& piece : pieces) {
+        bytes += piece.bytes.size();
+    }
+    return bytes;
+}
+
 Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, std::unique_ptr<Sink> sink)
     : tensors_(tensors), layout_(layout), sink_(std::move(sink)) {
     std::map<std::string, std::pair<c10::Device, uint64_t>> devices;
@@ -70,7 +78,7 @@ Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, st
     }
     const auto header = layout_.header();
     spans_.reserve(tensors_.size() + 1);
-    spans_.push_back({header.data(), header.size(), nullptr, 0});
+    spans_.push_back({header.data(), header.size(), nullptr, 0, /*is_header=*/true});
 }
 
 bool Download::advance(Deadline until) {
@@ -83,7 +91,7 @@ bool Download::advance(Deadline until) {
             finished_ = true;
             return true;
         }
-        if (is_all_written() || (!write_some() && !grow_where_waiting())) {
+        if (is_all_written() || (!write_some(until) && !grow_where_waiting())) {
             std::this_thread::sleep_for(kPoll);
         }
         if (until.passed()) {
@@ -183,7 +191,7 @@ void Download::move_on(uint64_t length, uint64_t nbytes) {
 }
 
 // Writes what is there at the front of what is planned; whether anything was.
-bool Download::write_some() {
+bool Download::write_some(Deadline until) {
     std::vector<core::Piece> pieces;
     pieces.reserve(spans_.size() - next_span_);
     uint64_t bytes = 0;
@@ -195,14 +203,25 @@ bool Download::write_some() {
     if (pieces.empty()) {
         return false;
     }
-    sink_->write(pieces);
-    done_ += bytes;
+    uint64_t written = sink_->write(pieces, until);
+    if (written == 0) {
+        return false;
+    }
+    done_ += written;
     for (; next_span_ < end; ++next_span_) {
-        const Span& span = spans_[next_span_];
+        Span& span = spans_[next_span_];
+        const uint64_t part = std::min(written, span.length);
+        written -= part;
+        if (span.source == nullptr && !span.is_header) {
+            host_bytes_ -= part;
+        }
+        span.data += part;
+        span.length -= part;
+        if (span.length > 0) {
+            break;
+        }
         if (span.source != nullptr) {
             span.source->free.push_back(span.slab);
-        } else if (span.data != layout_.header().data()) {
-            host_bytes_ -= span.length;
         }
     }
     if (is_all_written()) {

@@ -19,10 +19,14 @@ namespace safetensors_torch {
 class Sink {
   public:
     virtual ~Sink() = default;
-    virtual void write(const std::vector<core::Piece>& pieces) = 0;
+    // Returns how many of the bytes were written, from their start on: all, unless a pipe has taken no more until then.
+    virtual uint64_t write(const std::vector<core::Piece>& pieces, Deadline until) = 0;
     // After the last byte.
     virtual void finish() = 0;
 };
+
+// For a sink that takes all of them.
+uint64_t bytes_of(const std::vector<core::Piece>& pieces);
 
 // The bytes of tensors on their way to a sink: those in host memory straight from there, those on a device through
 // slabs, which the device fills while earlier ones are being written. So the host never holds more of a device's
@@ -51,6 +55,7 @@ class Download {
         // Whose slab they are in; null for other memory.
         Source* source;
         size_t slab;
+        bool is_header = false;
 
         bool is_there() const { return source == nullptr || source->route->is_idle(slab); }
     };
@@ -60,7 +65,7 @@ class Download {
     void plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes, uint64_t length);
     bool plan_slab(Source& source, c10::Device device);
     void move_on(uint64_t length, uint64_t nbytes);
-    bool write_some();
+    bool write_some(Deadline until);
     bool grow(Source& source);
     bool grow_where_waiting();
 

@@ -211,7 +211,27 @@ auto clean(Result (File::*method)(Args...) const) {
 
 }  // namespace
 
+PendingFile::PendingFile(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
+                         const std::string& extra)
+    : pending_(core::begin_open(as_bytes(path), as_bytes(backend), variant.has_value(), as_bytes(variant.value_or("")),
+                                as_bytes(extra))),
+      lends_(backend == "mmap") {}
+
+c10::intrusive_ptr<File> PendingFile::result() {
+    auto checkpoint = std::make_shared<const Checkpoint>(core::finish_open(*pending_));
+    return c10::make_intrusive<File>(std::move(checkpoint), lends_);
+}
+
 void register_file(torch::Library& library) {
+    using Pending = c10::intrusive_ptr<PendingFile>;
+    library.class_<PendingFile>("PendingFile")
+        .def(torch::init([](const std::string& path, const std::string& backend,
+                            const std::optional<std::string>& variant, const std::string& extra) {
+            return guarded([&] { return c10::make_intrusive<PendingFile>(path, backend, variant, extra); });
+        }))
+        .def("advance", [](const Pending& self,
+                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
+        .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
     library.class_<File>("File")
         .def(torch::init<const std::string&, const std::string&>())
         .def("keys", clean(&File::keys))

@@ -76,7 +76,27 @@ class File : public torch::CustomClassHolder {
     mutable std::atomic<bool> is_lent_{false};
 };
 
-// Tells torch of the class.
+// A checkpoint that is being opened, which waits for a save that is about to put it there:
+// `torch.classes.safetensors_torch.PendingFile`.
+class PendingFile : public torch::CustomClassHolder {
+  public:
+    // For the file, the index or the folder at `path`. `variant` is one of the checkpoints of a folder, `extra` what is
+    // done about tensors that an index does not list.
+    PendingFile(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
+                const std::string& extra);
+
+    // Goes on until the checkpoint is open, or the time is up; whether it is open.
+    bool advance(Deadline until) { return pending_->advance(until.milliseconds_left()); }
+
+    // What advance() has opened; once.
+    c10::intrusive_ptr<File> result();
+
+  private:
+    rust::Box<core::PendingOpen> pending_;
+    bool lends_;
+};
+
+// Tells torch of the classes.
 void register_file(torch::Library& library);
 
 }  // namespace safetensors_torch

@@ -156,8 +156,9 @@ c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string&
 c10::intrusive_ptr<File> open_checkpoint_op(const std::string& path, const std::string& backend,
                                             const std::optional<std::string>& variant, const std::string& extra) {
     return guarded([&] {
-        auto checkpoint = std::make_shared<const Checkpoint>(path, backend, variant, extra);
-        return c10::make_intrusive<File>(std::move(checkpoint), backend == "mmap");
+        PendingFile pending(path, backend, variant, extra);
+        pending.advance(Deadline::never());
+        return pending.result();
     });
 }
 

@@ -95,7 +95,9 @@ class FileSink final : public Sink {
   public:
     FileSink(rust::Box<core::FileWriter> writer, bool durable) : writer_(std::move(writer)), durable_(durable) {}
 
-    void write(const std::vector<core::Piece>& pieces) override { (*writer_)->write({pieces.data(), pieces.size()}); }
+    uint64_t write(const std::vector<core::Piece>& pieces, Deadline until) override {
+        return (*writer_)->write({pieces.data(), pieces.size()}, until.milliseconds_left());
+    }
 
     void finish() override {
         core::commit_file(std::move(*writer_), durable_);
@@ -113,7 +115,10 @@ class MemorySink final : public Sink {
     explicit MemorySink(const at::Tensor& out)
         : out_(out), writer_(core::fill_memory(static_cast<uint8_t*>(out.mutable_data_ptr()), out.nbytes())) {}
 
-    void write(const std::vector<core::Piece>& pieces) override { writer_->write({pieces.data(), pieces.size()}); }
+    uint64_t write(const std::vector<core::Piece>& pieces, Deadline) override {
+        writer_->write({pieces.data(), pieces.size()});
+        return bytes_of(pieces);
+    }
 
     void finish() override {}
 

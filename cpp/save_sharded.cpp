@@ -42,7 +42,9 @@ class ShardSink final : public Sink {
     ShardSink(core::ShardedWriter& checkpoint, size_t shard, uint64_t length)
         : checkpoint_(checkpoint), writer_(checkpoint.create(shard, length)) {}
 
-    void write(const std::vector<core::Piece>& pieces) override { (*writer_)->write({pieces.data(), pieces.size()}); }
+    uint64_t write(const std::vector<core::Piece>& pieces, Deadline until) override {
+        return (*writer_)->write({pieces.data(), pieces.size()}, until.milliseconds_left());
+    }
 
     void finish() override {
         checkpoint_.keep(std::move(*writer_));
@@ -104,7 +106,10 @@ bool PendingShardedSave::advance(Deadline until) {
             shard.cancel();
             has_begun_next_ = false;
         }
-        for (const auto& name : core::commit_shards(std::move(*writer_), durable_)) {
+        if (!(*writer_)->commit(durable_, until.milliseconds_left())) {
+            return false;
+        }
+        for (const auto& name : (*writer_)->file_names()) {
             file_names_.emplace_back(name);
         }
         writer_.reset();
@@ -187,17 +192,18 @@ bool ShardedWriter::advance(Deadline until) {
     return true;
 }
 
-std::vector<std::string> ShardedWriter::commit(bool durable) {
+bool ShardedWriter::commit(bool durable, Deadline until) {
     if (!writer_ || next_ < members_.size()) {
         fail(Kind::value, "not all files of this checkpoint are written");
     }
-    auto writer = std::move(*writer_);
-    writer_.reset();
-    std::vector<std::string> names;
-    for (const auto& name : core::commit_shards(std::move(writer), durable)) {
-        names.emplace_back(name);
+    if (!(*writer_)->commit(durable, until.milliseconds_left())) {
+        return false;
     }
-    return names;
+    for (const auto& name : (*writer_)->file_names()) {
+        file_names_.emplace_back(name);
+    }
+    writer_.reset();
+    return true;
 }
 
 void ShardedWriter::cancel() {
@@ -225,7 +231,11 @@ void register_sharded_writer(torch::Library& library) {
                            double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
         .def("size", [](const Self& self) { return self->size(); })
         .def("done", [](const Self& self) { return self->done(); })
-        .def("commit", [](const Self& self, bool durable) { return guarded([&] { return self->commit(durable); }); })
+        .def("commit",
+             [](const Self& self, bool durable, double seconds) {
+                 return guarded([&] { return self->commit(durable, Deadline::in(seconds)); });
+             })
+        .def("file_names", [](const Self& self) { return self->file_names(); })
         .def("cancel", [](const Self& self) { self->cancel(); });
 }
 

@@ -79,8 +79,12 @@ class ShardedWriter : public torch::CustomClassHolder {
     int64_t size() const { return size_; }
     int64_t done() const { return current_ ? current_->done() : size_; }
 
-    // Gives the files their names, once all are written. The names, the index last.
-    std::vector<std::string> commit(bool durable);
+    // Gives the files their names, once all are written. Returns false if another save had the folder locked until the
+    // time was up: call it again.
+    bool commit(bool durable, Deadline until);
+
+    // The names that commit() gave, the index last.
+    const std::vector<std::string>& file_names() const { return file_names_; }
 
     // Leaves what was begun undone: the folder is as it was.
     void cancel();
@@ -96,6 +100,7 @@ class ShardedWriter : public torch::CustomClassHolder {
     std::unique_ptr<PendingSave> current_;
     int64_t size_ = 0;
     size_t next_ = 0;
+    std::vector<std::string> file_names_;
 };
 
 // Tells torch of the classes.

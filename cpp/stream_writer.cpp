@@ -14,9 +14,10 @@ class TensorSink final : public Sink {
   public:
     explicit TensorSink(rust::Box<core::TensorWriter> writer) : writer_(std::move(writer)) {}
 
-    void write(const std::vector<core::Piece>& pieces) override {
+    uint64_t write(const std::vector<core::Piece>& pieces, Deadline) override {
         const size_t first = std::exchange(is_past_header_, true) ? 0 : 1;
         (*writer_)->write({pieces.data() + first, pieces.size() - first});
+        return bytes_of(pieces);
     }
 
     void finish() override {

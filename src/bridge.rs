@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind};
 use crate::memory::Block;
 use crate::source::Mapping;
 use checkpoint::{
-    Checkpoint, ShardPlan, ShardedWriter, commit_shards, create_shards, open_checkpoint, plan_shards,
+    Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
 };
 use edit::{MetadataEdit, begin_edit};
 use feed::Feed;
@@ -188,15 +188,20 @@ mod ffi {
 
     // The tensors of one file or several.
     extern "Rust" {
-        type Checkpoint;
+        type PendingOpen;
         /// Without `has_variant`, that of no variant.
-        fn open_checkpoint(
+        fn begin_open(
             path: &[u8],
             backend: &[u8],
             has_variant: bool,
             variant: &[u8],
             extra: &[u8],
-        ) -> Result<Box<Checkpoint>>;
+        ) -> Result<Box<PendingOpen>>;
+        /// Goes on until the checkpoint is open, or a save was waited for so long; whether it is open.
+        fn advance(self: &mut PendingOpen, milliseconds: u64) -> Result<bool>;
+        fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>>;
+
+        type Checkpoint;
         /// The number of tensors.
         fn count(self: &Checkpoint) -> usize;
         fn shard_count(self: &Checkpoint) -> usize;
@@ -226,7 +231,8 @@ mod ffi {
 
         type FileWriter;
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
-        fn write(self: &mut FileWriter, pieces: &[Piece]) -> Result<()>;
+        /// Returns how many bytes were written: all, unless a pipe has taken no more for so long.
+        fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
         fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()>;
 
         type ShardPlan;
@@ -240,8 +246,10 @@ mod ffi {
         fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
         /// Takes the next file once it is written, in the order of their numbers.
         fn keep(self: &mut ShardedWriter, file: Box<FileWriter>);
+        /// Puts all files in place, unless another save has been waited for so long; whether they are.
+        fn commit(self: &mut ShardedWriter, sync: bool, milliseconds: u64) -> Result<bool>;
         /// The names of the files, the index last.
-        fn commit_shards(writer: Box<ShardedWriter>, sync: bool) -> Result<Vec<String>>;
+        fn file_names(self: &ShardedWriter) -> Vec<String>;
 
         type MemoryWriter;
         unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;

@@ -4,18 +4,21 @@
 //! `docs/saving.md` has in words who sees what meanwhile. How a file is replaced is the writer's business.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
+use crate::directory::{Directory, identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::TensorFile;
 use crate::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_open};
 use crate::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::process::Process;
-use crate::source::{Backend, OpenFile, Source, read_exact_at, shrank};
+use crate::source::{Backend, OpenFile, Source, directory_of, read_exact_at, shrank};
 use crate::writer::{AtomicFile, hear_of_writes};
 
 /// The most bytes that are copied before the time is looked at.
@@ -28,7 +31,7 @@ pub type MetadataChanges = BTreeMap<String, Option<String>>;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EditOptions {
     /// Whether the header is written over where it stands, or the whole file anew; `None` leaves that to what is
-    /// possible: in place where there is room, and the file is writable and has no other name.
+    /// possible: in place where there is room, and the file is writable, has no other name, and is no symbolic link.
     pub in_place: Option<bool>,
     /// Bytes of the header that are to be left for later edits, at least.
     pub reserve: u64,
@@ -39,12 +42,13 @@ pub struct EditOptions {
 /// Changes the metadata of the file at `path`, and gives what it is then; `None` where the header has none.
 ///
 /// An entry that is removed need not be there. Metadata stays, empty, when its last entry goes; a file without any gets
-/// it with its first. Where nothing changes, nothing is written, unless `in_place` is `Some(false)`.
+/// it with its first. Where nothing changes, nothing is written, unless `in_place` is `Some(false)`. A symbolic link is
+/// replaced by the changed file, and what it leads to stays as it is.
 ///
 /// # Errors
 ///
 /// Those of [`TensorFile::open`]; [`ErrorKind::HeaderTooLarge`]; [`ErrorKind::InvalidArgument`] where it was to be done
-/// in place and there is no room; [`ErrorKind::FileChanged`] where something else is changing the file; those of
+/// in place and there is no room, or the path is a symbolic link; [`ErrorKind::FileChanged`] where something else is changing the file; those of
 /// [`AtomicFile`].
 ///
 /// ```
@@ -74,6 +78,7 @@ pub fn edit_metadata(
 #[derive(Debug)]
 pub struct MetadataEdit {
     path: PathBuf,
+    place: Place,
     metadata: Option<Metadata>,
     sync: bool,
     work: Work,
@@ -82,6 +87,16 @@ pub struct MetadataEdit {
     process: Process,
     total_bytes: u64,
     done_bytes: u64,
+}
+
+/// A name in a directory, whatever the path leads to later.
+#[derive(Debug)]
+struct Place {
+    directory: Arc<Directory>,
+    name: OsString,
+    /// The file or the symbolic link that has the name.
+    entry: File,
+    is_link: bool,
 }
 
 /// What is left to do.
@@ -109,7 +124,13 @@ impl MetadataEdit {
     ///
     /// As [`edit_metadata`].
     pub fn begin(path: &Path, changes: &MetadataChanges, options: EditOptions) -> Result<MetadataEdit> {
-        let source = TensorFile::open(path, Backend::Pread)?;
+        let fail = |source| Error::io("open", path, source);
+        let (directory, name) = directory_of(path, "open")?;
+        let entry = directory.entry(&name).map_err(fail)?;
+        let entry = entry.ok_or_else(|| fail(io::Error::from_raw_os_error(libc::ENOENT)))?;
+        let source = TensorFile::open_in(&directory, &name, path, Backend::Pread)?;
+        let is_link = entry.metadata().map_err(fail)?.is_symlink();
+        let place = Place { directory: Arc::new(directory), name, entry, is_link };
         let before =
             open_file(&source).file.metadata().map_err(|source| Error::io("inspect", path, source))?;
         let header = source.header();
@@ -139,6 +160,7 @@ impl MetadataEdit {
         }
         let mut edit = MetadataEdit {
             path: path.to_path_buf(),
+            place,
             sync: options.sync,
             work: Work::Nothing,
             before,
@@ -151,7 +173,7 @@ impl MetadataEdit {
             if edit.metadata.as_ref() == header.metadata() {
                 return Ok(edit);
             }
-            if let Some(file) = writable(path, &edit.before, options.in_place == Some(true))? {
+            if let Some(file) = edit.writable(options.in_place == Some(true))? {
                 let new = close(open, header.data_start()).map_err(|error| error.in_file(path))?;
                 let mut old = vec![0; new.len()];
                 read_exact_at(&file, path, &mut old, 0)?;
@@ -164,7 +186,8 @@ impl MetadataEdit {
         let new = close(open, padded).map_err(|error| error.in_file(path))?;
         let data_start = header.data_start();
         edit.total_bytes = new.len() as u64 + data_bytes(header);
-        let mut file = AtomicFile::create_regular(path, edit.total_bytes)?;
+        let Place { directory, name, .. } = &edit.place;
+        let mut file = AtomicFile::create_in(Arc::clone(directory), name.clone(), path, edit.total_bytes)?;
         file.write([&new[..]])?;
         edit.done_bytes = new.len() as u64;
         edit.work = Work::Copy { file, source: Box::new(source), data_start };
@@ -181,7 +204,7 @@ impl MetadataEdit {
         match &mut self.work {
             Work::Nothing => {}
             Work::Header { file, old, new } => {
-                check_unchanged(&self.path, fs::metadata(&self.path), &self.before)?;
+                self.place.check_unchanged(&self.path, &self.before)?;
                 write_over(file, &self.path, old, new, self.sync)?;
                 self.done_bytes = self.total_bytes;
             }
@@ -203,8 +226,7 @@ impl MetadataEdit {
             }
         }
         if let Work::Copy { mut file, .. } = std::mem::replace(&mut self.work, Work::Nothing) {
-            let check = |target: &Path| check_unchanged(&self.path, target.symlink_metadata(), &self.before);
-            file.commit_if(self.sync, check)?;
+            file.commit_if(self.sync, || self.place.check_unchanged(&self.path, &self.before))?;
         }
         Ok(true)
     }
@@ -258,35 +280,55 @@ fn alignment_of(header: &Header) -> u64 {
     (1u64 << header.data_start().trailing_zeros().min(63)).clamp(DEFAULT_ALIGNMENT, MAX_ALIGNMENT)
 }
 
-/// The file at `path`, which was as `before`, for writing; `None` where it may not be written to, or has another name
-/// whose contents would change too, unless it `must` be.
-fn writable(path: &Path, before: &fs::Metadata, must: bool) -> Result<Option<File>> {
-    let file = match OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-    {
-        Ok(file) => file,
-        Err(source) => {
-            let forbidden = [libc::EACCES, libc::EPERM, libc::EROFS, libc::ETXTBSY];
-            let is_forbidden = source.raw_os_error().is_some_and(|number| forbidden.contains(&number));
-            return if is_forbidden && !must { Ok(None) } else { Err(Error::io("write", path, source)) };
+impl MetadataEdit {
+    /// The file, open for writing in place; `None` if it may not be written to, or has another name whose contents would
+    /// change too, unless it `must` be. What a symbolic link leads to is not written to at all.
+    fn writable(&self, must: bool) -> Result<Option<File>> {
+        let path = &self.path;
+        if self.place.is_link {
+            if !must {
+                return Ok(None);
+            }
+            let detail = "a symbolic link: an edit in place would change the file that it leads to; edit that one, or let \
+                          the link be replaced by a file that is written anew";
+            return Err(Error::new(ErrorKind::InvalidArgument, detail).in_file(path));
         }
-    };
-    let now = file.metadata();
-    let is_only_name = now.as_ref().is_ok_and(|now| now.nlink() == 1);
-    check_unchanged(path, now, before)?;
-    Ok((must || is_only_name).then_some(file))
+        let flags = libc::O_RDWR | libc::O_NONBLOCK | libc::O_NOFOLLOW;
+        let file = match self.place.directory.open_at(&self.place.name, flags, 0) {
+            Ok(file) => file,
+            Err(source) => {
+                let forbidden = [libc::EACCES, libc::EPERM, libc::EROFS, libc::ETXTBSY];
+                let is_forbidden = source.raw_os_error().is_some_and(|number| forbidden.contains(&number));
+                return if is_forbidden && !must { Ok(None) } else { Err(Error::io("write", path, source)) };
+            }
+        };
+        let now = file.metadata();
+        let is_only_name = now.as_ref().is_ok_and(|now| now.nlink() == 1);
+        check_unchanged(path, now.map(Some), &self.before)?;
+        Ok((must || is_only_name).then_some(file))
+    }
 }
 
-/// Refuses where something else has replaced, removed or written to the file since it was as `before`. What it does in
-/// the instant after this is not seen.
-fn check_unchanged(path: &Path, now: io::Result<fs::Metadata>, before: &fs::Metadata) -> Result<()> {
+impl Place {
+    /// Refuses if another file or link has the name now, or what it leads to is not as `before`.
+    fn check_unchanged(&self, path: &Path, before: &fs::Metadata) -> Result<()> {
+        let look = || {
+            let same =
+                |now: File| io::Result::Ok(identity(&now.metadata()?) == identity(&self.entry.metadata()?));
+            let is_same = self.directory.entry(&self.name)?.map_or(Ok(false), same)?;
+            let now = self.directory.followed(&self.name)?;
+            now.filter(|_| is_same).map(|now| now.metadata()).transpose()
+        };
+        check_unchanged(path, look(), before)
+    }
+}
+
+/// Refuses if something else has replaced, removed (`None`) or written to the file since it was as `before`. What it does
+/// in the instant after this is not seen.
+fn check_unchanged(path: &Path, now: io::Result<Option<fs::Metadata>>, before: &fs::Metadata) -> Result<()> {
     let stamp = |of: &fs::Metadata| (of.dev(), of.ino(), of.len(), of.mtime(), of.mtime_nsec());
-    match now {
-        Ok(now) if stamp(&now) == stamp(before) => Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("inspect", path, error)),
+    match now.map_err(|error| Error::io("inspect", path, error))? {
+        Some(now) if stamp(&now) == stamp(before) => Ok(()),
         _ => {
             let detail = "the file was replaced, removed or written to while its metadata was edited, and stays as that \
                           left it: run the edit again";
@@ -334,7 +376,7 @@ mod tests {
         let path = folder.path().join("file");
         let read = || std::fs::read(&path).expect("there");
         std::fs::write(&path, b"0123456789").expect("written");
-        let file = OpenOptions::new().read(true).write(true).open(&path).expect("opened");
+        let file = File::options().read(true).write(true).open(&path).expect("opened");
         // The bytes outside of what differs are told wrong, and stay what they are.
         write_over(&file, &path, b"..2345..", b"..a34b..", true).expect("written");
         assert_eq!(read(), b"01a34b6789");
@@ -351,7 +393,7 @@ mod tests {
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
 
         // It takes every byte, and cannot be synchronized.
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null").expect("opened");
+        let null = File::options().read(true).write(true).open("/dev/null").expect("opened");
         write_over(&null, &path, b"0", b"1", false).expect("written");
         let error = write_over(&null, &path, b"0", b"1", true).expect_err("refused");
         assert_eq!(error.os_error(), Some(libc::EINVAL));

@@ -1,17 +1,22 @@
 //! An open safetensors file: its header, and the source that its tensors' bytes come from.
 
+use std::ffi::OsStr;
+use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::byte_order;
+use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::memory::Memory;
 use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
-use crate::source::{Backend, Mapping, OpenFile, Origin, Source, open_regular, read_exact_at};
+use crate::source::{
+    Backend, Mapping, OpenFile, Origin, Source, open_regular, open_regular_in, read_exact_at,
+};
 
 /// Enough of a file's start to tell what else it may be.
 const PROBE_BYTES: u64 = 512;
@@ -49,7 +54,20 @@ impl TensorFile {
     /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for;
     /// [`ErrorKind::UnsupportedDtype`] on a big-endian machine, for elements of several bytes.
     pub fn open(path: &Path, backend: Backend) -> Result<TensorFile> {
-        let (file, length) = open_regular(path)?;
+        TensorFile::read_header(open_regular(path)?, path, backend)
+    }
+
+    /// As [`TensorFile::open`], for the file `name` in a directory that is held. `path` is for the errors.
+    pub(crate) fn open_in(
+        directory: &Directory,
+        name: &OsStr,
+        path: &Path,
+        backend: Backend,
+    ) -> Result<TensorFile> {
+        TensorFile::read_header(open_regular_in(directory, name, path)?, path, backend)
+    }
+
+    fn read_header((file, length): (File, u64), path: &Path, backend: Backend) -> Result<TensorFile> {
         let header = {
             let mut start = vec![0; length.min(PROBE_BYTES) as usize];
             read_exact_at(&file, path, &mut start, 0)?;

@@ -10,6 +10,7 @@ mod byte_order;
 pub mod capi;
 mod checkpoint;
 mod copy;
+mod directory;
 mod dtype;
 mod edit;
 mod error;

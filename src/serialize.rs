@@ -6,7 +6,7 @@ use crate::copy::{self, Move};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::writer::AtomicFile;
+use crate::writer::Output;
 
 /// How a file is written.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ impl Default for SaveOptions {
 /// # Errors
 ///
 /// Those of [`Layout::plan`]; [`ErrorKind::BufferSize`] where a tensor's bytes are not as many as its dtype and shape
-/// need; those of [`AtomicFile`].
+/// need; those of [`AtomicFile`](crate::AtomicFile).
 ///
 /// ```
 /// # fn main() -> safetensors_torch::Result<()> {
@@ -51,9 +51,9 @@ pub fn save_file(
     options: SaveOptions,
 ) -> Result<()> {
     let layout = plan(tensors, data, metadata, options.alignment).map_err(|error| error.in_file(path))?;
-    let mut file = AtomicFile::create(path, layout.total_bytes())?;
+    let mut file = Output::create(path, layout.total_bytes())?;
     let pieces = layout.order().iter().map(|place| data[place.index]);
-    file.write(std::iter::once(layout.header()).chain(pieces))?;
+    file.write_until(std::iter::once(layout.header()).chain(pieces), None)?;
     file.commit(options.sync)
 }
 

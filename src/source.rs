@@ -2,8 +2,10 @@
 //!
 //! A source gives bytes at offsets. It knows nothing of headers and tensors.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -11,6 +13,7 @@ use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How a file's tensors come into memory.
@@ -172,13 +175,20 @@ impl Source {
 /// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
 pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     // Without O_NONBLOCK, opening a pipe would wait for a writer.
-    let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path).map_err(
-            |source| match source.kind() {
-                io::ErrorKind::InvalidInput => bad_path(path),
-                _ => Error::io("open", path, source),
-            },
-        )?;
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+    regular(opened, path)
+}
+
+/// As [`open_regular`], for the file `name` in a directory that is held. `path` is for the errors.
+pub(crate) fn open_regular_in(directory: &Directory, name: &OsStr, path: &Path) -> Result<(File, u64)> {
+    regular(directory.open_at(name, libc::O_RDONLY | libc::O_NONBLOCK, 0), path)
+}
+
+fn regular(opened: io::Result<File>, path: &Path) -> Result<(File, u64)> {
+    let file = opened.map_err(|source| match source.kind() {
+        io::ErrorKind::InvalidInput => bad_path(path),
+        _ => Error::io("open", path, source),
+    })?;
     let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
     refuse_irregular(path, &metadata)?;
     Ok((file, metadata.len()))
@@ -194,6 +204,14 @@ fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
         return Err(refuse(libc::EISDIR).with_remedy(remedy));
     }
     Err(refuse(libc::ENODEV))
+}
+
+/// Opens the directory of the file at `path`, to do `action` ("open", "create") with it; returns its name there too.
+pub(crate) fn directory_of(path: &Path, action: &str) -> Result<(Directory, OsString)> {
+    if path.as_os_str().as_bytes().contains(&0) {
+        return Err(bad_path(path));
+    }
+    Directory::of(path).map_err(|source| Error::io(action, path, source))
 }
 
 /// The error for a path that no file can have.

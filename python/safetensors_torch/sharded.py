@@ -28,11 +28,11 @@ from ._checks import check_tensors
 from ._dynamo import opaque
 from ._errors import call
 from ._ops import Names, bring_in, is_traced, load_file, load_in_steps, select, write
-from ._steps import Progress, check_progress
+from ._steps import STEP, Progress, check_progress
 
 _ops = torch.ops.safetensors_torch
-_open_checkpoint = _ops._open_checkpoint.default
 _plan_sharded_save = _ops._plan_sharded_save.default
+_PendingFile = torch.classes.safetensors_torch.PendingFile
 
 _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
@@ -40,7 +40,11 @@ _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GI
 
 def open_checkpoint(path: Path, backend: str, variant: Optional[str] = None, extra: str = "error") -> Any:
     """The native File over the files of the checkpoint at ``path``; the arguments are those of load_sharded."""
-    return call(_open_checkpoint, encode_path(path), check_backend(backend), check_variant(variant), check_extra(extra))
+    arguments = (encode_path(path), check_backend(backend), check_variant(variant), check_extra(extra))
+    pending = call(_PendingFile, *arguments)
+    while not call(pending.advance, STEP):
+        pass
+    return call(pending.result)
 
 
 @opaque

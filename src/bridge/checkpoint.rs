@@ -4,28 +4,51 @@ use std::sync::Arc;
 
 use super::ffi::{Piece, Place};
 use super::file::{File, prefault_when};
-use super::save::FileWriter;
+use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::header::absent;
+use crate::writer::Output;
 
 /// An open checkpoint as C++ sees it.
 pub struct Checkpoint(checkpoint::Checkpoint);
 
-pub fn open_checkpoint(
+/// A checkpoint that is being opened, as C++ sees it.
+pub struct PendingOpen {
+    opening: checkpoint::PendingOpen,
+    opened: Option<Box<Checkpoint>>,
+}
+
+pub fn begin_open(
     path: &[u8],
     backend: &[u8],
     has_variant: bool,
     variant: &[u8],
     extra: &[u8],
-) -> Result<Box<Checkpoint>> {
+) -> Result<Box<PendingOpen>> {
     let options = checkpoint::CheckpointOptions {
         backend: String::from_utf8_lossy(backend).parse()?,
         variant: has_variant.then(|| as_text("variant", variant)).transpose()?,
         extra: String::from_utf8_lossy(extra).parse()?,
     };
-    Ok(Box::new(Checkpoint(checkpoint::Checkpoint::open(as_path(path), options)?)))
+    let opening = checkpoint::PendingOpen::new(as_path(path), options);
+    Ok(Box::new(PendingOpen { opening, opened: None }))
+}
+
+impl PendingOpen {
+    pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
+        if self.opened.is_none() {
+            self.opened =
+                self.opening.advance(until(milliseconds))?.map(|opened| Box::new(Checkpoint(opened)));
+        }
+        Ok(self.opened.is_some())
+    }
+}
+
+pub fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>> {
+    let missing = || Error::new(ErrorKind::InvalidArgument, "the checkpoint is not open yet");
+    Ok(pending.opened.take().ok_or_else(missing)?)
 }
 
 impl From<checkpoint::TensorPlace> for Place {
@@ -108,17 +131,21 @@ pub fn create_shards(folder: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Re
 
 impl ShardedWriter {
     pub fn create(&self, shard: usize, length: u64) -> Result<Box<FileWriter>> {
-        Ok(Box::new(FileWriter(self.0.create(shard, length)?)))
+        Ok(Box::new(FileWriter(Output::Atomic(self.0.create(shard, length)?))))
     }
 
     // By value, as the bridge hands over a Box: the file is this writer's from now on.
     #[allow(clippy::boxed_local)]
     pub fn keep(&mut self, file: Box<FileWriter>) {
-        self.0.keep(file.0);
+        let Output::Atomic(file) = file.0 else { unreachable!("`create` makes no other") };
+        self.0.keep(file);
     }
-}
 
-#[allow(clippy::boxed_local)]
-pub fn commit_shards(writer: Box<ShardedWriter>, sync: bool) -> Result<Vec<String>> {
-    Ok(writer.0.commit(sync)?)
+    pub fn commit(&mut self, sync: bool, milliseconds: u64) -> Result<bool> {
+        Ok(self.0.try_commit(sync, until(milliseconds))?)
+    }
+
+    pub fn file_names(&self) -> Vec<String> {
+        self.0.file_names()
+    }
 }

@@ -1,9 +1,7 @@
 //! Changes of the metadata of a file.
 
-use std::time::{Duration, Instant};
-
 use super::ffi::{EditMode, Entry, Piece};
-use super::save::as_metadata;
+use super::save::{as_metadata, until};
 use super::{Result, as_path, as_text};
 use crate::edit::{self, EditOptions};
 
@@ -34,9 +32,7 @@ pub fn begin_edit(
 
 impl MetadataEdit {
     pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
-        // Without an end where the clock cannot tell it.
-        let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
-        Ok(self.0.advance(until)?)
+        Ok(self.0.advance(until(milliseconds))?)
     }
 
     pub fn total_bytes(&self) -> u64 {

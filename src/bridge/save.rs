@@ -1,5 +1,7 @@
 //! Planning and writing files.
 
+use std::time::{Duration, Instant};
+
 use super::ffi::{Entry, Piece, Spec};
 use super::{Result, as_path, as_text};
 use crate::dtype::Dtype;
@@ -8,7 +10,7 @@ use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::memory::prefer_huge_pages;
 use crate::serialize::Filler;
-use crate::writer::AtomicFile;
+use crate::writer::Output;
 
 /// A settled layout as C++ sees it.
 pub struct SavePlan(Layout);
@@ -62,15 +64,15 @@ impl SavePlan {
 }
 
 /// A file that is being written, as C++ sees it.
-pub struct FileWriter(pub(super) AtomicFile);
+pub struct FileWriter(pub(super) Output);
 
 pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
-    Ok(Box::new(FileWriter(AtomicFile::create(as_path(path), length)?)))
+    Ok(Box::new(FileWriter(Output::create(as_path(path), length)?)))
 }
 
 impl FileWriter {
-    pub fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
-        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
+    pub fn write(&mut self, pieces: &[Piece<'_>], milliseconds: u64) -> Result<u64> {
+        Ok(self.0.write_until(pieces.iter().map(|piece| piece.bytes), until(milliseconds))?)
     }
 }
 
@@ -78,6 +80,11 @@ impl FileWriter {
 #[allow(clippy::boxed_local)]
 pub fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
     Ok(writer.0.commit(sync)?)
+}
+
+/// The end of a step of so many milliseconds from now; `None`, no end, if the clock cannot tell it.
+pub(super) fn until(milliseconds: u64) -> Option<Instant> {
+    Instant::now().checked_add(Duration::from_millis(milliseconds))
 }
 
 /// Memory that is being written, as C++ sees it.

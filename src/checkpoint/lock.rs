@@ -1,98 +1,210 @@
-//! The lock on a folder (`flock`) that a save holds while names in it change, and that who finds no checkpoint there
-//! waits for.
+//! The lock that a save holds while names in a directory change, and that an open which finds no checkpoint waits for.
 //!
-//! What is done under it, `write` and [`Checkpoint::open`](super::Checkpoint::open) say. Nobody waits for ever: who
-//! holds it may have been stopped, and a program may have locked the folder for a purpose of its own.
+//! It is a lock (`flock`) on a hidden file, which is there for as long as names change. Whoever may write in the directory
+//! may open that file, and nobody else: a user who may only read the directory cannot hold up a save. Nobody waits for
+//! ever: the process that has the lock may have been stopped. The file of a process that was killed is used, and removed,
+//! by the next save.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::is_at;
+use crate::directory::{Directory, identity};
 use crate::error::{Error, Result};
 use crate::flock::flock;
+use crate::writer::Attributes;
+
+/// The name of the file.
+const NAME: &str = ".safetensors.lock";
 
 /// How long a save waits for others: longer than a commit takes that gives names to many files on a slow disk.
-const SAVE_WAIT: Duration = Duration::from_secs(300);
+const SAVE_WAIT: Duration = Duration::from_secs(60);
 
 /// How long an open waits for a save, when there is nothing to open.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
 
-/// How often a folder can have been replaced while its lock was waited for.
-const MOST_REPLACED: usize = 20;
+/// How long a file that cannot be opened may be one that another user has made just now, and not opened to others yet.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long until the lock is asked for again, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(10));
 
-/// A folder that is locked until this is dropped.
+/// A directory that is locked until this is dropped.
 #[derive(Debug)]
-pub(super) struct FolderLock {
-    folder: File,
+pub(super) struct SaveLock {
+    directory: Arc<Directory>,
+    file: File,
 }
 
-impl FolderLock {
-    /// For who changes names in `folder`. `None` where its filesystem has no locks.
-    pub(super) fn for_save(folder: &Path) -> Result<Option<FolderLock>> {
-        FolderLock::take(folder, libc::LOCK_EX, SAVE_WAIT).map_err(|source| refused(folder, source))
+impl SaveLock {
+    /// For a save that changes names in `directory`, and that has waited since `since`; `None` if another save still has
+    /// the lock at `until`. On a filesystem without locks nobody is waited for.
+    pub(super) fn take(
+        directory: &Arc<Directory>,
+        since: Instant,
+        until: Option<Instant>,
+    ) -> Result<Option<SaveLock>> {
+        SaveLock::take_within(directory, since, until, SAVE_WAIT)
+            .map_err(|source| refused(directory.path(), source))
     }
 
-    /// For who looks for a checkpoint in `folder`: `None` where it cannot be locked, or not in time, which is no reason
-    /// not to look.
-    pub(super) fn for_open(folder: &Path) -> Option<FolderLock> {
-        FolderLock::take(folder, libc::LOCK_SH, OPEN_WAIT).ok().flatten()
-    }
-
-    /// Waits for at most `wait`; then the error is `EWOULDBLOCK`.
-    fn take(folder: &Path, operation: libc::c_int, wait: Duration) -> io::Result<Option<FolderLock>> {
-        let (begin, (mut pause, longest)) = (Instant::now(), PAUSES);
-        let open =
-            || OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC).open(folder);
-        let (mut opened, mut replaced) = (open()?, 0);
+    fn take_within(
+        directory: &Arc<Directory>,
+        since: Instant,
+        until: Option<Instant>,
+        limit: Duration,
+    ) -> io::Result<Option<SaveLock>> {
+        let mut pauses = Pauses::new();
         loop {
-            match flock(&opened, operation | libc::LOCK_NB) {
-                Ok(()) if is_at(&opened, folder) => return Ok(Some(FolderLock { folder: opened })),
-                // Not one folder after the other, but a filesystem that gives one file several numbers.
-                Ok(()) if replaced == MOST_REPLACED => return Ok(None),
-                // That of a folder which was removed, or replaced, meanwhile.
-                Ok(()) => (opened, replaced) = (open()?, replaced + 1),
-                Err(error) if has_no_locks(&error) => return Ok(None),
-                Err(error)
-                    if ![io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) =>
-                {
-                    return Err(error);
-                }
-                Err(_) => {}
+            if let Some(lock) = SaveLock::try_take(directory, since)? {
+                return Ok(Some(lock));
             }
-            if begin.elapsed() >= wait {
+            if since.elapsed() >= limit {
                 return Err(io::Error::from_raw_os_error(libc::EWOULDBLOCK));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(longest);
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(None);
+            }
+            pauses.sleep();
+        }
+    }
+
+    /// `None` if another save has the lock.
+    fn try_take(directory: &Arc<Directory>, since: Instant) -> io::Result<Option<SaveLock>> {
+        let Some((file, is_new)) = open_or_make(directory, since)? else { return Ok(None) };
+        let lock = || match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+            // Else it is that of a save which has ended, and has removed it.
+            Ok(()) => is_there(directory, &file),
+            Err(error) if is_held(&error) => Ok(false),
+            Err(error) if has_no_locks(&error) => Ok(true),
+            Err(error) => Err(error),
+        };
+        match lock() {
+            Ok(is_locked) => Ok(is_locked.then(|| SaveLock { directory: Arc::clone(directory), file })),
+            Err(error) => {
+                if is_new {
+                    // The error is already on its way.
+                    let _ = directory.remove(OsStr::new(NAME));
+                }
+                Err(error)
+            }
         }
     }
 }
 
-impl Drop for FolderLock {
+impl Drop for SaveLock {
     fn drop(&mut self) {
-        // To close it is not enough: a process that was forked meanwhile has the descriptor too. Where it cannot be
-        // unlocked, there is nobody to tell.
-        let _ = flock(&self.folder, libc::LOCK_UN);
+        // There is nobody to tell: the next save uses a file that could not be removed.
+        let _ = self.directory.remove(OsStr::new(NAME));
+        // To close it is not enough: a process that was forked meanwhile has the descriptor too.
+        let _ = flock(&self.file, libc::LOCK_UN);
     }
 }
 
-fn refused(folder: &Path, source: io::Error) -> Error {
-    let is_held = source.kind() == io::ErrorKind::WouldBlock;
-    let error = Error::io("lock the folder", folder, source);
-    if !is_held {
-        return error;
+/// Opens the file of `directory`, or makes it, and returns whether it did; `None` if somebody else makes or removes it at
+/// this moment.
+fn open_or_make(directory: &Directory, since: Instant) -> io::Result<Option<(File, bool)>> {
+    let open = |flags| {
+        // For writing, as NFS gives the lock for such a file alone.
+        let flags = flags | libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        directory.open_at(OsStr::new(NAME), flags, 0o600)
+    };
+    match open(0) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && since.elapsed() < PATIENCE => {
+            return Ok(None);
+        }
+        opened => return opened.map(|file| Some((file, false))),
     }
-    error.with_remedy(&format!(
-        "another process has had it locked for {} minutes, to save a checkpoint or by a lock of its own (lslocks names \
-         it): save again when it has ended",
-        SAVE_WAIT.as_secs() / 60
-    ))
+    let file = match open(libc::O_CREAT | libc::O_EXCL) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+        made => made?,
+    };
+    let opened = Attributes::for_lock(directory).and_then(|attributes| attributes.inherit(&file));
+    opened.inspect_err(|_| drop(directory.remove(OsStr::new(NAME))))?;
+    Ok(Some((file, true)))
+}
+
+/// Whether `file` is the one that has the name.
+fn is_there(directory: &Directory, file: &File) -> io::Result<bool> {
+    let Some(entry) = directory.entry(OsStr::new(NAME))? else { return Ok(false) };
+    Ok(identity(&entry.metadata()?) == identity(&file.metadata()?))
+}
+
+/// What an open that finds no checkpoint does about saves that may be putting one there.
+#[derive(Debug)]
+pub(super) enum Waited {
+    /// No save is changing names, now: look again.
+    Free,
+    /// One still is, at the moment until which it was to be waited for.
+    Held,
+    /// One has been for as long as an open waits, and may be stopped.
+    InVain,
+}
+
+/// Waits for the save that is changing names in `directory`, if one is. `since` is when the first wait began.
+pub(super) fn wait_for_save(directory: &Directory, since: Instant, until: Option<Instant>) -> Waited {
+    let mut pauses = Pauses::new();
+    while is_saving(directory) {
+        if since.elapsed() >= OPEN_WAIT {
+            return Waited::InVain;
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Waited::Held;
+        }
+        pauses.sleep();
+    }
+    Waited::Free
+}
+
+/// Whether a save is changing names. A file that this process may not open may be one that a killed save has left, which
+/// cannot be told from the other.
+fn is_saving(directory: &Directory) -> bool {
+    match directory.open_at(OsStr::new(NAME), libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK, 0) {
+        // Not kept, so that no number of those who look keeps a save from beginning.
+        Ok(file) => flock(&file, libc::LOCK_SH | libc::LOCK_NB).is_err_and(|error| is_held(&error)),
+        Err(error) => {
+            error.kind() == io::ErrorKind::PermissionDenied
+                && matches!(directory.entry(OsStr::new(NAME)), Ok(Some(_)))
+        }
+    }
+}
+
+/// Moments that get longer.
+struct Pauses(Duration);
+
+impl Pauses {
+    fn new() -> Pauses {
+        Pauses(PAUSES.0)
+    }
+
+    fn sleep(&mut self) {
+        std::thread::sleep(self.0);
+        self.0 = (self.0 * 2).min(PAUSES.1);
+    }
+}
+
+fn refused(directory: &Path, source: io::Error) -> Error {
+    let (kind, file) = (source.kind(), directory.join(NAME));
+    let error = Error::io("lock the directory", directory, source);
+    match kind {
+        io::ErrorKind::WouldBlock => error.with_remedy(&format!(
+            "another save has had it locked for {} seconds (lslocks names its process): save again when it has ended",
+            SAVE_WAIT.as_secs()
+        )),
+        io::ErrorKind::PermissionDenied => error.with_remedy(&format!(
+            "{} is another user's: if no save of theirs is under way, have it removed",
+            file.display()
+        )),
+        _ => error,
+    }
+}
+
+fn is_held(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 /// What filesystems and kernels without such locks answer.
@@ -105,71 +217,102 @@ fn has_no_locks(error: &io::Error) -> bool {
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
-    use std::fs;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use tempfile::TempDir;
 
-    fn take(folder: &Path, operation: libc::c_int) -> io::Result<Option<FolderLock>> {
-        FolderLock::take(folder, operation, Duration::from_millis(20))
+    fn folder() -> (TempDir, Arc<Directory>) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let held = Directory::open(folder.path()).expect("opened");
+        (folder, Arc::new(held))
     }
 
-    fn is_held(outcome: io::Result<Option<FolderLock>>) -> bool {
-        outcome.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    fn take(directory: &Arc<Directory>) -> io::Result<Option<SaveLock>> {
+        SaveLock::take_within(directory, Instant::now(), None, Duration::from_millis(20))
+    }
+
+    fn taken(directory: &Arc<Directory>) -> SaveLock {
+        take(directory).expect("free").expect("waited without an end")
     }
 
     #[test]
-    fn one_saves_or_several_look() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let at = folder.path();
-        let saving = take(at, libc::LOCK_EX).expect("free").expect("locks");
-        assert!(is_held(take(at, libc::LOCK_EX)) && is_held(take(at, libc::LOCK_SH)));
-        drop(saving);
-        let looking = [take(at, libc::LOCK_SH), take(at, libc::LOCK_SH)].map(|lock| lock.expect("free"));
-        assert!(is_held(take(at, libc::LOCK_EX)));
-        drop(looking);
-        take(at, libc::LOCK_EX).expect("free again").expect("locks");
+    fn one_saves_and_leaves_nothing() {
+        let (folder, held) = folder();
+        let lock = taken(&held);
+        assert_eq!(take(&held).expect_err("held").kind(), io::ErrorKind::WouldBlock);
+        let soon = Instant::now() + Duration::from_millis(20);
+        assert!(SaveLock::take(&held, Instant::now(), Some(soon)).expect("no error yet").is_none());
+        assert!(matches!(wait_for_save(&held, Instant::now(), Some(soon)), Waited::Held));
+        let long_ago = Instant::now() - OPEN_WAIT;
+        assert!(matches!(wait_for_save(&held, long_ago, None), Waited::InVain));
+        drop(lock);
+        assert!(matches!(wait_for_save(&held, Instant::now(), None), Waited::Free));
+        assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 0);
+        drop(taken(&held));
     }
 
     #[test]
     fn a_copy_of_the_descriptor_holds_nothing() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let lock = take(folder.path(), libc::LOCK_EX).expect("free").expect("locks");
+        let (_folder, held) = folder();
+        let lock = taken(&held);
         // As a fork makes it.
-        let copy = lock.folder.try_clone().expect("copied");
+        let copy = lock.file.try_clone().expect("copied");
         drop(lock);
-        take(folder.path(), libc::LOCK_EX).expect("free again").expect("locks");
-        drop(copy);
+        drop((taken(&held), copy));
     }
 
     #[test]
-    fn the_lock_is_that_of_the_folder_which_is_there() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (at, aside) = (folder.path().join("c"), folder.path().join("aside"));
-        fs::create_dir(&at).expect("made");
-        let first = take(&at, libc::LOCK_EX).expect("free").expect("locks");
+    fn the_file_of_a_killed_save_is_used_again() {
+        let (folder, held) = folder();
+        fs::write(folder.path().join(NAME), "").expect("written");
+        assert!(!is_saving(&held));
+        drop(taken(&held));
+        assert!(!folder.path().join(NAME).exists());
+    }
+
+    #[test]
+    fn a_lock_on_a_file_that_was_removed_is_none() {
+        let (folder, held) = folder();
+        let first = taken(&held);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| FolderLock::take(&at, libc::LOCK_EX, SAVE_WAIT));
-            std::thread::sleep(Duration::from_millis(200));
-            fs::rename(&at, &aside).expect("renamed");
-            fs::create_dir(&at).expect("made");
+            let waiting = scope.spawn(|| SaveLock::take(&held, Instant::now(), None));
+            std::thread::sleep(Duration::from_millis(100));
             drop(first);
-            let second = waiting.join().expect("no panic").expect("free").expect("locks");
-            assert!(is_at(&second.folder, &at));
-            assert!(is_held(take(&at, libc::LOCK_EX)));
+            let second = waiting.join().expect("no panic").expect("free").expect("waited for");
+            assert!(is_there(&held, &second.file).expect("looked at") && folder.path().join(NAME).exists());
+            assert_eq!(take(&held).expect_err("held").kind(), io::ErrorKind::WouldBlock);
         });
-        let error = take(&folder.path().join("gone"), libc::LOCK_EX).expect_err("not there");
-        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
-    fn who_waited_in_vain_is_told_for_what() {
+    fn nobody_but_writers_of_the_directory_can_open_it() {
+        let (folder, held) = folder();
+        for (of_folder, of_file) in
+            [(0o755, 0o600), (0o700, 0o600), (0o775, 0o660), (0o1777, 0o666), (0o757, 0o606)]
+        {
+            fs::set_permissions(folder.path(), Permissions::from_mode(of_folder)).expect("set");
+            let lock = taken(&held);
+            assert_eq!(lock.file.metadata().expect("told").mode() & 0o7777, of_file, "{of_folder:o}");
+        }
+    }
+
+    #[test]
+    fn no_link_is_followed() {
+        let (folder, held) = folder();
+        symlink("elsewhere", folder.path().join(NAME)).expect("linked");
+        assert_eq!(take(&held).expect_err("a link").raw_os_error(), Some(libc::ELOOP));
+        assert!(!folder.path().join("elsewhere").exists());
+    }
+
+    #[test]
+    fn an_error_says_what_was_waited_for() {
         let error = |number| refused(Path::new("a/b"), io::Error::from_raw_os_error(number));
         let held = error(libc::EWOULDBLOCK);
         assert_eq!((held.kind(), held.os_error()), (ErrorKind::Io, Some(libc::EWOULDBLOCK)));
         let text = held.to_string();
-        assert!(
-            text.contains("cannot lock the folder a/b") && text.contains("locked for 5 minutes"),
-            "{text}"
-        );
-        assert!(!error(libc::EIO).to_string().contains("another process"));
+        assert!(text.contains("cannot lock the directory a/b") && text.contains("for 60 seconds"), "{text}");
+        assert!(error(libc::EACCES).to_string().contains("a/b/.safetensors.lock is another user's"));
+        assert!(!error(libc::EIO).to_string().contains("another"));
     }
 
     #[test]

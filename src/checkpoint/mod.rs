@@ -21,7 +21,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Instant;
 
+use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::TensorFile;
 use crate::header::absent;
@@ -29,7 +31,7 @@ use crate::prefault::{self, Prefault};
 use crate::source::Backend;
 use index::Index;
 use locate::Location;
-use lock::FolderLock;
+use lock::{Waited, wait_for_save};
 
 /// How often a checkpoint that is replaced meanwhile is opened anew.
 const OPEN_ATTEMPTS: usize = 20;
@@ -128,24 +130,15 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and
-    /// for a folder that holds no checkpoint, or several; [`ErrorKind::InvalidArgument`] for a variant of a file; [`ErrorKind::FileChanged`] where it is replaced over and
-    /// over; those of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
+    /// for a folder that holds no checkpoint, or several; [`ErrorKind::InvalidArgument`] for a variant of a file;
+    /// [`ErrorKind::FileChanged`] where it is replaced over and over; those of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
     pub fn open(path: &Path, options: CheckpointOptions<'_>) -> Result<Checkpoint> {
-        let mut waits = 0;
-        for _ in 0..OPEN_ATTEMPTS {
-            match Checkpoint::try_open(path, options) {
-                Ok(checkpoint) => return Ok(checkpoint),
-                Err(Failure::Changed) => {}
-                Err(Failure::Missing(_)) if waits < MOST_WAITS => {
-                    // In the moment between two indexes, perhaps. The lock is not kept, so that no number of those who
-                    // look keeps a save from beginning.
-                    waits = FolderLock::for_open(folder_of(path)).map_or(MOST_WAITS, |_| waits + 1);
-                }
-                Err(Failure::Missing(error) | Failure::Final(error)) => return Err(error),
+        let mut opening = PendingOpen::new(path, options);
+        loop {
+            if let Some(checkpoint) = opening.advance(None)? {
+                return Ok(checkpoint);
             }
         }
-        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
-        Err(Error::new(ErrorKind::FileChanged, detail).in_file(path))
     }
 
     fn try_open(path: &Path, options: CheckpointOptions<'_>) -> Attempt<Checkpoint> {
@@ -260,6 +253,56 @@ impl Checkpoint {
     /// The file or the index that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// A checkpoint that is being opened, as [`Checkpoint::open`] does, in steps.
+#[derive(Debug)]
+pub(crate) struct PendingOpen {
+    path: PathBuf,
+    backend: Backend,
+    variant: Option<String>,
+    extra: Extra,
+    attempts: usize,
+    /// How often no checkpoint was found, and since when.
+    waits: usize,
+    since: Option<Instant>,
+}
+
+impl PendingOpen {
+    pub(crate) fn new(path: &Path, options: CheckpointOptions<'_>) -> PendingOpen {
+        let CheckpointOptions { backend, variant, extra } = options;
+        let (path, variant) = (path.to_path_buf(), variant.map(str::to_owned));
+        PendingOpen { path, backend, variant, extra, attempts: 0, waits: 0, since: None }
+    }
+
+    /// Opens the checkpoint; `None` if there is none, but a save that may put one there is still at it at `until`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::open`].
+    pub(crate) fn advance(&mut self, until: Option<Instant>) -> Result<Option<Checkpoint>> {
+        while self.attempts < OPEN_ATTEMPTS {
+            let (backend, variant, extra) = (self.backend, self.variant.as_deref(), self.extra);
+            match Checkpoint::try_open(&self.path, CheckpointOptions { backend, variant, extra }) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(Failure::Changed) => {}
+                Err(Failure::Missing(_)) if self.waits < MOST_WAITS => {
+                    // In the moment between two indexes, perhaps.
+                    let since = *self.since.get_or_insert_with(Instant::now);
+                    let folder = Directory::open(folder_of(&self.path));
+                    match folder.map(|folder| wait_for_save(&folder, since, until)) {
+                        Ok(Waited::Held) => return Ok(None),
+                        Ok(Waited::Free) => self.waits += 1,
+                        Ok(Waited::InVain) | Err(_) => self.waits = MOST_WAITS,
+                    }
+                }
+                Err(Failure::Missing(error) | Failure::Final(error)) => return Err(error),
+            }
+            self.attempts += 1;
+        }
+        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
+        Err(Error::new(ErrorKind::FileChanged, detail).in_file(&self.path))
     }
 }
 

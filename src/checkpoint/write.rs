@@ -3,19 +3,23 @@
 //! The order in which names change is what keeps a reader, or a process that is killed, from taking files of two saves
 //! for one checkpoint; a lock keeps two saves from changing them at once. `docs/saving.md` has it in words.
 
-use std::fs;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 use super::index;
-use super::lock::FolderLock;
+use super::lock::SaveLock;
 use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, NameKind, ShardPlan, parse_name};
 use super::with_limit;
+use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{self, Layout, TensorSpec};
+use crate::process::Process;
 use crate::serialize::{self, SaveOptions};
-use crate::writer::{AtomicFile, set_aside, sync_folder};
+use crate::writer::{AtomicFile, set_aside};
 
 /// How a checkpoint is divided and written.
 #[derive(Clone, Copy, Debug)]
@@ -44,8 +48,8 @@ impl Default for ShardedOptions<'_> {
 ///
 /// # Errors
 ///
-/// As [`crate::save_file`], those of [`ShardPlan::new`], and `EWOULDBLOCK` where others have the folder locked for
-/// minutes. Up to the point where all files are complete, the folder stays as it was.
+/// As [`crate::save_file`], those of [`ShardPlan::new`], and `EWOULDBLOCK` if another save has the folder locked for a
+/// minute. Up to the point where all files are complete, the folder stays as it was.
 pub fn save_sharded(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],
@@ -91,6 +95,8 @@ pub struct ShardedWriter {
     /// The index, where there is more than one file.
     index: Option<Vec<u8>>,
     index_name: String,
+    /// The same as a file that is complete, once the commit has begun, and when it began.
+    commit: Option<(Option<AtomicFile>, Instant)>,
     plan: ShardPlan,
     /// Dropped last: a folder goes only once it is empty.
     folder: Folder,
@@ -127,16 +133,16 @@ impl ShardedWriter {
         // Before anything is written for a folder that the commit could not look through.
         folder.entries()?;
         let (complete, index_name, plan) = (Vec::new(), plan.index_name(), plan.clone());
-        Ok(ShardedWriter { names: file_names, complete, index, index_name, plan, folder })
+        Ok(ShardedWriter { names: file_names, complete, index, index_name, commit: None, plan, folder })
     }
 
     /// Begins file number `shard`, of exactly `length` bytes.
     ///
     /// # Errors
     ///
-    /// Those of [`AtomicFile::create_entry`].
+    /// Those of [`AtomicFile::create`].
     pub fn create(&self, shard: usize, length: u64) -> Result<AtomicFile> {
-        AtomicFile::create_entry(&self.folder.path.join(&self.names[shard]), length).map_err(with_limit)
+        self.folder.create(&self.names[shard], length).map_err(with_limit)
     }
 
     /// Takes the next file, all of which is written, in the order of their numbers.
@@ -156,14 +162,38 @@ impl ShardedWriter {
     /// # Errors
     ///
     /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced
-    /// already: the error says so. `EWOULDBLOCK` where others have the folder locked for minutes.
+    /// already: the error says so. `EWOULDBLOCK` if another save has the folder locked for a minute.
     pub fn commit(mut self, sync: bool) -> Result<Vec<String>> {
-        assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
-        let names = self.file_names();
-        let index = match &self.index {
-            Some(bytes) => Some(self.write_index(bytes)?),
-            None => None,
+        while !self.try_commit(sync, None)? {}
+        Ok(self.file_names())
+    }
+
+    /// As [`ShardedWriter::commit`], unless another save still has the folder locked at `until`; returns whether all is
+    /// done, and if not, is to be called again.
+    ///
+    /// # Errors
+    ///
+    /// As [`ShardedWriter::commit`], after which there is nothing to be committed.
+    pub(crate) fn try_commit(&mut self, sync: bool, until: Option<Instant>) -> Result<bool> {
+        self.folder.check_process()?;
+        let (index, since) = match self.commit.take() {
+            Some(begun) => begun,
+            None => (self.complete_all(sync)?, Instant::now()),
         };
+        // From here on names change. What is there now may be of a save that has ended since this one began.
+        let Some(lock) = SaveLock::take(&self.folder.directory, since, until).map_err(with_limit)? else {
+            self.commit = Some((index, since));
+            return Ok(false);
+        };
+        self.put_all_in_place(index, sync)?;
+        drop(lock);
+        Ok(true)
+    }
+
+    /// Has the bytes of all files taken by the filesystem, and those of the index, which is returned.
+    fn complete_all(&self, sync: bool) -> Result<Option<AtomicFile>> {
+        assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
+        let index = self.index.as_ref().map(|bytes| self.write_index(bytes)).transpose()?;
         for file in self.complete.iter().chain(&index) {
             if sync {
                 file.synchronize()?;
@@ -171,22 +201,25 @@ impl ShardedWriter {
             // Filesystems of a network send the bytes now, not while others wait.
             file.hear_of_writes()?;
         }
-        // From here on names change. What is there now may be of a save that has ended since this one began.
-        let lock = FolderLock::for_save(&self.folder.path).map_err(with_limit)?;
+        Ok(index)
+    }
+
+    /// What is done under the lock.
+    fn put_all_in_place(&mut self, index: Option<AtomicFile>, sync: bool) -> Result<()> {
         let stale = self.stale().map_err(with_limit)?;
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
         let replaces = self.names.iter().map(|name| self.exists(name)).collect::<Result<Vec<bool>>>()?;
         let mut old_index = Aside::default();
-        if names.len() > 1 && replaces.contains(&true) {
+        if self.index.is_some() && replaces.contains(&true) {
             // Other tools have other names for the index of a variant.
             let indexes =
                 stale.iter().filter(|name| is_kind(name, NameKind::Index)).chain([&self.index_name]);
             for name in indexes {
-                if let Err(error) = self
+                let added = self
                     .exists(name)
-                    .and_then(|there| if there { old_index.add(self.folder.path.join(name)) } else { Ok(()) })
-                {
+                    .and_then(|there| if there { old_index.add(&self.folder, name) } else { Ok(()) });
+                if let Err(error) = added {
                     return Err(self.roll_back(error, &replaces, &Progress::default(), old_index));
                 }
             }
@@ -197,7 +230,7 @@ impl ShardedWriter {
             return Err(self.roll_back(error, &replaces, &progress, old_index));
         }
         self.folder.keep();
-        old_index.discard();
+        old_index.discard(&self.folder);
         if sync {
             self.folder.synchronize().map_err(|error| {
                 error.with_remedy(
@@ -207,34 +240,31 @@ impl ShardedWriter {
             })?;
         }
         for name in &stale {
-            let path = self.folder.path.join(name);
-            match fs::remove_file(&path) {
+            match self.folder.directory.remove(name.as_ref()) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     let remedy = "the new checkpoint is complete, but this file of the one before is still there: remove it";
-                    return Err(Error::io("remove", &path, source).with_remedy(remedy));
+                    return Err(Error::io("remove", &self.folder.path.join(name), source).with_remedy(remedy));
                 }
                 _ => {}
             }
         }
         if sync {
-            sync_folder(&self.folder.path).map_err(|error| {
+            self.folder.synchronize_names().map_err(|error| {
                 error.with_remedy(
                     "the new checkpoint is complete, but files of the one before may be back after a loss of power: save it \
                      again",
                 )
             })?;
         }
-        drop(lock);
-        Ok(names)
+        Ok(())
     }
 
     /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be
     /// removed.
     fn stale(&self) -> Result<Vec<String>> {
         let mut stale = Vec::new();
-        for entry in self.folder.entries()? {
-            let entry = entry.map_err(|source| self.folder.unreadable(source))?;
-            if let Ok(name) = entry.file_name().into_string()
+        for name in self.folder.entries()? {
+            if let Ok(name) = name.into_string()
                 && self.plan.makes_stale(&name)
             {
                 stale.push(name);
@@ -246,21 +276,18 @@ impl ShardedWriter {
     }
 
     fn write_index(&self, bytes: &[u8]) -> Result<AtomicFile> {
-        let path = self.folder.path.join(&self.index_name);
-        let mut file = AtomicFile::create_entry(&path, bytes.len() as u64)?;
+        let mut file = self.folder.create(&self.index_name, bytes.len() as u64)?;
         file.write([bytes])?;
         Ok(file)
     }
 
     /// Whether the folder has this name, be it for a link to nowhere.
     fn exists(&self, name: &str) -> Result<bool> {
-        let path = self.folder.path.join(name);
-        match path.symlink_metadata() {
-            Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            // Taken for absent, it would be overwritten without a trace, or removed when the rest is taken back.
-            Err(error) => Err(Error::io("inspect", &path, error)),
-        }
+        // Taken for absent, one that cannot be looked at would be overwritten without a trace, or removed when the rest
+        // is taken back.
+        let entry = self.folder.directory.entry(name.as_ref());
+        let entry = entry.map_err(|source| Error::io("inspect", &self.folder.path.join(name), source))?;
+        Ok(entry.is_some())
     }
 
     /// Gives the files their names, one after the other, then the index, and tells how far it came. With `sync`, no
@@ -272,7 +299,7 @@ impl ShardedWriter {
         progress: &mut Progress,
         sync: bool,
     ) -> Result<()> {
-        let synchronize = || if sync { sync_folder(&self.folder.path) } else { Ok(()) };
+        let synchronize = || if sync { self.folder.synchronize_names() } else { Ok(()) };
         synchronize()?;
         for mut file in files {
             file.try_commit(false).inspect_err(|_| progress.is_torn = file.has_overwritten())?;
@@ -288,7 +315,7 @@ impl ShardedWriter {
     fn roll_back(&self, error: Error, replaces: &[bool], progress: &Progress, old_index: Aside) -> Error {
         let done = progress.done;
         if progress.is_torn || replaces[..done].contains(&true) {
-            old_index.discard();
+            old_index.discard(&self.folder);
             return error.with_remedy(&format!(
                 "{done} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
                 self.names.len(),
@@ -297,10 +324,11 @@ impl ShardedWriter {
         }
         let mut failures: Vec<Error> = Vec::new();
         for name in &self.names[..done] {
-            let path = self.folder.path.join(name);
-            failures.extend(fs::remove_file(&path).err().map(|source| Error::io("remove", &path, source)));
+            let removed = self.folder.directory.remove(name.as_ref());
+            let fail = |source| Error::io("remove", &self.folder.path.join(name), source);
+            failures.extend(removed.err().map(fail));
         }
-        failures.extend(old_index.put_back().err());
+        failures.extend(old_index.put_back(&self.folder).err());
         failures.into_iter().fold(error, |error, failure| {
             error.with_remedy(&format!("and what was there before could not be restored: {failure}"))
         })
@@ -324,70 +352,87 @@ fn is_kind(name: &str, kind: NameKind) -> bool {
 #[derive(Debug, Default)]
 struct Aside {
     /// Their names before, and now.
-    names: Vec<(PathBuf, PathBuf)>,
+    names: Vec<(OsString, OsString)>,
 }
 
 impl Aside {
-    fn add(&mut self, path: PathBuf) -> Result<()> {
-        let hidden = set_aside(&path)?;
-        self.names.push((path, hidden));
+    fn add(&mut self, folder: &Folder, name: &str) -> Result<()> {
+        let hidden = set_aside(&folder.directory, name.as_ref());
+        let hidden = hidden.map_err(|source| Error::io("rename", &folder.path.join(name), source))?;
+        self.names.push((name.into(), hidden));
         Ok(())
     }
 
-    fn put_back(self) -> Result<()> {
-        self.names.into_iter().try_for_each(|(path, hidden)| {
-            fs::rename(hidden, &path).map_err(|source| Error::io("restore", &path, source))
+    fn put_back(self, folder: &Folder) -> Result<()> {
+        self.names.into_iter().try_for_each(|(name, hidden)| {
+            let renamed = folder.directory.rename(&hidden, &name);
+            renamed.map_err(|source| Error::io("restore", &folder.path.join(&name), source))
         })
     }
 
-    fn discard(self) {
+    fn discard(self, folder: &Folder) {
         for (_, hidden) in self.names {
             // It is hidden, and nothing refers to it: no reason to call a save failed that has all in place.
-            let _ = fs::remove_file(hidden);
+            let _ = folder.directory.remove(&hidden);
         }
     }
 }
 
-/// A folder, and those that had to be made for it.
+/// A folder that is held, and those that had to be made for it.
 #[derive(Debug)]
 struct Folder {
+    directory: Arc<Directory>,
+    /// What the caller named; for the errors.
     path: PathBuf,
-    /// The innermost first.
-    made: Vec<PathBuf>,
+    /// Each with the folder that it is in, and its name there; the innermost first.
+    made: Vec<(Arc<Directory>, Arc<Directory>, OsString)>,
     is_kept: bool,
+    process: Process,
 }
 
 impl Folder {
     fn make(path: &Path) -> Result<Folder> {
         let fail = |source| Error::io("create the folder", path, source);
-        if path.as_os_str().is_empty() {
-            return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
-        }
-        let mut missing = Vec::new();
-        for folder in path.ancestors().filter(|folder| !folder.as_os_str().is_empty()) {
-            if folder.try_exists().map_err(fail)? {
-                break;
-            }
-            missing.push(folder.to_path_buf());
-        }
-        let mut folder = Folder { path: path.to_path_buf(), made: Vec::new(), is_kept: false };
-        for new in missing.into_iter().rev() {
-            match fs::create_dir(&new) {
-                Ok(()) => folder.made.insert(0, new),
+        let (directory, missing) = nearest(path).map_err(fail)?;
+        let (path, process) = (path.to_path_buf(), Process::current());
+        let mut folder =
+            Folder { directory: Arc::new(directory), path, made: Vec::new(), is_kept: false, process };
+        for name in missing {
+            let parent = Arc::clone(&folder.directory);
+            let made = parent.make_directory(name);
+            match (made, parent.subdirectory(name).map(Arc::new)) {
+                (Ok(()), Ok(inner)) => {
+                    folder.directory = Arc::clone(&inner);
+                    // From here on, dropping this removes it.
+                    folder.made.insert(0, (inner, parent, name.to_os_string()));
+                }
+                (Ok(()), Err(error)) => {
+                    // The error is already on its way.
+                    let _ = parent.remove_directory(name);
+                    return Err(fail(error));
+                }
                 // Somebody else was faster.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && new.is_dir() => {}
-                Err(error) => return Err(fail(error)),
+                (Err(error), Ok(inner)) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    folder.directory = inner;
+                }
+                (Err(error), _) => return Err(fail(error)),
             }
         }
         Ok(folder)
     }
 
-    fn entries(&self) -> Result<fs::ReadDir> {
-        fs::read_dir(&self.path).map_err(|source| self.unreadable(source))
+    /// Begins the file `name`, of `length` bytes.
+    fn create(&self, name: &str, length: u64) -> Result<AtomicFile> {
+        AtomicFile::create_in(Arc::clone(&self.directory), name.into(), &self.path.join(name), length)
     }
 
-    fn unreadable(&self, source: io::Error) -> Error {
-        Error::io("read the folder", &self.path, source)
+    fn entries(&self) -> Result<Vec<OsString>> {
+        self.directory.names().map_err(|source| Error::io("read the folder", &self.path, source))
+    }
+
+    /// Refuses a process that was forked from the one that began the checkpoint.
+    fn check_process(&self) -> Result<()> {
+        self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
     /// The folders stay, whatever comes.
@@ -395,21 +440,54 @@ impl Folder {
         self.is_kept = true;
     }
 
-    /// Has the entries of the folder put on the disk, and it among those of its own, if that is new.
+    /// Has the entries of the folder put on the disk.
+    fn synchronize_names(&self) -> Result<()> {
+        synchronize(&self.directory, &self.path)
+    }
+
+    /// The same, and the folder among those of its own, if that is new.
     fn synchronize(&self) -> Result<()> {
-        let parents = self.made.iter().map(|folder| match folder.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        });
-        std::iter::once(self.path.as_path()).chain(parents).try_for_each(sync_folder)
+        self.synchronize_names()?;
+        self.made.iter().try_for_each(|(_, parent, _)| synchronize(parent, parent.path()))
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        for folder in self.made.iter().filter(|_| !self.is_kept) {
-            // Not where somebody has put something in meanwhile; there is nobody to tell.
-            let _ = fs::remove_dir(folder);
+        if self.is_kept || !self.process.is_current() {
+            return;
+        }
+        for (folder, parent, name) in &self.made {
+            let is_there = || io::Result::Ok(parent.subdirectory(name)?.identity()? == folder.identity()?);
+            if is_there().unwrap_or(true) {
+                // Not if somebody has put something in meanwhile; there is nobody to tell.
+                let _ = parent.remove_directory(name);
+            }
         }
     }
+}
+
+fn synchronize(directory: &Directory, path: &Path) -> Result<()> {
+    directory.synchronize().map_err(|source| Error::io("synchronize the folder", path, source))
+}
+
+/// The innermost folder of `path` that is there, and the names of those that are not, the outermost first.
+fn nearest(path: &Path) -> io::Result<(Directory, Vec<&OsStr>)> {
+    let mut missing = Vec::new();
+    for folder in path.ancestors() {
+        let (at, name) = match folder.components().next_back() {
+            Some(name) => (folder, Some(name.as_os_str())),
+            None => (Path::new("."), None),
+        };
+        match Directory::open(at) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && name.is_some() => missing.extend(name),
+            // A path that names nothing at all.
+            _ if name.is_none() && missing.is_empty() => break,
+            opened => {
+                missing.reverse();
+                return opened.map(|directory| (directory, missing));
+            }
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ENOENT))
 }

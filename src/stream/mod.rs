@@ -93,7 +93,7 @@ impl StreamWriter {
     ///
     /// # Errors
     ///
-    /// Those of [`Layout::plan`] and of [`AtomicFile::create_regular`].
+    /// Those of [`Layout::plan`] and of [`AtomicFile::create`].
     pub fn create(
         tensors: &[TensorSpec<'_>],
         metadata: Option<&Metadata>,
@@ -102,7 +102,7 @@ impl StreamWriter {
     ) -> Result<StreamWriter> {
         let layout =
             Layout::plan(tensors, metadata, options.alignment).map_err(|error| error.in_file(path))?;
-        let file = AtomicFile::create_regular(path, layout.total_bytes())?;
+        let file = AtomicFile::create(path, layout.total_bytes())?;
         file.write_at(layout.header(), 0)?;
         let data_start = layout.header().len() as u64;
         let declared = layout.order().iter().map(|place| {

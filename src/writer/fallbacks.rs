@@ -4,25 +4,24 @@
 //! Owns these two copies, and which of the kernel's refusals leads to the second. A copy of what was synchronized is
 //! synchronized too. `docs/saving.md` has in words who sees what meanwhile.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Seek};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::staging::{self, Purpose, Staging};
-use super::{AtomicFile, attributes, file_copy, hear_of_writes, reserve, strays, sync_directory_of};
+use super::{AtomicFile, Attributes, attributes, file_copy, hear_of_writes, mapped, reserve, strays};
+use crate::directory::Directory;
 use crate::error::{Error, Result};
 
-/// Whether a rename over `target` that was refused with `error` is one that cannot be done there at all: the target is
+/// Whether a rename in `directory` that was refused with `error` is one that cannot be done there at all: the target is
 /// a mount point, or the filesystem has no renames. What the process may not do stays an error.
-pub(super) fn cannot_rename(error: &io::Error, target: &Path) -> bool {
+pub(super) fn cannot_rename(error: &io::Error, directory: &Directory) -> bool {
     match error.raw_os_error() {
         Some(libc::EBUSY | libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL) => true,
         // Of a sticky folder this is said of a file that is another user's, be it one that everyone may write to.
-        Some(libc::EPERM) => {
-            let folder = staging::directory_of(target).metadata();
-            folder.is_ok_and(|folder| folder.mode() & libc::S_ISVTX == 0)
-        }
+        Some(libc::EPERM) => directory.metadata().is_ok_and(|told| told.mode() & libc::S_ISVTX == 0),
         _ => false,
     }
 }
@@ -39,16 +38,16 @@ impl AtomicFile {
     }
 
     fn try_copy_beside(&mut self) -> io::Result<()> {
-        let told = self.file.metadata()?;
-        let (file, name) = staging::stage_named(&self.target, told.mode() & 0o666)?;
+        let length = self.file.metadata()?.len();
+        let mode = staging::mode_of(self.attributes.is_some());
+        let (file, name) = staging::stage_named(&self.directory, mode)?;
         let unnamed = std::mem::replace(&mut self.file, file);
         // From here on, dropping this removes the copy.
         self.staging = Staging::Named(name);
-        attributes::take_over(&self.file, &told)?;
-        reserve(&self.file, told.len())?;
+        reserve(&self.file, length)?;
         let mut done = 0;
-        while done < told.len() {
-            match file_copy::append(&mut self.file, &unnamed, done, told.len() - done) {
+        while done < length {
+            match file_copy::append(&mut self.file, &unnamed, done, length - done) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => done += count,
                 Err(file_copy::Failure::Read(error) | file_copy::Failure::Write(error)) => return Err(error),
@@ -65,19 +64,22 @@ impl AtomicFile {
     /// again.
     pub(super) fn overwrite_in_place(&mut self, refusal: &io::Error, sync: bool) -> Result<()> {
         let fail = |source| Error::io("overwrite", &self.path, source);
-        let told = self.file.metadata().map_err(fail)?;
-        let (mut target, is_new) = open_over(&self.target, &told)
+        let length = self.file.metadata().map_err(fail)?.len();
+        let (mut target, is_new) = open_over(&self.directory, &self.name, self.attributes.as_ref())
             .map_err(|source| fail(source).with_remedy(&format!("nor can it be renamed over: {refusal}")))?;
-        let copied = self.copy_over(&mut target, told.len(), is_new);
+        if !is_new {
+            mapped::refuse(&target, &self.path)?;
+        }
+        let copied = self.copy_over(&mut target, length, is_new);
         if !is_new {
             return copied;
         }
         if copied.is_err() {
             // The error is already on its way, and readers take what is left for the part of a file that it is.
-            let _ = std::fs::remove_file(&self.target);
+            let _ = self.directory.remove(&self.name);
         }
         copied?;
-        if sync { sync_directory_of(&self.path, &self.target) } else { Ok(()) }
+        if sync { self.synchronize_directory() } else { Ok(()) }
     }
 
     fn copy_over(&mut self, target: &mut File, length: u64, is_new: bool) -> Result<()> {
@@ -89,15 +91,15 @@ impl AtomicFile {
             && !is_new
         {
             // No stray, whatever happens: it may become the only whole copy.
-            match staging::set_aside(name, Purpose::Whole) {
+            match staging::set_aside(&self.directory, name, Purpose::Whole) {
                 Ok(name) => {
                     self.staging = Staging::Named(name);
                     // Else a loss of power in the middle could take the name of the one whole copy.
                     if *self.is_synchronized.get_mut() {
-                        staging::sync_directory(&self.target).map_err(|source| fail(&self.path, source))?;
+                        self.directory.synchronize().map_err(|source| fail(&self.path, source))?;
                     }
                 }
-                Err(error) if cannot_rename(&error, name) => {}
+                Err(error) if cannot_rename(&error, &self.directory) => {}
                 Err(error) => return Err(fail(&self.path, error)),
             }
         }
@@ -115,14 +117,14 @@ impl AtomicFile {
             return Err(error);
         }
         self.has_overwritten = true;
-        let Staging::Named(name) = std::mem::replace(&mut self.staging, Staging::Direct) else {
+        let Staging::Named(name) = std::mem::replace(&mut self.staging, Staging::InPlace) else {
             return Err(error);
         };
         let error = error.with_remedy(&format!(
             "its old contents are lost; the new file is complete at {}",
-            name.display()
+            self.directory.path_of(&name).display()
         ));
-        let is_stray = name.as_os_str().as_encoded_bytes().ends_with(strays::SUFFIX.as_bytes());
+        let is_stray = name.as_encoded_bytes().ends_with(strays::SUFFIX.as_bytes());
         Err(if is_stray {
             error.with_remedy("copy it from there now: later saves remove files of such names")
         } else {
@@ -131,19 +133,25 @@ impl AtomicFile {
     }
 }
 
-/// The file at `target` for writing, and whether it was made for that, as one like `staged`. What a link there points
-/// to is left alone.
-fn open_over(target: &Path, staged: &Metadata) -> io::Result<(File, bool)> {
-    let mut options = OpenOptions::new();
-    options.write(true).mode(staged.mode() & 0o666).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
-    match options.open(target) {
+/// Opens the file `name` for writing, or makes one with these attributes; returns whether it was made. What a link there
+/// leads to is left alone.
+fn open_over(
+    directory: &Directory,
+    name: &OsStr,
+    attributes: Option<&Attributes>,
+) -> io::Result<(File, bool)> {
+    match directory.open_at(name, libc::O_WRONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK, 0) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let file = options.create_new(true).open(target)?;
-            let taken = attributes::take_over(&file, staged);
-            taken.inspect_err(|_| drop(std::fs::remove_file(target)))?;
+            let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL;
+            let file = directory.open_at(name, flags, staging::mode_of(attributes.is_some()))?;
+            let inherited = attributes.map_or(Ok(false), |attributes| attributes.inherit(&file));
+            inherited.inspect_err(|_| drop(directory.remove(name)))?;
             Ok((file, true))
         }
-        opened => opened.map(|file| (file, false)),
+        opened => match opened? {
+            file if file.metadata()?.is_file() => Ok((file, false)),
+            _ => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+        },
     }
 }
 
@@ -156,8 +164,8 @@ mod tests {
     #[test]
     fn what_may_not_be_done_is_told_from_what_cannot() {
         let folder = tempfile::tempdir().expect("a folder");
-        let target = folder.path().join("target");
-        let cannot = |number| cannot_rename(&io::Error::from_raw_os_error(number), &target);
+        let held = Directory::open(folder.path()).expect("opened");
+        let cannot = |number| cannot_rename(&io::Error::from_raw_os_error(number), &held);
         for number in [libc::EBUSY, libc::EXDEV, libc::ENOSYS, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM] {
             assert!(cannot(number), "{number}");
         }
@@ -166,17 +174,17 @@ mod tests {
         }
         fs::set_permissions(folder.path(), Permissions::from_mode(0o1777)).expect("set");
         assert!(!cannot(libc::EPERM) && cannot(libc::ENOSYS));
-        fs::remove_dir(folder.path()).expect("removed");
-        assert!(!cannot(libc::EPERM));
     }
 
     #[test]
     fn a_target_is_opened_or_made_but_no_link_followed() {
         let folder = tempfile::tempdir().expect("a folder");
+        let held = Directory::open(folder.path()).expect("opened");
         let at = |name: &str| folder.path().join(name);
-        let open = |name: &str| open_over(&at(name), &at("staged").metadata().expect("there"));
-        fs::write(at("staged"), "bytes").expect("written");
-        fs::set_permissions(at("staged"), Permissions::from_mode(0o640)).expect("set");
+        fs::write(at("old"), "bytes").expect("written");
+        fs::set_permissions(at("old"), Permissions::from_mode(0o640)).expect("set");
+        let old = Attributes::at(&held, OsStr::new("old")).expect("told");
+        let open = |name: &str| open_over(&held, OsStr::new(name), old.as_ref());
         assert!(open("new").expect("made").1);
         assert_eq!(at("new").metadata().expect("there").mode() & 0o7777, 0o640);
         assert!(!open("new").expect("opened").1);

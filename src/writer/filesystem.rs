@@ -18,11 +18,21 @@ const LOCAL: [libc::c_long; 8] = [
 
 /// Whether no other machine can have the filesystem of `file`, nor any server; false where that cannot be told.
 pub(super) fn is_local(file: &File) -> bool {
+    kind_of(file).is_some_and(|kind| LOCAL.contains(&kind))
+}
+
+/// Whether `file` is one under /proc.
+pub(super) fn is_proc(file: &File) -> bool {
+    kind_of(file) == Some(libc::PROC_SUPER_MAGIC as libc::c_long)
+}
+
+/// What `statfs` calls the filesystem of `file`.
+fn kind_of(file: &File) -> Option<libc::c_long> {
     // SAFETY: a plain struct of integers, for which zeros are a value.
     let mut told: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: a descriptor that `file` keeps open, and a place for the answer.
     let status = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut told) };
-    status == 0 && LOCAL.contains(&(told.f_type as libc::c_long))
+    (status == 0).then_some(told.f_type as libc::c_long)
 }
 
 #[cfg(test)]

@@ -1,44 +1,61 @@
 //! Writes a file so that nobody ever sees half of it: beside the target first, then renamed over it.
 //!
-//! `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions and
-//! space, `vectored` and `file_copy` fill it, `release` lets go of the file that it replaces, `strays` removes what
-//! saves that were killed have left, `filesystem` says whether other machines can have it, `fallbacks` copies where a
-//! link or a rename is impossible, as `docs/saving.md` describes. Nothing here knows of headers and tensors.
+//! `target` says what is at the place to be saved to, `output` writes a file there, or, with `direct`, to a pipe or a
+//! device. `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions
+//! and space, `acl` its access control list, `vectored` and `file_copy` fill it, `release` lets go of the file that it
+//! replaces, `strays` removes what saves that were killed have left, `filesystem` says whether other machines can have
+//! it, `fallbacks` copies where a link or a rename is impossible, as `docs/saving.md` describes, unless `mapped` says
+//! that this process would see it. Nothing here knows of headers and tensors.
 
+mod acl;
 mod attributes;
+mod direct;
 mod fallbacks;
 mod file_copy;
 mod filesystem;
+mod mapped;
+mod output;
 mod release;
 mod staging;
 mod strays;
+mod target;
 mod vectored;
 
-use std::fs::{File, Metadata, OpenOptions};
+pub(crate) use attributes::Attributes;
+pub(crate) use output::Output;
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::fd::IntoRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::directory::Directory;
 use crate::error::{Error, Result};
 use crate::process::Process;
-use crate::source::bad_path;
+use crate::source::directory_of;
 use staging::{Purpose, Staging};
+use target::Target;
 
 /// A file that is being written, and is there under its name only once [`AtomicFile::commit`] has returned.
 ///
 /// Dropped before that, it leaves the target as it was and nothing beside it. It is for the process that began it: one
-/// that is forked meanwhile can neither go on with it nor take anything away.
+/// that is forked meanwhile can neither go on with it nor take anything away. It will be in the directory that its path
+/// led to when it was begun, whatever the path leads to later.
 #[derive(Debug)]
 pub struct AtomicFile {
     file: File,
     /// What the caller named; for the errors.
     path: PathBuf,
-    /// `path` with its symbolic links followed.
-    target: PathBuf,
+    directory: Arc<Directory>,
+    /// The target's name in the directory.
+    name: OsString,
     staging: Staging,
+    /// Those of the target when the file was begun, in case that it is gone when it is put there.
+    attributes: Option<Attributes>,
     process: Process,
     /// Whether what was written was put on the disk, as a copy of it will have to be.
     is_synchronized: AtomicBool,
@@ -47,81 +64,56 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Begins a file of exactly `length` bytes that will be at `path`. A symbolic link is followed; an existing file's
-    /// permissions (and its owner and group, where the process may) are taken over, a new one gets those of the umask.
+    /// Begins a file of exactly `length` bytes that will be at `path`. A symbolic link there is replaced, and what it
+    /// leads to stays as it is. The file gets the permissions that the target, or what a link leads to, has at the
+    /// commit, and its owner and group if the process may; a new one gets those of every new file.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no such directory, no permission, no space for `length` bytes, the
-    /// target is a directory.
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io): no such directory, no permission, no space for `length` bytes;
+    /// `EISDIR` if the target is a directory, `ENODEV` if it is a pipe, a device or a descriptor.
     pub fn create(path: &Path, length: u64) -> Result<AtomicFile> {
+        let (directory, name) = directory_of(path, "create")?;
+        AtomicFile::create_in(Arc::new(directory), name, path, length)
+    }
+
+    /// As [`AtomicFile::create`], for the file `name` in a directory that is held already. `path` is for the errors.
+    pub(crate) fn create_in(
+        directory: Arc<Directory>,
+        name: OsString,
+        path: &Path,
+        length: u64,
+    ) -> Result<AtomicFile> {
         let fail = |source| Error::io("create", path, source);
-        let existing = look(path)?;
-        if let Some(metadata) = &existing {
-            let kind = metadata.file_type();
-            if kind.is_fifo() || kind.is_char_device() {
-                let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
-                return Ok(AtomicFile::new(file, path, path.to_path_buf(), Staging::Direct));
+        let refuse = |errno| Err(fail(io::Error::from_raw_os_error(errno)));
+        match Target::find(&directory, &name).map_err(fail)? {
+            Target::Replaced => {}
+            Target::Refused(errno) => return refuse(errno),
+            Target::Special(_) => return refuse(libc::ENODEV),
+            Target::Descriptor(_) | Target::Foreign => {
+                return refuse(libc::ENODEV).map_err(|error: Error| {
+                    error.with_remedy(
+                        "it stands for an open file, which cannot be replaced: name the file itself",
+                    )
+                });
             }
         }
-        let target = staging::follow_links(path).map_err(fail)?;
-        AtomicFile::begin(path, target, existing, length)
-    }
-
-    /// As [`AtomicFile::create`], for bytes that come in any order: a pipe or a device, which could not take them so,
-    /// is refused.
-    ///
-    /// # Errors
-    ///
-    /// As [`AtomicFile::create`], and `ENODEV` for what is no regular file.
-    pub fn create_regular(path: &Path, length: u64) -> Result<AtomicFile> {
-        let existing = look(path)?;
-        let target = staging::follow_links(path).map_err(|source| Error::io("create", path, source))?;
-        AtomicFile::begin(path, target, existing, length)
-    }
-
-    /// As [`AtomicFile::create`], but the entry at `path` itself is replaced: a symbolic link is not followed, so that
-    /// what it points to stays as it is; a pipe or a device is refused.
-    ///
-    /// # Errors
-    ///
-    /// As [`AtomicFile::create`].
-    pub fn create_entry(path: &Path, length: u64) -> Result<AtomicFile> {
-        let existing = match std::fs::symlink_metadata(path) {
-            Ok(metadata) if metadata.is_symlink() => None,
-            Ok(metadata) => Some(metadata),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::io("create", path, error)),
-        };
-        AtomicFile::begin(path, path.to_path_buf(), existing, length)
-    }
-
-    fn new(file: File, path: &Path, target: PathBuf, staging: Staging) -> AtomicFile {
-        AtomicFile {
+        let attributes = Attributes::at(&directory, &name).map_err(fail)?;
+        let mode = staging::mode_of(attributes.is_some());
+        let (file, staging) = staging::stage(&directory, mode).map_err(fail)?;
+        strays::clear(&directory, &file);
+        // From here on, dropping `staged` removes what was staged.
+        let staged = AtomicFile {
             file,
             path: path.to_path_buf(),
-            target,
+            directory,
+            name,
             staging,
+            attributes,
             process: Process::current(),
             is_synchronized: AtomicBool::default(),
             has_overwritten: false,
-        }
-    }
-
-    /// Begins the file that will be at `target`, where there is `existing` now.
-    fn begin(path: &Path, target: PathBuf, existing: Option<Metadata>, length: u64) -> Result<AtomicFile> {
-        let fail = |source| Error::io("create", path, source);
-        if let Some(kind) = existing.as_ref().map(Metadata::file_type).filter(|kind| !kind.is_file()) {
-            let errno = if kind.is_dir() { libc::EISDIR } else { libc::ENODEV };
-            return Err(fail(io::Error::from_raw_os_error(errno)));
-        }
-        let (file, staging) = staging::stage(&target, existing.is_some()).map_err(fail)?;
-        strays::clear(staging::directory_of(&target), &file);
-        // From here on, dropping `staged` removes what was staged.
-        let staged = AtomicFile::new(file, path, target, staging);
-        if let Some(metadata) = &existing {
-            attributes::take_over(&staged.file, metadata).map_err(fail)?;
-        }
+        };
         reserve(&staged.file, length).map_err(|source| Error::io("reserve space for", path, source))?;
         Ok(staged)
     }
@@ -170,9 +162,7 @@ impl AtomicFile {
     /// another process.
     pub fn synchronize(&self) -> Result<()> {
         self.check_process()?;
-        if matches!(self.staging, Staging::Direct) {
-            return Ok(());
-        }
+        self.inherit()?;
         self.file.sync_all().map_err(|source| Error::io("write", &self.path, source))?;
         self.is_synchronized.store(true, Ordering::Relaxed);
         Ok(())
@@ -201,7 +191,7 @@ impl AtomicFile {
 
     /// As [`AtomicFile::commit`], once; afterwards [`AtomicFile::has_overwritten`] tells more.
     pub(crate) fn try_commit(&mut self, sync: bool) -> Result<()> {
-        self.commit_if(sync, |_| Ok(()))
+        self.commit_if(sync, || Ok(()))
     }
 
     /// Whether a commit that failed took the target's old contents, as it could not be renamed over.
@@ -210,19 +200,16 @@ impl AtomicFile {
     }
 
     /// As [`AtomicFile::commit`], unless `check` has an error for what is at the target in the moment before the file
-    /// is put there; it is given the target, which is no symbolic link, and may be called twice.
-    pub(crate) fn commit_if(&mut self, sync: bool, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
+    /// is put there; it may be called twice.
+    pub(crate) fn commit_if(&mut self, sync: bool, check: impl Fn() -> Result<()>) -> Result<()> {
         self.check_process()?;
-        if matches!(self.staging, Staging::Direct) {
-            return Ok(());
-        }
         if sync {
             self.synchronize()?;
         }
         self.hear_of_writes()?;
         match self.put_in_place(check)? {
             Some(refusal) => self.overwrite_in_place(&refusal, sync),
-            None if sync => sync_directory_of(&self.path, &self.target),
+            None if sync => self.synchronize_directory(),
             None => Ok(()),
         }
     }
@@ -232,36 +219,65 @@ impl AtomicFile {
         self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
-    /// Links or renames the staged file to the target; where only overwriting that is left, gives what was refused.
-    fn put_in_place(&mut self, check: impl Fn(&Path) -> Result<()>) -> Result<Option<io::Error>> {
-        check(&self.target)?;
+    /// Gives the file the attributes that the target has now, or, if it is gone, had when the file was begun.
+    fn inherit(&self) -> Result<()> {
+        let fail = |source| Error::io("write", &self.path, source);
+        let now = Attributes::at(&self.directory, &self.name).map_err(fail)?;
+        let Some(attributes) = now.as_ref().or(self.attributes.as_ref()) else { return Ok(()) };
+        let has_changed = attributes.inherit(&self.file).map_err(fail)?;
+        if has_changed && self.is_synchronized.load(Ordering::Relaxed) {
+            self.file.sync_all().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Links or renames the staged file to the target; returns what was refused if the target can only be overwritten.
+    fn put_in_place(&mut self, check: impl Fn() -> Result<()>) -> Result<Option<io::Error>> {
+        check()?;
         if matches!(self.staging, Staging::Unnamed) {
-            // Nothing at the target: the link is the commit.
-            let linked = match staging::link_unnamed(&self.file, &self.target) {
-                Ok(()) => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    staging::link_beside(&self.file, &self.target)
-                }
-                Err(error) => Err(error),
+            let linked = match self.attributes {
+                // Nothing was there, and nothing is, if this succeeds: the link is the commit.
+                None => match self.directory.link(&self.file, &self.name) {
+                    Ok(()) => return Ok(None),
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                        // Before others can open it, as the target may be one that they cannot.
+                        self.inherit()?;
+                        staging::link_beside(&self.file, &self.directory)
+                    }
+                    Err(error) => Err(error),
+                },
+                Some(_) => staging::link_beside(&self.file, &self.directory),
             };
             match linked {
                 Ok(name) => self.staging = Staging::Named(name),
                 Err(refusal) => self.copy_beside(&refusal)?,
             }
-            check(&self.target)?;
         }
         let Staging::Named(name) = &self.staging else { return Ok(None) };
-        let old = release::hold(&self.target);
-        match std::fs::rename(name, &self.target) {
+        let fail = |source| Error::io("write", &self.path, source);
+        let old = release::hold(self.directory.entry(&self.name).map_err(fail)?);
+        self.inherit()?;
+        check()?;
+        match self.directory.rename(name, &self.name) {
             Ok(()) => {
                 release::let_go(old);
                 strays::disclaim(&self.file);
-                self.staging = Staging::Direct;
+                self.staging = Staging::InPlace;
                 Ok(None)
             }
-            Err(error) if fallbacks::cannot_rename(&error, &self.target) => Ok(Some(error)),
-            Err(error) => Err(Error::io("write", &self.path, error)),
+            Err(error) if fallbacks::cannot_rename(&error, &self.directory) => Ok(Some(error)),
+            Err(error) => Err(fail(error)),
         }
+    }
+
+    /// Has the target's entry in its directory put on the disk.
+    fn synchronize_directory(&self) -> Result<()> {
+        self.directory.synchronize().map_err(|source| {
+            Error::io("synchronize the directory of", &self.path, source).with_remedy(
+                "the new file is in place and complete, but after a loss of power what was there before may be back: save it \
+                 again",
+            )
+        })
     }
 }
 
@@ -270,7 +286,7 @@ impl Drop for AtomicFile {
         let Staging::Named(name) = &self.staging else { return };
         if self.process.is_current() {
             // There is nobody left to tell; the error that led here is already on its way.
-            let _ = std::fs::remove_file(name);
+            let _ = self.directory.remove(name);
         }
     }
 }
@@ -290,23 +306,9 @@ pub(crate) fn hear_of_writes(file: &File) -> io::Result<()> {
     }
 }
 
-fn sync_directory_of(path: &Path, target: &Path) -> Result<()> {
-    staging::sync_directory(target).map_err(|source| {
-        Error::io("synchronize the directory of", path, source).with_remedy(
-            "the new file is in place and complete, but after a loss of power what was there before may be back: save it \
-             again",
-        )
-    })
-}
-
-/// Has the entries of `folder` put on the disk.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    staging::sync_folder(folder).map_err(|source| Error::io("synchronize the folder", folder, source))
-}
-
-/// Renames what is at `path` to a fresh name beside it, which is hidden, and gives that.
-pub(crate) fn set_aside(path: &Path) -> Result<PathBuf> {
-    staging::set_aside(path, Purpose::Old).map_err(|source| Error::io("rename", path, source))
+/// Renames the file `name` to a fresh name, which is hidden, and returns that.
+pub(crate) fn set_aside(directory: &Directory, name: &OsStr) -> io::Result<OsString> {
+    staging::set_aside(directory, name, Purpose::Old)
 }
 
 /// Sets aside the blocks of a file of `length` bytes.
@@ -322,28 +324,6 @@ fn is_full(outcome: &io::Result<()>) -> bool {
     outcome.as_ref().is_err_and(|error| error.raw_os_error().is_some_and(|number| full.contains(&number)))
 }
 
-/// What is at a `path` that can be one of a file, links followed: asked of the path itself, as the links under /proc
-/// that name a pipe lead to no path.
-fn look(path: &Path) -> Result<Option<Metadata>> {
-    if path.as_os_str().as_bytes().contains(&0) {
-        return Err(bad_path(path));
-    }
-    let fail = |source| Error::io("create", path, source);
-    if path.as_os_str().is_empty() {
-        return Err(fail(io::Error::from_raw_os_error(libc::ENOENT)));
-    }
-    existing(path).map_err(fail)
-}
-
-/// What is at `path`, links followed; `None` if there is nothing.
-fn existing(path: &Path) -> io::Result<Option<Metadata>> {
-    match std::fs::metadata(path) {
-        Ok(metadata) => Ok(Some(metadata)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,10 +332,18 @@ mod tests {
     /// A file that was begun, with a name of its own beside the target, in `process`.
     fn begun(folder: &tempfile::TempDir, process: Process) -> (AtomicFile, PathBuf) {
         let (target, name) = (folder.path().join("target"), folder.path().join("staged"));
-        let file = File::create(&name).expect("a file");
-        let staging = Staging::Named(name.clone());
-        let mut begun = AtomicFile::new(file, &target.clone(), target, staging);
-        begun.process = process;
+        let directory = Arc::new(Directory::open(folder.path()).expect("opened"));
+        let begun = AtomicFile {
+            file: File::create(&name).expect("a file"),
+            path: target,
+            directory,
+            name: "target".into(),
+            staging: Staging::Named("staged".into()),
+            attributes: None,
+            process,
+            is_synchronized: AtomicBool::default(),
+            has_overwritten: false,
+        };
         (begun, name)
     }
 

@@ -3,9 +3,8 @@
 //! A rename over a large file frees that file's pages and blocks before it returns, which can take longer than writing
 //! the new one took. Held open meanwhile, it is freed when it is closed, and that can be done by another thread.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -53,11 +52,10 @@ impl Closing {
     }
 }
 
-/// The file at `target`, if there is a large one that nobody else keeps, on a filesystem that frees a file when it is
-/// closed: NFS, for instance, would have to give it another name in the folder. Needs no right to read it.
-pub(super) fn hold(target: &Path) -> Option<File> {
-    let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(target).ok()?;
+/// The `entry` that is about to be replaced (`O_PATH`), if it is a large file that nobody else keeps, on a filesystem
+/// that frees a file when it is closed: NFS, for instance, would have to give it another name in the directory.
+pub(super) fn hold(entry: Option<File>) -> Option<File> {
+    let file = entry?;
     let metadata = file.metadata().ok()?;
     let worth_it = metadata.is_file() && metadata.nlink() == 1 && metadata.len() >= LARGE_BYTES;
     (worth_it && is_local(&file)).then_some(file)
@@ -92,6 +90,7 @@ pub(super) fn wait() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::directory::Directory;
 
     fn file_of(folder: &tempfile::TempDir, bytes: u64) -> std::path::PathBuf {
         let path = folder.path().join(bytes.to_string());
@@ -99,16 +98,21 @@ mod tests {
         path
     }
 
+    fn hold_at(path: &std::path::Path) -> Option<File> {
+        let (directory, name) = Directory::of(path).expect("a folder");
+        hold(directory.entry(&name).expect("looked at"))
+    }
+
     #[test]
     fn only_a_large_file_with_one_name_is_held() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(hold(&file_of(&folder, LARGE_BYTES - 1)).is_none());
-        assert!(hold(&folder.path().join("nothing")).is_none());
-        assert!(hold(folder.path()).is_none());
+        assert!(hold_at(&file_of(&folder, LARGE_BYTES - 1)).is_none());
+        assert!(hold_at(&folder.path().join("nothing")).is_none());
+        assert!(hold_at(folder.path()).is_none());
         let large = file_of(&folder, LARGE_BYTES);
-        assert!(hold(&large).is_some());
+        assert!(hold_at(&large).is_some());
         std::fs::hard_link(&large, folder.path().join("other")).expect("a link");
-        assert!(hold(&large).is_none());
+        assert!(hold_at(&large).is_none());
     }
 
     #[test]
@@ -150,7 +154,7 @@ mod tests {
                 std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(folder.path()))
             })
         };
-        let held = hold(&path);
+        let held = hold_at(&path);
         assert!(is_open());
         let_go(held);
         wait();

@@ -1,51 +1,23 @@
-//! The file beside the target: where it goes, how it is made, how it gets a name.
+//! The file beside the target: how it is made, how it gets a name.
 
-use std::ffi::{CString, OsStr};
-use std::fs::{File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::strays;
-
-/// As many links as the kernel follows in one path.
-const MAX_SYMLINKS: usize = 40;
+use crate::directory::{Directory, descriptor_path};
 
 /// Where the bytes are until the commit.
 #[derive(Debug)]
 pub(super) enum Staging {
     /// A file without a name (`O_TMPFILE`), which vanishes with the process.
     Unnamed,
-    /// A file beside the target.
-    Named(PathBuf),
-    /// The target itself: a pipe or a device, or a file that was put in place.
-    Direct,
-}
-
-/// Follows the symbolic links at the end of `path`, also to a place where there is nothing yet.
-pub(super) fn follow_links(path: &Path) -> io::Result<PathBuf> {
-    let mut path = path.to_path_buf();
-    for _ in 0..MAX_SYMLINKS {
-        match std::fs::read_link(&path) {
-            Ok(link) => path = directory_of(&path).join(link),
-            // No link: EINVAL for other files, ENOENT where there is nothing.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
-                return Ok(path);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::Error::from_raw_os_error(libc::ELOOP))
-}
-
-pub(super) fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
+    /// A file of this name beside the target.
+    Named(OsString),
+    /// The target itself: the file was put in place.
+    InPlace,
 }
 
 /// What a fresh name is for, which its ending tells.
@@ -69,101 +41,60 @@ impl Purpose {
     }
 }
 
-/// A new file in the target's directory: without a name where the filesystem can, else under a fresh one. With
-/// `private`, nobody else can open it until it is given other permissions.
-pub(super) fn stage(target: &Path, private: bool) -> io::Result<(File, Staging)> {
-    if target.file_name().is_none() || target.as_os_str().as_bytes().ends_with(b"/") {
-        return Err(io::Error::from_raw_os_error(libc::EISDIR));
-    }
-    let mode = if private { 0o600 } else { 0o666 };
-    match options(mode).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(directory_of(target)) {
-        // Without /proc an unnamed file could never be given a name.
-        Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
-        // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a folder that
-        // was removed ext4 says EPERM). What is wrong with the folder itself, a file with a name will hear.
-        Ok(_) | Err(_) => {}
-    }
-    stage_named(target, mode).map(|(file, name)| (file, Staging::Named(name)))
+/// The permissions that a file is made with: those of every new file, which the kernel settles, or, if it is `private`,
+/// none for anybody else until it gets those of a file that it replaces.
+pub(super) fn mode_of(private: bool) -> libc::mode_t {
+    if private { 0o600 } else { 0o666 }
 }
 
-/// The same under a fresh name, which is given too, with what the umask leaves of `mode`.
-pub(super) fn stage_named(target: &Path, mode: u32) -> io::Result<(File, PathBuf)> {
-    let create = |name: &Path| options(mode).create_new(true).open(name);
-    let (file, name) = with_fresh_name(target, Purpose::Staged, create)?;
+/// Makes a new file in `directory`: without a name if the filesystem can, else under a fresh one.
+pub(super) fn stage(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, Staging)> {
+    match directory.open_at(OsStr::new("."), libc::O_TMPFILE | libc::O_RDWR, mode) {
+        // Without /proc an unnamed file could never be given a name.
+        Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
+        // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a directory
+        // that was removed ext4 says EPERM). What is wrong with the directory itself, a file with a name will hear.
+        Ok(_) | Err(_) => {}
+    }
+    stage_named(directory, mode).map(|(file, name)| (file, Staging::Named(name)))
+}
+
+/// Makes a new file under a fresh name, which is returned too. It can be read: should the target have to be overwritten
+/// in place, the bytes come from there.
+pub(super) fn stage_named(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, OsString)> {
+    let flags = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR;
+    let (file, name) = with_fresh_name(Purpose::Staged, |name| directory.open_at(name, flags, mode))?;
     strays::claim(&file);
     Ok((file, name))
 }
 
-/// Readable too: should the target have to be overwritten in place, the bytes come from the staged file.
-fn options(mode: u32) -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(mode);
-    options
-}
-
-/// Gives an unnamed file a fresh name beside `target`.
-pub(super) fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
+/// Gives an unnamed file a fresh name.
+pub(super) fn link_beside(file: &File, directory: &Directory) -> io::Result<OsString> {
     strays::claim(file);
-    with_fresh_name(target, Purpose::Staged, |name| link_unnamed(file, name)).map(|((), name)| name)
+    with_fresh_name(Purpose::Staged, |name| directory.link(file, name)).map(|((), name)| name)
 }
 
-/// Renames `path` to a fresh name beside it, and gives that.
-pub(super) fn set_aside(path: &Path, purpose: Purpose) -> io::Result<PathBuf> {
-    let rename = |name: &Path| match name.symlink_metadata() {
-        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
-        Err(_) => std::fs::rename(path, name),
+/// Renames the file `name` to a fresh name, and returns that.
+pub(super) fn set_aside(directory: &Directory, name: &OsStr, purpose: Purpose) -> io::Result<OsString> {
+    let rename = |fresh: &OsStr| match directory.entry(fresh) {
+        Ok(Some(_)) => Err(io::ErrorKind::AlreadyExists.into()),
+        Ok(None) | Err(_) => directory.rename(name, fresh),
     };
-    with_fresh_name(path, purpose, rename).map(|((), name)| name)
+    with_fresh_name(purpose, rename).map(|((), name)| name)
 }
 
-/// Calls `make` with names beside `target` until one is free.
-fn with_fresh_name<T>(
-    target: &Path,
-    purpose: Purpose,
-    make: impl Fn(&Path) -> io::Result<T>,
-) -> io::Result<(T, PathBuf)> {
+/// Calls `make` with names until one is free.
+fn with_fresh_name<T>(purpose: Purpose, make: impl Fn(&OsStr) -> io::Result<T>) -> io::Result<(T, OsString)> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         // Short whatever the target's name: a long one with a suffix could pass the filesystem's limit.
-        let name = format!("{}{}-{number}{}", strays::PREFIX, std::process::id(), purpose.suffix());
-        let name = directory_of(target).join(name);
+        let name: OsString =
+            format!("{}{}-{number}{}", strays::PREFIX, std::process::id(), purpose.suffix()).into();
         match make(&name) {
             Ok(made) => return Ok((made, name)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
-    }
-}
-
-fn descriptor_path(file: &File) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
-}
-
-pub(super) fn link_unnamed(file: &File, name: &Path) -> io::Result<()> {
-    let from = c_path(descriptor_path(file).as_ref())?;
-    let to = c_path(name.as_os_str())?;
-    // SAFETY: both are NUL-terminated strings that outlive the call.
-    let linked = unsafe {
-        libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW)
-    };
-    if linked == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-fn c_path(path: &OsStr) -> io::Result<CString> {
-    CString::new(path.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
-}
-
-/// Has the entry of `target` in its directory put on the disk.
-pub(super) fn sync_directory(target: &Path) -> io::Result<()> {
-    sync_folder(directory_of(target))
-}
-
-/// Has all entries of `folder` put on the disk.
-pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
-    match File::open(folder)?.sync_all() {
-        // What filesystems answer whose directories need no synchronizing, or know none.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-        outcome => outcome,
     }
 }

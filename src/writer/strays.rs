@@ -7,13 +7,14 @@
 //! its process be gone. Where there are no locks at all, nothing is removed.
 
 use std::collections::BTreeMap;
-use std::fs::{File, Metadata, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{File, Metadata};
 use std::ops::Range;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
 
 use super::filesystem::is_local;
+use crate::directory::{Directory, identity};
 use crate::flock::flock;
 
 /// What the names of staged files begin with, ahead of process and number, and how they end.
@@ -41,7 +42,7 @@ const MAX_FOLDERS: usize = 1000;
 
 /// For how long folders are not looked through again: from when to when. Made by the compiler: what a thread makes at
 /// its first use, a process that is forked in that moment waits for for ever.
-static LOOKED: Mutex<BTreeMap<PathBuf, Range<i64>>> = Mutex::new(BTreeMap::new());
+static LOOKED: Mutex<BTreeMap<(u64, u64), Range<i64>>> = Mutex::new(BTreeMap::new());
 
 /// Has others see that `file`, which has a name or will get one, belongs to this process.
 pub(super) fn claim(file: &File) {
@@ -57,29 +58,29 @@ pub(super) fn disclaim(file: &File) {
 
 /// Removes the strays in `folder`, where `staged` is a new file of this process, unless it has done so just now. What
 /// cannot be looked at or removed stays.
-pub(super) fn clear(folder: &Path, staged: &File) {
-    let Ok(own) = staged.metadata() else { return };
+pub(super) fn clear(folder: &Directory, staged: &File) {
+    let (Ok(own), Ok(number)) = (staged.metadata(), folder.identity()) else { return };
     // Held by another thread, or by one that a fork has left behind: next time.
     let Ok(mut looked) = LOOKED.try_lock() else { return };
-    if looked.get(folder).is_some_and(|quiet| quiet.contains(&own.ctime())) {
+    if looked.get(&number).is_some_and(|quiet| quiet.contains(&own.ctime())) {
         return;
     }
     let rule = if is_local(staged) { LOCAL } else { SHARED };
     if looked.len() >= MAX_FOLDERS {
         looked.clear();
     }
-    looked.insert(folder.to_path_buf(), own.ctime()..own.ctime() + rule.interval);
+    looked.insert(number, own.ctime()..own.ctime() + rule.interval);
     drop(looked);
     clear_at(folder, own.ctime(), own.uid(), rule);
 }
 
 /// The same at a time of the filesystem, for files of one user.
-fn clear_at(folder: &Path, now: i64, uid: u32, rule: Rule) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
-        let Some(process) = entry.file_name().to_str().and_then(owner) else { continue };
+fn clear_at(folder: &Directory, now: i64, uid: u32, rule: Rule) {
+    let Ok(names) = folder.names() else { return };
+    for name in names {
+        let Some(process) = name.to_str().and_then(owner) else { continue };
         if !(rule.process_is_gone && is_alive(process)) {
-            remove_abandoned(&entry.path(), now.saturating_sub(rule.abandoned_after), uid);
+            remove_abandoned(folder, &name, now.saturating_sub(rule.abandoned_after), uid);
         }
     }
 }
@@ -100,27 +101,21 @@ fn is_alive(process: libc::pid_t) -> bool {
 }
 
 /// Removes a file of the user `uid` that nobody has and that was left alone since `since`.
-fn remove_abandoned(path: &Path, since: i64, uid: u32) {
+fn remove_abandoned(folder: &Directory, name: &OsStr, since: i64, uid: u32) {
     let is_abandoned = |found: &Metadata| found.is_file() && found.uid() == uid && found.ctime() <= since;
-    let found = || path.symlink_metadata().ok().filter(is_abandoned);
+    let found = || folder.entry(name).ok()??.metadata().ok().filter(is_abandoned);
     let Some(before) = found() else { return };
-    let open = |write| {
-        OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)
-    };
+    let open = |access| folder.open_at(name, access | libc::O_NOFOLLOW | libc::O_NONBLOCK, 0);
     // NFS locks only what is open for writing; other filesystems also a file that may only be read.
-    let Ok(file) = open(true).or_else(|_| open(false)) else { return };
+    let Ok(file) = open(libc::O_RDWR).or_else(|_| open(libc::O_RDONLY)) else { return };
     if flock(&file, libc::LOCK_EX | libc::LOCK_NB).is_err() {
         return;
     }
     // The name may have gone to another file meanwhile. From here on it cannot, as who removes it needs the lock.
-    let same = |other: &Metadata| (other.dev(), other.ino()) == (before.dev(), before.ino());
+    let same = |other: &Metadata| identity(other) == identity(&before);
     if file.metadata().is_ok_and(|opened| same(&opened)) && found().is_some_and(|again| same(&again)) {
         // There is nobody to tell, and a save that can do without is not to fail for it.
-        let _ = std::fs::remove_file(path);
+        let _ = folder.remove(name);
     }
 }
 
@@ -171,7 +166,8 @@ mod tests {
         fs::create_dir(&inner).expect("made");
 
         let own = fs::metadata(&stray).expect("there");
-        let clear_after = |seconds, uid, rule| clear_at(folder.path(), own.ctime() + seconds, uid, rule);
+        let held = Directory::open(folder.path()).expect("opened");
+        let clear_after = |seconds, uid, rule| clear_at(&held, own.ctime() + seconds, uid, rule);
         clear_after(SHARED.abandoned_after - 60, own.uid(), SHARED);
         clear_after(LOCAL.abandoned_after - 60, own.uid(), LOCAL);
         clear_after(SHARED.abandoned_after + 60, own.uid() + 1, LOCAL);
@@ -196,20 +192,22 @@ mod tests {
     fn a_folder_is_not_looked_through_all_the_time() {
         let folder = tempfile::tempdir().expect("a folder");
         let staged = tempfile::tempfile_in(folder.path()).expect("a file");
-        let quiet = || LOOKED.lock().expect("no panic").get(folder.path()).cloned();
+        let held = Directory::open(folder.path()).expect("opened");
+        let number = held.identity().expect("told");
+        let quiet = || LOOKED.lock().expect("no panic").get(&number).cloned();
         while quiet().is_none() {
-            clear(folder.path(), &staged);
+            clear(&held, &staged);
         }
         let first = quiet().expect("looked");
         assert_eq!(first.end - first.start, if is_local(&staged) { LOCAL.interval } else { SHARED.interval });
         let mut earlier = first.start - 1..first.start + 1;
-        LOOKED.lock().expect("no panic").insert(folder.path().into(), earlier.clone());
-        clear(folder.path(), &staged);
+        LOOKED.lock().expect("no panic").insert(number, earlier.clone());
+        clear(&held, &staged);
         assert_eq!(quiet(), Some(earlier));
         earlier = first.start - 1..first.start;
-        LOOKED.lock().expect("no panic").insert(folder.path().into(), earlier);
+        LOOKED.lock().expect("no panic").insert(number, earlier);
         while quiet().as_ref() != Some(&first) {
-            clear(folder.path(), &staged);
+            clear(&held, &staged);
         }
     }
 }

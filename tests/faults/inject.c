@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 static _Thread_local bool armed;
@@ -126,14 +127,29 @@ static ssize_t note_bytes(int descriptor, ssize_t result) {
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
+static const char* name_of_open(const char* path, int flags) {
+    const bool is_hidden_name = is_hidden(path) || strcmp(path, ".safetensors.lock") == 0;
+    return (flags & O_TMPFILE) == O_TMPFILE ? "open unnamed"
+           : (flags & O_PATH) == 0          ? (flags & O_DIRECTORY) != 0 ? "open to list" : "open"
+           : (flags & O_DIRECTORY) != 0     ? "open a directory"
+           : is_hidden_name                 ? "look at a hidden name"
+                                            : "look at a name";
+}
+
 int open64(const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
     va_end(arguments);
-    const bool is_unnamed = (flags & O_TMPFILE) == O_TMPFILE, is_held = (flags & O_PATH) != 0;
-    const char* name = is_unnamed ? "open unnamed" : is_held ? "open to hold" : "open";
-    return fails(name) ? -1 : REAL(open64)(path, flags, mode);
+    return fails(name_of_open(path, flags)) ? -1 : REAL(open64)(path, flags, mode);
+}
+
+int openat(int folder, const char* path, int flags, ...) {
+    va_list arguments;
+    va_start(arguments, flags);
+    const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
+    va_end(arguments);
+    return fails(name_of_open(path, flags)) ? -1 : REAL(openat)(folder, path, flags, mode);
 }
 
 int close(int descriptor) {
@@ -224,13 +240,25 @@ int statx(int folder, const char* restrict path, int flags, unsigned mask, struc
     const char* name = (flags & AT_EMPTY_PATH) != 0             ? "statx of a file"
                        : asked == NULL                          ? "statx"
                        : strncmp(asked, "/proc/self/", 11) == 0 ? "statx of /proc"
-                       : is_hidden(asked)                       ? "statx of a hidden name"
+                       : asked[0] == '/'                        ? "statx of a mapping"
                                                                 : "statx";
     return fails(name) ? -1 : REAL(statx)(folder, path, flags, mask, told);
 }
 
-ssize_t readlink(const char* restrict path, char* restrict link, size_t size) {
-    return fails("readlink") ? -1 : REAL(readlink)(path, link, size);
+ssize_t getxattr(const char* path, const char* name, void* value, size_t size) {
+    return fails("getxattr") ? -1 : REAL(getxattr)(path, name, value, size);
+}
+
+ssize_t fgetxattr(int descriptor, const char* name, void* value, size_t size) {
+    return fails("fgetxattr") ? -1 : REAL(fgetxattr)(descriptor, name, value, size);
+}
+
+int fsetxattr(int descriptor, const char* name, const void* value, size_t size, int flags) {
+    return fails("fsetxattr") ? -1 : REAL(fsetxattr)(descriptor, name, value, size, flags);
+}
+
+int fremovexattr(int descriptor, const char* name) {
+    return fails("fremovexattr") ? -1 : REAL(fremovexattr)(descriptor, name);
 }
 
 int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
@@ -238,22 +266,29 @@ int linkat(int from_folder, const char* from, int to_folder, const char* to, int
     return note_name(to, REAL(linkat)(from_folder, from, to_folder, to, flags));
 }
 
-int rename(const char* from, const char* to) {
+int renameat(int from_folder, const char* from, int to_folder, const char* to) {
     /* Where a target cannot be renamed over, a hidden file beside it can be renamed all the same. */
     if (fails(is_hidden(to) ? "rename to a hidden name" : "rename")) return -1;
-    if (!is_hidden(to) && access(to, F_OK) == 0 && is_always("rename over a file")) return -1;
-    return note_name(to, REAL(rename)(from, to));
+    if (!is_hidden(to) && faccessat(to_folder, to, F_OK, 0) == 0 && is_always("rename over a file")) return -1;
+    return note_name(to, REAL(renameat)(from_folder, from, to_folder, to));
 }
 
-int unlink(const char* path) {
-    return fails(is_hidden(path) ? "unlink of a hidden name" : "unlink") ? -1 : note_name(path, REAL(unlink)(path));
+int unlinkat(int folder, const char* path, int flags) {
+    const bool is_lock = strcmp(path, ".safetensors.lock") == 0;
+    const char* name = flags != 0        ? "rmdir"
+                       : is_lock         ? "unlink of the lock"
+                       : is_hidden(path) ? "unlink of a hidden name"
+                                         : "unlink";
+    if (fails(name)) return -1;
+    const int result = REAL(unlinkat)(folder, path, flags);
+    return is_lock || flags != 0 ? result : note_name(path, result);
 }
 
-int mkdir(const char* path, mode_t mode) { return fails("mkdir") ? -1 : REAL(mkdir)(path, mode); }
+int mkdirat(int folder, const char* path, mode_t mode) {
+    return fails("mkdir") ? -1 : REAL(mkdirat)(folder, path, mode);
+}
 
-int rmdir(const char* path) { return fails("rmdir") ? -1 : REAL(rmdir)(path); }
-
-DIR* opendir(const char* path) { return fails("opendir") ? NULL : REAL(opendir)(path); }
+DIR* fdopendir(int descriptor) { return fails("fdopendir") ? NULL : REAL(fdopendir)(descriptor); }
 
 struct dirent64* readdir64(DIR* opened) { return fails("readdir") ? NULL : REAL(readdir64)(opened); }
 

@@ -20,9 +20,10 @@ void inject_arm(long target, fault kind, int error, long after);
 long inject_disarm(void);
 
 /* What was called when it failed, and the second time: "writev"; NULL if nothing has. Some calls are told apart by what
- * they are for: "open unnamed" (O_TMPFILE), "open to hold" (O_PATH), "close of a duplicate" (of another descriptor for
- * the same file), "statx of a file" that is open, "statx of /proc", "statx of a hidden name", "unlink of a hidden
- * name", "rename to a hidden name". */
+ * they are for: "open unnamed" (O_TMPFILE), "open a directory", "look at a name" and "look at a hidden name" (O_PATH),
+ * "close of a duplicate" (of another descriptor for the same file), "statx of a file" that is open, "statx of /proc",
+ * "statx of a mapping" (the path of a file that is mapped), "unlink of the lock", "unlink of a hidden name", "rename to
+ * a hidden name". */
 const char* inject_failed(void);
 const char* inject_failed_again(void);
 

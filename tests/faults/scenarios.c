@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include "common.h"
@@ -54,6 +55,8 @@ const scenario scenarios[] = {
      .how = EDIT,
      .mode = SFT_EDIT_REWRITE},
     {.name = "over another's file", .exists = true, .sync = true, .stranger = true},
+    {.name = "over a file with an access control list", .exists = true, .sync = true, .twice = true, .listed = true},
+    {.name = "where new files get an access control list", .exists = true, .sync = true, .twice = true, .lists = true},
     {.name = "over a large file", .exists = true, .large = true},
     {.name = "a new file, no unnamed files", .sync = true, .missing = {{"open unnamed", EOPNOTSUPP}}},
     {.name = "over an old file, no unnamed files",
@@ -187,6 +190,20 @@ sft_status save_anew(const scenario* what) {
     return stream(fresh, &options);
 }
 
+/* User 12345 may do as much as the group; the permissions are 0640. */
+static bool list(const char* path, const char* name) {
+    static const struct {
+        uint32_t version;
+        struct {
+            uint16_t tag, rights;
+            uint32_t id;
+        } entries[5];
+    } acl = {2, {{0x01, 6, -1u}, {0x02, 4, STRANGER}, {0x04, 4, -1u}, {0x10, 4, -1u}, {0x20, 0, -1u}}};
+    return setxattr(path, name, &acl, sizeof acl, 0) == 0;
+}
+
+bool has_lists(void) { return list(folder, "system.posix_acl_access"); }
+
 void prepare(const scenario* what) {
     /* One that no save has looked through for strays yet. */
     static long number;
@@ -200,13 +217,24 @@ void prepare(const scenario* what) {
     if (what->new_shard != 0) return;
     if (what->stranger && geteuid() == 0 && chown(path_of("target"), STRANGER, STRANGER) != 0) abort();
     if (chmod(path_of("target"), 0640) != 0) abort();
+    if (what->listed) list(path_of("target"), "system.posix_acl_access");
+    if (what->lists) list(own, "system.posix_acl_default");
 }
 
-bool is_as_it_was(const scenario* what) {
+/* How many bytes the access control list of a file has. */
+static ssize_t list_of(const char* path) {
+    const ssize_t size = getxattr(path, "system.posix_acl_access", NULL, 0);
+    return size < 0 ? 0 : size;
+}
+
+bool is_as_it_was(const scenario* what, bool may_be) {
     struct stat told;
     const mode_t mask = umask(0);
     umask(mask);
-    return stat(path_of("target"), &told) == 0 && (told.st_mode & 07777) == (what->exists ? 0640 : 0666 & ~mask) &&
+    const bool has_list = what->listed && has_lists();
+    return stat(path_of("target"), &told) == 0 && ((list_of(path_of("target")) > 0) == has_list || may_be) &&
+           ((told.st_mode & 07777) == (what->exists ? 0640 : 0666 & ~mask) ||
+            (may_be && (told.st_mode & 07777) == 0600)) &&
            told.st_uid == (what->stranger && geteuid() == 0 ? STRANGER : geteuid());
 }
 

@@ -19,6 +19,8 @@ typedef struct scenario {
     bool sync;                          /* whether the new one is to be on the disk */
     bool stranger;                      /* whether the old file is another user's */
     bool large;                         /* whether it is a large one */
+    bool listed;                        /* whether it has an access control list */
+    bool lists;                         /* whether new files in its folder get one */
     bool twice;                         /* whether what comes after a failure fails too */
     lack missing[3];                    /* calls that this filesystem lacks */
     uint64_t old_shard, new_shard;      /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
@@ -47,8 +49,12 @@ sft_status save_anew(const scenario* what);
  * metadata were edited; 0 if they are not, or if it cannot be read. */
 unsigned char value_of(const char* path);
 
-/* Whether the file has the owner and the permissions that it is to have. */
-bool is_as_it_was(const scenario* what);
+/* Whether the file has the owner and the permissions that it is to have; those of the group may be none if it `may_be`
+ * narrower. */
+bool is_as_it_was(const scenario* what, bool may_be);
+
+/* Whether the filesystem has access control lists. */
+bool has_lists(void);
 
 /* How many files a checkpoint has that is divided so. */
 int files_of(uint64_t shard);

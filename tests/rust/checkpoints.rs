@@ -132,6 +132,40 @@ fn links_are_replaced_and_what_they_point_to_stays() {
     }
 }
 
+#[test]
+fn a_folder_that_is_renamed_meanwhile_gets_its_checkpoint() {
+    let root = folder();
+    let (at, aside) = (root.path().join("made/at"), root.path().join("aside"));
+    let plan = ShardPlan::new([1, 1].into_iter(), "model", 1).expect("valid");
+    for is_committed in [true, false] {
+        let mut writer = ShardedWriter::new(&at, &plan, ["a", "b"].into_iter()).expect("begun");
+        fs::rename(&at, &aside).expect("renamed");
+        fs::create_dir(&at).expect("made");
+        for shard in 0..2 {
+            let spec = TensorSpec { name: ["a", "b"][shard], dtype: Dtype::U8, shape: &[1] };
+            let mut bytes = vec![
+                0;
+                safetensors_torch::Layout::plan(&[spec], None, 8).expect("valid").total_bytes()
+                    as usize
+            ];
+            safetensors_torch::save_into(&[spec], &[&[7]], None, &mut bytes, 8).expect("saved");
+            let mut file = writer.create(shard, bytes.len() as u64).expect("begun");
+            file.write([&bytes[..]]).expect("written");
+            writer.keep(file);
+        }
+        if is_committed {
+            writer.commit(true).expect("saved");
+            assert_eq!(contents(&open(&aside).expect("whole")).len(), 2);
+        } else {
+            drop(writer);
+        }
+        // Nothing is in the one that has the name now, nor is that removed.
+        assert!(names(&at).is_empty());
+        fs::remove_dir_all(&aside).expect("removed");
+        fs::remove_dir_all(root.path().join("made")).expect("removed");
+    }
+}
+
 /// Saves `count` tensors, one a file, when the file of number `blocked` cannot get its name.
 fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
     let tensors: Vec<String> = (0..count).map(|i| format!("t{i}")).collect();

@@ -163,13 +163,30 @@ fn links() {
     let folder = folder();
     let path = make(&folder, 4096);
     let (soft, hard) = (folder.path().join("soft"), folder.path().join("hard"));
+    let whole = fs::read(&path).expect("there");
+    // A symbolic link is replaced, also where there is room in place; what it leads to stays.
+    for options in [EditOptions::default(), REWRITE] {
+        symlink("file", &soft).expect("linked");
+        edit_metadata(&soft, &changes(&[("k", Some("1"))]), options).expect("edited");
+        assert!(fs::symlink_metadata(&soft).expect("there").is_file());
+        assert_eq!(open(&soft).metadata, entries(&[("format", "pt"), ("k", "1")]));
+        assert!(open(&soft).tensors == open(&path).tensors);
+        assert!(fs::read(&path).expect("there") == whole);
+        fs::remove_file(&soft).expect("removed");
+    }
     symlink("file", &soft).expect("linked");
-    let before = inode(&path);
-    edit_metadata(&soft, &changes(&[("k", Some("1"))]), EditOptions::default()).expect("edited");
-    assert_eq!(inode(&path), before);
-    edit_metadata(&soft, &changes(&[("k", Some("2"))]), REWRITE).expect("edited");
+    assert_error(
+        edit_metadata(&soft, &changes(&[("k", Some("1"))]), IN_PLACE),
+        ErrorKind::InvalidArgument,
+        &soft,
+        "a symbolic link",
+    );
+    // Nothing changes, so nothing is written.
+    edit_metadata(&soft, &changes(&[("absent", None)]), EditOptions::default()).expect("nothing to do");
     assert!(fs::symlink_metadata(&soft).expect("there").is_symlink());
-    assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "2")]));
+    assert!(fs::read(&path).expect("there") == whole);
+    fs::remove_file(&soft).expect("removed");
+    edit_metadata(&path, &changes(&[("k", Some("2"))]), IN_PLACE).expect("edited");
 
     // The other name of the file keeps its metadata, unless it is asked for in place.
     fs::hard_link(&path, &hard).expect("linked");
@@ -289,6 +306,31 @@ fn a_large_file_is_written_in_steps_that_can_be_given_up() {
 }
 
 #[test]
+fn a_folder_that_is_renamed_meanwhile_keeps_its_edit() {
+    let root = folder();
+    let (at, aside) = (root.path().join("at"), root.path().join("aside"));
+    for options in [IN_PLACE, REWRITE] {
+        fs::create_dir(&at).expect("made");
+        let spec = TensorSpec { name: "saved", dtype: Dtype::U8, shape: &[3] };
+        let save = || {
+            let options = SaveOptions { alignment: 4096, sync: false };
+            save_file(&[spec], &[&[1, 2, 3]], None, &at.join("file"), options).expect("saved");
+        };
+        save();
+        let edited = at.join("file");
+        let mut edit = MetadataEdit::begin(&edited, &changes(&[("k", Some("v"))]), options).expect("begun");
+        fs::rename(&at, &aside).expect("renamed");
+        fs::create_dir(&at).expect("made");
+        save();
+        assert!(edit.advance(None).expect("edited"));
+        assert_eq!(open(&aside.join("file")).metadata, entries(&[("k", "v")]));
+        assert_eq!(open(&at.join("file")).metadata, None);
+        fs::remove_dir_all(&at).expect("removed");
+        fs::remove_dir_all(&aside).expect("removed");
+    }
+}
+
+#[test]
 fn a_file_that_changes_meanwhile_is_not_written_to() {
     let folder = folder();
     let path = make(&folder, 8);
@@ -327,15 +369,26 @@ fn what_others_do_to_the_file_meanwhile_stays() {
             make(&folder, 4096);
             // Filesystems tell times to some milliseconds.
             std::thread::sleep(Duration::from_millis(20));
-            let mut edit = MetadataEdit::begin(&soft, &changes(&[("k", Some("v"))]), options).expect("begun");
+            // Also of a file that a link led to, which nothing is written to; and a link is not what replaced one.
+            let edited = if options.in_place == Some(true) { &path } else { &soft };
+            let mut edit =
+                MetadataEdit::begin(edited, &changes(&[("k", Some("v"))]), options).expect("begun");
             do_it();
             let theirs = fs::read(&path).ok();
-            assert_error(edit.advance(None), ErrorKind::FileChanged, &soft, "run the edit again");
+            assert_error(edit.advance(None), ErrorKind::FileChanged, edited, "run the edit again");
             drop(edit);
             assert!(fs::read(&path).ok() == theirs, "{what} was undone by {options:?}");
             assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1 + usize::from(path.exists()));
         }
     }
+    // A link that leads elsewhere meanwhile stays.
+    make(&folder, 4096);
+    let mut edit = MetadataEdit::begin(&soft, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
+    fs::remove_file(&soft).expect("removed");
+    symlink(&path, &soft).expect("linked");
+    assert_error(edit.advance(None), ErrorKind::FileChanged, &soft, "run the edit again");
+    drop(edit);
+    assert_eq!(fs::read_link(&soft).expect("a link"), path);
     // What leaves the file as it is keeps no edit from it.
     make(&folder, 4096);
     let mut edit = MetadataEdit::begin(&path, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");

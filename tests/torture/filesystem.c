@@ -25,7 +25,7 @@ bool is_shared;
 bool forks_at_rename;
 pid_t forked;
 
-int open64(const char* path, int flags, ...) {
+int openat(int folder, const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
@@ -34,7 +34,7 @@ int open64(const char* path, int flags, ...) {
         errno = EOPNOTSUPP;
         return -1;
     }
-    return ((__typeof__(&open64))dlsym(RTLD_NEXT, "open64"))(path, flags, mode);
+    return ((__typeof__(&openat))dlsym(RTLD_NEXT, "openat"))(folder, path, flags, mode);
 }
 
 int fallocate(int file, int mode, off_t offset, off_t length) {
@@ -65,7 +65,7 @@ int linkat(int from_folder, const char* from, int to_folder, const char* to, int
     return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_folder, from, to_folder, to, flags);
 }
 
-int rename(const char* from, const char* to) {
+int renameat(int from_folder, const char* from, int to_folder, const char* to) {
     if (no_renames != 0) {
         errno = no_renames;
         return -1;
@@ -74,7 +74,7 @@ int rename(const char* from, const char* to) {
         pause();
         _exit(0);
     }
-    return ((__typeof__(&rename))dlsym(RTLD_NEXT, "rename"))(from, to);
+    return ((__typeof__(&renameat))dlsym(RTLD_NEXT, "renameat"))(from_folder, from, to_folder, to);
 }
 
 void make_folder(const char* path, mode_t mode) {

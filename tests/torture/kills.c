@@ -62,7 +62,7 @@ static void moment(void) {
         return result;              \
     } while (0)
 
-int open64(const char* path, int flags, ...) {
+int openat(int folder, const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
@@ -71,7 +71,7 @@ int open64(const char* path, int flags, ...) {
         errno = EOPNOTSUPP;
         return -1;
     }
-    BETWEEN_MOMENTS(int, REAL(open64)(path, flags, mode));
+    BETWEEN_MOMENTS(int, REAL(openat)(folder, path, flags, mode));
 }
 ssize_t writev(int file, const struct iovec* pieces, int count) {
     BETWEEN_MOMENTS(ssize_t, REAL(writev)(file, pieces, count));
@@ -90,19 +90,20 @@ int ftruncate64(int file, off_t length) { BETWEEN_MOMENTS(int, REAL(ftruncate64)
 int linkat(int a, const char* from, int b, const char* to, int flags) {
     BETWEEN_MOMENTS(int, REAL(linkat)(a, from, b, to, flags));
 }
-int rename(const char* from, const char* to) {
-    if (counted && no_rename && strstr(to, "/.safetensors-") == NULL) {
+int renameat(int from_folder, const char* from, int to_folder, const char* to) {
+    if (counted && no_rename && strncmp(to, ".safetensors-", 13) != 0) {
         errno = EXDEV;
         return -1;
     }
-    BETWEEN_MOMENTS(int, REAL(rename)(from, to));
+    BETWEEN_MOMENTS(int, REAL(renameat)(from_folder, from, to_folder, to));
 }
 int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
     const int result = REAL(statx)(folder, path, flags, mask, told);
     if (result == 0 && (flags & AT_EMPTY_PATH) != 0) told->stx_ctime.tv_sec += ahead;
     return result;
 }
-int unlink(const char* path) { BETWEEN_MOMENTS(int, REAL(unlink)(path)); }
+int unlinkat(int folder, const char* path, int flags) { BETWEEN_MOMENTS(int, REAL(unlinkat)(folder, path, flags)); }
+int fchmod(int file, mode_t mode) { BETWEEN_MOMENTS(int, REAL(fchmod)(file, mode)); }
 int fallocate(int file, int mode, off_t offset, off_t length) {
     BETWEEN_MOMENTS(int, REAL(fallocate)(file, mode, offset, length));
 }

@@ -10,7 +10,7 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
-from .._steps import Bar, run
+from .._steps import STEP, Bar, run
 from ..safe_writer import SafeWriter
 from ..sharded import parse_size
 
@@ -65,7 +65,9 @@ def write_directory(
             done += sum(specs[name].nbytes for name in names)
             if bar is not None:
                 bar(done, total)
-        return [os.path.join(path, name) for name in call(writer.commit, options.durable)]
+        while not call(writer.commit, options.durable, STEP):
+            pass
+        return [os.path.join(path, name) for name in call(writer.file_names)]
     finally:
         writer.cancel()
         if bar is not None:
