@@ -55,7 +55,7 @@ def find_cargo() -> str:
 
 
 class Core:
-    """What cargo made: the static library of the core, and the generated C++ half of the bridge."""
+    """What cargo made: the static and the shared library of the core, and the generated C++ half of the bridge."""
 
     def __init__(self) -> None:
         # Messages of panics and assertions name source files: without this, by their paths here.
@@ -88,6 +88,7 @@ class Core:
         )
         cxx = next(a for a in artifacts if a["target"]["name"] == "cxx" and "lib" in a["target"]["kind"])
         self.archive = next(Path(name) for name in library["filenames"] if name.endswith(".a"))
+        self.library = next(Path(name) for name in library["filenames"] if name.endswith(".so"))
         self.bridge = Path(script["out_dir"]) / "cxxbridge"
         self.cxx = Path(cxx["target"]["src_path"]).parent.parent
 
@@ -118,6 +119,11 @@ class Core:
         strip = shutil.which("strip")
         if strip:
             subprocess.run([strip, "-g", str(archive)], check=True)
+        # For the shell command, which reads headers without torch. It has the Rust half of the bridge in it, unused.
+        core = native / "lib" / "libsafetensors_torch_core.so"
+        copy(self.library, core)
+        if strip:
+            subprocess.run([strip, str(core)], check=True)
         # By this the loader knows a layer that it compiled before. Written last, so that it says that all is there.
         (native / "fingerprint").write_text(digest_of(native) + "\n", encoding="ascii")
 

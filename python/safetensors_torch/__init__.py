@@ -6,36 +6,48 @@ thin libtorch layer first where the installed torch has not been met before.
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib.metadata import version as _version
-
-from . import _loader
-
-_loader.ensure_loaded()
-
-# The modules below look the operators up when they are imported.
-from . import _fake  # noqa: E402, F401
-from ._errors import SafetensorError  # noqa: E402
-from ._ops import load, load_file, save, save_file  # noqa: E402
-from .metadata import edit_metadata  # noqa: E402
-from .model import load_model, save_model  # noqa: E402
-from .patch import patch_safetensors, unpatch_safetensors  # noqa: E402
-from .safe_open import safe_open  # noqa: E402
-from .safe_writer import SafeWriter  # noqa: E402
-from .sharded import load_sharded, save_sharded  # noqa: E402
-from .transfer import (  # noqa: E402
-    TransferOptions,
-    release_transfer_memory,
-    reserve_transfer_memory,
-    set_transfer_options,
-    transfer_memory,
-    transfer_options,
-)
 
 __version__: str = _version("safetensors-torch")
 
-# For C and C++ programs: what CMAKE_PREFIX_PATH needs for find_package(SafetensorsTorch), and where the headers are.
-cmake_prefix_path: str = str(_loader.NATIVE)
-include_path: str = str(_loader.NATIVE / "include")
+
+def _is_shell_command() -> bool:
+    """Whether Python imports the package for ``python -m safetensors_torch``: it looks for the module to run then."""
+    argv = getattr(_sys, "argv", [])
+    original = getattr(_sys, "orig_argv", [])[-len(argv) :]  # Python 3.10
+    return argv[:1] == ["-m"] and original[:1] in ([__name__], [f"-m{__name__}"])
+
+
+# The command loads torch and the operators itself, if it needs them.
+if not _is_shell_command():
+    from . import _loader
+
+    _loader.ensure_loaded()
+
+    # The modules below look the operators up when they are imported.
+    from . import _fake  # noqa: F401
+    from ._errors import SafetensorError
+    from ._ops import load, load_file, save, save_file
+    from .metadata import edit_metadata
+    from .model import load_model, save_model
+    from .patch import patch_safetensors, unpatch_safetensors
+    from .safe_open import safe_open
+    from .safe_writer import SafeWriter
+    from .sharded import load_sharded, save_sharded
+    from .transfer import (
+        TransferOptions,
+        release_transfer_memory,
+        reserve_transfer_memory,
+        set_transfer_options,
+        transfer_memory,
+        transfer_options,
+    )
+
+    # For C and C++ programs: what CMAKE_PREFIX_PATH needs for find_package(SafetensorsTorch), and where the headers
+    # are.
+    cmake_prefix_path: str = str(_loader.NATIVE)
+    include_path: str = str(_loader.NATIVE / "include")
 
 __all__ = [
     "SafeWriter",

@@ -1,6 +1,6 @@
-"""The exceptions of the package, and their translation from what the operators throw.
+"""The translation of what the operators throw into the exceptions of the package.
 
-Owns the class SafetensorError and the one place where a RuntimeError out of torch becomes the exception that the
+Owns the one place where a RuntimeError out of torch becomes the exception that the
 caller is promised. It decides nothing about when something is an error: the native library does, and says so
 through the operator ``_last_error``.
 """
@@ -12,18 +12,7 @@ from typing import Any, Callable
 import torch
 
 from ._dynamo import opaque
-
-
-class _Base(Exception):
-    """Lets patch_safetensors give SafetensorError another base: Python refuses that where Exception is the only one."""
-
-
-class SafetensorError(_Base):
-    """A file or buffer that is not valid safetensors, a tensor that the format cannot hold, or a wrong request."""
-
-    _code: int = 0
-    """The number of the error in the C header, or 0 for one that was raised in Python."""
-
+from ._exceptions import SafetensorError
 
 _BUILTIN: dict[str, type[Exception]] = {
     "ValueError": ValueError,

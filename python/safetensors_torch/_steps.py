@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Callable, Union
 
-from ._errors import call
-
 # What ``progress`` may be: nothing, a bar of tqdm's, or a function of the bytes done and the bytes in all.
 Progress = Union[None, bool, Callable[[int, int], Any]]
 
@@ -69,6 +67,8 @@ def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> 
     Raises:
         What the work raises, translated; KeyboardInterrupt; what ``progress`` raises.
     """
+    from ._errors import call  # not above: the shell command draws bars without torch
+
     bar = None
     try:
         if progress is True:

@@ -37,6 +37,7 @@ NEEDED = (
     "native/cpp/layer.cpp",
     "native/bridge/bridge.rs.cc",
     "native/lib/libsafetensors_torch.a",
+    "native/lib/libsafetensors_torch_core.so",
 )
 
 
@@ -57,7 +58,8 @@ def check_wheel(wheel: Path) -> None:
     wrong = [
         name
         for name in names
-        if name.endswith((".so", ".o", ".pyc")) or not name.lstrip("_").startswith("safetensors_torch")
+        if (name.endswith((".so", ".o", ".pyc")) and not name.endswith("_core.so"))
+        or not name.lstrip("_").startswith("safetensors_torch")
     ]
     if missing or wrong:
         raise SystemExit(f"{wheel.name} lacks {missing}, and has {wrong}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from safetensors_torch import cli, load_file, load_sharded, safe_open, save_file, save_sharded
+from safetensors_torch import SafetensorError, _core, cli, load_file, load_sharded, safe_open, save_file, save_sharded
+from safetensors_torch._core import read_headers
+from safetensors_torch.cli import values
+from safetensors_torch.sharded import open_checkpoint
 
 COMMANDS = ("ls", "verify", "diff", "convert")
 
@@ -81,6 +87,117 @@ def test_as_a_module(here: Path) -> None:
     piped = f"{shlex.quote(sys.executable)} -m safetensors_torch ls {'model.safetensors ' * 3000} | head -n 1"
     closed = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, check=False)
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "model.safetensors:\n", "")
+
+
+WITHOUT_TORCH = {
+    "--help": 0,
+    "convert --help": 0,
+    "": 2,
+    "guess": 2,
+    "ls --sort guess model.safetensors": 2,
+    "convert model.safetensors --dtype guess": 2,
+    "ls model.safetensors checkpoint": 0,
+    "ls checkpoint --json": 0,
+    "ls gone.safetensors": 2,
+    "verify model.safetensors checkpoint": 0,
+    "diff model.safetensors other.safetensors --no-values": 0,
+    "diff model.safetensors changed.safetensors --no-values": 1,
+}
+
+
+def test_what_needs_no_torch_does_without_it(here: Path) -> None:
+    save_file({"new": torch.ones(1)}, "changed.safetensors")
+    Path("site", "torch").mkdir(parents=True)
+    Path("site", "torch", "__init__.py").write_text("raise RuntimeError('torch is imported')\n")
+    environment = {**os.environ, "PYTHONPATH": "site", "CXX": "/nonexistent/c++"}
+
+    def process(line: str, module: str = "-m safetensors_torch") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *shlex.split(module), *shlex.split(line)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    for line, status in WITHOUT_TORCH.items():
+        done = process(line)
+        assert done.returncode == status, (line, done)
+        assert "Traceback" not in done.stderr and "torch is imported" not in done.stderr, (line, done)
+    assert process("ls model.safetensors", "-msafetensors_torch").returncode == 0
+    for line in ("diff model.safetensors other.safetensors", "convert model.safetensors new.safetensors"):
+        assert "torch is imported" in process(line).stderr, line
+
+
+def test_headers_are_those_that_the_operators_see(here: Path) -> None:
+    """The core's C library reads them for the commands."""
+    save_file(
+        {"s": torch.tensor(1.0), "e": torch.zeros(0, 3), "\u00fc": torch.ones(2, 3)},
+        "odd.safetensors",
+        {"k": "", "\u00e9": "\u4e2d"},
+    )
+    save_file({}, "none.safetensors")
+    save_file({}, "empty.safetensors", {})
+    for path in ("model.safetensors", "checkpoint", "odd.safetensors", "none.safetensors", "empty.safetensors"):
+        headers, native = read_headers(path), open_checkpoint(path, "mmap")
+        assert headers.files == list(native.shards())
+        assert headers.metadata == native.metadata()
+        assert [tensor.name for tensor in headers.tensors] == list(native.offset_keys())
+        for tensor in headers.tensors:
+            begin, end = native.byte_range(tensor.name)
+            assert (tensor.begin, tensor.nbytes) == (begin, end - begin)
+            assert (tensor.dtype, tensor.shape) == (native.dtype(tensor.name), list(native.shape(tensor.name)))
+            assert tensor.file == native.shard_of(tensor.name)
+    Path("damaged.safetensors").write_bytes(b"123")
+    Path("folder.safetensors").mkdir()
+    for path in ("damaged.safetensors", "gone.safetensors", "folder.safetensors/x", "folder.safetensors"):
+        with pytest.raises((SafetensorError, OSError)) as theirs:
+            open_checkpoint(path, "mmap")
+        with pytest.raises(theirs.type, match=f"^{re.escape(str(theirs.value))}$") as ours:
+            read_headers(path)
+        assert getattr(ours.value, "errno", None) == getattr(theirs.value, "errno", None)
+
+
+def test_a_c_library_that_does_not_load_is_reported(here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "LIBRARY", here / "gone.so")
+    _core._library.cache_clear()
+    try:
+        assert run("ls", "model.safetensors") == 2
+    finally:
+        _core._library.cache_clear()
+    assert "ls: the package's C library does not load: " in capsys.readouterr().err
+
+
+def test_nothing_that_is_printed_controls_the_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the names of tensors and files, metadata, or errors about them."""
+    codes = "\x1b[31m\x9b1m\x7f\u202e\u2066\r\n"
+    name = f"a{codes}.safetensors"
+    save_file({f"t{codes}": torch.ones(1)}, name, {f"k{codes}": f"v{codes}"})
+    save_file({f"t{codes}": torch.zeros(1), f"u{codes}": torch.ones(1)}, f"other{codes}", {f"k{codes}": "w"})
+    header = json.dumps({f"t{codes}": {"dtype": f"X{codes}", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    Path(f"bad{codes}").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    torch.save({f"entry{codes}": 3}, f"other{codes}.bin")
+    Path(f"sums{codes}").write_text("no checksum\n")
+    for arguments in (
+        ["ls", name, f"other{codes}"],
+        ["ls", f"gone{codes}"],
+        ["ls", name, f"--guess{codes}"],
+        ["ls", "--sort", codes, name],
+        ["diff", name, f"other{codes}"],
+        ["convert", f"other{codes}.bin", "new.safetensors"],
+        ["convert", f"other{codes}.bin", "new.safetensors", "--key", codes],
+        ["convert", name, f"other{codes}"],
+        ["convert", name, f"new{codes}.safetensors"],
+        ["verify", name, "--checksums", f"sums{codes}"],
+        *([command, f"bad{codes}"] for command in ("ls", "verify")),
+        ["diff", name, f"bad{codes}"],
+        ["convert", f"bad{codes}", "new.safetensors"],
+    ):
+        for options in ([], ["--json"]):
+            try:
+                run(*arguments, *options)
+            except SystemExit as ended:
+                assert ended.code == 2
+            captured = capsys.readouterr()
+            text = captured.out + captured.err
+            assert text, arguments
+            odd = {character for character in text if not character.isprintable()}
+            assert odd <= {"\n"}, (arguments, odd)
 
 
 def test_ls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,19 +311,19 @@ def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_values(left: float, right: float, tolerance: float, expected: Any) -> None:
     pair = (torch.tensor([value, 5.0]) for value in (left, right))
-    assert cli.diff.compare(*pair, 0.0, tolerance) == expected
+    assert values.compare(*pair, 0.0, tolerance) == expected
 
 
 def test_tensors_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.diff, "_PIECE", 3)
+    monkeypatch.setattr(values, "_PIECE", 3)
     left, right = torch.zeros(10), torch.zeros(10)
     right[[0, 9]] = torch.tensor([1.0, 3.0])
-    assert cli.diff.compare(left, right, 0.0, 0.0) == {"differing": 2, "elements": 10, "max_difference": 3.0}
+    assert values.compare(left, right, 0.0, 0.0) == {"differing": 2, "elements": 10, "max_difference": 3.0}
     for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8, torch.uint64):
         ours = torch.zeros(7, dtype=torch.float32).to(dtype)
         theirs = torch.tensor([0, 0, 0, 1, 0, 0, 0], dtype=torch.float32).to(dtype)
         expected = {"differing": 1, "elements": 7, "max_difference": 1.0}
-        assert cli.diff.compare(ours, theirs, 0.0, 0.0) == expected, dtype
+        assert values.compare(ours, theirs, 0.0, 0.0) == expected, dtype
 
 
 def test_convert_what_torch_saved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 Owns the parser, the exit status and how errors are told; each command has a module of its own. Status: 0 all is well, 1
 a file is damaged or differs, 2 the command could not be carried out.
+
+Torch, which takes seconds to import, and the libtorch layer are loaded only for the work that needs them: convert, and
+the comparison of values in diff. Headers come from the core's C library.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Optional
+from typing import NoReturn, Optional
 
-from .._errors import SafetensorError
+from .._exceptions import SafetensorError
 from . import convert, diff, ls, verify
+from .listing import printable
 
 _COMMANDS = (ls, verify, diff, convert)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser, with a subparser for each command."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="python -m safetensors_torch",
         description="Looks at, checks, compares and converts safetensors files and checkpoints of several files.",
     )
@@ -52,6 +61,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
-        print(f"{options.run.__module__.rpartition('.')[2]}: {error}", file=sys.stderr)
+        # Names of files and tensors may hold anything, escape sequences for the terminal too.
+        lines = [printable(line) for line in str(error).split("\n")]
+        print(f"{options.run.__module__.rpartition('.')[2]}:", "\n".join(lines), file=sys.stderr)
         return 2
     return status

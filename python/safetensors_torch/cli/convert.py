@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from .listing import add_quiet, printable, size_text, wants_bar
-from .sources import Options as SourceOptions
-from .sources import open_source
-from .targets import Options as TargetOptions
-from .targets import write_directory, write_file
+
+if TYPE_CHECKING:  # torch is imported when there is something to convert
+    import torch
 
 HELP = "convert from torch.save, shard, unshard, cast"
 EXAMPLES = """examples:
@@ -28,14 +26,7 @@ EXAMPLES = """examples:
   python -m safetensors_torch convert checkpoint/ whole.safetensors --dtype bfloat16
 """
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -57,7 +48,17 @@ def run(options: argparse.Namespace) -> int:
     if is_file and options.max_shard_size:
         raise ValueError(f"{options.target} is one file: --max-shard-size is for a folder")
     _refuse_replacing(options)
-    dtype = _DTYPES[options.dtype] if options.dtype else None
+    from .._loader import ensure_loaded
+
+    ensure_loaded()
+    import torch
+
+    from .sources import Options as SourceOptions
+    from .sources import open_source
+    from .targets import Options as TargetOptions
+    from .targets import write_directory, write_file
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
     source = open_source(options.source, SourceOptions(dtype, options.key, options.skip))
     how = TargetOptions({"format": "pt", **source.metadata}, options.durable, wants_bar(options))
     if is_file:

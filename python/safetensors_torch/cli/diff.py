@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
-
-from .._errors import call
+from .._core import Tensor
 from .._steps import Bar
-from .listing import Entry, Listing, add_quiet, printable, wants_bar
+from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
 HELP = "compare names, shapes and values"
 EXAMPLES = """examples:
@@ -24,11 +21,6 @@ EXAMPLES = """examples:
   python -m safetensors_torch diff model.safetensors other.safetensors --no-values
   python -m safetensors_torch diff model.safetensors other.safetensors --rtol 1e-3 --atol 1e-6 --json
 """
-
-# Elements that are compared at a time, so that the memory for it is some hundred MiB whatever the tensor.
-_PIECE = 1 << 23
-
-_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -69,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         if (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape):
             same.append(ours)
         else:
-            found.kinds.append({"name": ours.name, "left": ours.kind(), "right": theirs.kind()})
+            found.kinds.append({"name": ours.name, "left": kind_text(ours), "right": kind_text(theirs)})
     _compare_metadata(left.metadata or {}, right.metadata or {}, found)
     if not options.no_values:
         _compare_values(left, right, same, options, found)
@@ -87,14 +79,22 @@ def _compare_metadata(left: dict[str, str], right: dict[str, str], found: Differ
 
 
 def _compare_values(
-    left: Listing, right: Listing, entries: list[Entry], options: argparse.Namespace, found: Differences
+    left: Listing, right: Listing, entries: list[Tensor], options: argparse.Namespace, found: Differences
 ) -> None:
+    if not entries:
+        return
+    from .._loader import ensure_loaded  # not above: it brings torch in
+
+    ensure_loaded()
+    from . import values
+
+    sides = [values.open_side(one.path) for one in (left, right)]
     bar = Bar("diff") if wants_bar(options) else None
     total, done = sum(entry.nbytes for entry in entries), 0
     try:
         for entry in entries:
-            ours, theirs = (call(one.native.get_tensor, entry.name, torch.device("cpu")) for one in (left, right))
-            difference = compare(ours.reshape(-1), theirs.reshape(-1), options.rtol, options.atol)
+            ours, theirs = (values.flat(side, entry.name) for side in sides)
+            difference = values.compare(ours, theirs, options.rtol, options.atol)
             if difference is not None:
                 found.values.append({"name": entry.name, **difference})
             done += entry.nbytes
@@ -103,46 +103,6 @@ def _compare_values(
     finally:
         if bar is not None:
             bar.close()
-
-
-def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> Optional[dict[str, Any]]:
-    """How many elements of two flat tensors differ, and by how much at most (None where that is no finite number);
-    None if none does."""
-    differing = 0
-    distances: list[Optional[float]] = [0.0]
-    for start in range(0, left.numel(), _PIECE):
-        ours, theirs = (tensor[start : start + _PIECE] for tensor in (left, right))
-        if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-            continue
-        unequal, distance = _compare_piece(ours, theirs, rtol, atol)
-        differing += unequal
-        distances.append(distance)
-    if not differing:
-        return None
-    finite = [distance for distance in distances if distance is not None]
-    most = max(finite) if len(finite) == len(distances) else None
-    return {"differing": differing, "elements": left.numel(), "max_difference": most}
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a flat tensor, a row for each element."""
-    return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
-
-
-def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, Optional[float]]:
-    # By bits, exactly, also where a double holds less.
-    different = (_bytes(left) != _bytes(right)).any(dim=1)
-    if left.dtype == _FLOAT4:
-        return int(different.sum()), None  # two values in each, which torch does not convert
-    wide = torch.complex128 if left.is_complex() else torch.float64
-    ours, theirs = left[different].to(wide), right[different].to(wide)
-    if rtol or atol:
-        outside = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
-        ours, theirs = ours[outside], theirs[outside]
-    if not ours.numel():
-        return 0, 0.0
-    distance = (ours - theirs).abs().max().item()
-    return ours.numel(), distance if math.isfinite(distance) else None
 
 
 def _print(found: Differences, compared: int) -> None:

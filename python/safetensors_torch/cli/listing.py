@@ -7,51 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any, Optional
+from typing import Any
 
-from .._errors import call
-from ..sharded import open_checkpoint
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as the header of its file has it."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    nbytes: int
-    file: str
-    """The name of its file, from the folder of the checkpoint."""
-    begin: int
-    """Where its bytes begin, from the start of its file."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def kind(self) -> str:
-        """Dtype and shape in one word."""
-        return f"{self.dtype} {shape_text(self.shape)}"
+from .._core import Tensor, read_headers
 
 
 class Listing:
-    """A file or a checkpoint that is open."""
+    """What the headers of a file or a checkpoint have."""
 
     def __init__(self, path: str) -> None:
-        """Opens ``path``: a file, an index, or a folder with either."""
+        """Reads the headers of ``path``: a file, an index, or a folder with either."""
         self.path = path
-        self.native = open_checkpoint(path, "mmap")
-        self.files: list[str] = call(self.native.shards)
-        self.metadata: Optional[dict[str, str]] = call(self.native.metadata)
-        names = call(self.native.offset_keys)
-        self.entries = {name: self._entry(name) for name in names}
-
-    def _entry(self, name: str) -> Entry:
-        file = self.native
-        begin, end = call(file.byte_range, name)
-        shape = list(call(file.shape, name))
-        return Entry(name, call(file.dtype, name), shape, end - begin, call(file.shard_of, name), begin)
+        self.files, self.metadata, tensors = read_headers(path)
+        self.entries = {tensor.name: tensor for tensor in tensors}
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +29,11 @@ class Listing:
     def folder(self) -> str:
         """The folder in which the files are."""
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+
+
+def kind_text(tensor: Tensor) -> str:
+    """The dtype and the shape of a tensor in one word."""
+    return f"{tensor.dtype} {shape_text(tensor.shape)}"
 
 
 def shape_text(shape: list[int]) -> str:

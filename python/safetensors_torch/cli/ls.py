@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
                 "path": path,
                 "files": listing.files,
                 "metadata": listing.metadata,
-                "tensors": [entry.as_dict() for entry in entries],
+                "tensors": [entry._asdict() for entry in entries],
                 "count": len(entries),
                 "nbytes": sum(entry.nbytes for entry in entries),
             }

@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, Callable, Optional
 
-from .._errors import SafetensorError
+from .._exceptions import SafetensorError
 from .._steps import Bar
 from .listing import Listing, add_quiet, printable, size_text, wants_bar
 

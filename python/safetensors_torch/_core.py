@@ -1,0 +1,162 @@
+"""The headers of files and checkpoints, out of the core's C library: without torch, which takes seconds to import.
+
+Owns the ctypes declarations of the few C functions that it calls; include/safetensors_torch.h says what they mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from ._exceptions import SafetensorError
+
+LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_core.so"
+_IO = 2
+
+
+class Tensor(NamedTuple):
+    """What a header has of a tensor."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    nbytes: int
+    file: str
+    """The path of its file from the directory of the checkpoint."""
+    begin: int
+    """Where its bytes begin, from the start of its file."""
+
+
+class Headers(NamedTuple):
+    """What the headers of a checkpoint have, which may be one file."""
+
+    files: list[str]
+    metadata: Optional[dict[str, str]]
+    tensors: list[Tensor]
+    """In the order of the files, and of the data in each."""
+
+
+class _Str(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("length", c_size_t)]
+
+    def bytes(self) -> bytes:
+        return ctypes.string_at(self.data, self.length) if self.length else b""
+
+    def text(self) -> str:
+        return self.bytes().decode()
+
+
+class _TensorInfo(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", _Str),
+        ("rank", c_size_t),
+        ("shape", POINTER(c_uint64)),
+        ("nbytes", c_uint64),
+        ("begin", c_uint64),
+        ("end", c_uint64),
+        ("dtype", c_int32),
+        ("reserved", c_uint32),
+    ]
+
+
+_SIGNATURES = {
+    "checkpoint_open": [c_char_p, c_void_p, POINTER(c_void_p)],
+    "checkpoint_shard_count": [c_void_p, POINTER(c_size_t)],
+    "checkpoint_shard": [c_void_p, c_size_t, POINTER(_Str), POINTER(c_void_p)],
+    "file_count": [c_void_p, POINTER(c_size_t)],
+    "file_tensor": [c_void_p, c_size_t, POINTER(_TensorInfo)],
+    "file_has_metadata": [c_void_p, POINTER(c_int32)],
+    "file_metadata_count": [c_void_p, POINTER(c_size_t)],
+    "file_metadata_at": [c_void_p, c_size_t, POINTER(_Str), POINTER(_Str)],
+}
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise OSError(
+            f"the package's C library does not load: {error}; if it was built for a newer system, build the package on"
+            " this one (pip install .)"
+        ) from None
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, f"sft_{name}")
+        function.argtypes, function.restype, function.errcheck = types, c_int32, _check
+    library.sft_checkpoint_free.argtypes, library.sft_checkpoint_free.restype = [c_void_p], None
+    library.sft_dtype_code.argtypes, library.sft_dtype_code.restype = [c_int32], c_char_p
+    library.sft_last_error_message.restype = c_char_p
+    return library
+
+
+def _check(status: int, function: Any, arguments: Any) -> int:
+    """Raises what a function of the library reports."""
+    if status == 0:
+        return status
+    message = _library().sft_last_error_message().decode(errors="replace")
+    if status == _IO:
+        number = _library().sft_last_os_error()
+        # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
+        refused = type(OSError(number, ""))(message)
+        refused.errno = number
+        raise refused
+    error = SafetensorError(message)
+    error._code = status
+    raise error
+
+
+def read_headers(path: str) -> Headers:
+    """The headers of the checkpoint at ``path``: a file, an index, or a directory with either.
+
+    Raises:
+        SafetensorError: a file is not valid safetensors, or does not fit the index.
+        OSError: a file cannot be read, or the package lacks the C library.
+    """
+    library, checkpoint = _library(), c_void_p()
+    library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
+    try:
+        headers = Headers([], None, [])
+        for shard in range(_count(library.sft_checkpoint_shard_count, checkpoint)):
+            name, file = _Str(), c_void_p()
+            library.sft_checkpoint_shard(checkpoint, shard, byref(name), byref(file))
+            headers.files.append(os.fsdecode(name.bytes()))
+            headers.tensors.extend(_tensors(library, file, headers.files[-1]))
+            metadata = _metadata(library, file)
+            if metadata is not None:
+                # Of a key that several files have, the first counts, as for safe_open.
+                headers = headers._replace(metadata={**metadata, **(headers.metadata or {})})
+        return headers
+    finally:
+        library.sft_checkpoint_free(checkpoint)
+
+
+def _count(function: Any, handle: c_void_p) -> int:
+    count = c_size_t()
+    function(handle, byref(count))
+    return count.value
+
+
+def _tensors(library: Any, file: c_void_p, name: str) -> list[Tensor]:
+    info, tensors = _TensorInfo(struct_size=ctypes.sizeof(_TensorInfo)), []
+    for index in range(_count(library.sft_file_count, file)):
+        library.sft_file_tensor(file, index, byref(info))
+        dtype = library.sft_dtype_code(info.dtype).decode()
+        tensors.append(Tensor(info.name.text(), dtype, info.shape[: info.rank], info.nbytes, name, info.begin))
+    return tensors
+
+
+def _metadata(library: Any, file: c_void_p) -> Optional[dict[str, str]]:
+    present, key, value = c_int32(), _Str(), _Str()
+    library.sft_file_has_metadata(file, byref(present))
+    if not present.value:
+        return None
+    metadata = {}
+    for position in range(_count(library.sft_file_metadata_count, file)):
+        library.sft_file_metadata_at(file, position, byref(key), byref(value))
+        metadata[key.text()] = value.text()
+    return metadata

@@ -1,0 +1,67 @@
+"""The values of two tensors, compared for diff. Needs torch and the operators, which the other half of
+diff does without."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+
+from .._errors import call
+from ..sharded import open_checkpoint
+
+# Elements that are compared at a time, so that the memory for it is some hundred MiB whatever the tensor.
+_PIECE = 1 << 23
+
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+
+
+def open_side(path: str) -> Any:
+    """The native File over the checkpoint at ``path``."""
+    return open_checkpoint(path, "mmap")
+
+
+def flat(side: Any, name: str) -> torch.Tensor:
+    """A tensor of what open_side returned, in one dimension."""
+    return call(side.get_tensor, name, torch.device("cpu")).reshape(-1)
+
+
+def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> Optional[dict[str, Any]]:
+    """How many elements of two flat tensors differ, and by how much at most (None where that is no finite number);
+    None if none does."""
+    differing = 0
+    distances: list[Optional[float]] = [0.0]
+    for start in range(0, left.numel(), _PIECE):
+        ours, theirs = (tensor[start : start + _PIECE] for tensor in (left, right))
+        if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+            continue
+        unequal, distance = _compare_piece(ours, theirs, rtol, atol)
+        differing += unequal
+        distances.append(distance)
+    if not differing:
+        return None
+    finite = [distance for distance in distances if distance is not None]
+    most = max(finite) if len(finite) == len(distances) else None
+    return {"differing": differing, "elements": left.numel(), "max_difference": most}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a flat tensor, a row for each element."""
+    return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
+
+
+def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, Optional[float]]:
+    # By bits, exactly, also where a double holds less.
+    different = (_bytes(left) != _bytes(right)).any(dim=1)
+    if left.dtype == _FLOAT4:
+        return int(different.sum()), None  # two values in each, which torch does not convert
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    ours, theirs = left[different].to(wide), right[different].to(wide)
+    if rtol or atol:
+        outside = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+        ours, theirs = ours[outside], theirs[outside]
+    if not ours.numel():
+        return 0, 0.0
+    distance = (ours - theirs).abs().max().item()
+    return ours.numel(), distance if math.isfinite(distance) else None
