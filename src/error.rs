@@ -2,6 +2,7 @@
 //!
 //! Each variant has a number in the C header, which is never reused.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -86,17 +87,38 @@ kinds! {
     Index = 23;
 }
 
+/// The most bytes of one text that an error shows: names come from files, and paths from callers who may pass the
+/// contents of a file for its name.
+const MOST_SHOWN: usize = 4096;
+
+/// `text`, without the middle of a long one: its beginning names what is wrong, its end what to do.
+fn shortened(text: &str) -> Cow<'_, str> {
+    if text.len() <= MOST_SHOWN {
+        return Cow::Borrowed(text);
+    }
+    let end = (0..=MOST_SHOWN / 2).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    let start = (text.len() - MOST_SHOWN / 2..text.len()).find(|&at| text.is_char_boundary(at));
+    let start = start.unwrap_or(text.len());
+    Cow::Owned(format!("{}... ({} bytes left out) ...{}", &text[..end], start - end, &text[start..]))
+}
+
+/// The path as text, shortened.
+fn shown(path: &Path) -> String {
+    shortened(&path.to_string_lossy()).into_owned()
+}
+
 impl Error {
     /// An error of `kind`; `detail` names the tensor or field, the fault and the remedy.
     pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Error {
-        Error { kind, detail: detail.into(), path: None, source: None }
+        let detail = shortened(&detail.into()).into_owned();
+        Error { kind, detail, path: None, source: None }
     }
 
     /// The operating system's refusal to do `action` ("read", "create") with the file at `path`.
     pub fn io(action: &str, path: &Path, source: io::Error) -> Error {
         let detail = match source.kind() {
-            io::ErrorKind::NotFound => format!("No such file or directory: {}", path.display()),
-            _ => format!("cannot {action} {}: {source}", path.display()),
+            io::ErrorKind::NotFound => format!("No such file or directory: {}", shown(path)),
+            _ => format!("cannot {action} {}: {source}", shown(path)),
         };
         Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) }
     }
@@ -143,7 +165,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", shown(path))?;
         }
         f.write_str(&self.detail)
     }
@@ -172,6 +194,32 @@ mod tests {
         let error = Error::io("open", Path::new("a/b"), missing);
         assert_eq!(error.to_string(), "No such file or directory: a/b");
         assert_eq!(error.os_error(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn long_texts_are_shortened() {
+        let name = "n".repeat(1_000_000);
+        let detail = format!("tensor {name:?}: dtype \"é\"; convert it");
+        let error = Error::new(ErrorKind::UnsupportedDtype, detail).in_file(Path::new(&name)).to_string();
+        assert!(error.len() < 3 * MOST_SHOWN, "{}", error.len());
+        assert!(error.starts_with("nnn") && error.ends_with("dtype \"é\"; convert it"), "{error}");
+        let error = Error::io("open", Path::new(&name), io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+        assert!(error.to_string().len() < 2 * MOST_SHOWN);
+        assert!(error.to_string().ends_with("File name too long (os error 36)"), "{error}");
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        for length in MOST_SHOWN - 3..MOST_SHOWN + 9 {
+            let text = format!("{}{}", "x".repeat(length % 3), "é".repeat(length));
+            let cut = shortened(&text);
+            assert!(
+                cut.len() < MOST_SHOWN + 50
+                    && cut.chars().zip(text.chars()).take(1_000).all(|(shown, whole)| shown == whole),
+                "{length}"
+            );
+        }
+        assert_eq!(shortened("short"), "short");
     }
 
     #[test]
