@@ -1,6 +1,7 @@
 #include "cpp/download.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <chrono>
@@ -35,8 +36,10 @@ bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbati
 // Whether they are those that it has in a device's memory.
 bool is_on_device(const at::Tensor& tensor) { return !tensor.is_cpu() && is_verbatim(tensor) && has_memory(tensor); }
 
-// The values of a tensor, copied to host memory. A clone gives a zero tensor memory.
+// The values of a tensor, copied to host memory. A clone gives a zero tensor memory. A subclass of Tensor in Python does
+// not see this.
 at::Tensor to_host(const at::Tensor& tensor) {
+    const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
     const at::Tensor source = tensor._is_zerotensor() ? tensor.clone() : tensor;
     return source.to(at::kCPU).resolve_conj().resolve_neg().contiguous();
 }
@@ -47,7 +50,7 @@ at::Tensor to_host(const at::Tensor& tensor) {
     if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
         throw c10::OutOfMemoryError(text, nullptr);
     }
-    fail(Kind::runtime, text);
+    fail(kind_of(error), text);
 }
 
 }  // namespace

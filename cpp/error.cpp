@@ -3,11 +3,30 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 
 #include "include/safetensors_torch.h"
 
 namespace safetensors_torch {
 namespace {
+
+// The most bytes of a text that a message shows.
+constexpr size_t kMostShown = 200;
+
+// The beginning of `text`, cut between two characters of its UTF-8.
+std::string_view beginning(std::string_view text) {
+    if (text.size() <= kMostShown) {
+        return text;
+    }
+    size_t end = kMostShown;
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) {
+        --end;
+    }
+    return text.substr(0, end);
+}
+
+// What follows the beginning of a text of `size` bytes.
+std::string rest_of(size_t size) { return size <= kMostShown ? "" : "... (" + std::to_string(size) + " bytes)"; }
 
 // Thrown by fail(), so that rethrow_clean() leaves what fail() noted alone.
 class NotedError : public c10::Error {
@@ -71,13 +90,24 @@ void rethrow_clean() {
         // Has an exception of its own in Python, and callers that free memory and try again.
         throw;
     } catch (const c10::Error& error) {
-        note_and_throw(Kind::runtime, 0, 0, error.what_without_backtrace());
+        note_and_throw(kind_of(error), 0, 0, error.what_without_backtrace());
+    } catch (const std::bad_alloc&) {
+        note_and_throw(Kind::memory, 0, 0, "there is not enough memory");
     } catch (const std::exception& error) {
         note_and_throw(Kind::runtime, 0, 0, error.what());
     }
 }
 
-std::string repr(std::string_view text) {
+Kind kind_of(const c10::Error& error) {
+    // torch has no class of errors for this: its allocator for the CPU says it in words.
+    const std::string_view text = error.what_without_backtrace();
+    return text.find("DefaultCPUAllocator: ") == std::string_view::npos ? Kind::runtime : Kind::memory;
+}
+
+std::string shortened(std::string_view text) { return std::string(beginning(text)) + rest_of(text.size()); }
+
+std::string repr(std::string_view whole) {
+    const std::string_view text = beginning(whole);
     const bool has_single = text.find('\'') != std::string_view::npos;
     const char quote = has_single && text.find('"') == std::string_view::npos ? '"' : '\'';
     std::string out(1, quote);
@@ -99,7 +129,7 @@ std::string repr(std::string_view text) {
             out += c;
         }
     }
-    return out + quote;
+    return out + quote + rest_of(whole.size());
 }
 
 }  // namespace safetensors_torch

@@ -36,7 +36,13 @@ auto guarded(Body&& body) -> decltype(body()) {
     }
 }
 
-// A string for a person, as Python's repr() gives it: names in messages look the same in both languages.
+// Whether torch's `error` says that there is not enough host memory, or anything else.
+Kind kind_of(const c10::Error& error);
+
+// `text` for a message: of a long one the beginning, and how long it is.
+std::string shortened(std::string_view text);
+
+// A string for a person, as Python's repr() gives it: names in messages look the same in both languages. Shortened.
 std::string repr(std::string_view text);
 
 }  // namespace safetensors_torch

@@ -113,6 +113,14 @@ std::string File::dtype(const std::string& name) const {
     return std::string(core::dtype_code(checkpoint->file(place).dtype(place.index)));
 }
 
+std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const core::File& file = checkpoint->file(place);
+    const auto shape = file.shape(place.index);
+    return {std::vector<int64_t>(shape.begin(), shape.end()), std::string(core::dtype_code(file.dtype(place.index)))};
+}
+
 std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
     const auto checkpoint = opened();
     const core::Place place = checkpoint->find(name);
@@ -243,6 +251,7 @@ void register_file(torch::Library& library) {
         .def("tensor_shape", clean(&File::tensor_shape))
         .def("tensor_dtype", clean(&File::tensor_dtype))
         .def("dtype", clean(&File::dtype))
+        .def("shape_and_dtype", clean(&File::shape_and_dtype))
         .def("byte_range", clean(&File::byte_range))
         .def("shards", clean(&File::shards))
         .def("shard_of", clean(&File::shard_of))

@@ -34,10 +34,13 @@ class File : public torch::CustomClassHolder {
     std::optional<Metadata> metadata() const;
     int64_t size() const;
     bool contains(const std::string& name) const;
-    std::vector<int64_t> shape(const std::string& name) const;
     std::vector<int64_t> tensor_shape(const std::string& name) const;
     c10::ScalarType tensor_dtype(const std::string& name) const;
+    // The shape and the dtype's code in the header.
+    std::vector<int64_t> shape(const std::string& name) const;
     std::string dtype(const std::string& name) const;
+    // Both with one look-up.
+    std::tuple<std::vector<int64_t>, std::string> shape_and_dtype(const std::string& name) const;
     // Where the tensor's bytes begin and end, from the start of its file.
     std::tuple<int64_t, int64_t> byte_range(const std::string& name) const;
     // The names of the files of a checkpoint, and of the one that holds a tensor; nothing for a file by itself.

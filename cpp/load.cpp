@@ -61,6 +61,21 @@ at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
     return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
 }
 
+// The same for `what`, which the error names if there is not enough memory.
+at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what) {
+    try {
+        return empty_on(device, type, shape);
+    } catch (const c10::Error& error) {
+        const std::string text = what + " of " +
+                                 std::to_string(c10::multiply_integers(shape) * c10::elementSize(type)) +
+                                 " bytes: " + error.what_without_backtrace();
+        if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+            throw c10::OutOfMemoryError(text, nullptr);
+        }
+        fail(kind_of(error), text);
+    }
+}
+
 // Whether the tensor's elements lie in a storage that copies can be made to.
 bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
 
@@ -133,13 +148,7 @@ Loader::Loader(SharedFile file, Lender lender, std::vector<size_t> indices, Targ
 void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape) {
     aside_.resize(indices_.size());
     check_conversion(stored, type, (*file_)->name(indices_[i]));
-    try {
-        aside_[i] = empty_on(target_.device, type, shape);
-    } catch (const c10::OutOfMemoryError& error) {
-        throw c10::OutOfMemoryError("tensor " + repr(name(i)) + " of " + std::to_string((*file_)->nbytes(indices_[i])) +
-                                        " bytes: " + error.what_without_backtrace(),
-                                    nullptr);
-    }
+    aside_[i] = allocate(target_.device, type, shape, "tensor " + repr(name(i)));
     if ((*file_)->nbytes(indices_[i]) == 0) {
         return;
     }
@@ -237,7 +246,7 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
     const rust::Slice<const core::Range> view(ranges.data(), ranges.size());
     const auto header_shape = file.slice_shape(index, view);
     const auto shape = to_torch_shape(dtype, {header_shape.data(), header_shape.size()}, name);
-    tensor_ = empty_on(with_index(device), type, shape);
+    tensor_ = allocate(with_index(device), type, shape, "slice of tensor " + repr(std::string(name)));
     if (tensor_.is_meta() || tensor_.numel() == 0) {
         return;
     }
@@ -246,7 +255,8 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
             std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, std::move(ranges));
         return;
     }
-    at::Tensor host = tensor_.is_cpu() ? tensor_ : empty_on(at::kCPU, type, shape);
+    at::Tensor host =
+        tensor_.is_cpu() ? tensor_ : allocate(at::kCPU, type, shape, "slice of tensor " + repr(std::string(name)));
     file.read_slice(index, view, static_cast<uint8_t*>(host.mutable_data_ptr()), host.nbytes());
     tensor_ = host.to(device);
 }

@@ -16,7 +16,7 @@ constexpr std::string_view parallel = "module.";
 std::string quoted_list(const std::vector<std::string>& names) {
     std::string out;
     for (const std::string& name : names) {
-        out += (out.empty() ? "\"" : ", \"") + name + "\"";
+        out += (out.empty() ? "\"" : ", \"") + shortened(name) + "\"";
     }
     return out;
 }

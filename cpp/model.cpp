@@ -38,8 +38,9 @@ void check_shapes(const Checkpoint& checkpoint, const Matches& matches, const st
         const auto shape = describe(checkpoint.file(match.place), match.place.index).second;
         const auto expected = match.destination.sizes();
         if (expected != c10::IntArrayRef(shape) && !is_old_scalar(shape, expected)) {
-            faults += "\n\tsize mismatch for " + match.name + ": copying a param with shape " + torch_size(shape) +
-                      " from checkpoint, the shape in current model is " + torch_size(expected) + ".";
+            faults += "\n\tsize mismatch for " + shortened(match.name) + ": copying a param with shape " +
+                      torch_size(shape) + " from checkpoint, the shape in current model is " + torch_size(expected) +
+                      ".";
         }
     }
     if (!faults.empty()) {
@@ -63,7 +64,7 @@ void check_destinations(const Matches& matches, const std::string& class_name) {
     for (const auto& match : matches) {
         const at::Tensor& tensor = match.destination;
         const auto refuse = [&](const char* why) {
-            fail(Kind::runtime, heading(class_name) + "\n\t" + match.name + " " + why);
+            fail(Kind::runtime, heading(class_name) + "\n\t" + shortened(match.name) + " " + why);
         };
         if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
             refuse(
@@ -88,9 +89,9 @@ void check_conversions(const Checkpoint& checkpoint, const Matches& matches, con
         const auto from = describe(checkpoint.file(match.place), match.place.index).first;
         const auto to = match.destination.scalar_type();
         if (const auto reason = why_not_convertible(from, to)) {
-            fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + match.name + ": a param of " +
-                                    dtype_name(from) + " from checkpoint cannot be copied into the " + dtype_name(to) +
-                                    " of the current model: " + *reason);
+            fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + shortened(match.name) +
+                                    ": a param of " + dtype_name(from) + " from checkpoint cannot be copied into the " +
+                                    dtype_name(to) + " of the current model: " + *reason);
         }
     }
 }

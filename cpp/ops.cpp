@@ -102,16 +102,21 @@ at::Tensor save_op(const Tensors& tensors, const std::optional<Metadata>& metada
 }
 
 c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::optional<Metadata>& metadata,
-                                             const std::string& path) {
-    return guarded([&] { return c10::make_intrusive<PendingSave>(named(tensors), metadata, path); });
+                                             const std::string& path, bool force_contiguous,
+                                             const std::string& shared) {
+    return guarded([&] {
+        return c10::make_intrusive<PendingSave>(named(tensors), metadata, path, save_rules(force_contiguous, shared));
+    });
 }
 
 c10::intrusive_ptr<PendingShardedSave> plan_sharded_save_op(const Tensors& tensors,
                                                             const std::optional<Metadata>& metadata,
                                                             const std::string& folder, const std::string& stem,
-                                                            int64_t max_shard_bytes) {
+                                                            int64_t max_shard_bytes, bool force_contiguous,
+                                                            const std::string& shared) {
     return guarded([&] {
-        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, folder, stem, max_shard_bytes);
+        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, folder, stem, max_shard_bytes,
+                                                       save_rules(force_contiguous, shared));
     });
 }
 
@@ -125,8 +130,12 @@ c10::intrusive_ptr<PendingEdit> begin_edit_op(const std::string& path, const Met
     return guarded([&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
 }
 
-void check_save_op(const Tensors& tensors) {
-    guarded([&] { check_saveable(named(tensors)); });
+void check_save_op(const Tensors& tensors, bool force_contiguous, const std::string& shared) {
+    guarded([&] {
+        NamedTensors checked = named(tensors);
+        std::optional<Metadata> metadata;
+        check_saveable(checked, metadata, save_rules(force_contiguous, shared));
+    });
 }
 
 c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names& preferred) {
@@ -243,12 +252,13 @@ TORCH_LIBRARY(safetensors_torch, library) {
     library.def("_load_shared_lists(Tensor data) -> (str[] names, Tensor[] tensors)",
                 torch::dispatch(key, load_shared_op));
     library.def(
-        "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str path) -> "
-        "__torch__.torch.classes.safetensors_torch.PendingSave",
+        "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str path, bool force_contiguous, str shared) "
+        "-> __torch__.torch.classes.safetensors_torch.PendingSave",
         torch::dispatch(key, plan_save_op));
     library.def(
         "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str folder, str stem, "
-        "int max_shard_bytes) -> __torch__.torch.classes.safetensors_torch.PendingShardedSave",
+        "int max_shard_bytes, bool force_contiguous, str shared) -> "
+        "__torch__.torch.classes.safetensors_torch.PendingShardedSave",
         torch::dispatch(key, plan_sharded_save_op));
     library.def(
         effectful("_create_stream(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
@@ -257,7 +267,9 @@ TORCH_LIBRARY(safetensors_torch, library) {
     library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool? in_place, int reserve, "
                           "bool durable) -> __torch__.torch.classes.safetensors_torch.PendingEdit"),
                 torch::dispatch(key, begin_edit_op));
-    library.def(effectful("_check_save(Dict(str, Tensor) tensors) -> ()"), torch::dispatch(key, check_save_op));
+    library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "
+                          R"(str shared="error") -> ())"),
+                torch::dispatch(key, check_save_op));
     library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
     library.def(effectful("_check_names(str class_name, str[] missing, str[] unexpected, str prefix) -> ()"),
                 torch::dispatch(key, check_names_op));

@@ -25,9 +25,14 @@ bool is_plain(const at::Tensor& tensor) {
            (tensor.numel() == 0 || (has_memory(tensor) && is_whole(tensor)));
 }
 
-void refuse_sparse(const NamedTensors& tensors) {
+void refuse_layouts(const NamedTensors& tensors) {
     std::string names;
     for (const auto& [name, tensor] : tensors) {
+        if (tensor.is_nested()) {
+            fail(Kind::value, "tensor " + repr(name) +
+                                  " is nested: its parts have shapes of their own, and the format has one shape for a "
+                                  "tensor; save its `.values()` and `.offsets()`, or `.to_padded_tensor(0)`");
+        }
         if (!is_dense(tensor)) {
             names += (names.empty() ? "" : ", ") + repr(name);
         }
@@ -49,17 +54,39 @@ void refuse_shared(const NamedTensors& tensors) {
              "Some tensors share memory, so the file would hold it more than once and loading would not share it "
              "again: [" +
                  groups +
-                 "]. Save the model with `save_model`, which keeps one name of each group, or `.clone()` them.");
+                 "]. Save the model with `save_model`, or these with `shared` = \"keep_one\", which keeps one name of "
+                 "each group, or `.clone()` them.");
     }
+}
+
+// Removes all names but one of each group of tensors that share memory, and notes them in `metadata`.
+void drop_shared(NamedTensors& tensors, std::optional<Metadata>& metadata) {
+    // Which covers what it shares is not to be asked of a storage that is too small.
+    for (const auto& [name, tensor] : tensors) {
+        check_whole(name, tensor);
+    }
+    const auto dropped = tied_names(tensors, {});
+    if (dropped.empty()) {
+        return;
+    }
+    const auto is_dropped = [&](const auto& entry) { return dropped.count(entry.first) != 0; };
+    tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_dropped), tensors.end());
+    // A copy: a c10::Dict refers to what its copies refer to.
+    Metadata entries = metadata ? metadata->copy() : Metadata();
+    for (const auto& [name, kept] : dropped) {
+        entries.insert(name, kept);
+    }
+    metadata = std::move(entries);
 }
 
 void refuse_not_contiguous(const NamedTensors& tensors) {
     for (const auto& [name, tensor] : tensors) {
         if (!tensor.is_contiguous()) {
             fail(Kind::value,
-                 "You are trying to save a non contiguous tensor: `" + name +
-                     "` which is not allowed. Call `.contiguous()` on it to pack it before saving, or, if it "
-                     "is a view of another tensor, save only that one and take the view again after loading.");
+                 "You are trying to save a non contiguous tensor: `" + shortened(name) +
+                     "` which is not allowed. Call `.contiguous()` on it to pack it before saving, or save with "
+                     "`force_contiguous`, or, if it is a view of another tensor, save only that one and take the "
+                     "view again after loading.");
         }
     }
 }
@@ -70,7 +97,7 @@ void refuse_without_data(const NamedTensors& tensors) {
             fail(Kind::value, "tensor " + repr(name) + " is undefined: leave it out, or give it a value before saving");
         }
         if (is_without_data(tensor) && (tensor.is_meta() || tensor.has_storage())) {
-            fail(Kind::runtime, "Cannot copy out of meta tensor; no data! Tensor `" + name +
+            fail(Kind::runtime, "Cannot copy out of meta tensor; no data! Tensor `" + shortened(name) +
                                     "` is on the meta device (or fake): materialize it before saving.");
         }
         if (is_wrapper(tensor)) {
@@ -83,9 +110,9 @@ void refuse_without_data(const NamedTensors& tensors) {
     }
 }
 
-rust::Box<core::SavePlan> plan(const NamedTensors& tensors, const std::optional<Metadata>& metadata,
-                               const std::string& path) {
-    check_saveable(tensors);
+rust::Box<core::SavePlan> plan(NamedTensors& tensors, std::optional<Metadata>& metadata, const std::string& path,
+                               const SaveRules& rules) {
+    check_saveable(tensors, metadata, rules);
     const Specs specs(tensors);
     const auto entries = entries_of(metadata);
     return core::plan_save(specs.slice(), {entries.data(), entries.size()}, metadata.has_value(), as_bytes(path));
@@ -129,17 +156,30 @@ class MemorySink final : public Sink {
 
 }  // namespace
 
-void check_saveable(const NamedTensors& tensors) {
+SaveRules save_rules(bool force_contiguous, const std::string& shared) {
+    if (shared != "error" && shared != "keep_one") {
+        fail(Kind::value, "shared is " + repr(shared) + ": choose \"error\" or \"keep_one\"");
+    }
+    return {force_contiguous, shared == "keep_one"};
+}
+
+void check_saveable(NamedTensors& tensors, std::optional<Metadata>& metadata, const SaveRules& rules) {
     // One look at each tensor, as with many of them each look waits for memory. Only where one is not as most are is
     // every question asked of all, in the order in which the answers count.
     const bool all_plain =
         std::all_of(tensors.begin(), tensors.end(), [](const auto& entry) { return is_plain(entry.second); });
     if (!all_plain) {
-        refuse_sparse(tensors);
+        refuse_layouts(tensors);
     }
-    refuse_shared(tensors);
+    if (rules.keep_one) {
+        drop_shared(tensors, metadata);
+    } else {
+        refuse_shared(tensors);
+    }
     if (!all_plain) {
-        refuse_not_contiguous(tensors);
+        if (!rules.force_contiguous) {
+            refuse_not_contiguous(tensors);
+        }
         refuse_without_data(tensors);
     }
 }
@@ -186,8 +226,9 @@ rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata) {
     return entries;
 }
 
-PendingSave::PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path)
-    : tensors_(std::move(tensors)), layout_(plan(tensors_, metadata, path)) {
+PendingSave::PendingSave(NamedTensors tensors, std::optional<Metadata> metadata, const std::string& path,
+                         const SaveRules& rules)
+    : tensors_(std::move(tensors)), layout_(plan(tensors_, metadata, path, rules)) {
     memory_.reserve(tensors_.size());
     for (const auto& entry : tensors_) {
         memory_.emplace_back(entry.second);
@@ -265,9 +306,11 @@ void register_pending_save(torch::Library& library) {
     using Self = c10::intrusive_ptr<PendingSave>;
     library.class_<PendingSave>("PendingSave")
         .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> tensors,
-                            const std::optional<Metadata>& metadata, const std::string& path) {
+                            const std::optional<Metadata>& metadata, const std::string& path, bool force_contiguous,
+                            const std::string& shared) {
             return guarded([&] {
-                return c10::make_intrusive<PendingSave>(named(std::move(names), std::move(tensors)), metadata, path);
+                return c10::make_intrusive<PendingSave>(named(std::move(names), std::move(tensors)), metadata, path,
+                                                        save_rules(force_contiguous, shared));
             });
         }))
         .def("size", [](const Self& self) { return self->size(); })

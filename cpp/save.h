@@ -22,9 +22,23 @@ namespace safetensors_torch {
 
 using Metadata = c10::Dict<std::string, std::string>;
 
+// What a save takes beside tensors that are contiguous and share no memory.
+struct SaveRules {
+    // Whether tensors that are not contiguous are written as if they were, or refused.
+    bool force_contiguous = false;
+    // Whether one name of each group of tensors that share memory is written, or the group refused.
+    bool keep_one = false;
+};
+
+// The rules for `shared`, "error" or "keep_one". Fails for another word.
+SaveRules save_rules(bool force_contiguous, const std::string& shared);
+
 // Fails where a tensor cannot be saved: not strided, shared memory, not contiguous, without data - in this order, so
 // that the error is the same whichever function is asked.
-void check_saveable(const NamedTensors& tensors);
+//
+// With `keep_one`, removes all names but one of each group that shares memory from `tensors`, and adds those to
+// `metadata`, each with the name that is kept, unless it has them.
+void check_saveable(NamedTensors& tensors, std::optional<Metadata>& metadata, const SaveRules& rules);
 
 // What the core is to know of tensors: names, dtypes and shapes. Their names must live as long as this.
 class Specs {
@@ -50,7 +64,8 @@ class PendingSave : public torch::CustomClassHolder {
   public:
     // Checks everything and settles the layout; nothing is written yet. `path` is for the errors, empty if there is
     // none. The tensors' values are read when they are written.
-    PendingSave(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& path);
+    PendingSave(NamedTensors tensors, std::optional<Metadata> metadata, const std::string& path,
+                const SaveRules& rules = {});
 
     // The bytes of the file.
     int64_t size() const;

@@ -21,8 +21,9 @@ rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string
     return core::plan_shards({sizes.data(), sizes.size()}, as_bytes(stem), static_cast<uint64_t>(max_shard_bytes));
 }
 
-rust::Box<core::ShardPlan> plan(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_bytes) {
-    check_saveable(tensors);
+rust::Box<core::ShardPlan> plan(NamedTensors& tensors, std::optional<Metadata>& metadata, const std::string& stem,
+                                int64_t max_shard_bytes, const SaveRules& rules) {
+    check_saveable(tensors, metadata, rules);
     return divide(tensors, stem, max_shard_bytes);
 }
 
@@ -58,9 +59,9 @@ class ShardSink final : public Sink {
 
 }  // namespace
 
-PendingShardedSave::PendingShardedSave(const NamedTensors& tensors, const std::optional<Metadata>& metadata,
-                                       std::string folder, const std::string& stem, int64_t max_shard_bytes)
-    : folder_(std::move(folder)), plan_(plan(tensors, stem, max_shard_bytes)) {
+PendingShardedSave::PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string folder,
+                                       const std::string& stem, int64_t max_shard_bytes, const SaveRules& rules)
+    : folder_(std::move(folder)), plan_(plan(tensors, metadata, stem, max_shard_bytes, rules)) {
     std::vector<NamedTensors> members(plan_->count());
     const auto shard_of = plan_->shard_of();
     names_.reserve(tensors.size());
@@ -69,7 +70,7 @@ PendingShardedSave::PendingShardedSave(const NamedTensors& tensors, const std::o
         members[shard_of[i]].push_back(tensors[i]);
     }
     for (NamedTensors& shard : members) {
-        shards_.push_back(c10::make_intrusive<PendingSave>(std::move(shard), metadata, folder_));
+        shards_.push_back(c10::make_intrusive<PendingSave>(std::move(shard), metadata, folder_, rules));
     }
 }
 

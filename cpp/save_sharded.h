@@ -19,8 +19,8 @@ class PendingShardedSave : public torch::CustomClassHolder {
   public:
     // Checks everything and settles which tensor goes into which file, and where; nothing is written yet, and `folder`
     // is not looked at.
-    PendingShardedSave(const NamedTensors& tensors, const std::optional<Metadata>& metadata, std::string folder,
-                       const std::string& stem, int64_t max_shard_bytes);
+    PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string folder,
+                       const std::string& stem, int64_t max_shard_bytes, const SaveRules& rules = {});
 
     // The bytes of all files but the index.
     int64_t size() const;

@@ -110,6 +110,8 @@ c10::IValue call_boxed(const c10::OperatorHandle& op, const Args&... args) {
 
 inline std::string name_of(Backend backend) { return backend == Backend::pread ? "pread" : "mmap"; }
 
+inline std::string name_of(Shared shared) { return shared == Shared::keep_one ? "keep_one" : "error"; }
+
 inline OptionalStrings to_dict(const Metadata& metadata) {
     if (metadata.empty()) {
         return std::nullopt;
@@ -177,9 +179,11 @@ inline std::optional<std::vector<std::string>> select(const Object& file, const 
 }
 
 // A save that is checked and laid out. `path` is for the errors.
-inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path) {
+inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path,
+                        const SaveOptions& options) {
     const auto op = find_op("safetensors_torch::_plan_save");
-    return call_boxed(op, tensors, to_dict(metadata), path).toObject();
+    return call_boxed(op, tensors, to_dict(metadata), path, options.force_contiguous, name_of(options.shared))
+        .toObject();
 }
 
 // The tensors of an open file or checkpoint that `options` select.

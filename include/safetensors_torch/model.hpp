@@ -120,57 +120,27 @@ LoadResult load_model(const Module& module, const std::string& path, const LoadM
     return {result->elements()[0].to<std::vector<std::string>>(), result->elements()[1].to<std::vector<std::string>>()};
 }
 
-// Writes what is left of a module's state once one name of each tied group is kept.
-inline void save_kept(const Tensors& tensors, const std::string& path, const Metadata& metadata,
-                      const SaveModelOptions& options) {
+template <typename Module>
+void save_model(const Module& module, const std::string& path, const Metadata& metadata,
+                const SaveModelOptions& options) {
+    const c10::NoGradGuard no_grad;
+    const Tensors tensors = state_of(module, options.prefix, options.rename).tensors;
     if (options.max_shard_bytes) {
         ShardedSaveOptions sharded;
         sharded.max_shard_bytes = *options.max_shard_bytes;
         sharded.stem = options.stem;
+        sharded.force_contiguous = options.force_contiguous;
+        sharded.shared = Shared::keep_one;
         sharded.durable = options.durable;
         sharded.progress = options.progress;
         save_sharded(tensors, path, metadata, sharded);
     } else {
-        save_file(tensors, path, metadata, SaveOptions{options.durable, options.progress});
-    }
-}
-
-template <typename Module>
-void save_model(const Module& module, const std::string& path, const Metadata& metadata,
-                const SaveModelOptions& options) {
-    const auto tied =
-        find_op("safetensors_torch::_tied").typed<Strings(const Tensors&, const std::vector<std::string>&)>();
-    const c10::NoGradGuard no_grad;
-    const State state = state_of(module, options.prefix, options.rename);
-    const Strings dropped = call(tied, state.tensors, std::vector<std::string>());
-    Tensors kept;
-    Metadata entries = metadata;
-    bool has_gaps = false;
-    bool all_strided = true;
-    for (const auto& item : state.tensors) {
-        if (const auto found = dropped.find(item.key()); found != dropped.end()) {
-            entries.emplace(item.key(), found->value());
-            continue;
-        }
-        at::Tensor tensor = item.value();
-        if (tensor.layout() != at::kStrided) {
-            all_strided = false;
-        } else if (!tensor.is_contiguous()) {
-            tensor = options.force_contiguous ? tensor.contiguous() : tensor;
-            has_gaps = !options.force_contiguous;
-        }
-        kept.insert(item.key(), tensor);
-    }
-    try {
-        save_kept(kept, path, entries, options);
-    } catch (const Error& error) {
-        // Layouts are checked before gaps, so with strided tensors alone the error of this kind is about a gap.
-        if (!has_gaps || !all_strided || error.kind() != ErrorKind::value) {
-            throw;
-        }
-        fail(std::string(error.what_without_backtrace()) +
-                 " Or leave SaveModelOptions::force_contiguous true, and it is written as if it were.",
-             ErrorKind::value);
+        SaveOptions whole;
+        whole.force_contiguous = options.force_contiguous;
+        whole.shared = Shared::keep_one;
+        whole.durable = options.durable;
+        whole.progress = options.progress;
+        save_file(tensors, path, metadata, whole);
     }
 }
 

@@ -43,7 +43,8 @@ inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::
     Metadata entries = metadata;
     entries.emplace("format", "pt");
     const detail::Object plan =
-        detail::call_boxed(op, tensors, detail::to_dict(entries), folder, options.stem, options.max_shard_bytes)
+        detail::call_boxed(op, tensors, detail::to_dict(entries), folder, options.stem, options.max_shard_bytes,
+                           options.force_contiguous, detail::name_of(options.shared))
             .toObject();
     detail::call_method(plan, "start", options.durable, 0.0);
     detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);

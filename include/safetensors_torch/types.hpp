@@ -73,6 +73,15 @@ struct CheckpointOptions {
     Extra extra = Extra::error;
 };
 
+/// What becomes of tensors that share memory when they are saved.
+enum class Shared {
+    /// They are refused.
+    error,
+    /// Of each group the first name, alphabetically, whose tensor covers the whole memory is written; the others are
+    /// left out, and noted in the metadata as `metadata[left out] = written` unless it has that key.
+    keep_one,
+};
+
 /// How a file is written.
 struct SaveOptions {
     /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
@@ -80,6 +89,10 @@ struct SaveOptions {
     bool durable = false;
     /// Is told how far the save is, if there is one; its bytes are those of the file.
     Progress progress = {};
+    /// Whether tensors that are not contiguous are written as if they were, one copy at a time, or refused.
+    bool force_contiguous = false;
+    /// What becomes of tensors that share memory.
+    Shared shared = Shared::error;
 };
 
 /// A tensor that is to be written, without its data.
@@ -125,6 +138,10 @@ struct ShardedSaveOptions {
     bool durable = false;
     /// As in SaveOptions, of all files together.
     Progress progress = {};
+    /// As in SaveOptions.
+    bool force_contiguous = false;
+    /// As in SaveOptions.
+    Shared shared = Shared::error;
 };
 
 /// Gives the name that a tensor of a module has in a file.
@@ -152,7 +169,7 @@ struct LoadModelOptions {
 
 /// How a module is saved.
 struct SaveModelOptions {
-    /// Whether tensors that are not contiguous are written as if they were, or refused.
+    /// As in SaveOptions.
     bool force_contiguous = true;
     /// As in SaveOptions.
     bool durable = false;

@@ -11,6 +11,8 @@ from typing import Any, Optional, Union
 
 import torch
 
+from ._errors import shown
+
 Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Device = Union[str, int, torch.device, None]
 
@@ -22,10 +24,19 @@ def encode_path(filename: Path) -> bytes:
         TypeError: ``filename`` is no path.
         ValueError: it contains a null byte.
     """
+    if not isinstance(filename, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"a file name must be a str, bytes or os.PathLike, not {type(filename).__name__}: {_OTHER_FUNCTIONS}"
+        )
     path = os.fsencode(filename)
     if b"\0" in path:
-        raise ValueError(f"embedded null byte in the file name {filename!r}")
+        raise ValueError(f"embedded null byte in the file name {shown(filename)}: {_OTHER_FUNCTIONS}")
     return path
+
+
+_OTHER_FUNCTIONS = (
+    'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
+)
 
 
 def to_device(device: Device) -> torch.device:
@@ -52,10 +63,19 @@ def to_device(device: Device) -> torch.device:
     return torch.device(accelerator.type, device)
 
 
+def check_shared(shared: Any) -> str:
+    """``shared`` for the operators, which refuse all but "error" and "keep_one" with an error that lists both."""
+    return _word(shared)
+
+
 def check_backend(backend: Any) -> str:
     """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
-    # Both names are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
-    return backend if isinstance(backend, str) and backend.isascii() else ascii(backend)
+    return _word(backend)
+
+
+def _word(word: Any) -> str:
+    # The words are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
+    return word if isinstance(word, str) and word.isascii() else ascii(word)
 
 
 def check_variant(variant: Any) -> Optional[str]:

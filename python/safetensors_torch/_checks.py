@@ -5,62 +5,125 @@ Owns these checks and the order of their faults. What is wrong with a tensor's m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._errors import call
+from ._errors import SafetensorError, call, shortened, shown
 
 _check_save = torch.ops.safetensors_torch._check_save.default
 
 # Those of nearly all tensors, about which there is nothing to ask.
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+
+Tensors = dict[str, torch.Tensor]
+Metadata = Optional[dict[str, str]]
+
+# Inside of its blocks nothing that is done with a tensor reaches the __torch_function__ of its class, or of a mode.
+unseen = torch._C.DisableTorchFunction
 
 
-def check_tensors(tensors: Any, metadata: Any) -> None:
-    """The checks that need the Python objects. Faults of names come last, after what the native library checks."""
+def check_tensors(tensors: Any, metadata: Any, **rules: Any) -> tuple[Tensors, Metadata]:
+    """The checks that need the Python objects. Faults of names come last, after what the native library checks.
+
+    Args:
+        tensors: the tensors by name.
+        metadata: the text beside them.
+        rules: force_contiguous and shared, for the native library.
+
+    Returns:
+        Copies of both dicts, which no other thread changes.
+    """
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
-    fake = False
+    tensors = dict(tensors)
+    if isinstance(metadata, dict):
+        metadata = dict(metadata)
+    with unseen():
+        _check_tensors(tensors, metadata, rules)
+    return tensors, metadata
+
+
+def _check_tensors(tensors: dict[Any, Any], metadata: Any, rules: dict[str, Any]) -> None:
+    fake, wrapper = False, None
     for name, tensor in tensors.items():
-        if type(tensor) in _PLAIN_CLASSES:
+        if type(tensor) in PLAIN_CLASSES:
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
+            raise ValueError(f"Key `{_named(name)}` is invalid, expected torch.Tensor but received {type(tensor)}")
         if isinstance(tensor, UninitializedTensorMixin):
             raise ValueError(
-                f"Key `{name}` is invalid: a lazy module has not given it a shape yet. Run the module once"
+                f"Key `{_named(name)}` is invalid: a lazy module has not given it a shape yet. Run the module once"
             )
-        fake = fake or isinstance(tensor, FakeTensor)
+        if isinstance(tensor, FakeTensor):
+            fake = True
+        elif wrapper is None and _is_wrapper(tensor):
+            wrapper = name
+    if wrapper is not None:
+        others = {name: tensor for name, tensor in tensors.items() if not _is_wrapper(tensor)}
+        _check_memory(_with_printable_names(others), rules)
+        raise _without_memory(wrapper, tensors[wrapper])
     try:
         # One pass in C over every name, instead of two checks for each.
         "".join(tensors).encode()
         if metadata is not None:
             check_metadata(metadata)
     except (TypeError, UnicodeEncodeError):
-        _check_memory(_with_printable_names(tensors))
+        _check_memory(_with_printable_names(tensors), rules)
         for name in tensors:
-            check_text(name, f"the key {name!r}")
+            check_text(name, f"the key {shown(name)}")
         raise
     if fake:
-        _check_memory(tensors)
+        _check_memory(tensors, rules)
 
 
-def _check_memory(tensors: dict[str, torch.Tensor]) -> None:
+def _named(key: Any) -> str:
+    return shortened(key if isinstance(key, str) else str(key))
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether the class of a tensor keeps its elements elsewhere: there is a storage of so many bytes at no address."""
+    if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or isinstance(tensor, FakeTensor):
+        return False
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return False  # which is said in other words
+    storage = tensor.untyped_storage()
+    try:
+        return storage.nbytes() != 0 and storage.data_ptr() == 0
+    except RuntimeError:
+        return True  # as torch says it
+
+
+def _without_memory(name: str, tensor: torch.Tensor) -> SafetensorError:
+    """The error about a tensor of a wrapper class, with what could be saved in its place."""
+    kind = type(tensor)
+    if hasattr(kind, "full_tensor"):  # a DTensor
+        remedy = "save its `.full_tensor()`, or its `.to_local()` with a file for each rank"
+    elif hasattr(kind, "__tensor_flatten__"):
+        parts = ", ".join(f"`.{part}`" for part in tensor.__tensor_flatten__()[0])
+        remedy = f"save the tensors that it is made of ({parts}), or a plain tensor with its values"
+    else:
+        remedy = "save a plain tensor with its values"
+    return SafetensorError(
+        f"tensor {shown(name)} is a {kind.__module__}.{kind.__qualname__}, which has no memory of its own: {remedy}"
+    )
+
+
+def _check_memory(tensors: Tensors, rules: dict[str, Any]) -> None:
     """What the native library checks of the tensors, also where a mode would run a fake kernel instead."""
     with _disable_current_modes():
-        call(_check_save, tensors)
+        call(_check_save, tensors, **rules)
 
 
 def check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
     for key, value in metadata.items():
-        check_text(key, f"the metadata key {key!r}")
-        check_text(value, f"the metadata value of {key!r}")
+        check_text(key, f"the metadata key {shown(key)}")
+        check_text(value, f"the metadata value of {shown(key)}")
 
 
 def check_text(text: Any, what: str) -> None:

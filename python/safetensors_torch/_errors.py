@@ -1,4 +1,4 @@
-"""The translation of what the operators throw into the exceptions of the package.
+"""The translation of what the operators throw into the exceptions of the package, and how values look in their texts.
 
 Owns the one place where a RuntimeError out of torch becomes the exception that the
 caller is promised. It decides nothing about when something is an error: the native library does, and says so
@@ -20,6 +20,25 @@ _BUILTIN: dict[str, type[Exception]] = {
     "IndexError": IndexError,
     "MemoryError": MemoryError,
 }
+
+
+# The most characters of a name, or of another value, that a message shows.
+_MOST_SHOWN = 200
+
+
+def shortened(text: str) -> str:
+    """``text`` for a message: of a long one the beginning, and how long it is."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message, shortened: callers pass the contents of a file for its name."""
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > _MOST_SHOWN:
+        unit = "characters" if isinstance(value, str) else "bytes"
+        return f"{value[:_MOST_SHOWN]!r}... ({len(value)} {unit})"
+    text = repr(value)
+    # What is short enough may need escapes.
+    return text if isinstance(value, (str, bytes, bytearray)) else shortened(text)
 
 
 def translate(error: RuntimeError) -> Exception:
@@ -48,6 +67,8 @@ def translate(error: RuntimeError) -> Exception:
         # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
         translated = type(OSError(os_error, ""))(message)
         translated.errno = os_error
+        # Where pickle finds it: of an OSError it takes the arguments, of which the number is none, and this dict.
+        vars(translated)["errno"] = os_error
         return translated
     builtin = _BUILTIN.get(kind)
     return error if builtin is None else builtin(message)

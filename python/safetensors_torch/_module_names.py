@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Callable, Optional, TypeVar
 
 from ._checks import check_text
+from ._errors import shortened, shown
 
 Rename = Optional[Callable[[str], str]]
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class ModuleNames:
         """The name in the file."""
         if self._rename is not None:
             renamed = self._rename(name)
-            check_text(renamed, f"the name that `rename` returns for {name!r}")
+            check_text(renamed, f"the name that `rename` returns for {shown(name)}")
             name = renamed
         return self.prefix + name
 
@@ -48,7 +49,7 @@ class ModuleNames:
             renamed = self.in_file(name)
             if renamed in result:
                 raise ValueError(
-                    f"two tensors of {self._class_name} are called {renamed} by `rename`, `{name}` and one before it:"
+                    f"two tensors of {self._class_name} are called {shortened(renamed)} by `rename`, `{shortened(name)}` and one before it:"
                     " give each its own name"
                 )
             result[renamed] = value

@@ -17,10 +17,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
-from ._arguments import Device, Path, check_backend, check_dtype, check_flag, encode_path, to_device
-from ._checks import check_tensors, check_text
+from ._arguments import Device, Path, check_backend, check_dtype, check_flag, check_shared, encode_path, to_device
+from ._checks import Metadata, Tensors, check_tensors, check_text, unseen
 from ._dynamo import opaque
-from ._errors import call
+from ._errors import call, shown
 from ._steps import STEP, Progress, check_progress, run
 
 # Which tensors of a file: all, those of these names, or those for whose name the function is true.
@@ -79,6 +79,11 @@ def open_file(filename: Path, backend: str) -> Any:
     return call(_File, encode_path(filename), check_backend(backend))
 
 
+def open_bytes(data: torch.Tensor) -> Any:
+    """The native File over the bytes of ``data``, which must stay where they are."""
+    return call(_open_bytes, data)
+
+
 def select(file: Any, names: Names) -> Optional[list[str]]:
     """The names to load, for the operators; None means all.
 
@@ -90,10 +95,10 @@ def select(file: Any, names: Names) -> Optional[list[str]]:
     if callable(names):
         return [name for name in call(file.offset_keys) if names(name)]
     if isinstance(names, (str, bytes)):
-        raise TypeError(f"names must be a list of names, or a function of a name, not {names!r} alone")
+        raise TypeError(f"names must be a list of names, or a function of a name, not {shown(names)} alone")
     chosen = list(names)
     for name in chosen:
-        check_text(name, f"the name {name!r}")
+        check_text(name, f"the name {shown(name)}")
     return chosen
 
 
@@ -215,7 +220,8 @@ def load(
 
     Args:
         data: the contents of the file, in bytes or any other object with the buffer protocol (bytearray, memoryview,
-            mmap, an array), of any item type.
+            mmap, an array), of any item type; or an object with ``readinto`` (a file opened with "rb", a BytesIO, a
+            member of a zip, what ``socket.makefile("rb")`` returns), which is read from where it stands to its end.
         device: where the tensors shall be, as for load_file.
         copy: False lets the tensors share the memory of ``data``, which must be writable and contiguous and stays
             exported while one of them lives; tensors whose data is not aligned to their dtype are copied all the
@@ -231,7 +237,8 @@ def load(
         SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not; a name that is not in
             there; a dtype that cannot be converted.
         MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors.
-        TypeError: ``data`` has no buffer protocol, or an argument of another type.
+        TypeError: ``data`` has neither the buffer protocol nor ``readinto``, or an argument of another type.
+        OSError: what reading ``data`` raises.
         ValueError: copy=False with a read-only or scattered buffer, another device than the CPU, dtype or names; a
             dtype that is not floating-point.
         ImportError: progress=True without tqdm.
@@ -252,10 +259,10 @@ def load(
             if is_plain and target.type == "cpu" and tensor.numel() < _LARGE:
                 return _load_with(_load, tensor, device=target)
             if not is_traced():
-                return load_in_steps(call(_open_bytes, tensor), target, dtype, names, progress)
+                return load_in_steps(open_bytes(tensor), target, dtype, names, progress)
             if dtype is None and names is None:
                 return _load_with(_load, tensor, device=target)
-            chosen = select(call(_open_bytes, tensor), names)
+            chosen = select(open_bytes(tensor), names)
             return call(_ops.load, tensor, device=target, dtype=dtype, names=chosen)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
@@ -270,15 +277,23 @@ def save_file(
     filename: Path,
     metadata: Optional[dict[str, str]] = None,
     *,
+    force_contiguous: bool = False,
+    shared: str = "error",
     durable: bool = False,
     progress: Progress = None,
 ) -> None:
     """Saves tensors into a safetensors file, which appears complete or not at all.
 
     Args:
-        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory.
+        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Those of a subclass of
+            Tensor are saved as tensors, without a call of its ``__torch_function__``.
         filename: the file, replaced if it exists; str, bytes or os.PathLike.
         metadata: text to store in the header; None stores none, an empty dict an empty object.
+        force_contiguous: True writes tensors that are not contiguous as if they were, one copy at a time; False refuses
+            them.
+        shared: what becomes of tensors that share memory. "error" refuses them. "keep_one" writes of each group the
+            first name, alphabetically, whose tensor covers the whole memory. The others are left out, and added to the
+            file's metadata with the name that was kept, as save_model does; the caller's dicts stay as they are.
         durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
             the file and its directory). Otherwise the kernel brings it there within half a minute or so.
         progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
@@ -286,11 +301,14 @@ def save_file(
             complete already.
 
     Raises:
-        ValueError: not a dict of tensors, a tensor that is sparse, not contiguous, or without a shape (lazy modules).
-        RuntimeError: tensors that share memory, or a tensor on the meta device or a fake one.
+        ValueError: not a dict of tensors, a tensor that is sparse, nested, not contiguous, or without a shape (lazy
+            modules); another word for ``shared``.
+        RuntimeError: tensors that share memory, with "keep_one" if none of them covers it; a tensor on the meta device
+            or a fake one.
         TypeError: a key, or a metadata key or value, that is no str.
         UnicodeEncodeError: one of those with a lone surrogate.
-        SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
+        SafetensorError: a dtype that the format has not, a tensor without memory of its own (a wrapper subclass such as
+            DTensor), or one called ``__metadata__``.
         OSError: the file cannot be written.
 
     Nothing is written if a check fails.
@@ -303,23 +321,30 @@ def save_file(
         RuntimeError: Some tensors share memory, ...
     """
     check_flag(durable, "durable")
-    progress = check_progress(progress)
-    check_tensors(tensors, metadata)
+    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
+    tensors, metadata = check_tensors(tensors, metadata, **rules)
     path = encode_path(filename)
     with _disable_current_modes():
-        plan = _plan(tensors, metadata, path)
+        plan = _plan(tensors, metadata, path, **rules)
         write(plan, progress, plan.start_file, path, durable)
 
 
 @opaque
 def save(
-    tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None, *, progress: Progress = None
+    tensors: dict[str, torch.Tensor],
+    metadata: Optional[dict[str, str]] = None,
+    *,
+    force_contiguous: bool = False,
+    shared: str = "error",
+    progress: Progress = None,
 ) -> bytes:
     """Saves tensors as the bytes of a safetensors file.
 
     Args:
         tensors: as for save_file.
         metadata: as for save_file.
+        force_contiguous: as for save_file.
+        shared: as for save_file.
         progress: as for save_file.
 
     Returns:
@@ -332,10 +357,10 @@ def save(
         >>> load(save({"x": torch.arange(3)}))
         {'x': tensor([0, 1, 2])}
     """
-    progress = check_progress(progress)
-    check_tensors(tensors, metadata)
+    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
+    tensors, metadata = check_tensors(tensors, metadata, **rules)
     with _disable_current_modes():
-        plan = _plan(tensors, metadata, b"")
+        plan = _plan(tensors, metadata, b"", **rules)
         return _buffer.new_bytes(call(plan.size), lambda out: write(plan, progress, plan.start_into, out))
 
 
@@ -349,6 +374,12 @@ def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any)
         raise
 
 
-def _plan(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]], path: bytes) -> Any:
+def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:
+    """What a save takes beside tensors that are contiguous and share no memory, for the native library."""
+    return {"force_contiguous": check_flag(force_contiguous, "force_contiguous"), "shared": check_shared(shared)}
+
+
+def _plan(tensors: Tensors, metadata: Metadata, path: bytes, *, force_contiguous: bool, shared: str) -> Any:
     """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
-    return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path)
+    with unseen():
+        return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path, force_contiguous, shared)

@@ -13,7 +13,7 @@ import torch
 from ._arguments import Path, check_flag, encode_path
 from ._checks import check_text
 from ._dynamo import opaque
-from ._errors import call
+from ._errors import call, shown
 from ._steps import Progress, check_progress, run
 
 
@@ -62,9 +62,9 @@ def edit_metadata(
     if not isinstance(changes, Mapping):
         raise TypeError(f"changes must map keys to str or None, not {type(changes).__name__}")
     for key, value in changes.items():
-        check_text(key, f"the metadata key {key!r}")
+        check_text(key, f"the metadata key {shown(key)}")
         if value is not None:
-            check_text(value, f"the metadata value of {key!r}")
+            check_text(value, f"the metadata value of {shown(key)}")
     if in_place is not None:
         check_flag(in_place, "in_place")
     if not isinstance(reserve, int) or isinstance(reserve, bool):

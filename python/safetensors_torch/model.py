@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ._arguments import Device, Path, check_flag, encode_path, to_device
+from ._checks import PLAIN_CLASSES, unseen
 from ._dynamo import opaque
-from ._errors import call
+from ._errors import call, shortened
 from ._module_assign import replacements, warn_of_meta
 from ._module_names import ModuleNames, Rename
 from ._ops import save_file
@@ -172,28 +173,22 @@ def save_model(
         >>> sorted(load_file(path))
         ['0.bias', '0.weight', '1.bias']
     """
-    state = ModuleNames(type(model).__name__, prefix, rename).state_in_file(model.state_dict())
-    dropped = call(_tied, _dense(state), [])
-    if dropped:
-        if metadata is not None and not isinstance(metadata, dict):
-            raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
-        metadata = {**dropped, **(metadata or {})}
-        for name in dropped:
-            del state[name]
-    if force_contiguous:
-        state = {name: value.contiguous() if _is_dense(value) else value for name, value in state.items()}
-    path = encode_path(filename)
+    names = ModuleNames(type(model).__name__, prefix, rename)
+    state, path = names.state_in_file(model.state_dict()), encode_path(filename)
+    options: dict[str, Any] = {
+        "force_contiguous": force_contiguous,
+        "shared": "keep_one",
+        "durable": durable,
+        "progress": progress,
+    }
     try:
         if max_shard_size is None and not os.path.isdir(path):
-            save_file(state, path, metadata=metadata, durable=durable, progress=progress)
+            save_file(state, path, metadata, **options)
         else:
             size = "5GB" if max_shard_size is None else max_shard_size
-            save_sharded(state, path, metadata, max_shard_size=size, durable=durable, progress=progress)
+            save_sharded(state, path, metadata, max_shard_size=size, **options)
     except ValueError as error:
-        # Of the ValueErrors only that of strides: not a UnicodeEncodeError, nor one about what is no dense tensor.
-        if type(error) is not ValueError or not all(map(_is_dense, state.values())):
-            raise
-        if all(value.is_contiguous() for value in state.values()):
+        if not str(error).startswith("You are trying to save a non contiguous tensor"):
             raise
         raise ValueError(
             f"{error} Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
@@ -205,15 +200,18 @@ def _is_dense(value: Any) -> bool:
 
 
 def _dense(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if _is_dense(value)}
+    with unseen():
+        return {name: value for name, value in state.items() if _is_dense(value)}
 
 
 def _refuse_meta(model: nn.Module, state: dict[str, Any]) -> None:
     for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.is_meta and not is_lazy(value):
+        with unseen():
+            is_meta = isinstance(value, torch.Tensor) and value.is_meta and not is_lazy(value)
+        if is_meta:
             raise RuntimeError(
-                f"Cannot load into {type(model).__name__}: its tensor `{name}` is on the meta device and has no"
-                " memory. Pass assign=True, which makes the parameters and buffers of the tensors in the file"
+                f"Cannot load into {type(model).__name__}: its tensor `{shortened(name)}` is on the meta device and"
+                " has no memory. Pass assign=True, which makes the parameters and buffers of the tensors in the file"
             )
 
 
@@ -231,7 +229,7 @@ def _own_state(model: nn.Module) -> dict[str, Any]:
 def _is_checkable(model: nn.Module) -> bool:
     """Whether all that load_state_dict does before its last hooks is to write into the tensors of the module."""
     return all(map(_is_plain_module, model.modules())) and all(
-        not is_lazy(value) and _is_plain_tensor(value.detach()) for value in _own_state(model).values()
+        type(value) in PLAIN_CLASSES and _is_plain_tensor(value.detach()) for value in _own_state(model).values()
     )
 
 
@@ -342,7 +340,8 @@ class _Snapshot:
         tensors = {id(value): value for _, values in self._tables for value in values.values() if value is not None}
         copied = [tensor for tensor in tensors.values() if with_values and not is_lazy(tensor)]
         try:
-            self._values = [(tensor, _copied(tensor)) for tensor in copied]
+            with unseen():
+                self._values = [(tensor, _copied(tensor)) for tensor in copied]
         except (MemoryError, RuntimeError) as error:
             nbytes = sum(tensor.nbytes for tensor in copied)
             raise MemoryError(
@@ -361,7 +360,7 @@ class _Snapshot:
         for table, values in self._tables:
             table.clear()
             table.update(values)
-        with torch.no_grad():
+        with torch.no_grad(), unseen():
             for tensor, value in self._values:
                 try:
                     if not _same_bits(tensor, value):

@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Path, check_flag, encode_path
-from ._checks import check_metadata, check_tensors, check_text
-from ._errors import SafetensorError, call
+from ._checks import check_metadata, check_tensors, check_text, unseen
+from ._errors import SafetensorError, call, shown
 from ._ops import is_traced
 from ._steps import STEP, run
 
@@ -28,20 +28,27 @@ Spec = Union[torch.Tensor, tuple[torch.dtype, Iterable[int]]]
 
 def _empty(name: str, spec: Any) -> torch.Tensor:
     """A tensor without data that has the dtype and the shape of ``spec``."""
-    dtype, shape = (spec.dtype, spec.shape) if isinstance(spec, torch.Tensor) else _pair(name, spec)
+    dtype, shape = _of_tensor(name, spec) if isinstance(spec, torch.Tensor) else _pair(name, spec)
     try:
         sizes = (index(shape),) if isinstance(shape, Integral) else tuple(map(index, shape))
-    except TypeError:
-        raise TypeError(f"tensor {name!r}: a shape is made of ints, not {shape!r}") from None
+    except (TypeError, AttributeError):  # the latter of a nested tensor's shape
+        raise TypeError(f"tensor {shown(name)}: a shape is made of ints, not {shown(shape)}") from None
     if any(size < 0 for size in sizes):
-        raise ValueError(f"tensor {name!r}: the shape {shape!r} has a negative size")
+        raise ValueError(f"tensor {shown(name)}: the shape {shown(shape)} has a negative size")
     return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _of_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    with unseen():
+        if spec.is_nested:
+            raise ValueError(f"tensor {shown(name)}: a nested tensor has no one shape; declare one as (dtype, shape)")
+        return spec.dtype, spec.shape
 
 
 def _pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
     if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
         return spec[0], spec[1]
-    raise TypeError(f"tensor {name!r}: declare it as (dtype, shape), or by a tensor, not by {spec!r}")
+    raise TypeError(f"tensor {shown(name)}: declare it as (dtype, shape), or by a tensor, not by {shown(spec)}")
 
 
 class SafeWriter:
@@ -91,7 +98,7 @@ class SafeWriter:
         if not isinstance(tensors, Mapping):
             raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
         for name in tensors:
-            check_text(name, f"the key {name!r}")
+            check_text(name, f"the key {shown(name)}")
         if metadata is not None:
             check_metadata(metadata)
         path = encode_path(filename)
@@ -128,7 +135,7 @@ class SafeWriter:
         )
 
     def __repr__(self) -> str:
-        return f"<SafeWriter {self._filename!r}, {'closed' if self._open is None else 'open'}>"
+        return f"<SafeWriter {shown(self._filename)}, {'closed' if self._open is None else 'open'}>"
 
     def _native(self) -> Any:
         native = self._open
@@ -151,7 +158,8 @@ class SafeWriter:
         native = self._native()
         check_tensors({name: tensor}, None)
         with _disable_current_modes() if is_traced() else nullcontext():
-            pending = call(native.write, name, tensor, STEP)
+            with unseen():
+                pending = call(native.write, name, tensor, STEP)
             if pending is not None:
                 run(pending, pending.size, None, "save")
 

@@ -24,10 +24,10 @@ from ._arguments import (
     encode_path,
     to_device,
 )
-from ._checks import check_tensors
+from ._checks import check_tensors, unseen
 from ._dynamo import opaque
-from ._errors import call
-from ._ops import Names, bring_in, is_traced, load_file, load_in_steps, select, write
+from ._errors import call, shown
+from ._ops import Names, bring_in, check_rules, is_traced, load_file, load_in_steps, select, write
 from ._steps import STEP, Progress, check_progress
 
 _ops = torch.ops.safetensors_torch
@@ -150,6 +150,8 @@ def save_sharded(
     *,
     max_shard_size: Union[int, str] = "5GB",
     stem: str = "model",
+    force_contiguous: bool = False,
+    shared: str = "error",
     durable: bool = False,
     progress: Progress = None,
 ) -> list[str]:
@@ -167,6 +169,8 @@ def save_sharded(
         max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"); a
             tensor that is larger has a file of its own.
         stem: what the names of the files begin with.
+        force_contiguous: what becomes of tensors that are not contiguous, as for save_file.
+        shared: what becomes of tensors that share memory, as for save_file.
         durable: whether to return only once everything is on the disk, as for save_file.
         progress: who is told how far it is, as for save_file.
 
@@ -185,13 +189,14 @@ def save_sharded(
         ['model.safetensors']
     """
     check_flag(durable, "durable")
-    progress, size = check_progress(progress), parse_size(max_shard_size)
+    progress, rules, size = check_progress(progress), check_rules(force_contiguous, shared), parse_size(max_shard_size)
     if not isinstance(stem, str):
         raise TypeError(f"stem must be a str, not {type(stem).__name__}")
-    check_tensors(tensors, metadata)
+    tensors, metadata = check_tensors(tensors, metadata, **rules)
     entries = {"format": "pt", **(metadata or {})}
     with _disable_current_modes():
-        plan = call(_plan_sharded_save, tensors, entries, encode_path(folder), stem, size)
+        with unseen():
+            plan = call(_plan_sharded_save, tensors, entries, encode_path(folder), stem, size, **rules)
         write(plan, progress, plan.start, durable)
         return call(plan.file_names)
 
@@ -211,8 +216,10 @@ def parse_size(size: Union[int, str]) -> int:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         factor = _UNITS.get(match[2].upper() or "B") if match else None
         if match is None or factor is None:
-            raise ValueError(f"{size!r} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'")
+            raise ValueError(
+                f"{shown(size)} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'"
+            )
         parsed = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
     if not 1 <= parsed < 1 << 63:
-        raise ValueError(f"{size!r} is no size that a file can have: give 1 byte or more, such as '5GB'")
+        raise ValueError(f"{shown(size)} is no size that a file can have: give 1 byte or more, such as '5GB'")
     return parsed

@@ -240,8 +240,7 @@ TEST(model_that_is_not_contiguous) {
 
     const std::string text = ERROR_OF(st::save_model(*module, dir.file("new"), {}, /*force_contiguous=*/false));
     EXPECT_HAS(text, "`weight`");
-    const std::string suffix = " Or leave SaveModelOptions::force_contiguous true, and it is written as if it were.";
-    EXPECT(text.size() > suffix.size() && text.substr(text.size() - suffix.size()) == suffix);
+    EXPECT_HAS(text, "`force_contiguous`");
     EXPECT_EQ(dir.count(), 1U);
 
     // Another error does not give that advice.

@@ -126,3 +126,56 @@ TEST(transfer_options_can_be_set) {
     st::release_transfer_memory();
     EXPECT(st::release_transfer_memory() == 0);
 }
+
+TEST(tensors_that_are_not_contiguous_are_written_if_asked) {
+    const TempDir dir;
+    const at::Tensor matrix = make({30, 20}, at::kFloat, 3);
+    st::Tensors tensors;
+    tensors.insert("transposed", matrix.t());
+    tensors.insert("row", make({5}, at::kLong, 4));
+    st::Tensors packed;
+    packed.insert("transposed", matrix.t().contiguous());
+    packed.insert("row", tensors.at("row"));
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), "`force_contiguous`");
+
+    st::SaveOptions options;
+    options.force_contiguous = true;
+    EXPECT(st::save(tensors, {}, options) == st::save(packed));
+    st::save_file(tensors, dir.file("f"), {}, options);
+    EXPECT(identical(st::load_file(dir.file("f")).at("transposed"), packed.at("transposed")));
+    st::ShardedSaveOptions sharded;
+    sharded.force_contiguous = true;
+    sharded.max_shard_bytes = 100;
+    EXPECT_EQ(st::save_sharded(tensors, dir.file("folder"), {}, sharded).size(), 3U);
+    EXPECT(identical(st::load_sharded(dir.file("folder")).at("transposed"), packed.at("transposed")));
+}
+
+TEST(one_of_the_tensors_that_share_memory_is_written_if_asked) {
+    const TempDir dir;
+    const at::Tensor memory = make({40}, at::kFloat, 5);
+    st::Tensors tensors;
+    tensors.insert("b", memory);
+    tensors.insert("a part", memory.slice(0, 3, 9));
+    tensors.insert("c", memory.view({8, 5}));
+    tensors.insert("other", make({3}, at::kLong, 6));
+    EXPECT_HAS(ERROR_OF(st::save(tensors)), "keep_one");
+
+    st::SaveOptions options;
+    options.shared = st::Shared::keep_one;
+    const st::Metadata metadata{{"c", "the caller's"}};
+    st::save_file(tensors, dir.file("f"), metadata, options);
+    const st::File file(dir.file("f"));
+    EXPECT_EQ(file.keys(), (Names{"b", "other"}));
+    EXPECT(file.metadata() == (st::Metadata{{"a part", "b"}, {"c", "the caller's"}}));
+    EXPECT(identical(file.get_tensor("b"), memory));
+    EXPECT(tensors.size() == 4 && metadata.size() == 1);
+    st::ShardedSaveOptions sharded;
+    sharded.shared = st::Shared::keep_one;
+    st::save_sharded(tensors, dir.file("folder"), metadata, sharded);
+    EXPECT_EQ(st::Checkpoint(dir.file("folder")).keys(), (Names{"b", "other"}));
+
+    tensors.erase("b");
+    tensors.erase("c");
+    tensors.insert("another part", memory.slice(0, 8, 12));
+    EXPECT_HAS(ERROR_OF(st::save(tensors, {}, options)), "entire storage");
+}

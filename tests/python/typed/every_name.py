@@ -8,6 +8,7 @@ marked ``type: ignore``, which mypy --strict refuses where nothing is wrong.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -66,6 +67,7 @@ def use_include_path() -> None:
 def use_load(data: bytes, view: memoryview) -> None:
     assert_type(safetensors_torch.load(data), Tensors)
     safetensors_torch.load(bytearray(data), torch.device("cuda"), copy=False, names=["a"])
+    safetensors_torch.load(io.BytesIO(data))
     safetensors_torch.load(view, dtype=torch.float16, progress=True)
     safetensors_torch.load(data, copy="no")  # type: ignore[arg-type]
 
@@ -111,7 +113,9 @@ def use_reserve_transfer_memory() -> None:
     safetensors_torch.reserve_transfer_memory("64MB")  # type: ignore[arg-type]
 
 
-def use_safe_open(path: Path) -> None:
+def use_safe_open(path: Path, data: bytes) -> None:
+    safetensors_torch.safe_open(memoryview(data))
+    safetensors_torch.safe_open(io.BytesIO(data), device=0)
     with safetensors_torch.safe_open(path, "pt", "cpu", backend="mmap") as file:
         assert_type(file, safetensors_torch.safe_open)
         assert_type(file.keys(), list[str])
@@ -131,13 +135,13 @@ def use_safe_open(path: Path) -> None:
 
 def use_save(tensors: Tensors) -> None:
     assert_type(safetensors_torch.save(tensors), bytes)
-    safetensors_torch.save(tensors, {"format": "pt"}, progress=True)
+    safetensors_torch.save(tensors, {"format": "pt"}, force_contiguous=True, shared="keep_one", progress=True)
     safetensors_torch.save(tensors, {"step": 1})  # type: ignore[dict-item]
 
 
 def use_save_file(tensors: Tensors, path: Path) -> None:
     safetensors_torch.save_file(tensors, path, {"format": "pt"}, durable=True, progress=lambda done, total: None)
-    safetensors_torch.save_file(tensors, path, metadata=None)
+    safetensors_torch.save_file(tensors, path, metadata=None, force_contiguous=True, shared="keep_one")
     safetensors_torch.save_file([*tensors.values()], path)  # type: ignore[arg-type]
 
 
@@ -151,6 +155,7 @@ def use_save_model(model: torch.nn.Module, path: Path) -> None:
 def use_save_sharded(tensors: Tensors, folder: Path) -> None:
     assert_type(safetensors_torch.save_sharded(tensors, folder), list[str])
     safetensors_torch.save_sharded(tensors, folder, {"format": "pt"}, max_shard_size=10**9, stem="model", durable=True)
+    safetensors_torch.save_sharded(tensors, folder, force_contiguous=True, shared="keep_one")
     safetensors_torch.save_sharded(tensors, folder, stem=None)  # type: ignore[arg-type]
 
 
