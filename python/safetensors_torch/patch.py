@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Callable, Optional
 
-from ._arguments import Device, Path
+from ._arguments import Device
 from ._dynamo import opaque
 from ._errors import SafetensorError
 from .safe_open import _FRAMEWORKS, safe_open
@@ -105,7 +105,7 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
     See safetensors_torch.safe_open.
     """
 
-    def __new__(cls, filename: Path, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> Any:
+    def __new__(cls, filename: Any, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> Any:
         if framework in _FRAMEWORKS:
             return super().__new__(cls)
         # Which refuses what is no framework in its own words. Older ones know no backend.

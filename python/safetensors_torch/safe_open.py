@@ -1,4 +1,4 @@
-"""safe_open: an open safetensors file, read tensor by tensor or slice by slice.
+"""safe_open: an open safetensors file, or one in memory, read tensor by tensor or slice by slice.
 
 Owns the Python face of the native class File and of a slice. It reads nothing itself and computes no offset: _index
 makes one range for each dimension of an index, and File knows the bytes behind those.
@@ -6,19 +6,35 @@ makes one range for each dimension of an index, and File knows the bytes behind 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Callable, NoReturn, Optional
 
 import torch
 
-from ._arguments import Device, Path, to_device
-from ._errors import SafetensorError, call
+from . import _buffer
+from ._arguments import Device, to_device
+from ._errors import SafetensorError, call, shortened, shown
 from ._index import bounding_box
-from ._ops import open_file
+from ._ops import open_bytes, open_file
 from ._steps import run
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
+
+
+def _is_contents(filename: Any) -> bool:
+    """Whether this is not the name of a file, but what one holds, or an open file."""
+    if isinstance(filename, bytes):
+        # Either may be bytes: every file has a null byte among its first eight, and no name has one.
+        return b"\0" in filename[:8]
+    if isinstance(filename, (str, os.PathLike)):
+        return False
+    try:
+        memoryview(filename).release()
+    except TypeError:
+        return hasattr(filename, "readinto")
+    return True
 
 
 def _name(name: Any) -> str:
@@ -31,7 +47,7 @@ def _name(name: Any) -> str:
 
 def _absent(name: str) -> SafetensorError:
     """The text by which programs know the error: without the file, which the native one names."""
-    return SafetensorError(f"File does not contain tensor {name}")
+    return SafetensorError(f"File does not contain tensor {shortened(name)}")
 
 
 def _of(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
@@ -60,11 +76,13 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     forked from this one; to pickle or copy it is a TypeError.
 
     Args:
-        filename: the file; str, bytes or os.PathLike.
+        filename: the file; str, bytes or os.PathLike. Or the contents of one, as load takes them: bytes, another object
+            with the buffer protocol, which stays exported while this is open or a slice of it is there, or an open
+            file, which is read to its end. Tensors are then copies.
         framework: "pt", "torch" or "pytorch", which all mean torch.
         device: where tensors shall be, as for load_file.
         backend: "mmap" or "pread", as for load_file. With "mmap", two reads of one tensor share memory; with
-            "pread" never.
+            "pread" never. No matter for contents.
 
     Raises:
         SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend.
@@ -77,16 +95,29 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         ['weight'] tensor([3., 5.])
     """
 
-    def __init__(self, filename: Path, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> None:
+    def __init__(self, filename: Any, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> None:
         if framework not in _FRAMEWORKS:
             raise SafetensorError(
-                f"framework {framework!r} is invalid: this library is for torch (one of"
+                f"framework {shown(framework)} is invalid: this library is for torch (one of"
                 f" {', '.join(map(repr, _FRAMEWORKS))}); the package safetensors serves the others"
             )
         self._device = to_device(device)
-        self._backend = backend
-        self._filename = filename
-        self._open: Optional[Any] = open_file(filename, backend)
+        is_contents = _is_contents(filename)
+        self._title = type(filename).__name__ if is_contents else shown(filename)
+        # Whether tensors are views of a mapping.
+        self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
+        # What keeps contents in memory where they are.
+        self._view: Optional[memoryview] = None
+        self._open: Optional[Any] = None
+        if is_contents:
+            data, view = _buffer.exported(filename)
+            try:
+                self._open, self._view = open_bytes(data), view
+            except BaseException:
+                view.release()  # the traceback would keep it
+                raise
+        else:
+            self._open = open_file(filename, backend)
 
     def __enter__(self) -> safe_open:
         self._file()
@@ -99,7 +130,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         traceback: Optional[TracebackType],
     ) -> None:
         # Not File.close(): slices share the File, and the last of them closes it.
-        self._open = None
+        self._open = self._view = None
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses to be pickled or copied: another process may find another file at the path."""
@@ -110,7 +141,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 
     def __repr__(self) -> str:
         state = "closed" if self._open is None else "open"
-        return f"<safe_open {self._filename!r} on {self._device}, {state}>"
+        return f"<safe_open {self._title} on {self._device}, {state}>"
 
     def _file(self) -> Any:
         file = self._open
@@ -155,7 +186,10 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: no such tensor, or the file is closed.
         """
-        return _of(self._file(), _name(name), lambda file, name: PySafeSlice(file, name, self._device, self._backend))
+        return _of(self._file(), _name(name), self._slice)
+
+    def _slice(self, file: Any, name: str) -> PySafeSlice:
+        return PySafeSlice(file, name, self._device, self._is_mapped, self._view)
 
     def __contains__(self, name: object) -> bool:
         file = self._file()
@@ -171,17 +205,22 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 class PySafeSlice:
     """A tensor in an open file, to be read in part: ``[index]`` gives what the tensor itself would give.
 
-    With the backend "pread", and on other devices than the CPU, an index of ints, slices, ``...``, None and bools reads
-    only the bytes that it selects. A list of ints or a tensor beside those takes its dimensions whole, the other items
-    narrow theirs all the same. Any other index (a list of lists, an array) reads the whole tensor first.
+    With the backend "pread", from memory, and on other devices than the CPU, an index of ints, slices, ``...``, None
+    and bools reads only the bytes that it selects. A list of ints or a tensor beside those takes its dimensions whole;
+    the other items still narrow theirs. Any other index (a list of lists, an array) reads the whole tensor first.
     """
 
-    def __init__(self, file: Any, name: str, device: torch.device, backend: str) -> None:
+    def __init__(
+        self, file: Any, name: str, device: torch.device, is_mapped: bool, view: Optional[memoryview] = None
+    ) -> None:
         self._file = file
         self._name = name
         self._device = device
-        self._backend = backend
-        self._shape: list[int] = call(file.shape, name)
+        self._is_mapped = is_mapped
+        self._view = view
+        self._shape: list[int]
+        self._dtype: str
+        self._shape, self._dtype = call(file.shape_and_dtype, name)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses to be pickled or copied, as the handle does."""
@@ -191,15 +230,15 @@ class PySafeSlice:
         )
 
     def __repr__(self) -> str:
-        return f"<slice of {self._name!r}: {self.get_dtype()} {self._shape}>"
+        return f"<slice of {shown(self._name)}: {self._dtype} {self._shape}>"
 
     def get_shape(self) -> list[int]:
         """The shape in the header, in elements. For F4 the last dimension is twice that of torch's packed dtype."""
-        return list(self._shape)
+        return self._shape[:]
 
     def get_dtype(self) -> str:
         """The dtype's code in the header, such as "F32"."""
-        return call(self._file.dtype, self._name)
+        return self._dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """The part that ``index`` selects, on the device of the handle that this slice was taken from.
@@ -208,7 +247,7 @@ class PySafeSlice:
             IndexError, ValueError, TypeError: what torch raises for this index and shape.
             SafetensorError: torch has no such dtype, or the file shrank meanwhile.
         """
-        if self._backend == "mmap" and self._device.type == "cpu":
+        if self._is_mapped:
             # A view of the mapping: only the pages that it touches are read.
             return call(self._file.get_tensor, self._name, self._device)[index]
         like = call(self._file.get_tensor, self._name, torch.device("meta"))

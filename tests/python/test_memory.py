@@ -123,19 +123,41 @@ def test_another_file_of_the_same_size_is_no_shortcut(tmp_path: Path) -> None:
             assert all(bool((tensor == value).all()) for tensor in loaded.values())
 
 
-@pytest.mark.skipif(
+HUGE = 2**42
+memory_has_an_end = pytest.mark.skipif(
     Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1", reason="this machine promises any memory"
 )
-def test_more_memory_than_there_is(tmp_path: Path) -> None:
-    size = 2**42
-    header = b'{"huge":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Path:
+    """A file with a tensor of more bytes than there is memory."""
+    header = b'{"huge":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (HUGE // 4, HUGE)
+    header += b" " * (-len(header) % 8)
     path = tmp_path / "huge"
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
-    with pytest.raises(MemoryError, match=f"{size} bytes"):
-        load_file(path, backend="pread")
-    assert load_file(path, prefault=False)["huge"].shape == (size,), "mapped, it takes none"
+        file.truncate(8 + len(header) + HUGE)
+    return path
+
+
+@memory_has_an_end
+def test_more_memory_than_there_is(huge: Path) -> None:
+    with pytest.raises(MemoryError, match=f"{HUGE} bytes"):
+        load_file(huge, backend="pread")
+    assert load_file(huge, prefault=False)["huge"].shape == (HUGE // 4,), "mapped, it takes none"
+
+
+@memory_has_an_end
+def test_more_memory_than_there_is_for_a_part_or_a_copy(huge: Path) -> None:
+    with safe_open(huge, backend="pread") as file:
+        assert file.get_slice("huge")[:3].tolist() == [0, 0, 0]
+        with pytest.raises(MemoryError, match=f"slice of tensor 'huge' of {HUGE - 4} bytes"):
+            file.get_slice("huge")[1:]
+        with pytest.raises(MemoryError, match=f"{HUGE} bytes"):
+            file.get_tensor("huge")
+    with pytest.raises(MemoryError, match=f"tensor 'huge' of {HUGE // 2} bytes"):
+        load_file(huge, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -6,6 +6,7 @@ The cases are the same in every run; a failure names the seed of its case.
 from __future__ import annotations
 
 import random
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,14 @@ def test_a_part_has_memory_of_its_own_size(sparse: Callable[[int], Path]) -> Non
     with safe_open(sparse(4096), backend="pread") as file:
         part = file.get_slice("a")[5, ::2]
     assert part.untyped_storage().nbytes() == part.nbytes == 8 * KIB
+
+
+def test_shape_and_dtype_take_no_longer_than_the_reference(reference: Any, path: Path) -> None:
+    """The best of many rounds, one after the other, so that what else runs on the machine slows both."""
+    with safe_open(path) as ours, reference.safe_open(path, "pt") as theirs:
+        slices = ours.get_slice("weight"), theirs.get_slice("weight")
+        for name in ("get_shape", "get_dtype"):
+            methods = [getattr(part, name) for part in slices]
+            rounds = [[timeit.timeit(method, number=2000) for method in methods] for _ in range(25)]
+            mine, reference_s = (min(times) for times in zip(*rounds))
+            assert mine < 1.5 * reference_s, f"{name}: {mine / reference_s:.2f}"
