@@ -49,8 +49,8 @@ class ModuleNames:
             renamed = self.in_file(name)
             if renamed in result:
                 raise ValueError(
-                    f"two tensors of {self._class_name} are called {shortened(renamed)} by `rename`, `{shortened(name)}` and one before it:"
-                    " give each its own name"
+                    f"two tensors of {self._class_name} are called {shortened(renamed)} by `rename`,"
+                    f" `{shortened(name)}` and one before it: give each its own name"
                 )
             result[renamed] = value
         return result
