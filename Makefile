@@ -97,7 +97,7 @@ C_LIBS_PRIVATE :=
 install: out/library.stamp out/core.stamp
 endif
 
-# The library says itself what it was built for: safetensors_torch built for torch 2.11.0, C++ ABI 1
+# The library says itself what it was built for: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
 BUILT_FOR = $(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED))
 
 install:

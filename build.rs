@@ -9,6 +9,8 @@ fn main() {
     // same, by what [package.metadata.capi.library] has in Cargo.toml.
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
+    // Never unloaded: threads of the library may be in its code at a dlclose, and torch has its operators.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     #[cfg(feature = "bridge")]
     bridge::build();
 }

@@ -39,7 +39,8 @@ function(safetensors_torch_add_layer root problem)
   target_link_libraries(safetensors_torch
     PUBLIC SafetensorsTorch::torch
     PRIVATE "${root}/lib/libsafetensors_torch.a" pthread dl m)
-  target_link_options(safetensors_torch PRIVATE ${exported} "-Wl,--version-script=${script}" -Wl,--gc-sections)
+  target_link_options(safetensors_torch PRIVATE ${exported} "-Wl,--version-script=${script}" -Wl,--gc-sections
+    -Wl,-z,nodelete)
   set_target_properties(safetensors_torch PROPERTIES
     UNITY_BUILD OFF
     CXX_CLANG_TIDY ""

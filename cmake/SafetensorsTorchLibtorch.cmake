@@ -59,7 +59,7 @@ Upgrade it, or name another with -DLIBTORCH=DIR." PARENT_SCOPE)
     endif()
     return()
   endif()
-  file(STRINGS "${shared}" text REGEX "safetensors_torch built for torch " LIMIT_COUNT 1)
+  file(STRINGS "${shared}" text REGEX "safetensors_torch [0-9.]+ built for torch " LIMIT_COUNT 1)
   if(NOT text MATCHES "built for torch ([0-9]+\\.[0-9]+)([^,]*), C\\+\\+ ABI ([01])")
     set(${problem} "the installation is not complete: ${shared} does not say which torch it was built for. \
 Install safetensors-torch again" PARENT_SCOPE)

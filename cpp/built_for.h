@@ -1,9 +1,9 @@
-// Which torch this library was compiled for.
+// The version of this library, and which torch it was compiled for.
 #pragma once
 
 namespace safetensors_torch {
 
-// Such as "safetensors_torch built for torch 2.11.0, C++ ABI 1". The CMake package finds this text in the library's
+// Such as "safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1". The CMake package finds this text in the library's
 // file and compares it with the torch of the program, so it stands in a file of its own, where no compiler takes it
 // apart.
 extern const char built_for[];

@@ -1,6 +1,11 @@
 // The ops: their schemas in one block, their kernels above it. The schemas are the C++ ABI of this library.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <cstdio>
+#include <exception>
+#include <optional>
 
 #include "cpp/built_for.h"
 #include "cpp/checkpoint.h"
@@ -192,10 +197,13 @@ int64_t release_transfer_memory_op() {
     return guarded([&] { return Ring::of_process().release(); });
 }
 
-std::string torch_version_op() {
+std::tuple<std::string, std::string> built_for_op() {
     const std::string text = built_for;
-    const auto start = text.rfind("torch ") + std::string("torch ").size();
-    return text.substr(start, text.rfind(", ") - start);
+    const auto between = [&text](const std::string& before, const std::string& after) {
+        const auto start = text.find(before) + before.size();
+        return text.substr(start, text.find(after, start) - start);
+    };
+    return {between("safetensors_torch ", " built"), between("for torch ", ", ")};
 }
 
 int64_t transfer_memory_op() { return Ring::of_process().bytes(); }
@@ -205,10 +213,8 @@ c10::FunctionSchema effectful(const char* schema) {
     return torch::schema(schema, c10::AliasAnalysisKind::CONSERVATIVE);
 }
 
-}  // namespace
-
 // Kernels stand under CompositeExplicitAutograd: ops without a tensor argument have no other key to be found by.
-TORCH_LIBRARY(safetensors_torch, library) {
+void define(torch::Library& library) {
     const auto key = c10::DispatchKey::CompositeExplicitAutograd;
     // Before File, whose methods return them.
     register_pending_loads(library);
@@ -288,9 +294,31 @@ TORCH_LIBRARY(safetensors_torch, library) {
                 torch::dispatch(key, reserve_transfer_memory_op));
     library.def(effectful("_release_transfer_memory() -> int"), torch::dispatch(key, release_transfer_memory_op));
     library.def(effectful("_transfer_memory() -> int"), torch::dispatch(key, transfer_memory_op));
-    library.def("_torch_version() -> str", torch::dispatch(key, torch_version_op));
+    library.def("_built_for() -> (str version, str torch)", torch::dispatch(key, built_for_op));
     library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
                 torch::dispatch(key, last_error));
 }
 
+// Registers the ops with torch, when the library is loaded, unless another copy of it has: the Python package's layer
+// in a program that is linked to libsafetensors_torch.so, say. All copies use those of the first one; whether they are
+// of the same version, the C++ header and the Python package ask at their first call. In place of TORCH_LIBRARY, which
+// ends the process then.
+bool register_ops() noexcept {
+    try {
+        if (c10::Dispatcher::singleton().findSchema({"safetensors_torch::load_file", ""})) {
+            return false;
+        }
+        // Never destroyed: when the process ends, threads may still be in an op.
+        define(*new torch::Library(torch::Library::DEF, "safetensors_torch", std::nullopt, __FILE__, __LINE__));
+        return true;
+    } catch (const std::exception& error) {
+        // The first call says which operator is missing.
+        std::fprintf(stderr, "safetensors_torch: its operators could not be registered: %s\n", error.what());
+        return false;
+    }
+}
+
+[[maybe_unused]] const bool is_registered = register_ops();
+
+}  // namespace
 }  // namespace safetensors_torch

@@ -33,14 +33,24 @@ using OptionalStrings = std::optional<Strings>;
     throw Error(std::move(message), kind, code, 0);
 }
 
-// Objects of torch's classes pass between the program and the library, so both must be compiled for one torch. The
-// CMake package sees to that; this is for those who build without it.
-inline void check_torch() {
-    const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_torch_version", ""});
+// Fails if the operators are not those of the library that the program is linked to, or of another torch.
+//
+// Of several copies of the library in a process, the first one has the operators. And objects of torch's classes pass
+// between the program and the library, so both must be compiled for one torch: the CMake package sees to that, and this
+// is for those who build without it.
+inline void check_library() {
+    using BuiltFor = std::tuple<std::string, std::string>();
+    const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_built_for", ""});
     if (!op) {
         return;  // a library that has no operators at all: find_op says so
     }
-    const std::string built_for = op->typed<std::string()>().call();
+    const auto [version, built_for] = op->typed<BuiltFor>().call();
+    if (version != sft_version()) {
+        fail(std::string("this program is linked to libsafetensors_torch ") + sft_version() +
+                 ", but another copy of it, version " + version +
+                 ", was loaded before (the Python package has one): use the same version of both",
+             ErrorKind::runtime);
+    }
     const std::string series = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + ".";
     if (built_for.compare(0, series.size(), series) != 0) {
         fail(std::string("this libsafetensors_torch (") + sft_version() + ") was built for torch " + built_for +
@@ -56,7 +66,7 @@ inline void check_torch() {
 inline c10::OperatorHandle find_op(const char* name) {
     static std::atomic<bool> is_checked{false};
     if (!is_checked.load(std::memory_order_relaxed)) {
-        check_torch();
+        check_library();
         is_checked.store(true, std::memory_order_relaxed);
     }
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});

@@ -16,10 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+PROJECT = "safetensors-torch"
 NATIVE = Path(__file__).resolve().parent / "native"
 # Written last by setup.py: a digest of all that goes into the compilation.
 FINGERPRINT = "fingerprint"
@@ -46,9 +48,21 @@ def include_dirs(native: Path) -> list[str]:
 
 
 def link_flags(native: Path) -> list[str]:
-    """What the library is linked from and how: the core's symbols stay inside, and no library is named in vain."""
+    """What the library is linked from and how: the core's symbols stay inside, and no library is named in vain.
+
+    It is never unloaded: torch has its operators, and threads may be in its code.
+    """
     archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
-    return [*archives, "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,--as-needed", "-lpthread", "-ldl", "-lm"]
+    return [
+        *archives,
+        "-Wl,--exclude-libs,ALL",
+        "-Wl,--gc-sections",
+        "-Wl,--as-needed",
+        "-Wl,-z,nodelete",
+        "-lpthread",
+        "-ldl",
+        "-lm",
+    ]
 
 
 def ensure_loaded() -> None:
@@ -78,18 +92,19 @@ def _torch_version() -> tuple[int, ...]:
 
 
 def _registered() -> bool:
-    """Whether a library of this project is loaded: a second one would end the process when it registers its ops."""
+    """Whether a library of this project is loaded, as by a C++ extension; its operators serve this package too.
+
+    Raises:
+        ImportError: it is of another version.
+    """
     namespace = torch.ops.safetensors_torch
     if not hasattr(namespace, "load_file"):
         return False
-    needed = ("load", "save_file", "get_tensor", "_load_file_lists", "_load_lists", "_plan_save", "_check_save")
-    if not all(
-        hasattr(namespace, name)
-        for name in (*needed, "_tied", "_open_bytes", "_open_checkpoint", "_transfer_options", "_last_error")
-    ):
+    loaded, own = namespace._built_for()[0] if hasattr(namespace, "_built_for") else "unknown", version(PROJECT)
+    if loaded != own:
         raise ImportError(
-            "another version of the safetensors_torch library is loaded in this process, and lacks operators that this"
-            " package needs. Use one version of both, or import safetensors_torch first"
+            f"another version of the safetensors_torch library is loaded in this process: {loaded}, and this package is"
+            f" {own}. Use the same version of both"
         )
     return True
 

@@ -52,3 +52,12 @@ run() {
 
 run shared -L"$library" -lsafetensors_torch -lpthread -Wl,-rpath,"$work"
 run static "$library/libsafetensors_torch.a" -lgcc_s -lutil -lrt -lpthread -lm -ldl
+
+# Loaded and unloaded while it runs.
+# shellcheck disable=SC2086 # as above
+${CC:-cc} -std=c11 -D_DEFAULT_SOURCE -g -O1 -Wall -Wextra -Werror ${CFLAGS:-} $sanitize -I"$here/../../include" \
+    -c "$here/unload/unload.c" -o "$work/unload.o"
+# shellcheck disable=SC2086 # as above
+${CC:-cc} ${CFLAGS:-} "$work/unload.o" -o "$work/unload" $sanitize_link -lpthread -ldl
+mkdir "$work/files"
+"$work/unload" "$library/libsafetensors_torch.so" "$work/files"

@@ -262,6 +262,44 @@ def test_ops_of_another_version_are_reported() -> None:
     assert "another version" in stdout
 
 
+OTHER = re.sub("[0-9]", "9", safetensors_torch.__version__)
+
+
+def other_version(folder: Path) -> Path:
+    """A copy of the shipped library that says it is of version OTHER."""
+    copy = folder / "other.so"
+    said = f"safetensors_torch {safetensors_torch.__version__} built".encode()
+    blob = SHIPPED.read_bytes()
+    assert blob.count(said) == 1
+    copy.write_bytes(blob.replace(said, f"safetensors_torch {OTHER} built".encode()))
+    return copy
+
+
+@needs_shipped
+def test_a_library_of_another_version_is_reported(tmp_path: Path) -> None:
+    load_first = f"""
+    import torch
+    torch.ops.load_library({str(other_version(tmp_path))!r})
+    """
+    status, stdout, stderr = outcome(start(load_first + REPORT))
+    assert (status, stderr) == (0, "")
+    assert f"{OTHER}, and this package is {safetensors_torch.__version__}" in stdout
+
+
+@needs_shipped
+def test_a_second_copy_leaves_the_operators_alone(tmp_path: Path) -> None:
+    """As a C++ extension brings one, before or after the import."""
+    copy = shutil.copy(SHIPPED, tmp_path / "libsafetensors_torch_copy.so")
+    load = f"""
+    import torch
+    torch.ops.load_library({str(copy)!r})
+    """
+    for program in (USE + load + USE, load + USE):
+        status, stdout, stderr = outcome(start(program))
+        assert (status, stderr) == (0, "")
+        assert str(copy) in said(stdout, "mapped")
+
+
 REPORT = """
     try:
         import safetensors_torch
@@ -349,6 +387,7 @@ def expect_portable(library: Path) -> None:
     assert {"libc10.so", "libtorch_cpu.so"} <= set(needed)
     assert [name for name in needed if not ALLOWED.fullmatch(name)] == []
     assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic) == []
+    assert re.search(r"\(FLAGS_1\).*NODELETE", dynamic), "a dlclose would unload it"
     undefined = tool("nm", "--dynamic", "--undefined-only", str(library)).split()
     assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
 

@@ -51,10 +51,12 @@ int main(int argc, char** argv) {
     sft_file_free(handle);
 
     // The torch that the library was compiled for is the one that this program was compiled with.
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("safetensors_torch::_torch_version", "").typed<std::string()>();
-    check(op.call() == TORCH_VERSION, "the library was built for this torch");
+    const auto [version, torch] = c10::Dispatcher::singleton()
+                                      .findSchemaOrThrow("safetensors_torch::_built_for", "")
+                                      .typed<std::tuple<std::string, std::string>()>()
+                                      .call();
+    check(version == sft_version() && torch == TORCH_VERSION, "the library was built for this torch");
     std::cout << "C++: " << (failures == 0 ? "all well" : "failed") << ", library " << sft_version() << ", torch "
-              << op.call() << "\n";
+              << torch << "\n";
     return failures == 0 ? 0 : 1;
 }
