@@ -182,8 +182,9 @@ class ModuleRef {
 /// module is as it was. If reading fails later, or Progress throws, it is filled in part. No gradient is recorded.
 ///
 /// Throws Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
-/// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device;
-/// two tensors for which `rename` gives one name.
+/// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device,
+/// or with a storage that is too small for it; an inference tensor, outside of InferenceMode; two tensors for which
+/// `rename` gives one name.
 inline LoadResult load_model(ModuleRef module, const std::string& path, const LoadModelOptions& options = {}) {
     return detail::load_model(*module, path, options);
 }

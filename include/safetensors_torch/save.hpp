@@ -21,8 +21,9 @@ namespace safetensors_torch {
 /// order. Nothing is added to `metadata`, except by Shared::keep_one.
 ///
 /// Throws Error before anything is written: a sparse tensor; tensors that share memory, and one that is not
-/// contiguous, unless `options` say otherwise; a meta tensor; a dtype that the format does not have; the name
-/// `__metadata__`; names or metadata that are not UTF-8. And when the operating system refuses.
+/// contiguous, unless `options` say otherwise; a meta tensor; a storage that is too small for its tensor; a dtype that
+/// the format does not have; the name `__metadata__`; names or metadata that are not UTF-8. And when the operating
+/// system refuses.
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
                       const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, path, options);

@@ -33,7 +33,8 @@ enum class Backend {
 
 /// Is told of the bytes that are done and the bytes in all, some ten times a second and at the end, on the thread that
 /// loads or saves. What is mapped is no work: a load that maps everything tells (0, 0). What it throws ends the load or
-/// save, and reaches the caller; when `done` is `total`, the file is complete already.
+/// save, and reaches the caller; when `done` is `total`, the file is complete already. It must not free or resize the
+/// memory of the tensors: the load or save fails then.
 using Progress = std::function<void(int64_t done, int64_t total)>;
 
 /// Whether a tensor of this name is wanted.

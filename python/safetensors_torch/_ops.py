@@ -304,7 +304,7 @@ def save_file(
         ValueError: not a dict of tensors, a tensor that is sparse, nested, not contiguous, or without a shape (lazy
             modules); another word for ``shared``.
         RuntimeError: tensors that share memory, with "keep_one" if none of them covers it; a tensor on the meta device
-            or a fake one.
+            or a fake one; one whose storage is too small for it, or is resized during the save.
         TypeError: a key, or a metadata key or value, that is no str.
         UnicodeEncodeError: one of those with a lone surrogate.
         SafetensorError: a dtype that the format has not, a tensor without memory of its own (a wrapper subclass such as

@@ -91,7 +91,8 @@ def load_model(
 
     Raises:
         RuntimeError: a shape that does not fit; missing or unexpected names with strict; a tensor on the meta
-            device; shared memory that none of its names covers.
+            device; one whose storage is too small for it, or is resized during the load; an inference tensor, outside
+            of inference mode; shared memory that none of its names covers.
         ValueError: two tensors for which rename returns one name.
         MemoryError: not enough memory for the backup.
         SafetensorError, OSError, ValueError: what load_file raises, and load_sharded.
