@@ -18,6 +18,21 @@ const SIGNATURES: &[(&[u8], &str, &str)] = &[
     (b"%PDF", "a PDF document", "check the file name"),
 ];
 
+/// What texts begin with that servers answer instead of a file, in lower case. Those of the Hugging Face hub, then GitHub's.
+const ANSWERS: &[&[u8]] = &[
+    b"entry not found",
+    b"repository not found",
+    b"revision not found",
+    b"invalid username or password",
+    b"invalid credentials",
+    b"access to model ",
+    b"access to dataset ",
+    b"not found",
+    b"404: not found",
+    b"unauthorized",
+    b"forbidden",
+];
+
 /// The error for a file that begins with `start` and is of another format; `None` if it is none of those known.
 pub(crate) fn recognise(start: &[u8]) -> Option<Error> {
     let (what, remedy) = identify(start)?;
@@ -32,7 +47,14 @@ fn identify(start: &[u8]) -> Option<(&'static str, &'static str)> {
         }
     }
     let text = start.trim_ascii_start();
-    let head: Vec<u8> = text.iter().take(16).map(u8::to_ascii_lowercase).collect();
+    let head: Vec<u8> = text.iter().take(32).map(u8::to_ascii_lowercase).collect();
+    if ANSWERS.iter().any(|answer| head.starts_with(answer)) {
+        return Some((
+            "a server's answer in place of the file",
+            "it has no such file or refuses to send it: open this one in an editor, check the address and the access \
+             token, and fetch it again",
+        ));
+    }
     if head.starts_with(b"<!doctype html") || head.starts_with(b"<html") {
         return Some((
             "an HTML page",
@@ -70,6 +92,10 @@ mod tests {
             (b"PK\x03\x04rest", "torch.load"),
             (b"{\"error\":\"not found\"}", "JSON without"),
             (b"GGUF\x03\0\0\0", "GGUF"),
+            (b"Entry not found", "a server's answer in place of the file"),
+            (b"Invalid username or password.", "access token"),
+            (b"404: Not Found", "fetch it again"),
+            (b"Access to model a/b is restricted and you are not in the authorized list.", "access token"),
         ] {
             let message = recognise(start).expect("known").to_string();
             assert!(message.contains(expected), "{message}");

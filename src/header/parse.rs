@@ -15,7 +15,8 @@ use crate::json::{self, Fault, Skipped, Text, refuse};
 
 pub(super) fn parse(json: &[u8]) -> Result<Header> {
     if json.is_empty() {
-        let detail = "the header length is 0: the file is all zeros so far, or no safetensors file";
+        let detail = "the header length is 0: space was set aside for the file, but it was never written (a download \
+                      that was interrupted?), or it is not a safetensors file; fetch or save it again";
         return Err(Error::new(ErrorKind::HeaderJson, detail));
     }
     let text = std::str::from_utf8(json).map_err(|error| {
@@ -35,7 +36,16 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
     // Serde's errors are texts; a fault that has a kind of its own is put down here on the way out.
     let fault = RefCell::new(None);
     json::read_object(text, &fault, HeaderVisitor { header: &mut header, fault: &fault }, |error| {
-        Error::new(ErrorKind::HeaderJson, format!("the header is not valid: {error}"))
+        let fault = match text.trim_end_matches('\0') {
+            "" => "the header is all zeros: space was set aside for the file, but it was never written (a download that \
+                   was interrupted?); fetch or save it again"
+                .to_string(),
+            rest if rest.len() < text.len() => "the header is padded with NUL bytes: the format pads with spaces; replace \
+                                                the NUL bytes with spaces (0x20), or save the file with another program"
+                .to_string(),
+            _ => format!("the header is not valid: {error}"),
+        };
+        Error::new(ErrorKind::HeaderJson, fault)
     })?;
     Ok(header)
 }

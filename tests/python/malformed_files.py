@@ -113,7 +113,6 @@ def documents() -> list[Malformed]:
         ("unterminated-string", b'{"weight'),
         ("missing-colon", good.replace(b'"weight":', b'"weight" ')),
         ("missing-comma", good.replace(b',"shape"', b' "shape"')),
-        ("null-padded", good + bytes(8)),
         ("null-byte-first", bytes(1) + good),
         ("control-character-in-name", good.replace(b"weight", b"wei\nght")),
         ("bad-escape", good.replace(b"weight", b"wei\\qght")),
@@ -132,6 +131,10 @@ def documents() -> list[Malformed]:
         ("nested-10000-unterminated-in-unknown-field", one('{"note":' + "[" * 10_000 + "}")[8:-4]),
     ]
     cases = [Malformed(f"json-{name}", framed(header, four), r"(?i)JSON|header|tensor \"") for name, header in headers]
+    cases += [
+        Malformed("json-null-padded", framed(good + bytes(8), four), r"padded with NUL bytes.*spaces"),
+        Malformed("json-all-null", framed(bytes(len(good)), four), r"all zeros.*never written"),
+    ]
     utf8: list[tuple[str, bytes]] = [
         ("invalid-byte", good.replace(b"weight", b"wei\xffght")),
         ("cut-sequence", good.replace(b"weight", b"wei\xe2\x82")),
@@ -329,6 +332,9 @@ def foreign() -> list[Malformed]:
         Malformed("foreign-html", b"<!DOCTYPE html>\n<html><head><title>401</title></head></html>\n", "HTML"),
         Malformed("foreign-html-lower-case", b"<html lang='en'><body>Not Found</body></html>", "HTML"),
         Malformed("foreign-html-after-newlines", b"\n\n  <!doctype html><title>Sign in</title>", "HTML"),
+        Malformed("foreign-entry-not-found", b"Entry not found", "server's answer.*fetch it again"),
+        Malformed("foreign-unauthorized", b"Invalid username or password.", "server's answer.*access token"),
+        Malformed("foreign-not-found", b"404: Not Found", "server's answer"),
         Malformed("foreign-xml", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "(?i)XML|HTML"),
         Malformed("foreign-zip", archive.getvalue(), r"(?i)\bzip\b.*torch"),
         Malformed("foreign-pickle-protocol-2", pickle.dumps(state, protocol=2), "(?i)pickle"),
@@ -340,7 +346,8 @@ def foreign() -> list[Malformed]:
         Malformed("foreign-hdf5", b"\x89HDF\r\n\x1a\n" + bytes(88), r"(?i)HDF5|header"),
         Malformed("foreign-png", b"\x89PNG\r\n\x1a\n" + bytes(88), r"(?i)PNG|header"),
         Malformed("foreign-tar", b"model/".ljust(257, b"\0") + b"ustar\x0000" + bytes(248), r"(?i)tar|header"),
-        Malformed("foreign-text", b"Repository not found. Please check the name.\n", r"(?i)text|header"),
+        Malformed("foreign-text", b"Dear reader, this is a letter and no model.\n", r"(?i)text|header"),
+        Malformed("foreign-no-repository", b"Repository not found. Please check the name.\n", "server's answer"),
         Malformed("foreign-json-error-page", error, r"(?i)JSON|header"),
         Malformed(
             "foreign-index-json", b'{"metadata": {}, "weight_map": {"weight": "x.safetensors"}}', r"(?i)JSON|header"
