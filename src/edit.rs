@@ -265,8 +265,8 @@ fn changed(metadata: Option<&Metadata>, changes: &MetadataChanges) -> Option<Met
 
 fn open_file(source: &TensorFile) -> &OpenFile {
     match source.source() {
-        Source::File(file) | Source::Mapped(_, file) => file,
-        Source::Memory(_) => unreachable!("it was opened by its path"),
+        Source::File(file) => file,
+        Source::Mapped(_) | Source::Memory(_) => unreachable!("it was opened to be read"),
     }
 }
 

@@ -120,7 +120,14 @@ impl Error {
             io::ErrorKind::NotFound => format!("No such file or directory: {}", shown(path)),
             _ => format!("cannot {action} {}: {source}", shown(path)),
         };
-        Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) }
+        let error = Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) };
+        match error.os_error() {
+            Some(libc::EMFILE) => error.with_remedy(&format!(
+                "this process has as many files open as it may ({}): close some, or raise the limit (ulimit -n)",
+                most_open_files()
+            )),
+            _ => error,
+        }
     }
 
     /// The same error, with what there is to know or to do about it.
@@ -160,6 +167,14 @@ impl Error {
     pub fn os_error(&self) -> Option<i32> {
         self.source.as_ref().and_then(io::Error::raw_os_error)
     }
+}
+
+/// How many files this process may have open.
+fn most_open_files() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` lives during the call, which writes to it alone. It cannot fail for a resource that there is.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    limit.rlim_cur
 }
 
 impl fmt::Display for Error {

@@ -18,6 +18,7 @@ use crate::parallel::{self, PARALLEL_BYTES};
 use crate::process::Process;
 use crate::reader::{self, Pace, Transfer};
 use crate::slice::Slice;
+use crate::source::OpenFile;
 
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
 pub const PART_ALIGNMENT: usize = 16;
@@ -72,6 +73,8 @@ pub struct Feed {
 #[derive(Debug)]
 struct Shared {
     file: Arc<TensorFile>,
+    /// What is behind its mapping, while this reads.
+    reopened: Option<OpenFile>,
     /// Whether what was written to a mapping counts.
     shown: bool,
     requests: Vec<Request>,
@@ -175,7 +178,8 @@ impl Feed {
         let chunks = bytes.div_ceil(slab_bytes);
         let extent = || extent(&file, &requests);
         let wanted = threads.unwrap_or_else(|| parallel::threads_for(bytes, chunks));
-        let pace = Pace::of(file.origin(shown), bytes, extent, wanted);
+        let reopened = file.source().reopen(bytes);
+        let pace = Pace::of(file.origin(shown, reopened.as_ref()), bytes, extent, wanted);
         // Whoever says how many threads there shall be means it.
         let threads = if bytes < PARALLEL_BYTES {
             0
@@ -194,6 +198,7 @@ impl Feed {
         };
         let shared = Arc::new(Shared {
             file,
+            reopened,
             shown,
             requests,
             slab_bytes,
@@ -352,7 +357,7 @@ impl Shared {
     ///
     /// `start` must be valid for writes as far as `parts` reach.
     unsafe fn fill(&self, start: *mut u8, parts: &[Part]) -> Result<()> {
-        let origin = self.file.origin(self.shown);
+        let origin = self.file.origin(self.shown, self.reopened.as_ref());
         let mut transfers = Vec::with_capacity(parts.len());
         for part in parts {
             let request = &self.requests[part.request];

@@ -46,7 +46,7 @@ fn native(header: Header) -> Result<Header> {
 
 impl TensorFile {
     /// Opens the file at `path`, reads its header, and checks it against the file's length. The header is read even
-    /// where the data is mapped.
+    /// where the data is mapped. A mapped file is closed again: it needs no descriptor.
     ///
     /// # Errors
     ///
@@ -54,7 +54,13 @@ impl TensorFile {
     /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for;
     /// [`ErrorKind::UnsupportedDtype`] on a big-endian machine, for elements of several bytes.
     pub fn open(path: &Path, backend: Backend) -> Result<TensorFile> {
-        TensorFile::read_header(open_regular(path)?, path, backend)
+        let opened = open_regular(path).map_err(|error| match (error.os_error(), backend) {
+            (Some(libc::EMFILE), Backend::Pread) => {
+                error.with_remedy("or use the backend \"mmap\", which keeps no file open")
+            }
+            _ => error,
+        })?;
+        TensorFile::read_header(opened, path, backend)
     }
 
     /// As [`TensorFile::open`], for the file `name` in a directory that is held. `path` is for the errors.
@@ -78,7 +84,7 @@ impl TensorFile {
         };
         let file = OpenFile { file, path: path.to_path_buf() };
         let source = match backend {
-            Backend::Mmap => Source::mapped(file, length)?,
+            Backend::Mmap => Source::mapped(&file, length)?,
             Backend::Pread => Source::File(file),
         };
         Ok(TensorFile { header, source, path: Some(path.to_path_buf()) })
@@ -120,9 +126,10 @@ impl TensorFile {
         &self.source
     }
 
-    /// How copies are made: of what tensors over the file show, or of what it holds.
-    pub(crate) fn origin(&self, shown: bool) -> Origin<'_> {
-        if shown { self.source.as_shown() } else { self.source.as_stored() }
+    /// How copies are made: of what tensors over the file show, or of what it holds. `reopened` is what
+    /// [`Source::reopen`] returned.
+    pub(crate) fn origin<'a>(&'a self, shown: bool, reopened: Option<&'a OpenFile>) -> Origin<'a> {
+        if shown { self.source.as_shown(reopened) } else { self.source.as_stored(reopened) }
     }
 
     /// The path that the file was opened by; `None` for bytes in memory.
@@ -172,9 +179,9 @@ impl TensorFile {
     }
 
     /// The mapping, if there is one.
-    pub(crate) fn mapped(&self) -> Option<(&Arc<Mapping>, &OpenFile)> {
+    pub(crate) fn mapped(&self) -> Option<&Arc<Mapping>> {
         match &self.source {
-            Source::Mapped(mapping, file) => Some((mapping, file)),
+            Source::Mapped(mapping) => Some(mapping),
             Source::File(_) | Source::Memory(_) => None,
         }
     }
@@ -187,8 +194,10 @@ impl TensorFile {
     /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
     pub fn load_tensors(&self, indices: &[usize]) -> Result<Memory> {
         let (memory, transfers) = self.prepare(indices)?;
+        let reopened = self.source.reopen(bytes_of(&transfers));
+        let origin = self.source.as_stored(reopened.as_ref());
         // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
-        unsafe { reader::read(self.source.as_stored(), transfers) }.map_err(|error| self.locate(error))?;
+        unsafe { reader::read(origin, transfers) }.map_err(|error| self.locate(error))?;
         Ok(memory)
     }
 
@@ -222,8 +231,10 @@ impl TensorFile {
     /// Every destination must be valid for writes of its bytes until the call returns, and no two may overlap.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
         let transfers = self.transfers(requests)?;
+        let reopened = self.source.reopen(bytes_of(&transfers));
+        let origin = self.source.as_shown(reopened.as_ref());
         // SAFETY: as the caller promised.
-        unsafe { reader::read(self.source.as_shown(), transfers) }.map_err(|error| self.locate(error))
+        unsafe { reader::read(origin, transfers) }.map_err(|error| self.locate(error))
     }
 
     /// What is to be read for `requests`, whose sizes are checked.
@@ -267,9 +278,11 @@ impl TensorFile {
             return Err(self.wrong_size(tensor.name, slice.nbytes(), length));
         }
         let base = self.byte_range(&tensor).start;
+        let reopened = self.source.reopen(length);
+        let origin = self.source.as_shown(reopened.as_ref());
         let read = |transfers: Vec<Transfer>| {
             // SAFETY: `read_runs` asks for parts of the destination that are apart, as the caller gave it.
-            unsafe { reader::read(self.source.as_shown(), transfers) }
+            unsafe { reader::read(origin, transfers) }
         };
         // SAFETY: the destination has the slice's size (checked).
         unsafe { read_runs(slice, 0..slice.nbytes(), base, destination, read) }
@@ -288,6 +301,11 @@ impl TensorFile {
             None => error,
         }
     }
+}
+
+/// The bytes of all `transfers`.
+pub(crate) fn bytes_of(transfers: &[Transfer]) -> usize {
+    transfers.iter().map(|transfer| transfer.length).sum()
 }
 
 /// Reads some of the bytes of `slice`, a slice of a tensor whose bytes begin at `base`, one after the other into

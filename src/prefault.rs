@@ -41,27 +41,34 @@ const BACKGROUND_BYTES: usize = 16 << 20;
 ///
 /// With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a read fails,
 /// [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
-pub(crate) fn prefault(mappings: &[(&Arc<Mapping>, &OpenFile)], when: Prefault) -> Result<()> {
+pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
-        return mappings.iter().try_for_each(|(mapping, file)| wait(mapping, file));
+        return mappings.iter().try_for_each(|mapping| wait(mapping));
     }
-    let total: usize = mappings.iter().map(|(mapping, _)| mapping.len()).sum();
+    let total: usize = mappings.iter().map(|mapping| mapping.len()).sum();
     if total >= BACKGROUND_BYTES {
         Crew::start(mappings, total as u64);
     }
     Ok(())
 }
 
-fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
+fn wait(mapping: &Mapping) -> Result<()> {
     let pieces = pieces_of(mapping);
-    let residency = residency(&file.file, 0..mapping.len() as u64);
+    let reopened = mapping.reopen();
+    let file = reopened.as_ref();
+    let residency = residency_of(mapping, file.map(|opened| &opened.file));
     let readers = if residency == Residency::Cold { COLD_READERS } else { 1 };
     parallel::pull(pieces, parallel::threads_for(mapping.len(), pieces).max(readers), |piece| {
         bring_in(mapping, file, bytes_of(mapping, piece), residency)
     })
 }
 
-/// Brings in the pages of `bytes`, from the disk if need be.
+fn residency_of(mapping: &Mapping, file: Option<&File>) -> Residency {
+    file.map_or(Residency::Unknown, |file| residency(file, 0..mapping.len() as u64))
+}
+
+/// Brings in the pages of `bytes`, from the disk if need be: by reads of `file`, if it was opened again and its
+/// `residency` is known.
 ///
 /// # Errors
 ///
@@ -69,19 +76,20 @@ fn wait(mapping: &Mapping, file: &OpenFile) -> Result<()> {
 /// file ends before them.
 pub(crate) fn bring_in(
     mapping: &Mapping,
-    file: &OpenFile,
+    file: Option<&OpenFile>,
     bytes: Range<usize>,
     residency: Residency,
 ) -> Result<()> {
-    let end = bytes.end as u64;
-    populate(mapping, &file.file, bytes, residency).map_err(|source| {
-        let is_short = || file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
+    let (end, path) = (bytes.end as u64, mapping.path());
+    populate(mapping, file.map(|opened| &opened.file), bytes, residency).map_err(|source| {
+        let is_shorter = |file: &OpenFile| file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
+        let is_short = || file.map_or_else(|| mapping.reopen().as_ref().is_some_and(is_shorter), is_shorter);
         match source.raw_os_error() {
             // What populating answers where touching would raise a signal: beyond the end, or a disk that fails.
-            Some(libc::EFAULT) if is_short() => shrank(&file.path),
-            Some(libc::EFAULT) => Error::io("read", &file.path, io::Error::from_raw_os_error(libc::EIO)),
-            _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(&file.path),
-            _ => Error::io("read", &file.path, source),
+            Some(libc::EFAULT) if is_short() => shrank(path),
+            Some(libc::EFAULT) => Error::io("read", path, io::Error::from_raw_os_error(libc::EIO)),
+            _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(path),
+            _ => Error::io("read", path, source),
         }
     })
 }
@@ -90,7 +98,8 @@ pub(crate) fn bring_in(
 struct Crew {
     /// Not an `Arc`: whoever owns the mapping decides how long it lives.
     mapping: Weak<Mapping>,
-    file: File,
+    /// None if it is not at its path any more.
+    file: Option<File>,
     next: AtomicUsize,
 }
 
@@ -123,28 +132,27 @@ impl Plan {
 }
 
 impl Crew {
-    /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads or
-    /// descriptors to spare the pages come when they are touched.
-    fn start(mappings: &[(&Arc<Mapping>, &OpenFile)], total: u64) {
-        let crews = mappings.iter().filter_map(|(mapping, opened)| {
-            let file = opened.file.try_clone().ok()?;
-            Some(Arc::new(Crew { mapping: Arc::downgrade(mapping), file, next: AtomicUsize::new(0) }))
-        });
-        let crews: Vec<Arc<Crew>> = crews.collect();
-        spawn(move || crews.iter().for_each(|crew| crew.lead(total)));
+    /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads to spare
+    /// the pages come when they are touched.
+    fn start(mappings: &[&Arc<Mapping>], total: u64) {
+        let mappings: Vec<Weak<Mapping>> = mappings.iter().map(|mapping| Arc::downgrade(mapping)).collect();
+        spawn(move || mappings.into_iter().for_each(|mapping| Crew::lead(mapping, total)));
     }
 
     /// Looks what there is to do, gets help for it, and works too. All mappings that are brought in have `total` bytes.
-    fn lead(self: &Arc<Crew>, total: u64) {
-        let Some(bytes) = self.mapping.upgrade().map(|mapping| mapping.len() as u64) else { return };
+    fn lead(mapping: Weak<Mapping>, total: u64) {
+        let Some(mapped) = mapping.upgrade() else { return };
+        let file = mapped.reopen().map(|opened| opened.file);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let plan = Plan::new(residency(&self.file, 0..bytes), total, available_memory(), cores);
+        let plan = Plan::new(residency_of(&mapped, file.as_ref()), total, available_memory(), cores);
+        drop(mapped);
         let Some(plan) = plan else { return };
+        let crew = Arc::new(Crew { mapping, file, next: AtomicUsize::new(0) });
         for _ in 1..plan.threads {
-            let crew = Arc::clone(self);
+            let crew = Arc::clone(&crew);
             spawn(move || crew.work(plan));
         }
-        self.work(plan);
+        crew.work(plan);
     }
 
     /// Brings in pieces until none is left, or nobody wants them any more.
@@ -157,13 +165,14 @@ impl Crew {
             let piece = if plan.backwards { pieces - 1 - turn } else { turn };
             let bytes = bytes_of(&mapping, piece);
             // Samples said that all of the file is in memory; what is not, for all that, stays on the disk.
+            let range = bytes.start as u64..bytes.end as u64;
             if plan.residency == Residency::Cached
-                && !is_cached(&self.file, bytes.start as u64..bytes.end as u64)
+                && self.file.as_ref().is_some_and(|file| !is_cached(file, range))
             {
                 continue;
             }
             // An error is for whoever touches the page to see.
-            if populate(&mapping, &self.file, bytes, plan.residency).is_err() {
+            if populate(&mapping, self.file.as_ref(), bytes, plan.residency).is_err() {
                 return;
             }
         }
@@ -187,9 +196,17 @@ fn bytes_of(mapping: &Mapping, piece: usize) -> Range<usize> {
 
 /// Brings in the pages of `bytes`, after it has read what is not in memory. Where it cannot know, the kernel reads that
 /// page by page.
-fn populate(mapping: &Mapping, file: &File, bytes: Range<usize>, residency: Residency) -> io::Result<()> {
+fn populate(
+    mapping: &Mapping,
+    file: Option<&File>,
+    bytes: Range<usize>,
+    residency: Residency,
+) -> io::Result<()> {
     let (from, to) = (bytes.start as u64, bytes.end as u64);
-    if residency != Residency::Unknown && !is_cached(file, from..to) {
+    if let Some(file) = file
+        && residency != Residency::Unknown
+        && !is_cached(file, from..to)
+    {
         let mut scratch = vec![0; COLD_READ_BYTES.min(bytes.len())];
         let mut position = from;
         while position < to {
@@ -225,7 +242,7 @@ mod tests {
         file.write_all(&vec![7; BYTES]).expect("write");
         let opened =
             OpenFile { file: File::open(file.path()).expect("open"), path: file.path().to_path_buf() };
-        let source = Source::mapped(opened, BYTES as u64).expect("map");
+        let source = Source::mapped(&opened, BYTES as u64).expect("map");
         (file, source)
     }
 
@@ -255,10 +272,29 @@ mod tests {
     }
 
     #[test]
+    fn only_the_same_file_is_opened_again() {
+        let (file, source) = mapped();
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        let path = file.path().to_path_buf();
+        let opened = mapping.reopen().expect("it is there");
+        assert_eq!((opened.path, opened.file.metadata().expect("open").len()), (path.clone(), BYTES as u64));
+        let aside = path.with_extension("aside");
+        std::fs::rename(&path, &aside).expect("renamed");
+        assert!(mapping.reopen().is_none(), "gone");
+        std::fs::write(&path, vec![7; BYTES]).expect("written");
+        assert!(mapping.reopen().is_none(), "another one");
+        // Its pages come from the mapping alone.
+        prefault(&[mapping], Prefault::Wait).expect("prefault");
+        assert!(resident(mapping) >= BYTES as u64);
+        std::fs::rename(&aside, &path).expect("renamed");
+        assert!(mapping.reopen().is_some(), "back again");
+    }
+
+    #[test]
     fn what_is_unknown_is_brought_in_too() {
         let (_file, source) = mapped();
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
-        bring_in(mapping, opened, 0..BYTES, Residency::Unknown).expect("brought in");
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        bring_in(mapping, None, 0..BYTES, Residency::Unknown).expect("brought in");
         assert!(resident(mapping) >= BYTES as u64);
     }
 
@@ -267,25 +303,25 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BACKGROUND_BYTES as u64 - 1).expect("grow");
         let opened = OpenFile { file, path: "small".into() };
-        let source = Source::mapped(opened, BACKGROUND_BYTES as u64 - 1).expect("map");
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
-        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
+        let source = Source::mapped(&opened, BACKGROUND_BYTES as u64 - 1).expect("map");
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        prefault(&[mapping], Prefault::Background).expect("prefault");
         assert_eq!((Arc::strong_count(mapping), Arc::weak_count(mapping)), (1, 0));
     }
 
     #[test]
     fn several_mappings_come_one_after_the_other() {
         let several = [mapped(), mapped(), mapped()];
-        let parts: Vec<(&Arc<Mapping>, &OpenFile)> = several
+        let parts: Vec<&Arc<Mapping>> = several
             .iter()
             .map(|(_, source)| match source {
-                Source::Mapped(mapping, opened) => (mapping, opened),
+                Source::Mapped(mapping) => mapping,
                 _ => panic!("mapped"),
             })
             .collect();
         prefault(&parts, Prefault::Background).expect("prefault");
         let deadline = Instant::now() + Duration::from_secs(20);
-        while parts.iter().any(|(mapping, _)| resident(mapping) < BYTES as u64) {
+        while parts.iter().any(|mapping| resident(mapping) < BYTES as u64) {
             assert!(Instant::now() < deadline, "not all came");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -294,17 +330,17 @@ mod tests {
     #[test]
     fn waiting_maps_every_page() {
         let (_file, source) = mapped();
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
         assert_eq!(resident(mapping), 0);
-        prefault(&[(mapping, opened)], Prefault::Wait).expect("prefault");
+        prefault(&[mapping], Prefault::Wait).expect("prefault");
         assert!(resident(mapping) >= BYTES as u64, "{}", resident(mapping));
     }
 
     #[test]
     fn the_background_maps_every_page_in_the_end() {
         let (_file, source) = mapped();
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
-        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        prefault(&[mapping], Prefault::Background).expect("prefault");
         let deadline = Instant::now() + Duration::from_secs(20);
         while resident(mapping) < BYTES as u64 {
             assert!(Instant::now() < deadline, "only {} bytes came", resident(mapping));
@@ -315,19 +351,19 @@ mod tests {
     #[test]
     fn a_file_cut_short_is_an_error_for_who_waits() {
         let (file, source) = mapped();
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
         file.as_file().set_len(100_000).expect("cut");
-        let error = prefault(&[(mapping, opened)], Prefault::Wait).expect_err("cut short");
+        let error = prefault(&[mapping], Prefault::Wait).expect_err("cut short");
         assert_eq!(error.kind(), crate::ErrorKind::FileChanged);
-        prefault(&[(mapping, opened)], Prefault::Background).expect("nobody waits");
+        prefault(&[mapping], Prefault::Background).expect("nobody waits");
     }
 
     #[test]
     fn a_background_thread_lets_go_of_a_mapping_that_nobody_wants() {
         let (_file, source) = mapped();
-        let Source::Mapped(mapping, opened) = &source else { panic!("mapped") };
+        let Source::Mapped(mapping) = &source else { panic!("mapped") };
         let watched = Arc::downgrade(mapping);
-        prefault(&[(mapping, opened)], Prefault::Background).expect("prefault");
+        prefault(&[mapping], Prefault::Background).expect("prefault");
         drop(source);
         let deadline = Instant::now() + Duration::from_secs(20);
         while watched.strong_count() > 0 {

@@ -83,12 +83,7 @@ pub(crate) struct Job {
 
 impl Job {
     /// Nothing is read yet.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::FileChanged`] where a range leaves a source whose length is known.
     pub(crate) fn new(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<Job> {
-        check_within(origin, &transfers)?;
         let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
         let pace = Pace::new(origin, &transfers, &chunks);
         Ok(Job { transfers, chunks, pace, next: 0 })
@@ -106,7 +101,7 @@ impl Job {
         self.chunks.bytes_of(self.next)
     }
 
-    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `origin` must be the one
+    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `origin` must be of the source
     /// that the job was made for.
     ///
     /// # Errors
@@ -118,6 +113,7 @@ impl Job {
     /// As for [`read`].
     pub(crate) unsafe fn advance(&mut self, origin: Origin<'_>, until: Option<Instant>) -> Result<()> {
         let Job { transfers, chunks, pace, .. } = &*self;
+        check_within(origin, transfers)?;
         self.next = parallel::pull_until(until, self.next..chunks.len(), pace.threads, |chunk| {
             let parts = chunks.parts(chunk).map(|(index, part)| {
                 let Transfer { offset, destination, .. } = transfers[index];
@@ -128,7 +124,7 @@ impl Job {
                 }
             });
             // SAFETY: the caller vouches for the destinations, no other chunk has these parts of them, and the
-            // ranges lie in the source (`new` has checked).
+            // ranges lie in the source (checked).
             unsafe { read_parts(origin, parts, pace.most_bytes, pace.residency) }
         })?;
         Ok(())
@@ -195,7 +191,7 @@ unsafe fn read_parts(
 /// As for [`read_parts`].
 unsafe fn copy_mapped(
     mapping: &Mapping,
-    file: &OpenFile,
+    file: Option<&OpenFile>,
     parts: impl Iterator<Item = Transfer> + Clone,
     residency: Residency,
 ) -> Result<()> {
@@ -249,7 +245,7 @@ impl Pace {
     ) -> Pace {
         let residency = match origin {
             // For little it makes no difference.
-            Origin::File(file) | Origin::Mapped(_, file) if bytes >= parallel::PARALLEL_BYTES => {
+            Origin::File(file) | Origin::Mapped(_, Some(file)) if bytes >= parallel::PARALLEL_BYTES => {
                 residency(&file.file, extent())
             }
             _ => Residency::Unknown,

@@ -4,9 +4,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
+use crate::page_cache::COLD_READ_BYTES;
 
 /// How a file's tensors come into memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,7 +42,8 @@ impl FromStr for Backend {
     }
 }
 
-/// A private, copy-on-write mapping of a whole file, which lives until the last owner lets go.
+/// A private, copy-on-write mapping of a whole file, which lives until the last owner lets go. It needs no descriptor of
+/// the file.
 ///
 /// Pages that were not written to still show the file: if another process changes the file in place, they change,
 /// and if it cuts the file short, touching them ends this process with SIGBUS. Files that are replaced by rename,
@@ -49,17 +51,36 @@ impl FromStr for Backend {
 #[derive(Debug)]
 pub struct Mapping {
     map: MmapRaw,
+    /// Where the file was.
+    path: PathBuf,
+    /// Which file it is. None other has these numbers for as long as it is mapped.
+    identity: (u64, u64),
 }
 
 impl Mapping {
-    fn new(file: &File, path: &Path, length: u64) -> Result<Mapping> {
+    fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
+        let OpenFile { file, path } = file;
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
+        let identity = identity(file).map_err(|source| Error::io("inspect", path, source))?;
         // No swap is set aside: a model larger than memory can be mapped, as most of it is never written to.
         // SAFETY: nothing here makes a reference to the pages; what may change them is said of this type.
         let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
-        let map = map.map_err(|source| Error::io("map", path, source))?;
-        Ok(Mapping { map: map.into() })
+        let map = map.map_err(|source| cannot_map(path, source))?;
+        Ok(Mapping { map: map.into(), path: path.clone(), identity })
+    }
+
+    /// The path that the file was opened by.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens the file again. `None` if it was replaced, removed, or cannot be opened: its bytes are in the mapping alone
+    /// then.
+    pub(crate) fn reopen(&self) -> Option<OpenFile> {
+        let file = open_to_read(&self.path).ok()?;
+        let is_same = identity(&file).is_ok_and(|identity| identity == self.identity);
+        is_same.then(|| OpenFile { file, path: self.path.clone() })
     }
 
     /// The first byte of the file. The pages are readable and writable for [`Mapping::len`] bytes.
@@ -107,7 +128,7 @@ pub struct OpenFile {
 #[derive(Debug)]
 pub enum Source {
     /// A mapped file.
-    Mapped(Arc<Mapping>, OpenFile),
+    Mapped(Arc<Mapping>),
     /// A file that is read.
     File(OpenFile),
     /// Memory.
@@ -119,8 +140,8 @@ pub enum Source {
 pub(crate) enum Origin<'a> {
     /// By reads.
     File(&'a OpenFile),
-    /// From the mapping of a file.
-    Mapped(&'a Mapping, &'a OpenFile),
+    /// From the mapping of a file, which may have been opened again.
+    Mapped(&'a Mapping, Option<&'a OpenFile>),
     /// From memory.
     Memory(Borrowed),
 }
@@ -136,32 +157,41 @@ impl Source {
     }
 
     /// Maps a file whose length is `length` bytes.
-    pub(crate) fn mapped(file: OpenFile, length: u64) -> Result<Source> {
-        let mapping = Mapping::new(&file.file, &file.path, length)?;
-        Ok(Source::Mapped(Arc::new(mapping), file))
+    pub(crate) fn mapped(file: &OpenFile, length: u64) -> Result<Source> {
+        Ok(Source::Mapped(Arc::new(Mapping::new(file, length)?)))
+    }
+
+    /// Opens the file behind a mapping again, if `bytes` of it that are about to be copied are worth it: reads bring in
+    /// what is not in memory faster than touching it does. The result is for [`Source::as_stored`] and
+    /// [`Source::as_shown`].
+    pub(crate) fn reopen(&self, bytes: usize) -> Option<OpenFile> {
+        match self {
+            Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.reopen(),
+            _ => None,
+        }
     }
 
     /// The first byte, where the source is memory; `None` for a file that is read.
     pub fn as_ptr(&self) -> Option<*const u8> {
         match self {
-            Source::Mapped(mapping, _) => Some(mapping.as_ptr().cast_const()),
+            Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
             Source::Memory(memory) => Some(memory.start),
             Source::File(_) => None,
         }
     }
 
-    /// For copies of what the file holds: by reads wherever there is a file.
-    pub(crate) fn as_stored(&self) -> Origin<'_> {
-        match self {
-            Source::Mapped(_, file) | Source::File(file) => Origin::File(file),
-            Source::Memory(memory) => Origin::Memory(*memory),
+    /// For copies of what the file holds, of whose mapping nothing was lent: by reads wherever there is a file.
+    pub(crate) fn as_stored<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
+        match (self, reopened) {
+            (Source::Mapped(_), Some(file)) => Origin::File(file),
+            _ => self.as_shown(reopened),
         }
     }
 
     /// For copies of what tensors over the source show: in a mapping, also what was written to them.
-    pub(crate) fn as_shown(&self) -> Origin<'_> {
+    pub(crate) fn as_shown<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
         match self {
-            Source::Mapped(mapping, file) => Origin::Mapped(mapping, file),
+            Source::Mapped(mapping) => Origin::Mapped(mapping, reopened),
             Source::File(file) => Origin::File(file),
             Source::Memory(memory) => Origin::Memory(*memory),
         }
@@ -174,9 +204,7 @@ impl Source {
 ///
 /// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
 pub fn open_regular(path: &Path) -> Result<(File, u64)> {
-    // Without O_NONBLOCK, opening a pipe would wait for a writer.
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
-    regular(opened, path)
+    regular(open_to_read(path), path)
 }
 
 /// As [`open_regular`], for the file `name` in a directory that is held. `path` is for the errors.
@@ -194,16 +222,64 @@ fn regular(opened: io::Result<File>, path: &Path) -> Result<(File, u64)> {
     Ok((file, metadata.len()))
 }
 
+fn open_to_read(path: &Path) -> io::Result<File> {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)
+}
+
+/// Device and number of a file.
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
 fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
-    if metadata.is_file() {
+    let kind = metadata.file_type();
+    if kind.is_file() {
         return Ok(());
     }
-    let refuse = |errno| Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno));
-    if metadata.is_dir() {
-        let remedy = "a folder with a checkpoint is for load_sharded, or sft_checkpoint_open in C";
-        return Err(refuse(libc::EISDIR).with_remedy(remedy));
+    let (errno, remedy) = if kind.is_dir() {
+        (libc::EISDIR, "a folder with a checkpoint is for load_sharded, or sft_checkpoint_open in C")
+    } else if kind.is_fifo() {
+        let remedy =
+            "it is a pipe: read it to its end and give the bytes to load, or to sft_file_open_buffer in C";
+        (libc::ENODEV, remedy)
+    } else {
+        (libc::ENODEV, "it is a device or a socket: copy what it gives to a file first")
+    };
+    Err(Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno)).with_remedy(remedy))
+}
+
+/// The error for a file that the kernel does not map.
+fn cannot_map(path: &Path, source: io::Error) -> Error {
+    const READ: &str = "read it with the backend \"pread\" (SFT_BACKEND_PREAD in C)";
+    let remedy = match source.raw_os_error() {
+        Some(libc::ENODEV) => format!("its filesystem has no mappings: {READ}"),
+        Some(libc::ENOMEM) => match full_map_count() {
+            Some(most) => format!(
+                "this process has as many mappings as it may (vm.max_map_count is {most}): close files and drop tensors \
+                 that are mapped, {READ}, or raise the limit (sysctl -w vm.max_map_count=...)"
+            ),
+            None => format!("there is not so much address space (ulimit -v): raise the limit, or {READ}"),
+        },
+        _ => READ.to_string(),
+    };
+    Error::io("map", path, source).with_remedy(&remedy)
+}
+
+/// The most mappings that a process may have, if this one has as many.
+fn full_map_count() -> Option<usize> {
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()?;
+    let (mut list, mut part, mut lines) = (File::open("/proc/self/maps").ok()?, [0; 8192], 0);
+    // Piece by piece: a large buffer would want a mapping of its own.
+    loop {
+        match list.read(&mut part).ok()? {
+            0 => break,
+            count => lines += part[..count].iter().filter(|&&byte| byte == b'\n').count(),
+        }
     }
-    Err(refuse(libc::ENODEV))
+    // Some that the kernel counts are not listed, and some are listed that it does not count.
+    (lines + 16 >= most).then_some(most)
 }
 
 /// Opens the directory of the file at `path`, to do `action` ("open", "create") with it; returns its name there too.

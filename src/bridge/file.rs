@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::ffi::{Entry, Range, Request};
 use super::{Result, as_path};
-use crate::file::TensorFile;
+use crate::file::{TensorFile, bytes_of};
 use crate::header::absent;
 use crate::memory::{Block, Memory};
 use crate::prefault::Prefault;
@@ -93,7 +93,7 @@ impl File {
 
     pub fn share_mapping(&self) -> *const Mapping {
         match self.0.source() {
-            Source::Mapped(mapping, _) => Arc::into_raw(Arc::clone(mapping)),
+            Source::Mapped(mapping) => Arc::into_raw(Arc::clone(mapping)),
             _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
         }
     }
@@ -156,15 +156,20 @@ impl Loading {
         transfers: Vec<Transfer>,
         memory: Option<Memory>,
     ) -> Result<Box<Loading>> {
-        let job = Job::new(file.origin(shown), transfers).map_err(|error| file.locate(error))?;
+        let reopened = file.source().reopen(bytes_of(&transfers));
+        let origin = file.origin(shown, reopened.as_ref());
+        let job = Job::new(origin, transfers).map_err(|error| file.locate(error))?;
         Ok(Box::new(Loading { file: Arc::clone(file), shown, job, memory }))
     }
 
     pub fn advance(&mut self, milliseconds: u64) -> Result<()> {
         let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
+        // For this step alone: many of these may wait for their turns.
+        let reopened = self.file.source().reopen(self.job.total_bytes() - self.job.done_bytes());
+        let origin = self.file.origin(self.shown, reopened.as_ref());
         // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
         // it until this is gone.
-        let done = unsafe { self.job.advance(self.file.origin(self.shown), until) };
+        let done = unsafe { self.job.advance(origin, until) };
         Ok(done.map_err(|error| self.file.locate(error))?)
     }
 

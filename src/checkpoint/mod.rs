@@ -193,7 +193,7 @@ impl Checkpoint {
                     "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
                     path.display()
                 )),
-                _ => with_limit(error),
+                _ => error,
             })?;
             Ok(Shard { name: name.clone(), file: Arc::new(file) })
         });
@@ -327,16 +327,6 @@ fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(opened), Ok(there)) => identity(opened) == identity(there),
         _ => false,
-    }
-}
-
-/// The same error, with the remedy where the process has too many files open: a checkpoint needs one for each shard.
-fn with_limit(error: Error) -> Error {
-    match error.os_error() {
-        Some(libc::EMFILE) => {
-            error.with_remedy("all files of a checkpoint are open at once: raise the limit (ulimit -n)")
-        }
-        _ => error,
     }
 }
 

@@ -12,7 +12,6 @@ use std::time::Instant;
 use super::index;
 use super::lock::SaveLock;
 use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, NameKind, ShardPlan, parse_name};
-use super::with_limit;
 use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
@@ -142,7 +141,7 @@ impl ShardedWriter {
     ///
     /// Those of [`AtomicFile::create`].
     pub fn create(&self, shard: usize, length: u64) -> Result<AtomicFile> {
-        self.folder.create(&self.names[shard], length).map_err(with_limit)
+        self.folder.create(&self.names[shard], length)
     }
 
     /// Takes the next file, all of which is written, in the order of their numbers.
@@ -181,7 +180,7 @@ impl ShardedWriter {
             None => (self.complete_all(sync)?, Instant::now()),
         };
         // From here on names change. What is there now may be of a save that has ended since this one began.
-        let Some(lock) = SaveLock::take(&self.folder.directory, since, until).map_err(with_limit)? else {
+        let Some(lock) = SaveLock::take(&self.folder.directory, since, until)? else {
             self.commit = Some((index, since));
             return Ok(false);
         };
@@ -206,7 +205,7 @@ impl ShardedWriter {
 
     /// What is done under the lock.
     fn put_all_in_place(&mut self, index: Option<AtomicFile>, sync: bool) -> Result<()> {
-        let stale = self.stale().map_err(with_limit)?;
+        let stale = self.stale()?;
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
         let replaces = self.names.iter().map(|name| self.exists(name)).collect::<Result<Vec<bool>>>()?;

@@ -1,7 +1,9 @@
 /* sft_file: what a file says, and its bytes, on both backends and from memory. */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -146,7 +148,44 @@ static void check_closed(sft_file* file) {
     sft_file_free(file);
 }
 
+/* A mapped file keeps no descriptor; one that is read does. */
+static void test_more_files_than_descriptors(void) {
+    enum { FILES = 300, LIMIT = 100 };
+    static sft_file* files[FILES];
+    struct rlimit before, lower;
+    CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    lower = before;
+    lower.rlim_cur = LIMIT;
+    CHECK(setrlimit(RLIMIT_NOFILE, &lower) == 0);
+    sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+    options.prefault = SFT_PREFAULT_WAIT;
+    for (int i = 0; i < FILES; i++) {
+        CHECK_OK(sft_file_open(path_of("three.safetensors"), &options, &files[i]));
+    }
+    for (int i = 0; i < FILES; i++) {
+        const void* data = NULL;
+        size_t count = 0;
+        CHECK_OK(sft_file_count(files[i], &count));
+        CHECK(count == 3);
+        CHECK_OK(sft_file_data(files[i], 0, &data));
+        sft_file_free(files[i]);
+    }
+    options.backend = SFT_BACKEND_PREAD;
+    int opened = 0;
+    while (opened < FILES && sft_file_open(path_of("three.safetensors"), &options, &files[opened]) == SFT_OK) {
+        opened++;
+    }
+    CHECK(opened < LIMIT && sft_last_os_error() == EMFILE);
+    CHECK(strstr(sft_last_error_message(), "as many files open as it may (100)") != NULL);
+    CHECK(strstr(sft_last_error_message(), "\"mmap\", which keeps no file open") != NULL);
+    for (int i = 0; i < opened; i++) {
+        sft_file_free(files[i]);
+    }
+    CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+}
+
 void test_reading(void) {
+    test_more_files_than_descriptors();
     const sft_backend backends[] = {SFT_BACKEND_MMAP, SFT_BACKEND_PREAD};
     for (size_t i = 0; i < 2; i++) {
         sft_file* file = open_three(backends[i]);

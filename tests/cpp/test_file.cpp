@@ -1,5 +1,7 @@
 // File: everything but get_slice.
 
+#include <sys/resource.h>
+
 #include "support.h"
 
 using namespace support;
@@ -137,6 +139,32 @@ TEST(file_that_was_moved_from_is_closed) {
     EXPECT_EQ(file.size(), 3U);
     file.close();
     EXPECT(target.is_open());
+}
+
+TEST(more_files_are_open_than_descriptors_may_be) {
+    const TempDir dir;
+    const st::Tensors expected = three_tensors();
+    st::save_file(expected, dir.file("f"));
+    rlimit before{};
+    EXPECT(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    rlimit lower = before;
+    lower.rlim_cur = 100;
+    EXPECT(setrlimit(RLIMIT_NOFILE, &lower) == 0);
+    std::vector<st::File> files;
+    for (int number = 0; number < 300; ++number) {
+        files.emplace_back(dir.file("f"));
+    }
+    for (const st::File& file : files) {
+        EXPECT(identical(file.get_tensor("b"), expected.at("b")));
+    }
+    const std::string refused = ERROR_OF({
+        for (int number = 0; number < 300; ++number) {
+            files.emplace_back(dir.file("f"), at::kCPU, st::Backend::pread);
+        }
+    });
+    EXPECT_HAS(refused, "as many files open as it may (100)");
+    files.clear();
+    EXPECT(setrlimit(RLIMIT_NOFILE, &before) == 0);
 }
 
 TEST(file_packs_two_values_in_a_byte_as_torch_does) {

@@ -340,7 +340,7 @@ def test_handles_and_slices_are_neither_pickled_nor_copied(way: Callable, matrix
     with safetensors_torch.safe_open(matrix) as file:
         part = file.get_slice("matrix")
         with pytest.raises(
-            TypeError, match=rf"cannot pickle or copy <safe_open .* open the file itself.*{matrix.name}"
+            TypeError, match=rf"cannot pickle or copy <safe_open .*open the file itself.*{matrix.name}"
         ):
             way(file)
         with pytest.raises(TypeError, match=r"cannot pickle or copy <slice of 'matrix'.*get_slice\('matrix'\)"):

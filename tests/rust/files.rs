@@ -157,7 +157,7 @@ fn a_mapping_is_private() {
     let folder = folder();
     let (path, data) = one_tensor(&folder, &[16]);
     let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
-    let Source::Mapped(mapping, _) = file.source() else { panic!("mapped") };
+    let Source::Mapped(mapping) = file.source() else { panic!("mapped") };
     let start = file.byte_range(&file.tensor(0).expect("one")).start as usize;
     // SAFETY: the mapping is writable for its length, and nobody holds a reference into it.
     unsafe { mapping.as_ptr().add(start).write(data[0] ^ 0xFF) };
