@@ -185,8 +185,8 @@ std::tuple<int64_t, int64_t> transfer_options_op() {
     });
 }
 
-void set_transfer_options_op(int64_t ring_bytes, int64_t threads) {
-    guarded([&] { set_transfer_options({ring_bytes, threads}); });
+void set_transfer_options_op(std::optional<int64_t> ring_bytes, std::optional<int64_t> threads) {
+    guarded([&] { set_transfer_options(ring_bytes, threads); });
 }
 
 int64_t reserve_transfer_memory_op(int64_t bytes) {
@@ -288,7 +288,7 @@ void define(torch::Library& library) {
                 torch::dispatch(key, open_bytes_op));
     library.def(effectful("_transfer_options() -> (int ring_bytes, int threads)"),
                 torch::dispatch(key, transfer_options_op));
-    library.def(effectful("_set_transfer_options(int ring_bytes, int threads) -> ()"),
+    library.def(effectful("_set_transfer_options(int? ring_bytes, int? threads) -> ()"),
                 torch::dispatch(key, set_transfer_options_op));
     library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
                 torch::dispatch(key, reserve_transfer_memory_op));

@@ -4,19 +4,22 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstdlib>
 #include <exception>
+#include <limits>
 #include <string>
 #include <utility>
 
 #include "cpp/error.h"
 #include "cpp/fork.h"
+#include "safetensors-torch/src/bridge.rs.h"
 
 namespace safetensors_torch {
 namespace {
 
-constexpr int64_t kDefaultRingBytes = int64_t(64) << 20;
+constexpr uint64_t kDefaultRingBytes = uint64_t(64) << 20;
+
+// More than this is without end anyway.
+constexpr uint64_t kMostRingBytes = std::numeric_limits<int64_t>::max();
 
 // A transfer may pin one part in so many of what it moves, which it earns back itself.
 constexpr uint64_t kPartOfOne = 16;
@@ -24,39 +27,25 @@ constexpr uint64_t kPartOfOne = 16;
 // Or all of them together one part in so many of what they have moved, which costs each next to nothing.
 constexpr uint64_t kPartOfAll = 64;
 
-// A number from the environment; fails where it is none, as a setting that has no effect would be worse.
-int64_t from_environment(const char* name, int64_t otherwise) {
-    const char* text = std::getenv(name);
-    if (text == nullptr || *text == '\0') {
-        return otherwise;
+// What was set, or what the environment says; negative until either was asked for. No local static, for the reason that
+// cpp/fork.h gives.
+std::atomic<int64_t> chosen_ring_bytes{-1};
+
+int64_t ring_bytes() {
+    int64_t chosen = chosen_ring_bytes;
+    if (chosen < 0) {
+        const uint64_t from_environment =
+            core::number_from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes);
+        const int64_t wanted = static_cast<int64_t>(std::min(from_environment, kMostRingBytes));
+        // Unless another thread was faster, which `chosen` tells then.
+        if (chosen_ring_bytes.compare_exchange_strong(chosen, wanted)) {
+            chosen = wanted;
+        }
     }
-    char* end = nullptr;
-    errno = 0;
-    const long long value = std::strtoll(text, &end, 10);
-    if (errno != 0 || *end != '\0' || value < 0) {
-        fail(Kind::value, std::string("the environment variable ") + name +
-                              " must be a number that is not negative, not " + repr(text));
-    }
-    return value;
+    return chosen;
 }
 
-// Options in one word, so that nobody sees those of two threads mixed: the number of threads is in the lower bits.
-constexpr int kThreadsBits = 16;
-constexpr int64_t kMostThreads = (int64_t(1) << kThreadsBits) - 1;
-constexpr int64_t kMostRingBytes = (int64_t(1) << (63 - kThreadsBits)) - 1;
-
-int64_t packed(const TransferOptions& options) {
-    return std::min(options.ring_bytes, kMostRingBytes) << kThreadsBits | std::min(options.threads, kMostThreads);
-}
-
-// Without a lock, which a process that is forked at the wrong moment would find locked for ever.
-std::atomic<int64_t>& options() {
-    static std::atomic<int64_t> options{packed({from_environment("SAFETENSORS_TORCH_RING_BYTES", kDefaultRingBytes),
-                                                from_environment("SAFETENSORS_TORCH_THREADS", 0)})};
-    return options;
-}
-
-size_t most_slabs() { return static_cast<size_t>(transfer_options().ring_bytes) / kSlabBytes; }
+size_t most_slabs() { return static_cast<size_t>(ring_bytes()) / kSlabBytes; }
 
 // Waits for the copies that are under way: not every allocator of pinned memory does that before it gives it to the
 // next.
@@ -69,17 +58,22 @@ void wait_for(const Slab& slab) {
 }  // namespace
 
 TransferOptions transfer_options() {
-    const int64_t now = options();
-    return {now >> kThreadsBits, now & kMostThreads};
+    const uint64_t threads = core::threads();
+    return {ring_bytes(), static_cast<int64_t>(std::min(threads, kMostRingBytes))};
 }
 
-void set_transfer_options(TransferOptions chosen) {
-    if (chosen.ring_bytes < 0 || chosen.threads < 0) {
-        fail(Kind::value, "ring_bytes and threads must not be negative, but are " + std::to_string(chosen.ring_bytes) +
-                              " and " + std::to_string(chosen.threads));
+void set_transfer_options(std::optional<int64_t> ring_bytes, std::optional<int64_t> threads) {
+    if (ring_bytes.value_or(0) < 0 || threads.value_or(0) < 0) {
+        fail(Kind::value, "ring_bytes and threads must not be negative, but are " +
+                              std::to_string(ring_bytes.value_or(0)) + " and " + std::to_string(threads.value_or(0)));
     }
-    options() = packed(chosen);
-    Ring::of_process().trim();
+    if (threads) {
+        core::set_threads(static_cast<size_t>(*threads));
+    }
+    if (ring_bytes) {
+        chosen_ring_bytes = *ring_bytes;
+        Ring::of_process().trim();
+    }
 }
 
 bool Slab::is_surely_idle() const noexcept {

@@ -29,19 +29,19 @@ struct Slab {
     bool is_surely_idle() const noexcept;
 };
 
-// What transfers of this process may use.
+// What this process has set.
 struct TransferOptions {
     // Pinned memory, in bytes, for all transfers at a time; with 0 they go without.
     int64_t ring_bytes;
-    // Threads that read for one transfer; with 0 as many as suit the machine.
+    // The most threads that a load or save uses; with 0 as many as suit the machine.
     int64_t threads;
 };
 
 // Those of SAFETENSORS_TORCH_RING_BYTES and SAFETENSORS_TORCH_THREADS until others are set.
 TransferOptions transfer_options();
 
-// Takes effect with the next transfer. Fails for negative numbers; more than 128 TiB, or 65,535 threads, are as many.
-void set_transfer_options(TransferOptions options);
+// Sets what is given, from the next load or save on. Fails for negative numbers, and sets nothing then.
+void set_transfer_options(std::optional<int64_t> ring_bytes, std::optional<int64_t> threads);
 
 // The slabs of the process: those in use, and those that wait for the next transfer.
 //

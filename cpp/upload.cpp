@@ -77,10 +77,9 @@ void Upload::start() {
         slabs.push_back({route_.data(slab)});
     }
     const rust::Slice<const core::Slab> memory(slabs.data(), slabs.size());
-    const auto threads = static_cast<size_t>(transfer_options().threads);
     if (is_slice_) {
         const rust::Slice<const core::Range> ranges(ranges_.data(), ranges_.size());
-        feed_ = (*file_)->feed_slice(destinations_.front().index, ranges, memory, route_.slab_bytes(), threads);
+        feed_ = (*file_)->feed_slice(destinations_.front().index, ranges, memory, route_.slab_bytes());
         return;
     }
     std::vector<size_t> indices;
@@ -88,7 +87,7 @@ void Upload::start() {
     for (const Destination& destination : destinations_) {
         indices.push_back(destination.index);
     }
-    feed_ = (*file_)->feed({indices.data(), indices.size()}, shown_, memory, route_.slab_bytes(), threads);
+    feed_ = (*file_)->feed({indices.data(), indices.size()}, shown_, memory, route_.slab_bytes());
 }
 
 bool Upload::advance(Deadline until) {

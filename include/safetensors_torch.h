@@ -104,6 +104,18 @@ const char* sft_last_error_message(void);
  * that succeeds leaves it as it is. */
 int32_t sft_last_os_error(void);
 
+/* ---- Threads ----------------------------------------------------------------------------------------------------- */
+
+/** Sets the most threads that one call uses, from the next call on: the calling one, those that read and copy, and
+ * those that go on in the background (SFT_PREFAULT_BACKGROUND). 1 means the calling one alone; 0 as many as suit the
+ * machine and the work. For the whole process. */
+sft_status sft_threads_set(size_t threads);
+
+/** Sets `*threads` to what sft_threads_set has set; before that, to what the environment variable
+ * SAFETENSORS_TORCH_THREADS says, or 0.
+ * Errors: INVALID_ARGUMENT for a variable that is not a number, as by every call that would use several threads. */
+sft_status sft_threads_get(size_t* threads);
+
 /* ---- Element types ----------------------------------------------------------------------------------------------- */
 
 /** One of the SFT_DTYPE_ numbers; more of them may come. */

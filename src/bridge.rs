@@ -19,6 +19,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind};
 use crate::memory::Block;
 use crate::source::Mapping;
+use crate::threads::set_threads;
 use checkpoint::{
     Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
 };
@@ -155,15 +156,13 @@ mod ffi {
         /// Keeps the place's memory alive until `release_block`.
         fn share(self: &Loading, place: usize) -> *const Block;
 
-        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the feed is gone. Zero
-        /// threads: as many as suit the machine.
+        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the feed is gone.
         unsafe fn feed(
             self: &File,
             indices: &[usize],
             shown: bool,
             slabs: &[Slab],
             slab_bytes: usize,
-            threads: usize,
         ) -> Result<Box<Feed>>;
         unsafe fn feed_slice(
             self: &File,
@@ -171,7 +170,6 @@ mod ffi {
             ranges: &[Range],
             slabs: &[Slab],
             slab_bytes: usize,
-            threads: usize,
         ) -> Result<Box<Feed>>;
 
         type Feed;
@@ -297,6 +295,11 @@ mod ffi {
     }
 
     extern "Rust" {
+        /// The most threads that one call uses; 0 for as many as suit.
+        fn threads() -> Result<usize>;
+        fn set_threads(most: usize);
+        /// The number that an environment variable holds, or `otherwise`.
+        fn number_from_environment(name: &str, otherwise: u64) -> Result<u64>;
         /// The code of a dtype number, such as `F32`.
         fn dtype_code(number: u8) -> &'static str;
         /// The number of a dtype code; the code must be one of the format's.
@@ -330,6 +333,14 @@ fn as_text<'a>(what: &str, bytes: &'a [u8]) -> Result<&'a str> {
         let detail = format!("{what} {:?} is not UTF-8", String::from_utf8_lossy(bytes));
         BridgeError(Error::new(ErrorKind::InvalidArgument, detail))
     })
+}
+
+fn threads() -> Result<usize> {
+    Ok(crate::threads::threads()?)
+}
+
+fn number_from_environment(name: &str, otherwise: u64) -> Result<u64> {
+    Ok(crate::threads::number_from_environment(name, otherwise)?)
 }
 
 fn dtype_code(number: u8) -> &'static str {

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::parallel::{self, Chunks};
+use crate::threads::Threads;
 
 /// One run of bytes, and where it goes.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +28,8 @@ unsafe impl Sync for Move {}
 /// else may write to any of them, and no destination may overlap another or a source.
 pub unsafe fn copy(moves: &[Move]) -> Result<()> {
     let chunks = Chunks::new(moves.iter().map(|one| one.length));
-    parallel::pull(chunks.len(), parallel::threads_for(chunks.bytes(), chunks.len()), |chunk| {
+    let threads = parallel::threads_for(Threads::of_process()?, chunks.bytes(), chunks.len());
+    parallel::pull(chunks.len(), threads, |chunk| {
         for (index, part) in chunks.parts(chunk) {
             let Move { source, destination, .. } = moves[index];
             // SAFETY: the part lies in the move's length, for which the caller vouches; no other chunk has this part.

@@ -19,6 +19,7 @@ use crate::process::Process;
 use crate::reader::{self, Pace, Transfer};
 use crate::slice::Slice;
 use crate::source::OpenFile;
+use crate::threads::Threads;
 
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
 pub const PART_ALIGNMENT: usize = 16;
@@ -110,7 +111,8 @@ struct Slab(*mut u8);
 unsafe impl Send for Slab {}
 
 impl Feed {
-    /// Begins to read the tensors at `indices` (in file order), with `threads` threads, or as many as suit the machine.
+    /// Begins to read the tensors at `indices` (in file order), with `threads` threads of its own, or as many as suit the
+    /// machine. With 0 the thread that takes the slabs reads.
     /// With `shown`, what was written to the tensors over a mapping counts, else what the file holds.
     ///
     /// # Errors
@@ -177,9 +179,10 @@ impl Feed {
         let bytes: usize = requests.iter().map(|request| request.bytes).sum();
         let chunks = bytes.div_ceil(slab_bytes);
         let extent = || extent(&file, &requests);
-        let wanted = threads.unwrap_or_else(|| parallel::threads_for(bytes, chunks));
+        let wanted = threads.unwrap_or_else(|| parallel::threads_for(Threads::at_most(0), bytes, chunks));
         let reopened = file.source().reopen(bytes);
-        let pace = Pace::of(file.origin(shown, reopened.as_ref()), bytes, extent, wanted);
+        let pace =
+            Pace::of(file.origin(shown, reopened.as_ref()), bytes, extent, wanted, Threads::at_most(0));
         // Whoever says how many threads there shall be means it.
         let threads = if bytes < PARALLEL_BYTES {
             0

@@ -31,6 +31,7 @@ mod serialize;
 mod slice;
 mod source;
 mod stream;
+mod threads;
 mod writer;
 
 #[cfg(feature = "bridge")]
@@ -56,4 +57,5 @@ pub use serialize::{SaveOptions, save_file, save_into};
 pub use slice::{AxisRange, Slice};
 pub use source::{Backend, Borrowed, Mapping, OpenFile, Source};
 pub use stream::{StreamWriter, TensorWriter};
+pub use threads::{set_threads, threads};
 pub use writer::AtomicFile;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::error::Result;
+use crate::threads::Threads;
 
 /// Below this many bytes a second thread costs more than it saves.
 pub const PARALLEL_BYTES: usize = 4 << 20;
@@ -15,15 +16,12 @@ pub const PARALLEL_BYTES: usize = 4 << 20;
 /// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
 pub const CHUNK_BYTES: usize = 8 << 20;
 
-/// More threads than this find no more memory bandwidth.
-const MAX_THREADS: usize = 8;
-
-/// How many threads `bytes` in `items` are worth, the calling one among them.
-pub fn threads_for(bytes: usize, items: usize) -> usize {
+/// How many of `threads` are worth it for `bytes` in `items`, the calling one among them.
+pub fn threads_for(threads: Threads, bytes: usize, items: usize) -> usize {
     if bytes < PARALLEL_BYTES {
         return 1;
     }
-    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(items).max(1)
+    threads.most().min(items).max(1)
 }
 
 /// Calls `work` with every number below `items`, on `threads` threads including this one.
@@ -204,8 +202,11 @@ mod tests {
 
     #[test]
     fn little_stays_on_one_thread() {
-        assert_eq!(threads_for(PARALLEL_BYTES - 1, 100), 1);
-        assert_eq!(threads_for(usize::MAX, 1), 1);
-        assert_eq!(threads_for(usize::MAX, 0), 1);
+        for threads in [Threads::at_most(0), Threads::at_most(9)] {
+            assert_eq!(threads_for(threads, PARALLEL_BYTES - 1, 100), 1);
+            assert_eq!(threads_for(threads, usize::MAX, 1), 1);
+            assert_eq!(threads_for(threads, usize::MAX, 0), 1);
+        }
+        assert_eq!(threads_for(Threads::at_most(9), PARALLEL_BYTES, 100), 9);
     }
 }

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
 use crate::parallel::{self, CHUNK_BYTES};
 use crate::source::{Mapping, OpenFile, shrank};
+use crate::threads::Threads;
 
 /// When the pages of a mapping are brought in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,15 +40,18 @@ const BACKGROUND_BYTES: usize = 16 << 20;
 ///
 /// # Errors
 ///
-/// With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a read fails,
+/// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a
+/// read fails,
 /// [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
         return mappings.iter().try_for_each(|mapping| wait(mapping));
     }
     let total: usize = mappings.iter().map(|mapping| mapping.len()).sum();
-    if total >= BACKGROUND_BYTES {
-        Crew::start(mappings, total as u64);
+    // The caller is one thread, and goes on.
+    let threads = Threads::of_process()?;
+    if total >= BACKGROUND_BYTES && threads.cap_beside(1) > 0 {
+        Crew::start(mappings, total as u64, threads);
     }
     Ok(())
 }
@@ -57,8 +61,9 @@ fn wait(mapping: &Mapping) -> Result<()> {
     let reopened = mapping.reopen();
     let file = reopened.as_ref();
     let residency = residency_of(mapping, file.map(|opened| &opened.file));
-    let readers = if residency == Residency::Cold { COLD_READERS } else { 1 };
-    parallel::pull(pieces, parallel::threads_for(mapping.len(), pieces).max(readers), |piece| {
+    let threads = Threads::of_process()?;
+    let readers = if residency == Residency::Cold { threads.cap(COLD_READERS) } else { 1 };
+    parallel::pull(pieces, parallel::threads_for(threads, mapping.len(), pieces).max(readers), |piece| {
         bring_in(mapping, file, bytes_of(mapping, piece), residency)
     })
 }
@@ -134,13 +139,13 @@ impl Plan {
 impl Crew {
     /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads to spare
     /// the pages come when they are touched.
-    fn start(mappings: &[&Arc<Mapping>], total: u64) {
+    fn start(mappings: &[&Arc<Mapping>], total: u64, threads: Threads) {
         let mappings: Vec<Weak<Mapping>> = mappings.iter().map(|mapping| Arc::downgrade(mapping)).collect();
-        spawn(move || mappings.into_iter().for_each(|mapping| Crew::lead(mapping, total)));
+        spawn(move || mappings.into_iter().for_each(|mapping| Crew::lead(mapping, total, threads)));
     }
 
     /// Looks what there is to do, gets help for it, and works too. All mappings that are brought in have `total` bytes.
-    fn lead(mapping: Weak<Mapping>, total: u64) {
+    fn lead(mapping: Weak<Mapping>, total: u64, threads: Threads) {
         let Some(mapped) = mapping.upgrade() else { return };
         let file = mapped.reopen().map(|opened| opened.file);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -148,7 +153,7 @@ impl Crew {
         drop(mapped);
         let Some(plan) = plan else { return };
         let crew = Arc::new(Crew { mapping, file, next: AtomicUsize::new(0) });
-        for _ in 1..plan.threads {
+        for _ in 1..threads.cap_beside(plan.threads) {
             let crew = Arc::clone(&crew);
             spawn(move || crew.work(plan));
         }

@@ -12,6 +12,7 @@ use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
 use crate::parallel::{self, Chunks};
 use crate::prefault::bring_in;
 use crate::source::{Mapping, OpenFile, Origin, shrank};
+use crate::threads::Threads;
 
 /// The most ranges in one vectored read; Linux allows 1024.
 const MAX_PARTS: usize = 512;
@@ -83,9 +84,13 @@ pub(crate) struct Job {
 
 impl Job {
     /// Nothing is read yet.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`threads`](crate::threads()).
     pub(crate) fn new(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<Job> {
         let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-        let pace = Pace::new(origin, &transfers, &chunks);
+        let pace = Pace::new(origin, &transfers, &chunks, Threads::of_process()?);
         Ok(Job { transfers, chunks, pace, next: 0 })
     }
 
@@ -231,17 +236,18 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    fn new(origin: Origin<'_>, transfers: &[Transfer], chunks: &Chunks) -> Pace {
-        let threads = parallel::threads_for(chunks.bytes(), chunks.len());
-        Pace::of(origin, chunks.bytes(), || extent(transfers), threads)
+    fn new(origin: Origin<'_>, transfers: &[Transfer], chunks: &Chunks, threads: Threads) -> Pace {
+        let wanted = parallel::threads_for(threads, chunks.bytes(), chunks.len());
+        Pace::of(origin, chunks.bytes(), || extent(transfers), wanted, threads)
     }
 
-    /// The pace for `bytes` that lie in `extent`, where a source in memory would be read by `threads`.
+    /// The pace for `bytes` that lie in `extent`, where a source in memory would be read by `wanted` of `threads`.
     pub(crate) fn of(
         origin: Origin<'_>,
         bytes: usize,
         extent: impl FnOnce() -> Range<u64>,
-        threads: usize,
+        wanted: usize,
+        threads: Threads,
     ) -> Pace {
         let residency = match origin {
             // For little it makes no difference.
@@ -252,9 +258,12 @@ impl Pace {
         };
         match residency {
             Residency::Cold => {
-                Pace { residency, threads: threads.max(COLD_READERS), most_bytes: COLD_READ_BYTES }
+                let readers = wanted.max(threads.cap(COLD_READERS));
+                Pace { residency, threads: readers, most_bytes: COLD_READ_BYTES }
             }
-            Residency::Cached | Residency::Unknown => Pace { residency, threads, most_bytes: usize::MAX },
+            Residency::Cached | Residency::Unknown => {
+                Pace { residency, threads: wanted, most_bytes: usize::MAX }
+            }
         }
     }
 }

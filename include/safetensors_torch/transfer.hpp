@@ -1,9 +1,11 @@
 /// @file
-/// The pinned host memory through which tensors go to devices and come from them. Part of safetensors_torch.hpp, which
-/// includes it. All of it is for the whole process; docs/devices.md says what it is good for.
+/// How many threads loads and saves use, and the pinned host memory through which tensors go to devices and come from
+/// them. Part of safetensors_torch.hpp, which includes it. All of it is for the whole process; docs/devices.md says
+/// what it is good for.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "detail.hpp"
@@ -11,19 +13,19 @@
 
 namespace safetensors_torch {
 
-/// What transfers may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64
-/// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say. Throws Error for variables that are no numbers.
+/// What loads and saves may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES
+/// (otherwise 64 MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say. Throws Error for variables that are no numbers.
 inline TransferOptions transfer_options() {
     const auto op = detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
     const auto [ring_bytes, threads] = detail::call(op);
     return {ring_bytes, threads};
 }
 
-/// Sets what transfers may use, from the next load or save on; more than 128 TiB, or 65,535 threads, count as
-/// so many. Throws Error for negative numbers.
+/// Sets what loads and saves may use, from the next one on. Throws Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
-    const auto op = detail::find_op("safetensors_torch::_set_transfer_options").typed<void(int64_t, int64_t)>();
-    detail::call(op, options.ring_bytes, options.threads);
+    const auto op = detail::find_op("safetensors_torch::_set_transfer_options")
+                        .typed<void(std::optional<int64_t>, std::optional<int64_t>)>();
+    detail::call(op, std::optional(options.ring_bytes), std::optional(options.threads));
 }
 
 /// Pins host memory for transfers to come, so that the first of them need not, until there are `bytes` (but no more

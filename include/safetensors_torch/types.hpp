@@ -195,12 +195,14 @@ struct LoadResult {
     std::vector<std::string> unexpected;
 };
 
-/// What transfers between files and devices may use.
+/// What loads and saves may use.
 struct TransferOptions {
-    /// The most pinned host memory that all of them keep, in bytes; taken in slabs of 2 MiB, as it is needed. 0 means
-    /// none: copies then go through memory that is not pinned.
+    /// The most pinned host memory that all transfers between files and devices keep, in bytes; taken in slabs of 2
+    /// MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
     int64_t ring_bytes = int64_t(64) << 20;
-    /// Threads that read a file for one device; 0 means as many as suit the machine, and more than 64 are never used.
+    /// The most threads that one load or save uses, to the CPU or a device: the calling one, those that read and copy,
+    /// and those that go on in the background (prefault). 1 means the calling one alone; 0 as many as suit the machine
+    /// and the work. torch's own threads, which convert tensors on the CPU, are at::set_num_threads'.
     int64_t threads = 0;
 };
 

@@ -1,4 +1,4 @@
-"""What transfers between files and devices may use: threads, and pinned host memory.
+"""What loads and saves may use: threads, and pinned host memory for devices.
 
 Owns the Python names of these settings, which are the process's.
 """
@@ -20,7 +20,7 @@ class TransferOptions(NamedTuple):
     ring_bytes: int
     """Pinned host memory for all transfers together, in bytes."""
     threads: int
-    """Threads that read for one transfer; 0 means as many as suit the machine."""
+    """The most threads that one load or save uses; 0 means as many as suit the machine."""
 
 
 def transfer_options() -> TransferOptions:
@@ -42,8 +42,10 @@ def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[
     Args:
         ring_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken in slabs
             of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
-        threads: how many threads read a file for one device; 0 means as many as suit the machine, 8 at most. No more
-            than 64 are ever used.
+        threads: the most threads that one load or save uses, to the CPU or a device: the calling one, those that read
+            and copy, and those that go on in the background (``prefault``). 1 means the calling one alone; 0 as many
+            as suit the machine and the work. torch's own threads, which convert tensors on the CPU (``dtype``), are
+            those of torch.set_num_threads.
 
     What is None stays as it is.
 
@@ -60,17 +62,12 @@ def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[
     for name, value in (("ring_bytes", ring_bytes), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    now = transfer_options()
-    call(
-        _ops._set_transfer_options,
-        now.ring_bytes if ring_bytes is None else _fitting(ring_bytes),
-        now.threads if threads is None else _fitting(threads),
-    )
+    call(_ops._set_transfer_options, _fitting(ring_bytes), _fitting(threads))
 
 
-def _fitting(value: Any) -> int:
+def _fitting(value: Any) -> Any:
     """What an operator's int can hold; more than this is without end anyway."""
-    return max(min(value, 2**62), -1)
+    return None if value is None else max(min(value, 2**62), -1)
 
 
 def reserve_transfer_memory(nbytes: int) -> int:

@@ -7,6 +7,7 @@ use super::Result;
 use super::ffi::{Part, Progress, Range, Slab, Taken};
 use super::file::File;
 use crate::feed;
+use crate::threads::threads;
 
 /// A feed as C++ sees it.
 pub struct Feed(feed::Feed);
@@ -15,8 +16,9 @@ fn starts(slabs: &[Slab]) -> Vec<*mut u8> {
     slabs.iter().map(|slab| slab.start).collect()
 }
 
-fn chosen(threads: usize) -> Option<usize> {
-    (threads > 0).then_some(threads)
+/// The threads of a feed's own: the one that takes its slabs is one of those that the process may use.
+fn own_threads() -> Result<Option<usize>> {
+    Ok(threads()?.checked_sub(1))
 }
 
 impl File {
@@ -29,9 +31,8 @@ impl File {
         shown: bool,
         slabs: &[Slab],
         slab_bytes: usize,
-        threads: usize,
     ) -> Result<Box<Feed>> {
-        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), chosen(threads));
+        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
         // SAFETY: as the caller promised.
         Ok(Box::new(Feed(unsafe { feed::Feed::new(file, indices, shown, &slabs, slab_bytes, threads) }?)))
     }
@@ -45,10 +46,9 @@ impl File {
         ranges: &[Range],
         slabs: &[Slab],
         slab_bytes: usize,
-        threads: usize,
     ) -> Result<Box<Feed>> {
         let slice = self.slice(index, ranges)?;
-        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), chosen(threads));
+        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
         // SAFETY: as the caller promised.
         Ok(Box::new(Feed(unsafe { feed::Feed::of_slice(file, index, slice, &slabs, slab_bytes, threads) }?)))
     }

@@ -23,6 +23,7 @@ mod pointer;
 mod slice;
 mod status;
 mod stream;
+mod threads;
 mod writer;
 
 pub use checkpoint::*;
@@ -33,6 +34,7 @@ pub use options::*;
 pub use slice::*;
 pub use status::*;
 pub use stream::*;
+pub use threads::*;
 pub use writer::*;
 
 use std::ffi::c_char;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::filesystem::is_local;
+use crate::threads::threads;
 
 /// Below this many bytes a file is freed faster than a thread is started.
 const LARGE_BYTES: u64 = 16 << 20;
@@ -64,6 +65,10 @@ pub(super) fn hold(entry: Option<File>) -> Option<File> {
 /// Closes what [`hold`] gave, in the background.
 pub(super) fn let_go(old: Option<File>) {
     let Some(old) = old else { return };
+    // Where the caller alone may work, `old` is closed here.
+    if !threads().is_ok_and(|most| most != 1) {
+        return;
+    }
     CLOSING.begin();
     let close = move || {
         drop(old);

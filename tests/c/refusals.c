@@ -147,6 +147,7 @@ void test_arguments(void) {
     uint64_t size;
     CHECK_STATUS(sft_dtype_from_code(NULL, &dtype), invalid);
     CHECK_STATUS(sft_dtype_from_code("F32", NULL), invalid);
+    CHECK_STATUS(sft_threads_get(NULL), invalid);
     CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, NULL, 1, &size), invalid);
     CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, NULL, 0, NULL), invalid);
     CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, (const uint64_t*)((const char*)&size + 1), 1, &size), invalid);

@@ -192,9 +192,13 @@ static void fail_alone(const sft_file* file, int number) {
 }
 
 static void use_no_handle(void) {
+    size_t threads = 99;
     sft_dtype dtype = 99;
     uint64_t nbytes = 0;
     CHECK(strcmp(sft_version(), SFT_VERSION_STRING) == 0);
+    CHECK_OK(sft_threads_set(3));
+    CHECK_OK(sft_threads_get(&threads));
+    CHECK(threads == 3);
     CHECK(strcmp(sft_status_name(SFT_ERROR_IO), "SFT_ERROR_IO") == 0 && *sft_status_message(SFT_ERROR_IO) != '\0');
     CHECK_OK(sft_dtype_from_code("BF16", &dtype));
     CHECK(dtype == SFT_DTYPE_BF16 && sft_dtype_bits(dtype) == 16 && strcmp(sft_dtype_code(dtype), "BF16") == 0);
@@ -312,4 +316,5 @@ void test_threads(void) {
     sft_writer_free(writer);
     run(write_with_own_writers, (struct worker){.file = NULL});
     unlink(path_of("threads.safetensors"));
+    CHECK_OK(sft_threads_set(0));
 }

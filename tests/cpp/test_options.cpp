@@ -117,8 +117,7 @@ TEST(transfer_options_can_be_set) {
     EXPECT(st::transfer_options().threads == 3);
     const std::int64_t most = std::numeric_limits<std::int64_t>::max();
     st::set_transfer_options({most, most});
-    EXPECT_EQ(st::transfer_options().ring_bytes, (std::int64_t(128) << 40) - 1);
-    EXPECT_EQ(st::transfer_options().threads, 65535);
+    EXPECT(st::transfer_options().ring_bytes == most && st::transfer_options().threads == most);
     st::set_transfer_options(before);
     if (!at::hasCUDA()) {
         EXPECT(st::reserve_transfer_memory(8 << 20) == 0);
