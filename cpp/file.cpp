@@ -232,14 +232,6 @@ c10::intrusive_ptr<File> PendingFile::result() {
 
 void register_file(torch::Library& library) {
     using Pending = c10::intrusive_ptr<PendingFile>;
-    library.class_<PendingFile>("PendingFile")
-        .def(torch::init([](const std::string& path, const std::string& backend,
-                            const std::optional<std::string>& variant, const std::string& extra) {
-            return guarded([&] { return c10::make_intrusive<PendingFile>(path, backend, variant, extra); });
-        }))
-        .def("advance", [](const Pending& self,
-                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
-        .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
     library.class_<File>("File")
         .def(torch::init<const std::string&, const std::string&>())
         .def("keys", clean(&File::keys))
@@ -264,6 +256,15 @@ void register_file(torch::Library& library) {
         .def("prefault", clean(&File::prefault))
         .def("close", &File::close)
         .def("is_open", &File::is_open);
+    // After File, which its result is.
+    library.class_<PendingFile>("PendingFile")
+        .def(torch::init([](const std::string& path, const std::string& backend,
+                            const std::optional<std::string>& variant, const std::string& extra) {
+            return guarded([&] { return c10::make_intrusive<PendingFile>(path, backend, variant, extra); });
+        }))
+        .def("advance", [](const Pending& self,
+                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
+        .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
 }
 
 }  // namespace safetensors_torch
