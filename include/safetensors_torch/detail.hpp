@@ -145,13 +145,13 @@ c10::IValue call_method(const Object& object, const char* method, const Args&...
 
 // Opens the file at `path`.
 inline Object open(const std::string& path, Backend backend) {
-    static const c10::OperatorHandle op = find_op("safetensors_torch::_open");
+    const auto op = find_op("safetensors_torch::_open");
     return call_boxed(op, path, name_of(backend)).toObject();
 }
 
 // Opens the checkpoint at `path`.
 inline Object open_checkpoint(const std::string& path, Backend backend, const CheckpointOptions& options) {
-    static const c10::OperatorHandle op = find_op("safetensors_torch::_open_checkpoint");
+    const auto op = find_op("safetensors_torch::_open_checkpoint");
     const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
     return call_boxed(op, path, name_of(backend), options.variant, extra).toObject();
 }
