@@ -183,7 +183,8 @@ class ModuleRef {
 ///
 /// Throws Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
 /// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device,
-/// or with a storage that is too small for it; an inference tensor, outside of InferenceMode; two tensors for which
+/// whose tensors a load cannot replace as Python's `assign` does, because the module has them in its members too, or
+/// with a storage that is too small for it; an inference tensor, outside of InferenceMode; two tensors for which
 /// `rename` gives one name.
 inline LoadResult load_model(ModuleRef module, const std::string& path, const LoadModelOptions& options = {}) {
     return detail::load_model(*module, path, options);

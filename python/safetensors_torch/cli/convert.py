@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import TYPE_CHECKING
 
 from .listing import add_quiet, printable, size_text, wants_bar
 
-if TYPE_CHECKING:  # torch is imported when there is something to convert
-    import torch
 
 HELP = "convert from torch.save, shard, unshard, cast"
 EXAMPLES = """examples:
@@ -53,20 +50,18 @@ def run(options: argparse.Namespace) -> int:
     ensure_loaded()
     import torch
 
-    from .sources import Options as SourceOptions
-    from .sources import open_source
-    from .targets import Options as TargetOptions
-    from .targets import write_directory, write_file
+    from . import sources, targets
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = open_source(options.source, SourceOptions(dtype, options.key, options.skip))
-    how = TargetOptions({"format": "pt", **source.metadata}, options.durable, wants_bar(options))
+    source = sources.open_source(options.source, sources.Options(dtype, options.key, options.skip))
+    how = targets.Options({"format": "pt", **source.metadata}, options.durable, wants_bar(options))
     if is_file:
-        written = write_file(source.specs, source.read, options.target, how)
+        written = targets.write_file(source.specs, source.read, options.target, how)
     else:
         size = options.max_shard_size or "5GB"
-        written = write_directory(source.specs, source.read, options.target, size, how)
-    _report(source.specs, source.skipped, written, options.json)
+        written = targets.write_directory(source.specs, source.read, options.target, size, how)
+    nbytes = sum(spec.nbytes for spec in source.specs.values())
+    _report(len(source.specs), nbytes, source.skipped, written, options.json)
     return 0
 
 
@@ -77,14 +72,13 @@ def _refuse_replacing(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.target} is there already: give another target, or --force to replace it")
 
 
-def _report(tensors: dict[str, torch.Tensor], skipped: list[str], written: list[str], as_json: bool) -> None:
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+def _report(count: int, nbytes: int, skipped: list[str], written: list[str], as_json: bool) -> None:
     if as_json:
-        result = {"files": written, "count": len(tensors), "nbytes": nbytes, "skipped": skipped}
+        result = {"files": written, "count": count, "nbytes": nbytes, "skipped": skipped}
         print(json.dumps(result, indent=2))
         return
     for what in skipped:
         print(f"left out  {printable(what)}")
     for path in written:
         print(f"{size_text(os.path.getsize(path)):>10}  {printable(path)}")
-    print(f"{len(tensors)} tensor(s), {size_text(nbytes)}")
+    print(f"{count} tensor(s), {size_text(nbytes)}")
