@@ -212,7 +212,7 @@ def _refuse_meta(model: nn.Module, state: dict[str, Any]) -> None:
         if is_meta:
             raise RuntimeError(
                 f"Cannot load into {type(model).__name__}: its tensor `{shortened(name)}` is on the meta device and"
-                " has no memory. Pass assign=True, which makes the parameters and buffers of the tensors in the file"
+                " has no memory. Pass assign=True, which makes its parameters and buffers from the tensors of the file"
             )
 
 

@@ -115,6 +115,32 @@ def test_a_module_with_hooks(tmp_path: Path, route: str) -> None:
     assert_equal(dict(model.state_dict()), on_host(source))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("register", ["register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"])
+def test_hooks_need_no_second_copy_on_the_device(tmp_path: Path, register: str, fails: bool) -> None:
+    source, model = block(1500), block(1500).to(device())
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    if fails:
+        source[3] = nn.Embedding(6, 1)
+    save_model(source, tmp_path / "a")
+    getattr(model, register)(lambda *arguments: None)
+    before = on_host(model)
+    gc.collect()
+    accelerator.reset_statistics()
+    allocated = accelerator.statistics()["devices"][0]["allocated"]
+    if fails:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            load_model(model, tmp_path / "a")
+    else:
+        assert load_model(model, tmp_path / "a") == (set(), [])
+    # What is copied back goes one tensor at a time.
+    most = 2 * max(tensor.nbytes for tensor in before.values()) if fails else 0
+    assert accelerator.statistics()["devices"][0]["peak"] <= allocated + most
+    assert_equal(dict(model.state_dict()), before if fails else on_host(source))
+
+
 def test_a_refused_load_changes_nothing(tmp_path: Path) -> None:
     reserve(4)
     model = block().to(device())

@@ -42,14 +42,16 @@ def folder(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_all_shards_come_to_the_device(folder: Path, tensors: dict, route: str, backend: str) -> None:
-    file = OPS._open_checkpoint(str(folder), backend)
+    file = OPS._open_checkpoint(str(folder), backend, None, "error")
     names, loaded = finish(file.start_load(None, device(), None))
     assert_equal(dict(zip(names, loaded)), tensors)
 
 
 def test_shards_are_converted_and_selected(folder: Path, tensors: dict, route: str) -> None:
     chosen = ["large.3", "small.007", "half", "bytes", "empty"]
-    names, loaded = finish(OPS._open_checkpoint(str(folder), "mmap").start_load(chosen, device(1), torch.bfloat16))
+    names, loaded = finish(
+        OPS._open_checkpoint(str(folder), "mmap", None, "error").start_load(chosen, device(1), torch.bfloat16)
+    )
     expected = {name: tensors[name] for name in chosen}
     expected = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in expected.items()}
     assert_equal(dict(zip(names, loaded)), expected, 1)
@@ -62,7 +64,7 @@ def test_parameters_are_filled_from_shards(folder: Path, tensors: dict, route: s
     gc.collect()
     accelerator.reset_statistics()
     allocated = accelerator.statistics()["devices"][0]["allocated"]
-    file = OPS._open_checkpoint(str(folder), backend)
+    file = OPS._open_checkpoint(str(folder), backend, None, "error")
     missing, unexpected = finish(file.start_state({**state, **on_host}, [], "Net", True, ""))
     assert (missing, unexpected) == ([], [])
     assert accelerator.statistics()["devices"][0]["peak"] == allocated

@@ -14,7 +14,6 @@ import os
 
 from .listing import add_quiet, printable, size_text, wants_bar
 
-
 HELP = "convert from torch.save, shard, unshard, cast"
 EXAMPLES = """examples:
   python -m safetensors_torch convert pytorch_model.bin converted.safetensors
