@@ -23,9 +23,15 @@ from ._loader import CACHE_VARIABLE, FINGERPRINT, NATIVE, library_name
 def root() -> Path:
     """The cache directory, which holds one directory for each build of the package and each system."""
     named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safetensors_torch"
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safetensors_torch"
+    except RuntimeError:
+        raise ImportError(
+            "safetensors_torch does not find its cache directory: this user has no home directory; name a directory in"
+            f" the environment variable {CACHE_VARIABLE}"
+        ) from None
 
 
 def library() -> Path:

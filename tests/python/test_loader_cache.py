@@ -150,6 +150,14 @@ def test_root_that_is_not_in_the_namespace(layer: Path, tmp_path: Path, monkeypa
             _cache.library()
 
 
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (_loader.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(ImportError, match=f"no home directory; .*{_loader.CACHE_VARIABLE}"):
+        _cache.library()
+
+
 def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(_loader.CACHE_VARIABLE, str(tmp_path / "a" / "b"))
     library = _cache.library()
