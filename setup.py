@@ -202,7 +202,7 @@ def load_loader() -> ModuleType:
 
 def ahead_of_time() -> dict:
     """Arguments of setup() that compile the libtorch layer for the torch that is importable; none where none is."""
-    if os.environ.get("SAFETENSORS_TORCH_AOT") == "0":
+    if os.environ.get("SAFETENSORS_TORCH_AOT", "").lower() in ("0", "false", "no", "off"):
         return {}
     try:
         from torch.utils.cpp_extension import TORCH_LIB_PATH, BuildExtension, CppExtension
