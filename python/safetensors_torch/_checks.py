@@ -17,7 +17,7 @@ from ._errors import SafetensorError, call, shortened, shown
 _check_save = torch.ops.safetensors_torch._check_save.default
 
 # Those of nearly all tensors, about which there is nothing to ask.
-PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 Tensors = dict[str, torch.Tensor]
 Metadata = Optional[dict[str, str]]
@@ -50,7 +50,7 @@ def check_tensors(tensors: Any, metadata: Any, **rules: Any) -> tuple[Tensors, M
 def _check_tensors(tensors: dict[Any, Any], metadata: Any, rules: dict[str, Any]) -> None:
     fake, wrapper = False, None
     for name, tensor in tensors.items():
-        if type(tensor) in PLAIN_CLASSES:
+        if type(tensor) in _PLAIN_CLASSES:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"Key `{_named(name)}` is invalid, expected torch.Tensor but received {type(tensor)}")

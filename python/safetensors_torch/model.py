@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ._arguments import Device, Path, check_flag, encode_path, to_device
-from ._checks import PLAIN_CLASSES, unseen
+from ._checks import unseen
 from ._dynamo import opaque
 from ._errors import call, shortened
 from ._module_assign import replacements, warn_of_meta
@@ -230,8 +230,14 @@ def _own_state(model: nn.Module) -> dict[str, Any]:
 def _is_checkable(model: nn.Module) -> bool:
     """Whether all that load_state_dict does before its last hooks is to write into the tensors of the module."""
     return all(map(_is_plain_module, model.modules())) and all(
-        type(value) in PLAIN_CLASSES and _is_plain_tensor(value.detach()) for value in _own_state(model).values()
+        not is_lazy(value) and _is_unseen(type(value)) and _is_plain_tensor(value.detach())
+        for value in _own_state(model).values()
     )
+
+
+def _is_unseen(kind: type[torch.Tensor]) -> bool:
+    """Whether tensors of this class are copied to as others are: no ``__torch_function__`` of its own looks on."""
+    return kind is torch.Tensor or kind.__torch_function__ is nn.Parameter.__torch_function__
 
 
 def _is_plain_module(module: nn.Module) -> bool:

@@ -136,7 +136,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         """Refuses to be pickled or copied: another process may find another file at the path."""
         raise TypeError(
             f"cannot pickle or copy {self!r}: threads and forked processes may share it; any other process has to open"
-            f" the file itself: safe_open({self._filename!r})"
+            f" the file itself: safe_open({self._title})"
         )
 
     def __repr__(self) -> str:
@@ -226,7 +226,7 @@ class PySafeSlice:
         """Refuses to be pickled or copied, as the handle does."""
         raise TypeError(
             f"cannot pickle or copy {self!r}: send the tensors that it gives, or open the file in the other process:"
-            f" safe_open(path).get_slice({self._name!r})"
+            f" safe_open(path).get_slice({shown(self._name)})"
         )
 
     def __repr__(self) -> str:
