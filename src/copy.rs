@@ -1,6 +1,7 @@
 //! Copies memory to memory, on several threads where it pays.
 
 use crate::error::Result;
+use crate::pages::FreshPages;
 use crate::parallel::{self, Chunks};
 use crate::threads::Threads;
 
@@ -20,18 +21,25 @@ unsafe impl Send for Move {}
 // SAFETY: as above.
 unsafe impl Sync for Move {}
 
-/// Carries out `moves`.
+/// Carries out `moves`, all into `fresh` if that is given, in the order of their destinations.
 ///
 /// # Safety
 ///
 /// Every source must be valid for reads and every destination for writes of its length until the call returns, nobody
 /// else may write to any of them, and no destination may overlap another or a source.
-pub unsafe fn copy(moves: &[Move]) -> Result<()> {
+pub unsafe fn copy(moves: &[Move], fresh: Option<&FreshPages>) -> Result<()> {
     let chunks = Chunks::new(moves.iter().map(|one| one.length));
     let threads = parallel::threads_for(Threads::of_process()?, chunks.bytes(), chunks.len());
     parallel::pull(chunks.len(), threads, |chunk| {
+        let mut brought_in = 0;
         for (index, part) in chunks.parts(chunk) {
             let Move { source, destination, .. } = moves[index];
+            if let Some(fresh) = fresh {
+                let start = fresh.offset(destination) + part.start;
+                if start + part.len() > brought_in {
+                    brought_in = fresh.bring_in(start..start + part.len());
+                }
+            }
             // SAFETY: the part lies in the move's length, for which the caller vouches; no other chunk has this part.
             unsafe {
                 std::ptr::copy_nonoverlapping(
@@ -111,7 +119,7 @@ mod tests {
             (at, length) = (at + bytes, length * 3 % 5_000_011);
         }
         // SAFETY: the parts of `target` are apart from each other and from `source`.
-        unsafe { copy(&moves) }.expect("memory");
+        unsafe { copy(&moves, None) }.expect("memory");
         assert!(target == source);
     }
 

@@ -197,7 +197,7 @@ impl TensorFile {
         let reopened = self.source.reopen(bytes_of(&transfers));
         let origin = self.source.as_stored(reopened.as_ref());
         // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
-        unsafe { reader::read(origin, transfers) }.map_err(|error| self.locate(error))?;
+        unsafe { reader::read(origin, transfers, Some(&memory)) }.map_err(|error| self.locate(error))?;
         Ok(memory)
     }
 
@@ -234,7 +234,7 @@ impl TensorFile {
         let reopened = self.source.reopen(bytes_of(&transfers));
         let origin = self.source.as_shown(reopened.as_ref());
         // SAFETY: as the caller promised.
-        unsafe { reader::read(origin, transfers) }.map_err(|error| self.locate(error))
+        unsafe { reader::read(origin, transfers, None) }.map_err(|error| self.locate(error))
     }
 
     /// What is to be read for `requests`, whose sizes are checked.
@@ -282,7 +282,7 @@ impl TensorFile {
         let origin = self.source.as_shown(reopened.as_ref());
         let read = |transfers: Vec<Transfer>| {
             // SAFETY: `read_runs` asks for parts of the destination that are apart, as the caller gave it.
-            unsafe { reader::read(origin, transfers) }
+            unsafe { reader::read(origin, transfers, None) }
         };
         // SAFETY: the destination has the slice's size (checked).
         unsafe { read_runs(slice, 0..slice.nbytes(), base, destination, read) }

@@ -23,6 +23,7 @@ mod layout;
 mod memory;
 mod monitor;
 mod page_cache;
+mod pages;
 mod parallel;
 mod prefault;
 mod process;

@@ -1,27 +1,32 @@
-//! Memory for tensors that are read: blocks that neighbours in a file share, on huge pages where they are large.
+//! Memory for tensors that are read: small neighbours in a file share a block, and so do large ones, whose pages are given
+//! back when they die.
 //!
-//! Memory fresh from the kernel is paid for page by page; with pages of 2 MiB a large read takes little more than half
-//! the time. Tensors share a block, as most are smaller than such a page; a block is small enough that one which outlives
-//! its neighbours keeps little beside itself. Knows nothing of files.
+//! Memory fresh from the kernel is paid for page by page ([`FreshPages`]). Blocks make that cheap: many tensors share the
+//! pages of one. They are made so that a tensor that outlives its neighbours keeps little beside itself. Knows nothing of
+//! files.
 
 use std::alloc;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use memmap2::{Advice, MmapMut, MmapRaw};
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::page_cache::page_bytes;
+use crate::pages::{FreshPages, HUGE_PAGE, give_back};
 
 /// Where a tensor may begin: torch's own memory is aligned so too.
 const ALIGNMENT: usize = 64;
 
-/// A huge page of x86-64, and of arm64 with the usual base pages.
-const HUGE_PAGE: usize = 2 << 20;
+/// Tensors of so many bytes give their own pages back. For smaller ones the call would cost more than reading them.
+const LARGE_BYTES: usize = 64 << 10;
 
-/// The most bytes of a block of several tensors. What has more has a block of its own.
-const BLOCK_BYTES: usize = 64 << 20;
+/// The most bytes of a block of small tensors: what one of them can keep alive.
+const SMALL_BLOCK_BYTES: usize = HUGE_PAGE;
+
+/// The most bytes of a block of several large tensors. What has more has a block of its own.
+const LARGE_BLOCK_BYTES: usize = 64 << 20;
 
 /// Uninitialized memory, freed with its last owner.
 #[derive(Debug)]
@@ -32,7 +37,9 @@ enum Backing {
     /// From the allocator.
     Heap { start: NonNull<u8>, layout: alloc::Layout },
     /// Anonymous pages; the block begins at the first whole huge page among them.
-    Pages { map: MmapRaw, skipped: usize },
+    Pages { map: MmapRaw, skipped: usize, fresh: FreshPages },
+    /// A large tensor's part of a block of pages.
+    Part { whole: Arc<Block>, offset: usize, length: usize },
 }
 
 // SAFETY: a block owns its memory and gives out nothing but its address; whoever reads or writes there sees to the
@@ -49,16 +56,15 @@ impl Block {
                 format!("cannot allocate {length} bytes for the tensors: there is not enough memory");
             Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
         };
-        if length >= HUGE_PAGE {
+        // A block of small tensors is hardly ever quite full; it is worth a huge page.
+        if length > HUGE_PAGE - LARGE_BYTES {
+            let length = length.max(HUGE_PAGE);
             // Room to begin at a huge page. What is never touched takes no memory.
             let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE).ok_or_else(refused)?);
             let map = MmapRaw::from(map.map_err(|_| refused())?);
             let skipped = map.as_ptr().align_offset(HUGE_PAGE);
-            // Only a wish: kernels without huge pages, or told not to use them, give small ones. Miri knows no advice.
-            if !cfg!(miri) {
-                let _ = map.advise_range(Advice::HugePage, skipped, length);
-            }
-            return Ok(Block(Backing::Pages { map, skipped }));
+            let fresh = FreshPages::new(map.as_mut_ptr().wrapping_add(skipped), length);
+            return Ok(Block(Backing::Pages { map, skipped, fresh }));
         }
         let layout = alloc::Layout::from_size_align(length.max(1), ALIGNMENT).map_err(|_| refused())?;
         // SAFETY: the layout's size is not 0.
@@ -69,41 +75,40 @@ impl Block {
     fn start(&self) -> *mut u8 {
         match &self.0 {
             Backing::Heap { start, .. } => start.as_ptr(),
-            Backing::Pages { map, skipped } => map.as_mut_ptr().wrapping_add(*skipped),
+            Backing::Pages { map, skipped, .. } => map.as_mut_ptr().wrapping_add(*skipped),
+            Backing::Part { whole, offset, .. } => whole.start().wrapping_add(*offset),
+        }
+    }
+
+    /// Brings in the memory of `part`; returns the end of what was brought in with it, at least that of `part`.
+    fn bring_in(&self, part: Range<usize>) -> usize {
+        match &self.0 {
+            Backing::Heap { .. } => usize::MAX,
+            Backing::Pages { fresh, .. } => fresh.bring_in(part),
+            Backing::Part { whole, offset, .. } => {
+                whole.bring_in(part.start + offset..part.end + offset) - offset
+            }
         }
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // Pages unmap themselves.
-        if let Backing::Heap { start, layout } = self.0 {
-            // SAFETY: `new` allocated `start` with this very layout, and this is the only drop.
-            unsafe { alloc::dealloc(start.as_ptr(), layout) }
+        match &self.0 {
+            Backing::Heap { start, layout } => {
+                // SAFETY: `new` allocated `start` with this very layout, and this is the only drop.
+                unsafe { alloc::dealloc(start.as_ptr(), *layout) }
+            }
+            // They unmap themselves.
+            Backing::Pages { .. } => {}
+            // The last of its block leaves all of it to that.
+            Backing::Part { whole, .. } if Arc::strong_count(whole) == 1 => {}
+            Backing::Part { length, .. } => {
+                // SAFETY: no other part has these bytes (`add_block`), and this one's last owner is gone.
+                unsafe { give_back(self.start(), *length) }
+            }
         }
     }
-}
-
-/// Asks for huge pages in `length` bytes of fresh memory from `start` on. The wish stays with the addresses until they
-/// are unmapped, so it is not for memory that belongs to somebody else. No byte changes, whatever memory it is.
-#[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ hands in fresh memory"))]
-pub(crate) fn prefer_huge_pages(start: *mut u8, length: usize) {
-    let skipped = start.align_offset(HUGE_PAGE);
-    let whole = length.saturating_sub(skipped) / HUGE_PAGE * HUGE_PAGE;
-    if whole > 0 {
-        // SAFETY: this advice changes neither the contents nor the rights of any page, and the kernel refuses it for
-        // addresses that are not mapped. Refusal does no harm: the pages are small ones then.
-        unsafe { libc::madvise(start.wrapping_add(skipped).cast(), whole, libc::MADV_HUGEPAGE) };
-    }
-}
-
-/// Whether the page at `address` has memory already, so that writing there takes no page fault.
-pub(crate) fn has_page(address: *mut u8) -> bool {
-    let page = address.map_addr(|address| address & !(page_bytes() - 1));
-    let mut resident = 0u8;
-    // SAFETY: the kernel only looks, refuses addresses that are not mapped, and writes one byte for one page.
-    let status = unsafe { libc::mincore(page.cast(), 1, &raw mut resident) };
-    status == 0 && resident & 1 != 0
 }
 
 /// Memory for several tensors: a place for each, in blocks.
@@ -113,7 +118,7 @@ pub struct Memory {
     places: Vec<Place>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Place {
     block: u32,
     offset: usize,
@@ -126,22 +131,62 @@ impl Memory {
     ///
     /// [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
     pub fn new(sizes: &[usize]) -> Result<Memory> {
-        let mut memory = Memory { blocks: Vec::new(), places: Vec::with_capacity(sizes.len()) };
-        let mut first = 0;
-        while first < sizes.len() {
-            let mut length = 0usize;
-            let mut next = first;
-            let block = memory.blocks.len() as u32;
-            while next < sizes.len() && (next == first || length.saturating_add(sizes[next]) <= BLOCK_BYTES) {
-                memory.places.push(Place { block, offset: length });
-                // A file's tensors are together no larger than the file, so only the last rounding could overflow.
-                length = length.saturating_add(sizes[next]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
-                next += 1;
+        let mut memory = Memory { blocks: Vec::new(), places: vec![Place::default(); sizes.len()] };
+        let (small, large): (Vec<usize>, Vec<usize>) =
+            (0..sizes.len()).partition(|&index| sizes[index] < LARGE_BYTES);
+        for (indices, most) in [(small, SMALL_BLOCK_BYTES), (large, LARGE_BLOCK_BYTES)] {
+            let mut rest = &indices[..];
+            while !rest.is_empty() {
+                rest = &rest[memory.add_block(sizes, rest, most)?..];
             }
-            memory.blocks.push(Arc::new(Block::new(length)?));
-            first = next;
         }
         Ok(memory)
+    }
+
+    /// Adds a block of no more than `most` bytes for the first of the tensors at `indices`, and their places; returns how
+    /// many of them have a place there, at least one.
+    fn add_block(&mut self, sizes: &[usize], indices: &[usize], most: usize) -> Result<usize> {
+        let mut length = 0usize;
+        let mut count = 0;
+        for &index in indices {
+            if count > 0 && length.saturating_add(sizes[index]) > most {
+                break;
+            }
+            self.places[index] = Place { block: self.blocks.len() as u32, offset: length };
+            // A file's tensors are together no larger than the file, so only the last rounding could overflow.
+            length = length.saturating_add(sizes[index]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
+            count += 1;
+        }
+        let whole = Arc::new(Block::new(length)?);
+        if !matches!(whole.0, Backing::Pages { .. }) || sizes[indices[0]] < LARGE_BYTES {
+            self.blocks.push(whole);
+            return Ok(count);
+        }
+        for &index in &indices[..count] {
+            let part = Backing::Part {
+                whole: Arc::clone(&whole),
+                offset: self.places[index].offset,
+                length: sizes[index],
+            };
+            self.places[index] = Place { block: self.blocks.len() as u32, offset: 0 };
+            self.blocks.push(Arc::new(Block(part)));
+        }
+        Ok(count)
+    }
+
+    /// Brings in the memory of parts that are about to be written to: the index of each one's place, and where the part
+    /// lies in that.
+    pub(crate) fn bring_in(&self, parts: impl Iterator<Item = (usize, Range<usize>)>) {
+        // Most parts lie in what was brought in with the one before.
+        let (mut block, mut done) = (u32::MAX, 0);
+        for (index, part) in parts {
+            let place = self.places[index];
+            if place.block != block || place.offset + part.end > done {
+                block = place.block;
+                done =
+                    self.blocks[block as usize].bring_in(place.offset + part.start..place.offset + part.end);
+            }
+        }
     }
 
     /// The first byte of the place at `index`, which the memory has.
@@ -159,20 +204,24 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_page_is_there_once_it_was_written_to() {
-        let memory = Memory::new(&[4 * HUGE_PAGE]).expect("memory");
-        let start = memory.start(0);
-        assert!(!has_page(start.wrapping_add(123)));
-        // SAFETY: the place has these bytes.
-        unsafe { std::ptr::write_bytes(start, 1, 200) };
-        assert!(has_page(start.wrapping_add(123)));
-    }
+    use crate::pages::has_page;
+    use std::collections::HashSet;
 
     #[test]
     fn places_are_aligned_and_apart() {
-        let sizes = [1, 0, 64, 65, HUGE_PAGE, 3 * HUGE_PAGE + 1, BLOCK_BYTES, 5, BLOCK_BYTES + 1, 2];
+        let sizes = [
+            1,
+            0,
+            64,
+            65,
+            LARGE_BYTES,
+            HUGE_PAGE,
+            3 * HUGE_PAGE + 1,
+            LARGE_BLOCK_BYTES,
+            5,
+            LARGE_BLOCK_BYTES + 1,
+            2,
+        ];
         let memory = Memory::new(&sizes).expect("memory");
         assert!(memory.blocks.len() > 1);
         let mut ranges: Vec<(usize, usize)> = Vec::new();
@@ -206,11 +255,49 @@ mod tests {
     }
 
     #[test]
-    fn small_tensors_do_not_keep_much_alive() {
-        let memory = Memory::new(&[1 << 20; 200]).expect("memory");
-        assert_eq!(memory.blocks.len(), 4, "200 MiB in blocks of 64 MiB");
-        let memory = Memory::new(&[5, BLOCK_BYTES + 1, 2]).expect("memory");
-        assert_eq!(memory.blocks.len(), 3, "what is large stands alone");
+    fn small_tensors_keep_little_alive() {
+        let sizes: Vec<usize> =
+            (0..4000).map(|index| if index % 2 == 0 { 5000 } else { LARGE_BYTES }).collect();
+        let memory = Memory::new(&sizes).expect("memory");
+        let small: HashSet<u32> = (0..4000).step_by(2).map(|index| memory.places[index].block).collect();
+        assert_eq!(small.len(), (2000 * 5000usize).div_ceil(SMALL_BLOCK_BYTES), "10 MB of small ones");
+        for &block in &small {
+            let end = (0..4000).filter(|&index| memory.places[index].block == block);
+            let end = end.map(|index| memory.places[index].offset + sizes[index]).max().expect("a tensor");
+            assert!(end <= SMALL_BLOCK_BYTES, "a small one keeps {end} bytes");
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pages")]
+    fn a_large_tensor_gives_its_memory_back() {
+        // Of odd sizes, so that neighbours share pages; all in one block, but for the last.
+        let sizes = [LARGE_BYTES + 999, 3 * HUGE_PAGE + 77, 64 << 10, 1 << 20, LARGE_BLOCK_BYTES];
+        let memory = Memory::new(&sizes).expect("memory");
+        let mut owners = Vec::new();
+        for (index, &size) in sizes.iter().enumerate() {
+            memory.bring_in(std::iter::once((index, 0..size)));
+            // SAFETY: the place at `index` has `size` bytes, and `memory` is alive.
+            unsafe { std::ptr::write_bytes(memory.start(index), index as u8 + 1, size) };
+            owners.push(Some(memory.owner(index)));
+        }
+        let places: Vec<*mut u8> = (0..sizes.len()).map(|index| memory.start(index)).collect();
+        let resident_at = |index: usize| {
+            let whole = (0..sizes[index]).step_by(4096);
+            whole.filter(|&at| has_page(places[index].wrapping_add(at))).count() * 4096
+        };
+        drop(memory);
+        for dead in [1, 0, 3] {
+            assert!(resident_at(dead) >= sizes[dead]);
+            owners[dead] = None;
+            // The pages at both ends are shared with neighbours.
+            assert!(resident_at(dead) <= 2 * 4096, "{} bytes are left", resident_at(dead));
+            for (index, &size) in sizes.iter().enumerate().filter(|&(index, _)| owners[index].is_some()) {
+                // SAFETY: the owner keeps the place's bytes, which were written above.
+                let bytes = unsafe { std::slice::from_raw_parts(places[index], size) };
+                assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "{index} changed with {dead}");
+            }
+        }
     }
 
     #[test]

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use crate::copy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::has_page;
+use crate::memory::Memory;
 use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
+use crate::pages::has_page;
 use crate::parallel::{self, Chunks};
 use crate::prefault::bring_in;
 use crate::source::{Mapping, OpenFile, Origin, shrank};
@@ -40,7 +41,8 @@ unsafe impl Send for Transfer {}
 // SAFETY: as above.
 unsafe impl Sync for Transfer {}
 
-/// Carries out `transfers`, on as many threads as they are worth.
+/// Carries out `transfers`, on as many threads as they are worth; into `fresh`, if it is given, each transfer into the
+/// place of the same number.
 ///
 /// # Errors
 ///
@@ -51,9 +53,13 @@ unsafe impl Sync for Transfer {}
 ///
 /// Every destination must be valid for writes of its length until the call returns, and no two may overlap each
 /// other or the source.
-pub(crate) unsafe fn read(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<()> {
+pub(crate) unsafe fn read(
+    origin: Origin<'_>,
+    transfers: Vec<Transfer>,
+    fresh: Option<&Memory>,
+) -> Result<()> {
     // SAFETY: the caller vouches for the destinations.
-    unsafe { Job::new(origin, transfers)?.advance(origin, None) }
+    unsafe { Job::new(origin, transfers)?.advance(origin, fresh, None) }
 }
 
 /// As [`read`], on the calling thread alone, at the `pace` of the whole that this is part of.
@@ -107,7 +113,8 @@ impl Job {
     }
 
     /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `origin` must be of the source
-    /// that the job was made for.
+    /// that the job was made for, and `fresh` the memory that it reads into, each transfer into the place of the same
+    /// number, unless that is somebody else's.
     ///
     /// # Errors
     ///
@@ -116,10 +123,18 @@ impl Job {
     /// # Safety
     ///
     /// As for [`read`].
-    pub(crate) unsafe fn advance(&mut self, origin: Origin<'_>, until: Option<Instant>) -> Result<()> {
+    pub(crate) unsafe fn advance(
+        &mut self,
+        origin: Origin<'_>,
+        fresh: Option<&Memory>,
+        until: Option<Instant>,
+    ) -> Result<()> {
         let Job { transfers, chunks, pace, .. } = &*self;
         check_within(origin, transfers)?;
         self.next = parallel::pull_until(until, self.next..chunks.len(), pace.threads, |chunk| {
+            if let Some(memory) = fresh {
+                memory.bring_in(chunks.parts(chunk));
+            }
             let parts = chunks.parts(chunk).map(|(index, part)| {
                 let Transfer { offset, destination, .. } = transfers[index];
                 Transfer {

@@ -6,6 +6,7 @@ use crate::copy::{self, Move};
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
+use crate::pages::FreshPages;
 use crate::writer::Output;
 
 /// How a file is written.
@@ -94,7 +95,7 @@ pub(crate) unsafe fn save_into_raw(
     let pieces = layout.order().iter().map(|place| data[place.index]);
     // SAFETY: the places follow one another without gaps up to `total_bytes`, which is `length`, and `plan` has checked
     // that every tensor's bytes are as many as its place has; the rest is the caller's promise.
-    let mut filler = unsafe { Filler::new(buffer, length) };
+    let mut filler = unsafe { Filler::new(buffer, length, None) };
     filler.write(std::iter::once(layout.header()).chain(pieces))
 }
 
@@ -103,16 +104,18 @@ pub(crate) unsafe fn save_into_raw(
 pub(crate) struct Filler {
     next: *mut u8,
     left: usize,
+    /// All of the memory, if nobody has written to it yet.
+    fresh: Option<FreshPages>,
 }
 
 impl Filler {
-    /// Fills `length` bytes from `start` on.
+    /// Fills `length` bytes from `start` on; `fresh` are the pages of all of them, if they are.
     ///
     /// # Safety
     ///
     /// They must be valid for writes, and nobody else may use them, until the last write has returned.
-    pub(crate) unsafe fn new(start: *mut u8, length: usize) -> Filler {
-        Filler { next: start, left: length }
+    pub(crate) unsafe fn new(start: *mut u8, length: usize, fresh: Option<FreshPages>) -> Filler {
+        Filler { next: start, left: length, fresh }
     }
 
     /// Appends `pieces`, none of which may lie in the memory that is written.
@@ -132,7 +135,7 @@ impl Filler {
             (next, left) = (next.wrapping_add(piece.len()), rest);
         }
         // SAFETY: the pieces are borrowed, their destinations follow one another in the memory that `new` was promised.
-        unsafe { copy::copy(&moves) }?;
+        unsafe { copy::copy(&moves, self.fresh.as_ref()) }?;
         (self.next, self.left) = (next, left);
         Ok(())
     }

@@ -169,7 +169,7 @@ impl Loading {
         let origin = self.file.origin(self.shown, reopened.as_ref());
         // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
         // it until this is gone.
-        let done = unsafe { self.job.advance(origin, until) };
+        let done = unsafe { self.job.advance(origin, self.memory.as_ref(), until) };
         Ok(done.map_err(|error| self.file.locate(error))?)
     }
 

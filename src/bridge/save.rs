@@ -8,7 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::header::Metadata;
 use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::memory::prefer_huge_pages;
+use crate::pages::FreshPages;
 use crate::serialize::Filler;
 use crate::writer::Output;
 
@@ -90,15 +90,15 @@ pub(super) fn until(milliseconds: u64) -> Option<Instant> {
 /// Memory that is being written, as C++ sees it.
 pub struct MemoryWriter(Filler);
 
-/// Of memory that was allocated for this, and that nobody has written to: it may get huge pages.
+/// Of memory that was allocated for this, and that nobody has written to.
 ///
 /// # Safety
 ///
 /// As for [`Filler::new`].
 pub unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
-    prefer_huge_pages(start, length);
+    let fresh = FreshPages::new(start, length);
     // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
-    Box::new(MemoryWriter(unsafe { Filler::new(start, length) }))
+    Box::new(MemoryWriter(unsafe { Filler::new(start, length, Some(fresh)) }))
 }
 
 impl MemoryWriter {

@@ -47,6 +47,26 @@ def ctrl_c_is_heard() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def growth(setup: str, work: str) -> int:
+    """By how many bytes the memory of a fresh Python has grown after it ran ``work`` after ``setup``."""
+    program = """
+import gc, pathlib, torch, safetensors_torch
+def anonymous():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+{setup}
+gc.collect()
+before = anonymous()
+{work}
+gc.collect()
+print(anonymous() - before)
+"""
+    source = program.format(setup=textwrap.dedent(setup), work=textwrap.dedent(work))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
 def peak_growth(setup: str, work: str) -> int:
     """By how many bytes the memory of a fresh Python grows, at its peak, while it runs ``work`` after ``setup``.
 

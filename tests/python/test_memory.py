@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import safetensors_torch
-from proc import peak_growth
+from proc import growth, peak_growth
 from safetensors_torch import SafetensorError, load, load_file, safe_open, save, save_file
 
 MIB = 2**20
@@ -68,6 +68,29 @@ def test_load_takes_the_tensors_and_no_more(file: Path) -> None:
 def test_load_without_a_copy_takes_nothing(file: Path) -> None:
     setup = f"data = bytearray(pathlib.Path({str(file)!r}).read_bytes())"
     assert peak_growth(setup, "tensors = safetensors_torch.load(data, copy=False)") < SLACK
+
+
+@pytest.mark.parametrize("call", ["load_file({path!r}, backend='pread')", "load(data)"])
+@pytest.mark.parametrize("kept", ["small", "large"])
+def test_a_kept_tensor_keeps_little_beside_itself(call: str, kept: str, tmp_path: Path) -> None:
+    sizes = {"small": 46 << 10, "large": 300 << 10}
+    tensors = {}
+    for i in range(60):
+        tensors[f"{i}.small"] = torch.full((sizes["small"],), i, dtype=torch.uint8)
+        tensors[f"{i}.large"] = torch.full((sizes["large"],), i, dtype=torch.uint8)
+        tensors[f"{i}.larger"] = torch.full((3 * MIB,), i, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "many")
+    path = str(tmp_path / "many")
+    setup = f"""
+        data = pathlib.Path({path!r}).read_bytes()
+        safetensors_torch.load(data)  # what torch and the allocator take once
+    """
+    work = f"""
+        kept = safetensors_torch.{call.format(path=path)}["30.{kept}"]
+        assert bool((kept == 30).all())
+    """
+    # A block of small tensors has 2 MiB.
+    assert growth(setup, work) < sizes[kept] + 2 * MIB + MIB
 
 
 def loaded_into_own_memory(path: Path) -> list[dict[str, torch.Tensor]]:
