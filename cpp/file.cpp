@@ -141,7 +141,30 @@ std::string File::shard_of(const std::string& name) const {
 at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
     const auto checkpoint = opened();
     const core::Place place = checkpoint->find(name);
+    if (device.is_cpu()) {
+        checkpoint->file(place).read_ahead(place.index);
+    }
     return load_tensor(checkpoint->files()[place.shard], lender_for(device), place.index, device);
+}
+
+at::Tensor File::view(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return load_tensor(checkpoint->files()[place.shard], lender_for(c10::kCPU), place.index, c10::kCPU);
+}
+
+void File::read_ahead(const std::string& name, const at::Tensor& part) const {
+    const auto checkpoint = opened();
+    if (part.numel() == 0 || !part.is_cpu()) {
+        return;
+    }
+    // From the first element to the last: torch has no negative strides.
+    size_t elements = 1;
+    for (int64_t axis = 0; axis < part.dim(); ++axis) {
+        elements += static_cast<size_t>((part.size(axis) - 1) * part.stride(axis));
+    }
+    const auto address = reinterpret_cast<uintptr_t>(part.const_data_ptr());
+    checkpoint->file(checkpoint->find(name)).read_ahead_at(address, elements * part.itemsize(), part.nbytes());
 }
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
@@ -248,6 +271,8 @@ void register_file(torch::Library& library) {
         .def("shards", clean(&File::shards))
         .def("shard_of", clean(&File::shard_of))
         .def("get_tensor", clean(&File::get_tensor))
+        .def("view", clean(&File::view))
+        .def("read_ahead", clean(&File::read_ahead))
         .def("get_tensors", clean(&File::get_tensors))
         .def("get_slice", clean(&File::get_slice))
         .def("start_load", clean(&File::start_load))

@@ -47,6 +47,10 @@ class File : public torch::CustomClassHolder {
     std::vector<std::string> shards() const;
     std::string shard_of(const std::string& name) const;
     at::Tensor get_tensor(const std::string& name, c10::Device device) const;
+    // As get_tensor on the CPU, but none of it is read ahead.
+    at::Tensor view(const std::string& name) const;
+    // Has the kernel read what of `part`, a part of a view of the tensor `name`, is not in memory.
+    void read_ahead(const std::string& name, const at::Tensor& part) const;
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names, c10::Device device) const;
     at::Tensor get_slice(const std::string& name, const std::vector<int64_t>& starts, const std::vector<int64_t>& stops,
                          const std::vector<int64_t>& steps, c10::Device device) const;

@@ -70,7 +70,11 @@ Lists load_shared_op(const at::Tensor& data) {
 at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c10::Device device) {
     return guarded([&] {
         const auto file = open_file(filename, "mmap");
-        return load_tensor(file, Lender{true, {}, false}, (*file)->find(as_bytes(name)), device);
+        const size_t index = (*file)->find(as_bytes(name));
+        if (device.is_cpu()) {
+            (*file)->read_ahead(index);
+        }
+        return load_tensor(file, Lender{true, {}, false}, index, device);
     });
 }
 

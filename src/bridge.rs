@@ -133,6 +133,10 @@ mod ffi {
         fn share_mapping(self: &File) -> *const Mapping;
         /// Brings the pages of a mapping in: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
+        /// For the tensor at `index`, which is about to be used.
+        fn read_ahead(self: &File, index: usize) -> Result<()>;
+        /// For `length` bytes at `address`, of which `used` are about to be used.
+        fn read_ahead_at(self: &File, address: usize, length: usize, used: usize);
         /// Begins to read tensors into memory made for them, a place for each of `indices`.
         fn load(self: &File, indices: &[usize]) -> Result<Box<Loading>>;
         /// Begins to read tensors into memory of the caller's; as tensors over a mapping show them.

@@ -15,7 +15,8 @@ use crate::prefault::{self, Prefault};
 use crate::reader::{self, Transfer};
 use crate::slice::{AxisRange, Slice};
 use crate::source::{
-    Backend, Mapping, OpenFile, Origin, Source, open_regular, open_regular_in, read_exact_at,
+    Backend, Mapping, OpenFile, Origin, Source, expect_sequential, open_regular, open_regular_in,
+    read_exact_at,
 };
 
 /// Enough of a file's start to tell what else it may be.
@@ -82,6 +83,7 @@ impl TensorFile {
             read_exact_at(&file, path, &mut json, LENGTH_BYTES)?;
             Header::parse(&json, length).and_then(native).map_err(|error| error.in_file(path))?
         };
+        expect_sequential(&file);
         let file = OpenFile { file, path: path.to_path_buf() };
         let source = match backend {
             Backend::Mmap => Source::mapped(&file, length)?,
@@ -176,6 +178,32 @@ impl TensorFile {
     pub fn prefault(&self, when: Prefault) -> Result<()> {
         let mapped: Vec<_> = self.mapped().into_iter().collect();
         prefault::prefault(&mapped, when)
+    }
+
+    /// Has the kernel read the tensor at `index` of a mapped file, which is about to be used, if it is not in memory; waits
+    /// for nothing. Does nothing for a file that is not mapped.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::tensor`].
+    pub fn read_ahead(&self, index: usize) -> Result<()> {
+        let bytes = self.byte_range(&self.tensor(index)?);
+        if let Some(mapping) = self.mapped() {
+            // The header was checked against the length of what is mapped.
+            prefault::read_ahead(mapping, bytes.start as usize..bytes.end as usize);
+        }
+        Ok(())
+    }
+
+    /// As [`TensorFile::read_ahead`], for the `length` bytes at `address` in the mapping, of which `used` are about to be
+    /// used. Reads nothing ahead if those lie too far apart.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ has views"))]
+    pub(crate) fn read_ahead_at(&self, address: usize, length: usize, used: usize) {
+        let Some(mapping) = self.mapped() else { return };
+        let Some(begin) = address.checked_sub(mapping.as_ptr().addr()) else { return };
+        if begin < mapping.len() && length <= mapping.len() - begin && used >= length / 2 {
+            prefault::read_ahead(mapping, begin..begin + length);
+        }
     }
 
     /// The mapping, if there is one.

@@ -16,6 +16,7 @@ use memmap2::Advice;
 use crate::available::available_memory;
 use crate::error::{Error, Result};
 use crate::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
+use crate::pages::has_page;
 use crate::parallel::{self, CHUNK_BYTES};
 use crate::source::{Mapping, OpenFile, shrank};
 use crate::threads::Threads;
@@ -35,6 +36,59 @@ const POPULATE_BYTES: usize = 1 << 20;
 
 /// Smaller mappings are not worth a thread: all their faults together take less than starting it.
 const BACKGROUND_BYTES: usize = 16 << 20;
+
+/// Fewer bytes come with the page that is touched: the kernel reads as many around it.
+const READ_AHEAD_BYTES: usize = 128 << 10;
+
+/// How often the kernel is asked for what it did not read.
+const ROUNDS: usize = 3;
+
+/// Has the kernel read what of `bytes`, which are about to be used, is not in memory. Waits for none of it: many requests
+/// are under way at once, where touching the pages sends one or two and waits for them.
+pub(crate) fn read_ahead(mapping: &Arc<Mapping>, bytes: Range<usize>) {
+    if bytes.len() < BACKGROUND_BYTES {
+        request(mapping, bytes);
+        return;
+    }
+    if looks_resident(mapping, &bytes) {
+        return;
+    }
+    // Sending that many requests is waiting too.
+    let mapping = Arc::downgrade(mapping);
+    spawn(move || {
+        if available_memory().is_none_or(|available| bytes.len() as u64 > available / 2) {
+            return;
+        }
+        for start in bytes.clone().step_by(CHUNK_BYTES) {
+            let Some(mapping) = mapping.upgrade() else { return };
+            request(&mapping, start..bytes.end.min(start + CHUNK_BYTES));
+        }
+    });
+}
+
+/// Asks the kernel to read `bytes`, unless they seem to be in memory, or hardly worth it.
+fn request(mapping: &Mapping, bytes: Range<usize>) {
+    if bytes.len() >= READ_AHEAD_BYTES && !looks_resident(mapping, &bytes) {
+        // With one call the kernel reads no more than it reads ahead anyway. A filesystem with many requests under way
+        // (FUSE) drops the last calls of a round; what no round brings is read when it is touched.
+        for _ in 0..ROUNDS {
+            for start in bytes.clone().step_by(READ_AHEAD_BYTES) {
+                let length = READ_AHEAD_BYTES.min(bytes.end - start);
+                if !looks_resident(mapping, &(start..start + length)) {
+                    let _ = mapping.advise(Advice::WillNeed, start, length);
+                }
+            }
+        }
+    }
+}
+
+/// Whether both ends and the middle of `bytes` are in memory. Asking for every page would take longer than using those
+/// that are. Of a file that this process may neither own nor write to, the kernel says that all of it is.
+fn looks_resident(mapping: &Mapping, bytes: &Range<usize>) -> bool {
+    [bytes.start, bytes.start.midpoint(bytes.end), bytes.end - 1]
+        .into_iter()
+        .all(|at| has_page(mapping.as_ptr().wrapping_add(at)))
+}
 
 /// Brings in all of `mappings`, each of its file, one after the other.
 ///
@@ -199,8 +253,7 @@ fn bytes_of(mapping: &Mapping, piece: usize) -> Range<usize> {
     start..mapping.len().min(start + CHUNK_BYTES)
 }
 
-/// Brings in the pages of `bytes`, after it has read what is not in memory. Where it cannot know, the kernel reads that
-/// page by page.
+/// Brings in the pages of `bytes`, after it has read what is not in memory, or has asked the kernel to if it cannot know.
 fn populate(
     mapping: &Mapping,
     file: Option<&File>,
@@ -208,8 +261,11 @@ fn populate(
     residency: Residency,
 ) -> io::Result<()> {
     let (from, to) = (bytes.start as u64, bytes.end as u64);
-    if let Some(file) = file
-        && residency != Residency::Unknown
+    let known = file.filter(|_| residency != Residency::Unknown);
+    if known.is_none() {
+        request(mapping, bytes.clone());
+    }
+    if let Some(file) = known
         && !is_cached(file, from..to)
     {
         let mut scratch = vec![0; COLD_READ_BYTES.min(bytes.len())];

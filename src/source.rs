@@ -5,6 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -231,6 +232,12 @@ fn open_to_read(path: &Path) -> io::Result<File> {
 fn identity(file: &File) -> io::Result<(u64, u64)> {
     let metadata = file.metadata()?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Has the kernel read further ahead in `file` than it otherwise does, also where a mapping of it is touched.
+pub(crate) fn expect_sequential(file: &File) {
+    // SAFETY: a call without pointers on a descriptor that is open. Only a hint: refusal does no harm.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) };
 }
 
 fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {

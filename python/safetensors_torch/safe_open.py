@@ -202,6 +202,10 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         return iter(self.keys())
 
 
+# Less than this comes with the page that is touched.
+_READ_AHEAD_BYTES = 128 << 10
+
+
 class PySafeSlice:
     """A tensor in an open file, to be read in part: ``[index]`` gives what the tensor itself would give.
 
@@ -249,7 +253,10 @@ class PySafeSlice:
         """
         if self._is_mapped:
             # A view of the mapping: only the pages that it touches are read.
-            return call(self._file.get_tensor, self._name, self._device)[index]
+            part = call(self._file.view, self._name)[index]
+            if part.nbytes >= _READ_AHEAD_BYTES:
+                call(self._file.read_ahead, self._name, part)
+            return part
         like = call(self._file.get_tensor, self._name, torch.device("meta"))
         items = index if isinstance(index, tuple) else (index,)
         box = bounding_box(items, like.shape, is_packed=list(like.shape) != self._shape)

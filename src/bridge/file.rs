@@ -102,6 +102,14 @@ impl File {
         Ok(self.0.prefault(prefault_when(wait))?)
     }
 
+    pub fn read_ahead(&self, index: usize) -> Result<()> {
+        Ok(self.0.read_ahead(index)?)
+    }
+
+    pub fn read_ahead_at(&self, address: usize, length: usize, used: usize) {
+        self.0.read_ahead_at(address, length, used);
+    }
+
     pub fn load(&self, indices: &[usize]) -> Result<Box<Loading>> {
         let (memory, transfers) = self.0.prepare(indices)?;
         Loading::begin(&self.0, false, transfers, Some(memory))

@@ -205,6 +205,7 @@ pub unsafe extern "C" fn sft_file_data(
                           open the file with SFT_BACKEND_MMAP";
             open.file.locate(invalid(detail))
         })?;
+        open.file.read_ahead(index)?;
         out.set(start.cast());
         Ok(())
     })

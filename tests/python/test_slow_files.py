@@ -1,0 +1,102 @@
+"""Reads from a filesystem where each request takes its time: what is wanted next is asked for before it is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from safetensors_torch import safe_open, save_file
+
+SOURCE = Path(__file__).resolve().parent.parent / "slow" / "slowfs.c"
+MIB = 2**20
+# Each request of 128 KiB takes 3 ms and the time of its bytes.
+MILLISECONDS, MEGABYTES_PER_SECOND = "3", "200"
+
+
+def _why_not() -> str:
+    if os.geteuid() != 0:
+        return "only root can mount"
+    if not os.access("/dev/fuse", os.W_OK):
+        return "no /dev/fuse"
+    return "" if shutil.which("cc") else "no C compiler"
+
+
+pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+
+Requests = Callable[[], tuple[int, int, int]]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("slowfs") / "slowfs"
+    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", str(SOURCE), "-o", str(built)], check=True)
+    return built
+
+
+@pytest.fixture
+def slow(program: Path, tmp_path: Path) -> Iterator[tuple[Path, Requests]]:
+    """A file of 6 tensors of 4 MiB on a slow filesystem, and what tells of the requests so far."""
+    stored, mounted = tmp_path / "stored", tmp_path / "mounted"
+    stored.mkdir()
+    mounted.mkdir()
+    save_file({f"t{i}": torch.full((1024, 1024), float(i)) for i in range(6)}, stored / "model")
+    server = subprocess.Popen([program, stored, mounted, MILLISECONDS, MEGABYTES_PER_SECOND])
+    try:
+        deadline = time.monotonic() + 20
+        while not os.path.ismount(mounted):
+            if server.poll() is not None:
+                pytest.skip("FUSE cannot be mounted here")
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+        def requests() -> tuple[int, int, int]:
+            """How many, how many at once, and their bytes."""
+            count, at_once, nbytes = (mounted / ".requests").read_text().split()
+            return int(count), int(at_once), int(nbytes)
+
+        yield mounted / "model", requests
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=False)
+        server.wait(20)
+
+
+def _use(tensor: torch.Tensor, value: float) -> None:
+    assert bool((tensor == value).all())
+
+
+def test_a_tensor_of_a_mapped_file_is_read_ahead(slow: tuple[Path, Requests]) -> None:
+    path, requests = slow
+    with safe_open(path, "pt") as file:
+        for i in range(6):
+            _use(file.get_tensor(f"t{i}"), i)
+    _, at_once, nbytes = requests()
+    # Touching alone has 2 under way for each thread that compares, of which there are 2 for so few bytes.
+    assert at_once >= 6
+    assert nbytes < 25 * MIB
+
+
+def test_a_part_of_a_tensor_is_read_ahead_and_no_more(slow: tuple[Path, Requests]) -> None:
+    path, requests = slow
+    with safe_open(path, "pt") as file:
+        for i in range(0, 6, 2):
+            _use(file.get_slice(f"t{i}")[:512], i)
+    _, at_once, nbytes = requests()
+    assert at_once >= 6
+    # Half of every second tensor, and what the kernel reads around it.
+    assert nbytes < 3 * (2 * MIB + MIB)
+
+
+def test_a_row_is_not_worth_reading_ahead(slow: tuple[Path, Requests]) -> None:
+    path, requests = slow
+    with safe_open(path, "pt") as file:
+        for i in range(6):
+            _use(file.get_slice(f"t{i}")[700], i)
+            _use(file.get_slice(f"t{i}")[::512], i)
+    assert requests()[2] < 6 * MIB
