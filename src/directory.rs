@@ -281,8 +281,30 @@ fn checked(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn c_string(name: &OsStr) -> io::Result<CString> {
-    CString::new(name.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+/// A name as C has it, which needs no memory to be allocated unless it is longer than a file name can be.
+struct Name {
+    short: [u8; 256],
+    long: Option<CString>,
+}
+
+impl Name {
+    fn as_ptr(&self) -> *const libc::c_char {
+        self.long.as_ref().map_or(self.short.as_ptr().cast(), |long| long.as_ptr())
+    }
+}
+
+fn c_string(name: &OsStr) -> io::Result<Name> {
+    let bytes = name.as_bytes();
+    if bytes.contains(&0) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut short = [0; 256];
+    // The last byte stays 0.
+    let long = if bytes.len() < short.len() { None } else { Some(CString::new(bytes)?) };
+    if long.is_none() {
+        short[..bytes.len()].copy_from_slice(bytes);
+    }
+    Ok(Name { short, long })
 }
 
 #[cfg(test)]

@@ -54,6 +54,7 @@ impl AtomicFile {
             }
         }
         if *self.is_synchronized.get_mut() {
+            self.inherit()?;
             self.file.sync_all()?;
         }
         hear_of_writes(&self.file)

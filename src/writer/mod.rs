@@ -162,7 +162,7 @@ impl AtomicFile {
     /// another process.
     pub fn synchronize(&self) -> Result<()> {
         self.check_process()?;
-        self.inherit()?;
+        self.inherit().map_err(|source| Error::io("write", &self.path, source))?;
         self.file.sync_all().map_err(|source| Error::io("write", &self.path, source))?;
         self.is_synchronized.store(true, Ordering::Relaxed);
         Ok(())
@@ -219,45 +219,49 @@ impl AtomicFile {
         self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
-    /// Gives the file the attributes that the target has now, or, if it is gone, had when the file was begun.
-    fn inherit(&self) -> Result<()> {
+    /// Gives the file the attributes that the target has now, or, if it is gone, had when the file was begun; returns
+    /// whether that has changed the file.
+    fn inherit(&self) -> io::Result<bool> {
+        let now = Attributes::at(&self.directory, &self.name)?;
+        let attributes = now.as_ref().or(self.attributes.as_ref());
+        attributes.map_or(Ok(false), |attributes| attributes.inherit(&self.file))
+    }
+
+    /// The same, for a file that may have been synchronized; then asks `check`.
+    fn inherit_if(&self, check: impl Fn() -> Result<()>) -> Result<()> {
         let fail = |source| Error::io("write", &self.path, source);
-        let now = Attributes::at(&self.directory, &self.name).map_err(fail)?;
-        let Some(attributes) = now.as_ref().or(self.attributes.as_ref()) else { return Ok(()) };
-        let has_changed = attributes.inherit(&self.file).map_err(fail)?;
-        if has_changed && self.is_synchronized.load(Ordering::Relaxed) {
+        if self.inherit().map_err(fail)? && self.is_synchronized.load(Ordering::Relaxed) {
             self.file.sync_all().map_err(fail)?;
         }
-        Ok(())
+        check()
     }
 
     /// Links or renames the staged file to the target; returns what was refused if the target can only be overwritten.
     fn put_in_place(&mut self, check: impl Fn() -> Result<()>) -> Result<Option<io::Error>> {
-        check()?;
+        self.inherit_if(&check)?;
         if matches!(self.staging, Staging::Unnamed) {
-            let linked = match self.attributes {
-                // Nothing was there, and nothing is, if this succeeds: the link is the commit.
-                None => match self.directory.link(&self.file, &self.name) {
-                    Ok(()) => return Ok(None),
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        // Before others can open it, as the target may be one that they cannot.
-                        self.inherit()?;
-                        staging::link_beside(&self.file, &self.directory)
-                    }
-                    Err(error) => Err(error),
-                },
-                Some(_) => staging::link_beside(&self.file, &self.directory),
-            };
-            match linked {
-                Ok(name) => self.staging = Staging::Named(name),
+            // If nothing is at the target, the link is the commit.
+            match self.directory.link(&self.file, &self.name) {
+                Ok(()) => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(refusal) => self.copy_beside(&refusal)?,
             }
         }
-        let Staging::Named(name) = &self.staging else { return Ok(None) };
         let fail = |source| Error::io("write", &self.path, source);
         let old = release::hold(self.directory.entry(&self.name).map_err(fail)?);
-        self.inherit()?;
-        check()?;
+        self.inherit_if(&check)?;
+        if matches!(self.staging, Staging::Unnamed) {
+            // From here to the rename nothing is allocated: a process that has no memory left for that ends, and would
+            // leave the name.
+            match staging::link_beside(&self.file, &self.directory) {
+                Ok(name) => self.staging = Staging::Named(name),
+                Err(refusal) => {
+                    self.copy_beside(&refusal)?;
+                    self.inherit_if(&check)?;
+                }
+            }
+        }
+        let Staging::Named(name) = &self.staging else { return Ok(None) };
         match self.directory.rename(name, &self.name) {
             Ok(()) => {
                 release::let_go(old);
@@ -266,7 +270,7 @@ impl AtomicFile {
                 Ok(None)
             }
             Err(error) if fallbacks::cannot_rename(&error, &self.directory) => Ok(Some(error)),
-            Err(error) => Err(fail(error)),
+            Err(error) => Err(Error::io("write", &self.path, error)),
         }
     }
 

@@ -1,5 +1,5 @@
-/* How saves, streams and edits behave on a small disk that has no space left: a part of the program "manners". Skipped
- * where this process may not mount. */
+/* How saves, streams and edits behave on a small disk that has no space left, and over a file that is a mount point: a
+ * part of the program "manners". Skipped where this process may not mount. */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -123,17 +123,56 @@ static void on_a_small_disk(void) {
     struct statfs told;
     EXPECT(statfs(disk, &told) == 0 && told.f_bfree + 1 >= told.f_blocks, "%ld of %ld blocks", (long)told.f_bfree,
            (long)told.f_blocks);
+    accepted("a file on another filesystem", path_of("disk/far"), 1000, 0, disk);
     if (symlink(path_of("disk/far"), path_of("to-another-disk")) != 0) abort();
-    const int beside = entries(path_of("."));
-    accepted("a link to another filesystem, to nothing yet", path_of("to-another-disk"), 1000, 0, disk);
+    const int beside = entries(path_of(".")) - 1;
+    accepted("a link to another filesystem", path_of("to-another-disk"), 10, beside, path_of("."));
     struct stat link;
-    EXPECT(lstat(path_of("to-another-disk"), &link) == 0 && S_ISLNK(link.st_mode), "the link is gone");
-    EXPECT(entries(path_of(".")) == beside, "%d entries, %d before", entries(path_of(".")), beside);
+    EXPECT(lstat(path_of("to-another-disk"), &link) == 0 && S_ISREG(link.st_mode), "the link is not replaced");
+    EXPECT(file_version(path_of("disk/far"), SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_message());
     if (mount(NULL, disk, NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0) abort();
     refused("a filesystem that may only be read", path_of("disk/far"), 10, EROFS, 7, disk);
+}
+
+/* A file that is itself a mount point, as containers have them, can only be overwritten in place: not if this process
+ * has it mapped, by its own path or by another one. */
+static void on_a_mount_point(void) {
+    if (!may_mount()) {
+        printf("manners: a mount point skipped, as this process may not mount: %s\n", strerror(errno));
+        return;
+    }
+    char disk[4096], point[4096], source[4096];
+    snprintf(disk, sizeof disk, "%s", path_of("disk"));
+    snprintf(point, sizeof point, "%s", path_of("disk/point"));
+    snprintf(source, sizeof source, "%s", path_of("disk/source"));
+    EXPECT(save_version(1, 20000, source) == SFT_OK && save_version(2, 10, point) == SFT_OK, "%s",
+           sft_last_error_message());
+    if (mount(source, point, NULL, MS_BIND, NULL) != 0) abort();
+    const char* mapped[] = {point, source};
+    for (int i = 0; i < 2; i++) {
+        sft_file* file = NULL;
+        EXPECT(sft_file_open(mapped[i], NULL, &file) == SFT_OK, "%s", sft_last_error_message());
+        /* A smaller file: to touch what is mapped would be SIGBUS. */
+        refused("a mount point that is mapped", point, 10, EBUSY, 1, disk);
+        EXPECT(save_version(9, 10, point) == SFT_ERROR_IO && strstr(sft_last_error_message(), "pread") != NULL, "%s",
+               sft_last_error_message());
+        const void* bytes = NULL;
+        EXPECT(sft_file_data(file, 1, &bytes) == SFT_OK && tensor_is(bytes, 20000 * 8, 1, 1), "the tensor changed");
+        sft_file_free(file);
+    }
+    sft_open_options options = SFT_OPEN_OPTIONS_INIT;
+    options.backend = SFT_BACKEND_PREAD;
+    sft_file* file = NULL;
+    EXPECT(sft_file_open(point, &options, &file) == SFT_OK, "%s", sft_last_error_message());
+    accepted("a mount point that is open", point, 10, 1, disk);
+    EXPECT(file_version(source, SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_message());
+    sft_file_free(file);
+    if (umount(point) != 0) abort();
+    EXPECT(file_version(point, SFT_BACKEND_PREAD) == 2, "%s", sft_last_error_message());
 }
 
 void small_disk(void) {
     make_folder(path_of("disk"), 0755);
     as_child(on_a_small_disk, false);
+    as_child(on_a_mount_point, false);
 }

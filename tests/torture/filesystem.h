@@ -27,6 +27,11 @@ extern bool is_shared;
 extern bool forks_at_rename;
 extern pid_t forked;
 
+/* A file whose permissions become 0600 as soon as the one that will replace it has been made, and the most permissions
+ * that this has until it is renamed; a path, or NULL. */
+extern const char* narrows_at_stage;
+extern mode_t most_rights;
+
 void make_folder(const char* path, mode_t mode);
 
 /* Saves two tensors of so many words each. */

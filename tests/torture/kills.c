@@ -99,7 +99,9 @@ int renameat(int from_folder, const char* from, int to_folder, const char* to) {
 }
 int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
     const int result = REAL(statx)(folder, path, flags, mask, told);
-    if (result == 0 && (flags & AT_EMPTY_PATH) != 0) told->stx_ctime.tv_sec += ahead;
+    /* What is opened only to be looked at shows when it changed; a new file shows the time. */
+    const bool is_looked_at = (flags & AT_EMPTY_PATH) != 0 && (REAL(fcntl)(folder, F_GETFL) & O_PATH) != 0;
+    if (result == 0 && (flags & AT_EMPTY_PATH) != 0 && !is_looked_at) told->stx_ctime.tv_sec += ahead;
     return result;
 }
 int unlinkat(int folder, const char* path, int flags) { BETWEEN_MOMENTS(int, REAL(unlinkat)(folder, path, flags)); }

@@ -73,6 +73,105 @@ static void folder_that_is_gone(void) {
     EXPECT(save_version(1, 10, path_of("from-the-root")) == SFT_OK, "%s", sft_last_error_message());
 }
 
+/* A stream that is begun by a relative path stays in the folder that this meant, whatever the current folder is when it
+ * is committed; so do a save that is given up, and one that is overwritten. */
+static void another_current_folder(void) {
+    char first[4096], second[4096];
+    snprintf(first, sizeof first, "%s", path_of("first"));
+    snprintf(second, sizeof second, "%s", path_of("second"));
+    make_folder(first, 0755);
+    make_folder(second, 0755);
+    static const uint64_t shape[] = {3};
+    for (int round = 0; round < 8; round++) {
+        no_unnamed = round % 2 == 1;
+        no_renames = round / 2 % 2 == 1 ? ENOSYS : 0;
+        const bool commits = round < 4;
+        sft_writer* writer = NULL;
+        sft_stream* stream = NULL;
+        if (chdir(first) != 0 || sft_writer_new(&writer) != SFT_OK) abort();
+        EXPECT(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1, "abc", 3) == SFT_OK &&
+                   sft_stream_create(writer, "model", NULL, &stream) == SFT_OK,
+               "%s", sft_last_error_message());
+        if (chdir(second) != 0) abort();
+        put_file("model", "theirs", 6);
+        EXPECT(!commits || sft_stream_commit(stream) == SFT_OK, "%s", sft_last_error_message());
+        sft_stream_free(stream);
+        sft_writer_free(writer);
+        struct stat told;
+        EXPECT(stat("model", &told) == 0 && told.st_size == 6 && entries(second) == 1, "round %d", round);
+        EXPECT(entries(first) == 1 || round == 0, "round %d: %d entries", round, entries(first));
+        sft_file* file = NULL;
+        EXPECT(sft_file_open(path_of("first/model"), NULL, &file) == SFT_OK, "%s", sft_last_error_message());
+        sft_file_free(file);
+        (*manners)++;
+    }
+    no_unnamed = false;
+    no_renames = 0;
+}
+
+/* While a file is written that will replace another one, nobody can open it who could not open that; nor after the
+ * permissions of that have become narrower. */
+static void nobody_gets_rights_meanwhile(void) {
+    make_folder(path_of("rights"), 0755);
+    for (int unnamed = 0; unnamed < 2; unnamed++) {
+        no_unnamed = !unnamed;
+        EXPECT(save_version(1, 1000, path_of("rights/a")) == SFT_OK, "%s", sft_last_error_message());
+        if (chmod(path_of("rights/a"), 0644) != 0) abort();
+        narrows_at_stage = path_of("rights/a");
+        most_rights = 0;
+        EXPECT(save_version(2, 1000, path_of("rights/a")) == SFT_OK, "%s", sft_last_error_message());
+        narrows_at_stage = NULL;
+        EXPECT(most_rights == 0600 && mode_of(path_of("rights/a")) == 0600, "rights %o, then %o", most_rights,
+               mode_of(path_of("rights/a")));
+        (*manners)++;
+    }
+    no_unnamed = false;
+}
+
+/* A user who may only read a folder cannot lock it against saves. */
+static void reader_of_locked(int tell) {
+    const int folder = open(path_of("locked"), O_RDONLY | O_DIRECTORY);
+    EXPECT(folder >= 0 && flock(folder, LOCK_EX | LOCK_NB) == 0, "%s", strerror(errno));
+    EXPECT(open(path_of("locked/.safetensors.lock"), O_RDONLY | O_CREAT, 0666) < 0 && errno == EACCES, "%s",
+           strerror(errno));
+    if (write(tell, "", 1) != 1) abort();
+    pause();
+}
+
+static void readers_hold_up_no_save(void) {
+    if (geteuid() != 0) {
+        printf("manners: a lock of another user skipped, for want of root\n");
+        return;
+    }
+    make_folder(path_of("locked"), 0755);
+    int gate[2];
+    char locked;
+    if (pipe(gate) != 0) abort();
+    fflush(stdout);
+    const pid_t reader = fork();
+    if (reader == 0) {
+        if (setgid(65534) != 0 || setuid(65534) != 0) abort();
+        reader_of_locked(gate[1]);
+        _exit(1);
+    }
+    close(gate[1]);
+    EXPECT(read(gate[0], &locked, 1) == 1, "the reader has ended");
+    close(gate[0]);
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.max_shard_bytes = 100;
+    content what = content_new(3, 2, 10);
+    sft_writer* writer = content_writer(&what);
+    const double begin = seconds();
+    EXPECT(sft_writer_write_sharded(writer, path_of("locked"), &options) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(seconds() - begin < 10, "%f seconds", seconds() - begin);
+    EXPECT(checkpoint_version(path_of("locked")) == 3 && entries(path_of("locked")) == 3, "%s",
+           sft_last_error_message());
+    sft_writer_free(writer);
+    content_free(&what);
+    if (kill(reader, SIGKILL) != 0 || waitpid(reader, NULL, 0) != reader) abort();
+    (*manners)++;
+}
+
 static void as_a_stranger(void) {
     if (geteuid() == 0) abort();
     refused("a folder that may only be read", path_of("closed/a"), 10, EACCES, 1, path_of("closed"));
@@ -262,6 +361,9 @@ int main(int count, char** arguments) {
     as_child(folder_that_is_gone, false);
     another_user();
     small_disk();
+    as_child(another_current_folder, false);
+    nobody_gets_rights_meanwhile();
+    readers_hold_up_no_save();
     saved_files_are_not_locked();
     strays_of_the_dead("strays", true, false);
     strays_of_the_dead("strays of named files", false, false);
