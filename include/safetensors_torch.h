@@ -442,7 +442,9 @@ sft_status sft_writer_size(const sft_writer* writer, const sft_save_options* opt
 
 /** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md has
  * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
- * are kept, symbolic links followed, pipes and character devices written to. `options` may be NULL for the defaults.
+ * are kept. A symbolic link is replaced, and what it leads to stays as it is, unless it leads to a pipe or a character
+ * device: these are written to, as is a descriptor of this process (/dev/stdout, /dev/fd/N). `options` may be NULL for
+ * the defaults.
  * Errors: those of sft_writer_size, IO, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
@@ -467,7 +469,7 @@ typedef struct sft_sharded_options {
  * overwritten are removed at the end. An error of IO after that takes back what is in place, or says what is. All files
  * are open until the end. Of several saves into one folder one at a time gives names to its files, and the last one
  * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults.
- * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK where the folder stays locked for minutes;
+ * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the folder locked for a minute;
  * INVALID_ARGUMENT for a stem that is no file name, or that of a shard. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
 
@@ -492,9 +494,9 @@ sft_status sft_writer_declare_tensor(sft_writer* writer, const char* name, size_
 /** Begins the file at `path`, with the tensors and the metadata of `writer`, which is not needed any more afterwards.
  * Tensors that were added with data are written at once; those that were declared are to be given to sft_stream_write.
  * The file will be the one that sft_writer_write_file would write. What is at `path` stays as it is until the commit; a
- * pipe or a device is refused. `options` may be NULL for the defaults. `*stream` becomes a handle to free with
- * sft_stream_free, or NULL on an error.
- * Errors: those of sft_writer_size, and IO, also where there is no space for all of the file. */
+ * pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path` means what it means now. `options` may be
+ * NULL for the defaults. `*stream` becomes a handle to free with sft_stream_free, or NULL on an error. Errors: those of
+ * sft_writer_size, and IO, also where there is no space for all of the file. */
 sft_status sft_stream_create(const sft_writer* writer, const char* path, const sft_save_options* options,
                              sft_stream** stream);
 
@@ -532,8 +534,9 @@ typedef uint32_t sft_edit_mode;
 
 /** Every such place. */
 enum {
-    SFT_EDIT_AUTO = 0, /**< in place where there is room, and the file is writable and has no other name; else anew */
-    SFT_EDIT_IN_PLACE = 1, /**< over the old header; an error where there is no room */
+    SFT_EDIT_AUTO = 0, /**< in place if there is room, and the file is writable, has no other name, and is no symbolic
+                        * link; else anew */
+    SFT_EDIT_IN_PLACE = 1, /**< over the old header; an error if there is no room, or the path is a symbolic link */
     SFT_EDIT_REWRITE = 2   /**< into a new file with the same data, which then replaces the old one */
 };
 
@@ -552,9 +555,10 @@ typedef struct sft_edit_options {
  * stay as they are. In place, one write changes the header, in which who opens the file meanwhile, or a loss of power,
  * may meet a part of the change: it is safe where one program at a time uses the file, and files that are open already,
  * or mapped, show nothing of it. Anew, the file is replaced as by sft_writer_write_file, its data copied by the kernel.
- * Symbolic links are followed. Where nothing changes, nothing is written, except with SFT_EDIT_REWRITE. `options` may
- * be NULL for the defaults. Errors: those of sft_file_open; DUPLICATE for a key that stands twice; INVALID_ARGUMENT
- * where there is no room in place; HEADER_TOO_LARGE; FILE_CHANGED where another program is changing the file; IO. */
+ * A symbolic link is replaced by the changed file, and what it leads to stays as it is. Where nothing changes, nothing
+ * is written, except with SFT_EDIT_REWRITE. `options` may be NULL for the defaults. Errors: those of sft_file_open;
+ * DUPLICATE for a key that stands twice; INVALID_ARGUMENT where there is no room in place; HEADER_TOO_LARGE;
+ * FILE_CHANGED where another program is changing the file; IO. */
 sft_status sft_metadata_edit(const char* path, const sft_metadata_change* changes, size_t count,
                              const sft_edit_options* options);
 

@@ -12,14 +12,15 @@ namespace safetensors_torch {
 
 /// Changes the metadata of the file at `path`, and returns what it is then. Tensors, and where they lie, stay as they
 /// are. A key that is removed need not be there. Where nothing changes, nothing is written, unless `options.in_place`
-/// is false.
+/// is false. A symbolic link is replaced by the changed file, and what it leads to stays as it is.
 ///
 /// In place, the header is written over the old one, with one short write: files that are open, and tensors that are
 /// mapped, see nothing of it, but who opens the file in that moment, or a loss of power, may meet a part of the change.
 /// Otherwise the file is replaced as by save_file, its data copied by the kernel.
 ///
-/// Throws Error: as File does; in place without room; a header of more than 100 MB; a negative reserve; text that is
-/// not UTF-8; when the operating system refuses. The file is then as it was, unless the text says otherwise.
+/// Throws Error: as File does; in place without room, or of a symbolic link; a header of more than 100 MB; a negative
+/// reserve; text that is not UTF-8; when the operating system refuses. The file is then as it was, unless the text says
+/// otherwise.
 inline Metadata edit_metadata(const std::string& path, const MetadataChanges& changes,
                               const EditOptions& options = {}) {
     const auto op = detail::find_op("safetensors_torch::_begin_edit");

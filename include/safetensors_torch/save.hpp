@@ -16,9 +16,10 @@ namespace safetensors_torch {
 /// Writes `tensors`, from whatever device, and `metadata` to a file at `path`.
 ///
 /// A file that is there is replaced as a whole, or stays as it was: readers and tensors mapped from it never see half
-/// of the new one (docs/saving.md says how, and when not). The tensors may be mapped from the file that is replaced.
-/// The values of conjugate and negative views are written. Tensors are written by dtype, then by name, whatever their
-/// order. Nothing is added to `metadata`, except by Shared::keep_one.
+/// of the new one (docs/saving.md says how, and when not). A symbolic link is replaced, and what it leads to stays as
+/// it is. The tensors may be mapped from the file that is replaced. The values of conjugate and negative views are
+/// written. Tensors are written by dtype, then by name, whatever their order. Nothing is added to `metadata`, except by
+/// Shared::keep_one.
 ///
 /// Throws Error before anything is written: a sparse tensor; tensors that share memory, and one that is not
 /// contiguous, unless `options` say otherwise; a meta tensor; a storage that is too small for its tensor; a dtype that

@@ -287,7 +287,8 @@ def save_file(
     Args:
         tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Those of a subclass of
             Tensor are saved as tensors, without a call of its ``__torch_function__``.
-        filename: the file, replaced if it exists; str, bytes or os.PathLike.
+        filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced, and what it
+            leads to stays as it is.
         metadata: text to store in the header; None stores none, an empty dict an empty object.
         force_contiguous: True writes tensors that are not contiguous as if they were, one copy at a time; False refuses
             them.

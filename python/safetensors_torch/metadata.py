@@ -30,13 +30,14 @@ def edit_metadata(
     """Changes the metadata of a safetensors file; its tensors, and where they lie, stay as they are.
 
     Args:
-        filename: the file, all of whose header is checked first; str, bytes or os.PathLike. A link is followed.
+        filename: the file, all of whose header is checked first; str, bytes or os.PathLike. A symbolic link
+            is replaced by the changed file, and what it leads to stays as it is.
         changes: the new text for each key; None removes the key, if it is there.
-        in_place: None writes the header over the old one where there is room, the file is writable, and it has no other
-            name (hard link); otherwise the file is written anew and replaced, as save_file does. True never writes it
-            anew, False always. In place is one short write, and safe for files that are open or mapped. But who opens
-            the file in that moment, or a loss of power, may meet a header that is changed in part: pass False where
-            others may be about to open it.
+        in_place: None writes the header over the old one where there is room, the file is writable, has no other name
+            (hard link), and is no symbolic link; otherwise the file is written anew and replaced, as save_file does.
+            True never writes it anew, False always. In place is one short write, and safe for files that are open or
+            mapped. But who opens the file in that moment, or a loss of power, may meet a header that is changed in
+            part: pass False where others may be about to open it.
         reserve: bytes of the header that are to be left for later edits, at least. A file that is written anew has
             them, and then many edits are made in place.
         durable: as for save_file.
@@ -46,8 +47,8 @@ def edit_metadata(
         The metadata that the file has now. Where nothing changes, nothing is written, except with in_place=False.
 
     Raises:
-        SafetensorError: the file is not valid safetensors; in_place=True without room; a header of more than 100 MB;
-            something else is changing the file.
+        SafetensorError: the file is not valid safetensors; in_place=True without room, or of a symbolic link; a header
+            of more than 100 MB; something else is changing the file.
         OSError: the file cannot be read or written. It is as it was then, unless the text says otherwise.
         ValueError: a negative ``reserve``, or a null byte in the file name.
         TypeError: an argument of another type.

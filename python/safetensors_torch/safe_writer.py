@@ -61,7 +61,7 @@ class SafeWriter:
     Several threads may write different tensors at once.
 
     Args:
-        filename: the file, replaced if it exists; str, bytes or os.PathLike.
+        filename: the file, replaced if it exists, as by save_file; str, bytes or os.PathLike.
         tensors: for each name the dtype and the shape, as a pair or as a tensor that has them, which may be one on the
             meta device.
         metadata: as for save_file.

@@ -94,35 +94,6 @@ def test_existing_file_keeps_its_permissions(kept: int, tmp_path: Path) -> None:
     assert target.read_bytes() == encode(ONES)
 
 
-@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
-@pytest.mark.parametrize("dangling", [True, False], ids=["dangling", "existing"])
-def test_symlink_is_followed(relative: bool, dangling: bool, tmp_path: Path) -> None:
-    real, links = tmp_path / "real", tmp_path / "links"
-    real.mkdir()
-    links.mkdir()
-    target, link = real / "model", links / "latest"
-    if not dangling:
-        target.write_bytes(b"old")
-        target.chmod(0o640)
-    link.symlink_to("../real/model" if relative else target)
-    save_file(ONES, link)
-    assert link.is_symlink()
-    assert not target.is_symlink()
-    assert target.read_bytes() == encode(ONES)
-    assert entries(real) == ["model"] and entries(links) == ["latest"]
-    assert dangling or mode(target) == 0o640
-
-
-def test_chain_of_symlinks_is_followed(tmp_path: Path) -> None:
-    (tmp_path / "model").write_bytes(b"old")
-    (tmp_path / "one").symlink_to("model")
-    (tmp_path / "two").symlink_to("one")
-    save_file(ONES, tmp_path / "two")
-    assert (tmp_path / "one").is_symlink() and (tmp_path / "two").is_symlink()
-    assert (tmp_path / "model").read_bytes() == encode(ONES)
-    assert entries(tmp_path) == ["model", "one", "two"]
-
-
 def test_another_hard_link_keeps_the_old_file(tmp_path: Path) -> None:
     """The target is replaced, not written into."""
     target, other = tmp_path / "a", tmp_path / "b"

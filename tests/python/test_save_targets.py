@@ -1,0 +1,280 @@
+"""What a save's target is: a link, a relative path, a descriptor, a pipe; and that Ctrl-C is heard while one waits."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from proc import ctrl_c_is_heard
+from safetensors_torch import (
+    SafeWriter,
+    edit_metadata,
+    load,
+    load_file,
+    load_sharded,
+    save_file,
+    save_model,
+    save_sharded,
+)
+from support import entries, mode
+
+ONES = {"a": torch.ones(1000)}
+TWOS = {"a": torch.full((1000,), 2.0)}
+# Larger than what a pipe holds.
+LARGE = {"a": torch.arange(1 << 18)}
+
+Save = Callable[[Path], object]
+
+
+def write(path: Path) -> None:
+    with SafeWriter(path, ONES) as writer:
+        writer.write("a", ONES["a"])
+
+
+SAVES: dict[str, Save] = {
+    "save_file": lambda path: save_file(ONES, path),
+    "SafeWriter": write,
+    "save_sharded": lambda path: save_sharded(ONES, path.parent, stem="model"),
+    "save_model": lambda path: save_model(torch.nn.Linear(2, 3), path),
+    "edit_metadata": lambda path: edit_metadata(path, {"k": "v"}),
+    "edit_metadata anew": lambda path: edit_metadata(path, {"k": "v"}, in_place=False),
+}
+
+
+@pytest.fixture(params=SAVES.values(), ids=SAVES.keys())
+def save(request: pytest.FixtureRequest) -> Save:
+    return request.param
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+def test_link_is_replaced_and_what_it_led_to_stays(save: Save, relative: bool, tmp_path: Path) -> None:
+    """As in the cache of Hugging Face's tools, where revisions share a blob."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    blob, link = blobs / "0123", snapshot / "model.safetensors"
+    # With room for an edit in place.
+    save_file(TWOS, blob, {"k": "something longer"})
+    blob.chmod(0o640)
+    before = blob.read_bytes()
+    link.symlink_to("../blobs/0123" if relative else blob)
+    save(link)
+    assert not link.is_symlink() and mode(link) == 0o640
+    assert blob.read_bytes() == before
+    assert load_file(link)
+    assert entries(blobs) == ["0123"] and entries(snapshot) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("to", ["nothing", "link", "folder"])
+def test_link_to_no_file_is_replaced(to: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(to)
+    save_file(ONES, link)
+    assert link.is_file() and not link.is_symlink()
+    assert entries(tmp_path) == ["folder", "link"] and entries(tmp_path / "folder") == []
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The current folder, and another one with a file of the same name."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / "model.safetensors").write_bytes(b"theirs")
+    monkeypatch.chdir(here)
+    return here, there
+
+
+@pytest.mark.parametrize("name", ["save_file", "save_sharded", "edit_metadata"])
+def test_current_folder_that_changes_meanwhile(name: str, folders: tuple[Path, Path]) -> None:
+    here, there = folders
+
+    def leave(done: int, total: int) -> None:
+        os.chdir(there)
+
+    if name == "save_file":
+        save_file(LARGE, "model.safetensors", progress=leave)
+    elif name == "save_sharded":
+        save_sharded(LARGE, ".", progress=leave)
+    else:
+        # Two steps: one of 32 MiB, and the rest.
+        save_file({"a": torch.zeros(80 << 20, dtype=torch.uint8)}, "model.safetensors")
+        edit_metadata("model.safetensors", {"k": "v"}, in_place=False, progress=leave)
+    assert Path.cwd() == there
+    assert (there / "model.safetensors").read_bytes() == b"theirs"
+    assert entries(there) == entries(here) == ["model.safetensors"]
+    assert load_file(here / "model.safetensors")
+
+
+def test_current_folder_that_changes_while_tensors_are_written(folders: tuple[Path, Path]) -> None:
+    here, there = folders
+    with SafeWriter("model.safetensors", ONES) as writer:
+        os.chdir(there)
+        writer.write("a", ONES["a"])
+    assert (there / "model.safetensors").read_bytes() == b"theirs"
+    assert load_file(here / "model.safetensors")["a"].equal(ONES["a"])
+    assert entries(there) == entries(here) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("form", ["/proc/self/fd/{}", "/dev/fd/{}"])
+@pytest.mark.parametrize("deleted", [False, True], ids=["named", "deleted"])
+def test_descriptor_of_a_file_is_written_to(form: str, deleted: bool, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("w+b") as log:
+        log.write(b"head")
+        log.flush()
+        if deleted:
+            path.unlink()
+        save_file(ONES, form.format(log.fileno()))
+        assert entries(tmp_path) == ([] if deleted else ["log"])
+        log.seek(0)
+        written = log.read()
+    assert written[:4] == b"head" and load(written[4:])["a"].equal(ONES["a"])
+
+
+def test_standard_output_that_is_a_file(tmp_path: Path) -> None:
+    program = """
+import os, torch
+from safetensors_torch import save_file
+os.write(1, b"head")
+save_file({"a": torch.ones(1000)}, "/dev/stdout")
+os.write(1, b"tail")
+"""
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, timeout=300)
+    written = (tmp_path / "out").read_bytes()
+    assert written.startswith(b"head") and written.endswith(b"tail")
+    assert load(written[4:-4])["a"].equal(ONES["a"])
+    assert entries(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_file(TWOS, path)
+    with path.open("r+b") as file:
+        name = f"/dev/fd/{file.fileno()}"
+        for refused in (lambda: SafeWriter(name, ONES), lambda: edit_metadata(name, {"k": "v"})):
+            with pytest.raises(OSError, match=f"{name}.*name the file itself"):
+                refused()
+    assert load_file(path)["a"].equal(TWOS["a"])
+    assert entries(tmp_path) == ["file"]
+
+
+@contextlib.contextmanager
+def interrupted(unblock: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C after a moment, which the body must hear within a second. ``unblock`` ends a body that does not."""
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timers = [threading.Timer(0.3, interrupt), threading.Timer(20, unblock)]
+    with ctrl_c_is_heard():
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                yield
+            seconds = time.monotonic() - sent[0]
+        finally:
+            for timer in timers:
+                timer.cancel()
+    assert seconds < 1.5
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("progress", [None, lambda done, total: None], ids=["silent", "progress"])
+def test_pipe_without_a_reader_hears_ctrl_c(progress: object, fifo: Path) -> None:
+    with interrupted(lambda: fifo.read_bytes()):
+        save_file(LARGE, fifo, progress=progress)
+    assert entries(fifo.parent) == ["fifo"]
+
+
+def test_pipe_whose_reader_does_not_read_hears_ctrl_c(fifo: Path) -> None:
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with interrupted(lambda: os.close(os.dup2(os.open("/dev/null", os.O_RDONLY), reader))):
+            save_file(LARGE, fifo)
+    finally:
+        os.close(reader)
+
+
+def test_pipe_with_a_late_and_slow_reader(fifo: Path) -> None:
+    received: list[bytes] = []
+
+    def read() -> None:
+        time.sleep(0.3)
+        with fifo.open("rb") as pipe:
+            while chunk := pipe.read(1 << 18):
+                received.append(chunk)
+                time.sleep(0.05)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    told: list[int] = []
+    save_file(LARGE, fifo, progress=lambda done, total: told.append(done))
+    reader.join()
+    assert load(b"".join(received))["a"].equal(LARGE["a"])
+    assert told == sorted(told) and len(set(told)) > 2
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which another save is changing names."""
+    with (tmp_path / ".safetensors.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path
+
+
+def test_save_that_waits_for_another_one_hears_ctrl_c(locked: Path) -> None:
+    with interrupted(lambda: (locked / ".safetensors.lock").unlink()):
+        save_sharded(ONES, locked)
+    assert entries(locked) == [".safetensors.lock"]
+
+
+def test_load_that_waits_for_a_save_hears_ctrl_c(locked: Path) -> None:
+    with interrupted(lambda: None):
+        load_sharded(locked)
+
+
+def test_save_goes_on_when_the_other_one_has_ended(tmp_path: Path) -> None:
+    lock = (tmp_path / ".safetensors.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    timer = threading.Timer(0.4, lock.close)
+    timer.start()
+    begin = time.monotonic()
+    save_sharded(ONES, tmp_path)
+    assert time.monotonic() - begin > 0.3
+    timer.join()
+    assert entries(tmp_path) == ["model.safetensors"]
+
+
+def test_reader_of_a_folder_holds_up_no_save(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        begin = time.monotonic()
+        save_sharded(ONES, tmp_path)
+        assert time.monotonic() - begin < 5
+    finally:
+        os.close(folder)
