@@ -254,7 +254,6 @@ c10::intrusive_ptr<File> PendingFile::result() {
 }
 
 void register_file(torch::Library& library) {
-    using Pending = c10::intrusive_ptr<PendingFile>;
     library.class_<File>("File")
         .def(torch::init<const std::string&, const std::string&>())
         .def("keys", clean(&File::keys))
@@ -282,6 +281,7 @@ void register_file(torch::Library& library) {
         .def("close", &File::close)
         .def("is_open", &File::is_open);
     // After File, which its result is.
+    using Pending = c10::intrusive_ptr<PendingFile>;
     library.class_<PendingFile>("PendingFile")
         .def(torch::init([](const std::string& path, const std::string& backend,
                             const std::optional<std::string>& variant, const std::string& extra) {

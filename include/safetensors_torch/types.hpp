@@ -118,8 +118,9 @@ using MetadataChanges = std::map<std::string, std::optional<std::string>>;
 
 /// How metadata is changed.
 struct EditOptions {
-    /// Without a value, the header is written over the old one where there is room, the file is writable, and it has no
-    /// other name (hard link); otherwise the file is written anew. True never writes it anew, false always.
+    /// Without a value, the header is written over the old one where there is room, the file is writable, has no other
+    /// name (hard link), and is no symbolic link; otherwise the file is written anew. True never writes it anew, false
+    /// always.
     std::optional<bool> in_place = std::nullopt;
     /// Bytes of the header that are to be left for later edits, at least: a file that is written anew has them.
     int64_t reserve = 0;
