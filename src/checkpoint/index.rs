@@ -4,16 +4,18 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::path::{Component, Path};
 
 use serde::de::{MapAccess, Visitor};
 
+use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::{MAX_HEADER_BYTES, recognise};
 use crate::json::{self, Fault, Object, Skipped, Text, refuse};
-use crate::source::{open_regular, read_exact_at};
+use crate::source::{open_regular_in, read_exact_at};
 
 /// The field that maps names of tensors to files.
 const WEIGHT_MAP: &str = "weight_map";
@@ -28,9 +30,10 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// Reads and checks the index at `path`; its files are not looked at. Gives the open index too.
-    pub(super) fn read(path: &Path) -> Result<(Index, File)> {
-        let (file, length) = open_regular(path)?;
+    /// Reads and checks the index `name`; its files are not looked at. Returns the open index too. `path` is for the
+    /// errors.
+    pub(super) fn read(directory: &Directory, name: &OsStr, path: &Path) -> Result<(Index, File)> {
+        let (file, length) = open_regular_in(directory, name, path)?;
         let fail = |error: Error| error.in_file(path);
         if length > MAX_HEADER_BYTES {
             let detail =

@@ -16,19 +16,19 @@ mod write;
 pub use plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan};
 pub use write::{ShardedOptions, ShardedWriter, save_sharded};
 
-use std::fs::{File, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::directory::Directory;
+use crate::directory::{Directory, identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::TensorFile;
 use crate::header::absent;
 use crate::prefault::{self, Prefault};
-use crate::source::Backend;
+use crate::source::{Backend, directory_of};
 use index::Index;
 use locate::Location;
 use lock::{Waited, wait_for_save};
@@ -153,8 +153,8 @@ impl Checkpoint {
                 Err(error) if is_folder(&error) && at == path => Err(Failure::Changed),
                 Err(error) => Err(Failure::Final(error)),
             },
-            Location::Index(at) => match Index::read(&at) {
-                Ok((index, file)) => Checkpoint::of_index(index, &file, at, options),
+            Location::Index(at) => match OpenIndex::open(&at) {
+                Ok(index) => Checkpoint::of_index(index, at, options),
                 Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
                 Err(error) if is_absent(&error) => Err(Failure::Missing(error)),
                 Err(error) => Err(Failure::Final(error)),
@@ -169,26 +169,27 @@ impl Checkpoint {
         Checkpoint { by_name: sorted_places(&shards), shards, path }
     }
 
-    /// A checkpoint of several files, whose index was read from `file`. A save that replaces it meanwhile takes its
+    /// A checkpoint of several files, whose index was read. A save that replaces it meanwhile takes its
     /// index away before the first of its files changes, and puts another one in place after the last: if the index is
     /// still there once all files are open, they belong together.
-    fn of_index(
-        index: Index,
-        file: &File,
-        path: PathBuf,
-        options: CheckpointOptions<'_>,
-    ) -> Attempt<Checkpoint> {
-        let opened = Checkpoint::of_files(index, path.clone(), options);
+    fn of_index(open: OpenIndex, path: PathBuf, options: CheckpointOptions<'_>) -> Attempt<Checkpoint> {
+        let OpenIndex { index, file, directory, name } = open;
+        let opened = Checkpoint::of_files(index, &directory, path, options);
         // Open for as long as it is compared, so that no other file can have its number.
-        if is_at(file, &path) { opened.map_err(Failure::Final) } else { Err(Failure::Changed) }
+        if is_at(&file, &directory, &name) { opened.map_err(Failure::Final) } else { Err(Failure::Changed) }
     }
 
-    fn of_files(index: Index, path: PathBuf, options: CheckpointOptions<'_>) -> Result<Checkpoint> {
+    /// The files that `index` lists, all in the directory that its path led to when it was opened.
+    fn of_files(
+        index: Index,
+        directory: &Directory,
+        path: PathBuf,
+        options: CheckpointOptions<'_>,
+    ) -> Result<Checkpoint> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let shards = index.shards.iter().map(|name| {
-            let file = TensorFile::open(&folder.join(name), options.backend).map_err(|error| match error
-                .os_error()
-            {
+            let opened = TensorFile::open_in(directory, name.as_ref(), &folder.join(name), options.backend);
+            let file = opened.map_err(|error| match error.os_error() {
                 Some(libc::ENOENT) => error.with_remedy(&format!(
                     "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
                     path.display()
@@ -321,11 +322,27 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Whether `file` is what is at `path`.
-fn is_at(file: &File, path: &Path) -> bool {
-    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
-    match (file.metadata(), path.metadata()) {
-        (Ok(opened), Ok(there)) => identity(opened) == identity(there),
+/// An index that was read, and where it is.
+struct OpenIndex {
+    index: Index,
+    file: File,
+    directory: Directory,
+    name: OsString,
+}
+
+impl OpenIndex {
+    fn open(path: &Path) -> Result<OpenIndex> {
+        let (directory, name) = directory_of(path, "open")?;
+        let (index, file) = Index::read(&directory, &name, path)?;
+        Ok(OpenIndex { index, file, directory, name })
+    }
+}
+
+/// Whether `file` is what the name in the directory leads to.
+fn is_at(file: &File, directory: &Directory, name: &OsStr) -> bool {
+    let there = directory.followed(name).ok().flatten().and_then(|there| there.metadata().ok());
+    match (file.metadata(), there) {
+        (Ok(opened), Some(there)) => identity(&opened) == identity(&there),
         _ => false,
     }
 }

@@ -120,7 +120,7 @@ fn read(get: impl Fn(*mut c_void, usize) -> isize) -> io::Result<Option<Acl>> {
 /// What a file without a list, and a filesystem without such lists, answer.
 fn none_if_unknown(error: io::Error) -> io::Result<Option<Acl>> {
     match error.raw_os_error() {
-        Some(libc::ENODATA | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(None),
+        Some(libc::ENODATA | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => Ok(None),
         _ => Err(error),
     }
 }

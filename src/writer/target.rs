@@ -36,12 +36,16 @@ impl Target {
         let kind = entry.metadata()?.file_type();
         if kind.is_symlink() {
             // A link that cannot be followed is replaced like every other one.
-            let Ok(Some(leads_to)) = directory.followed(name) else { return Ok(Target::Replaced) };
-            let kind = leads_to.metadata()?.file_type();
-            if kind.is_fifo() || kind.is_char_device() {
-                return Ok(Target::Special(leads_to));
-            }
-            return descriptor(directory, name);
+            let leads_to = directory.followed(name).unwrap_or(None);
+            let kind =
+                leads_to.as_ref().map(|file| file.metadata()).transpose()?.map(|told| told.file_type());
+            return match (leads_to, kind) {
+                (Some(file), Some(kind)) if kind.is_fifo() || kind.is_char_device() => {
+                    Ok(Target::Special(file))
+                }
+                (_, Some(kind)) if kind.is_block_device() => Ok(Target::Refused(libc::ENODEV)),
+                _ => descriptor(directory, name),
+            };
         }
         Ok(match kind {
             kind if kind.is_file() => Target::Replaced,
@@ -52,26 +56,21 @@ impl Target {
     }
 }
 
-/// What the symbolic link `name` means: a descriptor if it is, or leads to, a link under /proc, which no other link leads
-/// on from and nothing can replace.
+/// What the symbolic link `name` means: a descriptor, be it one that is closed, if it is, or leads to, a name under /proc,
+/// where nothing can be replaced.
 fn descriptor(directory: &Directory, name: &OsStr) -> io::Result<Target> {
     let mut place: (Option<Directory>, OsString) = (None, name.to_os_string());
     for _ in 0..MOST_LINKS {
         let (at, name) = (place.0.as_ref().unwrap_or(directory), &place.1);
-        let Some(link) = at.entry(name)?.filter(|entry| entry.metadata().is_ok_and(|told| told.is_symlink()))
-        else {
-            return Ok(Target::Replaced);
-        };
-        if is_proc(&link) {
+        if is_proc(at.file()) {
             let own = Directory::open(Path::new("/proc/self/fd"))?.identity()?;
-            let number = name
-                .to_str()
-                .and_then(|name| name.parse().ok())
-                .filter(|_| at.identity().is_ok_and(|at| at == own));
+            let is_own = at.identity()? == own;
+            let number = name.to_str().and_then(|name| name.parse().ok()).filter(|_| is_own);
             return Ok(number.map_or(Target::Foreign, Target::Descriptor));
         }
         place = match at.read_link(name).and_then(|to| at.resolve(&to)) {
             Ok((next, name)) => (Some(next), name),
+            // No link, or one to nowhere.
             Err(_) => return Ok(Target::Replaced),
         };
     }
@@ -111,6 +110,10 @@ mod tests {
         for foreign in ["/proc/self/exe".to_string(), format!("/proc/{parent}/exe")] {
             assert!(matches!(find(Path::new(&foreign)), Target::Foreign), "{foreign}");
         }
+        // One that is closed is not replaced either: /dev/stdout may lead to it.
+        let closed = format!("/proc/self/fd/{}", libc::c_int::MAX);
+        symlink(&closed, at("closed")).expect("linked");
+        assert!(matches!(find(&at("closed")), Target::Descriptor(libc::c_int::MAX)));
         symlink("/dev/null", at("null")).expect("linked");
         assert!(matches!(find(&at("null")), Target::Special(_)));
         assert!(matches!(find(Path::new("/dev/null")), Target::Special(_)));
