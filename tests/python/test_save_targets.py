@@ -19,14 +19,18 @@ import torch
 from proc import ctrl_c_is_heard
 from safetensors_torch import (
     SafeWriter,
+    _ops,
     edit_metadata,
     load,
     load_file,
     load_sharded,
+    metadata,
+    safe_open,
     save_file,
     save_model,
     save_sharded,
 )
+from safetensors_torch._steps import run
 from support import entries, mode
 
 ONES = {"a": torch.ones(1000)}
@@ -98,24 +102,33 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 
 @pytest.mark.parametrize("name", ["save_file", "save_sharded", "edit_metadata"])
-def test_current_folder_that_changes_meanwhile(name: str, folders: tuple[Path, Path]) -> None:
+def test_current_folder_that_changes_meanwhile(
+    name: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first step and the second one, when progress is told of a larger save too."""
     here, there = folders
+    left: list[str] = []
 
-    def leave(done: int, total: int) -> None:
+    def leave(*args: object) -> None:
+        left.append(name)
         os.chdir(there)
+        run(*args)
 
+    save_file({**LARGE, "other": torch.zeros(3)}, "model.safetensors")
+    for module in (_ops, metadata):
+        monkeypatch.setattr(module, "run", leave)
     if name == "save_file":
-        save_file(LARGE, "model.safetensors", progress=leave)
+        save_file(LARGE, "model.safetensors", progress=lambda done, total: None)
     elif name == "save_sharded":
-        save_sharded(LARGE, ".", progress=leave)
+        save_sharded(LARGE, ".", progress=lambda done, total: None)
     else:
-        # Two steps: one of 32 MiB, and the rest.
-        save_file({"a": torch.zeros(80 << 20, dtype=torch.uint8)}, "model.safetensors")
-        edit_metadata("model.safetensors", {"k": "v"}, in_place=False, progress=leave)
-    assert Path.cwd() == there
+        edit_metadata("model.safetensors", {"k": "v"}, in_place=False)
+    assert left == [name] and Path.cwd() == there
     assert (there / "model.safetensors").read_bytes() == b"theirs"
     assert entries(there) == entries(here) == ["model.safetensors"]
-    assert load_file(here / "model.safetensors")
+    with safe_open(here / "model.safetensors", "pt") as file:
+        assert len(file) == (2 if name == "edit_metadata" else 1)
+        assert (file.metadata() or {}).get("k") == ("v" if name == "edit_metadata" else None)
 
 
 def test_current_folder_that_changes_while_tensors_are_written(folders: tuple[Path, Path]) -> None:
