@@ -38,7 +38,7 @@ MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build demo test torture miri bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
 

@@ -1,11 +1,12 @@
-// A filesystem that shows the files of one directory, and takes its time: each request waits, and then its bytes come at
-// a fixed rate, as many requests at once as the kernel sends. A stand-in for storage across a network.
+// A filesystem that shows the files of one directory, and takes its time: each request waits, and then its bytes come
+// at a fixed rate, as many requests at once as the kernel sends. A stand-in for storage across a network.
 //
 // Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND
 //
 // Serves until it is unmounted (umount MOUNTPOINT). The file `.requests` in it tells of the reads so far, and is never
-// cached: how many there were, how many of them were under way at once, and their bytes. Requests and readahead are what
-// the kernel makes of its defaults: nothing is asked for but reads in parallel, and pages in requests of up to 1 MiB.
+// cached: how many there were, how many of them were under way at once, and their bytes. Requests and readahead are
+// what the kernel makes of its defaults: nothing is asked for but reads in parallel, and pages in requests of up to 1
+// MiB.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -173,31 +174,45 @@ static void answer(const struct fuse_in_header* head, const void* body, char* bu
     struct fuse_statfs_out statfs = {.st = {.bsize = 4096, .frsize = 4096, .namelen = 255}};
     int error = 0;
     switch (head->opcode) {
-        case FUSE_INIT: start(head, body); break;
-        case FUSE_LOOKUP: look_up(head, body); break;
+        case FUSE_INIT:
+            start(head, body);
+            break;
+        case FUSE_LOOKUP:
+            look_up(head, body);
+            break;
         case FUSE_GETATTR:
             error = attributes(head->nodeid, &attr.attr);
             reply(head->unique, error, &attr, error ? 0 : sizeof attr);
             break;
         case FUSE_OPEN:
-        case FUSE_OPENDIR: open_file(head); break;
-        case FUSE_READ: read_file(head, body, buffer); break;
+        case FUSE_OPENDIR:
+            open_file(head);
+            break;
+        case FUSE_READ:
+            read_file(head, body, buffer);
+            break;
         case FUSE_RELEASE:
             if (head->nodeid >= FIRST_NODE) {
                 close((int)((const struct fuse_release_in*)body)->fh);
             }
             reply(head->unique, 0, NULL, 0);
             break;
-        case FUSE_STATFS: reply(head->unique, 0, &statfs, sizeof statfs); break;
+        case FUSE_STATFS:
+            reply(head->unique, 0, &statfs, sizeof statfs);
+            break;
         // A directory without a listing; what is flushed was never written.
         case FUSE_READDIR:
         case FUSE_RELEASEDIR:
-        case FUSE_FLUSH: reply(head->unique, 0, NULL, 0); break;
+        case FUSE_FLUSH:
+            reply(head->unique, 0, NULL, 0);
+            break;
         // These want no answer.
         case FUSE_FORGET:
         case FUSE_BATCH_FORGET:
-        case FUSE_INTERRUPT: break;
-        default: reply(head->unique, ENOSYS, NULL, 0);
+        case FUSE_INTERRUPT:
+            break;
+        default:
+            reply(head->unique, ENOSYS, NULL, 0);
     }
 }
 
