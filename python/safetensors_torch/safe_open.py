@@ -238,7 +238,7 @@ class PySafeSlice:
 
     def get_shape(self) -> list[int]:
         """The shape in the header, in elements. For F4 the last dimension is twice that of torch's packed dtype."""
-        return self._shape[:]
+        return self._shape.copy()
 
     def get_dtype(self) -> str:
         """The dtype's code in the header, such as "F32"."""
