@@ -36,8 +36,8 @@ bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbati
 // Whether they are those that it has in a device's memory.
 bool is_on_device(const at::Tensor& tensor) { return !tensor.is_cpu() && is_verbatim(tensor) && has_memory(tensor); }
 
-// The values of a tensor, copied to host memory. A clone gives a zero tensor memory. A subclass of Tensor in Python does
-// not see this.
+// The values of a tensor, copied to host memory. A clone gives a zero tensor memory. A subclass of Tensor in Python
+// does not see this.
 at::Tensor to_host(const at::Tensor& tensor) {
     const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
     const at::Tensor source = tensor._is_zerotensor() ? tensor.clone() : tensor;
