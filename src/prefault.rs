@@ -53,7 +53,10 @@ pub(crate) fn read_ahead(mapping: &Arc<Mapping>, bytes: Range<usize>) {
     if looks_resident(mapping, &bytes) {
         return;
     }
-    // Sending that many requests is waiting too.
+    // Sending that many requests is waiting too: without a thread for it, the pages come when they are touched.
+    if !Threads::of_process().is_ok_and(|threads| threads.cap_beside(1) > 0) {
+        return;
+    }
     let mapping = Arc::downgrade(mapping);
     spawn(move || {
         if available_memory().is_none_or(|available| bytes.len() as u64 > available / 2) {
@@ -95,8 +98,7 @@ fn looks_resident(mapping: &Mapping, bytes: &Range<usize>) -> bool {
 /// # Errors
 ///
 /// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a
-/// read fails,
-/// [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
+/// read fails, [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
         return mappings.iter().try_for_each(|mapping| wait(mapping));

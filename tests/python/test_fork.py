@@ -315,13 +315,14 @@ save_file(rows, folder / "rows")
 
 class Rows(Dataset):
     def __init__(self, backend):
+        self.backend = backend
         self.open = safe_open(folder / "rows", backend=backend)
         self.part = self.open.get_slice("rows")
     def __len__(self):
         return 64
     def __getitem__(self, index):
         by_slice, by_tensor = self.part[index], self.open.get_tensor("rows")[index]
-        by_load = load_file(folder / "rows", backend=self.open._backend)["rows"][index]
+        by_load = load_file(folder / "rows", backend=self.backend)["rows"][index]
         return torch.stack([by_slice, by_tensor, by_load])
 
 for backend in ("mmap", "pread"):

@@ -339,9 +339,7 @@ def test_matches_the_reference(path: Path, backend: str, reference) -> None:
 def test_handles_and_slices_are_neither_pickled_nor_copied(way: Callable, matrix: Path, tmp_path: Path) -> None:
     with safetensors_torch.safe_open(matrix) as file:
         part = file.get_slice("matrix")
-        with pytest.raises(
-            TypeError, match=rf"cannot pickle or copy <safe_open .*open the file itself.*{matrix.name}"
-        ):
+        with pytest.raises(TypeError, match=rf"cannot pickle or copy <safe_open .*open the file itself.*{matrix.name}"):
             way(file)
         with pytest.raises(TypeError, match=r"cannot pickle or copy <slice of 'matrix'.*get_slice\('matrix'\)"):
             way(part)
