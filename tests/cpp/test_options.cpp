@@ -79,7 +79,9 @@ TEST(progress_is_told_to_the_end) {
     EXPECT(saved.calls > 0 && saved.last == saved.total &&
            saved.total == static_cast<int64_t>(std::filesystem::file_size(dir.file("f"))));
     Told in_memory;
-    EXPECT(static_cast<int64_t>(st::save(tensors, {}, in_memory.function()).size()) == in_memory.last);
+    st::SaveOptions told;
+    told.progress = in_memory.function();
+    EXPECT(static_cast<int64_t>(st::save(tensors, {}, told).size()) == in_memory.last);
     int64_t bytes = 0;
     for (const auto& entry : tensors) {
         bytes += static_cast<int64_t>(entry.value().nbytes());
