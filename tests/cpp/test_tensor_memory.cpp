@@ -102,11 +102,11 @@ TEST(a_tensor_that_changes_between_two_steps) {
     st::save_file(tensors, dir.file("f"));
     const std::string said = "tensor 't3': its memory was freed, resized or replaced";
     // As the functions of the header with a progress function, but that their steps take a tenth of a second.
-    const auto files = st::detail::open("safetensors_torch::_open_checkpoint", dir.file("f"), st::Backend::pread);
+    const auto files = st::detail::open_checkpoint(dir.file("f"), st::Backend::pread, {});
     const auto load =
         st::detail::call_method(files, "start_state", tensors, std::vector<std::string>(), "Module", true, "")
             .toObject();
-    const auto save = st::detail::plan_save(tensors, {}, "");
+    const auto save = st::detail::plan_save(tensors, {}, "", {});
     st::detail::call_method(save, "start_file", dir.file("g"), false, 0.0);
     EXPECT(!st::detail::call_method(load, "advance", 0.0).toBool());
     resized(tensors.at("t3"), 64);
