@@ -40,7 +40,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test torture miri bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
+.PHONY: build demo test torture miri filesystems bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
 
 build: library out/python.stamp
 
@@ -149,15 +149,24 @@ test-fuzz:
 	RUSTFLAGS="--cfg fuzzing" cargo test --quiet --locked --no-default-features --manifest-path fuzz/Cargo.toml \
 	    --target-dir target/fuzz-replay
 
-test-c: out/core.stamp
+test-c: out/core.stamp filesystems
 	tests/c/run.sh target/core/release
 	tests/faults/run.sh target/core/release
 	tests/torture/run.sh target/core/release quick
 
 # SECONDS: of the soak; KILLS: of each kind of target.
-torture: out/core.stamp out/python.stamp
+torture: out/core.stamp out/python.stamp filesystems
 	PYTHON=$(CURDIR)/$(PY) SOAK=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
 	$(MAKE) --no-print-directory miri
+
+# The programs that make the filesystems of tests/torture/power.c, which skips those that are missing.
+filesystems:
+	export PATH="$$PATH:/usr/sbin:/sbin"; \
+	if command -v mkfs.xfs && command -v mkfs.btrfs; then exit; fi >/dev/null; \
+	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then exit; fi; \
+	apt-get install -qq -y xfsprogs btrfs-progs >/dev/null || \
+	    { apt-get update -qq && apt-get install -qq -y xfsprogs btrfs-progs >/dev/null; } || \
+	    echo "xfsprogs and btrfs-progs cannot be installed: XFS and Btrfs are not tested" >&2
 
 miri:
 	tests/rust/miri.sh

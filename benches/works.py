@@ -171,7 +171,7 @@ TARGETS = (
     Target("gpt2 save", "times", 3),
     Target("gpt2 save", "copies", 1.1),
     Target("gpt2 save_file, new file", "times", 1.1),
-    Target("gpt2 save_file, over a file", "times", 2.5),
+    Target("gpt2 save_file, over a file", "times", 1.5),
     Target("gpt2 save_file, over a file", "raw", 0.9),
     Target("shard load_file pread", "times", 2.5),
     Target("shard load_file pread", "raw", 0.85),

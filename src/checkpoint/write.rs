@@ -97,6 +97,8 @@ pub struct ShardedWriter {
     /// The same as a file that is complete, once the commit has begun, and when it began.
     commit: Option<(Option<AtomicFile>, Instant)>,
     plan: ShardPlan,
+    /// Whether there was a checkpoint of this stem when this one was begun.
+    replaces: bool,
     /// Dropped last: a folder goes only once it is empty.
     folder: Folder,
 }
@@ -129,10 +131,25 @@ impl ShardedWriter {
             index::encode(entries, plan.total_bytes())
         });
         let folder = Folder::make(folder)?;
-        // Before anything is written for a folder that the commit could not look through.
-        folder.entries()?;
         let (complete, index_name, plan) = (Vec::new(), plan.index_name(), plan.clone());
-        Ok(ShardedWriter { names: file_names, complete, index, index_name, commit: None, plan, folder })
+        let replaces = false;
+        let mut writer = ShardedWriter {
+            names: file_names,
+            complete,
+            index,
+            index_name,
+            commit: None,
+            plan,
+            replaces,
+            folder,
+        };
+        let is_old = |name: &str| {
+            writer.plan.makes_stale(name)
+                || name == writer.index_name
+                || writer.names.iter().any(|own| own == name)
+        };
+        writer.replaces = !writer.folder.find(is_old)?.is_empty();
+        Ok(writer)
     }
 
     /// Begins file number `shard`, of exactly `length` bytes.
@@ -141,7 +158,15 @@ impl ShardedWriter {
     ///
     /// Those of [`AtomicFile::create`].
     pub fn create(&self, shard: usize, length: u64) -> Result<AtomicFile> {
-        self.folder.create(&self.names[shard], length)
+        self.create_entry(&self.names[shard], length)
+    }
+
+    fn create_entry(&self, name: &str, length: u64) -> Result<AtomicFile> {
+        let mut file = self.folder.create(name, length)?;
+        if self.replaces {
+            file.mark_replacing();
+        }
+        Ok(file)
     }
 
     /// Takes the next file, all of which is written, in the order of their numbers.
@@ -196,6 +221,8 @@ impl ShardedWriter {
         for file in self.complete.iter().chain(&index) {
             if sync {
                 file.synchronize()?;
+            } else if self.replaces {
+                file.write_back()?;
             }
             // Filesystems of a network send the bytes now, not while others wait.
             file.hear_of_writes()?;
@@ -209,6 +236,9 @@ impl ShardedWriter {
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
         let replaces = self.names.iter().map(|name| self.exists(name)).collect::<Result<Vec<bool>>>()?;
+        if !stale.is_empty() || replaces.contains(&true) {
+            self.complete.iter().chain(&index).try_for_each(AtomicFile::write_back)?;
+        }
         let mut old_index = Aside::default();
         if self.index.is_some() && replaces.contains(&true) {
             // Other tools have other names for the index of a variant.
@@ -261,21 +291,14 @@ impl ShardedWriter {
     /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be
     /// removed.
     fn stale(&self) -> Result<Vec<String>> {
-        let mut stale = Vec::new();
-        for name in self.folder.entries()? {
-            if let Ok(name) = name.into_string()
-                && self.plan.makes_stale(&name)
-            {
-                stale.push(name);
-            }
-        }
+        let mut stale = self.folder.find(|name| self.plan.makes_stale(name))?;
         // What would be opened in place of the new checkpoint, or with it, goes first.
         stale.sort_by_key(|name| is_kind(name, NameKind::Shard));
         Ok(stale)
     }
 
     fn write_index(&self, bytes: &[u8]) -> Result<AtomicFile> {
-        let mut file = self.folder.create(&self.index_name, bytes.len() as u64)?;
+        let mut file = self.create_entry(&self.index_name, bytes.len() as u64)?;
         file.write([bytes])?;
         Ok(file)
     }
@@ -425,8 +448,11 @@ impl Folder {
         AtomicFile::create_in(Arc::clone(&self.directory), name.into(), &self.path.join(name), length)
     }
 
-    fn entries(&self) -> Result<Vec<OsString>> {
-        self.directory.names().map_err(|source| Error::io("read the folder", &self.path, source))
+    /// The names in the folder that are `wanted`.
+    fn find(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+        let names =
+            self.directory.names().map_err(|source| Error::io("read the folder", &self.path, source))?;
+        Ok(names.into_iter().filter_map(|name| name.into_string().ok().filter(|name| wanted(name))).collect())
     }
 
     /// Refuses a process that was forked from the one that began the checkpoint.

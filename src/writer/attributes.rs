@@ -128,32 +128,40 @@ fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EPERM | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
-/// Sets aside the blocks of a file of `length` bytes, so that a full disk is found before the first one is written.
+/// Reserves the blocks of a new file of `length` bytes, so that a full disk is found before the first one is written.
+///
+/// The length of the file grows with what is written, where the filesystem can do that: then a loss of power leaves a
+/// file that is too short, which readers refuse, rather than zeros.
 pub(super) fn reserve(file: &File, length: u64) -> io::Result<()> {
-    preallocate(file, 0, length)
+    // NFS can only reserve space and set the length at once.
+    if !preallocate(file, libc::FALLOC_FL_KEEP_SIZE, length)? {
+        preallocate(file, 0, length)?;
+    }
+    Ok(())
 }
 
 /// The same for a file that keeps its contents and its length until they are written over.
 pub(super) fn reserve_beyond(file: &File, length: u64) -> io::Result<()> {
-    preallocate(file, libc::FALLOC_FL_KEEP_SIZE, length)
+    preallocate(file, libc::FALLOC_FL_KEEP_SIZE, length)?;
+    Ok(())
 }
 
-fn preallocate(file: &File, mode: libc::c_int, length: u64) -> io::Result<()> {
+/// Returns `false` if the filesystem cannot do this: the writes will find the space, or report that there is none.
+fn preallocate(file: &File, mode: libc::c_int, length: u64) -> io::Result<bool> {
     let length = libc::off_t::try_from(length).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
     if length == 0 {
-        return Ok(());
+        return Ok(true);
     }
     loop {
         // SAFETY: a call without pointers on a descriptor that `file` keeps open.
         if unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, length) } == 0 {
-            return Ok(());
+            return Ok(true);
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
             Some(libc::EINTR) => {}
-            // A filesystem without preallocation: the writes will find the space, or say that there is none.
             Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV | libc::ESPIPE) => {
-                return Ok(());
+                return Ok(false);
             }
             _ => return Err(error),
         }

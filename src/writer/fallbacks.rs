@@ -11,7 +11,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::staging::{self, Purpose, Staging};
-use super::{AtomicFile, Attributes, attributes, file_copy, hear_of_writes, mapped, reserve, strays};
+use super::{
+    AtomicFile, Attributes, attributes, file_copy, hear_of_writes, mapped, reserve, strays, write_back,
+};
 use crate::directory::Directory;
 use crate::error::{Error, Result};
 
@@ -106,8 +108,11 @@ impl AtomicFile {
         }
         let copied = io::copy(&mut self.file, target).and_then(|_| {
             target.set_len(length)?;
+            // The one whole copy goes next.
             if *self.is_synchronized.get_mut() {
-                target.sync_all()?;
+                target.sync_all()?
+            } else {
+                write_back::finish(target)?
             }
             hear_of_writes(target)
         });

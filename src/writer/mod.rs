@@ -2,10 +2,11 @@
 //!
 //! `target` says what is at the place to be saved to, `output` writes a file there, or, with `direct`, to a pipe or a
 //! device. `staging` makes and names the file beside the target, `attributes` gives it the target's owner, permissions
-//! and space, `acl` its access control list, `vectored` and `file_copy` fill it, `release` lets go of the file that it
-//! replaces, `strays` removes what saves that were killed have left, `filesystem` says whether other machines can have
-//! it, `fallbacks` copies where a link or a rename is impossible, as `docs/saving.md` describes, unless `mapped` says
-//! that this process would see it. Nothing here knows of headers and tensors.
+//! and space, `acl` its access control list, `vectored` and `file_copy` fill it, `write_back` puts the data on the disk
+//! before a file is replaced, `release` lets go of the file that it replaces, `strays` removes what saves that were
+//! killed have left, `filesystem` says whether other machines can have it, `fallbacks` copies where a link or a rename is
+//! impossible, as `docs/saving.md` describes, unless `mapped` says that this process would see it. Nothing here knows of
+//! headers and tensors.
 
 mod acl;
 mod attributes;
@@ -20,6 +21,7 @@ mod staging;
 mod strays;
 mod target;
 mod vectored;
+mod write_back;
 
 pub(crate) use attributes::Attributes;
 pub(crate) use output::Output;
@@ -39,6 +41,7 @@ use crate::process::Process;
 use crate::source::directory_of;
 use staging::{Purpose, Staging};
 use target::Target;
+use write_back::Appender;
 
 /// A file that is being written, and is there under its name only once [`AtomicFile::commit`] has returned.
 ///
@@ -57,6 +60,11 @@ pub struct AtomicFile {
     /// Those of the target when the file was begun, in case that it is gone when it is put there.
     attributes: Option<Attributes>,
     process: Process,
+    /// Whether something at its name, or beside it, goes once it is in place, so that its data has to be on the disk by
+    /// then.
+    replaces: bool,
+    /// The bytes that were appended.
+    length: u64,
     /// Whether what was written was put on the disk, as a copy of it will have to be.
     is_synchronized: AtomicBool,
     /// Whether the target, which could not be renamed over, has lost its old contents.
@@ -109,8 +117,10 @@ impl AtomicFile {
             directory,
             name,
             staging,
+            replaces: attributes.is_some(),
             attributes,
             process: Process::current(),
+            length: 0,
             is_synchronized: AtomicBool::default(),
             has_overwritten: false,
         };
@@ -126,7 +136,12 @@ impl AtomicFile {
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
     pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
         self.check_process()?;
-        vectored::write_all(&mut self.file, pieces).map_err(|source| Error::io("write", &self.path, source))
+        let written = if self.replaces {
+            vectored::write_all(&mut Appender::new(&mut self.file, &mut self.length), pieces)
+        } else {
+            vectored::write_all(&mut self.file, pieces)
+        };
+        written.map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// Writes `bytes` at `offset`, whatever was appended before. Several threads may do so at once.
@@ -136,7 +151,12 @@ impl AtomicFile {
     /// As [`AtomicFile::write`].
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.check_process()?;
-        self.file.write_all_at(bytes, offset).map_err(|source| Error::io("write", &self.path, source))
+        let written = if self.replaces {
+            write_back::write_all_at(&self.file, bytes, offset)
+        } else {
+            self.file.write_all_at(bytes, offset)
+        };
+        written.map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// Appends bytes of the file `source`, which was opened by `path`, from `offset` on: some, but no more than
@@ -148,10 +168,33 @@ impl AtomicFile {
     /// As [`AtomicFile::write`], and where `source` cannot be read.
     pub fn copy_from(&mut self, source: &File, path: &Path, offset: u64, length: u64) -> Result<u64> {
         self.check_process()?;
-        file_copy::append(&mut self.file, source, offset, length).map_err(|failure| match failure {
-            file_copy::Failure::Read(source) => Error::io("read", path, source),
-            file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
-        })
+        let copied =
+            file_copy::append(&mut self.file, source, offset, length).map_err(|failure| match failure {
+                file_copy::Failure::Read(source) => Error::io("read", path, source),
+                file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
+            })?;
+        if self.replaces {
+            Appender::new(&mut self.file, &mut self.length).appended(copied);
+        }
+        Ok(copied)
+    }
+
+    /// Puts the data on the disk early, because something else goes once the file is in place. To be called before the
+    /// first write.
+    pub(crate) fn mark_replacing(&mut self) {
+        self.replaces = true;
+    }
+
+    /// Puts the data on the disk, but not the size of the file nor where its data is: those come with its name.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub(crate) fn write_back(&self) -> Result<()> {
+        if self.is_synchronized.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        write_back::finish(&self.file).map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// Has what is written so far put on the disk.
@@ -207,6 +250,9 @@ impl AtomicFile {
             self.synchronize()?;
         }
         self.hear_of_writes()?;
+        if self.replaces {
+            self.write_back()?;
+        }
         match self.put_in_place(check)? {
             Some(refusal) => self.overwrite_in_place(&refusal, sync),
             None if sync => self.synchronize_directory(),
@@ -248,6 +294,8 @@ impl AtomicFile {
             }
         }
         let fail = |source| Error::io("write", &self.path, source);
+        // Before the last look at the target, as it takes a while.
+        self.write_back()?;
         let old = release::hold(self.directory.entry(&self.name).map_err(fail)?);
         self.inherit_if(&check)?;
         if matches!(self.staging, Staging::Unnamed) {
@@ -257,6 +305,7 @@ impl AtomicFile {
                 Ok(name) => self.staging = Staging::Named(name),
                 Err(refusal) => {
                     self.copy_beside(&refusal)?;
+                    self.write_back()?;
                     self.inherit_if(&check)?;
                 }
             }
@@ -345,6 +394,8 @@ mod tests {
             staging: Staging::Named("staged".into()),
             attributes: None,
             process,
+            replaces: false,
+            length: 0,
             is_synchronized: AtomicBool::default(),
             has_overwritten: false,
         };

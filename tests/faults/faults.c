@@ -48,18 +48,17 @@ static const struct {
     const char* calls;
 } kinds[KINDS] = {
     [FILES] = {"files",
-               "close, close of a duplicate, copy_file_range, fallocate, fchmod, fchown, fcntl, fdopendir, fgetxattr, "
-               "flock, fremovexattr, fsetxattr, fstatfs, fsync, ftruncate, getxattr, linkat, look at a hidden name, "
-               "look at a name, lseek, open, open a directory, open to list, open unnamed, pthread_create, read, "
-               "readdir, rename, "
-               "rename to a hidden name, sendfile, statx of /proc, statx of a file, statx of a mapping, unlink of a "
-               "hidden name, write, writev"},
+               "close, close of a duplicate, copy_file_range, fallocate, fchmod, fchown, fcntl, fdatasync, fdopendir, "
+               "fgetxattr, flock, fremovexattr, fsetxattr, fstatfs, fsync, ftruncate, getxattr, linkat, look at a "
+               "hidden name, look at a name, lseek, open, open a directory, open to list, open unnamed, "
+               "pthread_create, read, readdir, rename, rename to a hidden name, sendfile, statx of /proc, statx of a "
+               "file, statx of a mapping, sync_file_range, unlink of a hidden name, write, writev"},
     [CHECKPOINTS] =
         {"checkpoints",
          "close, close of a duplicate, fallocate, fcntl, fdopendir, fgetxattr, flock, fsync, getxattr, "
          "linkat, look at a hidden name, look at a name, mkdir, open, open a directory, open to list, open unnamed, "
-         "readdir, rename, rename to a hidden name, rmdir, statx of /proc, statx of a file, unlink, unlink "
-         "of a hidden name, unlink of the lock, writev"},
+         "readdir, rename, rename to a hidden name, rmdir, statx of /proc, statx of a file, sync_file_range, unlink, "
+         "unlink of a hidden name, unlink of the lock, writev"},
     [STREAMS] = {"streams",
                  "close, close of a duplicate, fallocate, fchmod, fcntl, fdopendir, fgetxattr, flock, fsync, getxattr, "
                  "linkat, look at a name, open, open a directory, open to list, open unnamed, pwrite, readdir, rename, "

@@ -220,6 +220,15 @@ int fsync(int descriptor) {
     return fails("fsync") ? -1 : 0;
 }
 
+int fdatasync(int descriptor) {
+    (void)descriptor;
+    return fails("fdatasync") ? -1 : 0;
+}
+
+int sync_file_range(int descriptor, off64_t offset, off64_t length, unsigned flags) {
+    return fails("sync_file_range") ? -1 : REAL(sync_file_range)(descriptor, offset, length, flags);
+}
+
 int fchmod(int descriptor, mode_t mode) { return fails("fchmod") ? -1 : REAL(fchmod)(descriptor, mode); }
 
 int fchown(int descriptor, uid_t user, gid_t group) {

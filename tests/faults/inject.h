@@ -1,6 +1,6 @@
 /* System calls that fail when they are told to. The functions that the library calls for them are defined in this
- * program, before those of libc, so every call of the library's comes by here. fsync does nothing else: nothing here
- * loses power, and tests/torture/order.c sees when it is called. */
+ * program, before those of libc, so every call of the library's comes by here. fsync and fdatasync do nothing else:
+ * nothing here loses power, and tests/torture/order.c sees when they are called. */
 #ifndef INJECT_H
 #define INJECT_H
 

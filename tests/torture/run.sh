@@ -4,19 +4,23 @@
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/torture/run.sh target/core/release [PROGRAM...]
 #
-# PROGRAM is "kills", "order", "manners", "changes", "leaks", "soak" or "attacks", "quick" for those that take seconds
-# alone, or nothing for all. KILLS (500) and SOAK (600 seconds) say how much; with PYTHON, the leaks of the Python package
-# are looked for too. Each prints a line with its figures.
+# PROGRAM is "kills", "order", "manners", "changes", "leaks", "soak", "attacks" or "power", "quick" for those that take
+# seconds alone, or nothing for all. KILLS (500) and SOAK (600 seconds) say how much; with PYTHON, the leaks of the Python
+# package are looked for too. Each prints a line with its figures. "power" waits most of its time, so it runs beside the
+# others.
 set -eu
 library=$(cd "${1:?usage: $0 FOLDER_OF_THE_LIBRARY [PROGRAM...]}" && pwd)
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 case ${*:-all} in
-    all) set -- order manners changes attacks leaks kills soak ;;
-    quick) set -- order manners changes attacks ;;
+    all) set -- power order manners changes attacks leaks kills soak ;;
+    quick) set -- power order manners changes attacks ;;
 esac
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# In memory, where there is such a filesystem: images of disks.
+images=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d)
+power=
+trap '[ -z "$power" ] || { kill "$power" || :; wait "$power" || :; }; rm -rf "$work" "$images"' EXIT
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 ln -s "$soname" "$work/libsafetensors_torch.so"
@@ -27,6 +31,11 @@ for program in "$@"; do
     # -rdynamic: some have definitions of system calls that the library is to find.
     ${CC:-cc} -std=c11 -D_GNU_SOURCE -g -O2 -Wall -Wextra -Werror -rdynamic "$@" \
         -I"$here/../../include" -L"$work" -lsafetensors_torch -lpthread -ldl -Wl,-rpath,"$work" -o "$work/$program"
+    if [ "$program" = power ]; then
+        "$work/power" "$images" >"$work/power.txt" 2>&1 &
+        power=$!
+        continue
+    fi
     mkdir "$work/files"
     case $program in
         kills) amount=${KILLS:-500} ;;
@@ -40,4 +49,9 @@ for program in "$@"; do
     fi
     rm -rf "$work/files"
 done
+if [ -n "$power" ]; then
+    wait "$power" || failed="$failed power"
+    power=
+    cat "$work/power.txt"
+fi
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
