@@ -1,5 +1,5 @@
-//! Memory for tensors that are read: small neighbours in a file share a block, and so do large ones, whose pages are given
-//! back when they die.
+//! Memory for tensors that are read: small neighbours in a file share a block, and so do large ones, whose memory is given
+//! back by pieces of the size of a huge page, each with its last tensor.
 //!
 //! Memory fresh from the kernel is paid for page by page ([`FreshPages`]). Blocks make that cheap: many tensors share the
 //! pages of one. They are made so that a tensor that outlives its neighbours keeps little beside itself. Knows nothing of
@@ -10,6 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use memmap2::{MmapMut, MmapRaw};
 
@@ -19,7 +20,7 @@ use crate::pages::{FreshPages, HUGE_PAGE, give_back};
 /// Where a tensor may begin: torch's own memory is aligned so too.
 const ALIGNMENT: usize = 64;
 
-/// Tensors of so many bytes give their own pages back. For smaller ones the call would cost more than reading them.
+/// Tensors of so many bytes give memory back when they die. Smaller ones are too many to count.
 const LARGE_BYTES: usize = 64 << 10;
 
 /// The most bytes of a block of small tensors: what one of them can keep alive.
@@ -37,7 +38,7 @@ enum Backing {
     /// From the allocator.
     Heap { start: NonNull<u8>, layout: alloc::Layout },
     /// Anonymous pages; the block begins at the first whole huge page among them.
-    Pages { map: MmapRaw, skipped: usize, fresh: FreshPages },
+    Pages { map: MmapRaw, skipped: usize, fresh: FreshPages, users: Users },
     /// A large tensor's part of a block of pages.
     Part { whole: Arc<Block>, offset: usize, length: usize },
 }
@@ -64,7 +65,7 @@ impl Block {
             let map = MmapRaw::from(map.map_err(|_| refused())?);
             let skipped = map.as_ptr().align_offset(HUGE_PAGE);
             let fresh = FreshPages::new(map.as_mut_ptr().wrapping_add(skipped), length);
-            return Ok(Block(Backing::Pages { map, skipped, fresh }));
+            return Ok(Block(Backing::Pages { map, skipped, fresh, users: Users::default() }));
         }
         let layout = alloc::Layout::from_size_align(length.max(1), ALIGNMENT).map_err(|_| refused())?;
         // SAFETY: the layout's size is not 0.
@@ -103,12 +104,59 @@ impl Drop for Block {
             Backing::Pages { .. } => {}
             // The last of its block leaves all of it to that.
             Backing::Part { whole, .. } if Arc::strong_count(whole) == 1 => {}
-            Backing::Part { length, .. } => {
-                // SAFETY: no other part has these bytes (`add_block`), and this one's last owner is gone.
-                unsafe { give_back(self.start(), *length) }
+            Backing::Part { whole, offset, length } => {
+                if let Backing::Pages { users, fresh, .. } = &whole.0 {
+                    for piece in users.remove(*offset, *length) {
+                        // The last piece of a block may be cut short.
+                        let piece = piece.start..piece.end.min(fresh.len());
+                        // SAFETY: every part that has bytes in these pieces is gone (`Users`), with its last owner.
+                        unsafe { give_back(whole.start().wrapping_add(piece.start), piece.len()) }
+                    }
+                }
             }
         }
     }
+}
+
+/// How many parts have bytes in each piece of a block. Pieces of the size of a huge page: giving back less would split
+/// one, which takes longer than reading into it.
+#[derive(Debug, Default)]
+struct Users(Box<[AtomicU32]>);
+
+impl Users {
+    /// For parts that begin at these offsets and have these lengths, none of them 0.
+    fn new(parts: impl Iterator<Item = (usize, usize)>) -> Users {
+        let mut users: Vec<AtomicU32> = Vec::new();
+        for (offset, length) in parts {
+            let pieces = pieces(offset, length);
+            if pieces.end > users.len() {
+                users.resize_with(pieces.end, AtomicU32::default);
+            }
+            users[pieces].iter_mut().for_each(|users| *users.get_mut() += 1);
+        }
+        Users(users.into())
+    }
+
+    /// Takes a part out; returns the bytes of the pieces that have no other, in runs.
+    fn remove(&self, offset: usize, length: usize) -> Vec<Range<usize>> {
+        let mut unused: Vec<Range<usize>> = Vec::new();
+        for piece in pieces(offset, length) {
+            // Whoever takes the last part out sees what all others did before.
+            if self.0[piece].fetch_sub(1, Ordering::AcqRel) == 1 {
+                let bytes = piece * HUGE_PAGE..(piece + 1) * HUGE_PAGE;
+                match unused.last_mut() {
+                    Some(last) if last.end == bytes.start => last.end = bytes.end,
+                    _ => unused.push(bytes),
+                }
+            }
+        }
+        unused
+    }
+}
+
+/// The pieces that bytes of a part lie in.
+fn pieces(offset: usize, length: usize) -> Range<usize> {
+    offset / HUGE_PAGE..(offset + length).div_ceil(HUGE_PAGE)
 }
 
 /// Memory for several tensors: a place for each, in blocks.
@@ -157,11 +205,17 @@ impl Memory {
             length = length.saturating_add(sizes[index]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
             count += 1;
         }
-        let whole = Arc::new(Block::new(length)?);
-        if !matches!(whole.0, Backing::Pages { .. }) || sizes[indices[0]] < LARGE_BYTES {
-            self.blocks.push(whole);
+        let mut whole = Block::new(length)?;
+        let Backing::Pages { users, .. } = &mut whole.0 else {
+            self.blocks.push(Arc::new(whole));
+            return Ok(count);
+        };
+        if sizes[indices[0]] < LARGE_BYTES {
+            self.blocks.push(Arc::new(whole));
             return Ok(count);
         }
+        *users = Users::new(indices[..count].iter().map(|&index| (self.places[index].offset, sizes[index])));
+        let whole = Arc::new(whole);
         for &index in &indices[..count] {
             let part = Backing::Part {
                 whole: Arc::clone(&whole),
@@ -287,17 +341,19 @@ mod tests {
             whole.filter(|&at| has_page(places[index].wrapping_add(at))).count() * 4096
         };
         drop(memory);
-        for dead in [1, 0, 3] {
-            assert!(resident_at(dead) >= sizes[dead]);
+        for dead in [1, 0, 3, 4] {
+            assert!(resident_at(dead) >= sizes[dead].saturating_sub(HUGE_PAGE));
             owners[dead] = None;
-            // The pages at both ends are shared with neighbours.
-            assert!(resident_at(dead) <= 2 * 4096, "{} bytes are left", resident_at(dead));
+            // The pieces at both ends have bytes of neighbours.
+            assert!(resident_at(dead) <= 2 * HUGE_PAGE, "{} bytes are left", resident_at(dead));
             for (index, &size) in sizes.iter().enumerate().filter(|&(index, _)| owners[index].is_some()) {
                 // SAFETY: the owner keeps the place's bytes, which were written above.
                 let bytes = unsafe { std::slice::from_raw_parts(places[index], size) };
                 assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "{index} changed with {dead}");
             }
         }
+        let kept: usize = (0..sizes.len()).map(resident_at).sum();
+        assert!(kept <= HUGE_PAGE, "64 KiB keep {kept} bytes");
     }
 
     #[test]

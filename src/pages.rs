@@ -114,6 +114,11 @@ impl FreshPages {
         FreshPages { start, length, advice: AtomicU8::new(NO_ADVICE) }
     }
 
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
     /// How far `address` is from the start.
     pub(crate) fn offset(&self, address: *mut u8) -> usize {
         address.addr() - self.start.addr()

@@ -89,8 +89,8 @@ def test_a_kept_tensor_keeps_little_beside_itself(call: str, kept: str, tmp_path
         kept = safetensors_torch.{call.format(path=path)}["30.{kept}"]
         assert bool((kept == 30).all())
     """
-    # A block of small tensors has 2 MiB.
-    assert growth(setup, work) < sizes[kept] + 2 * MIB + MIB
+    # A block of small tensors has 2 MiB; large ones are given back by pieces of 2 MiB, and may lie in two.
+    assert growth(setup, work) < 4 * MIB + MIB
 
 
 def loaded_into_own_memory(path: Path) -> list[dict[str, torch.Tensor]]:
