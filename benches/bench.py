@@ -38,7 +38,7 @@ QUICK_DATA = ("small", "gpt2")
 
 def is_quick(work: Work) -> bool:
     """Whether --quick does it."""
-    return work.data in QUICK_DATA and not work.cold and not work.durable
+    return work.data in QUICK_DATA and not work.cold and not work.durable and not work.as_found
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
         if quick:
             left_out = [name for name in DATA_SETS if name not in QUICK_DATA]
             self._note(
-                f"--quick: without the data sets {' and '.join(left_out)}, cold and durable works, torch's own"
+                f"--quick: without the data sets {' and '.join(left_out)}, cold, durable and fresh works, torch's own"
                 " functions, the pre-release and prefault; memory only of ours and where there is a target for it"
             )
         return plan

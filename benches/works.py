@@ -39,6 +39,7 @@ class Work:
     cold: bool = False  # the page cache is dropped before every run
     fresh: bool = False  # save_file: the target does not exist before
     durable: bool = False  # save_file: file and folder are on the disk at the end
+    as_found: bool = False  # each run in a process of its own, with memory as that finds it
     moves: bool = True  # whether the data's bytes are moved, so that bytes a second mean something
     loop: str = ""  # the loop of raw.c that stands beside it
 
@@ -125,8 +126,11 @@ WORKS = (
         durable=True,
         loop="replace",
     ),
+    Work("load, fresh process", "gpt2", "load", _BOTH, as_found=True),
+    Work("save, fresh process", "gpt2", "save", _BOTH, as_found=True),
     Work("load_file mmap, touched", "shard", "load_file", (*_ALL, _TORCH_MAP), _MMAP, touch=True),
     Work("load_file pread", "shard", "load_file", _raw(*_ALL, _TORCH_LOAD), _PREAD, loop="read"),
+    Work("load_file pread, fresh process", "shard", "load_file", _BOTH, _PREAD, as_found=True),
     Work(
         "load_file mmap, cold, touched",
         "shard",
@@ -175,6 +179,9 @@ TARGETS = (
     Target("gpt2 save_file, over a file", "raw", 0.9),
     Target("shard load_file pread", "times", 2.5),
     Target("shard load_file pread", "raw", 0.85),
+    Target("gpt2 load, fresh process", "times", 1.0),
+    Target("gpt2 save, fresh process", "times", 1.0),
+    Target("shard load_file pread, fresh process", "times", 1.0),
     Target("shard load_file mmap, cold, touched", "times", 1.0),
     Target("shard load_file mmap, cold, touched", "raw", 0.9),
     Target("shard load_file pread, cold, touched", "times", 1.0),
