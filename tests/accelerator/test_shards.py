@@ -25,7 +25,7 @@ def finish(pending: object) -> object:
 
 
 def save(tensors: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
-    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(folder), "model", max_shard_bytes)
+    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(folder), "model", max_shard_bytes, False, "error")
     done = save.start(False, 0.0)
     while not done:
         assert 0 <= save.done() <= save.size()
@@ -87,7 +87,7 @@ def test_shards_are_saved_from_the_device(tmp_path: Path, folder: Path, tensors:
 def test_a_cancelled_save_leaves_the_folder_alone(folder: Path, tensors: dict, route: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     there = {name: tensor.to(device()) + 1 for name, tensor in tensors.items()}
-    save = OPS._plan_sharded_save(there, None, str(folder), "model", MAX_SHARD_BYTES)
+    save = OPS._plan_sharded_save(there, None, str(folder), "model", MAX_SHARD_BYTES, False, "error")
     save.start(False, 0.0)
     save.cancel()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
