@@ -18,7 +18,7 @@ use crate::file::TensorFile;
 use crate::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_open};
 use crate::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::process::Process;
-use crate::source::{Backend, OpenFile, Source, directory_of, read_exact_at, shrank};
+use crate::source::{Backend, OpenFile, Source, directory_of, open_regular_in, read_exact_at, shrank};
 use crate::writer::{AtomicFile, hear_of_writes};
 
 /// The most bytes that are copied before the time is looked at.
@@ -128,11 +128,12 @@ impl MetadataEdit {
         let (directory, name) = directory_of(path, "open")?;
         let entry = directory.entry(&name).map_err(fail)?;
         let entry = entry.ok_or_else(|| fail(io::Error::from_raw_os_error(libc::ENOENT)))?;
-        let source = TensorFile::open_in(&directory, &name, path, Backend::Pread)?;
+        let opened = open_regular_in(&directory, &name, path)?;
+        // Before the header is read, so that whatever changes the file from then on is found.
+        let before = opened.0.metadata().map_err(|source| Error::io("inspect", path, source))?;
+        let source = TensorFile::read_header(opened, path, Backend::Pread)?;
         let is_link = entry.metadata().map_err(fail)?.is_symlink();
         let place = Place { directory: Arc::new(directory), name, entry, is_link };
-        let before =
-            open_file(&source).file.metadata().map_err(|source| Error::io("inspect", path, source))?;
         let header = source.header();
         let metadata = changed(header.metadata(), changes);
         let mut entries: Vec<TensorEntry<'_>> = Vec::with_capacity(header.len());

@@ -55,13 +55,7 @@ impl TensorFile {
     /// [`ErrorKind::FileTooSmall`] to [`ErrorKind::ReservedName`] where it is not what the format asks for;
     /// [`ErrorKind::UnsupportedDtype`] on a big-endian machine, for elements of several bytes.
     pub fn open(path: &Path, backend: Backend) -> Result<TensorFile> {
-        let opened = open_regular(path).map_err(|error| match (error.os_error(), backend) {
-            (Some(libc::EMFILE), Backend::Pread) => {
-                error.with_remedy("or use the backend \"mmap\", which keeps no file open")
-            }
-            _ => error,
-        })?;
-        TensorFile::read_header(opened, path, backend)
+        TensorFile::of_opened(open_regular(path), path, backend)
     }
 
     /// As [`TensorFile::open`], for the file `name` in a directory that is held. `path` is for the errors.
@@ -71,10 +65,25 @@ impl TensorFile {
         path: &Path,
         backend: Backend,
     ) -> Result<TensorFile> {
-        TensorFile::read_header(open_regular_in(directory, name, path)?, path, backend)
+        TensorFile::of_opened(open_regular_in(directory, name, path), path, backend)
     }
 
-    fn read_header((file, length): (File, u64), path: &Path, backend: Backend) -> Result<TensorFile> {
+    fn of_opened(opened: Result<(File, u64)>, path: &Path, backend: Backend) -> Result<TensorFile> {
+        let opened = opened.map_err(|error| match (error.os_error(), backend) {
+            (Some(libc::EMFILE), Backend::Pread) => {
+                error.with_remedy("or use the backend \"mmap\", which keeps no file open")
+            }
+            _ => error,
+        })?;
+        TensorFile::read_header(opened, path, backend)
+    }
+
+    /// As [`TensorFile::open`], for a file that is open, with its length.
+    pub(crate) fn read_header(
+        (file, length): (File, u64),
+        path: &Path,
+        backend: Backend,
+    ) -> Result<TensorFile> {
         let header = {
             let mut start = vec![0; length.min(PROBE_BYTES) as usize];
             read_exact_at(&file, path, &mut start, 0)?;

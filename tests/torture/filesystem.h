@@ -32,6 +32,9 @@ extern pid_t forked;
 extern const char* narrows_at_stage;
 extern mode_t most_rights;
 
+/* What is done once, right after the library has read the header of a file; or NULL. */
+extern void (*after_header)(void);
+
 void make_folder(const char* path, mode_t mode);
 
 /* Saves two tensors of so many words each. */

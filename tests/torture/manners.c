@@ -128,6 +128,57 @@ static void nobody_gets_rights_meanwhile(void) {
     no_unnamed = false;
 }
 
+static sft_status edit(const char* key, sft_edit_mode mode, uint64_t reserve) {
+    sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
+    options.mode = mode;
+    options.reserve = reserve;
+    const sft_metadata_change change = {{key, strlen(key)}, {"value", 5}};
+    return sft_metadata_edit(path_of("edited/a"), &change, 1, &options);
+}
+
+static void another_edit(void) {
+    EXPECT(edit("theirs", SFT_EDIT_IN_PLACE, 0) == SFT_OK, "%s", sft_last_error_message());
+}
+
+/* The whole file, in a buffer that is valid until the next call. */
+static const char* contents(const char* path, size_t* length) {
+    static char bytes[8192];
+    const int file = open(path, O_RDONLY);
+    const ssize_t count = read(file, bytes, sizeof bytes);
+    if (file < 0 || count < 0 || count == sizeof bytes) abort();
+    close(file);
+    *length = (size_t)count;
+    return bytes;
+}
+
+/* As cp does: over the old bytes. */
+static void copy_over(void) {
+    size_t length;
+    const char* bytes = contents(path_of("edited/other"), &length);
+    put_file(path_of("edited/a"), bytes, length);
+}
+
+/* What another program does to a file after an edit has read its header: the edit is refused, and that stays. */
+static void edits_of_what_has_changed(void) {
+    static void (*const acts[])(void) = {another_edit, copy_over};
+    static const sft_edit_mode modes[] = {SFT_EDIT_IN_PLACE, SFT_EDIT_REWRITE};
+    make_folder(path_of("edited"), 0755);
+    EXPECT(save_version(2, 50, path_of("edited/other")) == SFT_OK, "%s", sft_last_error_message());
+    for (int round = 0; round < 4; round++) {
+        EXPECT(save_version(1, 50, path_of("edited/a")) == SFT_OK && edit("old", SFT_EDIT_REWRITE, 400) == SFT_OK, "%s",
+               sft_last_error_message());
+        after_header = acts[round % 2];
+        const sft_status status = edit("ours", modes[round / 2], 0);
+        EXPECT(status == SFT_ERROR_FILE_CHANGED && after_header == NULL, "round %d: status %u", round, status);
+        size_t length;
+        const char* bytes = contents(path_of("edited/a"), &length);
+        EXPECT(memmem(bytes, length, "\"ours\"", 6) == NULL, "round %d", round);
+        EXPECT((memmem(bytes, length, "\"theirs\"", 8) != NULL) == (round % 2 == 0), "round %d", round);
+        EXPECT(file_version(path_of("edited/a"), SFT_BACKEND_PREAD) == (round % 2 == 0 ? 1 : 2), "round %d", round);
+        (*manners)++;
+    }
+}
+
 /* A user who may only read a folder cannot lock it against saves. */
 static void reader_of_locked(int tell) {
     const int folder = open(path_of("locked"), O_RDONLY | O_DIRECTORY);
@@ -363,6 +414,7 @@ int main(int count, char** arguments) {
     small_disk();
     as_child(another_current_folder, false);
     nobody_gets_rights_meanwhile();
+    edits_of_what_has_changed();
     readers_hold_up_no_save();
     saved_files_are_not_locked();
     strays_of_the_dead("strays", true, false);
