@@ -163,7 +163,7 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
         assert as_bytes(data) == expected
         out = torch.zeros(len(expected), dtype=torch.uint8)
         for plan in (
-            ops._plan_save(state, metadata, ""),
+            ops._plan_save(state, metadata, "", False, "error"),
             torch.classes.safetensors_torch.PendingSave(list(state), list(state.values()), metadata, ""),
         ):
             assert plan.size() == len(expected)
@@ -178,7 +178,7 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
-    plan = ops._plan_save(state, None, "")
+    plan = ops._plan_save(state, None, "", False, "error")
     out = torch.full((plan.size() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
         plan.start_into(out, 60.0)
@@ -188,11 +188,11 @@ def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, tor
 def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"old")
-    plan = ops._plan_save(state, None, "")
+    plan = ops._plan_save(state, None, "", False, "error")
     with pytest.raises(RuntimeError, match="nothing was begun"):
         plan.advance(60.0)
     large = {f"{i}": torch.zeros(16 << 20) for i in range(3)}  # no step writes all of it
-    plan = ops._plan_save(large, None, "")
+    plan = ops._plan_save(large, None, "", False, "error")
     assert not plan.start_file(str(target), False, 0.0)
     plan.cancel()
     assert target.read_bytes() == b"old"
@@ -215,7 +215,7 @@ def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> 
 
 def test_a_save_wants_as_many_names_as_tensors() -> None:
     with pytest.raises(RuntimeError, match="as many names as tensors"):
-        torch.classes.safetensors_torch.PendingSave(["a", "b"], [torch.zeros(1)], None, "")
+        torch.classes.safetensors_torch.PendingSave(["a", "b"], [torch.zeros(1)], None, "", False, "error")
 
 
 def test_random_states_through_the_ops(tmp_path: Path) -> None:

@@ -40,13 +40,22 @@ int fsync(int file) {
     return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
 }
 
-int rename(const char* from, const char* to) {
-    note("rename", to);
-    return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
+static void note_entry(const char* what, int folder, const char* entry) {
+    char link[64], name[2 * PATH_MAX] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    const ssize_t length = readlink(link, name, PATH_MAX);
+    if (length < 0) abort();
+    snprintf(name + length, sizeof name - length, "/%s", entry);
+    note(what, name);
+}
+
+int renameat(int a, const char* from, int b, const char* to) {
+    note_entry("renameat", b, to);
+    return ((int (*)(int, const char*, int, const char*))dlsym(RTLD_NEXT, "renameat"))(a, from, b, to);
 }
 
 int linkat(int a, const char* from, int b, const char* to, int flags) {
-    note("linkat", to);
+    note_entry("linkat", b, to);
     return ((int (*)(int, const char*, int, const char*, int))dlsym(RTLD_NEXT, "linkat"))(a, from, b, to, flags);
 }
 """
@@ -115,13 +124,13 @@ for value in (1.0, 2.0):
     names = [Path(name.removesuffix(" (deleted)")) for _, name in calls]
     saved = [what for (what, _), name in zip(calls, names) if what != "fsync" and name == folder / "saved"]
     # The second save finds the name taken, and renames over it.
-    assert saved == ["linkat", "linkat", "rename"]
+    assert saved == ["linkat", "linkat", "renameat"]
     synced = [(index, name) for index, ((what, _), name) in enumerate(zip(calls, names)) if what == "fsync"]
     if not durable:
         assert synced == []
         return
     assert [name == folder for _, name in synced] == [False, True, False, True]
-    first, second = (calls.index(["linkat", str(folder / "saved")]), calls.index(["rename", str(folder / "saved")]))
+    first, second = (calls.index(["linkat", str(folder / "saved")]), calls.index(["renameat", str(folder / "saved")]))
     assert synced[0][0] < first < synced[1][0] < synced[2][0] < second < synced[3][0]
 
 
