@@ -164,7 +164,9 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
         out = torch.zeros(len(expected), dtype=torch.uint8)
         for plan in (
             ops._plan_save(state, metadata, "", False, "error"),
-            torch.classes.safetensors_torch.PendingSave(list(state), list(state.values()), metadata, ""),
+            torch.classes.safetensors_torch.PendingSave(
+                list(state), list(state.values()), metadata, "", False, "error"
+            ),
         ):
             assert plan.size() == len(expected)
             assert plan.start_into(out.zero_(), 60.0) and plan.done() == len(expected)
