@@ -18,6 +18,7 @@ use crate::file::TensorFile;
 use crate::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_open};
 use crate::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::process::Process;
+use crate::signals::without_signals;
 use crate::source::{Backend, OpenFile, Source, directory_of, open_regular_in, read_exact_at, shrank};
 use crate::writer::{AtomicFile, hear_of_writes};
 
@@ -206,7 +207,7 @@ impl MetadataEdit {
             Work::Nothing => {}
             Work::Header { file, old, new } => {
                 self.place.check_unchanged(&self.path, &self.before)?;
-                write_over(file, &self.path, old, new, self.sync)?;
+                without_signals(|| write_over(file, &self.path, old, new, self.sync))?;
                 self.done_bytes = self.total_bytes;
             }
             Work::Copy { file, source, data_start } => {

@@ -29,6 +29,7 @@ mod prefault;
 mod process;
 mod reader;
 mod serialize;
+mod signals;
 mod slice;
 mod source;
 mod stream;

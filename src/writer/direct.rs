@@ -13,6 +13,7 @@ use super::{mapped, vectored};
 use crate::directory::Directory;
 use crate::error::{Error, Result};
 use crate::process::Process;
+use crate::signals::without_signals;
 
 /// How long to wait until a pipe without a reader is tried again.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -82,7 +83,7 @@ impl Direct {
         }
         let State::Open(file) = &self.state else { unreachable!("opened above") };
         let mut patient = Patient { file, until, written: 0 };
-        match vectored::write_all(&mut patient, pieces) {
+        match without_signals(|| vectored::write_all(&mut patient, pieces)) {
             Err(error) if error.kind() != io::ErrorKind::TimedOut => Err(fail(error)),
             Ok(()) | Err(_) => Ok(patient.written),
         }

@@ -38,6 +38,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::directory::Directory;
 use crate::error::{Error, Result};
 use crate::process::Process;
+use crate::signals::without_signals;
 use crate::source::directory_of;
 use staging::{Purpose, Staging};
 use target::Target;
@@ -136,11 +137,13 @@ impl AtomicFile {
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
     pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
         self.check_process()?;
-        let written = if self.replaces {
-            vectored::write_all(&mut Appender::new(&mut self.file, &mut self.length), pieces)
-        } else {
-            vectored::write_all(&mut self.file, pieces)
-        };
+        let written = without_signals(|| {
+            if self.replaces {
+                vectored::write_all(&mut Appender::new(&mut self.file, &mut self.length), pieces)
+            } else {
+                vectored::write_all(&mut self.file, pieces)
+            }
+        });
         written.map_err(|source| Error::io("write", &self.path, source))
     }
 
@@ -151,11 +154,13 @@ impl AtomicFile {
     /// As [`AtomicFile::write`].
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.check_process()?;
-        let written = if self.replaces {
-            write_back::write_all_at(&self.file, bytes, offset)
-        } else {
-            self.file.write_all_at(bytes, offset)
-        };
+        let written = without_signals(|| {
+            if self.replaces {
+                write_back::write_all_at(&self.file, bytes, offset)
+            } else {
+                self.file.write_all_at(bytes, offset)
+            }
+        });
         written.map_err(|source| Error::io("write", &self.path, source))
     }
 
@@ -168,11 +173,11 @@ impl AtomicFile {
     /// As [`AtomicFile::write`], and where `source` cannot be read.
     pub fn copy_from(&mut self, source: &File, path: &Path, offset: u64, length: u64) -> Result<u64> {
         self.check_process()?;
-        let copied =
-            file_copy::append(&mut self.file, source, offset, length).map_err(|failure| match failure {
-                file_copy::Failure::Read(source) => Error::io("read", path, source),
-                file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
-            })?;
+        let copied = without_signals(|| file_copy::append(&mut self.file, source, offset, length));
+        let copied = copied.map_err(|failure| match failure {
+            file_copy::Failure::Read(source) => Error::io("read", path, source),
+            file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
+        })?;
         if self.replaces {
             Appender::new(&mut self.file, &mut self.length).appended(copied);
         }
@@ -254,7 +259,7 @@ impl AtomicFile {
             self.write_back()?;
         }
         match self.put_in_place(check)? {
-            Some(refusal) => self.overwrite_in_place(&refusal, sync),
+            Some(refusal) => without_signals(|| self.overwrite_in_place(&refusal, sync)),
             None if sync => self.synchronize_directory(),
             None => Ok(()),
         }
@@ -290,7 +295,7 @@ impl AtomicFile {
             match self.directory.link(&self.file, &self.name) {
                 Ok(()) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(refusal) => self.copy_beside(&refusal)?,
+                Err(refusal) => without_signals(|| self.copy_beside(&refusal))?,
             }
         }
         let fail = |source| Error::io("write", &self.path, source);
@@ -304,7 +309,7 @@ impl AtomicFile {
             match staging::link_beside(&self.file, &self.directory) {
                 Ok(name) => self.staging = Staging::Named(name),
                 Err(refusal) => {
-                    self.copy_beside(&refusal)?;
+                    without_signals(|| self.copy_beside(&refusal))?;
                     self.write_back()?;
                     self.inherit_if(&check)?;
                 }
@@ -366,9 +371,10 @@ pub(crate) fn set_aside(directory: &Directory, name: &OsStr) -> io::Result<OsStr
 
 /// Sets aside the blocks of a file of `length` bytes.
 fn reserve(file: &File, length: u64) -> io::Result<()> {
-    let reserved = attributes::reserve(file, length);
+    let reserve = || without_signals(|| attributes::reserve(file, length));
+    let reserved = reserve();
     // The space that is missing may be that of a file that was replaced just now.
-    if is_full(&reserved) && release::wait() { attributes::reserve(file, length) } else { reserved }
+    if is_full(&reserved) && release::wait() { reserve() } else { reserved }
 }
 
 /// Whether there was not enough space.

@@ -6,12 +6,14 @@
  * to or is gone, two processes at one path. What needs root is skipped without. Run with a folder. */
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -177,6 +179,50 @@ static void edits_of_what_has_changed(void) {
         EXPECT(file_version(path_of("edited/a"), SFT_BACKEND_PREAD) == (round % 2 == 0 ? 1 : 2), "round %d", round);
         (*manners)++;
     }
+}
+
+/* With the default action of the signals, which is to end the process, and in a child that may write files of 4 kB:
+ * errors, and neither the mask nor what is pending is another one afterwards. */
+static void signals_of_writes(void) {
+    make_folder(path_of("limited"), 0755);
+    EXPECT(save_version(1, 50, path_of("limited/a")) == SFT_OK, "%s", sft_last_error_message());
+    const struct rlimit limit = {4096, 4096};
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0) abort();
+    sigset_t ours, before, after;
+    /* The kernel fills only the first bytes. */
+    sigemptyset(&before);
+    sigemptyset(&after);
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGXFSZ);
+    for (int round = 0; round < 3; round++) {
+        /* In the last round the caller has blocked the signal, and one is pending. */
+        if (round == 1 && pthread_sigmask(SIG_BLOCK, &ours, NULL) != 0) abort();
+        if (round == 2 && raise(SIGXFSZ) != 0) abort();
+        pthread_sigmask(SIG_SETMASK, NULL, &before);
+        refused("a file beyond the limit", path_of("limited/a"), 5000, EFBIG, 1, path_of("limited"));
+        content what = content_new(3, 2, 5000);
+        EXPECT(content_stream(&what, path_of("limited/b"), NULL) == SFT_ERROR_IO && sft_last_os_error() == EFBIG, "%s",
+               sft_last_error_message());
+        content_free(&what);
+        pthread_sigmask(SIG_SETMASK, NULL, &after);
+        for (int i = 1; i < 32; i++)
+            EXPECT(sigismember(&before, i) == sigismember(&after, i), "round %d, signal %d: %d", round, i,
+                   sigismember(&before, i));
+        EXPECT(sigpending(&after) == 0 && sigismember(&after, SIGXFSZ) == (round == 2), "round %d", round);
+        (*manners)++;
+    }
+    if (mkfifo(path_of("limited/pipe"), 0600) != 0) abort();
+    const pid_t reader = fork();
+    if (reader == 0) {
+        char byte;
+        const int pipe = open(path_of("limited/pipe"), O_RDONLY);
+        _exit(read(pipe, &byte, 1) == 1 ? 0 : 1);
+    }
+    EXPECT(save_version(1, 50000, path_of("limited/pipe")) == SFT_ERROR_IO && sft_last_os_error() == EPIPE, "%s",
+           sft_last_error_message());
+    EXPECT(sigpending(&after) == 0 && !sigismember(&after, SIGPIPE), "a SIGPIPE is left");
+    if (waitpid(reader, NULL, 0) != reader) abort();
+    (*manners)++;
 }
 
 /* A user who may only read a folder cannot lock it against saves. */
@@ -415,6 +461,7 @@ int main(int count, char** arguments) {
     as_child(another_current_folder, false);
     nobody_gets_rights_meanwhile();
     edits_of_what_has_changed();
+    as_child(signals_of_writes, false);
     readers_hold_up_no_save();
     saved_files_are_not_locked();
     strays_of_the_dead("strays", true, false);
