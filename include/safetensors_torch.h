@@ -14,11 +14,18 @@
  * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_message()
  * then says in words what was wrong, with what, and what to do. A pointer that is NULL where something must be is
  * SFT_ERROR_INVALID_ARGUMENT, so is one that is not aligned for its type; arrays of length 0 may be NULL. A place for
- * a result is left alone when the call fails, unless its function says otherwise. No function ends the process, unless
- * no memory is left for a header or an index: a bug inside the library becomes SFT_ERROR_PANIC. Every function that
- * takes a handle of a closed file returns SFT_ERROR_CLOSED, except sft_file_close and sft_file_free. What a function
- * lists under "Errors" is what it returns besides these, without the SFT_ERROR_ in front; "A to B" means the numbers
- * between too.
+ * a result is left alone when the call fails, unless its function says otherwise. A bug inside the library becomes
+ * SFT_ERROR_PANIC. Every function that takes a handle of a closed file returns SFT_ERROR_CLOSED, except sft_file_close
+ * and sft_file_free. What a function lists under "Errors" is what it returns besides these, without the SFT_ERROR_ in
+ * front; "A to B" means the numbers between too.
+ *
+ * The end of the process. No function ends the process, with two exceptions. abort() is called if malloc fails for the
+ * library's own small needs. Those are a header, an index, names and lists of what to do in functions that open, read,
+ * save or edit, and the message of any function that fails. On an open file, sft_file_count, sft_file_tensor,
+ * sft_file_sorted, sft_file_find, the functions for metadata and, if it is mapped, sft_file_data allocate nothing when
+ * they succeed. Writes to a pipe without a reader and beyond the limit of a file's size are errors (EPIPE, EFBIG):
+ * SIGPIPE and SIGXFSZ are blocked in the thread that writes, for as long as it does, and those that its writes cause
+ * are discarded. A mapped file that another program cuts short in place raises SIGBUS in the thread that touches it.
  *
  * Text. Names, metadata keys and values are UTF-8 and may hold every character, NUL too, so they come and go with a
  * length in bytes, and do not end in NUL. Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. Paths are bytes that
