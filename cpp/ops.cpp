@@ -309,22 +309,24 @@ void define(torch::Library& library) {
 // in a program that is linked to libsafetensors_torch.so, say. All copies use those of the first one; whether they are
 // of the same version, the C++ header and the Python package ask at their first call. In place of TORCH_LIBRARY, which
 // ends the process then.
-bool register_ops() noexcept {
+torch::Library* register_ops() noexcept {
     try {
         if (c10::Dispatcher::singleton().findSchema({"safetensors_torch::load_file", ""})) {
-            return false;
+            return nullptr;
         }
         // Never destroyed: when the process ends, threads may still be in an op.
-        define(*new torch::Library(torch::Library::DEF, "safetensors_torch", std::nullopt, __FILE__, __LINE__));
-        return true;
+        auto* library = new torch::Library(torch::Library::DEF, "safetensors_torch", std::nullopt, __FILE__, __LINE__);
+        define(*library);
+        return library;
     } catch (const std::exception& error) {
         // The first call says which operator is missing.
         std::fprintf(stderr, "safetensors_torch: its operators could not be registered: %s\n", error.what());
-        return false;
+        return nullptr;
     }
 }
 
-[[maybe_unused]] const bool is_registered = register_ops();
+// Kept, or a search for leaks finds what the operators have.
+[[gnu::used]] torch::Library* const registered = register_ops();
 
 }  // namespace
 }  // namespace safetensors_torch
