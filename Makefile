@@ -209,7 +209,7 @@ test-python: out/python.stamp
 # Transfers to and from devices, with one that does everything late. A process of its own: it changes torch.
 test-accelerator: out/python.stamp
 	$(PY) -m pytest tests/accelerator tests/python/test_device.py
-	$(PY) tests/gpu/run.py --device testaccel --check --only 'names=|dtype=|tensors are loaded|late' --folder out/gpu-check
+	$(PY) tests/gpu/run.py --device testaccel --check --only 'names=|dtype=|tensors are loaded|late' --directory out/gpu-check
 
 # --- the rest
 

@@ -44,7 +44,7 @@ mod torch {
         cxx11_abi: String,
     }
 
-    /// Asks a Python with torch for its folder and its ABI.
+    /// Asks a Python with torch for its directory and its ABI.
     const ASK_PYTHON: &str = "import os, torch; print(os.path.dirname(torch.__file__)); \
                               print(int(torch._C._GLIBCXX_USE_CXX11_ABI))";
 
@@ -151,24 +151,24 @@ mod torch {
         }
         let candidates = [".venv/bin/python", "python3", "python"];
         for python in candidates {
-            if let Some((folder, python_abi)) = ask(python) {
-                println!("cargo:rerun-if-changed={}", folder.join("version.py").display());
+            if let Some((directory, python_abi)) = ask(python) {
+                println!("cargo:rerun-if-changed={}", directory.join("version.py").display());
                 return check(LibTorch {
-                    include: folder.join("include"),
-                    lib: folder.join("lib"),
+                    include: directory.join("include"),
+                    lib: directory.join("lib"),
                     cxx11_abi: abi.unwrap_or(python_abi),
                 });
             }
         }
         panic!(
-            "libtorch was not found. Set LIBTORCH to its folder (the one with include/ and lib/), or have a Python with \
+            "libtorch was not found. Set LIBTORCH to its directory (the one with include/ and lib/), or have a Python with \
              torch on PATH or in .venv, or build the C library alone with --no-default-features. Asked: {candidates:?}"
         );
     }
 
-    /// The folder of the torch that `python` imports, and its ABI.
+    /// The directory of the torch that `python` imports, and its ABI.
     fn ask(python: &str) -> Option<(PathBuf, String)> {
-        // A path relative to this package is not one that Command would find from another folder.
+        // A path relative to this package is not one that Command would find from another directory.
         let local = Path::new(python);
         let program =
             if local.components().count() > 1 { env::current_dir().ok()?.join(local) } else { local.into() };
@@ -192,7 +192,7 @@ mod torch {
         ] {
             assert!(
                 file.exists(),
-                "{} is missing: LIBTORCH and its variants must name a libtorch folder",
+                "{} is missing: LIBTORCH and its variants must name a libtorch directory",
                 file.display()
             );
         }

@@ -97,16 +97,16 @@ class Core:
         # What an earlier build left there, for another torch or from a removed file, would be taken for new.
         if native.exists():
             shutil.rmtree(native)
-        for source in (ROOT / "cpp").glob("*"):
+        for source in (ROOT / "cpp").rglob("*"):
             if source.suffix in (".cpp", ".h"):
-                copy(source, native / "cpp" / source.name)
+                copy(source, native / source.relative_to(ROOT))
         # The public headers are for C and C++ programs too, which find them by the CMake package; so nothing else is in
-        # their folder, least of all the header of cxx, of which a program may have its own.
+        # their directory, least of all the header of cxx, of which a program may have its own.
         for header in (ROOT / "include").rglob("*.h*"):
             copy(header, native / "include" / header.relative_to(ROOT / "include"))
         for source in (ROOT / "cmake").glob("SafetensorsTorch*"):
             copy(source, native / "lib" / "cmake" / "SafetensorsTorch" / source.name)
-        # Links in a build folder; copied as files, and without the C++ headers of other packages.
+        # Links in a build directory; copied as files, and without the C++ headers of other packages.
         for header in ("rust/cxx.h", f"{CRATE.replace('_', '-')}/src/bridge.rs.h"):
             copy(self.bridge / "include" / header, native / "bridge" / "include" / header)
         generated = self.bridge / "sources" / CRATE.replace("_", "-") / "src" / "bridge.rs.cc"
@@ -128,11 +128,11 @@ class Core:
         (native / "fingerprint").write_text(digest_of(native) + "\n", encoding="ascii")
 
 
-def digest_of(folder: Path) -> str:
-    """Changes with every file below ``folder``."""
+def digest_of(directory: Path) -> str:
+    """Changes with every file below ``directory``."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"\0{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        digest.update(f"\0{path.relative_to(directory)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -143,7 +143,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 class BuildPackage(build_py):
-    """Adds ``native`` to the package: in the build folder, or for an editable install in the checkout."""
+    """Adds ``native`` to the package: in the build directory, or for an editable install in the checkout."""
 
     def native(self) -> Path:
         return (ROOT / "python" if self.editable_mode else Path(self.build_lib).resolve()) / PACKAGE / "native"
@@ -222,7 +222,7 @@ def ahead_of_time() -> dict:
             native = self.get_finalized_command("build_py").native()
             (extension,) = self.extensions
             extension.sources = loader.sources(native)
-            system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
+            system = [flag for directory in extension.include_dirs for flag in ("-isystem", directory)]
             extension.include_dirs = loader.include_dirs(native)
             # Neither debug information, which Python's own flags ask for, nor file names of this machine.
             headers = Path(TORCH_LIB_PATH).parent
@@ -239,7 +239,7 @@ def ahead_of_time() -> dict:
             extension.sources = []  # which an editable build would list among the project's sources, by forbidden names
 
         def build_extensions(self) -> None:
-            # Some Pythons link extensions with a search path into their own folder.
+            # Some Pythons link extensions with a search path into their own directory.
             for name in ("linker_so", "linker_so_cxx"):
                 command = getattr(self.compiler, name, None)
                 if command:

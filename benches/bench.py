@@ -83,14 +83,14 @@ class Run:
         left = [(work, [one for one in subjects if one.library != library]) for work, subjects in self._plan]
         self._plan = [(work, subjects) for work, subjects in left if subjects]
 
-    def _install_prerelease(self, folder: Path) -> None:
-        """Puts the pre-release into `folder`, or leaves it out where it cannot be had."""
-        if not self._has("prerelease") or list(folder.glob(f"safetensors-{works.PRERELEASE_VERSION}.dist-info")):
+    def _install_prerelease(self, directory: Path) -> None:
+        """Puts the pre-release into `directory`, or leaves it out where it cannot be had."""
+        if not self._has("prerelease") or list(directory.glob(f"safetensors-{works.PRERELEASE_VERSION}.dist-info")):
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         wanted = f"safetensors=={works.PRERELEASE_VERSION}"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        if subprocess.run([*command, "--pre", "--target", str(folder), wanted]).returncode != 0:
+        if subprocess.run([*command, "--pre", "--target", str(directory), wanted]).returncode != 0:
             self._note(f"{wanted} cannot be installed: left out")
             self._drop("prerelease")
 
@@ -105,15 +105,15 @@ class Run:
         prerelease, raw = OUT / "safetensors-pre", OUT / "raw"
         self._install_prerelease(prerelease)
         self._compile_raw(raw)
-        with tempfile.TemporaryDirectory(prefix="bench-", dir=self._arguments.folder) as name:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self._arguments.directory) as name:
             setting = Setting(Path(name), raw, prerelease, self._arguments.rounds, self._arguments.quick)
             for data in DATA_SETS:
                 mine = [entry for entry in self._plan if entry[0].data == data]
-                if mine and self._make(data, setting.folder):
+                if mine and self._make(data, setting.directory):
                     self._measure_set(mine, setting)
-                    for path in setting.folder.glob(f"{data}.*"):
+                    for path in setting.directory.glob(f"{data}.*"):
                         path.unlink()
-            described = machine.describe(setting.folder)
+            described = machine.describe(setting.directory)
         return {
             "date": datetime.date.today().isoformat(),
             "command": shown_command(),
@@ -124,14 +124,14 @@ class Run:
             "works": self._results,
         }
 
-    def _make(self, name: str, folder: Path) -> bool:
+    def _make(self, name: str, directory: Path) -> bool:
         """Makes the files of a data set; False where the machine has no room for it."""
         nbytes = DATA_SETS[name].nbytes()
-        if machine.available_memory() < 3 * nbytes or machine.free_disk(folder) < 6 * nbytes:
+        if machine.available_memory() < 3 * nbytes or machine.free_disk(directory) < 6 * nbytes:
             self._note(f"{name} left out: it takes {3 * nbytes / 1e9:.0f} GB of memory, {6 * nbytes / 1e9:.0f} of disk")
             return False
         print(f"\n{DATA_SETS[name].title}, {nbytes / 1e6:,.0f} MB", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), name, str(folder)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), name, str(directory)], check=True)
         return True
 
     def _measure_set(self, plan: list[tuple[Work, list[Subject]]], setting: Setting) -> None:
@@ -148,7 +148,7 @@ class Run:
 
 def shown_command() -> str:
     """The command, without the options that name places on this machine."""
-    hidden = ("--folder", "--json", "--docs")
+    hidden = ("--directory", "--json", "--docs")
     words = []
     skip = False
     for word in sys.argv[1:]:
@@ -166,7 +166,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="the works whose name matches")
     parser.add_argument("--subjects", default="", metavar="REGEX", help="the subjects whose name matches")
-    parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder otherwise")
+    parser.add_argument("--directory", type=Path, help="where the files go; a temporary directory otherwise")
     parser.add_argument("--json", type=Path, default=OUT / "results.json", metavar="FILE", help="where results go")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the tables into this file, a plot beside it")
     parser.add_argument("--reuse", action="store_true", help="measure nothing: take the results in the --json file")

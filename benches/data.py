@@ -3,7 +3,7 @@
 Owns what is in them and how they come to be on disk and in memory, without this library: the reference writes the
 files, and `read_tensors` reads them with plain Python. What is done with them is in works.py.
 
-Run: python data.py SET FOLDER    makes FOLDER/SET.safetensors and, but for `million`, FOLDER/SET.pt.
+Run: python data.py SET DIRECTORY    makes DIRECTORY/SET.safetensors and, but for `million`, DIRECTORY/SET.pt.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ DATA_SETS = {
 }
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, directory: Path) -> None:
     """Writes the files of the data set `name`, always with the same numbers in it."""
     import safetensors.torch
     import torch
@@ -97,9 +97,9 @@ def make(name: str, folder: Path) -> None:
         else:
             values = numbers.repeat(-(-count // len(numbers)))[:count].clone()
         tensors[key] = values.reshape(shape)
-    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    safetensors.torch.save_file(tensors, directory / f"{name}.safetensors")
     if data.pickled:
-        torch.save(tensors, folder / f"{name}.pt")
+        torch.save(tensors, directory / f"{name}.pt")
 
 
 def read_header(path: Path) -> tuple[dict, int]:

@@ -15,8 +15,8 @@ _DROP = Path("/proc/sys/vm/drop_caches")
 _BLOCK = 16 << 20
 
 
-def describe(folder: Path) -> dict[str, str]:
-    """What figures depend on, with the filesystem of `folder`."""
+def describe(directory: Path) -> dict[str, str]:
+    """What figures depend on, with the filesystem of `directory`."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
@@ -24,7 +24,7 @@ def describe(folder: Path) -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{_field('/proc/meminfo', 'MemTotal') / 2**30:.0f} GiB",
         "kernel": f"Linux {platform.release()}",
-        "filesystem": _filesystem(folder),
+        "filesystem": _filesystem(directory),
         "transparent huge pages": huge.read_text().split("[")[1].split("]")[0] if huge.exists() else "none",
         "Python": platform.python_version(),
     }
@@ -42,8 +42,8 @@ def _field(path: str, name: str) -> int:
     return 0
 
 
-def _filesystem(folder: Path) -> str:
-    device = os.stat(folder).st_dev
+def _filesystem(directory: Path) -> str:
+    device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in _lines("/proc/self/mountinfo"):
         fields = line.split()
@@ -57,9 +57,9 @@ def available_memory() -> int:
     return _field("/proc/meminfo", "MemAvailable")
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes that still fit on the filesystem of `folder`."""
-    return shutil.disk_usage(folder).free
+def free_disk(directory: Path) -> int:
+    """Bytes that still fit on the filesystem of `directory`."""
+    return shutil.disk_usage(directory).free
 
 
 def can_drop_caches() -> bool:

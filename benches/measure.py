@@ -33,7 +33,7 @@ _SETTLE_SECONDS = 3.0
 class Setting:
     """What all works of a run have in common."""
 
-    folder: Path  # of the data sets and of the files that are saved
+    directory: Path  # of the data sets and of the files that are saved
     raw: Path  # the program made of raw.c
     prerelease: Path  # what goes first on sys.path for the pre-release
     rounds: int
@@ -100,11 +100,11 @@ class Measurement:
         return self._neutral().with_suffix(".pt") if reads_pickle else self._neutral()
 
     def _neutral(self) -> Path:
-        return self._setting.folder / f"{self._work.data}.safetensors"
+        return self._setting.directory / f"{self._work.data}.safetensors"
 
     def _target(self, subject: Subject) -> Path:
         number = self._work.subjects.index(subject)
-        return self._setting.folder / f"target-{number}" / f"{self._work.data}{self._source(subject).suffix}"
+        return self._setting.directory / f"target-{number}" / f"{self._work.data}{self._source(subject).suffix}"
 
     def _heat(self) -> None:
         """Makes the page cache's state of what is read certain, where it is not made so before each run."""

@@ -147,17 +147,17 @@ static void fill(int file) {
     if (synced) checked(fsync(file), "fsync");
 }
 
-static const char* folder(void) {
+static const char* directory(void) {
     static char path[4096];
     snprintf(path, sizeof path, "%s", target);
     return dirname(path);
 }
 
-static void sync_folder(void) {
+static void sync_directory(void) {
     if (!synced) return;
-    int directory = checked(open(folder(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), "open the folder");
-    checked(fsync(directory), "fsync of the folder");
-    close(directory);
+    int opened = checked(open(directory(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), "open the directory");
+    checked(fsync(opened), "fsync of the directory");
+    close(opened);
 }
 
 static void loop_write(void) {
@@ -165,7 +165,7 @@ static void loop_write(void) {
     checked(fallocate(file, 0, 0, (off_t)size), "fallocate");
     fill(file);
     checked(close(file), "close");
-    sync_folder();
+    sync_directory();
 }
 
 /* Write and rename by hand. Reserves nothing: ext4 writes data that has no blocks when the rename replaces a file. */
@@ -173,13 +173,13 @@ static void loop_replace(void) {
     char link[64], fresh[4096];
     snprintf(fresh, sizeof fresh, "%s.fresh", target);
     leftover = checked(open(target, O_RDONLY | O_CLOEXEC), "open the old file");
-    int file = checked(open(folder(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666), "create");
+    int file = checked(open(directory(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666), "create");
     fill(file);
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     checked(linkat(AT_FDCWD, link, AT_FDCWD, fresh, AT_SYMLINK_FOLLOW), "link");
     checked(rename(fresh, target), "rename");
     checked(close(file), "close");
-    sync_folder();
+    sync_directory();
 }
 
 /* --- the worker */

@@ -34,22 +34,22 @@ MB = 1_000_000
 WAYS = ("plain", "first", "warm")
 
 
-def files(folder: Path) -> dict[str, Path]:
+def files(directory: Path) -> dict[str, Path]:
     """Files of a few tensors each, and one of many small ones."""
     made = {}
     for size in (1, 10, 50, 100, 200):
         count = max(4, size // 2)
         tensors = {f"{i}": torch.zeros(size * MB // count // 4) for i in range(count)}
-        made[f"{size} MB"] = folder / f"{size}"
+        made[f"{size} MB"] = directory / f"{size}"
         st.save_file(tensors, made[f"{size} MB"])
-    made["2,000 tensors of 256 B"] = folder / "many"
+    made["2,000 tensors of 256 B"] = directory / "many"
     st.save_file({f"layer.{i}": torch.zeros(64) for i in range(2000)}, made["2,000 tensors of 256 B"])
     return made
 
 
 def seconds(path: Path, way: str) -> float:
     """One load, until the device has everything."""
-    st.set_transfer_options(ring_bytes=0 if way == "plain" else 64 << 20)
+    st.set_transfer_options(pinned_pool_bytes=0 if way == "plain" else 64 << 20)
     if way == "first":
         st.release_transfer_memory()
     elif way == "warm":
@@ -69,10 +69,10 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     accelerator.set_delay(0)
     accelerator.pinning_cost(1000)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         print("| file | plain | first | warm | first / plain | warm / plain |")
         print("| --- | --- | --- | --- | --- | --- |")
-        for name, path in files(Path(folder)).items():
+        for name, path in files(Path(directory)).items():
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:

@@ -46,7 +46,7 @@ def torch_functions() -> SimpleNamespace:
     return SimpleNamespace(load_file=load_file, load_model=load_model, save_file=torch.save)
 
 
-def import_library(library: str, folder: str, version: str) -> tuple[Any, str]:
+def import_library(library: str, directory: str, version: str) -> tuple[Any, str]:
     """The module (or what stands for it) of a subject, and its version; only the wanted version will do."""
     if library == "torch":
         import torch
@@ -57,14 +57,14 @@ def import_library(library: str, folder: str, version: str) -> tuple[Any, str]:
     if library == "ours":
         module = importlib.import_module("safetensors_torch")
         return module, module.__version__
-    if folder:
-        sys.path.insert(0, folder)
+    if directory:
+        sys.path.insert(0, directory)
     module = importlib.import_module("safetensors.torch")
     native = importlib.import_module("safetensors._safetensors_rust")
     found = importlib.metadata.version("safetensors")
-    misplaced = folder and not Path(str(native.__file__)).resolve().is_relative_to(Path(folder).resolve())
+    misplaced = directory and not Path(str(native.__file__)).resolve().is_relative_to(Path(directory).resolve())
     if found != version or misplaced:
-        raise ImportError(f"wanted safetensors {version} {folder}, imported {found} from {native.__file__}")
+        raise ImportError(f"wanted safetensors {version} {directory}, imported {found} from {native.__file__}")
     return module, found
 
 
@@ -95,7 +95,7 @@ def touched(tensors: dict, every_page: bool) -> dict:
 
 
 def synchronize(path: str) -> None:
-    """Waits until a file and its folder are on the disk."""
+    """Waits until a file and its directory are on the disk."""
     for name in (path, os.path.dirname(path)):
         descriptor = os.open(name, os.O_RDONLY)
         try:

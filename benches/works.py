@@ -38,7 +38,7 @@ class Work:
     touch: bool = False  # every page of the result is read, within the time
     cold: bool = False  # the page cache is dropped before every run
     fresh: bool = False  # save_file: the target does not exist before
-    durable: bool = False  # save_file: file and folder are on the disk at the end
+    durable: bool = False  # save_file: file and directory are on the disk at the end
     as_found: bool = False  # each run in a process of its own, with memory as that finds it
     moves: bool = True  # whether the data's bytes are moved, so that bytes a second mean something
     loop: str = ""  # the loop of raw.c that stands beside it

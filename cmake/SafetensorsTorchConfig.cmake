@@ -12,8 +12,8 @@
 #                                        that links it registers torch's CUDA kernels even if it calls none of them.
 #
 # libtorch is, in this order: the target `torch` of an earlier find_package(Torch); -DLIBTORCH=DIR; the environment's
-# LIBTORCH; Torch_DIR; CMAKE_PREFIX_PATH, where both a libtorch folder and what torch.utils.cmake_prefix_path gives will
-# do; for the Python package, the torch that is installed beside it; the system's folders. find_package(Torch) is not
+# LIBTORCH; Torch_DIR; CMAKE_PREFIX_PATH, where both a libtorch directory and what torch.utils.cmake_prefix_path gives will
+# do; for the Python package, the torch that is installed beside it; the system's directories. find_package(Torch) is not
 # called: with a CUDA build of torch it fails where there is no CUDA toolkit, and none is needed here.
 # -DLIBTORCH_CXX11_ABI=0|1 overrides the ABI that libtorch's own CMake files state.
 

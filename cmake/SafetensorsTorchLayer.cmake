@@ -1,5 +1,5 @@
 # Compiles the libtorch layer that the Python package carries as sources, for the torch at hand: the target
-# SafetensorsTorch::safetensors_torch, a shared library in the project's build folder.
+# SafetensorsTorch::safetensors_torch, a shared library in the project's build directory.
 
 # `root`: include/, cpp/, bridge/ and lib/ are in it. Sets `problem` to nothing, or to what is wrong.
 function(safetensors_torch_add_layer root problem)

@@ -1,7 +1,7 @@
 # Finds libtorch for the package config: defines SafetensorsTorch::torch, and SafetensorsTorch::torch_cuda where there
 # is one. Says whether it is the torch that the library was built for.
 
-# The folders in which a libtorch (include/ and lib/) may be, best first.
+# The directories in which a libtorch (include/ and lib/) may be, best first.
 function(_safetensors_torch_libtorch_roots beside result)
   set(roots)
   if(Torch_DIR)
@@ -94,7 +94,7 @@ function(_safetensors_torch_of_target version abi place)
   endif()
 endfunction()
 
-# `shared`: the library, which was built for one torch; or nothing. `beside`: a folder to look into too, or nothing.
+# `shared`: the library, which was built for one torch; or nothing. `beside`: a directory to look into too, or nothing.
 # Sets `problem` to nothing, or to what is wrong and what to do about it; SafetensorsTorch_TORCH_VERSION to what was
 # found.
 function(safetensors_torch_find_libtorch shared beside problem)
@@ -153,7 +153,7 @@ function(safetensors_torch_find_libtorch shared beside problem)
   endforeach()
   if(NOT root)
     set(remedies
-        "Name a libtorch with -DLIBTORCH=DIR (the folder with include/ and lib/ of libtorch or of Python's torch), \
+        "Name a libtorch with -DLIBTORCH=DIR (the directory with include/ and lib/ of libtorch or of Python's torch), \
 or with -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')\".")
     if(asked)
       set(${problem} "${origin} is ${asked}, but there is no libtorch in ${roots}. ${remedies}" PARENT_SCOPE)

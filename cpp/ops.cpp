@@ -8,19 +8,19 @@
 #include <optional>
 
 #include "cpp/built_for.h"
-#include "cpp/checkpoint.h"
-#include "cpp/edit.h"
+#include "cpp/device/pinned_pool.h"
 #include "cpp/error.h"
-#include "cpp/file.h"
-#include "cpp/load.h"
-#include "cpp/mismatch.h"
-#include "cpp/pending_load.h"
-#include "cpp/ring.h"
-#include "cpp/save.h"
-#include "cpp/save_sharded.h"
-#include "cpp/shared.h"
-#include "cpp/stream_writer.h"
+#include "cpp/model/mismatch.h"
+#include "cpp/read/checkpoint.h"
+#include "cpp/read/file.h"
+#include "cpp/read/load.h"
+#include "cpp/read/pending_load.h"
 #include "cpp/tensor_memory.h"
+#include "cpp/write/aliasing.h"
+#include "cpp/write/edit.h"
+#include "cpp/write/incremental_writer.h"
+#include "cpp/write/save.h"
+#include "cpp/write/save_sharded.h"
 
 namespace safetensors_torch {
 namespace {
@@ -33,14 +33,14 @@ using MaybeDtype = std::optional<c10::ScalarType>;
 Tensors load_file_op(const std::string& filename, c10::Device device, const std::string& backend,
                      std::optional<bool> prefault, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        Loads loads = load_file(filename, Target{device, dtype}, backend, prefault, names);
+        CheckpointLoader loads = load_file(filename, Target{device, dtype}, backend, prefault, names);
         return dict_of(loads);
     });
 }
 
 Tensors load_op(const at::Tensor& data, c10::Device device, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{}, Target{device, dtype}, names);
+        CheckpointLoader loads = load_all(Checkpoint(open_bytes(data)), StorageSharing{}, Target{device, dtype}, names);
         return dict_of(loads);
     });
 }
@@ -48,21 +48,22 @@ Tensors load_op(const at::Tensor& data, c10::Device device, MaybeDtype dtype, co
 Lists load_file_lists_op(const std::string& filename, c10::Device device, const std::string& backend,
                          std::optional<bool> prefault) {
     return guarded([&] {
-        Loads loads = load_file(filename, Target{device, {}}, backend, prefault, {});
+        CheckpointLoader loads = load_file(filename, Target{device, {}}, backend, prefault, {});
         return lists_of(loads);
     });
 }
 
 Lists load_lists_op(const at::Tensor& data, c10::Device device) {
     return guarded([&] {
-        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{}, Target{device, {}}, {});
+        CheckpointLoader loads = load_all(Checkpoint(open_bytes(data)), StorageSharing{}, Target{device, {}}, {});
         return lists_of(loads);
     });
 }
 
 Lists load_shared_op(const at::Tensor& data) {
     return guarded([&] {
-        Loads loads = load_all(Checkpoint(open_bytes(data)), Lender{true, data, false}, Target{}, {});
+        CheckpointLoader loads =
+            load_all(Checkpoint(open_bytes(data)), StorageSharing{true, data, false}, Target{}, {});
         return lists_of(loads);
     });
 }
@@ -74,7 +75,7 @@ at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c
         if (device.is_cpu()) {
             (*file)->read_ahead(index);
         }
-        return load_tensor(file, Lender{true, {}, false}, index, device);
+        return load_tensor(file, StorageSharing{true, {}, false}, index, device);
     });
 }
 
@@ -120,18 +121,19 @@ c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::
 
 c10::intrusive_ptr<PendingShardedSave> plan_sharded_save_op(const Tensors& tensors,
                                                             const std::optional<Metadata>& metadata,
-                                                            const std::string& folder, const std::string& stem,
-                                                            int64_t max_shard_bytes, bool force_contiguous,
+                                                            const std::string& directory, const std::string& stem,
+                                                            int64_t max_shard_size, bool force_contiguous,
                                                             const std::string& shared) {
     return guarded([&] {
-        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, folder, stem, max_shard_bytes,
+        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, directory, stem, max_shard_size,
                                                        save_rules(force_contiguous, shared));
     });
 }
 
-c10::intrusive_ptr<StreamWriter> create_stream_op(const std::string& path, const Tensors& specs,
-                                                  const std::optional<Metadata>& metadata, bool durable) {
-    return guarded([&] { return c10::make_intrusive<StreamWriter>(path, named(specs), metadata, durable); });
+c10::intrusive_ptr<IncrementalWriter> create_incremental_writer_op(const std::string& path, const Tensors& specs,
+                                                                   const std::optional<Metadata>& metadata,
+                                                                   bool durable) {
+    return guarded([&] { return c10::make_intrusive<IncrementalWriter>(path, named(specs), metadata, durable); });
 }
 
 c10::intrusive_ptr<PendingEdit> begin_edit_op(const std::string& path, const Metadata& set, const Names& removed,
@@ -185,20 +187,20 @@ c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::mak
 std::tuple<int64_t, int64_t> transfer_options_op() {
     return guarded([&]() -> std::tuple<int64_t, int64_t> {
         const TransferOptions options = transfer_options();
-        return {options.ring_bytes, options.threads};
+        return {options.pinned_pool_bytes, options.threads};
     });
 }
 
-void set_transfer_options_op(std::optional<int64_t> ring_bytes, std::optional<int64_t> threads) {
-    guarded([&] { set_transfer_options(ring_bytes, threads); });
+void set_transfer_options_op(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads) {
+    guarded([&] { set_transfer_options(pinned_pool_bytes, threads); });
 }
 
 int64_t reserve_transfer_memory_op(int64_t bytes) {
-    return guarded([&] { return Ring::of_process().reserve(bytes); });
+    return guarded([&] { return PinnedPool::of_process().reserve(bytes); });
 }
 
 int64_t release_transfer_memory_op() {
-    return guarded([&] { return Ring::of_process().release(); });
+    return guarded([&] { return PinnedPool::of_process().release(); });
 }
 
 std::tuple<std::string, std::string> built_for_op() {
@@ -212,7 +214,7 @@ std::tuple<std::string, std::string> built_for_op() {
     return {between("safetensors_torch ", " built"), between("for torch ", ", ")};
 }
 
-int64_t transfer_memory_op() { return Ring::of_process().bytes(); }
+int64_t transfer_memory_op() { return PinnedPool::of_process().bytes(); }
 
 // An op that reads or writes files: TorchScript must neither drop, move nor fold it.
 c10::FunctionSchema effectful(const char* schema) {
@@ -226,7 +228,7 @@ void define(torch::Library& library) {
     register_pending_loads(library);
     register_pending_save(library);
     register_sharded_saves(library);
-    register_stream_writer(library);
+    register_incremental_writer(library);
     register_pending_edit(library);
     register_file(library);
 
@@ -268,14 +270,15 @@ void define(torch::Library& library) {
         "-> __torch__.torch.classes.safetensors_torch.PendingSave",
         torch::dispatch(key, plan_save_op));
     library.def(
-        "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str folder, str stem, "
-        "int max_shard_bytes, bool force_contiguous, str shared) -> "
+        "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str directory, str stem, "
+        "int max_shard_size, bool force_contiguous, str shared) -> "
         "__torch__.torch.classes.safetensors_torch.PendingShardedSave",
         torch::dispatch(key, plan_sharded_save_op));
     library.def(
-        effectful("_create_stream(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
-                  "__torch__.torch.classes.safetensors_torch.StreamWriter"),
-        torch::dispatch(key, create_stream_op));
+        effectful(
+            "_create_incremental_writer(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
+            "__torch__.torch.classes.safetensors_torch.IncrementalWriter"),
+        torch::dispatch(key, create_incremental_writer_op));
     library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool? in_place, int reserve, "
                           "bool durable) -> __torch__.torch.classes.safetensors_torch.PendingEdit"),
                 torch::dispatch(key, begin_edit_op));
@@ -292,9 +295,9 @@ void define(torch::Library& library) {
                 torch::dispatch(key, open_checkpoint_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
                 torch::dispatch(key, open_bytes_op));
-    library.def(effectful("_transfer_options() -> (int ring_bytes, int threads)"),
+    library.def(effectful("_transfer_options() -> (int pinned_pool_bytes, int threads)"),
                 torch::dispatch(key, transfer_options_op));
-    library.def(effectful("_set_transfer_options(int? ring_bytes, int? threads) -> ()"),
+    library.def(effectful("_set_transfer_options(int? pinned_pool_bytes, int? threads) -> ()"),
                 torch::dispatch(key, set_transfer_options_op));
     library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
                 torch::dispatch(key, reserve_transfer_memory_op));

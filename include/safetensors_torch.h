@@ -4,14 +4,14 @@
  *     #include <safetensors_torch.h>
  *
  *     sft_file* file;   size_t index;   const void* data;
- *     if (sft_file_open("model.safetensors", NULL, &file) != SFT_OK) return puts(sft_last_error_message());
- *     if (sft_file_find(file, "weight", 6, &index) == SFT_OK && sft_file_data(file, index, &data) == SFT_OK)
+ *     if (sft_file_open("model.safetensors", NULL, &file) != SFT_OK) return puts(sft_last_error_get_message());
+ *     if (sft_file_find_tensor(file, "weight", 6, &index) == SFT_OK && sft_file_get_data(file, index, &data) == SFT_OK)
  *         use(data);                                   // points into the file, until it is freed
  *     sft_file_free(file);
  *
  * Link with -lsafetensors_torch, or with what `pkg-config --libs safetensors_torch-c` says. Needs C11, or C++.
  *
- * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_message()
+ * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_get_message()
  * then says in words what was wrong, with what, and what to do. A pointer that is NULL where something must be is
  * SFT_ERROR_INVALID_ARGUMENT, so is one that is not aligned for its type; arrays of length 0 may be NULL. A place for
  * a result is left alone when the call fails, unless its function says otherwise. A bug inside the library becomes
@@ -21,11 +21,12 @@
  *
  * The end of the process. No function ends the process, with two exceptions. abort() is called if malloc fails for the
  * library's own small needs. Those are a header, an index, names and lists of what to do in functions that open, read,
- * save or edit, and the message of any function that fails. On an open file, sft_file_count, sft_file_tensor,
- * sft_file_sorted, sft_file_find, the functions for metadata and, if it is mapped, sft_file_data allocate nothing when
- * they succeed. Writes to a pipe without a reader and beyond the limit of a file's size are errors (EPIPE, EFBIG):
- * SIGPIPE and SIGXFSZ are blocked in the thread that writes, for as long as it does, and those that its writes cause
- * are discarded. A mapped file that another program cuts short in place raises SIGBUS in the thread that touches it.
+ * save or edit, and the message of any function that fails. On an open file, sft_file_get_tensor_count,
+ * sft_file_get_tensor_info, sft_file_get_sorted_index, sft_file_find_tensor, the functions for metadata and, if it is
+ * mapped, sft_file_get_data allocate nothing when they succeed. Writes to a pipe without a reader and beyond the limit
+ * of a file's size are errors (EPIPE, EFBIG): SIGPIPE and SIGXFSZ are blocked in the thread that writes, for as long as
+ * it does, and those that its writes cause are discarded. A mapped file that another program cuts short in place raises
+ * SIGBUS in the thread that touches it.
  *
  * Text. Names, metadata keys and values are UTF-8 and may hold every character, NUL too, so they come and go with a
  * length in bytes, and do not end in NUL. Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. Paths are bytes that
@@ -57,7 +58,7 @@ extern "C" {
 #define SFT_VERSION_STRING "0.1.0"
 
 /** The version of the library that is linked: text that ends in NUL, and is valid for ever. */
-const char* sft_version(void);
+const char* sft_get_version(void);
 
 /* ---- Status ------------------------------------------------------------------------------------------------------ */
 
@@ -68,7 +69,7 @@ typedef int32_t sft_status;
 enum {
     SFT_OK = 0,                       /**< done */
     SFT_ERROR_INVALID_ARGUMENT = 1,   /**< an argument that no call of this kind takes */
-    SFT_ERROR_IO = 2,                 /**< the operating system refused; sft_last_os_error() is its errno */
+    SFT_ERROR_IO = 2,                 /**< the operating system refused; sft_last_error_get_os_error() is its errno */
     SFT_ERROR_FILE_TOO_SMALL = 3,     /**< fewer than the 8 bytes of the header length */
     SFT_ERROR_HEADER_TOO_LARGE = 4,   /**< a header of more than 100,000,000 bytes */
     SFT_ERROR_HEADER_TRUNCATED = 5,   /**< the header runs past the end of the file */
@@ -90,38 +91,38 @@ enum {
     SFT_ERROR_CLOSED = 20,            /**< the file was closed */
     SFT_ERROR_FILE_CHANGED = 21,      /**< shorter, replaced or written to while it was open or edited */
     SFT_ERROR_PANIC = 22,             /**< a bug of this library */
-    SFT_ERROR_INDEX = 23 /**< an index of a checkpoint that is malformed, names files outside its folder or does
-                              not fit its files; a folder that holds no checkpoint, or several */
+    SFT_ERROR_INDEX = 23 /**< an index of a checkpoint that is malformed, names files outside its directory or does
+                              not fit its files; a directory that holds no checkpoint, or several */
 };
 
 /** The name of a status, such as "SFT_ERROR_IO"; "unknown status" for a number that this version does not know. Ends in
  * NUL, is valid for ever, never NULL. */
-const char* sft_status_name(sft_status status);
+const char* sft_status_get_name(sft_status status);
 
-/** What a status means, in a few words; for what went wrong in one call see sft_last_error_message. Ends in NUL, is
+/** What a status means, in a few words; for what went wrong in one call see sft_last_error_get_message. Ends in NUL, is
  * valid for ever, never NULL. */
-const char* sft_status_message(sft_status status);
+const char* sft_status_get_message(sft_status status);
 
 /** What went wrong in the last call of the calling thread that failed: one line that names the file, the tensor and the
  * remedy; "" before the first failure. A call that succeeds leaves it as it is. UTF-8 that ends in NUL (a NUL in a name
  * is written `\0`), valid until the next call of this thread that fails, never NULL. */
-const char* sft_last_error_message(void);
+const char* sft_last_error_get_message(void);
 
 /** errno of the last call of the calling thread that failed, if the operating system refused it; otherwise 0. A call
  * that succeeds leaves it as it is. */
-int32_t sft_last_os_error(void);
+int32_t sft_last_error_get_os_error(void);
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------- */
 
 /** Sets the most threads that one call uses, from the next call on: the calling one, those that read and copy, and
  * those that go on in the background (SFT_PREFAULT_BACKGROUND). 1 means the calling one alone; 0 as many as suit the
  * machine and the work. For the whole process. */
-sft_status sft_threads_set(size_t threads);
+sft_status sft_set_threads(size_t threads);
 
-/** Sets `*threads` to what sft_threads_set has set; before that, to what the environment variable
+/** Sets `*threads` to what sft_set_threads has set; before that, to what the environment variable
  * SAFETENSORS_TORCH_THREADS says, or 0.
  * Errors: INVALID_ARGUMENT for a variable that is not a number, as by every call that would use several threads. */
-sft_status sft_threads_get(size_t* threads);
+sft_status sft_get_threads(size_t* threads);
 
 /* ---- Element types ----------------------------------------------------------------------------------------------- */
 
@@ -157,18 +158,18 @@ enum {
 
 /** The code of a dtype in a file, such as "F32", which ends in NUL and is valid for ever; NULL for a number that no
  * dtype has. */
-const char* sft_dtype_code(sft_dtype dtype);
+const char* sft_dtype_get_code(sft_dtype dtype);
 
 /** The width of one element in bits (4, 6, or a multiple of 8); 0 for a number that no dtype has. */
-uint32_t sft_dtype_bits(sft_dtype dtype);
+uint32_t sft_dtype_get_bits(sft_dtype dtype);
 
 /** The dtype of a code, which ends in NUL.
  * Errors: UNKNOWN_DTYPE. */
-sft_status sft_dtype_from_code(const char* code, sft_dtype* dtype);
+sft_status sft_dtype_parse(const char* code, sft_dtype* dtype);
 
 /** How many bytes a tensor of this dtype and shape takes. `shape` has `rank` dimensions; rank 0 is a scalar.
  * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH (the elements end in the middle of a byte). */
-sft_status sft_dtype_nbytes(sft_dtype dtype, const uint64_t* shape, size_t rank, uint64_t* nbytes);
+sft_status sft_dtype_compute_nbytes(sft_dtype dtype, const uint64_t* shape, size_t rank, uint64_t* nbytes);
 
 /* ---- Reading: files ---------------------------------------------------------------------------------------------- */
 
@@ -179,7 +180,7 @@ typedef struct sft_str {
 } sft_str;
 
 /** An open file: its header, checked, and the way to its bytes. From sft_file_open, sft_file_open_buffer or
- * sft_checkpoint_shard. */
+ * sft_checkpoint_get_shard. */
 typedef struct sft_file sft_file;
 
 /** How the tensors of a file come into memory. */
@@ -218,9 +219,9 @@ typedef struct sft_open_options {
  * for the defaults. `*file` becomes a handle to free with sft_file_free, or NULL on an error.
  *
  * With SFT_BACKEND_MMAP, a file that another process changes in place changes in memory too, and one that it cuts short
- * ends this process with SIGBUS when the lost part is touched, be it by sft_file_read. A file that is replaced by
- * rename, as this library does, is safe. With SFT_BACKEND_PREAD a file that is cut short is an error, and one that is
- * changed gives whatever it holds when it is read.
+ * ends this process with SIGBUS when the lost part is touched, be it by sft_file_read_tensor. A file that is replaced
+ * by rename, as this library does, is safe. With SFT_BACKEND_PREAD a file that is cut short is an error, and one that
+ * is changed gives whatever it holds when it is read.
  *
  * Errors: IO, also for what is no regular file; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME for what is no valid
  * file; FILE_CHANGED; INVALID_ARGUMENT for a backend or a prefault that there is not. */
@@ -240,7 +241,7 @@ sft_status sft_file_close(sft_file* file);
 void sft_file_free(sft_file* file);
 
 /** Sets `*count` to the number of tensors. */
-sft_status sft_file_count(const sft_file* file, size_t* count);
+sft_status sft_file_get_tensor_count(const sft_file* file, size_t* count);
 
 /** What a file says of one tensor. Name and shape are lent by the file. */
 typedef struct sft_tensor_info {
@@ -255,22 +256,22 @@ typedef struct sft_tensor_info {
     uint32_t reserved;     /**< 0 */
 } sft_tensor_info;
 
-/** An sft_tensor_info that may be given to sft_file_tensor. */
+/** An sft_tensor_info that may be given to sft_file_get_tensor_info. */
 #define SFT_TENSOR_INFO_INIT {sizeof(sft_tensor_info), {NULL, 0}, 0, NULL, 0, 0, 0, 0, 0}
 
 /** Fills `*info` with what the file says of the tensor at `index`, from 0 to the number of tensors less 1. Tensors are
  * in file order: by offset, those at one offset by name. `info->struct_size` must be set, as SFT_TENSOR_INFO_INIT does.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor. */
-sft_status sft_file_tensor(const sft_file* file, size_t index, sft_tensor_info* info);
+sft_status sft_file_get_tensor_info(const sft_file* file, size_t index, sft_tensor_info* info);
 
 /** Goes through the tensors by name instead: `*index` becomes the index of the tensor whose name is at `position` in
  * bytewise order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
-sft_status sft_file_sorted(const sft_file* file, size_t position, size_t* index);
+sft_status sft_file_get_sorted_index(const sft_file* file, size_t position, size_t* index);
 
 /** Sets `*index` to the index of the tensor called `name`, of `name_length` bytes.
  * Errors: TENSOR_NOT_FOUND. */
-sft_status sft_file_find(const sft_file* file, const char* name, size_t name_length, size_t* index);
+sft_status sft_file_find_tensor(const sft_file* file, const char* name, size_t name_length, size_t* index);
 
 /* ---- Reading: metadata ------------------------------------------------------------------------------------------- */
 
@@ -278,16 +279,16 @@ sft_status sft_file_find(const sft_file* file, const char* name, size_t name_len
 sft_status sft_file_has_metadata(const sft_file* file, int32_t* present);
 
 /** Sets `*count` to the number of metadata entries; 0 where there is no metadata. */
-sft_status sft_file_metadata_count(const sft_file* file, size_t* count);
+sft_status sft_file_get_metadata_count(const sft_file* file, size_t* count);
 
 /** Sets `*key` and `*value` to the entry at `position`, from 0 on, in bytewise order of keys. Both texts are lent by
  * the file.
  * Errors: INVALID_ARGUMENT for a position beyond the last entry. */
-sft_status sft_file_metadata_at(const sft_file* file, size_t position, sft_str* key, sft_str* value);
+sft_status sft_file_get_metadata_entry(const sft_file* file, size_t position, sft_str* key, sft_str* value);
 
 /** Sets `*value` to the value of `key`, of `key_length` bytes, lent by the file. Where there is no such key,
  * `value->data` becomes NULL, and the status is SFT_OK; it is never NULL for a value. */
-sft_status sft_file_metadata_get(const sft_file* file, const char* key, size_t key_length, sft_str* value);
+sft_status sft_file_find_metadata(const sft_file* file, const char* key, size_t key_length, sft_str* value);
 
 /* ---- Reading: data ----------------------------------------------------------------------------------------------- */
 
@@ -297,24 +298,24 @@ sft_status sft_file_metadata_get(const sft_file* file, const char* key, size_t k
  * NULL on an error.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor, and with SFT_BACKEND_PREAD, where nothing is in
  * memory. */
-sft_status sft_file_data(const sft_file* file, size_t index, const void** data);
+sft_status sft_file_get_data(const sft_file* file, size_t index, const void** data);
 
 /** Reads the tensor at `index` into `buffer`, whose `nbytes` must be those of the tensor. Large tensors are read by
  * several threads, which have ended when the call returns. After IO and FILE_CHANGED the buffer may hold anything.
  * Errors: INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
-sft_status sft_file_read(const sft_file* file, size_t index, void* buffer, size_t nbytes);
+sft_status sft_file_read_tensor(const sft_file* file, size_t index, void* buffer, size_t nbytes);
 
 /** One of several tensors to read. */
-typedef struct sft_read {
+typedef struct sft_read_request {
     size_t index;  /**< of the tensor, in file order */
     void* buffer;  /**< where the bytes go; no two buffers may overlap */
     size_t nbytes; /**< of the buffer: those of the tensor */
-} sft_read;
+} sft_read_request;
 
 /** Reads `count` tensors, in parallel, and those that are neighbours in the file together: give them in file order
  * where you can. All sizes are checked before the first byte is read.
- * Errors: as sft_file_read. */
-sft_status sft_file_read_many(const sft_file* file, const sft_read* reads, size_t count);
+ * Errors: as sft_file_read_tensor. */
+sft_status sft_file_read_tensors(const sft_file* file, const sft_read_request* reads, size_t count);
 
 /** The part of one dimension that a slice takes: the indices start, start + step, ... below stop. */
 typedef struct sft_range {
@@ -327,13 +328,12 @@ typedef struct sft_range {
  * `shape` receives the `rank` dimensions of the slice, `*nbytes` its size in bytes.
  * Errors: SLICE (ranges that do not fit the tensor, or elements of less than a byte whose slice would begin or end in
  * the middle of one), INVALID_ARGUMENT. */
-sft_status sft_file_slice_size(const sft_file* file, size_t index, const sft_range* ranges, size_t rank,
-                               uint64_t* shape, uint64_t* nbytes);
+sft_status sft_file_get_slice_size(const sft_file* file, size_t index, const sft_range* ranges, size_t rank,
+                                   uint64_t* shape, uint64_t* nbytes);
 
 /** Reads a slice of the tensor at `index` into `buffer`, row-major and without gaps; `nbytes` must be those that
- * sft_file_slice_size tells. Only what the slice needs is read, up to whole pages. After IO and FILE_CHANGED the buffer
- * may hold anything.
- * Errors: SLICE, INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
+ * sft_file_get_slice_size tells. Only what the slice needs is read, up to whole pages. After IO and FILE_CHANGED the
+ * buffer may hold anything. Errors: SLICE, INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
 sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_range* ranges, size_t rank, void* buffer,
                                size_t nbytes);
 
@@ -368,10 +368,10 @@ typedef struct sft_checkpoint_options {
 #define SFT_CHECKPOINT_OPTIONS_INIT \
     {sizeof(sft_checkpoint_options), SFT_BACKEND_MMAP, SFT_PREFAULT_NONE, NULL, SFT_EXTRA_ERROR, 0}
 
-/** Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a folder with either, where
+/** Opens the checkpoint at `path`: a file, an index (a name that ends in .json), or a directory with either, where
  * model.safetensors counts before model.safetensors.index.json, and both before other names. All files are opened, and
  * the index is checked against them: they hold the tensors that it lists, where it says so, and no others, unless
- * `extra` leaves those out; the names of files in it must not lead out of its folder. `options` may be NULL for the
+ * `extra` leaves those out; the names of files in it must not lead out of its directory. `options` may be NULL for the
  * defaults. `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
  * Errors: INDEX; INVALID_ARGUMENT for a variant of a path that is a file; DUPLICATE for a name that the index has
  * twice; those of sft_file_open for each file, and for the index IO and FOREIGN_FORMAT; FILE_CHANGED where it is
@@ -383,25 +383,27 @@ sft_status sft_checkpoint_open(const char* path, const sft_checkpoint_options* o
 void sft_checkpoint_free(sft_checkpoint* checkpoint);
 
 /** Sets `*count` to the number of files. */
-sft_status sft_checkpoint_shard_count(const sft_checkpoint* checkpoint, size_t* count);
+sft_status sft_checkpoint_get_shard_count(const sft_checkpoint* checkpoint, size_t* count);
 
 /** The file at `shard`, from 0 on in the order of names: `*file` becomes its handle, lent by the checkpoint, for the
- * functions that take a const sft_file; `*name` its path from the folder of the checkpoint.
+ * functions that take a const sft_file; `*name` its path from the directory of the checkpoint.
  * Errors: INVALID_ARGUMENT for a shard beyond the last one. */
-sft_status sft_checkpoint_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name, const sft_file** file);
+sft_status sft_checkpoint_get_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name,
+                                    const sft_file** file);
 
 /** Sets `*count` to the number of tensors in all files, without those that `extra` leaves out. */
-sft_status sft_checkpoint_count(const sft_checkpoint* checkpoint, size_t* count);
+sft_status sft_checkpoint_get_tensor_count(const sft_checkpoint* checkpoint, size_t* count);
 
 /** Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name
  * is at `position` in bytewise order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
-sft_status sft_checkpoint_sorted(const sft_checkpoint* checkpoint, size_t position, size_t* shard, size_t* index);
+sft_status sft_checkpoint_get_sorted_tensor(const sft_checkpoint* checkpoint, size_t position, size_t* shard,
+                                            size_t* index);
 
 /** Sets `*shard` and `*index` to the file, and the index in it, of the tensor called `name`, of `name_length` bytes.
  * Errors: TENSOR_NOT_FOUND. */
-sft_status sft_checkpoint_find(const sft_checkpoint* checkpoint, const char* name, size_t name_length, size_t* shard,
-                               size_t* index);
+sft_status sft_checkpoint_find_tensor(const sft_checkpoint* checkpoint, const char* name, size_t name_length,
+                                      size_t* shard, size_t* index);
 
 /* ---- Writing ----------------------------------------------------------------------------------------------------- */
 
@@ -413,7 +415,7 @@ typedef struct sft_save_options {
     size_t struct_size; /**< sizeof(sft_save_options) */
     uint64_t
         alignment;     /**< the data begins at a multiple of so many bytes: a power of two from 8 to 1 MiB; 0 means 8 */
-    uint32_t sync;     /**< 1: return only once the file is on the disk (fsync); 0: leave that to the kernel */
+    uint32_t durable;  /**< 1: return only once the file is on the disk (fsync); 0: leave that to the kernel */
     uint32_t reserved; /**< 0 */
 } sft_save_options;
 
@@ -445,44 +447,45 @@ sft_status sft_writer_add_metadata(sft_writer* writer, const char* key, size_t k
 /** Sets `*nbytes` to the size of the whole file, in bytes. `options` may be NULL for the defaults.
  * Errors: DUPLICATE, RESERVED_NAME, SHAPE_OVERFLOW (a file of 2^63 bytes and more), HEADER_TOO_LARGE, INVALID_ARGUMENT
  * for the options. */
-sft_status sft_writer_size(const sft_writer* writer, const sft_save_options* options, uint64_t* nbytes);
+sft_status sft_writer_get_size(const sft_writer* writer, const sft_save_options* options, uint64_t* nbytes);
 
 /** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md has
  * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
  * are kept. A symbolic link is replaced, and what it leads to stays as it is, unless it leads to a pipe or a character
  * device: these are written to, as is a descriptor of this process (/dev/stdout, /dev/fd/N). `options` may be NULL for
  * the defaults.
- * Errors: those of sft_writer_size, IO, and INVALID_ARGUMENT for a tensor without data. */
+ * Errors: those of sft_writer_get_size, IO, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
 /** How a checkpoint is divided into files, and written. */
 typedef struct sft_sharded_options {
-    size_t struct_size;       /**< sizeof(sft_sharded_options) */
-    const char* stem;         /**< what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
-    uint64_t max_shard_bytes; /**< the most bytes of tensors in one file; 0 means 5,000,000,000 */
-    uint64_t alignment;       /**< as in sft_save_options */
-    uint32_t sync;            /**< as in sft_save_options */
-    uint32_t reserved;        /**< 0 */
+    size_t struct_size;      /**< sizeof(sft_sharded_options) */
+    const char* stem;        /**< what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
+    uint64_t max_shard_size; /**< the most bytes of tensors in one file; 0 means 5,000,000,000 */
+    uint64_t alignment;      /**< as in sft_save_options */
+    uint32_t durable;        /**< as in sft_save_options */
+    uint32_t reserved;       /**< 0 */
 } sft_sharded_options;
 
 /** The defaults of sft_sharded_options. */
 #define SFT_SHARDED_OPTIONS_INIT {sizeof(sft_sharded_options), NULL, 0, 8, 0, 0}
 
-/** Writes a checkpoint into `folder`, which is made if it is not there: STEM.safetensors, or, where that would pass
- * max_shard_bytes, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
+/** Writes a checkpoint into `directory`, which is made if it is not there: STEM.safetensors, or, where that would pass
+ * max_shard_size, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
  * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
- * max_shard_bytes has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
- * is replaced, links in the folder too: nothing of it changes before all files are complete, and files that are not
+ * max_shard_size has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
+ * is replaced, links in the directory too: nothing of it changes before all files are complete, and files that are not
  * overwritten are removed at the end. An error of IO after that takes back what is in place, or says what is. All files
- * are open until the end. Of several saves into one folder one at a time gives names to its files, and the last one
+ * are open until the end. Of several saves into one directory one at a time gives names to its files, and the last one
  * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults.
- * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the folder locked for a minute;
+ * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the directory locked for a minute;
  * INVALID_ARGUMENT for a stem that is no file name, or that of a shard. */
-sft_status sft_writer_write_sharded(const sft_writer* writer, const char* folder, const sft_sharded_options* options);
+sft_status sft_writer_write_sharded(const sft_writer* writer, const char* directory,
+                                    const sft_sharded_options* options);
 
-/** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_size tells for the same `options`, and
- * which may overlap no tensor's data. `options` may be NULL for the defaults; `sync` means nothing here.
- * Errors: those of sft_writer_size, BUFFER_SIZE, and INVALID_ARGUMENT for a tensor without data. */
+/** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_get_size tells for the same `options`,
+ * and which may overlap no tensor's data. `options` may be NULL for the defaults; `durable` means nothing here. Errors:
+ * those of sft_writer_get_size, BUFFER_SIZE, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_buffer(const sft_writer* writer, const sft_save_options* options, void* buffer,
                                    size_t nbytes);
 
@@ -490,43 +493,44 @@ sft_status sft_writer_write_buffer(const sft_writer* writer, const sft_save_opti
 
 /** A file that is written tensor by tensor, in any order, so that no more than one of them has to be in memory. It is
  * there under its name only once it was committed. */
-typedef struct sft_stream sft_stream;
+typedef struct sft_incremental_writer sft_incremental_writer;
 
-/** Adds a tensor without data to `writer`, for sft_stream_create and sft_writer_size; the other functions that write
- * refuse such a writer with INVALID_ARGUMENT. Name and shape are copied.
- * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH. */
+/** Adds a tensor without data to `writer`, for sft_incremental_writer_create and sft_writer_get_size; the other
+ * functions that write refuse such a writer with INVALID_ARGUMENT. Name and shape are copied. Errors:
+ * UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH. */
 sft_status sft_writer_declare_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
                                      const uint64_t* shape, size_t rank);
 
 /** Begins the file at `path`, with the tensors and the metadata of `writer`, which is not needed any more afterwards.
- * Tensors that were added with data are written at once; those that were declared are to be given to sft_stream_write.
- * The file will be the one that sft_writer_write_file would write. What is at `path` stays as it is until the commit; a
- * pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path` means what it means now. `options` may be
- * NULL for the defaults. `*stream` becomes a handle to free with sft_stream_free, or NULL on an error. Errors: those of
- * sft_writer_size, and IO, also where there is no space for all of the file. */
-sft_status sft_stream_create(const sft_writer* writer, const char* path, const sft_save_options* options,
-                             sft_stream** stream);
+ * Tensors that were added with data are written at once; those that were declared are to be given to
+ * sft_incremental_writer_write_tensor. The file will be the one that sft_writer_write_file would write. What is at
+ * `path` stays as it is until the commit; a pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path`
+ * means what it means now. `options` may be NULL for the defaults. `*incremental` becomes a handle to free with
+ * sft_incremental_writer_free, or NULL on an error. Errors: those of sft_writer_get_size, and IO, also where there is
+ * no space for all of the file. */
+sft_status sft_incremental_writer_create(const sft_writer* writer, const char* path, const sft_save_options* options,
+                                         sft_incremental_writer** incremental);
 
 /** Writes the tensor called `name`: all of its `nbytes` bytes, row-major, from `data`. Several threads may write
  * different tensors at once. After IO the tensor may be given again.
  * Errors: TENSOR_NOT_FOUND for a name that was not declared, DUPLICATE for a tensor that was given already,
  * BUFFER_SIZE, CLOSED after the commit, IO. */
-sft_status sft_stream_write(const sft_stream* stream, const char* name, size_t name_length, const void* data,
-                            size_t nbytes);
+sft_status sft_incremental_writer_write_tensor(const sft_incremental_writer* writer, const char* name,
+                                               size_t name_length, const void* data, size_t nbytes);
 
 /** Writes `nbytes` bytes of the tensor called `name`, from its byte `offset` on. Parts come in any order, and from
  * several threads; none may overlap another.
- * Errors: as sft_stream_write. */
-sft_status sft_stream_write_part(const sft_stream* stream, const char* name, size_t name_length, uint64_t offset,
-                                 const void* data, size_t nbytes);
+ * Errors: as sft_incremental_writer_write_tensor. */
+sft_status sft_incremental_writer_write_part(const sft_incremental_writer* writer, const char* name, size_t name_length,
+                                             uint64_t offset, const void* data, size_t nbytes);
 
 /** Puts the file in place, as sft_writer_write_file does, once every byte was given.
  * Errors: DATA_LENGTH, which lists tensors that are missing, after which they may still be given; CLOSED after an
  * earlier commit; IO, after which the target is as it was. */
-sft_status sft_stream_commit(sft_stream* stream);
+sft_status sft_incremental_writer_commit(sft_incremental_writer* writer);
 
 /** Frees the handle. Without a commit the target stays as it was, and nothing is left beside it. NULL is ignored. */
-void sft_stream_free(sft_stream* stream);
+void sft_incremental_writer_free(sft_incremental_writer* writer);
 
 /* ---- Changing metadata ------------------------------------------------------------------------------------------- */
 
@@ -552,7 +556,7 @@ typedef struct sft_edit_options {
     size_t struct_size; /**< sizeof(sft_edit_options) */
     uint64_t reserve;   /**< bytes of the header that are to be left for later edits, at least */
     sft_edit_mode mode; /**< where the header is written; SFT_EDIT_AUTO unless set */
-    uint32_t sync;      /**< 1: return only once the change is on the disk (fsync); 0: leave that to the kernel */
+    uint32_t durable;   /**< 1: return only once the change is on the disk (fsync); 0: leave that to the kernel */
 } sft_edit_options;
 
 /** The defaults of sft_edit_options. */
@@ -566,7 +570,7 @@ typedef struct sft_edit_options {
  * is written, except with SFT_EDIT_REWRITE. `options` may be NULL for the defaults. Errors: those of sft_file_open;
  * DUPLICATE for a key that stands twice; INVALID_ARGUMENT where there is no room in place; HEADER_TOO_LARGE;
  * FILE_CHANGED where another program is changing the file; IO. */
-sft_status sft_metadata_edit(const char* path, const sft_metadata_change* changes, size_t count,
+sft_status sft_edit_metadata(const char* path, const sft_metadata_change* changes, size_t count,
                              const sft_edit_options* options);
 
 #ifdef __cplusplus

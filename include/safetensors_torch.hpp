@@ -30,9 +30,9 @@
 /// operating system takes them.
 ///
 /// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp, tensor by
-/// tensor in stream.hpp, changing metadata in metadata.hpp, checkpoints of several files in sharded.hpp, modules in
-/// model.hpp, other maps of tensors in maps.hpp, memory for devices in transfer.hpp, all options in types.hpp, errors
-/// in error.hpp. This header includes them.
+/// tensor in incremental_writer.hpp, changing metadata in metadata.hpp, checkpoints of several files in sharded.hpp,
+/// modules in model.hpp, other maps of tensors in maps.hpp, memory for devices in transfer.hpp, all options in
+/// types.hpp, errors in error.hpp. This header includes them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -48,12 +48,12 @@
 #include "safetensors_torch/detail.hpp"
 #include "safetensors_torch/error.hpp"
 #include "safetensors_torch/file.hpp"
+#include "safetensors_torch/incremental_writer.hpp"
 #include "safetensors_torch/maps.hpp"
 #include "safetensors_torch/metadata.hpp"
 #include "safetensors_torch/model.hpp"
 #include "safetensors_torch/save.hpp"
 #include "safetensors_torch/sharded.hpp"
-#include "safetensors_torch/stream.hpp"
 #include "safetensors_torch/transfer.hpp"
 #include "safetensors_torch/types.hpp"
 

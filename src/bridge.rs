@@ -5,29 +5,29 @@
 
 mod checkpoint;
 mod edit;
-mod feed;
 mod file;
+mod incremental;
+mod prefetch;
 mod save;
-mod stream;
 
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind};
-use crate::memory::Block;
-use crate::source::Mapping;
-use crate::threads::set_threads;
+use crate::format::dtype::Dtype;
+use crate::read::source::Mapping;
+use crate::sys::buffers::Block;
+use crate::sys::threads::set_threads;
 use checkpoint::{
     Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
 };
 use edit::{MetadataEdit, begin_edit};
-use feed::Feed;
 use file::{File, Loading, open_file, open_memory, release_block, release_mapping};
+use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
+use prefetch::Prefetcher;
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
-use stream::{StreamWriter, TensorWriter, create_stream, finish_tensor};
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
@@ -68,7 +68,7 @@ mod ffi {
         End,
     }
 
-    /// The next slab of a feed, if there is one.
+    /// The next slab of a prefetch, if there is one.
     struct Taken {
         progress: Progress,
         slab: usize,
@@ -160,27 +160,27 @@ mod ffi {
         /// Keeps the place's memory alive until `release_block`.
         fn share(self: &Loading, place: usize) -> *const Block;
 
-        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the feed is gone.
-        unsafe fn feed(
+        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the prefetch is gone.
+        unsafe fn prefetch(
             self: &File,
             indices: &[usize],
             shown: bool,
             slabs: &[Slab],
             slab_bytes: usize,
-        ) -> Result<Box<Feed>>;
-        unsafe fn feed_slice(
+        ) -> Result<Box<Prefetcher>>;
+        unsafe fn prefetch_slice(
             self: &File,
             index: usize,
             ranges: &[Range],
             slabs: &[Slab],
             slab_bytes: usize,
-        ) -> Result<Box<Feed>>;
+        ) -> Result<Box<Prefetcher>>;
 
-        type Feed;
-        fn take(self: &Feed, microseconds: u64) -> Result<Taken>;
-        fn give(self: &Feed, slab: usize);
-        unsafe fn add(self: &Feed, slab: Slab) -> usize;
-        fn is_starved(self: &Feed) -> bool;
+        type Prefetcher;
+        fn take(self: &Prefetcher, microseconds: u64) -> Result<Taken>;
+        fn give(self: &Prefetcher, slab: usize);
+        unsafe fn add(self: &Prefetcher, slab: Slab) -> usize;
+        fn is_starved(self: &Prefetcher) -> bool;
 
         type Mapping;
         unsafe fn release_mapping(mapping: *const Mapping);
@@ -235,21 +235,21 @@ mod ffi {
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
         /// Returns how many bytes were written: all, unless a pipe has taken no more for so long.
         fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
-        fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()>;
+        fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()>;
 
         type ShardPlan;
-        fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_bytes: u64) -> Result<Box<ShardPlan>>;
+        fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>>;
         fn count(self: &ShardPlan) -> usize;
         /// The file of each tensor.
         fn shard_of(self: &ShardPlan) -> &[usize];
 
         type ShardedWriter;
-        fn create_shards(folder: &[u8], plan: &ShardPlan, names: &[Piece]) -> Result<Box<ShardedWriter>>;
+        fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece]) -> Result<Box<ShardedWriter>>;
         fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
         /// Takes the next file once it is written, in the order of their numbers.
         fn keep(self: &mut ShardedWriter, file: Box<FileWriter>);
         /// Puts all files in place, unless another save has been waited for so long; whether they are.
-        fn commit(self: &mut ShardedWriter, sync: bool, milliseconds: u64) -> Result<bool>;
+        fn commit(self: &mut ShardedWriter, durable: bool, milliseconds: u64) -> Result<bool>;
         /// The names of the files, the index last.
         fn file_names(self: &ShardedWriter) -> Vec<String>;
 
@@ -260,19 +260,19 @@ mod ffi {
 
     // Files that are written tensor by tensor, by any thread.
     extern "Rust" {
-        type StreamWriter;
-        fn create_stream(
+        type IncrementalWriter;
+        fn create_incremental_writer(
             specs: &[Spec],
             metadata: &[Entry],
             has_metadata: bool,
             path: &[u8],
-            sync: bool,
-        ) -> Result<Box<StreamWriter>>;
-        fn begin(self: &StreamWriter, spec: &Spec) -> Result<Box<TensorWriter>>;
-        fn missing(self: &StreamWriter) -> Result<Vec<String>>;
-        fn is_open(self: &StreamWriter) -> bool;
-        fn commit(self: &StreamWriter) -> Result<()>;
-        fn discard(self: &StreamWriter);
+            durable: bool,
+        ) -> Result<Box<IncrementalWriter>>;
+        fn begin(self: &IncrementalWriter, spec: &Spec) -> Result<Box<TensorWriter>>;
+        fn missing(self: &IncrementalWriter) -> Result<Vec<String>>;
+        fn is_open(self: &IncrementalWriter) -> bool;
+        fn commit(self: &IncrementalWriter) -> Result<()>;
+        fn discard(self: &IncrementalWriter);
 
         type TensorWriter;
         fn write(self: &mut TensorWriter, pieces: &[Piece]) -> Result<()>;
@@ -288,7 +288,7 @@ mod ffi {
             removed: &[Piece],
             mode: EditMode,
             reserve: u64,
-            sync: bool,
+            durable: bool,
         ) -> Result<Box<MetadataEdit>>;
         /// Goes on until all is done, or `milliseconds` have passed; whether all is.
         fn advance(self: &mut MetadataEdit, milliseconds: u64) -> Result<bool>;
@@ -340,11 +340,11 @@ fn as_text<'a>(what: &str, bytes: &'a [u8]) -> Result<&'a str> {
 }
 
 fn threads() -> Result<usize> {
-    Ok(crate::threads::threads()?)
+    Ok(crate::sys::threads::threads()?)
 }
 
 fn number_from_environment(name: &str, otherwise: u64) -> Result<u64> {
-    Ok(crate::threads::number_from_environment(name, otherwise)?)
+    Ok(crate::sys::threads::number_from_environment(name, otherwise)?)
 }
 
 fn dtype_code(number: u8) -> &'static str {

@@ -82,8 +82,8 @@ kinds! {
     FileChanged = 21;
     /// A panic, stopped at the C boundary: a bug of this library.
     Panic = 22;
-    /// The index of a checkpoint that is malformed, names a file outside its folder, or does not fit its shards; or a
-    /// folder in which no checkpoint is to be found.
+    /// The index of a checkpoint that is malformed, names a file outside its directory, or does not fit its shards; or a
+    /// directory in which no checkpoint is to be found.
     Index = 23;
 }
 

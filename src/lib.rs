@@ -5,36 +5,13 @@
 
 #![deny(missing_docs)]
 
-mod available;
-mod byte_order;
 pub mod capi;
 mod checkpoint;
-mod copy;
-mod directory;
-mod dtype;
-mod edit;
 mod error;
-mod feed;
-mod file;
-mod flock;
-mod header;
-mod json;
-mod layout;
-mod memory;
-mod monitor;
-mod page_cache;
-mod pages;
-mod parallel;
-mod prefault;
-mod process;
-mod reader;
-mod serialize;
-mod signals;
-mod slice;
-mod source;
-mod stream;
-mod threads;
-mod writer;
+mod format;
+mod read;
+mod sys;
+mod write;
 
 #[cfg(feature = "bridge")]
 mod bridge;
@@ -43,21 +20,21 @@ mod bridge;
 #[doc(hidden)]
 pub use checkpoint::parse_index;
 pub use checkpoint::{
-    Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, Extra, Shard, ShardPlan,
+    Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, Extra, Shard, ShardPlan,
     ShardedOptions, ShardedWriter, TensorPlace, save_sharded,
 };
-pub use dtype::Dtype;
-pub use edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};
 pub use error::{Error, ErrorKind, Result};
-pub use feed::{Feed, PART_ALIGNMENT, Part, Taken};
-pub use file::TensorFile;
-pub use header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
-pub use layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};
-pub use memory::{Block, Memory};
-pub use prefault::Prefault;
-pub use serialize::{SaveOptions, save_file, save_into};
-pub use slice::{AxisRange, Slice};
-pub use source::{Backend, Borrowed, Mapping, OpenFile, Source};
-pub use stream::{StreamWriter, TensorWriter};
-pub use threads::{set_threads, threads};
-pub use writer::AtomicFile;
+pub use format::dtype::Dtype;
+pub use format::header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
+pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};
+pub use format::slice::{AxisRange, Slice};
+pub use read::file::TensorFile;
+pub use read::prefault::Prefault;
+pub use read::prefetch::{PART_ALIGNMENT, Part, Prefetcher, Taken};
+pub use read::source::{Backend, Borrowed, Mapping, OpenFile, Source};
+pub use sys::buffers::{Block, Memory};
+pub use sys::threads::{set_threads, threads};
+pub use write::atomic::AtomicFile;
+pub use write::edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};
+pub use write::incremental::{IncrementalWriter, TensorWriter};
+pub use write::save::{SaveOptions, save_file, save_into};

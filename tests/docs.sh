@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compiles and runs every program in docs/cpp.md and docs/c.md against installed trees, and runs those in docs/python.md,
-# in the order in which they stand there, in one folder, and compares what they print with what is shown. Follows what
+# in the order in which they stand there, in one directory, and compares what they print with what is shown. Follows what
 # the pages say of building, too.
-# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a folder for what is built).
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a directory for what is built).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
@@ -10,7 +10,7 @@ libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__)
 tests=$PWD/tests
 passed=0
 
-# Begins a new folder with the programs of a page.
+# Begins a new directory with the programs of a page.
 begin() {
     rm -rf "$WORK/$1"
     mkdir -p "$WORK/$1/run"
@@ -51,7 +51,7 @@ cp map.c app.c
 cmake -B build "-DCMAKE_PREFIX_PATH=$C_PREFIX" >/dev/null
 cmake --build build >/dev/null
 check map.c.expected "$PWD/build/app"
-# The commands of the page, with the folder of this installation in them.
+# The commands of the page, with the directory of this installation in them.
 export PKG_CONFIG_PATH=$C_PREFIX/lib/pkgconfig
 commands=$(grep -o '`cc -std=c11 app.c [^`]*`' "$page" | tr -d '`' | sed "s|/opt/safetensors-c|$C_PREFIX|g")
 test "$(wc -l <<<"$commands")" = 3 || { echo "docs/c.md has not three ways to build, but: $commands" >&2; exit 1; }

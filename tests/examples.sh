@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds and runs every example but the demo, each the way its first lines say, and the code in README.md, against
 # installed trees.
-# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a folder for what is built).
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a directory for what is built).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
@@ -29,7 +29,7 @@ examples/c/inspect/inspect "$sample" | expect '^  F32 +48  weight \[3, 4\]$'
 INSPECT=examples/c/inspect/inspect pytest inspect
 make -s -C examples/c/inspect clean
 
-# An unpacked libtorch is these three folders, without Python's files.
+# An unpacked libtorch is these three directories, without Python's files.
 unpacked="$WORK/libtorch"
 mkdir -p "$unpacked"
 for part in include lib share; do
@@ -78,7 +78,7 @@ CMAKE
 (
     cd "$readme"
     "$PYTHON" use.py
-    # As it is written there, with the folder of this installation in it. The environment names no library.
+    # As it is written there, with the directory of this installation in it. The environment names no library.
     commands=$(grep -A 1 '^cc ' "$root/README.md" | sed "s|/opt/safetensors-c|$C_PREFIX|g")
     [ "$(wc -l <<<"$commands")" = 2 ] || { echo "README.md does not say how to build and run C, but: $commands"; exit 1; }
     rm -f app

@@ -1,13 +1,14 @@
 """Prints code blocks of a Markdown file, or writes its programs to files.
 
 Run: python tests/readme_block.py LANGUAGE [FILE [NAME]]
-     python tests/readme_block.py --programs FILE FOLDER
+     python tests/readme_block.py --programs FILE DIRECTORY
 
 FILE is README.md unless it is given. A block is called what the comment in its first line says: `// load.cpp`,
 `/* list.c */`, `# CMakeLists.txt`. Without NAME all blocks of LANGUAGE are printed.
 
-With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to FOLDER/NAME, and the
-`text` block next to it, which shows what the program prints, to FOLDER/NAME.expected. The names are printed in order.
+With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to DIRECTORY/NAME, and
+the `text` block next to it, which shows what the program prints, to DIRECTORY/NAME.expected. The names are
+printed in order.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def blocks_of(path: Path) -> list[Block]:
     return [Block(*block) for block in found]
 
 
-def write_programs(path: Path, folder: Path) -> list[str]:
+def write_programs(path: Path, directory: Path) -> list[str]:
     names: list[str] = []
     for block, following in zip(found := blocks_of(path), [*found[1:], Block("", "")], strict=True):
         if (name := block.name) is None:
@@ -46,9 +47,9 @@ def write_programs(path: Path, folder: Path) -> list[str]:
         if name in names:
             raise SystemExit(f"{path} has two blocks called {name}")
         names.append(name)
-        (folder / name).write_text(block.code, encoding="utf-8")
+        (directory / name).write_text(block.code, encoding="utf-8")
         if following.language == "text":
-            (folder / f"{name}.expected").write_text(following.code, encoding="utf-8")
+            (directory / f"{name}.expected").write_text(following.code, encoding="utf-8")
     if not names:
         raise SystemExit(f"{path} has no block with a name")
     return names
@@ -56,8 +57,8 @@ def write_programs(path: Path, folder: Path) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     if arguments[0] == "--programs":
-        path, folder = arguments[1:]
-        print("\n".join(write_programs(ROOT / path, Path(folder))))
+        path, directory = arguments[1:]
+        print("\n".join(write_programs(ROOT / path, Path(directory))))
         return
     language, path, name = [*arguments, *["README.md", ""][len(arguments) - 1 :]]
     found = [block for block in blocks_of(ROOT / path) if block.language == language and name in ("", block.name)]

@@ -13,10 +13,10 @@ check() {
 }
 
 # Each by itself, so that each includes what it uses; layer.cpp has them all.
-for source in cpp/*.cpp; do
+for source in $(find cpp -name "*.cpp"); do
     [ "$source" = cpp/layer.cpp ] || check "$source"
 done
-[ "$(grep -c '^#include' cpp/layer.cpp)" = "$(($(ls cpp/*.cpp | wc -l) - 1))" ] || {
+[ "$(grep -c '^#include' cpp/layer.cpp)" = "$(($(find cpp -name "*.cpp" | wc -l) - 1))" ] || {
     echo "cpp/layer.cpp does not include every other file of cpp/" >&2
     exit 1
 }

@@ -1,6 +1,6 @@
 """Checks the file that forward.cpp wrote, then measures this library beside the reference package.
 
-Run:  python check.py FOLDER        (after make_model.py FOLDER and forward FOLDER)
+Run:  python check.py DIRECTORY        (after make_model.py DIRECTORY and forward DIRECTORY)
 
 Every tensor is compared with the weights drawn again from the seed, so that nothing rests on what was read before.
 The last part needs the PyPI package `safetensors`, and is left out where that is not installed. Ends with a status
@@ -13,8 +13,9 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from make_model import METADATA, build, different_tensors, duration, megabytes, report, tied_names
@@ -72,7 +73,7 @@ def measure(call: Callable[[Any], Any], *libraries: Any) -> list[float]:
     return [min(own) for own in times]
 
 
-def beside_the_reference(path: Path, folder: Path, model: torch.nn.Module) -> None:
+def beside_the_reference(path: Path, directory: Path, model: torch.nn.Module) -> None:
     import safetensors
     import safetensors.torch as reference
 
@@ -80,7 +81,7 @@ def beside_the_reference(path: Path, folder: Path, model: torch.nn.Module) -> No
     state = safetensors_torch.load_file(path)
     data = path.read_bytes()
     # Each library replaces a file of its own: what the kernel still has to do for the old one is its writer's doing.
-    scratch = {library: folder / f"scratch.{library.__name__}" for library in (safetensors_torch, reference)}
+    scratch = {library: directory / f"scratch.{library.__name__}" for library in (safetensors_torch, reference)}
     work: dict[str, Callable[[Any], Any]] = {
         "load_file, mapped": lambda library: library.load_file(path),
         "load_file, read": lambda library: library.load_file(path, backend="pread"),
@@ -103,8 +104,8 @@ def beside_the_reference(path: Path, folder: Path, model: torch.nn.Module) -> No
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    original, ours = folder / "model.safetensors", folder / "from_cpp.safetensors"
+    directory = Path(sys.argv[1])
+    original, ours = directory / "model.safetensors", directory / "from_cpp.safetensors"
 
     start = time.perf_counter()
     state = torch.ops.safetensors_torch.load_file(os.fspath(ours))
@@ -134,7 +135,7 @@ def main() -> None:
     if different := different_tensors(state, model):
         sys.exit(f"{ours}: safetensors reads other weights: {', '.join(different)}")
     report("safetensors", "the reference package reads the same bits from it", ours.stat().st_size, elapsed)
-    beside_the_reference(ours, folder, model)
+    beside_the_reference(ours, directory, model)
 
 
 if __name__ == "__main__":

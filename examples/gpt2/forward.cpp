@@ -1,11 +1,11 @@
 // Runs the model that make_model.py wrote, in C++, and writes it again.
 //
 // Build:  cmake -S examples/gpt2 -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
-// Run:    BUILD/forward FOLDER        (after make_model.py FOLDER)
+// Run:    BUILD/forward DIRECTORY        (after make_model.py DIRECTORY)
 //
-// Reads FOLDER/model.safetensors and FOLDER/reference.safetensors, and writes FOLDER/from_cpp.safetensors. Takes the
-// same operators in the same order as make_model.py, so the logits have to be equal to the last bit: ends with a status
-// other than 0 where they are not.
+// Reads DIRECTORY/model.safetensors and DIRECTORY/reference.safetensors, and writes DIRECTORY/from_cpp.safetensors.
+// Takes the same operators in the same order as make_model.py, so the logits have to be equal to the last bit: ends
+// with a status other than 0 where they are not.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -114,10 +114,10 @@ void report(const char* call, const std::string& what, double size, double secon
     std::fflush(stdout);
 }
 
-int run(const std::filesystem::path& folder) {
-    const std::string model = folder / "model.safetensors";
-    const std::string reference = folder / "reference.safetensors";
-    const std::string written = folder / "from_cpp.safetensors";
+int run(const std::filesystem::path& directory) {
+    const std::string model = directory / "model.safetensors";
+    const std::string reference = directory / "reference.safetensors";
+    const std::string written = directory / "from_cpp.safetensors";
     // As make_model.py: the order in which a sum is taken may follow the number of threads.
     at::set_num_threads(1);
     const c10::InferenceMode inference;
@@ -169,7 +169,7 @@ int run(const std::filesystem::path& folder) {
 
 int main(int argc, char** argv) {
     if (argc != 2) {
-        std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        std::fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
         return 2;
     }
     try {

@@ -1,10 +1,10 @@
 """Makes a model the size of GPT-2 small and the logits that it gives for one sequence of tokens.
 
-Run:  python make_model.py FOLDER
+Run:  python make_model.py DIRECTORY
 
-Writes FOLDER/model.safetensors (save_model; the two names of the tied weight are one tensor in the file) and
-FOLDER/reference.safetensors (the tokens and their logits). Needs torch and safetensors_torch. The weights are random,
-drawn from a fixed seed: what is shown is that a model arrives elsewhere bit by bit, not what it has to say.
+Writes DIRECTORY/model.safetensors (save_model; the two names of the tied weight are one tensor in the file) and
+DIRECTORY/reference.safetensors (the tokens and their logits). Needs torch and safetensors_torch. The weights are
+random, drawn from a fixed seed: what is shown is that a model arrives elsewhere bit by bit, not what it has to say.
 Owns the model, its seed and the shape of a line of the report; check.py imports them.
 """
 
@@ -132,9 +132,9 @@ def report(call: str, what: str, size: float, seconds: float) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    model_path, reference_path = folder / "model.safetensors", folder / "reference.safetensors"
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    model_path, reference_path = directory / "model.safetensors", directory / "reference.safetensors"
     # The order in which a sum is taken may follow the number of threads; forward.cpp sets the same number.
     torch.set_num_threads(1)
 

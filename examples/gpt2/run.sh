@@ -3,11 +3,11 @@
 #
 # Run:  PREFIX=... WORK=... [PYTHON=python3] [CMAKE=cmake] examples/gpt2/run.sh
 #
-# PREFIX: where `make install PREFIX=` put the library. WORK: a folder for the files (2.5 GB) and for the C++ build.
+# PREFIX: where `make install PREFIX=` put the library. WORK: a directory for the files (2.5 GB) and for the C++ build.
 # PYTHON: one with torch and safetensors_torch; its libtorch is the one that the C++ program links.
 set -euo pipefail
-: "${PREFIX:?set it to the folder that make install wrote to}"
-: "${WORK:?set it to a folder for the files of the demo}"
+: "${PREFIX:?set it to the directory that make install wrote to}"
+: "${WORK:?set it to a directory for the files of the demo}"
 PYTHON=${PYTHON:-python3}
 CMAKE=${CMAKE:-cmake}
 PREFIX=$(realpath "$PREFIX")

@@ -12,7 +12,7 @@ use std::ptr::{null, null_mut};
 use safetensors_torch::ErrorKind;
 use safetensors_torch::capi::*;
 
-use crate::folder::{HAS_FILES, replace, with_path};
+use crate::directory::{HAS_FILES, replace, with_path};
 use crate::{frame, json};
 
 const OK: sft_status = 0;
@@ -53,9 +53,9 @@ fn check(status: sft_status) -> bool {
     // SAFETY: these texts end in NUL, and stay until the next call that fails.
     let texts = unsafe {
         [
-            CStr::from_ptr(sft_last_error_message()),
-            CStr::from_ptr(sft_status_name(status)),
-            CStr::from_ptr(sft_status_message(status)),
+            CStr::from_ptr(sft_last_error_get_message()),
+            CStr::from_ptr(sft_status_get_name(status)),
+            CStr::from_ptr(sft_status_get_message(status)),
         ]
     };
     let [message, name, meaning] = texts.map(|text| text.to_str().expect("UTF-8"));
@@ -132,7 +132,7 @@ impl<'b> Session<'b> {
         // SAFETY: an open handle, and places for results.
         unsafe {
             assert!(check(sft_writer_new(&mut writer)));
-            assert!(check(sft_file_count(file, &mut count)));
+            assert!(check(sft_file_get_tensor_count(file, &mut count)));
         }
         let in_memory = !from_file || options.backend == SFT_BACKEND_MMAP;
         Some(Session { bytes, file, writer, closed: false, in_memory, count, checkpoint_done: false })
@@ -191,16 +191,16 @@ impl<'b> Session<'b> {
         // SAFETY: NULL and misaligned pointers are refused, not followed (header).
         let status = unsafe {
             match a % 10 {
-                0 => sft_file_count(null(), &mut count),
-                1 => sft_file_count(odd.cast(), &mut count),
+                0 => sft_file_get_tensor_count(null(), &mut count),
+                1 => sft_file_get_tensor_count(odd.cast(), &mut count),
                 2 => sft_file_open_buffer(null(), 8, odd.cast()),
                 3 => sft_file_open(null(), null(), (&raw mut words).cast()),
                 4 => sft_writer_add_metadata(self.writer, null(), 3, null(), 0),
                 5 => sft_writer_add_tensor(self.writer, c"n".as_ptr(), 1, 4, odd.cast(), 1, null(), 0),
-                6 => sft_writer_size(null(), null(), words.as_mut_ptr()),
+                6 => sft_writer_get_size(null(), null(), words.as_mut_ptr()),
                 7 => sft_writer_add_tensor(self.writer, c"n".as_ptr(), usize::MAX, 4, null(), 0, null(), 1),
                 8 => sft_checkpoint_open(null(), null(), (&raw mut words).cast()),
-                _ => sft_checkpoint_count(odd.cast(), &mut count),
+                _ => sft_checkpoint_get_tensor_count(odd.cast(), &mut count),
             }
         };
         assert_eq!(status, INVALID);
@@ -211,17 +211,17 @@ impl<'b> Session<'b> {
 /// Numbers of dtypes, and sizes of shapes.
 fn dtypes(a: usize, b: usize, c: usize) {
     let number = (a % 24) as u32;
-    let code = sft_dtype_code(number);
-    assert_eq!(code.is_null(), sft_dtype_bits(number) == 0);
+    let code = sft_dtype_get_code(number);
+    assert_eq!(code.is_null(), sft_dtype_get_bits(number) == 0);
     let shape = [b as u64, 1 << (c % 64), (b * c) as u64, u64::MAX];
     let mut nbytes = u64::MAX;
     // SAFETY: `rank` dimensions, a place for a number; a code ends in NUL.
     unsafe {
-        let ok = check(sft_dtype_nbytes(number, shape.as_ptr(), c % 5, &mut nbytes));
+        let ok = check(sft_dtype_compute_nbytes(number, shape.as_ptr(), c % 5, &mut nbytes));
         assert_eq!(ok, nbytes != u64::MAX);
         let mut again = u32::MAX;
         if !code.is_null() {
-            assert!(check(sft_dtype_from_code(code, &mut again)));
+            assert!(check(sft_dtype_parse(code, &mut again)));
             assert_eq!(again, number);
         }
     }

@@ -10,7 +10,7 @@ use safetensors_torch::{
     Backend, EditOptions, ErrorKind, METADATA_KEY, Metadata, MetadataChanges, TensorFile, edit_metadata,
 };
 
-use crate::folder::{assert_alone, replace, with_path};
+use crate::directory::{assert_alone, replace, with_path};
 use crate::model::{self, Contents};
 use crate::{frame, json};
 
@@ -42,7 +42,7 @@ pub fn run(bytes: &[u8]) {
             253.. => [100_000_000, u64::MAX - 7, u64::MAX][usize::from(reserve - 253)],
             _ => u64::from(*reserve) * 16,
         },
-        sync: false,
+        durable: false,
     };
     let changes = changes(script, before.as_ref());
     with_path("f.safetensors", |path, _| check(path, &file, before.as_ref(), &changes, options));

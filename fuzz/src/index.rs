@@ -1,4 +1,4 @@
-//! Indexes of checkpoints: what is accepted is a weight map that names files below its folder, and says the same.
+//! Indexes of checkpoints: what is accepted is a weight map that names files below its directory, and says the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,7 +30,7 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// Whether a path stays below the folder that it starts from.
+/// Whether a path stays below the directory that it starts from.
 fn is_below(path: &str) -> bool {
     let mut parts = path.split('/');
     let first = parts.next().unwrap_or_default();

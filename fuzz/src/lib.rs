@@ -2,7 +2,7 @@
 //!
 //! Shared by the programs that libFuzzer drives (`fuzz_targets/`) and by the test that replays the corpus
 //! (`tests/replay.rs`). `json`, `model` and `frame` are what several targets judge by; they use nothing of the core
-//! but the list of dtypes. `folder` is where they have files, `tensors` makes what they write.
+//! but the list of dtypes. `directory` is where they have files, `tensors` makes what they write.
 
 #[cfg(not(fuzzing))]
 compile_error!(
@@ -11,15 +11,15 @@ compile_error!(
 
 pub mod capi;
 pub mod differential;
+mod directory;
 pub mod edit;
-mod folder;
 mod frame;
 pub mod header;
+pub mod incremental_writer;
 pub mod index;
 mod json;
 mod model;
 pub mod slice;
-pub mod stream;
 mod tensors;
 pub mod writer;
 
@@ -34,6 +34,6 @@ pub const TARGETS: &[(&str, Body)] = &[
     ("header", header::run),
     ("index", index::run),
     ("slice", slice::run),
-    ("stream", stream::run),
+    ("incremental_writer", incremental_writer::run),
     ("writer", writer::run),
 ];

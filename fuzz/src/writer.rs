@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use safetensors_torch::{Layout, SaveOptions, TensorFile, TensorSpec, save_file, save_into};
 
-use crate::folder::HAS_FILES;
+use crate::directory::HAS_FILES;
 use crate::tensors::{Input, Tensor, faults, input};
 
 /// The most bytes of a tensor whose bytes are written, not just its header.
@@ -44,12 +44,12 @@ fn check(input: &Input) {
     check_read(input, &data, &bytes);
     check_reference(input, &data, &bytes);
     if *to_file && HAS_FILES {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("f");
-        let options = SaveOptions { alignment: *alignment, sync: false };
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("f");
+        let options = SaveOptions { alignment: *alignment, durable: false };
         save_file(&specs, &slices, metadata.as_ref(), &path, options).expect("written");
         assert!(fs::read(&path).expect("a file") == bytes, "{input:?}: file and memory differ");
-        assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 1);
     }
 }
 

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use safetensors_torch_fuzz::TARGETS;
 
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("an entry").path()).collect();
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = fs::read_dir(directory)
+        .expect("the directory")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
     files.sort();
     files
 }
@@ -38,8 +40,8 @@ macro_rules! replays {
         fn every_target_is_replayed_and_has_a_program() {
             let names = [$(stringify!($target)),*];
             assert!(TARGETS.iter().map(|(name, _)| *name).eq(names));
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz_targets");
-            let programs = files(&folder);
+            let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz_targets");
+            let programs = files(&directory);
             assert!(programs.iter().map(|path| path.file_stem().expect("a name")).eq(names));
         }
     };

@@ -29,7 +29,7 @@ namespace safetensors_torch::detail {
 using Strings = c10::Dict<std::string, std::string>;
 using OptionalStrings = std::optional<Strings>;
 
-[[noreturn]] inline void fail(std::string message, ErrorKind kind, sft_status code = 0) {
+[[noreturn]] inline void fail(std::string message, ErrorCategory kind, sft_status code = 0) {
     throw Error(std::move(message), kind, code, 0);
 }
 
@@ -45,18 +45,18 @@ inline void check_library() {
         return;  // a library that has no operators at all: find_op says so
     }
     const auto [version, built_for] = op->typed<BuiltFor>().call();
-    if (version != sft_version()) {
-        fail(std::string("this program is linked to libsafetensors_torch ") + sft_version() +
+    if (version != sft_get_version()) {
+        fail(std::string("this program is linked to libsafetensors_torch ") + sft_get_version() +
                  ", but another copy of it, version " + version +
                  ", was loaded before (the Python package has one): use the same version of both",
-             ErrorKind::runtime);
+             ErrorCategory::runtime);
     }
     const std::string series = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + ".";
     if (built_for.compare(0, series.size(), series) != 0) {
-        fail(std::string("this libsafetensors_torch (") + sft_version() + ") was built for torch " + built_for +
+        fail(std::string("this libsafetensors_torch (") + sft_get_version() + ") was built for torch " + built_for +
                  ", and this program for torch " TORCH_VERSION
                  ": build the library against the torch of the program, or the program against that of the library",
-             ErrorKind::runtime);
+             ErrorCategory::runtime);
     }
 }
 
@@ -71,19 +71,19 @@ inline c10::OperatorHandle find_op(const char* name) {
     }
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
-        fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_version() +
+        fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_get_version() +
                  ") was built without libtorch, or is not of the version of safetensors_torch.hpp",
-             ErrorKind::runtime);
+             ErrorCategory::runtime);
     }
     return *op;
 }
 
-inline ErrorKind kind_of(const std::string& name) {
-    return name == "OSError"        ? ErrorKind::os
-           : name == "ValueError"   ? ErrorKind::value
-           : name == "MemoryError"  ? ErrorKind::memory
-           : name == "RuntimeError" ? ErrorKind::runtime
-                                    : ErrorKind::safetensor;
+inline ErrorCategory kind_of(const std::string& name) {
+    return name == "OSError"        ? ErrorCategory::os
+           : name == "ValueError"   ? ErrorCategory::value
+           : name == "MemoryError"  ? ErrorCategory::memory
+           : name == "RuntimeError" ? ErrorCategory::runtime
+                                    : ErrorCategory::safetensor;
 }
 
 // Calls `body`, which calls the library; what that has noted of an error is thrown with it.
@@ -198,11 +198,10 @@ inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const 
 
 // The tensors of an open file or checkpoint that `options` select.
 inline Tensors load(const Object& file, at::Device device, const LoadOptions& options) {
-    if (options.backend == Backend::mmap && device.is_cpu() && options.prefault.value_or(!options.filter)) {
+    if (options.backend == Backend::mmap && device.is_cpu() && options.prefault.value_or(!options.names)) {
         call_method(file, "prefault", options.prefault.has_value());
     }
-    const auto pending =
-        call_method(file, "start_load", select(file, options.filter), device, options.dtype).toObject();
+    const auto pending = call_method(file, "start_load", select(file, options.names), device, options.dtype).toObject();
     run(pending, call_method(pending, "total").toInt(), options.progress);
     const auto result = call_method(pending, "result").toTuple();
     auto names = result->elements()[0].to<std::vector<std::string>>();

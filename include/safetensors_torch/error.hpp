@@ -13,7 +13,7 @@
 namespace safetensors_torch {
 
 /// Whose fault an error is, roughly; in Python each is an exception class.
-enum class ErrorKind {
+enum class ErrorCategory {
     /// The file is not valid safetensors, a checkpoint does not fit its index, there is no such tensor, a file is
     /// closed, or a dtype has no counterpart. SafetensorError in Python.
     safetensor,
@@ -39,21 +39,21 @@ enum class ErrorKind {
 class Error : public c10::Error {
   public:
     /// An error as the library noted it.
-    Error(std::string message, ErrorKind kind, sft_status code, int os_error)
-        : c10::Error(std::move(message), nullptr), kind_(kind), code_(code), os_error_(os_error) {}
+    Error(std::string message, ErrorCategory category, sft_status code, int os_error)
+        : c10::Error(std::move(message), nullptr), category_(category), code_(code), os_error_(os_error) {}
 
     /// Whose fault it is.
-    ErrorKind kind() const { return kind_; }
+    ErrorCategory category() const { return category_; }
 
     /// The SFT_ERROR_ number of safetensors_torch.h, for what the format and its files are about; otherwise 0, such as
     /// for a module that does not fit.
     sft_status code() const { return code_; }
 
-    /// The errno of an error of ErrorKind::os (ENOENT, ENOSPC, ...), ENOMEM of ErrorKind::memory; otherwise 0.
+    /// The errno of an error of ErrorCategory::os (ENOENT, ENOSPC, ...), ENOMEM of ErrorCategory::memory; otherwise 0.
     int os_error() const { return os_error_; }
 
   private:
-    ErrorKind kind_;
+    ErrorCategory category_;
     sft_status code_;
     int os_error_;
 };

@@ -152,7 +152,7 @@ class File {
     template <typename... Args>
     c10::IValue call(const char* method, const Args&... args) const {
         if (!object_) {
-            detail::fail("File is closed", ErrorKind::safetensor, SFT_ERROR_CLOSED);
+            detail::fail("File is closed", ErrorCategory::safetensor, SFT_ERROR_CLOSED);
         }
         return detail::call_method(object_, method, args...);
     }
@@ -165,23 +165,23 @@ class File {
 /// The tensors of one file, or of several that an index lists, opened like one File.
 ///
 /// The index is checked against its files when they are opened: they hold the tensors that it lists, where it says so,
-/// and no others, unless Extra::ignore leaves those out; and it names no file outside its folder. offset_keys and
+/// and no others, unless Extra::ignore leaves those out; and it names no file outside its directory. offset_keys and
 /// get_tensors go file after file; of the metadata of several files the first to have a key counts; shape, dtype and
 /// byte_range are those in a tensor's own file.
 class Checkpoint : public File {
   public:
-    /// Opens `path`: a file, an index (a name that ends in `.json`), or a folder with either. In a folder
+    /// Opens `path`: a file, an index (a name that ends in `.json`), or a directory with either. In a directory
     /// `model.safetensors` counts first, then `model.safetensors.index.json`, as in Python's transformers, then the
     /// only one of another name. `options` chooses a variant.
     ///
-    /// Throws Error as File does, for each file; an index that is malformed, names a file outside its folder, or
-    /// does not fit its files; a shard that is missing; a folder with no checkpoint, or with several; a variant of a
+    /// Throws Error as File does, for each file; an index that is malformed, names a file outside its directory, or
+    /// does not fit its files; a shard that is missing; a directory with no checkpoint, or with several; a variant of a
     /// path that is a file. The text names the index, the shard and the tensor.
     explicit Checkpoint(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
                         const CheckpointOptions& options = {})
         : File(detail::open_checkpoint(path, backend, options), device) {}
 
-    /// The names of the files, from the folder of the checkpoint, sorted.
+    /// The names of the files, from the directory of the checkpoint, sorted.
     std::vector<std::string> shards() const { return call("shards").to<std::vector<std::string>>(); }
 
     /// The name of the file that holds a tensor.

@@ -98,7 +98,7 @@ State state_of(const Module& module, const std::string& prefix, const Rename& re
         if (!result.tensors.insert(name, entry.value()).second) {
             fail("two tensors of " + class_of(module) + " are called " + name + " by `rename`, `" + entry.key() +
                      "` and one before it: give each its own name",
-                 ErrorKind::value);
+                 ErrorCategory::value);
         }
     }
     for (const std::string& name : state.optional) {
@@ -125,9 +125,9 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
                 const SaveModelOptions& options) {
     const c10::NoGradGuard no_grad;
     const Tensors tensors = state_of(module, options.prefix, options.rename).tensors;
-    if (options.max_shard_bytes) {
+    if (options.max_shard_size) {
         ShardedSaveOptions sharded;
-        sharded.max_shard_bytes = *options.max_shard_bytes;
+        sharded.max_shard_size = *options.max_shard_size;
         sharded.stem = options.stem;
         sharded.force_contiguous = options.force_contiguous;
         sharded.shared = Shared::keep_one;
@@ -165,7 +165,7 @@ class ModuleRef {
   private:
     static const torch::nn::Module& checked(const torch::nn::Module* module) {
         if (module == nullptr) {
-            detail::fail("a null pointer is no module", ErrorKind::value);
+            detail::fail("a null pointer is no module", ErrorCategory::value);
         }
         return *module;
     }
@@ -174,7 +174,7 @@ class ModuleRef {
 };
 
 /// Fills the parameters and buffers of `module` from the checkpoint at `path`, in place, on the devices where they are.
-/// `path` is a file, an index or a folder, as for Checkpoint.
+/// `path` is a file, an index or a directory, as for Checkpoint.
 ///
 /// Bytes are read straight into a tensor's own memory where its dtype and layout allow, and are converted or copied to
 /// it otherwise; no second copy of the module is made. Of tied tensors the checkpoint needs to have one. The counter
@@ -209,12 +209,12 @@ inline LoadResult load_model(torch::jit::Module& module, const std::string& path
 }
 
 /// Saves the parameters and buffers of `module` under the names of Python's state_dict, to a file at `path`, or, with
-/// `max_shard_bytes`, into the folder `path` as save_sharded does.
+/// `max_shard_size`, into the directory `path` as save_sharded does.
 ///
 /// Of tied tensors the first name, alphabetically, whose tensor covers the whole memory is kept; the others are dropped
 /// and recorded as `metadata[dropped] = kept`, unless `metadata` has that key. Tensors that are not contiguous are
 /// written as if they were; with `force_contiguous` false they are refused. Like save_file, it adds no `format` to the
-/// metadata; with `max_shard_bytes` it does, like save_sharded.
+/// metadata; with `max_shard_size` it does, like save_sharded.
 ///
 /// Throws Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
 /// gives one name.

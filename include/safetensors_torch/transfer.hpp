@@ -13,23 +13,23 @@
 
 namespace safetensors_torch {
 
-/// What loads and saves may use: until it is set, what the environment variables SAFETENSORS_TORCH_RING_BYTES
+/// What loads and saves may use: until it is set, what the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES
 /// (otherwise 64 MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0) say. Throws Error for variables that are no numbers.
 inline TransferOptions transfer_options() {
     const auto op = detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
-    const auto [ring_bytes, threads] = detail::call(op);
-    return {ring_bytes, threads};
+    const auto [pinned_pool_bytes, threads] = detail::call(op);
+    return {pinned_pool_bytes, threads};
 }
 
 /// Sets what loads and saves may use, from the next one on. Throws Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
     const auto op = detail::find_op("safetensors_torch::_set_transfer_options")
                         .typed<void(std::optional<int64_t>, std::optional<int64_t>)>();
-    detail::call(op, std::optional(options.ring_bytes), std::optional(options.threads));
+    detail::call(op, std::optional(options.pinned_pool_bytes), std::optional(options.threads));
 }
 
 /// Pins host memory for transfers to come, so that the first of them need not, until there are `bytes` (but no more
-/// than ring_bytes). Returns how many bytes there are: 0 where there is no accelerator that has such memory.
+/// than pinned_pool_bytes). Returns how many bytes there are: 0 where there is no accelerator that has such memory.
 inline int64_t reserve_transfer_memory(int64_t bytes) {
     const auto op = detail::find_op("safetensors_torch::_reserve_transfer_memory").typed<int64_t(int64_t)>();
     return detail::call(op, bytes);

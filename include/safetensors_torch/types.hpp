@@ -51,8 +51,8 @@ struct LoadOptions {
     std::optional<bool> prefault = std::nullopt;
     /// A floating-point dtype that floating-point tensors are converted to, on their device, some MiB at a time.
     std::optional<at::ScalarType> dtype = std::nullopt;
-    /// Loads the tensors for whose names it is true; others are not read. Empty means all.
-    NameFilter filter = {};
+    /// CheckpointLoader the tensors for whose names it is true; others are not read. Empty means all.
+    NameFilter names = {};
     /// Is told how far the load is, if there is one.
     Progress progress = {};
 };
@@ -108,7 +108,7 @@ struct TensorSpec {
 using TensorSpecs = std::map<std::string, TensorSpec>;
 
 /// How a file is written tensor by tensor.
-struct StreamOptions {
+struct IncrementalWriterOptions {
     /// As in SaveOptions, of the commit.
     bool durable = false;
 };
@@ -133,7 +133,7 @@ struct EditOptions {
 /// How a checkpoint is divided into files, and written.
 struct ShardedSaveOptions {
     /// The most bytes of tensors in one file, 1 or more; a tensor that is larger has a file of its own.
-    int64_t max_shard_bytes = int64_t(5'000'000'000);
+    int64_t max_shard_size = int64_t(5'000'000'000);
     /// What the names of the files begin with.
     std::string stem = "model";
     /// As in SaveOptions, of all files.
@@ -181,9 +181,9 @@ struct SaveModelOptions {
     Rename rename = {};
     /// As in SaveOptions.
     Progress progress = {};
-    /// With a value, the path is a folder, and the module is divided as by save_sharded.
-    std::optional<int64_t> max_shard_bytes = std::nullopt;
-    /// As in ShardedSaveOptions, where the path is a folder.
+    /// With a value, the path is a directory, and the module is divided as by save_sharded.
+    std::optional<int64_t> max_shard_size = std::nullopt;
+    /// As in ShardedSaveOptions, where the path is a directory.
     std::string stem = "model";
 };
 
@@ -200,7 +200,7 @@ struct LoadResult {
 struct TransferOptions {
     /// The most pinned host memory that all transfers between files and devices keep, in bytes; taken in slabs of 2
     /// MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
-    int64_t ring_bytes = int64_t(64) << 20;
+    int64_t pinned_pool_bytes = int64_t(64) << 20;
     /// The most threads that one load or save uses, to the CPU or a device: the calling one, those that read and copy,
     /// and those that go on in the background (prefault). 1 means the calling one alone; 0 as many as suit the machine
     /// and the work. torch's own threads, which convert tensors on the CPU, are at::set_num_threads'.

@@ -29,11 +29,11 @@ if not _is_shell_command():
     from . import _fake  # noqa: F401
     from ._errors import SafetensorError
     from ._ops import load, load_file, save, save_file
+    from .incremental_writer import IncrementalWriter
     from .metadata import edit_metadata
     from .model import load_model, save_model
     from .patch import patch_safetensors, unpatch_safetensors
     from .safe_open import safe_open
-    from .safe_writer import SafeWriter
     from .sharded import load_sharded, save_sharded
     from .transfer import (
         TransferOptions,
@@ -50,7 +50,7 @@ if not _is_shell_command():
     include_path: str = str(_loader.NATIVE / "include")
 
 __all__ = [
-    "SafeWriter",
+    "IncrementalWriter",
     "SafetensorError",
     "TransferOptions",
     "__version__",

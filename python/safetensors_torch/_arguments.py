@@ -7,14 +7,14 @@ left to it.
 from __future__ import annotations
 
 import os
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 
 from ._errors import shown
 
-Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
-Device = Union[str, int, torch.device, None]
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Device = str | int | torch.device | None
 
 
 def encode_path(filename: Path) -> bytes:
@@ -78,7 +78,7 @@ def _word(word: Any) -> str:
     return word if isinstance(word, str) and word.isascii() else ascii(word)
 
 
-def check_variant(variant: Any) -> Optional[str]:
+def check_variant(variant: Any) -> str | None:
     """``variant`` if it is text or None.
 
     Raises:
@@ -108,7 +108,7 @@ def check_flag(value: Any, name: str) -> bool:
     return value
 
 
-def check_dtype(dtype: Any) -> Optional[torch.dtype]:
+def check_dtype(dtype: Any) -> torch.dtype | None:
     """``dtype`` if it is one that floating-point tensors can be converted to.
 
     Raises:

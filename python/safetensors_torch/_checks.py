@@ -5,7 +5,7 @@ Owns these checks and the order of their faults. What is wrong with a tensor's m
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,7 +20,7 @@ _check_save = torch.ops.safetensors_torch._check_save.default
 _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 Tensors = dict[str, torch.Tensor]
-Metadata = Optional[dict[str, str]]
+Metadata = dict[str, str] | None
 
 # Inside of its blocks nothing that is done with a tensor reaches the __torch_function__ of its class, or of a mode.
 unseen = torch._C.DisableTorchFunction

@@ -10,7 +10,7 @@ import functools
 import os
 from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ._exceptions import SafetensorError
 
@@ -35,7 +35,7 @@ class Headers(NamedTuple):
     """What the headers of a checkpoint have, which may be one file."""
 
     files: list[str]
-    metadata: Optional[dict[str, str]]
+    metadata: dict[str, str] | None
     tensors: list[Tensor]
     """In the order of the files, and of the data in each."""
 
@@ -66,13 +66,13 @@ class _TensorInfo(ctypes.Structure):
 
 _SIGNATURES = {
     "checkpoint_open": [c_char_p, c_void_p, POINTER(c_void_p)],
-    "checkpoint_shard_count": [c_void_p, POINTER(c_size_t)],
-    "checkpoint_shard": [c_void_p, c_size_t, POINTER(_Str), POINTER(c_void_p)],
-    "file_count": [c_void_p, POINTER(c_size_t)],
-    "file_tensor": [c_void_p, c_size_t, POINTER(_TensorInfo)],
+    "checkpoint_get_shard_count": [c_void_p, POINTER(c_size_t)],
+    "checkpoint_get_shard": [c_void_p, c_size_t, POINTER(_Str), POINTER(c_void_p)],
+    "file_get_tensor_count": [c_void_p, POINTER(c_size_t)],
+    "file_get_tensor_info": [c_void_p, c_size_t, POINTER(_TensorInfo)],
     "file_has_metadata": [c_void_p, POINTER(c_int32)],
-    "file_metadata_count": [c_void_p, POINTER(c_size_t)],
-    "file_metadata_at": [c_void_p, c_size_t, POINTER(_Str), POINTER(_Str)],
+    "file_get_metadata_count": [c_void_p, POINTER(c_size_t)],
+    "file_get_metadata_entry": [c_void_p, c_size_t, POINTER(_Str), POINTER(_Str)],
 }
 
 
@@ -89,8 +89,8 @@ def _library() -> Any:
         function = getattr(library, f"sft_{name}")
         function.argtypes, function.restype, function.errcheck = types, c_int32, _check
     library.sft_checkpoint_free.argtypes, library.sft_checkpoint_free.restype = [c_void_p], None
-    library.sft_dtype_code.argtypes, library.sft_dtype_code.restype = [c_int32], c_char_p
-    library.sft_last_error_message.restype = c_char_p
+    library.sft_dtype_get_code.argtypes, library.sft_dtype_get_code.restype = [c_int32], c_char_p
+    library.sft_last_error_get_message.restype = c_char_p
     return library
 
 
@@ -98,9 +98,9 @@ def _check(status: int, function: Any, arguments: Any) -> int:
     """Raises what a function of the library reports."""
     if status == 0:
         return status
-    message = _library().sft_last_error_message().decode(errors="replace")
+    message = _library().sft_last_error_get_message().decode(errors="replace")
     if status == _IO:
-        number = _library().sft_last_os_error()
+        number = _library().sft_last_error_get_os_error()
         # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
         refused = type(OSError(number, ""))(message)
         refused.errno = number
@@ -121,9 +121,9 @@ def read_headers(path: str) -> Headers:
     library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
     try:
         headers = Headers([], None, [])
-        for shard in range(_count(library.sft_checkpoint_shard_count, checkpoint)):
+        for shard in range(_count(library.sft_checkpoint_get_shard_count, checkpoint)):
             name, file = _Str(), c_void_p()
-            library.sft_checkpoint_shard(checkpoint, shard, byref(name), byref(file))
+            library.sft_checkpoint_get_shard(checkpoint, shard, byref(name), byref(file))
             headers.files.append(os.fsdecode(name.bytes()))
             headers.tensors.extend(_tensors(library, file, headers.files[-1]))
             metadata = _metadata(library, file)
@@ -143,20 +143,20 @@ def _count(function: Any, handle: c_void_p) -> int:
 
 def _tensors(library: Any, file: c_void_p, name: str) -> list[Tensor]:
     info, tensors = _TensorInfo(struct_size=ctypes.sizeof(_TensorInfo)), []
-    for index in range(_count(library.sft_file_count, file)):
-        library.sft_file_tensor(file, index, byref(info))
-        dtype = library.sft_dtype_code(info.dtype).decode()
+    for index in range(_count(library.sft_file_get_tensor_count, file)):
+        library.sft_file_get_tensor_info(file, index, byref(info))
+        dtype = library.sft_dtype_get_code(info.dtype).decode()
         tensors.append(Tensor(info.name.text(), dtype, info.shape[: info.rank], info.nbytes, name, info.begin))
     return tensors
 
 
-def _metadata(library: Any, file: c_void_p) -> Optional[dict[str, str]]:
+def _metadata(library: Any, file: c_void_p) -> dict[str, str] | None:
     present, key, value = c_int32(), _Str(), _Str()
     library.sft_file_has_metadata(file, byref(present))
     if not present.value:
         return None
     metadata = {}
-    for position in range(_count(library.sft_file_metadata_count, file)):
-        library.sft_file_metadata_at(file, position, byref(key), byref(value))
+    for position in range(_count(library.sft_file_get_metadata_count, file)):
+        library.sft_file_get_metadata_entry(file, position, byref(key), byref(value))
         metadata[key.text()] = value.text()
     return metadata

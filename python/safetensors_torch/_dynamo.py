@@ -5,7 +5,8 @@ Owns that mark. The operators themselves can be in a graph; see _fake.
 
 from __future__ import annotations
 
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 

@@ -10,7 +10,8 @@ bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the
 from __future__ import annotations
 
 import os
-from typing import Callable, NoReturn, Optional
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -41,7 +42,7 @@ def _get_slice(
     name: str,
     starts: list[int],
     stops: list[int],
-    steps: Optional[list[int]] = None,
+    steps: list[int] | None = None,
     *,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> torch.Tensor:
@@ -67,9 +68,9 @@ def _load_file(
     *,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     backend: str = "mmap",
-    prefault: Optional[bool] = None,
-    dtype: Optional[torch.dtype] = None,
-    names: Optional[list[str]] = None,
+    prefault: bool | None = None,
+    dtype: torch.dtype | None = None,
+    names: list[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     file = _open(filename)
     tensors = {}
@@ -84,7 +85,7 @@ def _load_file(
 
 
 def _load_file_lists(
-    filename: str, *, device: torch.device, backend: str, prefault: Optional[bool]
+    filename: str, *, device: torch.device, backend: str, prefault: bool | None
 ) -> tuple[list[str], list[torch.Tensor]]:
     tensors = _load_file(filename, device=device)
     return list(tensors), list(tensors.values())
@@ -99,7 +100,7 @@ def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., NoReturn]:
     return kernel
 
 
-def _save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] = None) -> torch.Tensor:
+def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> torch.Tensor:
     # The size depends on names and shapes, and only the native library knows how; to a tracer it is a new symbol.
     size = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -108,7 +109,7 @@ def _save(tensors: dict[str, torch.Tensor], metadata: Optional[dict[str, str]] =
 def _save_file(
     tensors: dict[str, torch.Tensor],
     filename: str,
-    metadata: Optional[dict[str, str]] = None,
+    metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
 ) -> None:
@@ -119,7 +120,7 @@ def _save_tensors(
     filename: str,
     names: list[str],
     tensors: list[torch.Tensor],
-    metadata: Optional[dict[str, str]] = None,
+    metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
 ) -> None:

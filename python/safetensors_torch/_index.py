@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class _Unknown(Exception):
     """An item about which torch is to be asked."""
 
 
-def bounding_box(items: tuple[Any, ...], shape: Sequence[int], is_packed: bool) -> Optional[Box]:
+def bounding_box(items: tuple[Any, ...], shape: Sequence[int], is_packed: bool) -> Box | None:
     """The bounding box of an index of ``items``.
 
     Args:

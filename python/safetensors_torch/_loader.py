@@ -177,23 +177,23 @@ def _compile(library: Path, alone: bool) -> None:
     if alone:
         for leftover in library.parent.glob(f"{prefix}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=library.parent) as folder, ninja_on_path():
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=library.parent) as directory, ninja_on_path():
         cpp_extension.load(
             name="safetensors_torch_native",
             sources=sources(NATIVE),
             extra_cflags=COMPILE_FLAGS,
             extra_include_paths=include_dirs(NATIVE),
             extra_ldflags=[shlex.quote(flag) for flag in link_flags(NATIVE)],
-            build_directory=folder,
+            build_directory=directory,
             is_python_module=False,
         )
         # By pattern: torch adds a counter to the name when it has compiled before in this process.
-        _cache.put(next(Path(folder).glob("safetensors_torch_native*.so")), library)
+        _cache.put(next(Path(directory).glob("safetensors_torch_native*.so")), library)
 
 
 @contextmanager
 def ninja_on_path() -> Iterator[None]:
-    """The ninja of the Python package, whose folder is not on PATH where the environment is not activated."""
+    """The ninja of the Python package, whose directory is not on PATH where the environment is not activated."""
     before = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         try:

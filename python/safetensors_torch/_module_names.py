@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Callable, Optional, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from ._checks import check_text
 from ._errors import shortened, shown
 
-Rename = Optional[Callable[[str], str]]
+Rename = Callable[[str], str] | None
 T = TypeVar("T")
 
 
@@ -55,7 +55,7 @@ class ModuleNames:
             result[renamed] = value
         return result
 
-    def select(self, names: Iterable[str]) -> Optional[list[str]]:
+    def select(self, names: Iterable[str]) -> list[str] | None:
         """Of the ``names`` of a file those that may be the module's; None means all."""
         return [name for name in names if name.startswith(self.prefix)] if self.prefix else None
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Optional, Union
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -24,7 +24,7 @@ from ._errors import call, shown
 from ._steps import STEP, Progress, check_progress, run
 
 # Which tensors of a file: all, those of these names, or those for whose name the function is true.
-Names = Union[None, Iterable[str], Callable[[str], Any]]
+Names = Iterable[str] | Callable[[str], Any] | None
 
 _ops = torch.ops.safetensors_torch
 _load_file = _ops._load_file_lists.default
@@ -84,7 +84,7 @@ def open_bytes(data: torch.Tensor) -> Any:
     return call(_open_bytes, data)
 
 
-def select(file: Any, names: Names) -> Optional[list[str]]:
+def select(file: Any, names: Names) -> list[str] | None:
     """The names to load, for the operators; None means all.
 
     Raises:
@@ -122,14 +122,14 @@ def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, tensors))
 
 
-def bring_in(file: Any, device: torch.device, backend: str, prefault: Optional[bool], names: Names) -> None:
+def bring_in(file: Any, device: torch.device, backend: str, prefault: bool | None, names: Names) -> None:
     """Has a mapping's pages brought in where ``prefault`` asks for it, or where nothing is said and all is loaded."""
     if device.type == "cpu" and backend == "mmap" and (prefault or (prefault is None and names is None)):
         call(file.prefault, prefault is not None)
 
 
 def load_in_steps(
-    file: Any, device: torch.device, dtype: Optional[torch.dtype], names: Names, progress: Progress
+    file: Any, device: torch.device, dtype: torch.dtype | None, names: Names, progress: Progress
 ) -> dict[str, torch.Tensor]:
     pending = call(file.start_load, select(file, names), device, dtype)
     run(pending, pending.total, progress, "load")
@@ -142,8 +142,8 @@ def load_file(
     device: Device = "cpu",
     *,
     backend: str = "mmap",
-    prefault: Optional[bool] = None,
-    dtype: Optional[torch.dtype] = None,
+    prefault: bool | None = None,
+    dtype: torch.dtype | None = None,
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
@@ -212,7 +212,7 @@ def load(
     device: Device = "cpu",
     *,
     copy: bool = True,
-    dtype: Optional[torch.dtype] = None,
+    dtype: torch.dtype | None = None,
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
@@ -275,7 +275,7 @@ def load(
 def save_file(
     tensors: dict[str, torch.Tensor],
     filename: Path,
-    metadata: Optional[dict[str, str]] = None,
+    metadata: dict[str, str] | None = None,
     *,
     force_contiguous: bool = False,
     shared: str = "error",
@@ -333,7 +333,7 @@ def save_file(
 @opaque
 def save(
     tensors: dict[str, torch.Tensor],
-    metadata: Optional[dict[str, str]] = None,
+    metadata: dict[str, str] | None = None,
     *,
     force_contiguous: bool = False,
     shared: str = "error",

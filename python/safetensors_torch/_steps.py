@@ -6,10 +6,11 @@ meanwhile.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Union
+from collections.abc import Callable
+from typing import Any
 
 # What ``progress`` may be: nothing, a bar of tqdm's, or a function of the bytes done and the bytes in all.
-Progress = Union[None, bool, Callable[[int, int], Any]]
+Progress = bool | Callable[[int, int], Any] | None
 
 # Seconds that a step takes. A signal waits this long at most, and then for the reads that are under way.
 STEP = 0.1

@@ -6,7 +6,6 @@ Owns the argument types. Whether the header can be changed where it stands, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Optional
 
 import torch
 
@@ -20,9 +19,9 @@ from ._steps import Progress, check_progress, run
 @opaque
 def edit_metadata(
     filename: Path,
-    changes: Mapping[str, Optional[str]],
+    changes: Mapping[str, str | None],
     *,
-    in_place: Optional[bool] = None,
+    in_place: bool | None = None,
     reserve: int = 0,
     durable: bool = False,
     progress: Progress = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def load_model(
     rename: Rename = None,
     assign: bool = False,
     backup: bool = True,
-    variant: Optional[str] = None,
+    variant: str | None = None,
     extra: str = "error",
     progress: Progress = None,
 ) -> tuple[set[str], list[str]]:
@@ -62,7 +62,7 @@ def load_model(
 
     Args:
         model: the module; none of its tensors may be on the meta device, unless assign is true.
-        filename: the file, or a folder or an index as for load_sharded; str, bytes or os.PathLike.
+        filename: the file, or a directory or an index as for load_sharded; str, bytes or os.PathLike.
         strict: whether a missing or unexpected name is an error.
         device: where a load_state_dict finds the tensors of the file, and where assign puts them. Not where the
             module's own tensors go.
@@ -137,25 +137,25 @@ def load_model(
 def save_model(
     model: nn.Module,
     filename: Path,
-    metadata: Optional[dict[str, str]] = None,
+    metadata: dict[str, str] | None = None,
     force_contiguous: bool = True,
     *,
-    max_shard_size: Union[None, int, str] = None,
+    max_shard_size: None | int | str = None,
     prefix: str = "",
     rename: Rename = None,
     durable: bool = False,
     progress: Progress = None,
 ) -> None:
-    """Saves the state of a module into a safetensors file, or a folder. Of names that share memory one is written.
+    """Saves the state of a module into a safetensors file, or a directory. Of names that share memory one is written.
 
     Args:
         model: the module.
-        filename: the file, or a folder, into which the module goes as by save_sharded; str, bytes or os.PathLike. It
-            is a folder if it is there as one, or if max_shard_size is given.
+        filename: the file, or a directory, into which the module goes as by save_sharded; str, bytes or os.PathLike. It
+            is a directory if it is there as one, or if max_shard_size is given.
         metadata: text to store in the header. Each name that is left out is added to the file's metadata, with the
             name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
         force_contiguous: whether tensors that are not contiguous are copied, or refused.
-        max_shard_size: the most bytes of tensors in one file of a folder, as for save_sharded; None means "5GB".
+        max_shard_size: the most bytes of tensors in one file of a directory, as for save_sharded; None means "5GB".
         prefix: what the names in the file begin with, as for load_model.
         rename: a function from the module's names to those in the file, as for load_model.
         durable: whether to return only once the file is on the disk, as for save_file.
@@ -397,6 +397,6 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
 
 
-def _tables(module: nn.Module) -> Iterator[dict[str, Optional[torch.Tensor]]]:
+def _tables(module: nn.Module) -> Iterator[dict[str, torch.Tensor | None]]:
     yield module._parameters
     yield module._buffers

@@ -7,9 +7,9 @@ makes one range for each dimension of an index, and File knows the bytes behind 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Callable, NoReturn, Optional
+from typing import Any, NoReturn
 
 import torch
 
@@ -107,8 +107,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         # Whether tensors are views of a mapping.
         self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
         # What keeps contents in memory where they are.
-        self._view: Optional[memoryview] = None
-        self._open: Optional[Any] = None
+        self._view: memoryview | None = None
+        self._open: Any | None = None
         if is_contents:
             data, view = _buffer.exported(filename)
             try:
@@ -125,9 +125,9 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 
     def __exit__(
         self,
-        exc_type: Optional[type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         # Not File.close(): slices share the File, and the last of them closes it.
         self._open = self._view = None
@@ -157,7 +157,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         """The names of the tensors in the order of their data in the file."""
         return call(self._file().offset_keys)
 
-    def metadata(self) -> Optional[dict[str, str]]:
+    def metadata(self) -> dict[str, str] | None:
         """The text in the header, or None where it has none."""
         return call(self._file().metadata)
 
@@ -215,7 +215,7 @@ class PySafeSlice:
     """
 
     def __init__(
-        self, file: Any, name: str, device: torch.device, is_mapped: bool, view: Optional[memoryview] = None
+        self, file: Any, name: str, device: torch.device, is_mapped: bool, view: memoryview | None = None
     ) -> None:
         self._file = file
         self._name = name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -38,7 +38,7 @@ _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB",
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
 
 
-def open_checkpoint(path: Path, backend: str, variant: Optional[str] = None, extra: str = "error") -> Any:
+def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """The native File over the files of the checkpoint at ``path``; the arguments are those of load_sharded."""
     arguments = (encode_path(path), check_backend(backend), check_variant(variant), check_extra(extra))
     pending = call(_PendingFile, *arguments)
@@ -53,22 +53,22 @@ def load_sharded(
     device: Device = "cpu",
     *,
     backend: str = "mmap",
-    prefault: Optional[bool] = None,
-    dtype: Optional[torch.dtype] = None,
+    prefault: bool | None = None,
+    dtype: torch.dtype | None = None,
     names: Names = None,
-    variant: Optional[str] = None,
+    variant: str | None = None,
     extra: str = "error",
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
     """Loads the tensors of a checkpoint: of one file, or of several that an index lists.
 
     The index is checked against its files before a tensor is read: they hold the tensors that it lists, where it says
-    so, and no others unless ``extra`` allows them, and it names no file outside its folder.
+    so, and no others unless ``extra`` allows them, and it names no file outside its directory.
 
     Args:
-        path: a folder, an index (a name that ends in ``.json``), or a file; str, bytes or os.PathLike. In a folder
-            ``model.safetensors`` counts first, then ``model.safetensors.index.json``, as in transformers, then the
-            only checkpoint of another name.
+        path: a directory, an index (a name that ends in ``.json``), or a file; str, bytes or os.PathLike. In a
+            directory ``model.safetensors`` counts first, then ``model.safetensors.index.json``, as in transformers,
+            then the only checkpoint of another name.
         device: where the tensors shall be, as for load_file.
         backend: how the files are read, as for load_file.
         prefault: what becomes of mapped pages before they are touched, as for load_file.
@@ -84,17 +84,17 @@ def load_sharded(
         The tensors by name, file after file, each in the order of its data.
 
     Raises:
-        SafetensorError: an index that is malformed, names a file outside its folder, or does not fit its files; a
-            folder without a checkpoint, or with several; a variant of a path that is a file; and what load_file
+        SafetensorError: an index that is malformed, names a file outside its directory, or does not fit its files; a
+            directory without a checkpoint, or with several; a variant of a path that is a file; and what load_file
             raises, for each file.
         OSError: a file that is missing, or cannot be read.
         MemoryError, torch.OutOfMemoryError, ValueError, TypeError, RuntimeError, ImportError: as load_file.
 
     Example:
-        >>> names = save_sharded({"a": torch.zeros(3), "b": torch.ones(2)}, folder, max_shard_size=12)
+        >>> names = save_sharded({"a": torch.zeros(3), "b": torch.ones(2)}, directory, max_shard_size=12)
         >>> names
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json']
-        >>> load_sharded(folder, names=["b"])
+        >>> load_sharded(directory, names=["b"])
         {'b': tensor([1., 1.])}
     """
     if prefault is not None:
@@ -109,8 +109,8 @@ def load_opened(
     path: Path,
     device: torch.device,
     backend: str,
-    prefault: Optional[bool] = None,
-    dtype: Optional[torch.dtype] = None,
+    prefault: bool | None = None,
+    dtype: torch.dtype | None = None,
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
@@ -124,20 +124,20 @@ def load_opened(
 def _load_file_by_file(
     file: Any,
     path: bytes,
-    names: Optional[list[str]],
+    names: list[str] | None,
     device: torch.device,
     backend: str,
-    prefault: Optional[bool],
-    dtype: Optional[torch.dtype],
+    prefault: bool | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """The same by operators that a mode of torch's can see."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    directory = path if os.path.isdir(path) else os.path.dirname(path)
     wanted = call(file.offset_keys) if names is None else names
     tensors: dict[str, torch.Tensor] = {}
     for shard in call(file.shards):
         here = [name for name in wanted if call(file.shard_of, name) == shard]
         if here:
-            one = os.path.join(folder, os.fsencode(shard))
+            one = os.path.join(directory, os.fsencode(shard))
             tensors.update(load_file(one, device, backend=backend, prefault=prefault, dtype=dtype, names=here))
     return tensors
 
@@ -145,17 +145,17 @@ def _load_file_by_file(
 @opaque
 def save_sharded(
     tensors: dict[str, torch.Tensor],
-    folder: Path,
-    metadata: Optional[dict[str, str]] = None,
+    directory: Path,
+    metadata: dict[str, str] | None = None,
     *,
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: int | str = "5GB",
     stem: str = "model",
     force_contiguous: bool = False,
     shared: str = "error",
     durable: bool = False,
     progress: Progress = None,
 ) -> list[str]:
-    """Saves tensors as a checkpoint in a folder: one file, or several and their index.
+    """Saves tensors as a checkpoint in a directory: one file, or several and their index.
 
     Names, index and division are those of Hugging Face's tools: tensors go into the files in their order, and a new
     file begins before the tensor with which it would pass the size. A checkpoint of the same stem that is there is
@@ -163,7 +163,7 @@ def save_sharded(
 
     Args:
         tensors: the tensors by name, as for save_file.
-        folder: where the files go; made if it is not there. str, bytes or os.PathLike.
+        directory: where the files go; made if it is not there. str, bytes or os.PathLike.
         metadata: text to store in the header of each file. ``format`` = ``pt``, which Hugging Face's tools want, is
             added unless it is there.
         max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"); a
@@ -182,10 +182,10 @@ def save_sharded(
         SafetensorError: a stem that no file name can begin with; and what save_file raises.
         RuntimeError, TypeError, UnicodeEncodeError, OSError: as save_file.
 
-    Nothing is written if a check fails, and a folder keeps its checkpoint until all new files are complete.
+    Nothing is written if a check fails, and a directory keeps its checkpoint until all new files are complete.
 
     Example:
-        >>> save_sharded({"a": torch.zeros(3)}, folder)
+        >>> save_sharded({"a": torch.zeros(3)}, directory)
         ['model.safetensors']
     """
     check_flag(durable, "durable")
@@ -196,12 +196,12 @@ def save_sharded(
     entries = {"format": "pt", **(metadata or {})}
     with _disable_current_modes():
         with unseen():
-            plan = call(_plan_sharded_save, tensors, entries, encode_path(folder), stem, size, **rules)
+            plan = call(_plan_sharded_save, tensors, entries, encode_path(directory), stem, size, **rules)
         write(plan, progress, plan.start, durable)
         return call(plan.file_names)
 
 
-def parse_size(size: Union[int, str]) -> int:
+def parse_size(size: int | str) -> int:
     """A number of bytes, given as one or as text with a unit: powers of 1000 ("5GB") or of 1024 ("5GiB").
 
     Raises:

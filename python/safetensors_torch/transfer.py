@@ -5,7 +5,7 @@ Owns the Python names of these settings, which are the process's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ _ops = torch.ops.safetensors_torch
 class TransferOptions(NamedTuple):
     """The settings of the process."""
 
-    ring_bytes: int
+    pinned_pool_bytes: int
     """Pinned host memory for all transfers together, in bytes."""
     threads: int
     """The most threads that one load or save uses; 0 means as many as suit the machine."""
@@ -26,22 +26,22 @@ class TransferOptions(NamedTuple):
 def transfer_options() -> TransferOptions:
     """The settings as they are.
 
-    Until they are set, they are those of the environment variables SAFETENSORS_TORCH_RING_BYTES (otherwise 64 MiB) and
-    SAFETENSORS_TORCH_THREADS (otherwise 0).
+    Until they are set, they are those of the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES (64
+    MiB if unset) and SAFETENSORS_TORCH_THREADS (otherwise 0).
 
     Example:
         >>> transfer_options()
-        TransferOptions(ring_bytes=67108864, threads=0)
+        TransferOptions(pinned_pool_bytes=67108864, threads=0)
     """
     return TransferOptions(*call(_ops._transfer_options))
 
 
-def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[int] = None) -> None:
+def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int | None = None) -> None:
     """Changes the settings, from the next load or save on.
 
     Args:
-        ring_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken in slabs
-            of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
+        pinned_pool_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken
+            in slabs of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
         threads: the most threads that one load or save uses, to the CPU or a device: the calling one, those that read
             and copy, and those that go on in the background (``prefault``). 1 means the calling one alone; 0 as many
             as suit the machine and the work. torch's own threads, which convert tensors on the CPU (``dtype``), are
@@ -59,10 +59,10 @@ def set_transfer_options(*, ring_bytes: Optional[int] = None, threads: Optional[
         4
         >>> set_transfer_options(threads=0)
     """
-    for name, value in (("ring_bytes", ring_bytes), ("threads", threads)):
+    for name, value in (("pinned_pool_bytes", pinned_pool_bytes), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    call(_ops._set_transfer_options, _fitting(ring_bytes), _fitting(threads))
+    call(_ops._set_transfer_options, _fitting(pinned_pool_bytes), _fitting(threads))
 
 
 def _fitting(value: Any) -> Any:
@@ -75,7 +75,7 @@ def reserve_transfer_memory(nbytes: int) -> int:
     each MiB, and is done by the current device: make that the one to be loaded to first.
 
     Args:
-        nbytes: how much there shall be. No more than ``ring_bytes`` is pinned.
+        nbytes: how much there shall be. No more than ``pinned_pool_bytes`` is pinned.
 
     Returns:
         How many bytes there are now: 0 where there is no accelerator that has such memory.
@@ -109,7 +109,7 @@ def transfer_memory() -> int:
     """How many bytes of pinned host memory transfers have now, in use or waiting for the next one.
 
     Example:
-        >>> transfer_memory() <= transfer_options().ring_bytes
+        >>> transfer_memory() <= transfer_options().pinned_pool_bytes
         True
     """
     return call(_ops._transfer_memory)

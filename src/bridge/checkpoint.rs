@@ -8,8 +8,8 @@ use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
 use crate::error::{Error, ErrorKind};
-use crate::header::absent;
-use crate::writer::Output;
+use crate::format::header::absent;
+use crate::write::output::Output;
 
 /// An open checkpoint as C++ sees it.
 pub struct Checkpoint(checkpoint::Checkpoint);
@@ -101,9 +101,9 @@ impl Checkpoint {
 /// A division into files as C++ sees it.
 pub struct ShardPlan(checkpoint::ShardPlan);
 
-pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_bytes: u64) -> Result<Box<ShardPlan>> {
+pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>> {
     let stem = as_text("stem", stem)?;
-    Ok(Box::new(ShardPlan(checkpoint::ShardPlan::new(sizes.iter().copied(), stem, max_shard_bytes)?)))
+    Ok(Box::new(ShardPlan(checkpoint::ShardPlan::new(sizes.iter().copied(), stem, max_shard_size)?)))
 }
 
 impl ShardPlan {
@@ -119,14 +119,14 @@ impl ShardPlan {
 /// A checkpoint that is being written, as C++ sees it.
 pub struct ShardedWriter(checkpoint::ShardedWriter);
 
-pub fn create_shards(folder: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Result<Box<ShardedWriter>> {
-    let folder = as_path(folder);
+pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Result<Box<ShardedWriter>> {
+    let directory = as_path(directory);
     let mut texts = Vec::with_capacity(names.len());
     for name in names {
         texts.push(as_text("tensor name", name.bytes)?);
     }
-    let writer = checkpoint::ShardedWriter::new(folder, &plan.0, texts.into_iter());
-    Ok(Box::new(ShardedWriter(writer.map_err(|error: Error| error.in_file(folder))?)))
+    let writer = checkpoint::ShardedWriter::new(directory, &plan.0, texts.into_iter());
+    Ok(Box::new(ShardedWriter(writer.map_err(|error: Error| error.in_file(directory))?)))
 }
 
 impl ShardedWriter {
@@ -141,8 +141,8 @@ impl ShardedWriter {
         self.0.keep(file);
     }
 
-    pub fn commit(&mut self, sync: bool, milliseconds: u64) -> Result<bool> {
-        Ok(self.0.try_commit(sync, until(milliseconds))?)
+    pub fn commit(&mut self, durable: bool, milliseconds: u64) -> Result<bool> {
+        Ok(self.0.try_commit(durable, until(milliseconds))?)
     }
 
     pub fn file_names(&self) -> Vec<String> {

@@ -3,7 +3,7 @@
 use super::ffi::{EditMode, Entry, Piece};
 use super::save::{as_metadata, until};
 use super::{Result, as_path, as_text};
-use crate::edit::{self, EditOptions};
+use crate::write::edit::{self, EditOptions};
 
 /// An edit that is under way, as C++ sees it.
 pub struct MetadataEdit(edit::MetadataEdit);
@@ -14,7 +14,7 @@ pub fn begin_edit(
     removed: &[Piece<'_>],
     mode: EditMode,
     reserve: u64,
-    sync: bool,
+    durable: bool,
 ) -> Result<Box<MetadataEdit>> {
     let mut changes: edit::MetadataChanges =
         as_metadata(set)?.into_iter().map(|(key, value)| (key, Some(value))).collect();
@@ -26,7 +26,7 @@ pub fn begin_edit(
         EditMode::Rewrite => Some(false),
         _ => None,
     };
-    let options = EditOptions { in_place, reserve, sync };
+    let options = EditOptions { in_place, reserve, durable };
     Ok(Box::new(MetadataEdit(edit::MetadataEdit::begin(as_path(path), &changes, options)?)))
 }
 

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::ffi::{Entry, Range, Request};
 use super::{Result, as_path};
-use crate::file::{TensorFile, bytes_of};
-use crate::header::absent;
-use crate::memory::{Block, Memory};
-use crate::prefault::Prefault;
-use crate::reader::{Job, Transfer};
-use crate::slice::{AxisRange, Slice};
-use crate::source::{Mapping, Source};
+use crate::format::header::absent;
+use crate::format::slice::{AxisRange, Slice};
+use crate::read::file::{TensorFile, bytes_of};
+use crate::read::prefault::Prefault;
+use crate::read::reader::{Job, Transfer};
+use crate::read::source::{Mapping, Source};
+use crate::sys::buffers::{Block, Memory};
 
 /// An open file as C++ sees it.
 pub struct File(pub(super) Arc<TensorFile>);

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use super::ffi::{Entry, Piece, Spec};
 use super::{Result, as_path, as_text};
-use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::header::Metadata;
-use crate::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::pages::FreshPages;
-use crate::serialize::Filler;
-use crate::writer::Output;
+use crate::format::dtype::Dtype;
+use crate::format::header::Metadata;
+use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
+use crate::sys::fresh_pages::FreshPages;
+use crate::write::output::Output;
+use crate::write::save::Filler;
 
 /// A settled layout as C++ sees it.
 pub struct SavePlan(Layout);
@@ -78,8 +78,8 @@ impl FileWriter {
 
 // By value, as the bridge hands over a Box: the writer is gone afterwards.
 #[allow(clippy::boxed_local)]
-pub fn commit_file(writer: Box<FileWriter>, sync: bool) -> Result<()> {
-    Ok(writer.0.commit(sync)?)
+pub fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()> {
+    Ok(writer.0.commit(durable)?)
 }
 
 /// The end of a step of so many milliseconds from now; `None`, no end, if the clock cannot tell it.

@@ -74,7 +74,7 @@ pub unsafe extern "C" fn sft_checkpoint_free(checkpoint: *mut sft_checkpoint) {
 
 /// The number of files.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_checkpoint_shard_count(
+pub unsafe extern "C" fn sft_checkpoint_get_shard_count(
     checkpoint: *const sft_checkpoint,
     count: *mut usize,
 ) -> sft_status {
@@ -89,7 +89,7 @@ pub unsafe extern "C" fn sft_checkpoint_shard_count(
 
 /// One of the files, and its name.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_checkpoint_shard(
+pub unsafe extern "C" fn sft_checkpoint_get_shard(
     checkpoint: *const sft_checkpoint,
     shard: usize,
     name: *mut sft_str,
@@ -113,7 +113,7 @@ pub unsafe extern "C" fn sft_checkpoint_shard(
 
 /// The number of tensors in all files.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_checkpoint_count(
+pub unsafe extern "C" fn sft_checkpoint_get_tensor_count(
     checkpoint: *const sft_checkpoint,
     count: *mut usize,
 ) -> sft_status {
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn sft_checkpoint_count(
 
 /// The place of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_checkpoint_sorted(
+pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     checkpoint: *const sft_checkpoint,
     position: usize,
     shard: *mut usize,
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn sft_checkpoint_sorted(
 
 /// The place of the tensor `name`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_checkpoint_find(
+pub unsafe extern "C" fn sft_checkpoint_find_tensor(
     checkpoint: *const sft_checkpoint,
     name: *const c_char,
     name_length: usize,

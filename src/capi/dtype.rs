@@ -5,9 +5,9 @@ use std::ffi::c_char;
 use super::boundary;
 use super::pointer::{self, Out};
 use super::status::sft_status;
-use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::shape_bytes;
+use crate::format::dtype::Dtype;
+use crate::format::header::shape_bytes;
 
 /// A dtype's number: the discriminant of [`Dtype`].
 pub type sft_dtype = u32;
@@ -57,19 +57,19 @@ codes! {
 
 /// The code of a dtype in a header; NULL for a number that no dtype has.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_dtype_code(dtype: sft_dtype) -> *const c_char {
+pub extern "C" fn sft_dtype_get_code(dtype: sft_dtype) -> *const c_char {
     boundary!(std::ptr::null(); { Dtype::from_number(dtype).map_or(std::ptr::null(), c_code) })
 }
 
 /// The width of an element in bits; 0 for a number that no dtype has.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_dtype_bits(dtype: sft_dtype) -> u32 {
+pub extern "C" fn sft_dtype_get_bits(dtype: sft_dtype) -> u32 {
     boundary!(0; { Dtype::from_number(dtype).map_or(0, |dtype| dtype.bits() as u32) })
 }
 
 /// The dtype of a code.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_dtype_from_code(code: *const c_char, dtype: *mut sft_dtype) -> sft_status {
+pub unsafe extern "C" fn sft_dtype_parse(code: *const c_char, dtype: *mut sft_dtype) -> sft_status {
     boundary!({
         // SAFETY: the caller gives a string and a place for a number (header).
         let (code, out) = unsafe { (pointer::c_string(code, "code")?, Out::new(dtype, "dtype")?) };
@@ -83,7 +83,7 @@ pub unsafe extern "C" fn sft_dtype_from_code(code: *const c_char, dtype: *mut sf
 
 /// The number of bytes of a tensor of `dtype` and `shape`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_dtype_nbytes(
+pub unsafe extern "C" fn sft_dtype_compute_nbytes(
     dtype: sft_dtype,
     shape: *const u64,
     rank: usize,
@@ -107,9 +107,9 @@ mod tests {
     fn c_codes_are_the_codes() {
         for &dtype in Dtype::ALL {
             // SAFETY: a constant that ends in NUL.
-            let code = unsafe { CStr::from_ptr(sft_dtype_code(dtype as u32)) };
+            let code = unsafe { CStr::from_ptr(sft_dtype_get_code(dtype as u32)) };
             assert_eq!(code.to_str(), Ok(dtype.code()));
         }
-        assert!(sft_dtype_code(99).is_null());
+        assert!(sft_dtype_get_code(99).is_null());
     }
 }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::boundary;
 use super::metadata::MetadataTable;
-use super::options::{sft_open_options, sft_read, sft_tensor_info};
+use super::options::{sft_open_options, sft_read_request, sft_tensor_info};
 use super::pointer::{self, Out, VersionedOut, invalid};
 use super::status::sft_status;
 use crate::error::{Error, ErrorKind, Result};
-use crate::file::TensorFile;
+use crate::read::file::TensorFile;
 
 /// An open file, or the bytes of one in memory.
 pub struct sft_file {
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn sft_file_free(file: *mut sft_file) {
 
 /// The number of tensors.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_count(file: *const sft_file, count: *mut usize) -> sft_status {
+pub unsafe extern "C" fn sft_file_get_tensor_count(file: *const sft_file, count: *mut usize) -> sft_status {
     boundary!({
         // SAFETY: the caller gives a handle and a place for a number (header).
         let (open, out) = unsafe { (sft_file::open(file)?, Out::new(count, "count")?) };
@@ -123,7 +123,7 @@ pub unsafe extern "C" fn sft_file_count(file: *const sft_file, count: *mut usize
 
 /// What the file says of the tensor at `index`, in file order.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_tensor(
+pub unsafe extern "C" fn sft_file_get_tensor_info(
     file: *const sft_file,
     index: usize,
     info: *mut sft_tensor_info,
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn sft_file_tensor(
 
 /// The index in file order of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_sorted(
+pub unsafe extern "C" fn sft_file_get_sorted_index(
     file: *const sft_file,
     position: usize,
     index: *mut usize,
@@ -170,7 +170,7 @@ pub unsafe extern "C" fn sft_file_sorted(
 
 /// The index in file order of the tensor `name`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_find(
+pub unsafe extern "C" fn sft_file_find_tensor(
     file: *const sft_file,
     name: *const c_char,
     name_length: usize,
@@ -188,7 +188,7 @@ pub unsafe extern "C" fn sft_file_find(
 
 /// A pointer to the bytes of the tensor at `index`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_data(
+pub unsafe extern "C" fn sft_file_get_data(
     file: *const sft_file,
     index: usize,
     data: *mut *const c_void,
@@ -213,7 +213,7 @@ pub unsafe extern "C" fn sft_file_data(
 
 /// Reads the tensor at `index` into `buffer`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_read(
+pub unsafe extern "C" fn sft_file_read_tensor(
     file: *const sft_file,
     index: usize,
     buffer: *mut c_void,
@@ -230,9 +230,9 @@ pub unsafe extern "C" fn sft_file_read(
 
 /// Reads `count` tensors, each into its own buffer.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_read_many(
+pub unsafe extern "C" fn sft_file_read_tensors(
     file: *const sft_file,
-    reads: *const sft_read,
+    reads: *const sft_read_request,
     count: usize,
 ) -> sft_status {
     boundary!({

@@ -7,9 +7,9 @@ use super::file::sft_file;
 use super::options::{sft_edit_options, sft_metadata_change, sft_str};
 use super::pointer::{self, Out, invalid};
 use super::status::sft_status;
-use crate::edit::{MetadataChanges, edit_metadata};
 use crate::error::{Error, ErrorKind};
-use crate::header::Header;
+use crate::format::header::Header;
+use crate::write::edit::{MetadataChanges, edit_metadata};
 
 /// The entries by number, which the header's map cannot give in constant time.
 pub(super) struct MetadataTable(Vec<(sft_str, sft_str)>);
@@ -35,7 +35,7 @@ pub unsafe extern "C" fn sft_file_has_metadata(file: *const sft_file, present: *
 
 /// The number of entries of the metadata.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_metadata_count(file: *const sft_file, count: *mut usize) -> sft_status {
+pub unsafe extern "C" fn sft_file_get_metadata_count(file: *const sft_file, count: *mut usize) -> sft_status {
     boundary!({
         // SAFETY: the caller gives a handle and a place for a number (header).
         let (open, out) = unsafe { (sft_file::open(file)?, Out::new(count, "count")?) };
@@ -46,7 +46,7 @@ pub unsafe extern "C" fn sft_file_metadata_count(file: *const sft_file, count: *
 
 /// The entry at `position` in the order of keys.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_metadata_at(
+pub unsafe extern "C" fn sft_file_get_metadata_entry(
     file: *const sft_file,
     position: usize,
     key: *mut sft_str,
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn sft_file_metadata_at(
 
 /// The value of `key`; NULL where there is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_metadata_get(
+pub unsafe extern "C" fn sft_file_find_metadata(
     file: *const sft_file,
     key: *const c_char,
     key_length: usize,
@@ -89,7 +89,7 @@ pub unsafe extern "C" fn sft_file_metadata_get(
 
 /// Changes the metadata of the file at `path`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_metadata_edit(
+pub unsafe extern "C" fn sft_edit_metadata(
     path: *const c_char,
     changes: *const sft_metadata_change,
     count: usize,

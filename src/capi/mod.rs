@@ -17,23 +17,23 @@
 mod checkpoint;
 mod dtype;
 mod file;
+mod incremental_writer;
 mod metadata;
 mod options;
 mod pointer;
 mod slice;
 mod status;
-mod stream;
 mod threads;
 mod writer;
 
 pub use checkpoint::*;
 pub use dtype::*;
 pub use file::*;
+pub use incremental_writer::*;
 pub use metadata::*;
 pub use options::*;
 pub use slice::*;
 pub use status::*;
-pub use stream::*;
 pub use threads::*;
 pub use writer::*;
 
@@ -55,6 +55,6 @@ use boundary;
 
 /// The version of the library, as in `Cargo.toml`.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_version() -> *const c_char {
+pub extern "C" fn sft_get_version() -> *const c_char {
     boundary!(c"".as_ptr(); { concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast() })
 }

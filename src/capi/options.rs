@@ -4,12 +4,12 @@ use std::ffi::{c_char, c_void};
 
 use super::pointer::{self, Versioned, invalid};
 use crate::checkpoint::{CheckpointOptions, Extra, ShardedOptions};
-use crate::edit::EditOptions;
 use crate::error::Result;
-use crate::layout::DEFAULT_ALIGNMENT;
-use crate::prefault::Prefault;
-use crate::serialize::SaveOptions;
-use crate::source::Backend;
+use crate::format::layout::DEFAULT_ALIGNMENT;
+use crate::read::prefault::Prefault;
+use crate::read::source::Backend;
+use crate::write::edit::EditOptions;
+use crate::write::save::SaveOptions;
 
 /// A backend's number.
 pub type sft_backend = u32;
@@ -193,7 +193,7 @@ pub struct sft_save_options {
     /// Where the data begins: at a multiple of so many bytes; 0 for the default.
     pub alignment: u64,
     /// 1 to return only once the bytes are on the disk.
-    pub sync: u32,
+    pub durable: u32,
     /// 0.
     pub reserved: u32,
 }
@@ -212,25 +212,25 @@ impl sft_save_options {
         let defaults = sft_save_options {
             struct_size: size_of::<sft_save_options>(),
             alignment: DEFAULT_ALIGNMENT,
-            sync: 0,
+            durable: 0,
             reserved: 0,
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
-        save_options(Self::NAME, options.alignment, options.sync, options.reserved)
+        save_options(Self::NAME, options.alignment, options.durable, options.reserved)
     }
 }
 
 /// What the fields that all ways of saving have mean, in the struct called `name`.
-fn save_options(name: &str, alignment: u64, sync: u32, reserved: u32) -> Result<SaveOptions> {
+fn save_options(name: &str, alignment: u64, durable: u32, reserved: u32) -> Result<SaveOptions> {
     if reserved != 0 {
         return Err(invalid(format!("{name}: reserved must be 0")));
     }
-    if sync > 1 {
-        return Err(invalid(format!("{name}: sync is {sync}: give 0 or 1")));
+    if durable > 1 {
+        return Err(invalid(format!("{name}: durable is {durable}: give 0 or 1")));
     }
     let alignment = if alignment == 0 { DEFAULT_ALIGNMENT } else { alignment };
-    Ok(SaveOptions { alignment, sync: sync == 1 })
+    Ok(SaveOptions { alignment, durable: durable == 1 })
 }
 
 /// How a checkpoint of several files is written.
@@ -242,11 +242,11 @@ pub struct sft_sharded_options {
     /// What the names of the files begin with; NULL for the default.
     pub stem: *const c_char,
     /// The most bytes of tensors in one file; 0 for the default.
-    pub max_shard_bytes: u64,
+    pub max_shard_size: u64,
     /// As in [`sft_save_options`].
     pub alignment: u64,
     /// As in [`sft_save_options`].
-    pub sync: u32,
+    pub durable: u32,
     /// 0.
     pub reserved: u32,
 }
@@ -265,19 +265,19 @@ impl sft_sharded_options {
         let defaults = sft_sharded_options {
             struct_size: size_of::<sft_sharded_options>(),
             stem: std::ptr::null(),
-            max_shard_bytes: 0,
+            max_shard_size: 0,
             alignment: 0,
-            sync: 0,
+            durable: 0,
             reserved: 0,
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
         let mut result = ShardedOptions {
-            save: save_options(Self::NAME, options.alignment, options.sync, options.reserved)?,
+            save: save_options(Self::NAME, options.alignment, options.durable, options.reserved)?,
             ..ShardedOptions::default()
         };
-        if options.max_shard_bytes != 0 {
-            result.max_shard_bytes = options.max_shard_bytes;
+        if options.max_shard_size != 0 {
+            result.max_shard_size = options.max_shard_size;
         }
         if !options.stem.is_null() {
             // SAFETY: the caller's promise.
@@ -299,7 +299,7 @@ pub struct sft_edit_options {
     /// Where the new header is written.
     pub mode: sft_edit_mode,
     /// 1 to return only once the bytes are on the disk.
-    pub sync: u32,
+    pub durable: u32,
 }
 
 // SAFETY: `repr(C)`, begins with its size, holds integers only.
@@ -317,7 +317,7 @@ impl sft_edit_options {
             struct_size: size_of::<sft_edit_options>(),
             reserve: 0,
             mode: SFT_EDIT_AUTO,
-            sync: 0,
+            durable: 0,
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
@@ -332,10 +332,10 @@ impl sft_edit_options {
                 return Err(invalid(detail));
             }
         };
-        if options.sync > 1 {
-            return Err(invalid(format!("{}: sync is {}: give 0 or 1", Self::NAME, options.sync)));
+        if options.durable > 1 {
+            return Err(invalid(format!("{}: durable is {}: give 0 or 1", Self::NAME, options.durable)));
         }
-        Ok(EditOptions { in_place, reserve: options.reserve, sync: options.sync == 1 })
+        Ok(EditOptions { in_place, reserve: options.reserve, durable: options.durable == 1 })
     }
 }
 
@@ -394,7 +394,7 @@ pub struct sft_range {
 /// One tensor of many that are read at once.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub struct sft_read {
+pub struct sft_read_request {
     /// The tensor, in file order.
     pub index: usize,
     /// Where its bytes go.

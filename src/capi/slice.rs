@@ -8,7 +8,7 @@ use super::options::sft_range;
 use super::pointer::{self, Out};
 use super::status::sft_status;
 use crate::error::Result;
-use crate::slice::{AxisRange, Slice};
+use crate::format::slice::{AxisRange, Slice};
 
 /// Plans the slice that a caller's ranges ask for.
 ///
@@ -25,7 +25,7 @@ unsafe fn plan(open: &Open, index: usize, ranges: *const sft_range, rank: usize)
 
 /// The shape and the size of a slice.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_file_slice_size(
+pub unsafe extern "C" fn sft_file_get_slice_size(
     file: *const sft_file,
     index: usize,
     ranges: *const sft_range,

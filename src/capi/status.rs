@@ -75,7 +75,7 @@ fn remember(error: &Error) {
 
 /// The message of the last call that failed on this thread.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_last_error_message() -> *const c_char {
+pub extern "C" fn sft_last_error_get_message() -> *const c_char {
     boundary!(c"".as_ptr(); {
         LAST_ERROR.try_with(|place| place.borrow().message.as_ptr()).unwrap_or(c"".as_ptr())
     })
@@ -83,7 +83,7 @@ pub extern "C" fn sft_last_error_message() -> *const c_char {
 
 /// `errno` of the last call that failed on this thread, or 0.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_last_os_error() -> i32 {
+pub extern "C" fn sft_last_error_get_os_error() -> i32 {
     boundary!(0; { LAST_ERROR.try_with(|place| place.borrow().os_error).unwrap_or(0) })
 }
 
@@ -132,7 +132,7 @@ fn kind_of(status: sft_status) -> Option<ErrorKind> {
 
 /// The name of a status in the header.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_status_name(status: sft_status) -> *const c_char {
+pub extern "C" fn sft_status_get_name(status: sft_status) -> *const c_char {
     boundary!(c"".as_ptr(); {
         match kind_of(status) {
             Some(kind) => name_and_message(kind).0,
@@ -144,7 +144,7 @@ pub extern "C" fn sft_status_name(status: sft_status) -> *const c_char {
 
 /// What a status means, in a few words.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_status_message(status: sft_status) -> *const c_char {
+pub extern "C" fn sft_status_get_message(status: sft_status) -> *const c_char {
     boundary!(c"".as_ptr(); {
         match kind_of(status) {
             Some(kind) => name_and_message(kind).1,
@@ -162,7 +162,7 @@ mod tests {
 
     fn last_message() -> String {
         // SAFETY: never NULL, and NUL-terminated until this thread's next failure.
-        unsafe { CStr::from_ptr(sft_last_error_message()) }.to_str().expect("UTF-8").to_string()
+        unsafe { CStr::from_ptr(sft_last_error_get_message()) }.to_str().expect("UTF-8").to_string()
     }
 
     /// Dropping it while nothing panics is a panic itself.
@@ -197,6 +197,6 @@ mod tests {
         assert_eq!(boundary!({ Err(Error::new(ErrorKind::Closed, "first")) }), ErrorKind::Closed as i32);
         assert_eq!(boundary!({ Ok(()) }), SFT_OK);
         assert_eq!(last_message(), "first");
-        assert_eq!(sft_last_os_error(), 0);
+        assert_eq!(sft_last_error_get_os_error(), 0);
     }
 }

@@ -3,11 +3,11 @@
 use super::boundary;
 use super::pointer::Out;
 use super::status::sft_status;
-use crate::threads;
+use crate::sys::threads;
 
 /// Sets the most threads that one call uses.
 #[unsafe(no_mangle)]
-pub extern "C" fn sft_threads_set(threads: usize) -> sft_status {
+pub extern "C" fn sft_set_threads(threads: usize) -> sft_status {
     boundary!({
         threads::set_threads(threads);
         Ok(())
@@ -16,7 +16,7 @@ pub extern "C" fn sft_threads_set(threads: usize) -> sft_status {
 
 /// The most threads that one call uses.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_threads_get(threads: *mut usize) -> sft_status {
+pub unsafe extern "C" fn sft_get_threads(threads: *mut usize) -> sft_status {
     boundary!({
         // SAFETY: the caller gives a place for a number (header).
         let out = unsafe { Out::new(threads, "threads") }?;

@@ -8,11 +8,11 @@ use super::options::{sft_save_options, sft_sharded_options};
 use super::pointer::{self, Out};
 use super::status::sft_status;
 use crate::checkpoint::save_sharded;
-use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::{Metadata, tensor_bytes};
-use crate::layout::{Layout, TensorSpec};
-use crate::serialize::{save_file, save_into_raw};
+use crate::format::dtype::Dtype;
+use crate::format::header::{Metadata, tensor_bytes};
+use crate::format::layout::{Layout, TensorSpec};
+use crate::write::save::{save_file, save_into_raw};
 
 /// What is to be written.
 #[derive(Default)]
@@ -33,7 +33,7 @@ struct Tensor {
 enum Data {
     /// From memory of the caller's.
     Lent { start: *const c_void, nbytes: usize },
-    /// They are given to an `sft_stream`.
+    /// They are given to an `sft_incremental_writer`.
     Streamed,
 }
 
@@ -55,7 +55,7 @@ impl sft_writer {
         for tensor in &self.tensors {
             let Data::Lent { start, nbytes } = tensor.data else {
                 let detail = format!(
-                    "tensor {:?} was declared without data: write the file with sft_stream_create",
+                    "tensor {:?} was declared without data: write the file with sft_incremental_writer_create",
                     tensor.name
                 );
                 return Err(pointer::invalid(detail));
@@ -142,7 +142,7 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
     })
 }
 
-/// Adds a tensor whose bytes are given to an `sft_stream`.
+/// Adds a tensor whose bytes are given to an `sft_incremental_writer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_declare_tensor(
     writer: *mut sft_writer,
@@ -210,7 +210,7 @@ pub unsafe extern "C" fn sft_writer_add_metadata(
 
 /// The size of the whole file in bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sft_writer_size(
+pub unsafe extern "C" fn sft_writer_get_size(
     writer: *const sft_writer,
     options: *const sft_save_options,
     nbytes: *mut u64,
@@ -248,21 +248,25 @@ pub unsafe extern "C" fn sft_writer_write_file(
     })
 }
 
-/// Writes a checkpoint of one file or several into `folder`.
+/// Writes a checkpoint of one file or several into `directory`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_write_sharded(
     writer: *const sft_writer,
-    folder: *const c_char,
+    directory: *const c_char,
     options: *const sft_sharded_options,
 ) -> sft_status {
     boundary!({
         // SAFETY: the caller gives a handle, a string, and options or NULL (header).
-        let (writer, folder, options) = unsafe {
-            (pointer::shared(writer, "writer")?, pointer::path(folder)?, sft_sharded_options::read(options)?)
+        let (writer, directory, options) = unsafe {
+            (
+                pointer::shared(writer, "writer")?,
+                pointer::path(directory)?,
+                sft_sharded_options::read(options)?,
+            )
         };
         // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
         let data = unsafe { writer.data() }?;
-        save_sharded(&writer.specs(), &data, writer.metadata.as_ref(), folder, options)?;
+        save_sharded(&writer.specs(), &data, writer.metadata.as_ref(), directory, options)?;
         Ok(())
     })
 }

@@ -11,11 +11,11 @@ use std::path::{Component, Path};
 
 use serde::de::{MapAccess, Visitor};
 
-use crate::directory::Directory;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::{MAX_HEADER_BYTES, recognise};
-use crate::json::{self, Fault, Object, Skipped, Text, refuse};
-use crate::source::{open_regular_in, read_exact_at};
+use crate::format::header::{MAX_HEADER_BYTES, recognise};
+use crate::format::json::{self, Fault, Object, Skipped, Text, refuse};
+use crate::read::source::{open_regular_in, read_exact_at};
+use crate::sys::directory::Directory;
 
 /// The field that maps names of tensors to files.
 const WEIGHT_MAP: &str = "weight_map";
@@ -23,7 +23,7 @@ const WEIGHT_MAP: &str = "weight_map";
 /// What an index says.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    /// The files, sorted, each once: paths from the folder of the index, which do not lead out of it.
+    /// The files, sorted, each once: paths from the directory of the index, which do not lead out of it.
     pub(super) shards: Vec<String>,
     /// The tensors, sorted by name, and each one's file among `shards`.
     pub(super) tensors: Vec<(String, u32)>,
@@ -87,7 +87,7 @@ pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, tota
     json
 }
 
-/// Refuses the name of a file that is not below the folder of its index.
+/// Refuses the name of a file that is not below the directory of its index.
 fn check_file_name(tensor: &str, file: &str) -> Result<()> {
     let inside = !file.is_empty()
         && !file.contains('\0')
@@ -96,7 +96,7 @@ fn check_file_name(tensor: &str, file: &str) -> Result<()> {
         return Ok(());
     }
     let detail = format!(
-        "the index puts tensor {tensor:?} into {file:?}, which is no file in the folder of the index: such an index was \
+        "the index puts tensor {tensor:?} into {file:?}, which is no file in the directory of the index: such an index was \
          damaged, or made to have other files read; do not trust this checkpoint"
     );
     Err(Error::new(ErrorKind::Index, detail))
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn names_outside_the_folder_are_refused() {
+    fn names_outside_the_directory_are_refused() {
         for name in ["../x", "/etc/passwd", "a/../../x", "", ".", "./x", "..", "a/..", "a\\u0000b"] {
             let json = format!(r#"{{"weight_map": {{"t": "{name}"}}}}"#);
             let error = Index::parse(json.as_bytes()).expect_err("refused");

@@ -35,15 +35,15 @@ pub(super) fn locate(path: &Path, variant: Option<&str>) -> Attempt<Location> {
     Ok(if is_index { Location::Index(path.to_path_buf()) } else { Location::File(path.to_path_buf()) })
 }
 
-/// The checkpoint in `folder`.
-fn look_through(folder: &Path, variant: Option<&str>) -> Attempt<Location> {
-    let read = |source| Failure::Final(Error::io("read the folder", folder, source));
+/// The checkpoint in `directory`.
+fn look_through(directory: &Path, variant: Option<&str>) -> Attempt<Location> {
+    let read = |source| Failure::Final(Error::io("read the directory", directory, source));
     let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(read)? {
+    for entry in fs::read_dir(directory).map_err(read)? {
         // A name that is not UTF-8 is none that such tools give.
         names.extend(entry.map_err(read)?.file_name().into_string().ok());
     }
-    choose(folder, names, variant)
+    choose(directory, names, variant)
 }
 
 /// A name in a directory that may be a checkpoint's: of its file, its index, or one of its shards.
@@ -53,12 +53,12 @@ struct Candidate {
     name: String,
 }
 
-/// The checkpoint among the `names` that `folder` had a moment ago.
-fn choose(folder: &Path, names: Vec<String>, variant: Option<&str>) -> Attempt<Location> {
+/// The checkpoint among the `names` that `directory` had a moment ago.
+fn choose(directory: &Path, names: Vec<String>, variant: Option<&str>) -> Attempt<Location> {
     let mut all = Vec::new();
     for name in names.into_iter().filter(|name| !name.starts_with('.')) {
         let Some((kind, stem)) = parse_name(&name) else { continue };
-        let at = folder.join(&name);
+        let at = directory.join(&name);
         match fs::metadata(&at) {
             _ if kind == NameKind::Shard => all.push(Candidate { kind, stem, name }),
             Ok(metadata) if metadata.is_file() => all.push(Candidate { kind, stem, name }),
@@ -94,21 +94,22 @@ fn choose(folder: &Path, names: Vec<String>, variant: Option<&str>) -> Attempt<L
     let defaults: Vec<&Candidate> = wanted.iter().copied().filter(is_default).collect();
     let found = if defaults.is_empty() { &wanted } else { &defaults };
     let shard = found.iter().find(|one| one.kind == NameKind::Shard);
-    let fail = |detail: String| Err(Failure::Missing(Error::new(ErrorKind::Index, detail).in_file(folder)));
+    let fail =
+        |detail: String| Err(Failure::Missing(Error::new(ErrorKind::Index, detail).in_file(directory)));
     match (&found[..], shard) {
-        ([one], None) if one.kind == NameKind::File => Ok(Location::File(folder.join(&one.name))),
-        ([one], None) => Ok(Location::Index(folder.join(&one.name))),
+        ([one], None) if one.kind == NameKind::File => Ok(Location::File(directory.join(&one.name))),
+        ([one], None) => Ok(Location::Index(directory.join(&one.name))),
         // The index goes first and comes last, so these are what an interrupted save leaves. What else there is may be
         // of another model.
         (_, Some(shard)) => {
             let stem = &shard.stem;
             let mut detail = format!(
-                "the folder holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
+                "the directory holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
                  interrupted; save or fetch the checkpoint again, or load the shards one by one"
             );
             let others = listed(&present);
             if !others.is_empty() {
-                detail += &format!(". To open another one of this folder, name it: {others}");
+                detail += &format!(". To open another one of this directory, name it: {others}");
             }
             fail(detail)
         }
@@ -119,7 +120,7 @@ fn choose(folder: &Path, names: Vec<String>, variant: Option<&str>) -> Attempt<L
                 listed(&present)
             )),
             _ => fail(format!(
-                "the folder holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"
+                "the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"
             )),
         },
         (several, None) => fail(format!(
@@ -158,17 +159,17 @@ mod tests {
     }
 
     fn found_variant(names: &[&str], variant: Option<&str>) -> std::result::Result<String, String> {
-        let folder = tempfile::tempdir().expect("a folder");
+        let directory = tempfile::tempdir().expect("a directory");
         for name in names {
-            fs::write(folder.path().join(name), "").expect("written");
+            fs::write(directory.path().join(name), "").expect("written");
         }
-        match locate(folder.path(), variant) {
+        match locate(directory.path(), variant) {
             Ok(Location::File(path) | Location::Index(path)) => {
                 Ok(path.file_name().expect("a name").to_string_lossy().into_owned())
             }
             Err(Failure::Missing(error)) => {
                 assert_eq!(error.kind(), ErrorKind::Index);
-                assert!(error.to_string().starts_with(&folder.path().display().to_string()), "{error}");
+                assert!(error.to_string().starts_with(&directory.path().display().to_string()), "{error}");
                 Err(error.to_string())
             }
             Err(failure) => panic!("{failure:?}"),
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_has_one_checkpoint() {
+    fn a_directory_has_one_checkpoint() {
         let shard = "model-00001-of-00002.safetensors";
         assert_eq!(found(&["model.safetensors", "other.safetensors"]).as_deref(), Ok("model.safetensors"));
         assert_eq!(found(&["x.safetensors", "config.json"]).as_deref(), Ok("x.safetensors"));
@@ -271,24 +272,24 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_gone_has_the_folder_listed_again() {
-        let folder = tempfile::tempdir().expect("a folder");
-        fs::write(folder.path().join("adapter.safetensors"), "").expect("written");
+    fn a_name_that_is_gone_has_the_directory_listed_again() {
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::write(directory.path().join("adapter.safetensors"), "").expect("written");
         for gone in ["model.safetensors", "model.safetensors.index.json"] {
             // Files took its place, which this list does not have: what it does have is of another model.
             let names = ["adapter.safetensors", gone].map(String::from).to_vec();
-            let failure = choose(folder.path(), names, None).expect_err("gone");
+            let failure = choose(directory.path(), names, None).expect_err("gone");
             assert!(matches!(failure, Failure::Changed), "{failure:?}");
         }
     }
 
     #[test]
     fn links_to_nowhere_are_passed_over() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let index = folder.path().join("model.safetensors.index.json");
+        let directory = tempfile::tempdir().expect("a directory");
+        let index = directory.path().join("model.safetensors.index.json");
         fs::write(&index, "").expect("written");
-        std::os::unix::fs::symlink("gone", folder.path().join("model.safetensors")).expect("linked");
-        assert_eq!(locate(folder.path(), None).expect("an index"), Location::Index(index));
+        std::os::unix::fs::symlink("gone", directory.path().join("model.safetensors")).expect("linked");
+        assert_eq!(locate(directory.path(), None).expect("an index"), Location::Index(index));
     }
 
     #[test]

@@ -12,10 +12,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::directory::{Directory, identity};
 use crate::error::{Error, Result};
-use crate::flock::flock;
-use crate::writer::Attributes;
+use crate::sys::directory::{Directory, identity};
+use crate::sys::flock::flock;
+use crate::write::atomic::Attributes;
 
 /// The name of the file.
 const NAME: &str = ".safetensors.lock";
@@ -140,7 +140,7 @@ pub(super) enum Waited {
     /// No save is changing names, now: look again.
     Free,
     /// One still is, at the moment until which it was to be waited for.
-    Held,
+    Guard,
     /// One has been for as long as an open waits, and may be stopped.
     InVain,
 }
@@ -153,7 +153,7 @@ pub(super) fn wait_for_save(directory: &Directory, since: Instant, until: Option
             return Waited::InVain;
         }
         if until.is_some_and(|until| Instant::now() >= until) {
-            return Waited::Held;
+            return Waited::Guard;
         }
         pauses.sleep();
     }
@@ -221,10 +221,10 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
     use tempfile::TempDir;
 
-    fn folder() -> (TempDir, Arc<Directory>) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let held = Directory::open(folder.path()).expect("opened");
-        (folder, Arc::new(held))
+    fn directory() -> (TempDir, Arc<Directory>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let held = Directory::open(directory.path()).expect("opened");
+        (directory, Arc::new(held))
     }
 
     fn take(directory: &Arc<Directory>) -> io::Result<Option<SaveLock>> {
@@ -237,23 +237,23 @@ mod tests {
 
     #[test]
     fn one_saves_and_leaves_nothing() {
-        let (folder, held) = folder();
+        let (directory, held) = directory();
         let lock = taken(&held);
         assert_eq!(take(&held).expect_err("held").kind(), io::ErrorKind::WouldBlock);
         let soon = Instant::now() + Duration::from_millis(20);
         assert!(SaveLock::take(&held, Instant::now(), Some(soon)).expect("no error yet").is_none());
-        assert!(matches!(wait_for_save(&held, Instant::now(), Some(soon)), Waited::Held));
+        assert!(matches!(wait_for_save(&held, Instant::now(), Some(soon)), Waited::Guard));
         let long_ago = Instant::now() - OPEN_WAIT;
         assert!(matches!(wait_for_save(&held, long_ago, None), Waited::InVain));
         drop(lock);
         assert!(matches!(wait_for_save(&held, Instant::now(), None), Waited::Free));
-        assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 0);
         drop(taken(&held));
     }
 
     #[test]
     fn a_copy_of_the_descriptor_holds_nothing() {
-        let (_folder, held) = folder();
+        let (_directory, held) = directory();
         let lock = taken(&held);
         // As a fork makes it.
         let copy = lock.file.try_clone().expect("copied");
@@ -263,45 +263,47 @@ mod tests {
 
     #[test]
     fn the_file_of_a_killed_save_is_used_again() {
-        let (folder, held) = folder();
-        fs::write(folder.path().join(NAME), "").expect("written");
+        let (directory, held) = directory();
+        fs::write(directory.path().join(NAME), "").expect("written");
         assert!(!is_saving(&held));
         drop(taken(&held));
-        assert!(!folder.path().join(NAME).exists());
+        assert!(!directory.path().join(NAME).exists());
     }
 
     #[test]
     fn a_lock_on_a_file_that_was_removed_is_none() {
-        let (folder, held) = folder();
+        let (directory, held) = directory();
         let first = taken(&held);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| SaveLock::take(&held, Instant::now(), None));
             std::thread::sleep(Duration::from_millis(100));
             drop(first);
             let second = waiting.join().expect("no panic").expect("free").expect("waited for");
-            assert!(is_there(&held, &second.file).expect("looked at") && folder.path().join(NAME).exists());
+            assert!(
+                is_there(&held, &second.file).expect("looked at") && directory.path().join(NAME).exists()
+            );
             assert_eq!(take(&held).expect_err("held").kind(), io::ErrorKind::WouldBlock);
         });
     }
 
     #[test]
     fn nobody_but_writers_of_the_directory_can_open_it() {
-        let (folder, held) = folder();
-        for (of_folder, of_file) in
+        let (directory, held) = directory();
+        for (of_directory, of_file) in
             [(0o755, 0o600), (0o700, 0o600), (0o775, 0o660), (0o1777, 0o666), (0o757, 0o606)]
         {
-            fs::set_permissions(folder.path(), Permissions::from_mode(of_folder)).expect("set");
+            fs::set_permissions(directory.path(), Permissions::from_mode(of_directory)).expect("set");
             let lock = taken(&held);
-            assert_eq!(lock.file.metadata().expect("told").mode() & 0o7777, of_file, "{of_folder:o}");
+            assert_eq!(lock.file.metadata().expect("told").mode() & 0o7777, of_file, "{of_directory:o}");
         }
     }
 
     #[test]
     fn no_link_is_followed() {
-        let (folder, held) = folder();
-        symlink("elsewhere", folder.path().join(NAME)).expect("linked");
+        let (directory, held) = directory();
+        symlink("elsewhere", directory.path().join(NAME)).expect("linked");
         assert_eq!(take(&held).expect_err("a link").raw_os_error(), Some(libc::ELOOP));
-        assert!(!folder.path().join("elsewhere").exists());
+        assert!(!directory.path().join("elsewhere").exists());
     }
 
     #[test]

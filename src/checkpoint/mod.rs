@@ -13,7 +13,7 @@ mod lock;
 mod plan;
 mod write;
 
-pub use plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, ShardPlan};
+pub use plan::{DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, ShardPlan};
 pub use write::{ShardedOptions, ShardedWriter, save_sharded};
 
 use std::ffi::{OsStr, OsString};
@@ -23,12 +23,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::directory::{Directory, identity};
 use crate::error::{Error, ErrorKind, Result};
-use crate::file::TensorFile;
-use crate::header::absent;
-use crate::prefault::{self, Prefault};
-use crate::source::{Backend, directory_of};
+use crate::format::header::absent;
+use crate::read::file::TensorFile;
+use crate::read::prefault::{self, Prefault};
+use crate::read::source::Backend;
+use crate::sys::directory::{Directory, directory_of, identity};
 use index::Index;
 use locate::Location;
 use lock::{Waited, wait_for_save};
@@ -51,7 +51,7 @@ pub struct Checkpoint {
 /// One file of a checkpoint.
 #[derive(Debug)]
 pub struct Shard {
-    /// Its path from the folder of the checkpoint, as the index has it.
+    /// Its path from the directory of the checkpoint, as the index has it.
     pub name: String,
     /// The file, open.
     pub file: Arc<TensorFile>,
@@ -118,19 +118,19 @@ pub struct TensorPlace {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a folder with either. An
+    /// Opens the checkpoint at `path`: one file, an index (whose name ends in `.json`), or a directory with either. An
     /// index is checked against its files: they have the tensors that it lists, where it says, and no others, unless
     /// [`Extra::Ignore`] leaves those out.
     ///
-    /// In a folder, `model.safetensors` counts first, then `model.safetensors.index.json`, as for Hugging Face's tools,
+    /// In a directory, `model.safetensors` counts first, then `model.safetensors.index.json`, as for Hugging Face's tools,
     /// then the one index or file of another name. With a variant, only names of that variant count; without one, a
-    /// variant does not count beside the checkpoint that it is a variant of. A link in a folder may lead out of it; a
+    /// variant does not count beside the checkpoint that it is a variant of. A link in a directory may lead out of it; a
     /// name in an index may not.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Index`] for an index that is malformed, names files outside its folder, or does not fit them, and
-    /// for a folder that holds no checkpoint, or several; [`ErrorKind::InvalidArgument`] for a variant of a file;
+    /// [`ErrorKind::Index`] for an index that is malformed, names files outside its directory, or does not fit them, and
+    /// for a directory that holds no checkpoint, or several; [`ErrorKind::InvalidArgument`] for a variant of a file;
     /// [`ErrorKind::FileChanged`] where it is replaced over and over; those of [`TensorFile::open`] for each file. They name the index, the shard and the tensor.
     pub fn open(path: &Path, options: CheckpointOptions<'_>) -> Result<Checkpoint> {
         let mut opening = PendingOpen::new(path, options);
@@ -143,14 +143,14 @@ impl Checkpoint {
 
     fn try_open(path: &Path, options: CheckpointOptions<'_>) -> Attempt<Checkpoint> {
         let is_absent = |error: &Error| error.os_error() == Some(libc::ENOENT);
-        let is_folder = |error: &Error| error.os_error() == Some(libc::EISDIR);
+        let is_directory = |error: &Error| error.os_error() == Some(libc::EISDIR);
         match locate::locate(path, options.variant)? {
             Location::File(at) => match TensorFile::open(&at, options.backend) {
                 Ok(file) => Ok(Checkpoint::of_file(file, at)),
-                // It was in the folder just now.
+                // It was in the directory just now.
                 Err(error) if is_absent(&error) && at != path => Err(Failure::Changed),
                 // It was none just now: a save has made it.
-                Err(error) if is_folder(&error) && at == path => Err(Failure::Changed),
+                Err(error) if is_directory(&error) && at == path => Err(Failure::Changed),
                 Err(error) => Err(Failure::Final(error)),
             },
             Location::Index(at) => match OpenIndex::open(&at) {
@@ -186,9 +186,9 @@ impl Checkpoint {
         path: PathBuf,
         options: CheckpointOptions<'_>,
     ) -> Result<Checkpoint> {
-        let folder = path.parent().unwrap_or(Path::new(""));
+        let parent = path.parent().unwrap_or(Path::new(""));
         let shards = index.shards.iter().map(|name| {
-            let opened = TensorFile::open_in(directory, name.as_ref(), &folder.join(name), options.backend);
+            let opened = TensorFile::open_in(directory, name.as_ref(), &parent.join(name), options.backend);
             let file = opened.map_err(|error| match error.os_error() {
                 Some(libc::ENOENT) => error.with_remedy(&format!(
                     "the index {} names this shard: fetch or copy it to there, or save the checkpoint again",
@@ -291,9 +291,9 @@ impl PendingOpen {
                 Err(Failure::Missing(_)) if self.waits < MOST_WAITS => {
                     // In the moment between two indexes, perhaps.
                     let since = *self.since.get_or_insert_with(Instant::now);
-                    let folder = Directory::open(folder_of(&self.path));
-                    match folder.map(|folder| wait_for_save(&folder, since, until)) {
-                        Ok(Waited::Held) => return Ok(None),
+                    let directory = Directory::open(parent_of(&self.path));
+                    match directory.map(|directory| wait_for_save(&directory, since, until)) {
+                        Ok(Waited::Guard) => return Ok(None),
                         Ok(Waited::Free) => self.waits += 1,
                         Ok(Waited::InVain) | Err(_) => self.waits = MOST_WAITS,
                     }
@@ -313,8 +313,8 @@ pub fn parse_index(json: &[u8]) -> Result<(Vec<String>, Vec<(String, u32)>)> {
     Index::parse(json).map(|index| (index.shards, index.tensors))
 }
 
-/// The folder that `path` is, or is in.
-fn folder_of(path: &Path) -> &Path {
+/// The directory that `path` is, or is in.
+fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         _ if path.is_dir() => path,
         Some(parent) if !parent.as_os_str().is_empty() => parent,

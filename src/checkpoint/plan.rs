@@ -3,7 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most bytes of tensors in a shard, where nothing else is asked for: 5 GB, as Hugging Face's tools have it.
-pub const DEFAULT_MAX_SHARD_BYTES: u64 = 5_000_000_000;
+pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
 /// What the names of a checkpoint's files begin with, where nothing else is asked for.
 pub const DEFAULT_STEM: &str = "model";
@@ -26,16 +26,16 @@ pub struct ShardPlan {
 
 impl ShardPlan {
     /// Divides tensors of `sizes` bytes each, in their order: a shard ends before the tensor with which it would pass
-    /// `max_shard_bytes`, and a tensor that is larger than that has a shard of its own. There is at least one shard.
+    /// `max_shard_size`, and a tensor that is larger than that has a shard of its own. There is at least one shard.
     ///
     /// The same tensors in the same order make the same shards as with Hugging Face's tools.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] for a `max_shard_bytes` of 0, and for a `stem` that is no file name, or is that of
+    /// [`ErrorKind::InvalidArgument`] for a `max_shard_size` of 0, and for a `stem` that is no file name, or is that of
     /// a shard.
-    pub fn new(sizes: impl Iterator<Item = u64>, stem: &str, max_shard_bytes: u64) -> Result<ShardPlan> {
-        if max_shard_bytes == 0 {
+    pub fn new(sizes: impl Iterator<Item = u64>, stem: &str, max_shard_size: u64) -> Result<ShardPlan> {
+        if max_shard_size == 0 {
             let detail = "a shard of at most 0 bytes can hold nothing: give the size of a shard in bytes";
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
@@ -64,11 +64,11 @@ impl ShardPlan {
         for (tensor, size) in sizes.enumerate() {
             shard_of.push(0);
             total_bytes = total_bytes.saturating_add(size);
-            if size > max_shard_bytes {
+            if size > max_shard_size {
                 close(&mut vec![tensor], &mut shard_of, &mut closed);
                 continue;
             }
-            if size > max_shard_bytes - current_bytes {
+            if size > max_shard_size - current_bytes {
                 close(&mut current, &mut shard_of, &mut closed);
                 current_bytes = 0;
             }

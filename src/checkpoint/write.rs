@@ -11,14 +11,14 @@ use std::time::Instant;
 
 use super::index;
 use super::lock::SaveLock;
-use super::plan::{DEFAULT_MAX_SHARD_BYTES, DEFAULT_STEM, NameKind, ShardPlan, parse_name};
-use crate::directory::Directory;
+use super::plan::{DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, NameKind, ShardPlan, parse_name};
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::Metadata;
-use crate::layout::{self, Layout, TensorSpec};
-use crate::process::Process;
-use crate::serialize::{self, SaveOptions};
-use crate::writer::{AtomicFile, set_aside};
+use crate::format::header::Metadata;
+use crate::format::layout::{self, Layout, TensorSpec};
+use crate::sys::directory::Directory;
+use crate::sys::fork::Process;
+use crate::write::atomic::{AtomicFile, set_aside};
+use crate::write::save::{self, SaveOptions};
 
 /// How a checkpoint is divided and written.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,7 @@ pub struct ShardedOptions<'a> {
     /// What the names of the files begin with.
     pub stem: &'a str,
     /// The most bytes of tensors in one file, unless one tensor alone has more.
-    pub max_shard_bytes: u64,
+    pub max_shard_size: u64,
     /// How each file is written.
     pub save: SaveOptions,
 }
@@ -35,28 +35,28 @@ impl Default for ShardedOptions<'_> {
     fn default() -> Self {
         ShardedOptions {
             stem: DEFAULT_STEM,
-            max_shard_bytes: DEFAULT_MAX_SHARD_BYTES,
+            max_shard_size: DEFAULT_MAX_SHARD_SIZE,
             save: SaveOptions::default(),
         }
     }
 }
 
-/// Writes `tensors`, whose bytes are in `data` at the same index, as a checkpoint into `folder`, which is made if it is
+/// Writes `tensors`, whose bytes are in `data` at the same index, as a checkpoint into `directory`, which is made if it is
 /// not there: one file, or several and their index. Files of an earlier checkpoint of the same stem are replaced or
 /// removed. Of several saves at once, the one that ends last stays whole. Gives the names of the files, the index last.
 ///
 /// # Errors
 ///
-/// As [`crate::save_file`], those of [`ShardPlan::new`], and `EWOULDBLOCK` if another save has the folder locked for a
-/// minute. Up to the point where all files are complete, the folder stays as it was.
+/// As [`crate::save_file`], those of [`ShardPlan::new`], and `EWOULDBLOCK` if another save has the directory locked for a
+/// minute. Up to the point where all files are complete, the directory stays as it was.
 pub fn save_sharded(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],
     metadata: Option<&Metadata>,
-    folder: &Path,
+    directory: &Path,
     options: ShardedOptions<'_>,
 ) -> Result<Vec<String>> {
-    let fail = |error: Error| error.in_file(folder);
+    let fail = |error: Error| error.in_file(directory);
     if tensors.len() != data.len() {
         let detail = format!("{} tensors, but the bytes of {}", tensors.len(), data.len());
         return Err(Error::new(ErrorKind::InvalidArgument, detail));
@@ -64,26 +64,26 @@ pub fn save_sharded(
     // No shard alone would find a name that stands twice.
     layout::check_names(tensors).map_err(fail)?;
     let sizes = data.iter().map(|bytes| bytes.len() as u64);
-    let plan = ShardPlan::new(sizes, options.stem, options.max_shard_bytes)?;
+    let plan = ShardPlan::new(sizes, options.stem, options.max_shard_size)?;
     let shards = plan.members().into_iter().map(|members| {
         let specs: Vec<TensorSpec<'_>> = members.iter().map(|&tensor| tensors[tensor]).collect();
         let bytes: Vec<&[u8]> = members.iter().map(|&tensor| data[tensor]).collect();
-        let layout = serialize::plan(&specs, &bytes, metadata, options.save.alignment).map_err(fail)?;
+        let layout = save::plan(&specs, &bytes, metadata, options.save.alignment).map_err(fail)?;
         Ok((layout, bytes))
     });
     let shards = shards.collect::<Result<Vec<(Layout, Vec<&[u8]>)>>>()?;
     let names = tensors.iter().map(|tensor| tensor.name);
-    let mut writer = ShardedWriter::new(folder, &plan, names)?;
+    let mut writer = ShardedWriter::new(directory, &plan, names)?;
     for (shard, (layout, bytes)) in shards.iter().enumerate() {
         let mut file = writer.create(shard, layout.total_bytes())?;
         let pieces = layout.order().iter().map(|place| bytes[place.index]);
         file.write(std::iter::once(layout.header()).chain(pieces))?;
         writer.keep(file);
     }
-    writer.commit(options.save.sync)
+    writer.commit(options.save.durable)
 }
 
-/// The files of a checkpoint that is being written. Dropped before [`ShardedWriter::commit`], it leaves the folder as
+/// The files of a checkpoint that is being written. Dropped before [`ShardedWriter::commit`], it leaves the directory as
 /// it was.
 #[derive(Debug)]
 pub struct ShardedWriter {
@@ -99,20 +99,20 @@ pub struct ShardedWriter {
     plan: ShardPlan,
     /// Whether there was a checkpoint of this stem when this one was begun.
     replaces: bool,
-    /// Dropped last: a folder goes only once it is empty.
-    folder: Folder,
+    /// Dropped last: a directory goes only once it is empty.
+    target: TargetDirectory,
 }
 
 impl ShardedWriter {
-    /// Begins the checkpoint that `plan` describes, of tensors called `names`, in `folder`, which is made if it is not
+    /// Begins the checkpoint that `plan` describes, of tensors called `names`, in `directory`, which is made if it is not
     /// there.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`] where the folder cannot be made or read; [`ErrorKind::InvalidArgument`] for more names, or
+    /// [`ErrorKind::Io`] where the directory cannot be made or read; [`ErrorKind::InvalidArgument`] for more names, or
     /// fewer, than the plan has tensors.
     pub fn new<'a>(
-        folder: &Path,
+        directory: &Path,
         plan: &ShardPlan,
         names: impl Iterator<Item = &'a str>,
     ) -> Result<ShardedWriter> {
@@ -130,7 +130,7 @@ impl ShardedWriter {
                 .map(|(name, &shard)| (name, file_names[shard].as_str()));
             index::encode(entries, plan.total_bytes())
         });
-        let folder = Folder::make(folder)?;
+        let target = TargetDirectory::make(directory)?;
         let (complete, index_name, plan) = (Vec::new(), plan.index_name(), plan.clone());
         let replaces = false;
         let mut writer = ShardedWriter {
@@ -141,14 +141,14 @@ impl ShardedWriter {
             commit: None,
             plan,
             replaces,
-            folder,
+            target,
         };
         let is_old = |name: &str| {
             writer.plan.makes_stale(name)
                 || name == writer.index_name
                 || writer.names.iter().any(|own| own == name)
         };
-        writer.replaces = !writer.folder.find(is_old)?.is_empty();
+        writer.replaces = !writer.target.find(is_old)?.is_empty();
         Ok(writer)
     }
 
@@ -162,7 +162,7 @@ impl ShardedWriter {
     }
 
     fn create_entry(&self, name: &str, length: u64) -> Result<AtomicFile> {
-        let mut file = self.folder.create(name, length)?;
+        let mut file = self.target.create(name, length)?;
         if self.replaces {
             file.mark_replacing();
         }
@@ -180,58 +180,58 @@ impl ShardedWriter {
         self.names.iter().chain(index).cloned().collect()
     }
 
-    /// Gives all files their names, and removes those of an earlier checkpoint, when no other save does. With `sync`,
+    /// Gives all files their names, and removes those of an earlier checkpoint, when no other save does. With `durable`,
     /// returns once everything is on the disk. Gives the names.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`]. The folder is then as it was, unless files of the earlier checkpoint had been replaced
-    /// already: the error says so. `EWOULDBLOCK` if another save has the folder locked for a minute.
-    pub fn commit(mut self, sync: bool) -> Result<Vec<String>> {
-        while !self.try_commit(sync, None)? {}
+    /// [`ErrorKind::Io`]. The directory is then as it was, unless files of the earlier checkpoint had been replaced
+    /// already: the error says so. `EWOULDBLOCK` if another save has the directory locked for a minute.
+    pub fn commit(mut self, durable: bool) -> Result<Vec<String>> {
+        while !self.try_commit(durable, None)? {}
         Ok(self.file_names())
     }
 
-    /// As [`ShardedWriter::commit`], unless another save still has the folder locked at `until`; returns whether all is
+    /// As [`ShardedWriter::commit`], unless another save still has the directory locked at `until`; returns whether all is
     /// done, and if not, is to be called again.
     ///
     /// # Errors
     ///
     /// As [`ShardedWriter::commit`], after which there is nothing to be committed.
-    pub(crate) fn try_commit(&mut self, sync: bool, until: Option<Instant>) -> Result<bool> {
-        self.folder.check_process()?;
+    pub(crate) fn try_commit(&mut self, durable: bool, until: Option<Instant>) -> Result<bool> {
+        self.target.check_process()?;
         let (index, since) = match self.commit.take() {
             Some(begun) => begun,
-            None => (self.complete_all(sync)?, Instant::now()),
+            None => (self.complete_all(durable)?, Instant::now()),
         };
         // From here on names change. What is there now may be of a save that has ended since this one began.
-        let Some(lock) = SaveLock::take(&self.folder.directory, since, until)? else {
+        let Some(lock) = SaveLock::take(&self.target.directory, since, until)? else {
             self.commit = Some((index, since));
             return Ok(false);
         };
-        self.put_all_in_place(index, sync)?;
+        self.put_all_in_place(index, durable)?;
         drop(lock);
         Ok(true)
     }
 
     /// Has the bytes of all files taken by the filesystem, and those of the index, which is returned.
-    fn complete_all(&self, sync: bool) -> Result<Option<AtomicFile>> {
+    fn complete_all(&self, durable: bool) -> Result<Option<AtomicFile>> {
         assert_eq!(self.complete.len(), self.names.len(), "every file was kept");
         let index = self.index.as_ref().map(|bytes| self.write_index(bytes)).transpose()?;
         for file in self.complete.iter().chain(&index) {
-            if sync {
+            if durable {
                 file.synchronize()?;
             } else if self.replaces {
                 file.write_back()?;
             }
             // Filesystems of a network send the bytes now, not while others wait.
-            file.hear_of_writes()?;
+            file.check_deferred_errors()?;
         }
         Ok(index)
     }
 
     /// What is done under the lock.
-    fn put_all_in_place(&mut self, index: Option<AtomicFile>, sync: bool) -> Result<()> {
+    fn put_all_in_place(&mut self, index: Option<AtomicFile>, durable: bool) -> Result<()> {
         let stale = self.stale()?;
         // Where files are about to change one by one that an old index lists, it is taken away: without it they are no
         // checkpoint, where with it they could be taken for one.
@@ -247,7 +247,7 @@ impl ShardedWriter {
             for name in indexes {
                 let added = self
                     .exists(name)
-                    .and_then(|there| if there { old_index.add(&self.folder, name) } else { Ok(()) });
+                    .and_then(|there| if there { old_index.add(&self.target, name) } else { Ok(()) });
                 if let Err(error) = added {
                     return Err(self.roll_back(error, &replaces, &Progress::default(), old_index));
                 }
@@ -255,13 +255,13 @@ impl ShardedWriter {
         }
         let mut progress = Progress::default();
         let complete = std::mem::take(&mut self.complete);
-        if let Err(error) = self.put_in_place(complete, index, &mut progress, sync) {
+        if let Err(error) = self.put_in_place(complete, index, &mut progress, durable) {
             return Err(self.roll_back(error, &replaces, &progress, old_index));
         }
-        self.folder.keep();
-        old_index.discard(&self.folder);
-        if sync {
-            self.folder.synchronize().map_err(|error| {
+        self.target.keep();
+        old_index.discard(&self.target);
+        if durable {
+            self.target.synchronize().map_err(|error| {
                 error.with_remedy(
                     "all new files are in place, but may not survive a loss of power, so that those of the checkpoint before \
                      are still there: save it again",
@@ -269,16 +269,16 @@ impl ShardedWriter {
             })?;
         }
         for name in &stale {
-            match self.folder.directory.remove(name.as_ref()) {
+            match self.target.directory.remove(name.as_ref()) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     let remedy = "the new checkpoint is complete, but this file of the one before is still there: remove it";
-                    return Err(Error::io("remove", &self.folder.path.join(name), source).with_remedy(remedy));
+                    return Err(Error::io("remove", &self.target.path.join(name), source).with_remedy(remedy));
                 }
                 _ => {}
             }
         }
-        if sync {
-            self.folder.synchronize_names().map_err(|error| {
+        if durable {
+            self.target.synchronize_names().map_err(|error| {
                 error.with_remedy(
                     "the new checkpoint is complete, but files of the one before may be back after a loss of power: save it \
                      again",
@@ -288,10 +288,10 @@ impl ShardedWriter {
         Ok(())
     }
 
-    /// Names in the folder that belong to another checkpoint of this stem, in the order in which they are to be
+    /// Names in the directory that belong to another checkpoint of this stem, in the order in which they are to be
     /// removed.
     fn stale(&self) -> Result<Vec<String>> {
-        let mut stale = self.folder.find(|name| self.plan.makes_stale(name))?;
+        let mut stale = self.target.find(|name| self.plan.makes_stale(name))?;
         // What would be opened in place of the new checkpoint, or with it, goes first.
         stale.sort_by_key(|name| is_kind(name, NameKind::Shard));
         Ok(stale)
@@ -303,25 +303,25 @@ impl ShardedWriter {
         Ok(file)
     }
 
-    /// Whether the folder has this name, be it for a link to nowhere.
+    /// Whether the directory has this name, be it for a link to nowhere.
     fn exists(&self, name: &str) -> Result<bool> {
         // Taken for absent, one that cannot be looked at would be overwritten without a trace, or removed when the rest
         // is taken back.
-        let entry = self.folder.directory.entry(name.as_ref());
-        let entry = entry.map_err(|source| Error::io("inspect", &self.folder.path.join(name), source))?;
+        let entry = self.target.directory.entry(name.as_ref());
+        let entry = entry.map_err(|source| Error::io("inspect", &self.target.path.join(name), source))?;
         Ok(entry.is_some())
     }
 
-    /// Gives the files their names, one after the other, then the index, and tells how far it came. With `sync`, no
+    /// Gives the files their names, one after the other, then the index, and tells how far it came. With `durable`, no
     /// crash can bring about the new index without them, or the old one with them.
     fn put_in_place(
         &self,
         files: Vec<AtomicFile>,
         index: Option<AtomicFile>,
         progress: &mut Progress,
-        sync: bool,
+        durable: bool,
     ) -> Result<()> {
-        let synchronize = || if sync { self.folder.synchronize_names() } else { Ok(()) };
+        let synchronize = || if durable { self.target.synchronize_names() } else { Ok(()) };
         synchronize()?;
         for mut file in files {
             file.try_commit(false).inspect_err(|_| progress.is_torn = file.has_overwritten())?;
@@ -337,20 +337,20 @@ impl ShardedWriter {
     fn roll_back(&self, error: Error, replaces: &[bool], progress: &Progress, old_index: Aside) -> Error {
         let done = progress.done;
         if progress.is_torn || replaces[..done].contains(&true) {
-            old_index.discard(&self.folder);
+            old_index.discard(&self.target);
             return error.with_remedy(&format!(
                 "{done} of {} files are in place, and no index: the checkpoint in {} is not complete; save it again",
                 self.names.len(),
-                self.folder.path.display()
+                self.target.path.display()
             ));
         }
         let mut failures: Vec<Error> = Vec::new();
         for name in &self.names[..done] {
-            let removed = self.folder.directory.remove(name.as_ref());
-            let fail = |source| Error::io("remove", &self.folder.path.join(name), source);
+            let removed = self.target.directory.remove(name.as_ref());
+            let fail = |source| Error::io("remove", &self.target.path.join(name), source);
             failures.extend(removed.err().map(fail));
         }
-        failures.extend(old_index.put_back(&self.folder).err());
+        failures.extend(old_index.put_back(&self.target).err());
         failures.into_iter().fold(error, |error, failure| {
             error.with_remedy(&format!("and what was there before could not be restored: {failure}"))
         })
@@ -378,55 +378,60 @@ struct Aside {
 }
 
 impl Aside {
-    fn add(&mut self, folder: &Folder, name: &str) -> Result<()> {
-        let hidden = set_aside(&folder.directory, name.as_ref());
-        let hidden = hidden.map_err(|source| Error::io("rename", &folder.path.join(name), source))?;
+    fn add(&mut self, target: &TargetDirectory, name: &str) -> Result<()> {
+        let hidden = set_aside(&target.directory, name.as_ref());
+        let hidden = hidden.map_err(|source| Error::io("rename", &target.path.join(name), source))?;
         self.names.push((name.into(), hidden));
         Ok(())
     }
 
-    fn put_back(self, folder: &Folder) -> Result<()> {
+    fn put_back(self, target: &TargetDirectory) -> Result<()> {
         self.names.into_iter().try_for_each(|(name, hidden)| {
-            let renamed = folder.directory.rename(&hidden, &name);
-            renamed.map_err(|source| Error::io("restore", &folder.path.join(&name), source))
+            let renamed = target.directory.rename(&hidden, &name);
+            renamed.map_err(|source| Error::io("restore", &target.path.join(&name), source))
         })
     }
 
-    fn discard(self, folder: &Folder) {
+    fn discard(self, target: &TargetDirectory) {
         for (_, hidden) in self.names {
             // It is hidden, and nothing refers to it: no reason to call a save failed that has all in place.
-            let _ = folder.directory.remove(&hidden);
+            let _ = target.directory.remove(&hidden);
         }
     }
 }
 
-/// A folder that is held, and those that had to be made for it.
+/// A directory that is held, and those that had to be made for it.
 #[derive(Debug)]
-struct Folder {
+struct TargetDirectory {
     directory: Arc<Directory>,
     /// What the caller named; for the errors.
     path: PathBuf,
-    /// Each with the folder that it is in, and its name there; the innermost first.
+    /// Each with the directory that it is in, and its name there; the innermost first.
     made: Vec<(Arc<Directory>, Arc<Directory>, OsString)>,
     is_kept: bool,
     process: Process,
 }
 
-impl Folder {
-    fn make(path: &Path) -> Result<Folder> {
-        let fail = |source| Error::io("create the folder", path, source);
+impl TargetDirectory {
+    fn make(path: &Path) -> Result<TargetDirectory> {
+        let fail = |source| Error::io("create the directory", path, source);
         let (directory, missing) = nearest(path).map_err(fail)?;
         let (path, process) = (path.to_path_buf(), Process::current());
-        let mut folder =
-            Folder { directory: Arc::new(directory), path, made: Vec::new(), is_kept: false, process };
+        let mut target = TargetDirectory {
+            directory: Arc::new(directory),
+            path,
+            made: Vec::new(),
+            is_kept: false,
+            process,
+        };
         for name in missing {
-            let parent = Arc::clone(&folder.directory);
+            let parent = Arc::clone(&target.directory);
             let made = parent.make_directory(name);
             match (made, parent.subdirectory(name).map(Arc::new)) {
                 (Ok(()), Ok(inner)) => {
-                    folder.directory = Arc::clone(&inner);
+                    target.directory = Arc::clone(&inner);
                     // From here on, dropping this removes it.
-                    folder.made.insert(0, (inner, parent, name.to_os_string()));
+                    target.made.insert(0, (inner, parent, name.to_os_string()));
                 }
                 (Ok(()), Err(error)) => {
                     // The error is already on its way.
@@ -435,12 +440,12 @@ impl Folder {
                 }
                 // Somebody else was faster.
                 (Err(error), Ok(inner)) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    folder.directory = inner;
+                    target.directory = inner;
                 }
                 (Err(error), _) => return Err(fail(error)),
             }
         }
-        Ok(folder)
+        Ok(target)
     }
 
     /// Begins the file `name`, of `length` bytes.
@@ -448,10 +453,10 @@ impl Folder {
         AtomicFile::create_in(Arc::clone(&self.directory), name.into(), &self.path.join(name), length)
     }
 
-    /// The names in the folder that are `wanted`.
+    /// The names in the directory that are `wanted`.
     fn find(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
         let names =
-            self.directory.names().map_err(|source| Error::io("read the folder", &self.path, source))?;
+            self.directory.names().map_err(|source| Error::io("read the directory", &self.path, source))?;
         Ok(names.into_iter().filter_map(|name| name.into_string().ok().filter(|name| wanted(name))).collect())
     }
 
@@ -460,30 +465,30 @@ impl Folder {
         self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
-    /// The folders stay, whatever comes.
+    /// The directories stay, whatever comes.
     fn keep(&mut self) {
         self.is_kept = true;
     }
 
-    /// Has the entries of the folder put on the disk.
+    /// Has the entries of the directory put on the disk.
     fn synchronize_names(&self) -> Result<()> {
         synchronize(&self.directory, &self.path)
     }
 
-    /// The same, and the folder among those of its own, if that is new.
+    /// The same, and the directory among those of its own, if that is new.
     fn synchronize(&self) -> Result<()> {
         self.synchronize_names()?;
         self.made.iter().try_for_each(|(_, parent, _)| synchronize(parent, parent.path()))
     }
 }
 
-impl Drop for Folder {
+impl Drop for TargetDirectory {
     fn drop(&mut self) {
         if self.is_kept || !self.process.is_current() {
             return;
         }
-        for (folder, parent, name) in &self.made {
-            let is_there = || io::Result::Ok(parent.subdirectory(name)?.identity()? == folder.identity()?);
+        for (directory, parent, name) in &self.made {
+            let is_there = || io::Result::Ok(parent.subdirectory(name)?.identity()? == directory.identity()?);
             if is_there().unwrap_or(true) {
                 // Not if somebody has put something in meanwhile; there is nobody to tell.
                 let _ = parent.remove_directory(name);
@@ -493,15 +498,15 @@ impl Drop for Folder {
 }
 
 fn synchronize(directory: &Directory, path: &Path) -> Result<()> {
-    directory.synchronize().map_err(|source| Error::io("synchronize the folder", path, source))
+    directory.synchronize().map_err(|source| Error::io("synchronize the directory", path, source))
 }
 
-/// The innermost folder of `path` that is there, and the names of those that are not, the outermost first.
+/// The innermost directory of `path` that is there, and the names of those that are not, the outermost first.
 fn nearest(path: &Path) -> io::Result<(Directory, Vec<&OsStr>)> {
     let mut missing = Vec::new();
-    for folder in path.ancestors() {
-        let (at, name) = match folder.components().next_back() {
-            Some(name) => (folder, Some(name.as_os_str())),
+    for directory in path.ancestors() {
+        let (at, name) = match directory.components().next_back() {
+            Some(name) => (directory, Some(name.as_os_str())),
             None => (Path::new("."), None),
         };
         match Directory::open(at) {

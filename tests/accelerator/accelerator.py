@@ -20,7 +20,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 
@@ -66,7 +66,7 @@ def _compile() -> None:
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """The ninja of the Python package, whose folder is not on PATH where the environment is not activated."""
+    """The ninja of the Python package, whose directory is not on PATH where the environment is not activated."""
     before = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         import ninja
@@ -96,7 +96,7 @@ def _device_module() -> types.ModuleType:
 
 
 @contextmanager
-def _current(device: Union[int, str, torch.device]) -> Iterator[None]:
+def _current(device: int | str | torch.device) -> Iterator[None]:
     """Makes a device current, as ``torch.cuda.device`` does."""
     before = torch._C._accelerator_getDeviceIndex()
     index = device if isinstance(device, int) else torch.device(device).index
@@ -136,7 +136,7 @@ def set_patience(seconds: float) -> None:
     torch.ops.testaccel.set_patience(seconds)
 
 
-def set_memory_limit(device_index: int, limit: Optional[int]) -> None:
+def set_memory_limit(device_index: int, limit: int | None) -> None:
     """The bytes that a device has, for memory in use and cached together. None: no limit."""
     torch.ops.testaccel.set_memory_limit(device_index, -1 if limit is None else limit)
 
@@ -178,7 +178,7 @@ def release_stream(stream: torch.Stream) -> None:
     torch.ops.testaccel.hold_stream(stream.device_index, stream.stream_id, False)
 
 
-def fail_copy_after(count: Optional[int]) -> None:
+def fail_copy_after(count: int | None) -> None:
     """The count-th copy between host and device from now on raises RuntimeError when it is launched. None: none."""
     torch.ops.testaccel.fail_copy_after(count or 0)
 
@@ -203,7 +203,7 @@ def empty_cache() -> None:
     torch.ops.testaccel.empty_cache()
 
 
-def synchronize(device_index: Optional[int] = None) -> None:
+def synchronize(device_index: int | None = None) -> None:
     """Waits for all streams of a device, or of all devices."""
     for index in range(DEVICES) if device_index is None else [device_index]:
         torch.accelerator.synchronize(index)

@@ -29,7 +29,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 def _reset() -> None:
     accelerator.reset()
-    safetensors_torch.set_transfer_options(ring_bytes=64 * MIB, threads=0)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=64 * MIB, threads=0)
     safetensors_torch.release_transfer_memory()
 
 
@@ -45,7 +45,7 @@ def route(request: pytest.FixtureRequest) -> str:
         reserve(5)
         safetensors_torch.set_transfer_options(threads=1)
     elif request.param == "plain":
-        safetensors_torch.set_transfer_options(ring_bytes=0)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=0)
     elif request.param == "no streams":
         reserve(4)
         accelerator.no_streams(True)

@@ -41,7 +41,7 @@ def sample() -> dict[str, torch.Tensor]:
 def reserve(slabs: int) -> None:
     """Lets transfers have this many slabs, no more and no fewer."""
     safetensors_torch.release_transfer_memory()
-    safetensors_torch.set_transfer_options(ring_bytes=slabs * SLAB)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=slabs * SLAB)
     assert safetensors_torch.reserve_transfer_memory(slabs * SLAB) == slabs * SLAB
 
 

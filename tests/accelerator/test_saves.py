@@ -12,7 +12,7 @@ import accelerator
 import safetensors_torch
 from accelerator import device, hold, release
 from proc import eventually
-from safetensors_torch import SafetensorError, SafeWriter, save, save_file
+from safetensors_torch import IncrementalWriter, SafetensorError, save, save_file
 from support import DTYPES, encode, sample
 from support_accelerator import MIB, SLAB, reserve, values
 
@@ -48,7 +48,7 @@ def test_every_dtype(code: str) -> None:
 def test_tensor_by_tensor(tmp_path: Path, tensors: dict, route: str) -> None:
     places = [device(0), "cpu", device(1)]
     accelerator.reset_statistics()
-    with SafeWriter(tmp_path / "a", tensors, {"format": "pt"}) as writer:
+    with IncrementalWriter(tmp_path / "a", tensors, {"format": "pt"}) as writer:
         for i, name in enumerate(reversed(list(tensors))):
             writer.write(name, tensors[name].to(places[i % 3]))
     assert (tmp_path / "a").read_bytes() == save(tensors, {"format": "pt"})
@@ -61,7 +61,7 @@ def test_a_tensor_that_is_written_by_itself_takes_no_more_than_the_ring(tmp_path
     accelerator.set_delay(0)
     state = {f"{i}": values(3 * MIB, i).to(device()) for i in range(4)}
     accelerator.reset_statistics()
-    with SafeWriter(tmp_path / "a", state) as writer:
+    with IncrementalWriter(tmp_path / "a", state) as writer:
         for name, tensor in state.items():
             writer.write(name, tensor)
     assert safetensors_torch.transfer_memory() == accelerator.statistics()["pinned_peak"] == 2 * SLAB

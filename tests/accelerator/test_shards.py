@@ -24,8 +24,8 @@ def finish(pending: object) -> object:
     return pending.result()
 
 
-def save(tensors: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
-    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(folder), "model", max_shard_bytes, False, "error")
+def save(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size: int = MAX_SHARD_BYTES) -> list[str]:
+    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(directory), "model", max_shard_size, False, "error")
     done = save.start(False, 0.0)
     while not done:
         assert 0 <= save.done() <= save.size()
@@ -35,22 +35,22 @@ def save(tensors: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = 
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+def directory(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     assert len(save(tensors, tmp_path / "shards")) > 5
     return tmp_path / "shards"
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_all_shards_come_to_the_device(folder: Path, tensors: dict, route: str, backend: str) -> None:
-    file = OPS._open_checkpoint(str(folder), backend, None, "error")
+def test_all_shards_come_to_the_device(directory: Path, tensors: dict, route: str, backend: str) -> None:
+    file = OPS._open_checkpoint(str(directory), backend, None, "error")
     names, loaded = finish(file.start_load(None, device(), None))
     assert_equal(dict(zip(names, loaded)), tensors)
 
 
-def test_shards_are_converted_and_selected(folder: Path, tensors: dict, route: str) -> None:
+def test_shards_are_converted_and_selected(directory: Path, tensors: dict, route: str) -> None:
     chosen = ["large.3", "small.007", "half", "bytes", "empty"]
     names, loaded = finish(
-        OPS._open_checkpoint(str(folder), "mmap", None, "error").start_load(chosen, device(1), torch.bfloat16)
+        OPS._open_checkpoint(str(directory), "mmap", None, "error").start_load(chosen, device(1), torch.bfloat16)
     )
     expected = {name: tensors[name] for name in chosen}
     expected = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in expected.items()}
@@ -58,13 +58,13 @@ def test_shards_are_converted_and_selected(folder: Path, tensors: dict, route: s
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_parameters_are_filled_from_shards(folder: Path, tensors: dict, route: str, backend: str) -> None:
+def test_parameters_are_filled_from_shards(directory: Path, tensors: dict, route: str, backend: str) -> None:
     state = {name: torch.zeros_like(tensor, device=device()) for name, tensor in tensors.items()}
     on_host = {name: torch.zeros_like(tensors[name]) for name in ("large.1", "step")}
     gc.collect()
     accelerator.reset_statistics()
     allocated = accelerator.statistics()["devices"][0]["allocated"]
-    file = OPS._open_checkpoint(str(folder), backend, None, "error")
+    file = OPS._open_checkpoint(str(directory), backend, None, "error")
     missing, unexpected = finish(file.start_state({**state, **on_host}, [], "Net", True, ""))
     assert (missing, unexpected) == ([], [])
     assert accelerator.statistics()["devices"][0]["peak"] == allocated
@@ -74,20 +74,20 @@ def test_parameters_are_filled_from_shards(folder: Path, tensors: dict, route: s
     assert_equal(state, {name: tensors[name] for name in state})
 
 
-def test_shards_are_saved_from_the_device(tmp_path: Path, folder: Path, tensors: dict, route: str) -> None:
+def test_shards_are_saved_from_the_device(tmp_path: Path, directory: Path, tensors: dict, route: str) -> None:
     there = {name: tensor.to(device()) for name, tensor in tensors.items()}
     names = save(there, tmp_path / "again")
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(names)
     for name in names:
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
     found = {k: v for name in names[:-1] for k, v in load_file(tmp_path / "again" / name).items()}
     assert found.keys() == tensors.keys()
 
 
-def test_a_cancelled_save_leaves_the_folder_alone(folder: Path, tensors: dict, route: str) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_a_cancelled_save_leaves_the_directory_alone(directory: Path, tensors: dict, route: str) -> None:
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
     there = {name: tensor.to(device()) + 1 for name, tensor in tensors.items()}
-    save = OPS._plan_sharded_save(there, None, str(folder), "model", MAX_SHARD_BYTES, False, "error")
+    save = OPS._plan_sharded_save(there, None, str(directory), "model", MAX_SHARD_BYTES, False, "error")
     save.start(False, 0.0)
     save.cancel()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

@@ -11,7 +11,7 @@ from torch import nn
 
 import accelerator
 from accelerator import device
-from safetensors_torch import SafeWriter, _steps, load_model, save, save_file, save_model, save_sharded
+from safetensors_torch import IncrementalWriter, _steps, load_model, save, save_file, save_model, save_sharded
 from support import entries
 from support_accelerator import MIB, held_pool, reserve, values, write
 
@@ -51,7 +51,7 @@ def test_a_save_refuses_a_storage_that_is_too_small(tmp_path: Path, bad: torch.T
     ):
         with pytest.raises(RuntimeError, match=said):
             attempt()
-    with SafeWriter(tmp_path / "f", {"bad": bad}) as writer:
+    with IncrementalWriter(tmp_path / "f", {"bad": bad}) as writer:
         with pytest.raises(RuntimeError, match=said):
             writer.write("bad", bad)
         writer.discard()

@@ -20,7 +20,7 @@ bool check_seen(sft_status status);
 /* The bytes of a file: the length of `json`, `json` itself, `nbytes` of zeros. Freed by the caller. */
 void* make_file(const char* json, size_t nbytes, size_t* length);
 
-/* A path in the folder of this run; valid until the next call. For one thread at a time. */
+/* A path in the directory of this run; valid until the next call. For one thread at a time. */
 const char* path_of(const char* name);
 
 bool text_is(sft_str text, const char* expected);

@@ -33,15 +33,15 @@ static void write_text(const char* name, const char* text) {
 static void reads_values(const sft_checkpoint* checkpoint) {
     for (size_t i = 0; i < 3; i++) {
         size_t shard = 9, index = 9;
-        CHECK_OK(sft_checkpoint_find(checkpoint, names[i], 1, &shard, &index));
+        CHECK_OK(sft_checkpoint_find_tensor(checkpoint, names[i], 1, &shard, &index));
         const sft_file* file = NULL;
         sft_str name;
-        CHECK_OK(sft_checkpoint_shard(checkpoint, shard, &name, &file));
+        CHECK_OK(sft_checkpoint_get_shard(checkpoint, shard, &name, &file));
         unsigned char bytes[2] = {0, 0};
-        CHECK_OK(sft_file_read(file, index, bytes, sizeof bytes));
+        CHECK_OK(sft_file_read_tensor(file, index, bytes, sizeof bytes));
         CHECK(memcmp(bytes, values + 2 * i, 2) == 0);
         sft_str value;
-        CHECK_OK(sft_file_metadata_get(file, "format", 6, &value));
+        CHECK_OK(sft_file_find_metadata(file, "format", 6, &value));
         CHECK(text_is(value, "pt"));
     }
 }
@@ -50,25 +50,25 @@ static void test_what_was_written(const char* path, const sft_checkpoint_options
     sft_checkpoint* checkpoint = NULL;
     CHECK_OK(sft_checkpoint_open(path, options, &checkpoint));
     size_t count = 0;
-    CHECK_OK(sft_checkpoint_shard_count(checkpoint, &count));
+    CHECK_OK(sft_checkpoint_get_shard_count(checkpoint, &count));
     CHECK(count == 2);
-    CHECK_OK(sft_checkpoint_count(checkpoint, &count));
+    CHECK_OK(sft_checkpoint_get_tensor_count(checkpoint, &count));
     CHECK(count == 3);
     sft_str name;
     const sft_file* file;
-    CHECK_OK(sft_checkpoint_shard(checkpoint, 1, &name, &file));
+    CHECK_OK(sft_checkpoint_get_shard(checkpoint, 1, &name, &file));
     CHECK(text_is(name, "m-00002-of-00002.safetensors"));
-    CHECK_STATUS(sft_checkpoint_shard(checkpoint, 2, &name, &file), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_get_shard(checkpoint, 2, &name, &file), SFT_ERROR_INVALID_ARGUMENT);
     /* In the order of names: a, b, c. */
     static const size_t shards[3] = {0, 1, 0}, indices[3] = {0, 0, 1};
     size_t shard = 9, index = 9;
     for (size_t i = 0; i < 3; i++) {
-        CHECK_OK(sft_checkpoint_sorted(checkpoint, i, &shard, &index));
+        CHECK_OK(sft_checkpoint_get_sorted_tensor(checkpoint, i, &shard, &index));
         CHECK(shard == shards[i] && index == indices[i]);
     }
-    CHECK_STATUS(sft_checkpoint_sorted(checkpoint, 3, &shard, &index), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_STATUS(sft_checkpoint_find(checkpoint, "d", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
-    CHECK(strstr(sft_last_error_message(), "m.safetensors.index.json") != NULL);
+    CHECK_STATUS(sft_checkpoint_get_sorted_tensor(checkpoint, 3, &shard, &index), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_find_tensor(checkpoint, "d", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK(strstr(sft_last_error_get_message(), "m.safetensors.index.json") != NULL);
     reads_values(checkpoint);
     sft_checkpoint_free(checkpoint);
 }
@@ -77,15 +77,15 @@ static void refused(const char* name, sft_status expected, const char* said) {
     sft_checkpoint* checkpoint = (sft_checkpoint*)&checkpoint;
     CHECK_STATUS(sft_checkpoint_open(path_of(name), NULL, &checkpoint), expected);
     CHECK(checkpoint == NULL);
-    CHECK(strstr(sft_last_error_message(), said) != NULL);
+    CHECK(strstr(sft_last_error_get_message(), said) != NULL);
 }
 
 void test_checkpoints(void) {
     sft_writer* writer = three_pairs();
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
     options.stem = "m";
-    options.max_shard_bytes = 4;
-    options.sync = 1;
+    options.max_shard_size = 4;
+    options.durable = 1;
     CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
     CHECK(exists("deep/sharded/m.safetensors.index.json"));
     sft_checkpoint_options pread = SFT_CHECKPOINT_OPTIONS_INIT;
@@ -94,7 +94,7 @@ void test_checkpoints(void) {
     test_what_was_written(path_of("deep/sharded/m.safetensors.index.json"), &pread);
 
     /* A file alone is a checkpoint too; it takes the place of the shards of its stem. */
-    options.max_shard_bytes = 0;
+    options.max_shard_size = 0;
     CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
     CHECK(exists("deep/sharded/m.safetensors") && !exists("deep/sharded/m.safetensors.index.json"));
     CHECK(!exists("deep/sharded/m-00001-of-00002.safetensors"));
@@ -114,14 +114,14 @@ void test_checkpoints(void) {
     /* A variant, and an index that lists a part of its files. */
     writer = three_pairs();
     options.stem = "m.fp16";
-    options.max_shard_bytes = 4;
+    options.max_shard_size = 4;
     CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
     sft_writer_free(writer);
     sft_checkpoint_options chosen = SFT_CHECKPOINT_OPTIONS_INIT;
     chosen.variant = "fp16";
     CHECK_OK(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint));
     size_t count = 0;
-    CHECK_OK(sft_checkpoint_shard_count(checkpoint, &count));
+    CHECK_OK(sft_checkpoint_get_shard_count(checkpoint, &count));
     CHECK(count == 2);
     reads_values(checkpoint);
     sft_checkpoint_free(checkpoint);
@@ -131,16 +131,16 @@ void test_checkpoints(void) {
     CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INDEX);
     chosen.extra = SFT_EXTRA_IGNORE;
     CHECK_OK(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint));
-    CHECK_OK(sft_checkpoint_count(checkpoint, &count));
+    CHECK_OK(sft_checkpoint_get_tensor_count(checkpoint, &count));
     CHECK(count == 2);
     size_t shard = 9, index = 9;
-    CHECK_STATUS(sft_checkpoint_find(checkpoint, "a", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
-    CHECK_OK(sft_checkpoint_find(checkpoint, "c", 1, &shard, &index));
+    CHECK_STATUS(sft_checkpoint_find_tensor(checkpoint, "a", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK_OK(sft_checkpoint_find_tensor(checkpoint, "c", 1, &shard, &index));
     CHECK(shard == 0 && index == 1);
     sft_checkpoint_free(checkpoint);
     chosen.variant = "bf16";
     CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INDEX);
-    CHECK(strstr(sft_last_error_message(), "m.fp16.safetensors.index.json (variant \"fp16\")") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "m.fp16.safetensors.index.json (variant \"fp16\")") != NULL);
     CHECK_STATUS(sft_checkpoint_open(path_of("one/model.safetensors"), &chosen, &checkpoint),
                  SFT_ERROR_INVALID_ARGUMENT);
     chosen.variant = "\xff";
@@ -156,7 +156,7 @@ void test_checkpoints(void) {
     refused("bad", SFT_ERROR_INDEX, "../one/model.safetensors");
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"gone.safetensors\"}}");
     refused("bad", SFT_ERROR_IO, "model.safetensors.index.json names this shard");
-    CHECK(sft_last_os_error() == ENOENT && strstr(sft_last_error_message(), "gone.safetensors") != NULL);
+    CHECK(sft_last_error_get_os_error() == ENOENT && strstr(sft_last_error_get_message(), "gone.safetensors") != NULL);
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"x\", \"a\": \"x\"}}");
     refused("bad", SFT_ERROR_DUPLICATE, "twice");
     write_text("bad/model.safetensors.index.json", "[1]");
@@ -165,6 +165,6 @@ void test_checkpoints(void) {
 
     CHECK_STATUS(sft_checkpoint_open(NULL, NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_checkpoint_open(path_of("one"), NULL, NULL), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_STATUS(sft_checkpoint_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_STATUS(sft_checkpoint_shard_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_get_tensor_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_get_shard_count(NULL, &count), SFT_ERROR_INVALID_ARGUMENT);
 }

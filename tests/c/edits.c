@@ -1,4 +1,4 @@
-/* sft_metadata_edit. */
+/* sft_edit_metadata. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,10 +40,10 @@ static void check_entry(size_t count, const char* key, const char* value) {
     sft_str found = none;
     unsigned char data[3] = {0};
     CHECK_OK(sft_file_open(path_of("edited.safetensors"), NULL, &file));
-    CHECK_OK(sft_file_metadata_count(file, &found_count));
-    CHECK_OK(sft_file_metadata_get(file, key, strlen(key), &found));
+    CHECK_OK(sft_file_get_metadata_count(file, &found_count));
+    CHECK_OK(sft_file_find_metadata(file, key, strlen(key), &found));
     CHECK(found_count == count && (value == NULL ? found.data == NULL : text_is(found, value)));
-    CHECK_OK(sft_file_read(file, 0, data, sizeof data));
+    CHECK_OK(sft_file_read_tensor(file, 0, data, sizeof data));
     CHECK(memcmp(data, bytes, sizeof bytes) == 0);
     sft_file_free(file);
 }
@@ -53,19 +53,19 @@ static void test_where(void) {
     const ino_t before = inode();
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     const sft_metadata_change set[] = {{text("format"), none}, {text("epoch"), text("3")}, {text("empty"), text("")}};
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), set, 3, NULL));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), set, 3, NULL));
     check_entry(2, "epoch", "3");
     check_entry(2, "empty", "");
     check_entry(2, "format", NULL);
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), NULL, 0, &options));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
     options.mode = SFT_EDIT_IN_PLACE;
-    options.sync = 1;
+    options.durable = 1;
     const sft_metadata_change removed[] = {{text("empty"), none}};
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), removed, 1, &options));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), removed, 1, &options));
     check_entry(1, "epoch", "3");
     CHECK(inode() == before);
     options.mode = SFT_EDIT_REWRITE;
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), NULL, 0, &options));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
     CHECK(inode() != before);
     check_entry(1, "epoch", "3");
 
@@ -74,14 +74,14 @@ static void test_where(void) {
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
     options.mode = SFT_EDIT_IN_PLACE;
     const sft_metadata_change change[] = {{text("key"), text("a value that is longer than the padding")}};
-    CHECK_STATUS(sft_metadata_edit(path_of("edited.safetensors"), change, 1, &options), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path_of("edited.safetensors"), change, 1, &options), SFT_ERROR_INVALID_ARGUMENT);
     check_entry(1, "format", "pt");
     options.mode = SFT_EDIT_AUTO;
     options.reserve = 100;
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), NULL, 0, &options));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
     options.mode = SFT_EDIT_IN_PLACE;
     options.reserve = 0;
-    CHECK_OK(sft_metadata_edit(path_of("edited.safetensors"), change, 1, &options));
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), change, 1, &options));
     check_entry(2, "key", "a value that is longer than the padding");
 }
 
@@ -89,33 +89,33 @@ static void test_refused_edits(void) {
     make(8);
     const char* path = path_of("edited.safetensors");
     const sft_metadata_change twice[] = {{text("a"), text("1")}, {text("a"), none}};
-    CHECK_STATUS(sft_metadata_edit(path, twice, 2, NULL), SFT_ERROR_DUPLICATE);
-    CHECK(strstr(sft_last_error_message(), "edited.safetensors: the changes have the key \"a\" twice") != NULL);
+    CHECK_STATUS(sft_edit_metadata(path, twice, 2, NULL), SFT_ERROR_DUPLICATE);
+    CHECK(strstr(sft_last_error_get_message(), "edited.safetensors: the changes have the key \"a\" twice") != NULL);
     const sft_metadata_change bad_key[] = {{text("\xff"), text("1")}};
-    CHECK_STATUS(sft_metadata_edit(path, bad_key, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, bad_key, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
     const sft_metadata_change bad_value[] = {{text("a"), text("\xff")}};
-    CHECK_STATUS(sft_metadata_edit(path, bad_value, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, bad_value, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
     const sft_metadata_change no_value[] = {{text("a"), {NULL, 1}}};
-    CHECK_STATUS(sft_metadata_edit(path, no_value, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_STATUS(sft_metadata_edit(path, NULL, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_STATUS(sft_metadata_edit(NULL, NULL, 0, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, no_value, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, NULL, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(NULL, NULL, 0, NULL), SFT_ERROR_INVALID_ARGUMENT);
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = 3;
-    CHECK_STATUS(sft_metadata_edit(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
-    options.sync = 2;
-    CHECK_STATUS(sft_metadata_edit(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
+    options.durable = 2;
+    CHECK_STATUS(sft_edit_metadata(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
     options.struct_size = 0;
-    CHECK_STATUS(sft_metadata_edit(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_edit_metadata(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
     options.reserve = UINT64_MAX;
-    CHECK_STATUS(sft_metadata_edit(path, NULL, 0, &options), SFT_ERROR_HEADER_TOO_LARGE);
-    CHECK_STATUS(sft_metadata_edit(path_of("absent"), NULL, 0, NULL), SFT_ERROR_IO);
-    CHECK(sft_last_os_error() == ENOENT);
+    CHECK_STATUS(sft_edit_metadata(path, NULL, 0, &options), SFT_ERROR_HEADER_TOO_LARGE);
+    CHECK_STATUS(sft_edit_metadata(path_of("absent"), NULL, 0, NULL), SFT_ERROR_IO);
+    CHECK(sft_last_error_get_os_error() == ENOENT);
     check_entry(1, "format", "pt");
     CHECK(truncate(path_of("edited.safetensors"), 20) == 0);
-    CHECK_STATUS(sft_metadata_edit(path_of("edited.safetensors"), NULL, 0, NULL), SFT_ERROR_HEADER_TRUNCATED);
+    CHECK_STATUS(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, NULL), SFT_ERROR_HEADER_TRUNCATED);
 }
 
 void test_edits(void) {

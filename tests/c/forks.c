@@ -11,26 +11,26 @@
 static const uint64_t bytes_shape[] = {3};
 static const unsigned char bytes[3] = {7, 8, 9};
 
-/* A stream of a file `name` with one tensor, "a". */
-static sft_stream* begin(const char* name) {
+/* A incremental of a file `name` with one tensor, "a". */
+static sft_incremental_writer* begin(const char* name) {
     sft_writer* writer = NULL;
-    sft_stream* stream = NULL;
+    sft_incremental_writer* incremental = NULL;
     CHECK_OK(sft_writer_new(&writer));
     CHECK_OK(sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, bytes_shape, 1));
-    CHECK_OK(sft_stream_create(writer, path_of(name), NULL, &stream));
+    CHECK_OK(sft_incremental_writer_create(writer, path_of(name), NULL, &incremental));
     sft_writer_free(writer);
-    return stream;
+    return incremental;
 }
 
 static bool is_refused(sft_status status) {
-    return status == SFT_ERROR_INVALID_ARGUMENT && strstr(sft_last_error_message(), "before a fork") != NULL;
+    return status == SFT_ERROR_INVALID_ARGUMENT && strstr(sft_last_error_get_message(), "before a fork") != NULL;
 }
 
 /* A child has the parent's descriptor, and could change the file that the parent has committed. */
 static void test_committed_after_the_fork(void) {
     const unsigned char others[3] = {1, 2, 3};
     unsigned char found[3] = {0};
-    sft_stream* stream = begin("forked.safetensors");
+    sft_incremental_writer* incremental = begin("forked.safetensors");
     int gate[2];
     CHECK(pipe(gate) == 0);
     fflush(stdout);
@@ -39,31 +39,31 @@ static void test_committed_after_the_fork(void) {
     if (child == 0) {
         close(gate[1]);
         const bool committed = read(gate[0], found, 1) == 0;
-        const bool refused = is_refused(sft_stream_write(stream, "a", 1, others, 3));
+        const bool refused = is_refused(sft_incremental_writer_write_tensor(incremental, "a", 1, others, 3));
         _exit(committed && refused ? 0 : 1);
     }
-    CHECK_OK(sft_stream_write(stream, "a", 1, bytes, 3));
-    CHECK_OK(sft_stream_commit(stream));
-    sft_stream_free(stream);
+    CHECK_OK(sft_incremental_writer_write_tensor(incremental, "a", 1, bytes, 3));
+    CHECK_OK(sft_incremental_writer_commit(incremental));
+    sft_incremental_writer_free(incremental);
     close(gate[0]);
     close(gate[1]);
     int status = 1;
     CHECK(waitpid(child, &status, 0) == child && status == 0);
     sft_file* file = NULL;
     CHECK_OK(sft_file_open(path_of("forked.safetensors"), NULL, &file));
-    CHECK_OK(sft_file_read(file, 0, found, 3));
+    CHECK_OK(sft_file_read_tensor(file, 0, found, 3));
     CHECK(memcmp(found, bytes, 3) == 0);
     sft_file_free(file);
 }
 
 static atomic_bool over;
 
-/* Takes the stream's lock as often as it can. Writing nothing allocates nothing: an allocator under a sanitizer has
- * locks of its own, which it does not look after in a fork. */
-static void* write_nothing(void* stream) {
+/* Takes the incremental's lock as often as it can. Writing nothing allocates nothing: an allocator under a sanitizer
+ * has locks of its own, which it does not look after in a fork. */
+static void* write_nothing(void* incremental) {
     sft_status status = SFT_OK;
     while (!atomic_load(&over) && status == SFT_OK) {
-        status = sft_stream_write_part(stream, "a", 1, 0, bytes, 0);
+        status = sft_incremental_writer_write_part(incremental, "a", 1, 0, bytes, 0);
     }
     CHECK_OK(status);
     return NULL;
@@ -73,21 +73,21 @@ static void* write_nothing(void* stream) {
  * children wait for ever. */
 static void test_forks_while_threads_write(void) {
     enum { HAMMERS = 2, FORKS = 100 };
-    sft_stream* stream = begin("hammered.safetensors");
+    sft_incremental_writer* incremental = begin("hammered.safetensors");
     pthread_t threads[HAMMERS];
     atomic_store(&over, false);
     for (int i = 0; i < HAMMERS; i++) {
-        CHECK(pthread_create(&threads[i], NULL, write_nothing, stream) == 0);
+        CHECK(pthread_create(&threads[i], NULL, write_nothing, incremental) == 0);
     }
     int failed = 0;
     for (int i = 0; i < FORKS && failed == 0; i++) {
         const pid_t child = fork();
         if (child == 0) {
             alarm(20);
-            const bool refused = is_refused(sft_stream_write(stream, "a", 1, bytes, 3)) &&
-                                 is_refused(sft_stream_write_part(stream, "a", 1, 0, bytes, 0)) &&
-                                 is_refused(sft_stream_commit(stream));
-            sft_stream_free(stream);
+            const bool refused = is_refused(sft_incremental_writer_write_tensor(incremental, "a", 1, bytes, 3)) &&
+                                 is_refused(sft_incremental_writer_write_part(incremental, "a", 1, 0, bytes, 0)) &&
+                                 is_refused(sft_incremental_writer_commit(incremental));
+            sft_incremental_writer_free(incremental);
             _exit(refused ? 0 : 1);
         }
         int status = 1;
@@ -98,9 +98,9 @@ static void test_forks_while_threads_write(void) {
     for (int i = 0; i < HAMMERS; i++) {
         CHECK(pthread_join(threads[i], NULL) == 0);
     }
-    CHECK_OK(sft_stream_write(stream, "a", 1, bytes, 3));
-    CHECK_OK(sft_stream_commit(stream));
-    sft_stream_free(stream);
+    CHECK_OK(sft_incremental_writer_write_tensor(incremental, "a", 1, bytes, 3));
+    CHECK_OK(sft_incremental_writer_commit(incremental));
+    sft_incremental_writer_free(incremental);
 }
 
 void test_forks(void) {

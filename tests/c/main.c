@@ -1,4 +1,4 @@
-/* Runs the tests of the C interface in the folder that is given. Ends in "N passed, N failed". */
+/* Runs the tests of the C interface in the directory that is given. Ends in "N passed, N failed". */
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +11,7 @@
 /* Counted without order, so that checks on several threads do not order these. */
 static atomic_int passed, failed;
 static atomic_bool seen[STATUS_COUNT];
-static const char* folder;
+static const char* directory;
 
 void check_that(bool holds, const char* what, const char* file, int line) {
     if (holds) {
@@ -26,10 +26,11 @@ void check_status(sft_status given, sft_status expected, const char* what, const
     if (given >= 0 && given < STATUS_COUNT) {
         atomic_store_explicit(&seen[given], true, memory_order_relaxed);
     }
-    const bool said = given == SFT_OK || strlen(sft_last_error_message()) > 0;
+    const bool said = given == SFT_OK || strlen(sft_last_error_get_message()) > 0;
     check_that(given == expected && said, what, file, line);
     if (given != expected) {
-        printf("    %s, not %s: %s\n", sft_status_name(given), sft_status_name(expected), sft_last_error_message());
+        printf("    %s, not %s: %s\n", sft_status_get_name(given), sft_status_get_name(expected),
+               sft_last_error_get_message());
     }
 }
 
@@ -51,7 +52,7 @@ void* make_file(const char* json, size_t nbytes, size_t* length) {
 
 const char* path_of(const char* name) {
     static char path[4096];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
+    snprintf(path, sizeof path, "%s/%s", directory, name);
     return path;
 }
 
@@ -61,10 +62,10 @@ bool text_is(sft_str text, const char* expected) {
 
 int main(int argc, char** argv) {
     if (argc != 2) {
-        fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
         return 2;
     }
-    folder = argv[1];
+    directory = argv[1];
     test_version_and_status();
     test_dtypes();
     test_writing();
@@ -84,7 +85,7 @@ int main(int argc, char** argv) {
 
     /* Every error was met, but for PANIC: there is no bug to meet, and the Rust tests raise one. */
     for (sft_status status = SFT_OK; status < STATUS_COUNT; status++) {
-        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_name(status), "met by no test",
+        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_get_name(status), "met by no test",
                    status);
     }
     printf("%d passed, %d failed\n", passed, failed);

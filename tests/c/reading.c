@@ -39,7 +39,7 @@ void test_prefault(void) {
             sft_file* file = NULL;
             CHECK_OK(sft_file_open(path_of("large.safetensors"), &options, &file));
             memset(read, 0, LENGTH);
-            CHECK_OK(sft_file_read(file, 0, read, LENGTH));
+            CHECK_OK(sft_file_read_tensor(file, 0, read, LENGTH));
             CHECK(memcmp(read, bytes, LENGTH) == 0);
             sft_file_free(file);
         }
@@ -51,72 +51,72 @@ void test_prefault(void) {
 
 static void check_three(const sft_file* file, bool in_memory) {
     size_t count = 0, index = 99;
-    CHECK_OK(sft_file_count(file, &count));
+    CHECK_OK(sft_file_get_tensor_count(file, &count));
     CHECK(count == 3);
 
     sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-    CHECK_OK(sft_file_tensor(file, 0, &info));
+    CHECK_OK(sft_file_get_tensor_info(file, 0, &info));
     CHECK(text_is(info.name, "") && info.dtype == SFT_DTYPE_I64 && info.nbytes == 0 && info.begin == info.end);
     CHECK(info.rank == 2 && info.shape[0] == 0 && info.shape[1] == 5);
-    CHECK_OK(sft_file_tensor(file, 1, &info));
+    CHECK_OK(sft_file_get_tensor_info(file, 1, &info));
     CHECK(text_is(info.name, "matrix") && info.dtype == SFT_DTYPE_F32 && info.nbytes == 48);
     CHECK(info.rank == 2 && info.shape[0] == 3 && info.shape[1] == 4 && info.end - info.begin == 48);
     const uint64_t end = info.end;
-    CHECK_OK(sft_file_tensor(file, 2, &info));
+    CHECK_OK(sft_file_get_tensor_info(file, 2, &info));
     CHECK(info.name.length == 3 && memcmp(info.name.data, "a\0b", 3) == 0 && info.begin == end);
     CHECK(info.struct_size == sizeof info && info.reserved == 0);
-    CHECK_STATUS(sft_file_tensor(file, 3, &info), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_file_get_tensor_info(file, 3, &info), SFT_ERROR_INVALID_ARGUMENT);
 
     /* By name: "", "a\0b", "matrix". */
     const size_t sorted[] = {0, 2, 1};
     for (size_t position = 0; position < 3; position++) {
-        CHECK_OK(sft_file_sorted(file, position, &index));
+        CHECK_OK(sft_file_get_sorted_index(file, position, &index));
         CHECK(index == sorted[position]);
     }
-    CHECK_STATUS(sft_file_sorted(file, 3, &index), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_OK(sft_file_find(file, "matrix", 6, &index));
+    CHECK_STATUS(sft_file_get_sorted_index(file, 3, &index), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_OK(sft_file_find_tensor(file, "matrix", 6, &index));
     CHECK(index == 1);
-    CHECK_OK(sft_file_find(file, "a\0b", 3, &index));
+    CHECK_OK(sft_file_find_tensor(file, "a\0b", 3, &index));
     CHECK(index == 2);
-    CHECK_OK(sft_file_find(file, NULL, 0, &index));
+    CHECK_OK(sft_file_find_tensor(file, NULL, 0, &index));
     CHECK(index == 0);
-    CHECK_STATUS(sft_file_find(file, "a", 1, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK_STATUS(sft_file_find_tensor(file, "a", 1, &index), SFT_ERROR_TENSOR_NOT_FOUND);
     CHECK(index == 0);
-    CHECK_STATUS(sft_file_find(file, "a\0c", 3, &index), SFT_ERROR_TENSOR_NOT_FOUND);
-    CHECK(strstr(sft_last_error_message(), "a\\0c") != NULL);
-    CHECK_STATUS(sft_file_find(file, "\xff", 1, &index), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_file_find_tensor(file, "a\0c", 3, &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK(strstr(sft_last_error_get_message(), "a\\0c") != NULL);
+    CHECK_STATUS(sft_file_find_tensor(file, "\xff", 1, &index), SFT_ERROR_INVALID_ARGUMENT);
 
     float matrix[12] = {0};
-    CHECK_OK(sft_file_read(file, 1, matrix, sizeof matrix));
+    CHECK_OK(sft_file_read_tensor(file, 1, matrix, sizeof matrix));
     for (int i = 0; i < 12; i++) {
         CHECK(matrix[i] == (float)i);
     }
-    CHECK_STATUS(sft_file_read(file, 1, matrix, sizeof matrix - 1), SFT_ERROR_BUFFER_SIZE);
-    CHECK_STATUS(sft_file_read(file, 3, matrix, sizeof matrix), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_OK(sft_file_read(file, 0, NULL, 0));
+    CHECK_STATUS(sft_file_read_tensor(file, 1, matrix, sizeof matrix - 1), SFT_ERROR_BUFFER_SIZE);
+    CHECK_STATUS(sft_file_read_tensor(file, 3, matrix, sizeof matrix), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_OK(sft_file_read_tensor(file, 0, NULL, 0));
 
     unsigned char bytes[3] = {0};
     float again[12] = {0};
-    const sft_read reads[] = {{2, bytes, sizeof bytes}, {0, NULL, 0}, {1, again, sizeof again}};
-    CHECK_OK(sft_file_read_many(file, reads, 3));
+    const sft_read_request reads[] = {{2, bytes, sizeof bytes}, {0, NULL, 0}, {1, again, sizeof again}};
+    CHECK_OK(sft_file_read_tensors(file, reads, 3));
     CHECK(memcmp(bytes, "\7\10\11", 3) == 0 && memcmp(matrix, again, sizeof again) == 0);
-    CHECK_OK(sft_file_read_many(file, NULL, 0));
-    const sft_read wrong[] = {{1, again, sizeof again}, {2, bytes, 2}};
+    CHECK_OK(sft_file_read_tensors(file, NULL, 0));
+    const sft_read_request wrong[] = {{1, again, sizeof again}, {2, bytes, 2}};
     memset(again, 0, sizeof again);
-    CHECK_STATUS(sft_file_read_many(file, wrong, 2), SFT_ERROR_BUFFER_SIZE);
+    CHECK_STATUS(sft_file_read_tensors(file, wrong, 2), SFT_ERROR_BUFFER_SIZE);
     CHECK(again[11] == 0);
 
     const void* data = bytes;
     if (in_memory) {
-        CHECK_OK(sft_file_data(file, 1, &data));
+        CHECK_OK(sft_file_get_data(file, 1, &data));
         CHECK(memcmp(data, matrix, sizeof matrix) == 0);
-        CHECK_OK(sft_file_data(file, 0, &data));
+        CHECK_OK(sft_file_get_data(file, 0, &data));
         CHECK(data != NULL);
     } else {
-        CHECK_STATUS(sft_file_data(file, 1, &data), SFT_ERROR_INVALID_ARGUMENT);
+        CHECK_STATUS(sft_file_get_data(file, 1, &data), SFT_ERROR_INVALID_ARGUMENT);
         CHECK(data == NULL);
     }
-    CHECK_STATUS(sft_file_data(file, 3, &data), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_file_get_data(file, 3, &data), SFT_ERROR_INVALID_ARGUMENT);
     CHECK(data == NULL);
 }
 
@@ -131,20 +131,20 @@ static void check_closed(sft_file* file) {
     const sft_range ranges[2] = {{0, 1, 1}, {0, 1, 1}};
     CHECK_OK(sft_file_close(file));
     CHECK_OK(sft_file_close(file));
-    CHECK_STATUS(sft_file_count(file, &number), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_tensor(file, 0, &info), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_sorted(file, 0, &number), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_find(file, "matrix", 6, &number), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_tensor_count(file, &number), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_tensor_info(file, 0, &info), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_sorted_index(file, 0, &number), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_find_tensor(file, "matrix", 6, &number), SFT_ERROR_CLOSED);
     CHECK_STATUS(sft_file_has_metadata(file, &present), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_metadata_count(file, &number), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_metadata_at(file, 0, &text, &text), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_metadata_get(file, "k", 1, &text), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_data(file, 0, &data), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_read(file, 0, &byte, 0), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_read_many(file, NULL, 0), SFT_ERROR_CLOSED);
-    CHECK_STATUS(sft_file_slice_size(file, 1, ranges, 2, shape, &size), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_metadata_count(file, &number), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_metadata_entry(file, 0, &text, &text), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_find_metadata(file, "k", 1, &text), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_data(file, 0, &data), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_read_tensor(file, 0, &byte, 0), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_read_tensors(file, NULL, 0), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 2, shape, &size), SFT_ERROR_CLOSED);
     CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, &byte, 1), SFT_ERROR_CLOSED);
-    CHECK(strcmp(sft_last_error_message(), "File is closed") == 0);
+    CHECK(strcmp(sft_last_error_get_message(), "File is closed") == 0);
     sft_file_free(file);
 }
 
@@ -165,9 +165,9 @@ static void test_more_files_than_descriptors(void) {
     for (int i = 0; i < FILES; i++) {
         const void* data = NULL;
         size_t count = 0;
-        CHECK_OK(sft_file_count(files[i], &count));
+        CHECK_OK(sft_file_get_tensor_count(files[i], &count));
         CHECK(count == 3);
-        CHECK_OK(sft_file_data(files[i], 0, &data));
+        CHECK_OK(sft_file_get_data(files[i], 0, &data));
         sft_file_free(files[i]);
     }
     options.backend = SFT_BACKEND_PREAD;
@@ -175,9 +175,9 @@ static void test_more_files_than_descriptors(void) {
     while (opened < FILES && sft_file_open(path_of("three.safetensors"), &options, &files[opened]) == SFT_OK) {
         opened++;
     }
-    CHECK(opened < LIMIT && sft_last_os_error() == EMFILE);
-    CHECK(strstr(sft_last_error_message(), "as many files open as it may (100)") != NULL);
-    CHECK(strstr(sft_last_error_message(), "\"mmap\", which keeps no file open") != NULL);
+    CHECK(opened < LIMIT && sft_last_error_get_os_error() == EMFILE);
+    CHECK(strstr(sft_last_error_get_message(), "as many files open as it may (100)") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "\"mmap\", which keeps no file open") != NULL);
     for (int i = 0; i < opened; i++) {
         sft_file_free(files[i]);
     }
@@ -200,18 +200,18 @@ void test_reading(void) {
     CHECK_OK(sft_file_open_buffer(bytes, length, &file));
     check_three(file, true);
     const void* data = NULL;
-    CHECK_OK(sft_file_data(file, 1, &data));
+    CHECK_OK(sft_file_get_data(file, 1, &data));
     CHECK((const unsigned char*)data > bytes && (const unsigned char*)data < bytes + length);
     check_closed(file);
 
     /* A file that shrinks while it is open is an error where it is read. */
     file = open_three(SFT_BACKEND_PREAD);
     CHECK(truncate(path_of("three.safetensors"), (off_t)length - 1) == 0);
-    CHECK_STATUS(sft_file_read(file, 2, bytes, 3), SFT_ERROR_FILE_CHANGED);
-    CHECK_OK(sft_file_read(file, 1, bytes, 48));
+    CHECK_STATUS(sft_file_read_tensor(file, 2, bytes, 3), SFT_ERROR_FILE_CHANGED);
+    CHECK_OK(sft_file_read_tensor(file, 1, bytes, 48));
     sft_file_free(file);
     CHECK_STATUS(sft_file_open(path_of("three.safetensors"), NULL, &file), SFT_ERROR_DATA_LENGTH);
-    CHECK(strstr(sft_last_error_message(), "three.safetensors: ") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "three.safetensors: ") != NULL);
     sft_file_free(NULL);
     test_writing();
 }
@@ -223,19 +223,19 @@ void test_slices(void) {
         sft_range ranges[2] = {{0, 3, 2}, {1, 4, 2}};
         uint64_t shape[2] = {0, 0}, size = 0;
         float part[4] = {0};
-        CHECK_OK(sft_file_slice_size(file, 1, ranges, 2, shape, &size));
+        CHECK_OK(sft_file_get_slice_size(file, 1, ranges, 2, shape, &size));
         CHECK(shape[0] == 2 && shape[1] == 2 && size == sizeof part);
         CHECK_OK(sft_file_read_slice(file, 1, ranges, 2, part, sizeof part));
         CHECK(part[0] == 1 && part[1] == 3 && part[2] == 9 && part[3] == 11);
         CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, part, 15), SFT_ERROR_BUFFER_SIZE);
-        CHECK_STATUS(sft_file_slice_size(file, 1, ranges, 1, shape, &size), SFT_ERROR_SLICE);
-        CHECK_STATUS(sft_file_slice_size(file, 3, ranges, 2, shape, &size), SFT_ERROR_INVALID_ARGUMENT);
+        CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 1, shape, &size), SFT_ERROR_SLICE);
+        CHECK_STATUS(sft_file_get_slice_size(file, 3, ranges, 2, shape, &size), SFT_ERROR_INVALID_ARGUMENT);
         ranges[1].step = 0;
         CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, part, sizeof part), SFT_ERROR_SLICE);
         ranges[1] = (sft_range){0, 5, 1};
-        CHECK_STATUS(sft_file_slice_size(file, 1, ranges, 2, shape, &size), SFT_ERROR_SLICE);
+        CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 2, shape, &size), SFT_ERROR_SLICE);
         ranges[1] = (sft_range){2, 2, 1};
-        CHECK_OK(sft_file_slice_size(file, 1, ranges, 2, shape, &size));
+        CHECK_OK(sft_file_get_slice_size(file, 1, ranges, 2, shape, &size));
         CHECK(shape[0] == 2 && shape[1] == 0 && size == 0);
         CHECK_OK(sft_file_read_slice(file, 1, ranges, 2, NULL, 0));
         sft_file_free(file);
@@ -248,8 +248,8 @@ void test_slices(void) {
     CHECK_OK(sft_file_open_buffer(bytes, length, &file));
     const sft_range half = {1, 3, 1}, whole = {2, 4, 1};
     uint64_t shape, size;
-    CHECK_STATUS(sft_file_slice_size(file, 0, &half, 1, &shape, &size), SFT_ERROR_SLICE);
-    CHECK_OK(sft_file_slice_size(file, 0, &whole, 1, &shape, &size));
+    CHECK_STATUS(sft_file_get_slice_size(file, 0, &half, 1, &shape, &size), SFT_ERROR_SLICE);
+    CHECK_OK(sft_file_get_slice_size(file, 0, &whole, 1, &shape, &size));
     CHECK(shape == 2 && size == 1);
     sft_file_free(file);
     free(bytes);
@@ -258,7 +258,7 @@ void test_slices(void) {
     bytes = make_file("{\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", 1, &length);
     CHECK_OK(sft_file_open_buffer(bytes, length, &file));
     char scalar = 1;
-    CHECK_OK(sft_file_slice_size(file, 0, NULL, 0, NULL, &size));
+    CHECK_OK(sft_file_get_slice_size(file, 0, NULL, 0, NULL, &size));
     CHECK_OK(sft_file_read_slice(file, 0, NULL, 0, &scalar, 1));
     CHECK(size == 1 && scalar == 0);
     sft_file_free(file);
@@ -271,20 +271,20 @@ void test_metadata(void) {
     size_t count = 0;
     sft_str key, value;
     CHECK_OK(sft_file_has_metadata(file, &present));
-    CHECK_OK(sft_file_metadata_count(file, &count));
+    CHECK_OK(sft_file_get_metadata_count(file, &count));
     CHECK(present == 1 && count == 2);
-    CHECK_OK(sft_file_metadata_at(file, 0, &key, &value));
+    CHECK_OK(sft_file_get_metadata_entry(file, 0, &key, &value));
     CHECK(key.length == 1 && key.data[0] == '\0' && value.length == 0 && value.data != NULL);
-    CHECK_OK(sft_file_metadata_at(file, 1, &key, &value));
+    CHECK_OK(sft_file_get_metadata_entry(file, 1, &key, &value));
     CHECK(text_is(key, "format") && text_is(value, "pt"));
-    CHECK_STATUS(sft_file_metadata_at(file, 2, &key, &value), SFT_ERROR_INVALID_ARGUMENT);
-    CHECK_OK(sft_file_metadata_get(file, "format", 6, &value));
+    CHECK_STATUS(sft_file_get_metadata_entry(file, 2, &key, &value), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_OK(sft_file_find_metadata(file, "format", 6, &value));
     CHECK(text_is(value, "pt"));
-    CHECK_OK(sft_file_metadata_get(file, "\0", 1, &value));
+    CHECK_OK(sft_file_find_metadata(file, "\0", 1, &value));
     CHECK(value.data != NULL && value.length == 0);
-    CHECK_OK(sft_file_metadata_get(file, "forma", 5, &value));
+    CHECK_OK(sft_file_find_metadata(file, "forma", 5, &value));
     CHECK(value.data == NULL && value.length == 0);
-    CHECK_STATUS(sft_file_metadata_get(file, "\xff", 1, &value), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_file_find_metadata(file, "\xff", 1, &value), SFT_ERROR_INVALID_ARGUMENT);
     sft_file_free(file);
 
     const char* const without[] = {"{}", "{\"__metadata__\":null}", "{\"__metadata__\":{}}"};
@@ -293,7 +293,7 @@ void test_metadata(void) {
         void* bytes = make_file(without[i], 0, &length);
         CHECK_OK(sft_file_open_buffer(bytes, length, &file));
         CHECK_OK(sft_file_has_metadata(file, &present));
-        CHECK_OK(sft_file_metadata_count(file, &count));
+        CHECK_OK(sft_file_get_metadata_count(file, &count));
         CHECK(present == (i == 2) && count == 0);
         sft_file_free(file);
         free(bytes);

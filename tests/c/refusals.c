@@ -29,7 +29,7 @@ void test_refused_files(void) {
     refused("\7\0\0\0\0\0\0\0{}", 10, SFT_ERROR_HEADER_TRUNCATED);
     const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n";
     refused(pointer, sizeof pointer - 1, SFT_ERROR_FOREIGN_FORMAT);
-    CHECK(strstr(sft_last_error_message(), "git lfs pull") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "git lfs pull") != NULL);
     refused_json("{\"\xff\":1}", 0, SFT_ERROR_HEADER_UTF8);
     refused_json("[]", 0, SFT_ERROR_HEADER_JSON);
     refused_json("{" TENSOR("a", "U8", "[0]", "[0,0]") "," TENSOR("a", "U8", "[0]", "[0,0]") "}", 0,
@@ -42,9 +42,9 @@ void test_refused_files(void) {
 
     sft_file* file;
     CHECK_STATUS(sft_file_open(path_of("."), NULL, &file), SFT_ERROR_IO);
-    CHECK(sft_last_os_error() == EISDIR);
+    CHECK(sft_last_error_get_os_error() == EISDIR);
     CHECK_STATUS(sft_file_open("/dev/null", NULL, &file), SFT_ERROR_IO);
-    CHECK(sft_last_os_error() == ENODEV);
+    CHECK(sft_last_error_get_os_error() == ENODEV);
 }
 
 /* The shared vectors: each file is refused, for the reason that the list gives, whichever way it is opened. */
@@ -60,9 +60,9 @@ void test_malformed_files(void) {
             sft_open_options options = SFT_OPEN_OPTIONS_INIT;
             options.backend = backend;
             sft_file* file = (sft_file*)&file;
-            const char* given = sft_status_name(sft_file_open(path, &options, &file));
+            const char* given = sft_status_get_name(sft_file_open(path, &options, &file));
             CHECK(strcmp(given, status) == 0 && file == NULL);
-            CHECK(strstr(sft_last_error_message(), path) != NULL);
+            CHECK(strstr(sft_last_error_get_message(), path) != NULL);
             if (strcmp(given, status) != 0) printf("    %s: %s, not %s\n", name, given, status);
         }
     }
@@ -79,39 +79,39 @@ static void test_null_file_arguments(const sft_file* file) {
     char buffer[64];
     sft_tensor_info info = SFT_TENSOR_INFO_INIT;
     const sft_range ranges[2] = {{0, 1, 1}, {0, 1, 1}};
-    const sft_read read = {1, NULL, 48};
+    const sft_read_request read = {1, NULL, 48};
     const sft_status invalid = SFT_ERROR_INVALID_ARGUMENT;
-    CHECK_STATUS(sft_file_count(NULL, &number), invalid);
-    CHECK_STATUS(sft_file_count(file, NULL), invalid);
-    CHECK_STATUS(sft_file_tensor(NULL, 0, &info), invalid);
-    CHECK_STATUS(sft_file_tensor(file, 0, NULL), invalid);
-    CHECK_STATUS(sft_file_sorted(NULL, 0, &number), invalid);
-    CHECK_STATUS(sft_file_sorted(file, 0, NULL), invalid);
-    CHECK_STATUS(sft_file_find(NULL, "a", 1, &number), invalid);
-    CHECK_STATUS(sft_file_find(file, NULL, 1, &number), invalid);
-    CHECK_STATUS(sft_file_find(file, "a", SIZE_MAX, &number), invalid);
-    CHECK_STATUS(sft_file_find(file, "a", 1, NULL), invalid);
+    CHECK_STATUS(sft_file_get_tensor_count(NULL, &number), invalid);
+    CHECK_STATUS(sft_file_get_tensor_count(file, NULL), invalid);
+    CHECK_STATUS(sft_file_get_tensor_info(NULL, 0, &info), invalid);
+    CHECK_STATUS(sft_file_get_tensor_info(file, 0, NULL), invalid);
+    CHECK_STATUS(sft_file_get_sorted_index(NULL, 0, &number), invalid);
+    CHECK_STATUS(sft_file_get_sorted_index(file, 0, NULL), invalid);
+    CHECK_STATUS(sft_file_find_tensor(NULL, "a", 1, &number), invalid);
+    CHECK_STATUS(sft_file_find_tensor(file, NULL, 1, &number), invalid);
+    CHECK_STATUS(sft_file_find_tensor(file, "a", SIZE_MAX, &number), invalid);
+    CHECK_STATUS(sft_file_find_tensor(file, "a", 1, NULL), invalid);
     CHECK_STATUS(sft_file_has_metadata(NULL, &present), invalid);
     CHECK_STATUS(sft_file_has_metadata(file, NULL), invalid);
-    CHECK_STATUS(sft_file_metadata_count(NULL, &number), invalid);
-    CHECK_STATUS(sft_file_metadata_count(file, NULL), invalid);
-    CHECK_STATUS(sft_file_metadata_at(NULL, 0, &text, &text), invalid);
-    CHECK_STATUS(sft_file_metadata_at(file, 0, NULL, &text), invalid);
-    CHECK_STATUS(sft_file_metadata_at(file, 0, &text, NULL), invalid);
-    CHECK_STATUS(sft_file_metadata_get(NULL, "a", 1, &text), invalid);
-    CHECK_STATUS(sft_file_metadata_get(file, NULL, 1, &text), invalid);
-    CHECK_STATUS(sft_file_metadata_get(file, "a", 1, NULL), invalid);
-    CHECK_STATUS(sft_file_data(NULL, 0, &data), invalid);
-    CHECK_STATUS(sft_file_data(file, 0, NULL), invalid);
-    CHECK_STATUS(sft_file_read(NULL, 1, buffer, 48), invalid);
-    CHECK_STATUS(sft_file_read(file, 1, NULL, 48), invalid);
-    CHECK_STATUS(sft_file_read_many(NULL, &read, 1), invalid);
-    CHECK_STATUS(sft_file_read_many(file, NULL, 1), invalid);
-    CHECK_STATUS(sft_file_read_many(file, &read, 1), invalid);
-    CHECK_STATUS(sft_file_slice_size(NULL, 1, ranges, 2, shape, &size), invalid);
-    CHECK_STATUS(sft_file_slice_size(file, 1, NULL, 2, shape, &size), invalid);
-    CHECK_STATUS(sft_file_slice_size(file, 1, ranges, 2, NULL, &size), invalid);
-    CHECK_STATUS(sft_file_slice_size(file, 1, ranges, 2, shape, NULL), invalid);
+    CHECK_STATUS(sft_file_get_metadata_count(NULL, &number), invalid);
+    CHECK_STATUS(sft_file_get_metadata_count(file, NULL), invalid);
+    CHECK_STATUS(sft_file_get_metadata_entry(NULL, 0, &text, &text), invalid);
+    CHECK_STATUS(sft_file_get_metadata_entry(file, 0, NULL, &text), invalid);
+    CHECK_STATUS(sft_file_get_metadata_entry(file, 0, &text, NULL), invalid);
+    CHECK_STATUS(sft_file_find_metadata(NULL, "a", 1, &text), invalid);
+    CHECK_STATUS(sft_file_find_metadata(file, NULL, 1, &text), invalid);
+    CHECK_STATUS(sft_file_find_metadata(file, "a", 1, NULL), invalid);
+    CHECK_STATUS(sft_file_get_data(NULL, 0, &data), invalid);
+    CHECK_STATUS(sft_file_get_data(file, 0, NULL), invalid);
+    CHECK_STATUS(sft_file_read_tensor(NULL, 1, buffer, 48), invalid);
+    CHECK_STATUS(sft_file_read_tensor(file, 1, NULL, 48), invalid);
+    CHECK_STATUS(sft_file_read_tensors(NULL, &read, 1), invalid);
+    CHECK_STATUS(sft_file_read_tensors(file, NULL, 1), invalid);
+    CHECK_STATUS(sft_file_read_tensors(file, &read, 1), invalid);
+    CHECK_STATUS(sft_file_get_slice_size(NULL, 1, ranges, 2, shape, &size), invalid);
+    CHECK_STATUS(sft_file_get_slice_size(file, 1, NULL, 2, shape, &size), invalid);
+    CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 2, NULL, &size), invalid);
+    CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 2, shape, NULL), invalid);
     CHECK_STATUS(sft_file_read_slice(NULL, 1, ranges, 2, buffer, 4), invalid);
     CHECK_STATUS(sft_file_read_slice(file, 1, NULL, 2, buffer, 4), invalid);
     CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, NULL, 4), invalid);
@@ -132,8 +132,8 @@ static void test_null_writer_arguments(sft_writer* writer) {
     CHECK_STATUS(sft_writer_add_metadata(NULL, "k", 1, "v", 1), invalid);
     CHECK_STATUS(sft_writer_add_metadata(writer, NULL, 1, "v", 1), invalid);
     CHECK_STATUS(sft_writer_add_metadata(writer, "k", 1, NULL, 1), invalid);
-    CHECK_STATUS(sft_writer_size(NULL, NULL, &size), invalid);
-    CHECK_STATUS(sft_writer_size(writer, NULL, NULL), invalid);
+    CHECK_STATUS(sft_writer_get_size(NULL, NULL, &size), invalid);
+    CHECK_STATUS(sft_writer_get_size(writer, NULL, NULL), invalid);
     CHECK_STATUS(sft_writer_write_file(NULL, path_of("never"), NULL), invalid);
     CHECK_STATUS(sft_writer_write_file(writer, NULL, NULL), invalid);
     CHECK_STATUS(sft_writer_write_buffer(NULL, NULL, buffer, 16), invalid);
@@ -145,14 +145,14 @@ void test_arguments(void) {
     const sft_status invalid = SFT_ERROR_INVALID_ARGUMENT;
     sft_dtype dtype;
     uint64_t size;
-    CHECK_STATUS(sft_dtype_from_code(NULL, &dtype), invalid);
-    CHECK_STATUS(sft_dtype_from_code("F32", NULL), invalid);
-    CHECK_STATUS(sft_threads_get(NULL), invalid);
-    CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, NULL, 1, &size), invalid);
-    CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, NULL, 0, NULL), invalid);
-    CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, (const uint64_t*)((const char*)&size + 1), 1, &size), invalid);
-    CHECK(strstr(sft_last_error_message(), "aligned") != NULL);
-    CHECK_STATUS(sft_dtype_nbytes(SFT_DTYPE_U8, &size, SIZE_MAX / 8, &size), invalid);
+    CHECK_STATUS(sft_dtype_parse(NULL, &dtype), invalid);
+    CHECK_STATUS(sft_dtype_parse("F32", NULL), invalid);
+    CHECK_STATUS(sft_get_threads(NULL), invalid);
+    CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, NULL, 1, &size), invalid);
+    CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, NULL, 0, NULL), invalid);
+    CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, (const uint64_t*)((const char*)&size + 1), 1, &size), invalid);
+    CHECK(strstr(sft_last_error_get_message(), "aligned") != NULL);
+    CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, &size, SIZE_MAX / 8, &size), invalid);
 
     sft_file* file = NULL;
     CHECK_STATUS(sft_file_open(NULL, NULL, &file), invalid);
@@ -203,13 +203,13 @@ void test_struct_sizes(void) {
     CHECK_OK(sft_writer_new(&writer));
     sft_save_options save = SFT_SAVE_OPTIONS_INIT;
     save.struct_size = 8;
-    CHECK_STATUS(sft_writer_size(writer, &save, &size), invalid);
+    CHECK_STATUS(sft_writer_get_size(writer, &save, &size), invalid);
     save = (sft_save_options)SFT_SAVE_OPTIONS_INIT;
     save.reserved = 1;
-    CHECK_STATUS(sft_writer_size(writer, &save, &size), invalid);
+    CHECK_STATUS(sft_writer_get_size(writer, &save, &size), invalid);
     save = (sft_save_options)SFT_SAVE_OPTIONS_INIT;
-    save.sync = 2;
-    CHECK_STATUS(sft_writer_size(writer, &save, &size), invalid);
+    save.durable = 2;
+    CHECK_STATUS(sft_writer_get_size(writer, &save, &size), invalid);
     sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
     sharded.reserved = 1;
     CHECK_STATUS(sft_writer_write_sharded(writer, "none", &sharded), invalid);
@@ -225,11 +225,11 @@ void test_struct_sizes(void) {
     } tensor = {SFT_TENSOR_INFO_INIT, 5, 6};
     tensor.info.struct_size = sizeof tensor.info + sizeof tensor.later;
     CHECK_OK(sft_file_open(path, NULL, &file));
-    CHECK_OK(sft_file_tensor(file, 1, &tensor.info));
+    CHECK_OK(sft_file_get_tensor_info(file, 1, &tensor.info));
     CHECK(text_is(tensor.info.name, "matrix") && tensor.later == 0 && tensor.behind == 6);
     CHECK(tensor.info.struct_size == sizeof tensor.info + sizeof tensor.later);
     tensor.info.struct_size = 0;
-    CHECK_STATUS(sft_file_tensor(file, 1, &tensor.info), invalid);
-    CHECK(strstr(sft_last_error_message(), "struct_size") != NULL);
+    CHECK_STATUS(sft_file_get_tensor_info(file, 1, &tensor.info), invalid);
+    CHECK(strstr(sft_last_error_get_message(), "struct_size") != NULL);
     sft_file_free(file);
 }

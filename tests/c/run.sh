@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the tests of the C interface with sanitizers, with the shared and with the static library in the folder that
+# Builds the tests of the C interface with sanitizers, with the shared and with the static library in the directory that
 # is given, and runs them:
 #
 #     cargo build --release --no-default-features --target-dir target/core
@@ -9,7 +9,7 @@
 # what $SANITIZE says when it compiles, and $SANITIZE_LINK when it links.
 set -eu
 
-library=$(cd "${1:-${SFT_LIBRARY_DIR:?usage: $0 FOLDER_OF_THE_LIBRARY}}" && pwd)
+library=$(cd "${1:-${SFT_LIBRARY_DIR:?usage: $0 DIRECTORY_OF_THE_LIBRARY}}" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 header=$here/../../include/safetensors_torch.h
 sanitize=${SANITIZE:--fsanitize=address,undefined -fno-sanitize-recover=all}
@@ -23,12 +23,12 @@ ${CXX:-g++} -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c++ "$h
 
 # Every function of the header has a test, and so has every error.
 names=$(grep -o 'sft_[a-z0-9_]*(' "$header" | tr -d '(' | grep -v _error_message | sort -u)
-names="$names sft_last_error_message $(grep -o 'SFT_ERROR_[A-Z0-9_]* =' "$header" | tr -d ' =')"
+names="$names sft_last_error_get_message $(grep -o 'SFT_ERROR_[A-Z0-9_]* =' "$header" | tr -d ' =')"
 for name in $names; do
     grep -qw "$name" "$here"/*.c || { echo "tests/c has no test of $name" >&2; exit 1; }
 done
 
-# A program finds the library by its soname, which a build folder has no file for.
+# A program finds the library by its soname, which a build directory has no file for.
 soname=$(objdump -p "$library/libsafetensors_torch.so" | awk '$1 == "SONAME" { print $2 }')
 ln -s "$library/libsafetensors_torch.so" "$work/$soname"
 

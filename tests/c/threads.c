@@ -88,23 +88,23 @@ static void read_header(const sft_file* file) {
     int32_t present = 0;
     sft_str key, value;
     sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-    CHECK_OK(sft_file_count(file, &count));
+    CHECK_OK(sft_file_get_tensor_count(file, &count));
     CHECK(count == TENSORS);
     for (size_t i = 0; i < TENSORS; i++) {
-        CHECK_OK(sft_file_tensor(file, i, &info));
+        CHECK_OK(sft_file_get_tensor_info(file, i, &info));
         CHECK(text_is(info.name, in_order[i]));
-        CHECK_OK(sft_file_find(file, in_order[i], strlen(in_order[i]), &index));
+        CHECK_OK(sft_file_find_tensor(file, in_order[i], strlen(in_order[i]), &index));
         CHECK(index == i);
-        CHECK_OK(sft_file_sorted(file, i, &index));
+        CHECK_OK(sft_file_get_sorted_index(file, i, &index));
         CHECK(index == by_name[i]);
     }
     CHECK(info.dtype == SFT_DTYPE_U8 && info.rank == 1 && info.shape[0] == TAIL && info.nbytes == TAIL);
     CHECK_OK(sft_file_has_metadata(file, &present));
-    CHECK_OK(sft_file_metadata_count(file, &count));
+    CHECK_OK(sft_file_get_metadata_count(file, &count));
     CHECK(present == 1 && count == 2);
-    CHECK_OK(sft_file_metadata_at(file, 1, &key, &value));
+    CHECK_OK(sft_file_get_metadata_entry(file, 1, &key, &value));
     CHECK(text_is(key, "made by") && text_is(value, "threads"));
-    CHECK_OK(sft_file_metadata_get(file, "format", 6, &value));
+    CHECK_OK(sft_file_find_metadata(file, "format", 6, &value));
     CHECK(text_is(value, "pt"));
 }
 
@@ -112,20 +112,20 @@ static void read_small(const sft_file* file, int number) {
     int32_t whole[ROWS][COLUMNS], part[ROWS / 3][COLUMNS / 2];
     unsigned char bytes[TAIL];
     memset(whole, 0xff, sizeof whole);
-    CHECK_OK(sft_file_read(file, MATRIX, whole, sizeof whole));
+    CHECK_OK(sft_file_read_tensor(file, MATRIX, whole, sizeof whole));
     CHECK(memcmp(whole, matrix, sizeof matrix) == 0);
 
     memset(whole, 0xff, sizeof whole);
     memset(bytes, 0xff, sizeof bytes);
-    const sft_read reads[] = {{MATRIX, whole, sizeof whole}, {NONE, NULL, 0}, {TAIL_ONE, bytes, sizeof bytes}};
-    CHECK_OK(sft_file_read_many(file, reads, 3));
+    const sft_read_request reads[] = {{MATRIX, whole, sizeof whole}, {NONE, NULL, 0}, {TAIL_ONE, bytes, sizeof bytes}};
+    CHECK_OK(sft_file_read_tensors(file, reads, 3));
     CHECK(memcmp(whole, matrix, sizeof matrix) == 0 && memcmp(bytes, tail, sizeof tail) == 0);
 
     /* Every thread has a slice of its own. */
     const uint64_t first_row = (uint64_t)number, first_column = (uint64_t)number % 2;
     const sft_range ranges[] = {{first_row, first_row + ROWS / 3, 1}, {first_column, COLUMNS, 2}};
     uint64_t shape[2] = {0, 0}, nbytes = 0;
-    CHECK_OK(sft_file_slice_size(file, MATRIX, ranges, 2, shape, &nbytes));
+    CHECK_OK(sft_file_get_slice_size(file, MATRIX, ranges, 2, shape, &nbytes));
     CHECK(shape[0] == ROWS / 3 && shape[1] == COLUMNS / 2 && nbytes == sizeof part);
     memset(part, 0xff, sizeof part);
     CHECK_OK(sft_file_read_slice(file, MATRIX, ranges, 2, part, sizeof part));
@@ -150,10 +150,10 @@ static void read_lent(const sft_file* file, bool in_memory, int number) {
     for (size_t i = 0; i < TENSORS; i++) {
         const void* data = NULL;
         if (!in_memory) {
-            CHECK_STATUS(sft_file_data(file, i, &data), SFT_ERROR_INVALID_ARGUMENT);
+            CHECK_STATUS(sft_file_get_data(file, i, &data), SFT_ERROR_INVALID_ARGUMENT);
             continue;
         }
-        CHECK_OK(sft_file_data(file, i, &data));
+        CHECK_OK(sft_file_get_data(file, i, &data));
         CHECK(data != NULL);
         CHECK(i != MATRIX || memcmp(data, matrix, sizeof matrix) == 0);
         CHECK(i != TAIL_ONE || memcmp(data, tail, sizeof tail) == 0);
@@ -171,12 +171,12 @@ static void read_large(const sft_file* file, int number) {
     CHECK(memcmp(read, large + start, length) == 0);
     memset(read, 0, length);
     if (number == 0) {
-        CHECK_OK(sft_file_read(file, LARGE_ONE, read, LARGE));
+        CHECK_OK(sft_file_read_tensor(file, LARGE_ONE, read, LARGE));
         CHECK(memcmp(read, large, LARGE) == 0);
     } else if (number == 1) {
         unsigned char bytes[TAIL] = {0};
-        const sft_read reads[] = {{LARGE_ONE, read, LARGE}, {TAIL_ONE, bytes, sizeof bytes}};
-        CHECK_OK(sft_file_read_many(file, reads, 2));
+        const sft_read_request reads[] = {{LARGE_ONE, read, LARGE}, {TAIL_ONE, bytes, sizeof bytes}};
+        CHECK_OK(sft_file_read_tensors(file, reads, 2));
         CHECK(memcmp(read, large, LARGE) == 0 && memcmp(bytes, tail, TAIL) == 0);
     }
     free(read);
@@ -187,22 +187,23 @@ static void fail_alone(const sft_file* file, int number) {
     char name[32];
     size_t index;
     snprintf(name, sizeof name, "absent of %d", number);
-    CHECK_STATUS(sft_file_find(file, name, strlen(name), &index), SFT_ERROR_TENSOR_NOT_FOUND);
-    CHECK(strstr(sft_last_error_message(), name) != NULL && sft_last_os_error() == 0);
+    CHECK_STATUS(sft_file_find_tensor(file, name, strlen(name), &index), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK(strstr(sft_last_error_get_message(), name) != NULL && sft_last_error_get_os_error() == 0);
 }
 
 static void use_no_handle(void) {
     size_t threads = 99;
     sft_dtype dtype = 99;
     uint64_t nbytes = 0;
-    CHECK(strcmp(sft_version(), SFT_VERSION_STRING) == 0);
-    CHECK_OK(sft_threads_set(3));
-    CHECK_OK(sft_threads_get(&threads));
+    CHECK(strcmp(sft_get_version(), SFT_VERSION_STRING) == 0);
+    CHECK_OK(sft_set_threads(3));
+    CHECK_OK(sft_get_threads(&threads));
     CHECK(threads == 3);
-    CHECK(strcmp(sft_status_name(SFT_ERROR_IO), "SFT_ERROR_IO") == 0 && *sft_status_message(SFT_ERROR_IO) != '\0');
-    CHECK_OK(sft_dtype_from_code("BF16", &dtype));
-    CHECK(dtype == SFT_DTYPE_BF16 && sft_dtype_bits(dtype) == 16 && strcmp(sft_dtype_code(dtype), "BF16") == 0);
-    CHECK_OK(sft_dtype_nbytes(SFT_DTYPE_I32, matrix_shape, 2, &nbytes));
+    CHECK(strcmp(sft_status_get_name(SFT_ERROR_IO), "SFT_ERROR_IO") == 0 &&
+          *sft_status_get_message(SFT_ERROR_IO) != '\0');
+    CHECK_OK(sft_dtype_parse("BF16", &dtype));
+    CHECK(dtype == SFT_DTYPE_BF16 && sft_dtype_get_bits(dtype) == 16 && strcmp(sft_dtype_get_code(dtype), "BF16") == 0);
+    CHECK_OK(sft_dtype_compute_nbytes(SFT_DTYPE_I32, matrix_shape, 2, &nbytes));
     CHECK(nbytes == sizeof matrix);
 }
 
@@ -240,7 +241,7 @@ static void* open_one_path(void* argument) {
 static void test_readers(void) {
     sft_writer* writer = new_writer(true);
     uint64_t size = 0;
-    CHECK_OK(sft_writer_size(writer, NULL, &size));
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     unsigned char* bytes = malloc(size);
     CHECK_OK(sft_writer_write_buffer(writer, NULL, bytes, size));
     CHECK_OK(sft_writer_write_file(writer, path_of("threads.safetensors"), NULL));
@@ -277,7 +278,7 @@ static bool holds(const char* path, const void* bytes, size_t length) {
 /* What one writer writes: to memory, to a file of the thread's own, and to one that all of them replace as a whole. */
 static void write_everywhere(const sft_writer* writer, const struct worker* worker) {
     uint64_t size = 0;
-    CHECK_OK(sft_writer_size(writer, NULL, &size));
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     unsigned char* bytes = malloc(size);
     CHECK_OK(sft_writer_write_buffer(writer, NULL, bytes, size));
     CHECK_OK(sft_writer_write_file(writer, worker->own_path, NULL));
@@ -316,5 +317,5 @@ void test_threads(void) {
     sft_writer_free(writer);
     run(write_with_own_writers, (struct worker){.file = NULL});
     unlink(path_of("threads.safetensors"));
-    CHECK_OK(sft_threads_set(0));
+    CHECK_OK(sft_set_threads(0));
 }

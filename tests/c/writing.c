@@ -40,7 +40,7 @@ static void compare_with_file(const void* expected, size_t length, const char* n
 static void test_targets(const sft_writer* writer) {
     /* The size that is told is the size that is needed, and the file has the same bytes. */
     uint64_t size = 0;
-    CHECK_OK(sft_writer_size(writer, NULL, &size));
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     void* buffer = malloc(size);
     CHECK_OK(sft_writer_write_buffer(writer, NULL, buffer, size));
     CHECK_STATUS(sft_writer_write_buffer(writer, NULL, buffer, size - 1), SFT_ERROR_BUFFER_SIZE);
@@ -50,7 +50,7 @@ static void test_targets(const sft_writer* writer) {
     sft_file* file = NULL;
     CHECK_OK(sft_file_open_buffer(buffer, size, &file));
     size_t count = 0;
-    CHECK_OK(sft_file_count(file, &count));
+    CHECK_OK(sft_file_get_tensor_count(file, &count));
     CHECK(count == 3);
     sft_file_free(file);
     free(buffer);
@@ -58,36 +58,36 @@ static void test_targets(const sft_writer* writer) {
     /* An existing file keeps its permissions. */
     CHECK(chmod(path_of("three.safetensors"), 0640) == 0);
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-    options.sync = 1;
+    options.durable = 1;
     CHECK_OK(sft_writer_write_file(writer, path_of("three.safetensors"), &options));
     struct stat status;
     CHECK(stat(path_of("three.safetensors"), &status) == 0 && (status.st_mode & 07777) == 0640);
 
     CHECK_STATUS(sft_writer_write_file(writer, path_of("absent/file"), NULL), SFT_ERROR_IO);
-    CHECK(sft_last_os_error() == ENOENT);
+    CHECK(sft_last_error_get_os_error() == ENOENT);
     CHECK_STATUS(sft_writer_write_file(writer, path_of("."), NULL), SFT_ERROR_IO);
-    CHECK(sft_last_os_error() == EISDIR);
+    CHECK(sft_last_error_get_os_error() == EISDIR);
 }
 
 static void test_alignment(const sft_writer* writer) {
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
     uint64_t size = 0, aligned = 0;
-    CHECK_OK(sft_writer_size(writer, &options, &size));
+    CHECK_OK(sft_writer_get_size(writer, &options, &size));
     options.alignment = 0;
-    CHECK_OK(sft_writer_size(writer, &options, &aligned));
+    CHECK_OK(sft_writer_get_size(writer, &options, &aligned));
     CHECK(size == aligned);
     options.alignment = 4096;
-    CHECK_OK(sft_writer_size(writer, &options, &aligned));
+    CHECK_OK(sft_writer_get_size(writer, &options, &aligned));
     CHECK(aligned == 4096 + sizeof matrix + sizeof bytes);
     CHECK_OK(sft_writer_write_file(writer, path_of("aligned.safetensors"), &options));
     sft_file* file = NULL;
     CHECK_OK(sft_file_open(path_of("aligned.safetensors"), NULL, &file));
     sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-    CHECK_OK(sft_file_tensor(file, 0, &info));
+    CHECK_OK(sft_file_get_tensor_info(file, 0, &info));
     CHECK(info.begin == 4096);
     sft_file_free(file);
     options.alignment = 24;
-    CHECK_STATUS(sft_writer_size(writer, &options, &aligned), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_writer_get_size(writer, &options, &aligned), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_writer_write_file(writer, path_of("never"), &options), SFT_ERROR_INVALID_ARGUMENT);
     CHECK(access(path_of("never"), F_OK) != 0);
 }
@@ -108,14 +108,14 @@ static void test_refusals(void) {
                  SFT_ERROR_INVALID_ARGUMENT);
 
     /* What was refused was not added: the file is the empty one. */
-    CHECK_OK(sft_writer_size(writer, NULL, &size));
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     CHECK(size == 16);
     char empty[16];
     CHECK_OK(sft_writer_write_buffer(writer, NULL, empty, sizeof empty));
     CHECK(memcmp(empty, "\x08\0\0\0\0\0\0\0{}      ", 16) == 0);
     CHECK_OK(sft_writer_enable_metadata(writer));
     CHECK_OK(sft_writer_enable_metadata(writer));
-    CHECK_OK(sft_writer_size(writer, NULL, &size));
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     CHECK(size == 32);
 
     CHECK_OK(sft_writer_add_metadata(writer, "k", 1, "v", 1));
@@ -125,7 +125,7 @@ static void test_refusals(void) {
 
     CHECK_OK(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_U8, bytes_shape, 1, bytes, 3));
     CHECK_OK(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_I8, bytes_shape, 1, bytes, 3));
-    CHECK_STATUS(sft_writer_size(writer, NULL, &size), SFT_ERROR_DUPLICATE);
+    CHECK_STATUS(sft_writer_get_size(writer, NULL, &size), SFT_ERROR_DUPLICATE);
     CHECK_STATUS(sft_writer_write_file(writer, path_of("never"), NULL), SFT_ERROR_DUPLICATE);
     CHECK_STATUS(sft_writer_write_buffer(writer, NULL, empty, sizeof empty), SFT_ERROR_DUPLICATE);
     sft_writer_free(writer);

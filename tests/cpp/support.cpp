@@ -13,7 +13,7 @@ namespace support {
 TempDir::TempDir() {
     std::string pattern = (std::filesystem::temp_directory_path() / "safetensors_torch_XXXXXX").string();
     if (mkdtemp(pattern.data()) == nullptr) {
-        throw std::runtime_error("no temporary folder like " + pattern);
+        throw std::runtime_error("no temporary directory like " + pattern);
     }
     path_ = pattern;
 }

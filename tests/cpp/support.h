@@ -1,4 +1,5 @@
-// What the tests share: temporary folders, tensors of every dtype, comparison by bytes, and errors with clean texts.
+// What the tests share: temporary directories, tensors of every dtype, comparison by bytes, and errors with clean
+// texts.
 #pragma once
 
 #include <filesystem>
@@ -14,7 +15,7 @@ namespace support {
 
 namespace st = safetensors_torch;
 
-// A folder of its own for each test, gone afterwards.
+// A directory of its own for each test, gone afterwards.
 class TempDir {
   public:
     TempDir();

@@ -22,7 +22,7 @@ st::Tensors five() {
 
 st::ShardedSaveOptions of_at_most(int64_t bytes) {
     st::ShardedSaveOptions options;
-    options.max_shard_bytes = bytes;
+    options.max_shard_size = bytes;
     return options;
 }
 
@@ -69,15 +69,15 @@ TEST(sharded_in_one_file) {
     EXPECT(identical(st::load_sharded(dir.file("")), five()));
     EXPECT(identical(st::load_sharded(dir.file("model.safetensors")), st::load_file(dir.file("model.safetensors"))));
     options.stem = "other";
-    st::save_sharded(st::Tensors(), dir.file("new/folder"), {}, options);
-    EXPECT_EQ(st::load_sharded(dir.file("new/folder")).size(), 0U);
+    st::save_sharded(st::Tensors(), dir.file("new/directory"), {}, options);
+    EXPECT_EQ(st::load_sharded(dir.file("new/directory")).size(), 0U);
 }
 
 TEST(sharded_options) {
     const TempDir dir;
     save_five(dir);
     st::LoadOptions load;
-    load.filter = [](const std::string& name) { return name == "a" || name == "c"; };
+    load.names = [](const std::string& name) { return name == "a" || name == "c"; };
     load.dtype = at::kHalf;
     int64_t last = 0;
     int64_t total = 0;
@@ -150,7 +150,7 @@ TEST(indexes_that_do_not_fit) {
     write_index(dir, "{\"b\": \"../x.safetensors\"}");
     std::string text = ERROR_OF(st::load_sharded(dir.file("")));
     EXPECT_HAS(text, dir.file(kIndex));
-    EXPECT_HAS(text, "tensor \"b\" into \"../x.safetensors\", which is no file in the folder of the index");
+    EXPECT_HAS(text, "tensor \"b\" into \"../x.safetensors\", which is no file in the directory of the index");
     write_index(dir, "{\"b\": \"/etc/hostname\"}");
     EXPECT_HAS(ERROR_OF(st::Checkpoint(dir.file(""))), "/etc/hostname");
     write_index(dir, "{\"b\": \"" + first + "\"}");
@@ -184,7 +184,7 @@ TEST(sharded_saves_that_are_refused) {
     tied.insert("y", shared);
     // In files of their own they would not be found to share memory.
     EXPECT_HAS(ERROR_OF(st::save_sharded(tied, dir.file(""), {}, of_at_most(1))), "share memory");
-    EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, of_at_most(0))), "max_shard_bytes is 0");
+    EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, of_at_most(0))), "max_shard_size is 0");
     st::ShardedSaveOptions options;
     options.stem = "../model";
     EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, options)), "../model");

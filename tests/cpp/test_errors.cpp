@@ -54,13 +54,13 @@ TEST(a_missing_file) {
     EXPECT_EQ(ERROR_OF(st::load_file("")), "No such file or directory: ");
 }
 
-TEST(a_folder_is_no_file) {
+TEST(a_directory_is_no_file) {
     const TempDir dir;
     for (const st::Backend backend : kBackends) {
         EXPECT_HAS(ERROR_OF(st::load_file(dir.file("."), at::kCPU, backend)), dir.file("."));
     }
     EXPECT_HAS(ERROR_OF(st::save_file(st::Tensors(), dir.file("."))), dir.file("."));
-    EXPECT_HAS(ERROR_OF(st::save_file(st::Tensors(), dir.file("no/such/folder"))), "No such file or directory");
+    EXPECT_HAS(ERROR_OF(st::save_file(st::Tensors(), dir.file("no/such/directory"))), "No such file or directory");
     EXPECT_EQ(dir.count(), 0U);
 }
 
@@ -173,11 +173,11 @@ st::Error caught(Body&& body) {
         return error;
     }
     check::report(__FILE__, __LINE__, "nothing was thrown");
-    return {"", st::ErrorKind::safetensor, -1, -1};
+    return {"", st::ErrorCategory::safetensor, -1, -1};
 }
 
-void check_numbers(const st::Error& error, st::ErrorKind kind, sft_status code, int os_error) {
-    EXPECT(error.kind() == kind);
+void check_numbers(const st::Error& error, st::ErrorCategory kind, sft_status code, int os_error) {
+    EXPECT(error.category() == kind);
     EXPECT_EQ(error.code(), code);
     EXPECT_EQ(error.os_error(), os_error);
 }
@@ -190,7 +190,7 @@ TEST(errors_can_be_told_apart) {
     st::save_file(tensors, dir.file("f"));
     write_file(dir.file("short"), "1234");
     st::File file(dir.file("f"));
-    using Kind = st::ErrorKind;
+    using Kind = st::ErrorCategory;
     check_numbers(caught([&] { st::load_file(dir.file("absent")); }), Kind::os, SFT_ERROR_IO, ENOENT);
     check_numbers(caught([&] { st::File(dir.file(".")); }), Kind::os, SFT_ERROR_IO, EISDIR);
     check_numbers(caught([&] { st::save_file(tensors, dir.file("no/f")); }), Kind::os, SFT_ERROR_IO, ENOENT);
@@ -217,7 +217,7 @@ TEST(the_shared_vectors_are_refused_for_the_right_reason) {
         const std::string path = std::string(VECTORS "/malformed/") + name + ".safetensors";
         for (const st::Backend backend : kBackends) {
             const st::Error error = caught([&] { st::load_file(path, at::kCPU, backend); });
-            EXPECT_EQ(std::string(sft_status_name(error.code())), status);
+            EXPECT_EQ(std::string(sft_status_get_name(error.code())), status);
             EXPECT_HAS(error.what(), path);
         }
     }

@@ -69,7 +69,7 @@ TEST(forks_while_threads_use_a_file) {
 TEST(forks_while_threads_write_a_file) {
     const TempDir dir;
     const at::Tensor weight = at::arange(12, at::kFloat);
-    st::StreamWriter writer(dir.file("f"), st::TensorSpecs{{"weight", {at::kFloat, {12}}}});
+    st::IncrementalWriter writer(dir.file("f"), st::TensorSpecs{{"weight", {at::kFloat, {12}}}});
     const auto is_refused = [](const std::function<void()>& call) {
         return ERROR_OF(call()).find("before a fork") != std::string::npos;
     };

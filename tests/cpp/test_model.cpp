@@ -245,7 +245,7 @@ TEST(model_that_is_not_contiguous) {
 
     // Another error does not give that advice.
     module->weight.set_data(module->weight.contiguous());
-    EXPECT(!has(ERROR_OF(st::save_model(*module, dir.file("no/folder"), {}, false)), "force_contiguous"));
+    EXPECT(!has(ERROR_OF(st::save_model(*module, dir.file("no/directory"), {}, false)), "force_contiguous"));
     st::save_model(*module, dir.file("new"), {}, false);
     EXPECT(at::equal(st::load_file(dir.file("new")).at("weight"), module->weight));
 }

@@ -142,7 +142,7 @@ TEST(model_in_several_files) {
     const TempDir dir;
     const auto source = layers(1);
     st::SaveModelOptions save;
-    save.max_shard_bytes = 50;
+    save.max_shard_size = 50;
     st::save_model(*source, dir.file("m"), {{"k", "v"}}, save);
     const st::Checkpoint checkpoint(dir.file("m"));
     EXPECT(checkpoint.shards().size() > 2);
@@ -194,7 +194,7 @@ TEST(script_module) {
     EXPECT_EQ(st::load_model(target, dir.file("m"), options).missing,
               (Names{"nowhere.bias", "nowhere.child.weight", "nowhere.steps"}));
     st::SaveModelOptions save;
-    save.max_shard_bytes = 1;
+    save.max_shard_size = 1;
     st::save_model(source, dir.file("s"), {}, save);
     EXPECT_EQ(st::Checkpoint(dir.file("s")).shards().size(), 3U);
 }

@@ -61,13 +61,13 @@ TEST(a_filter_selects_by_name) {
     const st::Tensors tensors = weights_and_steps();
     st::save_file(tensors, dir.file("f"));
     st::LoadOptions options;
-    options.filter = [](const std::string& name) { return name.rfind("a.", 0) == 0; };
+    options.names = [](const std::string& name) { return name.rfind("a.", 0) == 0; };
     for (const st::Backend backend : kBackends) {
         options.backend = backend;
         const st::Tensors loaded = st::load_file(dir.file("f"), at::kCPU, options);
         EXPECT(loaded.size() == 2 && identical(loaded.at("a.weight"), tensors.at("a.weight")));
     }
-    options.filter = [](const std::string&) { return false; };
+    options.names = [](const std::string&) { return false; };
     EXPECT(st::load(st::save(tensors), at::kCPU, options).empty());
 }
 
@@ -111,15 +111,15 @@ TEST(what_progress_throws_ends_the_save) {
 
 TEST(transfer_options_can_be_set) {
     const st::TransferOptions before = st::transfer_options();
-    EXPECT(before.ring_bytes == 64 << 20 && before.threads == 0);
+    EXPECT(before.pinned_pool_bytes == 64 << 20 && before.threads == 0);
     st::set_transfer_options({8 << 20, 3});
-    EXPECT(st::transfer_options().ring_bytes == 8 << 20 && st::transfer_options().threads == 3);
+    EXPECT(st::transfer_options().pinned_pool_bytes == 8 << 20 && st::transfer_options().threads == 3);
     EXPECT_HAS(ERROR_OF(st::set_transfer_options({-1, 0})), "must not be negative");
     EXPECT_HAS(ERROR_OF(st::set_transfer_options({0, -1})), "must not be negative");
     EXPECT(st::transfer_options().threads == 3);
     const std::int64_t most = std::numeric_limits<std::int64_t>::max();
     st::set_transfer_options({most, most});
-    EXPECT(st::transfer_options().ring_bytes == most && st::transfer_options().threads == most);
+    EXPECT(st::transfer_options().pinned_pool_bytes == most && st::transfer_options().threads == most);
     st::set_transfer_options(before);
     if (!at::hasCUDA()) {
         EXPECT(st::reserve_transfer_memory(8 << 20) == 0);
@@ -146,9 +146,9 @@ TEST(tensors_that_are_not_contiguous_are_written_if_asked) {
     EXPECT(identical(st::load_file(dir.file("f")).at("transposed"), packed.at("transposed")));
     st::ShardedSaveOptions sharded;
     sharded.force_contiguous = true;
-    sharded.max_shard_bytes = 100;
-    EXPECT_EQ(st::save_sharded(tensors, dir.file("folder"), {}, sharded).size(), 3U);
-    EXPECT(identical(st::load_sharded(dir.file("folder")).at("transposed"), packed.at("transposed")));
+    sharded.max_shard_size = 100;
+    EXPECT_EQ(st::save_sharded(tensors, dir.file("directory"), {}, sharded).size(), 3U);
+    EXPECT(identical(st::load_sharded(dir.file("directory")).at("transposed"), packed.at("transposed")));
 }
 
 TEST(one_of_the_tensors_that_share_memory_is_written_if_asked) {
@@ -172,8 +172,8 @@ TEST(one_of_the_tensors_that_share_memory_is_written_if_asked) {
     EXPECT(tensors.size() == 4 && metadata.size() == 1);
     st::ShardedSaveOptions sharded;
     sharded.shared = st::Shared::keep_one;
-    st::save_sharded(tensors, dir.file("folder"), metadata, sharded);
-    EXPECT_EQ(st::Checkpoint(dir.file("folder")).keys(), (Names{"b", "other"}));
+    st::save_sharded(tensors, dir.file("directory"), metadata, sharded);
+    EXPECT_EQ(st::Checkpoint(dir.file("directory")).keys(), (Names{"b", "other"}));
 
     tensors.erase("b");
     tensors.erase("c");

@@ -57,7 +57,7 @@ TEST(storages_that_are_too_small_are_refused) {
             EXPECT_HAS(ERROR_OF(st::save_file(dict(bad), dir.file("f"))), said);
             EXPECT_HAS(ERROR_OF(st::save(dict(bad))), said);
             EXPECT_HAS(ERROR_OF(st::save_sharded(dict(bad), dir.file("sharded"))), said);
-            st::StreamWriter writer(dir.file("f"), dict(bad));
+            st::IncrementalWriter writer(dir.file("f"), dict(bad));
             EXPECT_HAS(ERROR_OF(writer.write("value", bad)), said);
         }
         st::save_file(dict(at::ones(bad.sizes())), dir.file("good"));

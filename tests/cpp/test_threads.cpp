@@ -146,7 +146,7 @@ TEST(threads_load_in_every_way) {
             options.backend = backend;
             options.dtype = at::kHalf;
             options.prefault = round % 3 == 0;
-            options.filter = [](const std::string& name) { return name != "large"; };
+            options.names = [](const std::string& name) { return name != "large"; };
             options.progress = [&](std::int64_t done, std::int64_t) { told = done; };
             const st::Tensors converted = st::load_file(dir.file("f"), at::kCPU, options);
             EXPECT(converted.size() == 3 && identical(converted.at("weight"), half));
@@ -207,7 +207,8 @@ TEST(threads_set_the_transfer_options) {
             st::set_transfer_options({number * (std::int64_t(2) << 20), number});
             // Each of one thread or another.
             const st::TransferOptions seen = st::transfer_options();
-            EXPECT(seen.ring_bytes % (2 << 20) == 0 && seen.ring_bytes < kThreads * (std::int64_t(2) << 20));
+            EXPECT(seen.pinned_pool_bytes % (2 << 20) == 0 &&
+                   seen.pinned_pool_bytes < kThreads * (std::int64_t(2) << 20));
             EXPECT(seen.threads >= 0 && seen.threads < kThreads);
             if (!at::hasCUDA()) {
                 EXPECT_EQ(st::reserve_transfer_memory(2 << 20), 0);

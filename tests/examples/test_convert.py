@@ -68,27 +68,27 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def read_shards(folder: Path) -> dict[str, torch.Tensor]:
+def read_shards(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, found as its index tells."""
-    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    shards = {name: load_file(folder / name) for name in set(weight_map.values())}
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {name: load_file(directory / name) for name in set(weight_map.values())}
     assert sorted(name for shard in shards.values() for name in shard) == sorted(weight_map)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def test_shards_hold_all_and_become_one_file_again(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "sharded"
-    names = convert("shard", whole, folder, "--max-shard-size", "2KB").splitlines()
-    files = sorted(path.name for path in folder.iterdir())
+    directory = tmp_path / "sharded"
+    names = convert("shard", whole, directory, "--max-shard-size", "2KB").splitlines()
+    files = sorted(path.name for path in directory.iterdir())
     assert sorted(names) == files
-    shards = [folder / name for name in files if name.endswith(".safetensors")]
+    shards = [directory / name for name in files if name.endswith(".safetensors")]
     assert len(shards) > 1
-    assert same(read_shards(folder), sample())
+    assert same(read_shards(directory), sample())
     for shard in shards:
         assert metadata(shard) == METADATA
         assert sum(tensor.nbytes for tensor in load_file(shard).values()) <= 2000
 
-    for number, path in enumerate((folder, folder / "model.safetensors.index.json")):
+    for number, path in enumerate((directory, directory / "model.safetensors.index.json")):
         again = tmp_path / f"{number}.safetensors"
         assert convert("unshard", path, again) == ""
         assert same(load_file(again), sample())
@@ -96,17 +96,17 @@ def test_shards_hold_all_and_become_one_file_again(whole: Path, tmp_path: Path) 
 
 
 def test_a_sharded_checkpoint_is_divided_anew_in_its_place(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "sharded"
-    convert("shard", whole, folder, "--max-shard-size", "500B")
-    before = set(folder.iterdir())
-    convert("shard", folder, folder, "--max-shard-size", "2KB")
-    assert len(set(folder.iterdir())) < len(before)
-    assert same(read_shards(folder), sample())
+    directory = tmp_path / "sharded"
+    convert("shard", whole, directory, "--max-shard-size", "500B")
+    before = set(directory.iterdir())
+    convert("shard", directory, directory, "--max-shard-size", "2KB")
+    assert len(set(directory.iterdir())) < len(before)
+    assert same(read_shards(directory), sample())
 
 
 def test_what_fits_in_one_file_is_one_file(whole: Path, tmp_path: Path) -> None:
-    assert convert("shard", whole, tmp_path / "folder") == "model.safetensors\n"
-    assert same(load_file(tmp_path / "folder/model.safetensors"), sample())
+    assert convert("shard", whole, tmp_path / "directory") == "model.safetensors\n"
+    assert same(load_file(tmp_path / "directory/model.safetensors"), sample())
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
@@ -142,20 +142,20 @@ def test_cast_refuses_what_would_become_infinite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["shard"], ["unshard"], ["cast", "--dtype", "f16"]])
-@pytest.mark.parametrize("content", ["missing", "cut short", "empty folder"])
+@pytest.mark.parametrize("content", ["missing", "cut short", "empty directory"])
 def test_a_bad_input_leaves_the_output_alone(whole: Path, tmp_path: Path, command: list[str], content: str) -> None:
-    folder, source = tmp_path / "out", tmp_path / "source"
-    convert("shard", whole, folder, "--max-shard-size", "2KB")
-    save_file({"x": torch.ones(2)}, folder / "file")
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    directory, source = tmp_path / "out", tmp_path / "source"
+    convert("shard", whole, directory, "--max-shard-size", "2KB")
+    save_file({"x": torch.ones(2)}, directory / "file")
+    before = {path: path.read_bytes() for path in directory.iterdir()}
     if content == "cut short":
         source.write_bytes(whole.read_bytes()[:-1])
-    elif content == "empty folder":
+    elif content == "empty directory":
         source.mkdir()
-    result = run(*command, source, folder if command == ["shard"] else folder / "file")
+    result = run(*command, source, directory if command == ["shard"] else directory / "file")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("convert: ") and str(source) in result.stderr
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_bad_input_leaves_the_output_alone(whole: Path, tmp_path: Path, comman
 def test_wrong_arguments_give_the_usage(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run([CONVERT, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "usage: convert shard IN FOLDER" in result.stderr
+    assert "usage: convert shard IN DIRECTORY" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -19,21 +19,21 @@ CPP = [os.environ["FINETUNE"]]
 PYTHON = [sys.executable, str(Path(__file__).resolve().parents[2] / "examples/cpp/finetune/finetune.py")]
 
 
-def run(program: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*program, str(folder)], capture_output=True, text=True, check=False)
+def run(program: list[str], directory: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([*program, str(directory)], capture_output=True, text=True, check=False)
 
 
-def train(program: list[str], folder: Path) -> tuple[float, float]:
+def train(program: list[str], directory: Path) -> tuple[float, float]:
     """The loss before and after a turn."""
-    result = run(program, folder)
+    result = run(program, directory)
     assert (result.returncode, result.stderr) == (0, "")
     before, after = re.search(r"loss ([0-9.]+) -> ([0-9.]+)$", result.stdout.strip()).groups()
     return float(before), float(after)
 
 
 def test_each_turn_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    losses = [train(program, folder) for program in (CPP, PYTHON, CPP, PYTHON)]
+    directory = tmp_path / "new"
+    losses = [train(program, directory) for program in (CPP, PYTHON, CPP, PYTHON)]
     assert all(after < before for before, after in losses), losses
     assert [before for before, _ in losses[1:]] == [after for _, after in losses[:-1]]
     assert losses[-1][1] < losses[0][0] / 2

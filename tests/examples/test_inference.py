@@ -40,13 +40,13 @@ def model() -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model: GPT2LMHeadModel) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    model.save_pretrained(folder / "whole")
-    model.save_pretrained(folder / "sharded", max_shard_size="200KB")
-    model.transformer.save_pretrained(folder / "base")
-    assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
-    return folder
+def directory(tmp_path_factory: pytest.TempPathFactory, model: GPT2LMHeadModel) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    model.save_pretrained(directory / "whole")
+    model.save_pretrained(directory / "sharded", max_shard_size="200KB")
+    model.transformer.save_pretrained(directory / "base")
+    assert len(list((directory / "sharded").glob("*.safetensors"))) > 2
+    return directory
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -92,9 +92,9 @@ def check(model: GPT2LMHeadModel, out: Path, *arguments: object) -> None:
     ["whole", "whole/model.safetensors", "sharded", "sharded/model.safetensors.index.json", "base"],
 )
 def test_logits_and_tokens_are_those_of_transformers(
-    model: GPT2LMHeadModel, folder: Path, tmp_path: Path, where: str
+    model: GPT2LMHeadModel, directory: Path, tmp_path: Path, where: str
 ) -> None:
-    check(model, tmp_path / "out.safetensors", folder / where, "--heads", 4)
+    check(model, tmp_path / "out.safetensors", directory / where, "--heads", 4)
 
 
 def test_heads_are_64_wide_unless_told(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_heads_are_64_wide_unless_told(tmp_path: Path) -> None:
     check(model, tmp_path / "out.safetensors", tmp_path / "model")
 
 
-def test_a_missing_weight_is_told(folder: Path, tmp_path: Path) -> None:
-    tensors = load_file(folder / "whole/model.safetensors")
+def test_a_missing_weight_is_told(directory: Path, tmp_path: Path) -> None:
+    tensors = load_file(directory / "whole/model.safetensors")
     del tensors["transformer.h.1.mlp.c_proj.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     result = run(tmp_path, "1,2", "--heads", 4)
@@ -112,8 +112,8 @@ def test_a_missing_weight_is_told(folder: Path, tmp_path: Path) -> None:
     assert "no tensor transformer.h.1.mlp.c_proj.bias" in result.stderr
 
 
-def test_a_head_of_its_own_is_told(folder: Path, tmp_path: Path) -> None:
-    tensors = load_file(folder / "whole/model.safetensors")
+def test_a_head_of_its_own_is_told(directory: Path, tmp_path: Path) -> None:
+    tensors = load_file(directory / "whole/model.safetensors")
     same = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}
     save_file(same, tmp_path / "model.safetensors")
     assert run(tmp_path, "1,2", "--heads", 4).returncode == 0
@@ -139,7 +139,7 @@ def test_a_head_of_its_own_is_told(folder: Path, tmp_path: Path) -> None:
         (["1,211", "--heads", "4"], 1, "index out of range"),
     ],
 )
-def test_arguments_are_checked(folder: Path, arguments: list[str], status: int, message: str) -> None:
-    result = run(folder / "whole", *arguments)
+def test_arguments_are_checked(directory: Path, arguments: list[str], status: int, message: str) -> None:
+    result = run(directory / "whole", *arguments)
     assert result.returncode == status, result.stderr
     assert message in result.stderr

@@ -147,20 +147,20 @@ def test_text_says_what_the_header_says(path: Path) -> None:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> list[Path]:
-    """The folder of a checkpoint of two files, its index, and the files."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
+    """The directory of a checkpoint of two files, its index, and the files."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
     contents = [{"b": ("F32", [2], 8), "d": ("I8", [3], 3)}, {"a": ("F32", [1], 4), "c": ("BF16", [0], 0)}]
-    index = folder / "model.safetensors.index.json"
-    files = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = directory / "model.safetensors.index.json"
+    files = [directory / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for file, content, metadata in zip(files, contents, ({"format": "pt"}, None)):
         write(file, content, metadata)
     weight_map = {name: file.name for file, content in zip(files, contents) for name in content}
     index.write_text(json.dumps({"metadata": {"total_size": 15}, "weight_map": weight_map}))
-    return [folder, index, *files]
+    return [directory, index, *files]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["folder", "index"])
+@pytest.mark.parametrize("which", [0, 1], ids=["directory", "index"])
 def test_a_checkpoint_is_listed_by_its_shards(sharded: list[Path], which: int) -> None:
     path, files = sharded[which], sharded[2:]
     content = expected(path, files)
@@ -203,7 +203,7 @@ def test_a_path_that_is_not_utf8_gives_valid_json(tmp_path: Path) -> None:
     ("content", "message"),
     [
         pytest.param(None, "No such file or directory", id="missing"),
-        pytest.param("folder", "folder", id="a folder"),
+        pytest.param("directory", "directory", id="a directory"),
         pytest.param(encode({"a": ("F32", [4], 16)}) + bytes(15), "15", id="cut short"),
         pytest.param(encode({"a": ("F32", [4], 16)})[:30], "header", id="header cut short"),
         pytest.param(b"", "0 byte", id="empty"),
@@ -213,7 +213,7 @@ def test_a_path_that_is_not_utf8_gives_valid_json(tmp_path: Path) -> None:
 def test_a_bad_file_is_told_and_the_others_listed(tmp_path: Path, content: bytes | str | None, message: str) -> None:
     good = [write(tmp_path / name, {name: ("U8", [1], 1)}) for name in ("first", "last")]
     bad = tmp_path / "bad.safetensors"
-    if content == "folder":
+    if content == "directory":
         bad.mkdir()
     elif content is not None:
         bad.write_bytes(content)
@@ -229,13 +229,13 @@ def test_a_bad_file_is_told_and_the_others_listed(tmp_path: Path, content: bytes
 def test_wrong_arguments_give_the_usage(arguments: list[str]) -> None:
     result = run(*arguments)
     assert (result.returncode, result.stdout) == (2, b"")
-    assert b"usage: inspect [--json] FILE_OR_FOLDER...\n" in result.stderr
+    assert b"usage: inspect [--json] FILE_OR_DIRECTORY...\n" in result.stderr
 
 
 def test_help_is_no_error() -> None:
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout == b"usage: inspect [--json] FILE_OR_FOLDER...\n"
+    assert result.stdout == b"usage: inspect [--json] FILE_OR_DIRECTORY...\n"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
  * After each: the call that failed was answered with an error that names the path, or it is one that a save can do
  * without, and the new file is complete; the target holds the old file, or, where the error says so, the new one,
  * whole; nothing stands beside it; no descriptor is left open; and the next save works. At the end: every system call
- * that saves make was among those that failed. Run with a folder; ends in "N faults, N failed". */
+ * that saves make was among those that failed. Run with a directory; ends in "N faults, N failed". */
 #include <errno.h>
 #include <fcntl.h>
 #include <safetensors_torch.h>
@@ -22,14 +22,15 @@
 enum { LEAST = 48 };
 
 static long faults, wrong;
-static char folder[3000];
+static char directory[3000];
 
 static void expect(bool holds, const char* what, const char* scenario, long call, int error) {
     if (holds) return;
     wrong++;
     const char *name = inject_failed(), *again = inject_failed_again();
     printf("%s, call %ld (%s%s%s, %s): %s; %s\n", scenario, call, name == NULL ? "none" : name,
-           again == NULL ? "" : ", then ", again == NULL ? "" : again, strerror(error), what, sft_last_error_message());
+           again == NULL ? "" : ", then ", again == NULL ? "" : again, strerror(error), what,
+           sft_last_error_get_message());
 }
 
 /* Descriptors that are open. The one with which they are counted is among them each time. A thread may have to close a
@@ -181,7 +182,7 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
     const long calls = inject_disarm();
     inject_always(NULL, 0);
     char said[4096];
-    snprintf(said, sizeof said, "%s", status == SFT_OK ? "" : sft_last_error_message());
+    snprintf(said, sizeof said, "%s", status == SFT_OK ? "" : sft_last_error_get_message());
     const char *name = inject_failed(), *again = inject_failed_again();
     if (name != NULL) note_failed(what, name);
     if (again != NULL) note_failed(what, again);
@@ -196,8 +197,9 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
                what->name, call, error);
     } else {
         expect(name != NULL, "nothing failed", what->name, call, error);
-        expect(strstr(said, folder) != NULL, said, what->name, call, error);
-        expect(sft_last_os_error() == error || strstr(said, strerror(error)) != NULL, said, what->name, call, error);
+        expect(strstr(said, directory) != NULL, said, what->name, call, error);
+        expect(sft_last_error_get_os_error() == error || strstr(said, strerror(error)) != NULL, said, what->name, call,
+               error);
         expect(is_whole(what, said, value), "neither the old file nor what the error says", what->name, call, error);
     }
     const bool complete = strstr(said, "complete at") != NULL;
@@ -210,9 +212,9 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
         const int files = entries(path_of("target"));
         const int new_files = files_of(what->new_shard), old_files = files_of(what->old_shard);
         /* After an error once the new one is there, files of the old one may be too. */
-        expect(value == 1 ? files == old_files : files == new_files || status != SFT_OK, "files are left in the folder",
-               what->name, call, error);
-        expect(strays(path_of("target")) == 0, "something hidden is left in the folder", what->name, call, error);
+        expect(value == 1 ? files == old_files : files == new_files || status != SFT_OK,
+               "files are left in the directory", what->name, call, error);
+        expect(strays(path_of("target")) == 0, "something hidden is left in the directory", what->name, call, error);
     }
     expect(are_open(open_before), "a descriptor is open", what->name, call, error);
     expect(save_anew(what) == SFT_OK && value_of(path_of("target")) == 2, "the next save fails", what->name, call,
@@ -248,8 +250,8 @@ static void run(const scenario* what) {
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    snprintf(folder, sizeof folder, "%s", arguments[1]);
-    scenarios_begin(folder);
+    snprintf(directory, sizeof directory, "%s", arguments[1]);
+    scenarios_begin(directory);
     for (const scenario* what = scenarios; what->name != NULL; what++) run(what);
     scenarios_end();
     expect_all_failed();

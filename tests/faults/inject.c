@@ -144,12 +144,12 @@ int open64(const char* path, int flags, ...) {
     return fails(name_of_open(path, flags)) ? -1 : REAL(open64)(path, flags, mode);
 }
 
-int openat(int folder, const char* path, int flags, ...) {
+int openat(int directory, const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
     va_end(arguments);
-    return fails(name_of_open(path, flags)) ? -1 : REAL(openat)(folder, path, flags, mode);
+    return fails(name_of_open(path, flags)) ? -1 : REAL(openat)(directory, path, flags, mode);
 }
 
 int close(int descriptor) {
@@ -243,7 +243,7 @@ int fstatfs(int descriptor, struct statfs* told) {
     return result;
 }
 
-int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
+int statx(int directory, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
     /* NULL where Rust asks whether there is such a call at all, though the declaration forbids it. */
     const char* volatile asked = path;
     const char* name = (flags & AT_EMPTY_PATH) != 0             ? "statx of a file"
@@ -251,7 +251,7 @@ int statx(int folder, const char* restrict path, int flags, unsigned mask, struc
                        : strncmp(asked, "/proc/self/", 11) == 0 ? "statx of /proc"
                        : asked[0] == '/'                        ? "statx of a mapping"
                                                                 : "statx";
-    return fails(name) ? -1 : REAL(statx)(folder, path, flags, mask, told);
+    return fails(name) ? -1 : REAL(statx)(directory, path, flags, mask, told);
 }
 
 ssize_t getxattr(const char* path, const char* name, void* value, size_t size) {
@@ -270,31 +270,31 @@ int fremovexattr(int descriptor, const char* name) {
     return fails("fremovexattr") ? -1 : REAL(fremovexattr)(descriptor, name);
 }
 
-int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+int linkat(int from_directory, const char* from, int to_directory, const char* to, int flags) {
     if (fails("linkat")) return -1;
-    return note_name(to, REAL(linkat)(from_folder, from, to_folder, to, flags));
+    return note_name(to, REAL(linkat)(from_directory, from, to_directory, to, flags));
 }
 
-int renameat(int from_folder, const char* from, int to_folder, const char* to) {
+int renameat(int from_directory, const char* from, int to_directory, const char* to) {
     /* Where a target cannot be renamed over, a hidden file beside it can be renamed all the same. */
     if (fails(is_hidden(to) ? "rename to a hidden name" : "rename")) return -1;
-    if (!is_hidden(to) && faccessat(to_folder, to, F_OK, 0) == 0 && is_always("rename over a file")) return -1;
-    return note_name(to, REAL(renameat)(from_folder, from, to_folder, to));
+    if (!is_hidden(to) && faccessat(to_directory, to, F_OK, 0) == 0 && is_always("rename over a file")) return -1;
+    return note_name(to, REAL(renameat)(from_directory, from, to_directory, to));
 }
 
-int unlinkat(int folder, const char* path, int flags) {
+int unlinkat(int directory, const char* path, int flags) {
     const bool is_lock = strcmp(path, ".safetensors.lock") == 0;
     const char* name = flags != 0        ? "rmdir"
                        : is_lock         ? "unlink of the lock"
                        : is_hidden(path) ? "unlink of a hidden name"
                                          : "unlink";
     if (fails(name)) return -1;
-    const int result = REAL(unlinkat)(folder, path, flags);
+    const int result = REAL(unlinkat)(directory, path, flags);
     return is_lock || flags != 0 ? result : note_name(path, result);
 }
 
-int mkdirat(int folder, const char* path, mode_t mode) {
-    return fails("mkdir") ? -1 : REAL(mkdirat)(folder, path, mode);
+int mkdirat(int directory, const char* path, mode_t mode) {
+    return fails("mkdir") ? -1 : REAL(mkdirat)(directory, path, mode);
 }
 
 DIR* fdopendir(int descriptor) { return fails("fdopendir") ? NULL : REAL(fdopendir)(descriptor); }

@@ -2,7 +2,7 @@
  *
  * Rust ends a process that has no memory left for what cannot do without it, so the child may end with SIGABRT, or with
  * an error, or, where the memory was for something that can be done without, with success. Whichever it is, the target
- * holds the old file or the new one, whole, and nothing stands beside it. Run with a folder. */
+ * holds the old file or the new one, whole, and nothing stands beside it. Run with a directory. */
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -47,10 +47,10 @@ int posix_memalign(void** memory, size_t alignment, size_t size) {
     return *memory == NULL ? ENOMEM : 0;
 }
 
-static char folder[3000], target[4000];
+static char directory[3000], target[4000];
 
 static int entries(void) {
-    DIR* opened = opendir(folder);
+    DIR* opened = opendir(directory);
     if (opened == NULL) abort();
     int count = 0;
     for (const struct dirent* entry; (entry = readdir(opened)) != NULL;)
@@ -83,9 +83,9 @@ static unsigned char content(void) {
     if (sft_file_open(target, NULL, &file) != SFT_OK) return 0;
     size_t count = 0;
     unsigned char value = 0;
-    bool whole = sft_file_count(file, &count) == SFT_OK && count == TENSORS;
+    bool whole = sft_file_get_tensor_count(file, &count) == SFT_OK && count == TENSORS;
     for (size_t i = 0; whole && i < count; i++) {
-        whole = sft_file_read(file, i, bytes, BYTES) == SFT_OK && (i == 0 || bytes[0] == value);
+        whole = sft_file_read_tensor(file, i, bytes, BYTES) == SFT_OK && (i == 0 || bytes[0] == value);
         value = bytes[0];
         for (size_t at = 0; whole && at < BYTES; at++) whole = bytes[at] == value;
     }
@@ -107,7 +107,7 @@ static int attempt(long call) {
     armed = false;
     if (calls < chosen) return UNTOUCHED;
     if (status == SFT_OK) return SAVED;
-    return strlen(sft_last_error_message()) > 0 ? REFUSED : SILENT;
+    return strlen(sft_last_error_get_message()) > 0 ? REFUSED : SILENT;
 }
 
 /* What of an open file can be asked without any memory, as the header says. Returns how many calls do allocate. */
@@ -123,11 +123,12 @@ static int looks_that_allocate(void) {
     chosen = LONG_MAX;
     armed = true;
     const bool succeed =
-        sft_file_count(file, &index) == SFT_OK && sft_file_tensor(file, 0, &info) == SFT_OK &&
-        sft_file_sorted(file, 0, &index) == SFT_OK && sft_file_find(file, "t1", 2, &index) == SFT_OK &&
+        sft_file_get_tensor_count(file, &index) == SFT_OK && sft_file_get_tensor_info(file, 0, &info) == SFT_OK &&
+        sft_file_get_sorted_index(file, 0, &index) == SFT_OK && sft_file_find_tensor(file, "t1", 2, &index) == SFT_OK &&
         sft_file_has_metadata(file, &present) == SFT_OK && present == 1 &&
-        sft_file_metadata_count(file, &index) == SFT_OK && sft_file_metadata_at(file, 0, &key, &value) == SFT_OK &&
-        sft_file_metadata_get(file, "format", 6, &value) == SFT_OK && sft_file_data(file, 0, &data) == SFT_OK;
+        sft_file_get_metadata_count(file, &index) == SFT_OK &&
+        sft_file_get_metadata_entry(file, 0, &key, &value) == SFT_OK &&
+        sft_file_find_metadata(file, "format", 6, &value) == SFT_OK && sft_file_get_data(file, 0, &data) == SFT_OK;
     armed = false;
     if (!succeed) abort();
     sft_file_free(file);
@@ -136,8 +137,8 @@ static int looks_that_allocate(void) {
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    snprintf(folder, sizeof folder, "%s", arguments[1]);
-    snprintf(target, sizeof target, "%s/target", folder);
+    snprintf(directory, sizeof directory, "%s", arguments[1]);
+    snprintf(target, sizeof target, "%s/target", directory);
     long ended[3] = {0, 0, 0}, aborted = 0, wrong = 0;
     for (long call = 1;; call++) {
         if (save(1) != SFT_OK || content() != 1) abort();

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Has every system call of a save fail in turn, then every allocation, with the shared library in the folder that is given:
+# Has every system call of a save fail in turn, then every allocation, with the shared library in the directory that is given:
 #
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/faults/run.sh target/core/release
 set -eu
-library=$(cd "${1:?usage: $0 FOLDER_OF_THE_LIBRARY}" && pwd)
+library=$(cd "${1:?usage: $0 DIRECTORY_OF_THE_LIBRARY}" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 # In memory, where there is such a filesystem: thousands of files are made and removed.

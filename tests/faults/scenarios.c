@@ -20,8 +20,8 @@ enum { STRANGER = 12345 };
 const scenario scenarios[] = {
     {.name = "a new file"},
     {.name = "over an old file", .exists = true},
-    {.name = "a new file, synchronized", .sync = true},
-    {.name = "over an old file, synchronized", .exists = true, .sync = true, .twice = true},
+    {.name = "a new file, synchronized", .durable = true},
+    {.name = "over an old file, synchronized", .exists = true, .durable = true, .twice = true},
     {.name = "over an old file, no preallocation", .exists = true, .missing = {{"fallocate", EOPNOTSUPP}}},
     {.name = "over an old file, no sync_file_range", .exists = true, .missing = {{"sync_file_range", ENOSYS}}},
     {.name = "a checkpoint of other names, not synchronized",
@@ -30,98 +30,111 @@ const scenario scenarios[] = {
      .new_shard = 2 * BYTES},
     {.name = "one that cannot be renamed over",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"rename", EXDEV}}},
-    {.name = "a new checkpoint", .sync = true, .twice = true, .new_shard = 2 * BYTES},
-    {.name = "a checkpoint of other names", .exists = true, .sync = true, .old_shard = BYTES, .new_shard = 2 * BYTES},
+    {.name = "a new checkpoint", .durable = true, .twice = true, .new_shard = 2 * BYTES},
+    {.name = "a checkpoint of other names",
+     .exists = true,
+     .durable = true,
+     .old_shard = BYTES,
+     .new_shard = 2 * BYTES},
     {.name = "a checkpoint of the same names",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .old_shard = 2 * BYTES,
      .new_shard = 2 * BYTES},
     {.name = "a checkpoint whose files cannot be renamed over",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"rename over a file", EBUSY}},
      .old_shard = 2 * BYTES,
      .new_shard = 2 * BYTES},
-    {.name = "one file over a checkpoint", .exists = true, .sync = true, .old_shard = BYTES, .new_shard = 9 * BYTES},
-    {.name = "a checkpoint over one file", .exists = true, .sync = true, .old_shard = 9 * BYTES, .new_shard = BYTES},
-    {.name = "a stream to a new file", .sync = true, .how = STREAM},
-    {.name = "a stream over an old file", .exists = true, .sync = true, .how = STREAM},
-    {.name = "an edit in place", .exists = true, .sync = true, .twice = true, .how = EDIT, .mode = SFT_EDIT_IN_PLACE},
-    {.name = "an edit anew", .exists = true, .sync = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
+    {.name = "one file over a checkpoint", .exists = true, .durable = true, .old_shard = BYTES, .new_shard = 9 * BYTES},
+    {.name = "a checkpoint over one file", .exists = true, .durable = true, .old_shard = 9 * BYTES, .new_shard = BYTES},
+    {.name = "an incremental writer to a new file", .durable = true, .how = INCREMENTAL},
+    {.name = "an incremental writer over an old file", .exists = true, .durable = true, .how = INCREMENTAL},
+    {.name = "an edit in place",
+     .exists = true,
+     .durable = true,
+     .twice = true,
+     .how = EDIT,
+     .mode = SFT_EDIT_IN_PLACE},
+    {.name = "an edit anew", .exists = true, .durable = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
     {.name = "an edit anew, copied by hand",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"copy_file_range", EXDEV}},
      .how = EDIT,
      .mode = SFT_EDIT_REWRITE},
-    {.name = "over another's file", .exists = true, .sync = true, .stranger = true},
-    {.name = "over a file with an access control list", .exists = true, .sync = true, .twice = true, .listed = true},
-    {.name = "where new files get an access control list", .exists = true, .sync = true, .twice = true, .lists = true},
+    {.name = "over another's file", .exists = true, .durable = true, .stranger = true},
+    {.name = "over a file with an access control list", .exists = true, .durable = true, .twice = true, .listed = true},
+    {.name = "where new files get an access control list",
+     .exists = true,
+     .durable = true,
+     .twice = true,
+     .lists = true},
     {.name = "over a large file", .exists = true, .large = true},
-    {.name = "a new file, no unnamed files", .sync = true, .missing = {{"open unnamed", EOPNOTSUPP}}},
+    {.name = "a new file, no unnamed files", .durable = true, .missing = {{"open unnamed", EOPNOTSUPP}}},
     {.name = "over an old file, no unnamed files",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"open unnamed", EOPNOTSUPP}}},
     {.name = "a checkpoint, no unnamed files",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"open unnamed", EOPNOTSUPP}},
      .old_shard = BYTES,
      .new_shard = BYTES},
     {.name = "a stream, no unnamed files",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"open unnamed", EOPNOTSUPP}},
-     .how = STREAM},
+     .how = INCREMENTAL},
     {.name = "an edit anew, no unnamed files",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"open unnamed", EOPNOTSUPP}},
      .how = EDIT,
      .mode = SFT_EDIT_REWRITE},
     {.name = "one that cannot be renamed over, nor copied to by the kernel",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}}},
     {.name = "one that has to be copied to by hand",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"rename", EXDEV}, {"copy_file_range", EINVAL}, {"sendfile", EINVAL}}},
-    {.name = "a new file, no links", .sync = true, .twice = true, .missing = {{"linkat", EPERM}}},
+    {.name = "a new file, no links", .durable = true, .twice = true, .missing = {{"linkat", EPERM}}},
     {.name = "over an old file, no links",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"linkat", EOPNOTSUPP}}},
     {.name = "over an old file, no renames",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"rename", ENOSYS}, {"rename to a hidden name", ENOSYS}}},
     {.name = "a new file, neither",
-     .sync = true,
+     .durable = true,
      .twice = true,
      .missing = {{"linkat", EPERM}, {"rename", ENOSYS}, {"rename to a hidden name", ENOSYS}}},
     {.name = "over an old file, neither",
      .exists = true,
-     .sync = true,
+     .durable = true,
      .missing = {{"linkat", EPERM}, {"rename", ENOSYS}, {"rename to a hidden name", ENOSYS}}},
     {.name = NULL},
 };
 
 scenario_kind kind_of(const scenario* what) {
-    return what->how == EDIT ? EDITS : what->how == STREAM ? STREAMS : what->new_shard > 0 ? CHECKPOINTS : FILES;
+    return what->how == EDIT ? EDITS : what->how == INCREMENTAL ? STREAMS : what->new_shard > 0 ? CHECKPOINTS : FILES;
 }
 
-static char folder[3000];
+static char directory[3000];
 static sft_writer *old, *large, *fresh;
 static unsigned char ones[BYTES], twos[BYTES], *zeros;
 
@@ -139,7 +152,7 @@ static sft_writer* writer_of(const unsigned char* bytes) {
 }
 
 void scenarios_begin(const char* where) {
-    snprintf(folder, sizeof folder, "%s", where);
+    snprintf(directory, sizeof directory, "%s", where);
     memset(ones, 1, BYTES);
     memset(twos, 2, BYTES);
     old = writer_of(ones);
@@ -160,10 +173,10 @@ void scenarios_end(void) {
 }
 
 static sft_status stream(const sft_writer* writer, const sft_save_options* options) {
-    sft_stream* opened = NULL;
-    sft_status status = sft_stream_create(writer, path_of("target"), options, &opened);
-    if (status == SFT_OK) status = sft_stream_commit(opened);
-    sft_stream_free(opened);
+    sft_incremental_writer* opened = NULL;
+    sft_status status = sft_incremental_writer_create(writer, path_of("target"), options, &opened);
+    if (status == SFT_OK) status = sft_incremental_writer_commit(opened);
+    sft_incremental_writer_free(opened);
     return status;
 }
 
@@ -171,19 +184,19 @@ static sft_status edit(const scenario* what) {
     static const sft_metadata_change changes[] = {{{"room", 4}, {NULL, 0}}, {{"edited", 6}, {"yes", 3}}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = what->mode;
-    options.sync = what->sync;
-    return sft_metadata_edit(path_of("target"), changes, 2, &options);
+    options.durable = what->durable;
+    return sft_edit_metadata(path_of("target"), changes, 2, &options);
 }
 
 static sft_status save(const scenario* what, const sft_writer* writer, uint64_t shard) {
     if (shard == 0) {
         sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-        options.sync = what->sync;
+        options.durable = what->durable;
         return sft_writer_write_file(writer, path_of("target"), &options);
     }
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-    options.max_shard_bytes = shard;
-    options.sync = what->sync;
+    options.max_shard_size = shard;
+    options.durable = what->durable;
     return sft_writer_write_sharded(writer, path_of("target"), &options);
 }
 
@@ -191,7 +204,7 @@ sft_status save_anew(const scenario* what) {
     if (what->how == EDIT) return edit(what);
     if (what->how == AT_ONCE) return save(what, fresh, what->new_shard);
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-    options.sync = what->sync;
+    options.durable = what->durable;
     return stream(fresh, &options);
 }
 
@@ -207,16 +220,16 @@ static bool list(const char* path, const char* name) {
     return setxattr(path, name, &acl, sizeof acl, 0) == 0;
 }
 
-bool has_lists(void) { return list(folder, "system.posix_acl_access"); }
+bool has_lists(void) { return list(directory, "system.posix_acl_access"); }
 
 void prepare(const scenario* what) {
     /* One that no save has looked through for strays yet. */
     static long number;
     if (number > 0) remove_all(path_of(""));
     char own[3072];
-    snprintf(own, sizeof own, "%s/%ld", folder, ++number);
+    snprintf(own, sizeof own, "%s/%ld", directory, ++number);
     if (mkdir(own, 0755) != 0) abort();
-    use_folder(own);
+    use_directory(own);
     if (!what->exists) return;
     if (save(what, what->large ? large : old, what->old_shard) != SFT_OK) abort();
     if (what->new_shard != 0) return;
@@ -255,13 +268,13 @@ unsigned char value_of(const char* path) {
         size_t shard = 0, index = 0;
         const sft_file* file = NULL;
         sft_str ignored;
-        same = same && sft_checkpoint_find(checkpoint, name, 1, &shard, &index) == SFT_OK &&
-               sft_checkpoint_shard(checkpoint, shard, &ignored, &file) == SFT_OK &&
-               sft_file_read(file, index, bytes, BYTES) == SFT_OK;
+        same = same && sft_checkpoint_find_tensor(checkpoint, name, 1, &shard, &index) == SFT_OK &&
+               sft_checkpoint_get_shard(checkpoint, shard, &ignored, &file) == SFT_OK &&
+               sft_file_read_tensor(file, index, bytes, BYTES) == SFT_OK;
         value = value == 0 ? bytes[0] : value;
         for (size_t i = 0; same && i < BYTES; i++) same = bytes[i] == value;
         sft_str edited = {NULL, 0};
-        same = same && sft_file_metadata_get(file, "edited", 6, &edited) == SFT_OK;
+        same = same && sft_file_find_metadata(file, "edited", 6, &edited) == SFT_OK;
         value = edited.data != NULL ? 2 : value;
         if (edited.data != NULL && same) break;
     }

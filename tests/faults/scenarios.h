@@ -15,16 +15,16 @@ typedef struct lack {
 /* A way to save: what is there before, and how it is written. */
 typedef struct scenario {
     const char* name;
-    bool exists;                        /* whether an old file, or checkpoint, is there */
-    bool sync;                          /* whether the new one is to be on the disk */
-    bool stranger;                      /* whether the old file is another user's */
-    bool large;                         /* whether it is a large one */
-    bool listed;                        /* whether it has an access control list */
-    bool lists;                         /* whether new files in its folder get one */
-    bool twice;                         /* whether what comes after a failure fails too */
-    lack missing[3];                    /* calls that this filesystem lacks */
-    uint64_t old_shard, new_shard;      /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
-    enum { AT_ONCE, STREAM, EDIT } how; /* all tensors at once, one by one, or a change of the metadata */
+    bool exists;                             /* whether an old file, or checkpoint, is there */
+    bool durable;                            /* whether the new one is to be on the disk */
+    bool stranger;                           /* whether the old file is another user's */
+    bool large;                              /* whether it is a large one */
+    bool listed;                             /* whether it has an access control list */
+    bool lists;                              /* whether new files in its directory get one */
+    bool twice;                              /* whether what comes after a failure fails too */
+    lack missing[3];                         /* calls that this filesystem lacks */
+    uint64_t old_shard, new_shard;           /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
+    enum { AT_ONCE, INCREMENTAL, EDIT } how; /* all tensors at once, one by one, or a change of the metadata */
     sft_edit_mode mode;
 } scenario;
 
@@ -36,10 +36,10 @@ typedef enum scenario_kind { FILES, CHECKPOINTS, STREAMS, EDITS, KINDS } scenari
 scenario_kind kind_of(const scenario* what);
 
 /* Makes the tensors that are saved, and lets go of them. */
-void scenarios_begin(const char* folder);
+void scenarios_begin(const char* directory);
 void scenarios_end(void);
 
-/* Puts there what is there before, in a fresh folder, which becomes that of path_of(). */
+/* Puts there what is there before, in a fresh directory, which becomes that of path_of(). */
 void prepare(const scenario* what);
 
 /* The save that is tested, over what is there, to path_of("target"). */

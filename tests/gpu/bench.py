@@ -33,10 +33,10 @@ class Plan:
 
     device: str
     device_bytes: int  # that are free on it
-    folder: Path
+    directory: Path
     sizes: tuple[float, ...]  # GB
     rounds: int
-    prerelease: str  # the folder of a pre-release of the reference, or nothing
+    prerelease: str  # the directory of a pre-release of the reference, or nothing
 
 
 def contents(sizes: tuple[float, ...]) -> list[tuple[data.Content, bool]]:
@@ -71,7 +71,7 @@ class Bench:
             print(f"\n{content.name}: {content.title}, {content.nbytes() / 1e6:,.1f} MB", file=sys.stderr, flush=True)
             if not self._fits(content):
                 continue
-            path = self._plan.folder / "model.safetensors"
+            path = self._plan.directory / "model.safetensors"
             try:
                 checksum = data.make(content, path)
                 machine.flush(path)
@@ -88,7 +88,7 @@ class Bench:
         """Whether there is room for a file, beside a copy of it that is saved and one on the device."""
         nbytes = content.nbytes()
         for what, needed, there in (
-            ("disk", 2 * nbytes, machine.free_disk(self._plan.folder)),
+            ("disk", 2 * nbytes, machine.free_disk(self._plan.directory)),
             ("memory", 2 * nbytes, machine.available_memory()),
             ("memory on the device", nbytes * 5 // 4, self._plan.device_bytes),
         ):

@@ -117,11 +117,11 @@ def _read(descriptor: int, nbytes: int, threads: int) -> None:
         raise failures[0]
 
 
-def _writes(folder: Path, nbytes: int) -> float:
+def _writes(directory: Path, nbytes: int) -> float:
     """The bytes a second into the page cache, with one thread, of a new file whose room is set aside first."""
     nbytes = min(nbytes, _MOST)
     content = bytes(_CHUNK)
-    target = folder / "ceiling"
+    target = directory / "ceiling"
     seconds = []
     for _ in range(_TIMES):
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

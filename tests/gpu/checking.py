@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -19,7 +18,7 @@ MIB = 1 << 20
 SLAB = 2 * MIB
 RING = 64 * MIB
 
-Figures = Optional[dict[str, float]]
+Figures = dict[str, float] | None
 
 
 class Skip(Exception):
@@ -36,11 +35,11 @@ class Setting:
 
     Attributes:
         device: the device, current, with nothing on it.
-        folder: an empty folder.
+        directory: an empty directory.
     """
 
     device: devices.Device
-    folder: Path
+    directory: Path
 
     @property
     def large(self) -> int:
@@ -48,7 +47,7 @@ class Setting:
         return (192 if self.device.simulated else 1024) * MIB
 
     def path(self, name: str = "model") -> Path:
-        return self.folder / f"{name}.safetensors"
+        return self.directory / f"{name}.safetensors"
 
 
 Work = Callable[[Setting], Figures]

@@ -28,14 +28,14 @@ def collect() -> list[checking.Check]:
     return checking.CHECKS
 
 
-def run_all(device: str, folder: Path, only: str) -> list[dict[str, Any]]:
+def run_all(device: str, directory: Path, only: str) -> list[dict[str, Any]]:
     """Runs every check whose name matches ``only``, and prints a line for each; gives their results."""
     results = []
     for one in (one for one in collect() if re.search(only, one.name)):
         start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as own:
+        with tempfile.TemporaryDirectory(prefix="check-", dir=directory) as own:
             try:
-                found = processes.ask("checks.py", {"name": one.name, "device": device, "folder": own}, _SECONDS)
+                found = processes.ask("checks.py", {"name": one.name, "device": device, "directory": own}, _SECONDS)
                 if "ended" in found:
                     found = {"result": "FAILED", "why": f"all was right, but then {found['ended']}"}
             except processes.ChildError as error:
@@ -54,9 +54,9 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     import safetensors_torch
 
     # Whatever the environment says.
-    safetensors_torch.set_transfer_options(ring_bytes=checking.RING, threads=0)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=checking.RING, threads=0)
     try:
-        figures = one.work(checking.Setting(device, Path(request["folder"])))
+        figures = one.work(checking.Setting(device, Path(request["directory"])))
         device.synchronize()
     except checking.Skip as skip:
         return {"result": "skipped", "why": str(skip)}

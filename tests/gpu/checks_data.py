@@ -41,7 +41,7 @@ def _ways() -> Iterator[str]:
         ("no ring", 0, 0, 0),
     ):
         safetensors_torch.release_transfer_memory()
-        safetensors_torch.set_transfer_options(ring_bytes=ring, threads=threads)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring, threads=threads)
         pinned = safetensors_torch.reserve_transfer_memory(reserved)
         demand(pinned == reserved, f"{reserved} bytes were reserved, and {pinned} pinned")
         yield way

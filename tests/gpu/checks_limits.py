@@ -44,7 +44,7 @@ def out_of_memory(setting: Setting) -> None:
     device.empty_cache()
     before = device.allocated()
     for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(ring_bytes=ring)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
         with limited_memory(device, 100 * MIB):
             try:
                 load_file(path, device.torch)
@@ -155,7 +155,7 @@ def interrupts(setting: Setting) -> dict[str, float]:
     save_file(loaded, setting.path("saved"))
     device.keep_busy(device.current_stream(), 0.1)  # takes its clock
     device.synchronize()
-    before, files = device.allocated(), sorted(setting.folder.iterdir())
+    before, files = device.allocated(), sorted(setting.directory.iterdir())
     slowest = 0.0
     for what, work in (
         ("load_file", lambda: load_file(path, device.torch)),
@@ -170,7 +170,7 @@ def interrupts(setting: Setting) -> dict[str, float]:
         gc.collect()
         device.synchronize()
         demand(device.allocated() == before, f"{what}: {device.allocated() - before} bytes were left on the device")
-        demand(sorted(setting.folder.iterdir()) == files, f"{what}: files were left behind")
+        demand(sorted(setting.directory.iterdir()) == files, f"{what}: files were left behind")
         pinned = safetensors_torch.transfer_memory()
         demand(pinned <= RING, f"{what}: {pinned} bytes are pinned, more than the {RING} that may be")
         demand_same(load_file(path, device.torch), tensors, device.torch, f"the load after {what}")
@@ -232,7 +232,7 @@ def device_memory(setting: Setting) -> dict[str, float]:
     found = {}
     for what, dtype in (("as it is", None), ("with dtype=", torch.float16)):
         for ring in (RING, 0):
-            safetensors_torch.set_transfer_options(ring_bytes=ring)
+            safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
             device.synchronize()
             device.empty_cache()
             device.reset_peak()
@@ -272,7 +272,7 @@ def host_memory(setting: Setting) -> dict[str, float]:
     measure("pread_load_host_bytes", lambda: load_file(path, device.torch, backend="pread"))
     measure("converting_load_host_bytes", lambda: load_file(path, device.torch, dtype=torch.float16))
     measure("save_host_bytes", lambda: save_file(loaded, setting.path("saved")))
-    safetensors_torch.set_transfer_options(ring_bytes=0)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=0)
     safetensors_torch.release_transfer_memory()
     measure("plain_load_host_bytes", lambda: load_file(path, device.torch))
     measure("plain_save_host_bytes", lambda: save_file(loaded, setting.path("saved")))
@@ -288,7 +288,7 @@ def ring(setting: Setting) -> None:
     pinned = safetensors_torch.transfer_memory()
     demand(pinned == 0, f"{pinned} bytes were pinned for a load of 4 MiB, which is not worth it")
     for most in (8 * MIB, 3 * SLAB, RING):
-        safetensors_torch.set_transfer_options(ring_bytes=most)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=most)
         load_file(large, device.torch)
         pinned = safetensors_torch.transfer_memory()
         demand(0 < pinned <= most, f"{pinned} bytes are pinned, where {most} may be")

@@ -29,7 +29,7 @@ def _warm_up(setting: Setting) -> data.Tensors:
     """Writes the file, and has done everything once that is done but once; gives what is in the file."""
     tensors = _tensors()
     path = data.write(setting.path(), tensors)
-    safetensors_torch.set_transfer_options(ring_bytes=RING)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=RING)
     demand(safetensors_torch.reserve_transfer_memory(RING) == RING, "the ring could not be pinned")
     for _ in range(2):
         loaded = load_file(path, setting.device.torch)
@@ -65,7 +65,7 @@ def _both(setting: Setting) -> Iterator[str]:
 def used_at_once(setting: Setting) -> None:
     tensors = _warm_up(setting)
     for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(ring_bytes=ring)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
         for what in _both(setting):
             for _ in range(10):
                 loaded = load_file(setting.path(), setting.device.torch)
@@ -153,7 +153,7 @@ def saved_after_pending_work(setting: Setting) -> None:
     _warm_up(setting)
     device = setting.device
     for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(ring_bytes=ring)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
         for number, what in enumerate(_both(setting)):
             tensor = torch.zeros(_COUNT + 3, device=device.torch)
             device.synchronize()

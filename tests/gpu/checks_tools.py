@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -17,10 +16,10 @@ _SECONDS = 500.0
 _STATUS = 86  # of the sanitizer, where it found something
 
 
-def _sanitizer() -> Optional[str]:
-    """Where compute-sanitizer is, on PATH or in the folders of CUDA."""
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/opt/cuda"]
-    roots = [Path(folder) for folder in folders if folder]
+def _sanitizer() -> str | None:
+    """Where compute-sanitizer is, on PATH or in the directories of CUDA."""
+    directories = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/opt/cuda"]
+    roots = [Path(directory) for directory in directories if directory]
     roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     # The wheels of CUDA, beside torch.
     roots += sorted((Path(torch.__file__).parent.parent / "nvidia").glob("*"))
@@ -39,7 +38,7 @@ def _run(setting: Setting, tool: str) -> None:
         raise Skip("compute-sanitizer is not installed")
     script = Path(__file__).resolve().with_name("sanitized.py")
     command = [program, "--tool", tool, "--error-exitcode", str(_STATUS)]
-    command += [sys.executable, str(script), str(setting.device.torch), str(setting.folder)]
+    command += [sys.executable, str(script), str(setting.device.torch), str(setting.directory)]
     # Torch's cache of memory would hide what is used after it was freed.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:

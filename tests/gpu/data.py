@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -156,7 +156,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
 
 
-def read(path: Path, order: Optional[list[str]] = None) -> Iterator[tuple[str, torch.Tensor]]:
+def read(path: Path, order: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a file, on the CPU, one after the other, in the order of their data or of the names given."""
     header, start = read_header(path)
     with open(path, "rb") as file:

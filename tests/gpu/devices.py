@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -103,7 +103,7 @@ class Device:
         """How much memory tensors could have."""
         raise NotImplementedError
 
-    def limit_memory(self, more: Optional[int]) -> None:
+    def limit_memory(self, more: int | None) -> None:
         """Lets tensors have so many bytes more than now. None: as many as there are."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class Device:
 class Cuda(Device):
     """A GPU."""
 
-    def __init__(self, index: Optional[int]) -> None:
+    def __init__(self, index: int | None) -> None:
         if not torch.cuda.is_available():
             raise DeviceError(f"torch {torch.__version__} finds no CUDA device here")
         chosen = torch.cuda.current_device() if index is None else index
@@ -199,7 +199,7 @@ class Cuda(Device):
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch)[0]
 
-    def limit_memory(self, more: Optional[int]) -> None:
+    def limit_memory(self, more: int | None) -> None:
         self.empty_cache()
         fraction = 1.0
         if more is not None:
@@ -213,11 +213,11 @@ class Simulated(Device):
 
     simulated = True
 
-    def __init__(self, index: Optional[int]) -> None:
-        folder = Path(__file__).resolve().parent.parent / "accelerator"
-        if not (folder / "accelerator.py").exists():
-            raise DeviceError(f"the simulated device is not there: put the folder tests/accelerator at {folder}")
-        sys.path.insert(0, str(folder))
+    def __init__(self, index: int | None) -> None:
+        directory = Path(__file__).resolve().parent.parent / "accelerator"
+        if not (directory / "accelerator.py").exists():
+            raise DeviceError(f"the simulated device is not there: put the directory tests/accelerator at {directory}")
+        sys.path.insert(0, str(directory))
         import accelerator
 
         accelerator.load()
@@ -276,7 +276,7 @@ class Simulated(Device):
     def free_bytes(self) -> int:
         return machine.available_memory() // 2
 
-    def limit_memory(self, more: Optional[int]) -> None:
+    def limit_memory(self, more: int | None) -> None:
         self.empty_cache()
         limit = None if more is None else self._memory()["reserved"] + more
         self._accelerator.set_memory_limit(self.torch.index, limit)
@@ -296,7 +296,7 @@ def open_device(name: str) -> Device:
     return Simulated(index) if kind == SIMULATED else Cuda(index)
 
 
-def parse_name(name: str) -> tuple[str, Optional[int]]:
+def parse_name(name: str) -> tuple[str, int | None]:
     """The kind and index in the name of a device.
 
     Raises:

@@ -13,22 +13,21 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Optional
 
 PACKAGES = ("torch", "safetensors-torch", "safetensors", "fastsafetensors", "instanttensor", "runai-model-streamer")
 
 _BLOCK = 16 << 20
 
 
-def describe(folder: Path) -> dict[str, str]:
-    """What figures depend on, with the filesystem of ``folder``."""
+def describe(directory: Path) -> dict[str, str]:
+    """What figures depend on, with the filesystem of ``directory``."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     return {
         "CPU": next(names, platform.machine()),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{_field('/proc/meminfo', 'MemTotal') / 2**30:.0f} GiB",
         "kernel": f"Linux {platform.release()}",
-        "filesystem": _filesystem(folder),
+        "filesystem": _filesystem(directory),
         "Python": platform.python_version(),
     }
 
@@ -56,8 +55,8 @@ def _field(path: str, name: str) -> int:
     return 0
 
 
-def _filesystem(folder: Path) -> str:
-    device = os.stat(folder).st_dev
+def _filesystem(directory: Path) -> str:
+    device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in _lines("/proc/self/mountinfo"):
         fields = line.split()
@@ -71,9 +70,9 @@ def available_memory() -> int:
     return _field("/proc/meminfo", "MemAvailable")
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes that still fit on the filesystem of ``folder``."""
-    return shutil.disk_usage(folder).free
+def free_disk(directory: Path) -> int:
+    """Bytes that still fit on the filesystem of ``directory``."""
+    return shutil.disk_usage(directory).free
 
 
 def flush(path: Path) -> None:
@@ -125,7 +124,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look)
         self._before = 0
         self._most = 0
-        self._error: Optional[Exception] = None
+        self._error: Exception | None = None
 
     @property
     def growth(self) -> int:
@@ -142,9 +141,9 @@ class Watch:
 
     def __exit__(
         self,
-        exc_type: Optional[type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._done.set()
         self._thread.join()

@@ -25,7 +25,7 @@ class ChildError(Exception):
 
 
 def ask(script: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Runs a script of this folder, which calls `answer`, and gives what that says.
+    """Runs a script of this directory, which calls `answer`, and gives what that says.
 
     Where the process does not end well after its answer, ``"ended"`` in it says how.
 

@@ -6,7 +6,7 @@ Owns the tables and their words. What they are made of is in the results, as run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Optional
+from typing import Any
 
 import bench
 import rivals
@@ -56,7 +56,7 @@ def _rate(bytes_a_second: float) -> str:
     return f"{bytes_a_second / 1e9:.2f} GB/s"
 
 
-def _ratio(value: Optional[float]) -> str:
+def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 

@@ -40,7 +40,7 @@ class Subject:
     title: str
     module: str  # what it imports
     distribution: str  # what pip calls that
-    prerelease: bool = False  # whether the folder of the pre-release goes first on sys.path
+    prerelease: bool = False  # whether the directory of the pre-release goes first on sys.path
 
 
 OURS_MODULE = "safetensors_torch"
@@ -52,7 +52,7 @@ OWN = (OURS, PLAIN, RESERVED)
 
 LOADS = (
     Subject(OURS, "ours", *_OURS),
-    Subject(PLAIN, "ours, ring_bytes=0", *_OURS),
+    Subject(PLAIN, "ours, pinned_pool_bytes=0", *_OURS),
     Subject(RESERVED, "ours, reserved before", *_OURS),
     Subject(REFERENCE, "safetensors", *_REFERENCE),
     Subject(PREFETCH, "safetensors, prefetch", *_REFERENCE, prerelease=True),
@@ -62,7 +62,7 @@ LOADS = (
 )
 SAVES = (
     Subject(OURS, "ours", *_OURS),
-    Subject(PLAIN, "ours, ring_bytes=0", *_OURS),
+    Subject(PLAIN, "ours, pinned_pool_bytes=0", *_OURS),
     Subject(REFERENCE, "safetensors", *_REFERENCE),
     Subject(PRERELEASE, "safetensors, pre-release", *_REFERENCE, prerelease=True),
 )
@@ -121,9 +121,9 @@ def _set_up(module: Any, key: str) -> float:
     """Chooses the way of the transfers; the seconds that it took."""
     start = time.perf_counter()
     if key == PLAIN:
-        module.set_transfer_options(ring_bytes=0)
+        module.set_transfer_options(pinned_pool_bytes=0)
     elif key == RESERVED:
-        module.reserve_transfer_memory(module.transfer_options().ring_bytes)
+        module.reserve_transfer_memory(module.transfer_options().pinned_pool_bytes)
     return time.perf_counter() - start
 
 

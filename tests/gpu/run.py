@@ -41,7 +41,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", metavar="REGEX", default="", help="the checks whose name matches")
     parser.add_argument("--sizes", metavar="GB,GB", help=f"of the large files; {_SIZES} unless given")
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help=f"processes a subject; {_ROUNDS} unless given")
-    parser.add_argument("--folder", type=Path, help="where files go, twice as much as the largest; a temporary one")
+    parser.add_argument("--directory", type=Path, help="where files go, twice as much as the largest; a temporary one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the raw figures go")
     parser.add_argument("--prerelease", metavar="DIR", default="", help="where pip put a pre-release of safetensors")
     arguments = parser.parse_args()
@@ -60,7 +60,7 @@ def _parse() -> argparse.Namespace:
 
 def _shown_command() -> str:
     """The command, without the options that name places on this machine."""
-    hidden = ("--folder", "--json", "--prerelease")
+    hidden = ("--directory", "--json", "--prerelease")
     words = []
     skip = False
     for word in sys.argv[1:]:
@@ -70,7 +70,7 @@ def _shown_command() -> str:
     return " ".join(["python tests/gpu/run.py", *words])
 
 
-def _run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def _run(arguments: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], bool]:
     """Does what was asked for; gives the results, and whether this library did its part."""
     # Here, as it compiles the library's layer where it must.
     try:
@@ -83,18 +83,20 @@ def _run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], b
         "command": _shown_command(),
         "simulated": device["simulated"],
         "device": device["described"],
-        "machine": machine.describe(folder),
+        "machine": machine.describe(directory),
         "packages": machine.packages(),
         "rounds": arguments.rounds,
         "notes": [],
     }
     right = True
     if arguments.check:
-        results["checks"] = checks.run_all(arguments.device, folder, arguments.only)
+        results["checks"] = checks.run_all(arguments.device, directory, arguments.only)
         right = all(one["result"] != "FAILED" for one in results["checks"])
     if arguments.bench:
         prerelease = str(Path(arguments.prerelease).resolve()) if arguments.prerelease else ""
-        plan = bench.Plan(arguments.device, device["free_bytes"], folder, arguments.sizes, arguments.rounds, prerelease)
+        plan = bench.Plan(
+            arguments.device, device["free_bytes"], directory, arguments.sizes, arguments.rounds, prerelease
+        )
         run = bench.Bench(plan)
         results["bench"] = run.run()
         results["notes"] += run.notes
@@ -106,11 +108,11 @@ def main() -> None:
     arguments = _parse()
     # As an exit like others, so that the files, which are large, do not stay behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpu-", dir=arguments.folder) as folder:
+    if arguments.directory:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=arguments.directory) as directory:
         try:
-            results, right = _run(arguments, Path(folder))
+            results, right = _run(arguments, Path(directory))
         except processes.ChildError as error:
             sys.exit(f"run.py: {error}")
     if arguments.json:

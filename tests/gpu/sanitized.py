@@ -1,6 +1,6 @@
 """A few small loads and saves, for a tool that watches every access to memory.
 
-Run: python sanitized.py DEVICE FOLDER
+Run: python sanitized.py DEVICE DIRECTORY
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     tensors.update((f"small.{index}", random((index,), torch.uint8, index)) for index in range(20))
     data.write(path, tensors)
     for ring in (16 * MIB, 0):
-        safetensors_torch.set_transfer_options(ring_bytes=ring)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
         safetensors_torch.reserve_transfer_memory(ring)
         loaded = safetensors_torch.load_file(path, device)
         demand_same(loaded, tensors, device, "load_file")

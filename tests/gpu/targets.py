@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import bench
 import rivals
@@ -33,29 +33,29 @@ class Verdict:
 
     what: str
     target: str
-    found: Optional[str]
+    found: str | None
     first: str  # the same for the first run of a process, where there is such a thing
     met: bool
 
 
-def row_of(measured: dict[str, Any], key: str) -> Optional[dict[str, Any]]:
+def row_of(measured: dict[str, Any], key: str) -> dict[str, Any] | None:
     """A subject's row, None where it was not measured."""
     return next((row for row in measured["rows"] if row["key"] == key), None)
 
 
-def seconds(measured: dict[str, Any], key: str, when: str) -> Optional[float]:
+def seconds(measured: dict[str, Any], key: str, when: str) -> float | None:
     """A subject's median: of the "first" run of a process, the "second" or all "later" ones."""
     row = row_of(measured, key)
     return None if row is None else bench.times(row)[when]
 
 
-def times_as_fast(measured: dict[str, Any], key: str, when: str) -> Optional[float]:
+def times_as_fast(measured: dict[str, Any], key: str, when: str) -> float | None:
     """How many times as fast as a subject this library is."""
     theirs, ours = seconds(measured, key, when), seconds(measured, rivals.OURS, when)
     return None if theirs is None or ours is None else theirs / ours
 
 
-def slower_ceiling(limits: dict[str, Any]) -> Optional[float]:
+def slower_ceiling(limits: dict[str, Any]) -> float | None:
     """The bytes a second of the slower of a pinned copy to the device and of parallel reads."""
     if not limits:
         return None
@@ -143,7 +143,7 @@ def _small(entries: list[dict[str, Any]]) -> Iterator[Verdict]:
             found.append(None if plain is None or ours is None else (ours / plain, _not_slower(ours, plain)))
         later, first = found
         yield Verdict(
-            f"load of {measured['name']}, {measured['tensors']:,} tensors: time, in those of ring_bytes=0",
+            f"load of {measured['name']}, {measured['tensors']:,} tensors: time, in those of pinned_pool_bytes=0",
             wanted,
             None if later is None else f"{later[0]:.2f}",
             "" if first is None else f"{first[0]:.2f}",

@@ -10,7 +10,7 @@ refuses() {
     grep -qF -- "$words" <<<"$said" || { cat "$WORK/mistake.log" >&2; fail "the error does not say: $words"; }
 }
 
-# links FROM TO NAME: a copy of a folder made of links, but for the folder or file NAME in it.
+# links FROM TO NAME: a copy of a directory made of links, but for the directory or file NAME in it.
 links() {
     mkdir -p "$2"
     find "$1/" -mindepth 1 -maxdepth 1 ! -name "$3" -exec ln -s -t "$2" {} +

@@ -1,6 +1,6 @@
 # Programs that use what is installed: built and run. Part of run.sh.
 
-# configure NAME ARGUMENT...: the consumer, in a build folder of that name. A build type that CMake does not know is
+# configure NAME ARGUMENT...: the consumer, in a build directory of that name. A build type that CMake does not know is
 # built without options, which is quick.
 configure() {
     local name=$1

@@ -2,7 +2,7 @@
 # Installs the library and uses it the ways that its users do: from CMake with every kind of libtorch, with pkg-config,
 # and from the Python package. Then the mistakes that the installation has to explain.
 #
-# Environment: PYTHON (one with torch and pip), WORK (a folder for what is built). What is installed is what
+# Environment: PYTHON (one with torch and pip), WORK (a directory for what is built). What is installed is what
 # `make install` makes. Where cargo-c is installed, what it installs is tested too.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

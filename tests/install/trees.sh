@@ -1,6 +1,6 @@
 # What is installed: the files, their contents, and that they can be moved. Part of run.sh.
 
-# `make install` into a folder that was empty; then the tree is moved away, so that nothing can depend on its place.
+# `make install` into a directory that was empty; then the tree is moved away, so that nothing can depend on its place.
 install_one() {
     local name=$1
     shift
@@ -64,12 +64,12 @@ check_library() {
     ! LC_ALL=C readelf --wide --dynamic "$1" | grep -E '\((RPATH|RUNPATH)\)' >&2 || fail "$1 has a search path"
 }
 
-# No file names a folder of this machine.
+# No file names a directory of this machine.
 check_paths() {
-    local tree=$1 folder found
-    for folder in "$PWD" "$(pwd -P)" "$torch" "$(realpath "$torch")" "${CARGO_HOME:-$HOME/.cargo}" /opt/somewhere; do
-        found=$(grep -rlaF -- "$folder/" "$tree" || true)
-        [ -z "$found" ] || fail "$folder is named in $found"
+    local tree=$1 directory found
+    for directory in "$PWD" "$(pwd -P)" "$torch" "$(realpath "$torch")" "${CARGO_HOME:-$HOME/.cargo}" /opt/somewhere; do
+        found=$(grep -rlaF -- "$directory/" "$tree" || true)
+        [ -z "$found" ] || fail "$directory is named in $found"
     done
 }
 

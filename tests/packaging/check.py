@@ -23,7 +23,7 @@ DTYPES = (
 ).split()
 
 
-def check(folder: Path) -> int:
+def check(directory: Path) -> int:
     """Raises where something is wrong; gives the number of dtypes that went to a file and back."""
     import safetensors.torch as reference
     import torch
@@ -38,7 +38,7 @@ def check(folder: Path) -> int:
     tensors["matrix"] = torch.linspace(-1, 1, 24).reshape(4, 6)
     tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.zeros(0, 3)
 
-    path, expected = folder / "ours.safetensors", folder / "reference.safetensors"
+    path, expected = directory / "ours.safetensors", directory / "reference.safetensors"
     ours.save_file(tensors, path, {"format": "pt"})
     reference.save_file(tensors, expected, {"format": "pt"})
     assert path.read_bytes() == expected.read_bytes(), "the file differs from the reference's"
@@ -60,8 +60,8 @@ def check(folder: Path) -> int:
             assert torch.equal(file.get_slice("matrix")[1:3, ::2], tensors["matrix"][1:3, ::2])
 
     model, copy = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
-    ours.save_model(model, folder / "model.safetensors")
-    assert ours.load_model(copy, folder / "model.safetensors") == (set(), [])
+    ours.save_model(model, directory / "model.safetensors")
+    assert ours.load_model(copy, directory / "model.safetensors") == (set(), [])
     assert torch.equal(model.weight, copy.weight)
 
     assert torch.equal(torch.ops.safetensors_torch.get_tensor(str(path), "matrix"), tensors["matrix"])
@@ -93,8 +93,8 @@ def main(arguments: list[str]) -> None:
         "compiler_s": sum(after[2:4]) - sum(before[2:4]),
     }
     if "--import-only" not in arguments:
-        with tempfile.TemporaryDirectory() as folder:
-            said["dtypes"] = check(Path(folder))
+        with tempfile.TemporaryDirectory() as directory:
+            said["dtypes"] = check(Path(directory))
     print(json.dumps(said))
 
 

@@ -1,4 +1,4 @@
-"""Commands that the programs of this folder run."""
+"""Commands that the programs of this directory run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT) -> str:
+def run(*command: str | Path, environment: dict[str, str] | None = None, directory: Path = ROOT) -> str:
     """The command's standard output; ends the program with all that it said where it fails."""
     result = subprocess.run(
-        [str(part) for part in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
+        [str(part) for part in command], env=environment, cwd=directory, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")

@@ -5,7 +5,7 @@ its CUDA libraries, about 5 GB, and takes some minutes, so this is not part of t
 deleted one after the other. Rust is hidden from everything but the build of the wheel.
 
 Run: python tests/packaging/matrix.py --python python3.10 --python python3.13 --torch 2.8.0 --torch 2.11.0
-         [--wheel FILE] [--cuda-of SITE] [--json FILE] [--folder DIR] [--imports N]
+         [--wheel FILE] [--cuda-of SITE] [--json FILE] [--directory DIR] [--imports N]
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ NEEDED = (
 )
 
 
-def build_wheel(python: str, folder: Path) -> Path:
+def build_wheel(python: str, directory: Path) -> Path:
     """Builds the wheel that fits every torch, in an isolated environment."""
     environment = {**os.environ, "SAFETENSORS_TORCH_AOT": "0"}
     pip = (python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps")
-    run(*pip, "--wheel-dir", folder, ROOT, environment=environment)
-    (wheel,) = folder.glob("*.whl")
+    run(*pip, "--wheel-dir", directory, ROOT, environment=environment)
+    (wheel,) = directory.glob("*.whl")
     return wheel
 
 
@@ -65,9 +65,9 @@ def check_wheel(wheel: Path) -> None:
         raise SystemExit(f"{wheel.name} lacks {missing}, and has {wrong}")
 
 
-def without_rust(folder: Path) -> dict[str, str]:
-    """An environment whose PATH has no Rust, with a home folder of its own, so an empty cache, in ``folder``."""
-    programs = folder / "programs"
+def without_rust(directory: Path) -> dict[str, str]:
+    """An environment whose PATH has no Rust, with a home directory of its own, so an empty cache, in ``directory``."""
+    programs = directory / "programs"
     programs.mkdir(parents=True)
     for place in os.environ["PATH"].split(os.pathsep):
         for program in Path(place).glob("*"):
@@ -77,7 +77,7 @@ def without_rust(folder: Path) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("CARGO", "RUST", "XDG_", "PYTHON"))
     }
-    environment = {**kept, "PATH": str(programs), "HOME": str(folder)}
+    environment = {**kept, "PATH": str(programs), "HOME": str(directory)}
     for program in RUST:
         if shutil.which(program, path=environment["PATH"]):
             raise SystemExit(f"{program} could not be hidden")
@@ -95,23 +95,25 @@ def install_torch(inside: Path, install: tuple, torch: str, cuda_of: Path | None
         (site / path.name).symlink_to(path.resolve())
 
 
-def check_one(python: str, torch: str, wheel: Path, folder: Path, imports: int, cuda_of: Path | None) -> dict:
+def check_one(python: str, torch: str, wheel: Path, directory: Path, imports: int, cuda_of: Path | None) -> dict:
     """Installs the wheel beside that torch, and says what came of it."""
-    run(python, "-m", "venv", folder / "venv")
-    inside = folder / "venv" / "bin" / "python"
+    run(python, "-m", "venv", directory / "venv")
+    inside = directory / "venv" / "bin" / "python"
     install = (inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
-    install_torch(inside, install, torch, cuda_of)  # with pip's own cache, which is in the real home folder
-    environment = without_rust(folder / "home")
-    # pip would write the CUDA libraries that it misses through the links, into the folder that was lent.
+    install_torch(inside, install, torch, cuda_of)  # with pip's own cache, which is in the real home directory
+    environment = without_rust(directory / "home")
+    # pip would write the CUDA libraries that it misses through the links, into the directory that was lent.
     lent = () if cuda_of is None else ("--no-deps",)
     run(*install, *lent, wheel, environment=environment)
 
     command = (inside, "-I", HERE / "check.py")
-    first = json.loads(run(*command, environment=environment, folder=folder))
-    if not Path(first["package"]).is_relative_to(folder):
+    first = json.loads(run(*command, environment=environment, directory=directory))
+    if not Path(first["package"]).is_relative_to(directory):
         raise SystemExit(f"not the wheel was checked, but {first['package']}")
-    later = [json.loads(run(*command, "--import-only", environment=environment, folder=folder)) for _ in range(imports)]
-    cache = folder / "home" / ".cache" / "safetensors_torch"
+    later = [
+        json.loads(run(*command, "--import-only", environment=environment, directory=directory)) for _ in range(imports)
+    ]
+    cache = directory / "home" / ".cache" / "safetensors_torch"
     (library,) = cache.rglob("*.so")
     return {
         **{name: first[name] for name in ("python", "torch", "cxx11_abi", "version", "dtypes")},
@@ -146,21 +148,21 @@ def main() -> None:
     parser.add_argument(
         "--cuda-of",
         type=Path,
-        help="a site-packages folder with that torch, to whose CUDA libraries, most of the 5 GB, the environments link",
+        help="a site-packages directory with that torch, whose CUDA libraries (most of 5 GB) the environments link to",
     )
     parser.add_argument("--json", type=Path, help="where the results go besides, after each combination")
-    parser.add_argument("--folder", type=Path, help="where the environments are made; needs about 6 GB")
+    parser.add_argument("--directory", type=Path, help="where the environments are made; needs about 6 GB")
     parser.add_argument("--imports", type=int, default=7, help="how many later imports are timed")
     chosen = parser.parse_args()
     results: list[dict] = []
-    with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="safetensors-torch-matrix-") as name:
-        folder = Path(name)
-        wheel = (chosen.wheel or build_wheel(chosen.python[0], folder / "dist")).resolve()
+    with tempfile.TemporaryDirectory(dir=chosen.directory, prefix="safetensors-torch-matrix-") as name:
+        directory = Path(name)
+        wheel = (chosen.wheel or build_wheel(chosen.python[0], directory / "dist")).resolve()
         check_wheel(wheel)
         for torch in chosen.torch:
             for python in chosen.python:
                 print(f"{python}, torch {torch} ...", file=sys.stderr, flush=True)
-                place = folder / "one"
+                place = directory / "one"
                 place.mkdir()
                 try:
                     results.append(check_one(python, torch, wheel, place, chosen.imports, chosen.cuda_of))

@@ -1,8 +1,8 @@
 """The ways to install from source: the sdist, from it with build isolation, and editable, each in a new environment.
 
 Owns the environments and what is to be found in them. What a package that works can do stands in check.py. Builds the
-core once and the libtorch layer twice, in a temporary folder; the torch is that of another Python, whose packages the
-environments link to, so that nothing large is downloaded. pip gets setuptools and wheel from its index for itself.
+core once and the libtorch layer twice, in a temporary directory; the torch is that of another Python, whose packages
+the environments link to, so that nothing large is downloaded. pip gets setuptools and wheel from its index for itself.
 
 Run: python tests/packaging/ways.py [--torch-of PYTHON]
 """
@@ -33,26 +33,34 @@ LEFT_OUT = (
 )
 
 
-def make_sdist(python: str, folder: Path) -> Path:
+def make_sdist(python: str, directory: Path) -> Path:
     """The sdist, unpacked."""
-    (folder / "egg").mkdir()
+    (directory / "egg").mkdir()
     environment = {**os.environ, "SAFETENSORS_TORCH_AOT": "0"}
-    command = (python, "setup.py", "-q", "egg_info", f"--egg-base={folder / 'egg'}", "sdist", f"--dist-dir={folder}")
+    command = (
+        python,
+        "setup.py",
+        "-q",
+        "egg_info",
+        f"--egg-base={directory / 'egg'}",
+        "sdist",
+        f"--dist-dir={directory}",
+    )
     run(*command, environment=environment)
-    (archive,) = folder.glob("*.tar.gz")
+    (archive,) = directory.glob("*.tar.gz")
     with tarfile.open(archive) as file:
-        file.extractall(folder / "sdist", filter="data")
-    (tree,) = (folder / "sdist").iterdir()
+        file.extractall(directory / "sdist", filter="data")
+    (tree,) = (directory / "sdist").iterdir()
     return tree
 
 
 class Environment:
     """A virtual environment that has the packages of the Python with torch by links, and a cache of its own."""
 
-    def __init__(self, python: str, folder: Path, *also: str) -> None:
-        self.folder = folder
-        run(python, "-m", "venv", folder)
-        self.python = folder / "bin" / "python"
+    def __init__(self, python: str, directory: Path, *also: str) -> None:
+        self.directory = directory
+        run(python, "-m", "venv", directory)
+        self.python = directory / "bin" / "python"
         ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
         other, own = (Path(run(one, "-c", ask).strip()) for one in (python, self.python))
         for path in other.iterdir():
@@ -60,17 +68,19 @@ class Environment:
             if not left_out and not (own / path.name).exists():
                 (own / path.name).symlink_to(path)
         self.site = own
-        self.variables = {**os.environ, "SAFETENSORS_TORCH_CACHE": str(folder.parent / "cache")}
+        self.variables = {**os.environ, "SAFETENSORS_TORCH_CACHE": str(directory.parent / "cache")}
         # What builds and compiles with this Python finds its tools by PATH.
         self.variables["PATH"] = (
-            f"{folder / 'bin'}{os.pathsep}{os.path.dirname(python)}{os.pathsep}{os.environ['PATH']}"
+            f"{directory / 'bin'}{os.pathsep}{os.path.dirname(python)}{os.pathsep}{os.environ['PATH']}"
         )
 
     def install(self, *arguments: str | Path) -> None:
-        run(self.python, *PIP, *arguments, environment=self.variables, folder=self.folder)
+        run(self.python, *PIP, *arguments, environment=self.variables, directory=self.directory)
 
     def check(self) -> dict:
-        return json.loads(run(self.python, "-I", HERE / "check.py", environment=self.variables, folder=self.folder))
+        return json.loads(
+            run(self.python, "-I", HERE / "check.py", environment=self.variables, directory=self.directory)
+        )
 
 
 def expect(condition: bool, what: str) -> None:
@@ -88,13 +98,13 @@ def main() -> None:
     parser.add_argument("--torch-of", default=sys.executable, help="a Python that has torch, safetensors and numpy")
     python = os.path.abspath(parser.parse_args().torch_of)
     with tempfile.TemporaryDirectory(prefix="safetensors-torch-ways-") as name:
-        folder = Path(name)
-        tree = make_sdist(python, folder)
+        directory = Path(name)
+        tree = make_sdist(python, directory)
         expect(
             (tree / "LICENSE").exists() and (tree / "docs").is_dir() and (tree / "tests").is_dir(), "the sdist is whole"
         )
 
-        plain = Environment(python, folder / "plain")
+        plain = Environment(python, directory / "plain")
         plain.install(tree)
         said = plain.check()
         expect(Path(said["package"]).is_relative_to(plain.site), "pip install . from the sdist, with build isolation")
@@ -102,7 +112,7 @@ def main() -> None:
         expect(said["compiler_s"] > 1, "  which was this one")
 
         editable = Environment(
-            python, folder / "editable", "setuptools", "wheel", "_distutils_hack", "distutils-precedence"
+            python, directory / "editable", "setuptools", "wheel", "_distutils_hack", "distutils-precedence"
         )
         editable.install("-e", tree)
         said = editable.check()

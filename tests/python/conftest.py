@@ -52,7 +52,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """A file that holds `tensors` and the metadata {"format": "pt"}, alone in its folder."""
+    """A file that holds `tensors` and the metadata {"format": "pt"}, alone in its directory."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(encode(tensors, {"format": "pt"}))
     return path

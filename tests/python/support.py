@@ -110,8 +110,8 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def entries(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
+def entries(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
 
 
 def mode(path: Path) -> int:

@@ -31,11 +31,11 @@ def test_same_bytes_and_tensors(batch: int, tmp_path: Path) -> None:
         check(random_state(seed), tmp_path)
 
 
-def check(state: State, folder: Path) -> None:
+def check(state: State, directory: Path) -> None:
     expected = reference.save(state.tensors, state.metadata)
     assert safetensors_torch.save(state.tensors, state.metadata) == expected, say(state, "save gives other bytes")
 
-    theirs, ours = folder / "theirs.safetensors", folder / "ours.safetensors"
+    theirs, ours = directory / "theirs.safetensors", directory / "ours.safetensors"
     reference.save_file(state.tensors, theirs, state.metadata)
     safetensors_torch.save_file(state.tensors, ours, state.metadata)
     assert theirs.read_bytes() == expected, say(state, "the reference disagrees with itself")

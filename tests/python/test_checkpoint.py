@@ -22,8 +22,8 @@ def random_state(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save(tensors: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> list[str]:
-    return safetensors_torch.save_sharded(tensors, folder, max_shard_size=max_shard_bytes)
+def save(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size: int) -> list[str]:
+    return safetensors_torch.save_sharded(tensors, directory, max_shard_size=max_shard_size)
 
 
 def load(path: Path, backend: str) -> dict[str, torch.Tensor]:

@@ -144,8 +144,8 @@ def test_headers_are_those_that_the_operators_see(here: Path) -> None:
             assert (tensor.dtype, tensor.shape) == (native.dtype(tensor.name), list(native.shape(tensor.name)))
             assert tensor.file == native.shard_of(tensor.name)
     Path("damaged.safetensors").write_bytes(b"123")
-    Path("folder.safetensors").mkdir()
-    for path in ("damaged.safetensors", "gone.safetensors", "folder.safetensors/x", "folder.safetensors"):
+    Path("directory.safetensors").mkdir()
+    for path in ("damaged.safetensors", "gone.safetensors", "directory.safetensors/x", "directory.safetensors"):
         with pytest.raises((SafetensorError, OSError)) as theirs:
             open_checkpoint(path, "mmap")
         with pytest.raises(theirs.type, match=f"^{re.escape(str(theirs.value))}$") as ours:

@@ -35,15 +35,15 @@ def shards() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def save_shards(folder: str, parts: list[dict], stem: str = "pytorch_model", zipped: bool = True) -> dict[str, str]:
+def save_shards(directory: str, parts: list[dict], stem: str = "pytorch_model", zipped: bool = True) -> dict[str, str]:
     """The files and their index. Returns the file of each tensor."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(directory, exist_ok=True)
     weight_map = {}
     for number, part in enumerate(parts, 1):
         name = f"{stem}-{number:05}-of-{len(parts):05}.bin"
-        torch.save(part, os.path.join(folder, name), _use_new_zipfile_serialization=zipped)
+        torch.save(part, os.path.join(directory, name), _use_new_zipfile_serialization=zipped)
         weight_map.update(dict.fromkeys(part, name))
-    Path(folder, INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    Path(directory, INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
 
 

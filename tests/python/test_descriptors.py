@@ -54,10 +54,10 @@ def test_more_handles_are_open_than_descriptors_may_be(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    save_sharded({f"t{i:03}": torch.full((2,), i) for i in range(200)}, folder, max_shard_size=16)
-    assert len(list(folder.glob("*.safetensors"))) == 200
-    return folder
+    directory = tmp_path_factory.mktemp("shards")
+    save_sharded({f"t{i:03}": torch.full((2,), i) for i in range(200)}, directory, max_shard_size=16)
+    assert len(list(directory.glob("*.safetensors"))) == 200
+    return directory
 
 
 OPENS_A_CHECKPOINT = """

@@ -19,7 +19,7 @@ WITHOUT = {"SafetensorError", "TransferOptions"}
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_work(name: str, tmp_path: Path) -> None:
     public = {other: getattr(safetensors_torch, other) for other in safetensors_torch.__all__}
-    given = {"torch": torch, "path": tmp_path / "model.safetensors", "folder": tmp_path / "folder"}
+    given = {"torch": torch, "path": tmp_path / "model.safetensors", "directory": tmp_path / "directory"}
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     runner = doctest.DocTestRunner(optionflags=flags)
     text = inspect.getdoc(public[name]) or ""

@@ -150,10 +150,10 @@ def test_links(roomy: Path) -> None:
 
 
 def test_a_file_that_may_only_be_read(roomy: Path) -> None:
-    # Not below pytest's own folder, into which nobody else may look.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(shutil.copy(roomy, folder))
-        Path(folder).chmod(0o777)
+    # Not below pytest's own directory, into which nobody else may look.
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(shutil.copy(roomy, directory))
+        Path(directory).chmod(0o777)
         path.chmod(0o444)
         before = path.stat().st_ino
         with unprivileged():

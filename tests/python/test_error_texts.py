@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from safetensors_torch import (
+    IncrementalWriter,
     SafetensorError,
-    SafeWriter,
     edit_metadata,
     load,
     load_file,
@@ -67,7 +67,7 @@ def header(**tensors: Any) -> bytes:
 
 
 def writer(specs: dict[str, Any], *writes: tuple[str, torch.Tensor]) -> None:
-    with SafeWriter("/dev/shm/never-committed.safetensors", specs) as writer:
+    with IncrementalWriter("/dev/shm/never-committed.safetensors", specs) as writer:
         for name, tensor in writes:
             writer.write(name, tensor)
         raise ValueError("no fault was found")
@@ -88,10 +88,10 @@ LONG_TEXTS: dict[str, Callable[[Path], Any]] = {
     "contents to save to": lambda path: save_file({"a": ONES}, CONTENTS),
     "text to save to": lambda path: save_file({"a": ONES}, LONG),
     "text to save shards to": lambda path: save_sharded({"a": ONES}, LONG),
-    "stem": lambda path: save_sharded({"a": ONES}, path.parent / "folder", stem="/" + LONG),
+    "stem": lambda path: save_sharded({"a": ONES}, path.parent / "directory", stem="/" + LONG),
     "text to open": lambda path: safe_open(LONG),
     "text to edit": lambda path: edit_metadata(LONG, {"a": "b"}),
-    "size": lambda path: save_sharded({"a": ONES}, path.parent / "folder", max_shard_size=LONG),
+    "size": lambda path: save_sharded({"a": ONES}, path.parent / "directory", max_shard_size=LONG),
     "backend": lambda path: load_file(path, backend=LONG),
     "framework": lambda path: safe_open(path, LONG),
     "shared": lambda path: save({"a": ONES}, shared=LONG),

@@ -26,11 +26,11 @@ import os, sys, threading, time
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors_torch import SafeWriter, load, load_file, load_model, safe_open, save, save_file
+from safetensors_torch import IncrementalWriter, load, load_file, load_model, safe_open, save, save_file
 
-folder = Path(sys.argv[1])
+directory = Path(sys.argv[1])
 tensors = {"large": torch.arange(6 << 20, dtype=torch.int32), "small": torch.arange(5.0)}  # worth threads
-path = folder / "model"
+path = directory / "model"
 save_file(tensors, path)
 
 def same(loaded, expected=tensors):
@@ -41,7 +41,7 @@ def same(loaded, expected=tensors):
 
 def all_works(name):
     "Loads, saves, slices; in a file of its own"
-    own = folder / name
+    own = directory / name
     for backend in ("mmap", "pread"):
         same(load_file(path, backend=backend))
         with safe_open(path, backend=backend) as file:
@@ -91,7 +91,7 @@ for backend in ("mmap", "pread"):
 """
 
 WHILE_PREFAULT_THREADS_RUN = """
-big = folder / "big"
+big = directory / "big"
 header = b'{"big":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (1 << 28, 1 << 28)
 with big.open("wb") as file:
     file.write(len(header).to_bytes(8, "little") + header)
@@ -134,13 +134,13 @@ def busy(work):
         failures.append(error)
 
 model = torch.nn.Linear(300, 300)
-save_file(model.state_dict(), folder / "linear")
+save_file(model.state_dict(), directory / "linear")
 options = torch.ops.safetensors_torch
 works = [
     lambda: load_file(path, backend="pread"),
     lambda: load_file(path, dtype=torch.float16),
-    lambda: save_file(tensors, folder / "other"),
-    lambda: load_model(model, folder / "linear"),
+    lambda: save_file(tensors, directory / "other"),
+    lambda: load_model(model, directory / "linear"),
     lambda: options._set_transfer_options(64 << 20, 0),
     lambda: options._transfer_memory(),
 ]
@@ -154,7 +154,7 @@ def child_works(number):
     same(load_file(path))
     same(load_file(path, backend="pread"))
     assert load_file(path, dtype=torch.float16)["small"].dtype == torch.float16
-    save_file({"a": torch.ones(3)}, folder / f"child{number}")
+    save_file({"a": torch.ones(3)}, directory / f"child{number}")
 
 for number in range(8):
     wait(fork(child_works, number))
@@ -222,14 +222,14 @@ AFTER_A_SAVE_OVER_A_LARGE_FILE = """
 for turn in range(4):
     save_file(tensors, path)  # the old file is let go of by a thread
     child = fork(lambda: (save_file(tensors, path), same(load_file(path))))
-    save_file(tensors, folder / "other")
+    save_file(tensors, directory / "other")
     wait(child)
     same(load_file(path))
 """
 
 FROM_INSIDE_OF_A_LOAD = """
 large = {"large": torch.zeros(100 << 20)}  # takes several steps of 0.1 s
-save_file(large, folder / "float")
+save_file(large, directory / "float")
 children = []
 
 def forks(done, total):
@@ -237,13 +237,13 @@ def forks(done, total):
         children.append(os.fork())
 
 try:
-    loaded = load_file(folder / "float", dtype=torch.float64, progress=forks)
+    loaded = load_file(directory / "float", dtype=torch.float64, progress=forks)
 except Exception as error:
     # The child has not the threads that the load is made of.
     assert children == [0] and "before a fork" in str(error), error
     torch.set_num_threads(1)
     same(load_file(path))
-    assert load_file(folder / "float", dtype=torch.float64)["large"].shape == (100 << 20,)
+    assert load_file(directory / "float", dtype=torch.float64)["large"].shape == (100 << 20,)
     os._exit(0)
 assert children and children[0] > 0
 wait(children[0])
@@ -261,16 +261,16 @@ def forks(done, total):
             wait(children[0])
 
 try:
-    save_file(large, folder / "saved", progress=forks)
+    save_file(large, directory / "saved", progress=forks)
 except Exception as error:
     # The child would write into the parent's file.
     assert children == [0] and "before a fork" in str(error), error
-    assert not (folder / "saved").exists()
-    save_file(tensors, folder / "own")
-    same(load_file(folder / "own"))
+    assert not (directory / "saved").exists()
+    save_file(tensors, directory / "own")
+    same(load_file(directory / "own"))
     os._exit(0)
 assert children and children[0] > 0
-same(load_file(folder / "saved"), large)
+same(load_file(directory / "saved"), large)
 """
 
 A_WRITER_OF_THE_PARENT = """
@@ -283,7 +283,7 @@ def refused(work, *args):
         raise AssertionError("the child was let go on")
 
 for order in ("child first", "parent first"):
-    writer = SafeWriter(folder / "streamed", tensors)
+    writer = IncrementalWriter(directory / "streamed", tensors)
     gate, go = os.pipe()
     def child_goes_on():
         os.read(gate, 1)
@@ -292,8 +292,8 @@ for order in ("child first", "parent first"):
         refused(writer.missing)
         refused(writer.commit)
         writer.discard()
-        save_file(tensors, folder / "own")
-        same(load_file(folder / "own"))
+        save_file(tensors, directory / "own")
+        same(load_file(directory / "own"))
     child = fork(child_goes_on)
     if order == "child first":
         os.write(go, b"!")
@@ -304,25 +304,25 @@ for order in ("child first", "parent first"):
     if order == "parent first":
         os.write(go, b"!")
         wait(child)
-    same(load_file(folder / "streamed"))
+    same(load_file(directory / "streamed"))
 """
 
 DATA_LOADER = """
 from torch.utils.data import DataLoader, Dataset
 
 rows = {"rows": torch.arange(64 * 1000, dtype=torch.float32).reshape(64, 1000)}
-save_file(rows, folder / "rows")
+save_file(rows, directory / "rows")
 
 class Rows(Dataset):
     def __init__(self, backend):
         self.backend = backend
-        self.open = safe_open(folder / "rows", backend=backend)
+        self.open = safe_open(directory / "rows", backend=backend)
         self.part = self.open.get_slice("rows")
     def __len__(self):
         return 64
     def __getitem__(self, index):
         by_slice, by_tensor = self.part[index], self.open.get_tensor("rows")[index]
-        by_load = load_file(folder / "rows", backend=self.backend)["rows"][index]
+        by_load = load_file(directory / "rows", backend=self.backend)["rows"][index]
         return torch.stack([by_slice, by_tensor, by_load])
 
 for backend in ("mmap", "pread"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from safetensors_torch import SafeWriter, edit_metadata, load, load_file, load_model, safe_open, save, save_file
+from safetensors_torch import IncrementalWriter, edit_metadata, load, load_file, load_model, safe_open, save, save_file
 from support import entry, pack
 
 BYTES = 300 * 2**20  # long enough for many turns of another thread
@@ -47,7 +47,7 @@ class Given:
 
 
 def write_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with SafeWriter(path, tensors) as writer:
+    with IncrementalWriter(path, tensors) as writer:
         writer.write("weight", tensors["weight"])
 
 
@@ -60,7 +60,7 @@ WORKS: dict[str, Callable[[Given], Any]] = {
     "load_model by reads": lambda given: load_model(given.model, given.path, backend="pread"),
     "save": lambda given: save(given.tensors),
     "save_file": lambda given: save_file(given.tensors, given.saved),
-    "SafeWriter": lambda given: write_one(given.saved, given.tensors),
+    "IncrementalWriter": lambda given: write_one(given.saved, given.tensors),
     "edit_metadata": lambda given: edit_metadata(given.edited, {}, in_place=False),
     "get_tensor": lambda given: given.open.get_tensor("weight"),
     "get_tensors": lambda given: given.open.get_tensors(),

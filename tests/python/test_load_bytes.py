@@ -18,42 +18,42 @@ from safetensors_torch import load, load_file, save
 from support import DTYPES, encode, entry, pack, sample
 
 
-def mapped(data: bytes, folder: Path, access: int) -> mmap.mmap:
+def mapped(data: bytes, directory: Path, access: int) -> mmap.mmap:
     """A map of a file. Once closed, the file is held by the map alone."""
-    path = folder / "mapped"
+    path = directory / "mapped"
     path.write_bytes(data)
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), 0, access=access)
 
 
-def read_only_array(data: bytes, folder: Path) -> np.ndarray:
+def read_only_array(data: bytes, directory: Path) -> np.ndarray:
     result = np.frombuffer(bytearray(data), dtype=np.uint8)
     result.flags.writeable = False
     return result
 
 
-def of_words(data: bytes, folder: Path) -> array.array:
+def of_words(data: bytes, directory: Path) -> array.array:
     assert len(data) % 4 == 0
     return array.array("I", data)
 
 
 READ_ONLY = {
-    "bytes": lambda data, folder: data,
-    "memoryview of bytes": lambda data, folder: memoryview(data),
-    "read-only memoryview": lambda data, folder: memoryview(bytearray(data)).toreadonly(),
-    "read-only mmap": lambda data, folder: mapped(data, folder, mmap.ACCESS_READ),
+    "bytes": lambda data, directory: data,
+    "memoryview of bytes": lambda data, directory: memoryview(data),
+    "read-only memoryview": lambda data, directory: memoryview(bytearray(data)).toreadonly(),
+    "read-only mmap": lambda data, directory: mapped(data, directory, mmap.ACCESS_READ),
     "read-only numpy": read_only_array,
 }
 WRITABLE = {
-    "bytearray": lambda data, folder: bytearray(data),
-    "memoryview": lambda data, folder: memoryview(bytearray(data)),
-    "private mmap": lambda data, folder: mapped(data, folder, mmap.ACCESS_COPY),
-    "shared mmap": lambda data, folder: mapped(data, folder, mmap.ACCESS_WRITE),
-    "numpy": lambda data, folder: np.frombuffer(bytearray(data), dtype=np.uint8),
-    "numpy of two dimensions": lambda data, folder: np.frombuffer(bytearray(data), dtype=np.uint16).reshape(2, -1),
+    "bytearray": lambda data, directory: bytearray(data),
+    "memoryview": lambda data, directory: memoryview(bytearray(data)),
+    "private mmap": lambda data, directory: mapped(data, directory, mmap.ACCESS_COPY),
+    "shared mmap": lambda data, directory: mapped(data, directory, mmap.ACCESS_WRITE),
+    "numpy": lambda data, directory: np.frombuffer(bytearray(data), dtype=np.uint8),
+    "numpy of two dimensions": lambda data, directory: np.frombuffer(bytearray(data), dtype=np.uint16).reshape(2, -1),
     "array of words": of_words,
-    "ctypes": lambda data, folder: (ctypes.c_char * len(data)).from_buffer_copy(data),
-    "slice of a memoryview": lambda data, folder: memoryview(bytearray(64) + data + bytes(3))[64:-3],
+    "ctypes": lambda data, directory: (ctypes.c_char * len(data)).from_buffer_copy(data),
+    "slice of a memoryview": lambda data, directory: memoryview(bytearray(64) + data + bytes(3))[64:-3],
 }
 every_buffer = pytest.mark.parametrize("make", {**READ_ONLY, **WRITABLE}.values(), ids={**READ_ONLY, **WRITABLE})
 writable_buffer = pytest.mark.parametrize("make", WRITABLE.values(), ids=WRITABLE)

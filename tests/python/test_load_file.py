@@ -60,7 +60,7 @@ def test_missing_file(opener: Callable, kind: Callable, tmp_path: Path, backend:
 
 @by_every_opener
 def test_directory(opener: Callable, tmp_path: Path, backend: str) -> None:
-    # Of a folder a module takes the checkpoint in it.
+    # Of a directory a module takes the checkpoint in it.
     error = SafetensorError if opener is OPENERS["load_model"] else IsADirectoryError
     with pytest.raises(error) as caught:
         opener(tmp_path, backend=backend)

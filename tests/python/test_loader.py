@@ -15,8 +15,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
@@ -71,25 +71,25 @@ def said(stdout: str, what: str) -> list[str]:
     return re.findall(rf"^{what} (.*)$", stdout, re.MULTILINE)
 
 
-def copy_package(folder: Path) -> Path:
-    """The installed package without any library for torch, in `folder`, for PYTHONPATH."""
-    shutil.copytree(PACKAGE, folder / "safetensors_torch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return folder
+def copy_package(directory: Path) -> Path:
+    """The installed package without any library for torch, in `directory`, for PYTHONPATH."""
+    shutil.copytree(PACKAGE, directory / "safetensors_torch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return directory
 
 
-def make_compiler(folder: Path, script: str) -> str:
+def make_compiler(directory: Path, script: str) -> str:
     """A compiler that is g++ until it is to compile something, and then does what `script` says, for CXX."""
-    compiler = folder / "compiler"
+    compiler = directory / "compiler"
     compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) ;; *) exec c++ "$@" ;; esac\n{script}\n')
     compiler.chmod(0o755)
     return str(compiler)
 
 
-def kill_while_compiling(folder: Path, environment: dict[str, str]) -> list[Path]:
+def kill_while_compiling(directory: Path, environment: dict[str, str]) -> list[Path]:
     """Kills a process that compiles, and its compilers; gives what it left behind."""
     # Writes its own number where its output should be, which is named last, and goes on for longer than this test.
     compiler = make_compiler(
-        folder, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
+        directory, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
     )
     process = start(USE, CXX=compiler, **environment)
     cache = Path(environment[_loader.CACHE_VARIABLE])
@@ -110,21 +110,24 @@ def kill_while_compiling(folder: Path, environment: dict[str, str]) -> list[Path
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A copy that two processes imported at the same moment, after a third was killed while it compiled, and with an
     empty library in the cache."""
-    folder = tmp_path_factory.mktemp("first_import")
-    environment = {"PYTHONPATH": str(copy_package(folder / "site")), _loader.CACHE_VARIABLE: str(folder / "cache")}
-    left = kill_while_compiling(folder, environment)
+    directory = tmp_path_factory.mktemp("first_import")
+    environment = {
+        "PYTHONPATH": str(copy_package(directory / "site")),
+        _loader.CACHE_VARIABLE: str(directory / "cache"),
+    }
+    left = kill_while_compiling(directory, environment)
     # What a loss of power left in the time before libraries were synchronised to the disk.
-    (lock,) = (folder / "cache").rglob("*.lock")
+    (lock,) = (directory / "cache").rglob("*.lock")
     lock.with_suffix(".so").touch()
     processes = [start(USE, **environment) for _ in range(2)]
     outcomes = [outcome(process) for process in processes]
-    return {"folder": folder, "environment": environment, "outcomes": outcomes, "left": left}
+    return {"directory": directory, "environment": environment, "outcomes": outcomes, "left": left}
 
 
 def test_first_import_compiles_once(compiled: dict) -> None:
     for status, stdout, stderr in compiled["outcomes"]:
         assert status == 0, stderr
-        assert said(stdout, "package") == [str(compiled["folder"] / "site" / "safetensors_torch" / "__init__.py")]
+        assert said(stdout, "package") == [str(compiled["directory"] / "site" / "safetensors_torch" / "__init__.py")]
         assert "Traceback" not in stderr
     messages = [stderr for _, _, stderr in compiled["outcomes"]]
     assert all(".so does not load (it is cut short, or damaged); compiling a new one" in said for said in messages)
@@ -136,12 +139,12 @@ def test_first_import_compiles_once(compiled: dict) -> None:
 
 
 def libraries(compiled: dict):
-    return (compiled["folder"] / "cache").rglob("*.so")
+    return (compiled["directory"] / "cache").rglob("*.so")
 
 
 def test_nothing_but_the_library_stays_in_the_cache(compiled: dict) -> None:
     assert compiled["left"], "the process that was killed left nothing, so that nothing is shown here"
-    files = [path for path in (compiled["folder"] / "cache").rglob("*") if path.is_file()]
+    files = [path for path in (compiled["directory"] / "cache").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".so", ".lock"}, files
 
 
@@ -172,7 +175,7 @@ def test_a_torch_that_was_replaced_gets_a_layer_of_its_own(place: str, compiled:
 def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     if has_library:
-        shutil.copytree(compiled["folder"] / "cache", cache)
+        shutil.copytree(compiled["directory"] / "cache", cache)
     else:
         cache.mkdir()
     for path in [cache, *cache.rglob("*")]:
@@ -191,8 +194,8 @@ def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: 
         assert said(stdout, "mapped") == [str(path) for path in cache.rglob("*.so")]
     else:
         assert re.search(rf"{re.escape(str(cache))}/\S* cannot be used \(Permission denied\)", stdout), stdout
-    for folder in [cache, *cache.rglob("*")]:
-        folder.chmod(0o755)  # so that pytest can delete it
+    for directory in [cache, *cache.rglob("*")]:
+        directory.chmod(0o755)  # so that pytest can delete it
 
 
 def obey_permissions() -> None:
@@ -265,9 +268,9 @@ def test_ops_of_another_version_are_reported() -> None:
 OTHER = re.sub("[0-9]", "9", safetensors_torch.__version__)
 
 
-def other_version(folder: Path) -> Path:
+def other_version(directory: Path) -> Path:
     """A copy of the shipped library that says it is of version OTHER."""
-    copy = folder / "other.so"
+    copy = directory / "other.so"
     said = f"safetensors_torch {safetensors_torch.__version__} built".encode()
     blob = SHIPPED.read_bytes()
     assert blob.count(said) == 1
@@ -360,7 +363,7 @@ def test_the_first_errors_of_the_compiler_are_reported(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("no directory")
     environment = {
         "PYTHONPATH": str(copy_package(tmp_path / "site")),
         _loader.CACHE_VARIABLE: str(tmp_path / "file" / "cache"),

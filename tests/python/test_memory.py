@@ -211,12 +211,12 @@ def test_many_small_tensors_round_trip(tmp_path: Path) -> None:
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def odd_complex(folder: Path) -> Path:
+def odd_complex(directory: Path) -> Path:
     """A file, as other writers may make it, whose two complex numbers are 4 bytes past a multiple of 8."""
     value = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64)
     json = b'{"z":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}'
     json += b" " * (-(len(json) + 4) % 8)
-    path = folder / "odd"
+    path = directory / "odd"
     path.write_bytes(struct.pack("<Q", len(json)) + json + bytes(value.view(torch.uint8).tolist()))
     return path
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from safetensors_torch import (
+    IncrementalWriter,
     SafetensorError,
-    SafeWriter,
     edit_metadata,
     load,
     load_file,
@@ -270,7 +270,7 @@ WITH_PATHS: dict[str, Callable[[Any], Any]] = {
     "save_file": lambda path: save_file(TENSORS, path),
     "save_sharded": lambda path: save_sharded(TENSORS, path),
     "save_model": lambda path: save_model(torch.nn.Linear(1, 1), path),
-    "SafeWriter": lambda path: SafeWriter(path, TENSORS),
+    "IncrementalWriter": lambda path: IncrementalWriter(path, TENSORS),
     "edit_metadata": lambda path: edit_metadata(path, {}),
 }
 

@@ -19,8 +19,8 @@ ONES = torch.ones(2, 2)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a good file, `good`, and a malformed one, `bad`."""
+def directory(tmp_path: Path) -> Path:
+    """A directory with a good file, `good`, and a malformed one, `bad`."""
     reference.save_file({"weight": torch.arange(12.0).reshape(3, 4)}, tmp_path / "good")
     (tmp_path / "bad").write_bytes(one(entry('"F128"')))
     return tmp_path
@@ -30,12 +30,12 @@ def raw(data: bytes) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
 
 
-# What is done in a folder, and what is then known of it: kind, number, errno, a part of the message. The number is 0
+# What is done in a directory, and what is then known of it: kind, number, errno, a part of the message. The number is 0
 # where the fault is found before the core is asked.
 FAILURES = {
     "no-file": (lambda f: ops.load_file(f"{f}/absent"), "OSError", 2, errno.ENOENT, "No such file or directory: "),
     "directory": (lambda f: ops.load_file(f"{f}"), "OSError", 2, errno.EISDIR, "directory"),
-    "no-folder": (lambda f: ops.save_file({"a": ONES}, f"{f}/absent/out"), "OSError", 2, errno.ENOENT, "absent"),
+    "no-directory": (lambda f: ops.save_file({"a": ONES}, f"{f}/absent/out"), "OSError", 2, errno.ENOENT, "absent"),
     "malformed-file": (lambda f: ops.load_file(f"{f}/bad"), "SafetensorError", 10, 0, "F128"),
     "malformed-bytes": (lambda f: ops.load(raw(b"123")), "SafetensorError", 3, 0, "8 bytes"),
     "no-tensor": (
@@ -55,17 +55,17 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_last_error(what: str, folder: Path) -> None:
+def test_last_error(what: str, directory: Path) -> None:
     call, kind, code, os_error, text = FAILURES[what]
     with pytest.raises(RuntimeError) as refusal:
-        call(folder)
+        call(directory)
     message = str(refusal.value)
     assert ops._last_error() == (kind, code, os_error, message)
     assert text in message
     if kind == "OSError" or what == "malformed-file":
-        assert str(folder) in message
+        assert str(directory) in message
     expect_clean(message)
-    assert sorted(path.name for path in folder.iterdir()) == ["bad", "good"]
+    assert sorted(path.name for path in directory.iterdir()) == ["bad", "good"]
 
 
 def expect_clean(message: str) -> None:
@@ -73,14 +73,14 @@ def expect_clean(message: str) -> None:
         assert leak not in message
 
 
-def test_last_error_belongs_to_its_thread(folder: Path) -> None:
+def test_last_error_belongs_to_its_thread(directory: Path) -> None:
     with pytest.raises(RuntimeError):
-        ops.get_tensor(f"{folder}/good", "mine")
+        ops.get_tensor(f"{directory}/good", "mine")
     seen = []
 
     def fail_elsewhere() -> None:
         with pytest.raises(RuntimeError):
-            ops.get_tensor(f"{folder}/good", "theirs")
+            ops.get_tensor(f"{directory}/good", "theirs")
         seen.append(ops._last_error()[3])
 
     thread = threading.Thread(target=fail_elsewhere)
@@ -101,26 +101,26 @@ def test_an_older_error_that_is_not_utf8_hides_no_other() -> None:
         _errors.call(fail)
 
 
-def test_methods_of_a_file_keep_their_error_too(folder: Path) -> None:
-    file = torch.classes.safetensors_torch.File(f"{folder}/good", "pread")
+def test_methods_of_a_file_keep_their_error_too(directory: Path) -> None:
+    file = torch.classes.safetensors_torch.File(f"{directory}/good", "pread")
     with pytest.raises(RuntimeError, match="File does not contain tensor wait") as refusal:
         file.get_tensor("wait", CPU)
     assert ops._last_error() == ("SafetensorError", 15, 0, str(refusal.value))
     with pytest.raises(RuntimeError, match="No such file or directory"):
-        torch.classes.safetensors_torch.File(f"{folder}/absent", "mmap")
+        torch.classes.safetensors_torch.File(f"{directory}/absent", "mmap")
     assert ops._last_error()[:3] == ("OSError", 2, errno.ENOENT)
 
 
-def test_an_unknown_backend_is_told_both(folder: Path) -> None:
-    good = f"{folder}/good"
+def test_an_unknown_backend_is_told_both(directory: Path) -> None:
+    good = f"{directory}/good"
     for call in (lambda: ops.load_file(good, backend="io"), lambda: torch.classes.safetensors_torch.File(good, "io")):
         with pytest.raises(RuntimeError, match="(?s)mmap.*pread") as refusal:
             call()
         expect_clean(str(refusal.value))
 
 
-def test_get_slice_checks_its_bounds(folder: Path) -> None:
-    file = torch.classes.safetensors_torch.File(f"{folder}/good", "pread")
+def test_get_slice_checks_its_bounds(directory: Path) -> None:
+    file = torch.classes.safetensors_torch.File(f"{directory}/good", "pread")
     for starts, stops, steps in (
         ([0], [3], [1]),
         ([0, 0, 0], [3, 4, 1], [1, 1, 1]),

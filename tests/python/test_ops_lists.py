@@ -7,7 +7,7 @@ torch.library.opcheck says of them, are tested with those of the other operators
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import safetensors.torch as reference
@@ -85,7 +85,7 @@ def test_get_slice(device: str, path: str, state: dict[str, torch.Tensor]) -> No
 )
 @pytest.mark.parametrize("mode", [None, FakeTensorMode], ids=["real", "fake"])
 def test_get_slice_refuses(
-    mode: Any, name: str, starts: list[int], stops: list[int], steps: Optional[list[int]], message: str, path: str
+    mode: Any, name: str, starts: list[int], stops: list[int], steps: list[int] | None, message: str, path: str
 ) -> None:
     with pytest.raises(Exception, match=message) as refusal:
         if mode is None:
@@ -124,7 +124,7 @@ def test_load_tensors(backend: str, path: str, state: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"b": "2", "a": "é"}], ids=str)
-def test_save_tensors(metadata: Optional[dict[str, str]], state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_save_tensors(metadata: dict[str, str] | None, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "saved"
     for durable in (False, True):
         saved = ops.save_tensors(str(path), list(state), list(state.values()), metadata, durable=durable)

@@ -21,9 +21,9 @@ WEIGHT = torch.arange(12.0).reshape(3, 4)
 ALL = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
 
 
-def arguments(name: str, folder: Path) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def arguments(name: str, directory: Path) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Ways to call an operator."""
-    path, out = str(folder / "model.safetensors"), str(folder / "out.safetensors")
+    path, out = str(directory / "model.safetensors"), str(directory / "out.safetensors")
     state = {"weight": WEIGHT, "mask": torch.tensor([True])}
     reference.save_file(state, path)
     parameter = torch.nn.Parameter(WEIGHT.clone())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import safetensors.torch as reference
@@ -39,7 +38,7 @@ def scripted_loads(
 
 
 @torch.jit.script
-def scripted_saves(tensors: dict[str, torch.Tensor], path: str, metadata: Optional[dict[str, str]]) -> torch.Tensor:
+def scripted_saves(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None) -> torch.Tensor:
     torch.ops.safetensors_torch.save_file(tensors, path, metadata)
     return torch.ops.safetensors_torch.save(tensors, metadata)
 

@@ -98,19 +98,19 @@ def expect_same(loaded: nn.Module, saved: nn.Module) -> None:
     assert tied(loaded) == tied(saved)
 
 
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
 
 
 @pytest.fixture
 def expect_readable(
     calls: Counts, monkeypatch: pytest.MonkeyPatch, reference: types.SimpleNamespace
 ) -> Callable[[Path, nn.Module], None]:
-    def expect(folder: Path, model: nn.Module) -> None:
+    def expect(directory: Path, model: nn.Module) -> None:
         """The files have the values of ``model`` for the reference, too; a tied name may be left out."""
         monkeypatch.undo()
         tensors = {}
-        for path in shards(folder):
+        for path in shards(directory):
             with reference.safe_open(path, "pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
         state = model.state_dict()

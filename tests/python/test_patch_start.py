@@ -36,16 +36,16 @@ PATCHED = ["imported safetensors_torch", "imported safetensors.torch", "patched,
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder as Python finds it among its site-packages, with the start file and stubs of the packages."""
-    folder = tmp_path / "site"
-    folder.mkdir()
+    """A directory as Python finds it among its site-packages, with the start file and stubs of the packages."""
+    directory = tmp_path / "site"
+    directory.mkdir()
     for name in (START_FILE, f"{START_MODULE}.py"):
-        shutil.copy(SITE / name, folder)
-    add(folder, "safetensors", "print('imported', __name__)\ncomplete = True")
-    (folder / "safetensors" / "torch.py").write_text("import torch\nprint('imported', __name__)\n")
-    add(folder, "torch", "print('imported', __name__)\ncomplete = True")
-    add(folder, "safetensors_torch", STUB)
-    return folder
+        shutil.copy(SITE / name, directory)
+    add(directory, "safetensors", "print('imported', __name__)\ncomplete = True")
+    (directory / "safetensors" / "torch.py").write_text("import torch\nprint('imported', __name__)\n")
+    add(directory, "torch", "print('imported', __name__)\ncomplete = True")
+    add(directory, "safetensors_torch", STUB)
+    return directory
 
 
 def add(site: Path, package: str, source: str) -> None:
@@ -61,9 +61,9 @@ def run(site: Path | None, program: str, value: str | None) -> tuple[list[str], 
     environment = {name: text for name, text in os.environ.items() if name != "SAFETENSORS_TORCH_PATCH"}
     if value is not None:
         environment["SAFETENSORS_TORCH_PATCH"] = value
-    folder = SITE if site is None else site
+    directory = SITE if site is None else site
     flags = [] if site is None else ["-S", "-E"]
-    start = f"import site; site.addsitedir({str(folder)!r})\n"
+    start = f"import site; site.addsitedir({str(directory)!r})\n"
     command = [sys.executable, *flags, "-c", start + textwrap.dedent(program)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -302,7 +302,7 @@ def test_both_files_are_recorded_so_that_pip_removes_them() -> None:
 
 
 def test_the_packages_themselves(tmp_path: Path) -> None:
-    """A program that knows safetensors alone, which may be in another folder than ours."""
+    """A program that knows safetensors alone, which may be in another directory than ours."""
     paths = [str(SITE), str(Path(safetensors.__file__).parents[1])]
     program = f"""
     import sys

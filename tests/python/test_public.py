@@ -91,7 +91,7 @@ SIGNATURES = {
     ],
     "save_sharded": [
         ("tensors", REQUIRED),
-        ("folder", REQUIRED),
+        ("directory", REQUIRED),
         ("metadata", None),
         "*",
         ("max_shard_size", "5GB"),
@@ -104,7 +104,7 @@ SIGNATURES = {
     "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
     "patch_safetensors": [],
     "unpatch_safetensors": [],
-    "SafeWriter": [("filename", REQUIRED), ("tensors", REQUIRED), ("metadata", None), "*", ("durable", False)],
+    "IncrementalWriter": [("filename", REQUIRED), ("tensors", REQUIRED), ("metadata", None), "*", ("durable", False)],
     "edit_metadata": [
         ("filename", REQUIRED),
         ("changes", REQUIRED),
@@ -115,12 +115,12 @@ SIGNATURES = {
         ("progress", None),
     ],
     "transfer_options": [],
-    "set_transfer_options": ["*", ("ring_bytes", None), ("threads", None)],
+    "set_transfer_options": ["*", ("pinned_pool_bytes", None), ("threads", None)],
     "reserve_transfer_memory": [("nbytes", REQUIRED)],
     "release_transfer_memory": [],
     "transfer_memory": [],
 }
-CLASSES = ["safe_open", "SafeWriter"]
+CLASSES = ["safe_open", "IncrementalWriter"]
 FUNCTIONS = [name for name in SIGNATURES if name not in CLASSES]
 
 
@@ -168,7 +168,7 @@ def test_type_hints_of_safe_open_resolve(method: str) -> None:
 
 @pytest.mark.parametrize("method", "__init__ __enter__ __exit__ write missing commit discard".split())
 def test_type_hints_of_safe_writer_resolve(method: str) -> None:
-    function = getattr(safetensors_torch.SafeWriter, method)
+    function = getattr(safetensors_torch.IncrementalWriter, method)
     parameters = set(inspect.signature(function).parameters) - {"self"}
     assert set(typing.get_type_hints(function)) == parameters | {"return"}
 

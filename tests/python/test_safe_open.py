@@ -346,7 +346,7 @@ def test_handles_and_slices_are_neither_pickled_nor_copied(way: Callable, matrix
         assert part[1, 1] == 5
     with pytest.raises(TypeError, match="cannot pickle or copy <safe_open .*closed"):
         way(file)
-    writer = safetensors_torch.SafeWriter(tmp_path / "new", {"a": MATRIX})
-    with pytest.raises(TypeError, match="cannot pickle or copy <SafeWriter .*send the tensors to that process"):
+    writer = safetensors_torch.IncrementalWriter(tmp_path / "new", {"a": MATRIX})
+    with pytest.raises(TypeError, match="cannot pickle or copy <IncrementalWriter .*send the tensors to that process"):
         way(writer)
     writer.discard()

@@ -40,9 +40,9 @@ int fsync(int file) {
     return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
 }
 
-static void note_entry(const char* what, int folder, const char* entry) {
+static void note_entry(const char* what, int directory, const char* entry) {
     char link[64], name[2 * PATH_MAX] = "";
-    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
     const ssize_t length = readlink(link, name, PATH_MAX);
     if (length < 0) abort();
     snprintf(name + length, sizeof name - length, "/%s", entry);
@@ -74,7 +74,7 @@ def dirty_pages(path: Path) -> int:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """A name in a folder of which the kernel tells what is not on the disk yet."""
+    """A name in a directory of which the kernel tells what is not on the disk yet."""
     probe = tmp_path / "probe"
     save_file(TENSORS, probe)
     if dirty_pages(probe) == 0:
@@ -102,35 +102,38 @@ def test_save_model(target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "shim.c").write_text(SHIM)
-    command = ["cc", "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"]
+    directory = tmp_path_factory.mktemp("shim")
+    (directory / "shim.c").write_text(SHIM)
+    command = ["cc", "-shared", "-fPIC", "-o", str(directory / "shim.so"), str(directory / "shim.c"), "-ldl"]
     subprocess.run(command, check=True)
-    return folder / "shim.so"
+    return directory / "shim.so"
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_file_then_name_then_folder(durable: bool, shim: Path, tmp_path: Path) -> None:
-    log, folder = tmp_path / "log", tmp_path / "folder"
-    folder.mkdir()
+def test_file_then_name_then_directory(durable: bool, shim: Path, tmp_path: Path) -> None:
+    log, directory = tmp_path / "log", tmp_path / "directory"
+    directory.mkdir()
     program = f"""
 import torch, safetensors_torch
 for value in (1.0, 2.0):
-    safetensors_torch.save_file({{"a": torch.full((3,), value)}}, {str(folder / "saved")!r}, durable={durable})
+    safetensors_torch.save_file({{"a": torch.full((3,), value)}}, {str(directory / "saved")!r}, durable={durable})
 """
     environment = {**os.environ, "LD_PRELOAD": str(shim), "SHIM_LOG": str(log)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-    calls = [line.split(" ", 1) for line in log.read_text().splitlines() if str(folder) in line]
+    calls = [line.split(" ", 1) for line in log.read_text().splitlines() if str(directory) in line]
     names = [Path(name.removesuffix(" (deleted)")) for _, name in calls]
-    saved = [what for (what, _), name in zip(calls, names) if what != "fsync" and name == folder / "saved"]
+    saved = [what for (what, _), name in zip(calls, names) if what != "fsync" and name == directory / "saved"]
     # The second save finds the name taken, and renames over it.
     assert saved == ["linkat", "linkat", "renameat"]
     synced = [(index, name) for index, ((what, _), name) in enumerate(zip(calls, names)) if what == "fsync"]
     if not durable:
         assert synced == []
         return
-    assert [name == folder for _, name in synced] == [False, True, False, True]
-    first, second = (calls.index(["linkat", str(folder / "saved")]), calls.index(["renameat", str(folder / "saved")]))
+    assert [name == directory for _, name in synced] == [False, True, False, True]
+    first, second = (
+        calls.index(["linkat", str(directory / "saved")]),
+        calls.index(["renameat", str(directory / "saved")]),
+    )
     assert synced[0][0] < first < synced[1][0] < synced[2][0] < second < synced[3][0]
 
 

@@ -172,15 +172,15 @@ def test_failed_write_leaves_what_was_there(exists: bool, no_room: None, tmp_pat
 
 
 def test_directory(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    directory = tmp_path / "directory"
+    directory.mkdir()
     with pytest.raises(IsADirectoryError) as caught:
-        save_file(ONES, folder)
-    assert str(folder) in str(caught.value)
-    assert entries(tmp_path) == ["folder"] and entries(folder) == []
+        save_file(ONES, directory)
+    assert str(directory) in str(caught.value)
+    assert entries(tmp_path) == ["directory"] and entries(directory) == []
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_missing_directory(tmp_path: Path) -> None:
     target = tmp_path / "absent" / "a"
     with pytest.raises(FileNotFoundError) as caught:
         save_file(ONES, target)
@@ -188,7 +188,7 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
-def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
+def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(NotADirectoryError) as caught:
         save_file(ONES, tmp_path / "file" / "a")
@@ -196,7 +196,7 @@ def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_folder_without_write_permission(exists: bool, tmp_path: Path) -> None:
+def test_directory_without_write_permission(exists: bool, tmp_path: Path) -> None:
     target = tmp_path / "a"
     if exists:
         target.write_bytes(b"old")
@@ -212,9 +212,9 @@ def test_folder_without_write_permission(exists: bool, tmp_path: Path) -> None:
     assert not exists or target.read_bytes() == b"old"
 
 
-def holds_unnamed_files(folder: Path) -> bool:
+def holds_unnamed_files(directory: Path) -> bool:
     try:
-        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY))
     except OSError:
         return False
     return True
@@ -233,8 +233,8 @@ KILLED = """
 
     die_with_the_parent(int(sys.argv[3]))
     torch.set_num_threads(1)  # a pool of threads does not survive the fork
-    folder, replaces = sys.argv[1], sys.argv[2] == "replaced"
-    target = os.path.join(folder, "a")
+    directory, replaces = sys.argv[1], sys.argv[2] == "replaced"
+    target = os.path.join(directory, "a")
     tensors = {"a": torch.zeros(1 << 21)}
     for attempt in range(8):
         parent = os.getpid()
@@ -259,12 +259,12 @@ KILLED = """
         os.close(saved)
         if not in_time:
             sys.exit("nothing was saved")
-        left = sorted(os.listdir(folder))
+        left = sorted(os.listdir(directory))
         values = load_file(target)["a"].unique().tolist() if "a" in left else None
         print(json.dumps([left, values]))
         for name in left:
             if name != "a":
-                os.unlink(os.path.join(folder, name))
+                os.unlink(os.path.join(directory, name))
 """
 
 

@@ -47,8 +47,8 @@ def test_force_contiguous(tensor: torch.Tensor, tmp_path: Path) -> None:
     assert save(tensors, force_contiguous=True) == expected
     save_file(tensors, tmp_path / "file", force_contiguous=True)
     assert (tmp_path / "file").read_bytes() == expected
-    save_sharded(tensors, tmp_path / "folder", max_shard_size=1, force_contiguous=True)
-    assert bits(load_sharded(tmp_path / "folder")["a"]) == bits(tensor.resolve_conj().contiguous())
+    save_sharded(tensors, tmp_path / "directory", max_shard_size=1, force_contiguous=True)
+    assert bits(load_sharded(tmp_path / "directory")["a"]) == bits(tensor.resolve_conj().contiguous())
     assert tensors["a"] is tensor
     assert tensor.stride() == strides
 
@@ -99,7 +99,7 @@ def test_a_group_that_none_covers_is_refused(tmp_path: Path) -> None:
     base = torch.arange(10.0)
     for save_it in (
         lambda tensors: save_file(tensors, tmp_path / "file", shared="keep_one"),
-        lambda tensors: save_sharded(tensors, tmp_path / "folder", shared="keep_one"),
+        lambda tensors: save_sharded(tensors, tmp_path / "directory", shared="keep_one"),
     ):
         with pytest.raises(RuntimeError, match=r"\{'x', 'y'\}.*entire storage"):
             save_it({"x": base[:6], "y": base[4:]})
@@ -149,7 +149,7 @@ def test_files_are_those_of_huggingface_hub(case: str, metadata: dict[str, str] 
     save_sharded(state, ours, metadata, force_contiguous=True, shared="keep_one")
     assert entries(ours) == entries(theirs) == ["model.safetensors"]
     (our_header, our_data), (their_header, their_data) = (
-        unpack((folder / "model.safetensors").read_bytes()) for folder in (ours, theirs)
+        unpack((directory / "model.safetensors").read_bytes()) for directory in (ours, theirs)
     )
     assert our_data == their_data
     assert len(our_header) == len(their_header)
@@ -166,14 +166,14 @@ def test_shards_are_those_of_huggingface_hub(tmp_path: Path) -> None:
     assert entries(ours) == entries(theirs)
     assert len(entries(ours)) > 3
     ours_index, theirs_index = (
-        json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (ours, theirs)
+        json.loads((directory / "model.safetensors.index.json").read_text()) for directory in (ours, theirs)
     )
     assert ours_index["weight_map"] == theirs_index["weight_map"]
     assert ours_index["metadata"]["total_size"] == theirs_index["metadata"]["total_size"]
     for name in entries(ours):
         if name.endswith(".safetensors"):
             (our_header, our_data), (their_header, their_data) = (
-                unpack((folder / name).read_bytes()) for folder in (ours, theirs)
+                unpack((directory / name).read_bytes()) for directory in (ours, theirs)
             )
             assert our_data == their_data
             # As docs/migrating.md says, they note what was left out in the index, we in each file.

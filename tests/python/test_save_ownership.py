@@ -33,7 +33,7 @@ def acting_as(user: int, group: int, groups: list[int]) -> Iterator[None]:
 
 @pytest.fixture
 def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file of somebody else's, in a folder that all may write to; relative, as the way there is closed to others."""
+    """A file of somebody else's, in a directory that all may write to; relative, as others cannot reach it."""
     tmp_path.chmod(0o777)
     monkeypatch.chdir(tmp_path)
     Path("team.safetensors").write_bytes(b"old")

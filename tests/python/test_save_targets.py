@@ -18,7 +18,7 @@ import torch
 
 from proc import ctrl_c_is_heard
 from safetensors_torch import (
-    SafeWriter,
+    IncrementalWriter,
     _ops,
     edit_metadata,
     load,
@@ -42,13 +42,13 @@ Save = Callable[[Path], object]
 
 
 def write(path: Path) -> None:
-    with SafeWriter(path, ONES) as writer:
+    with IncrementalWriter(path, ONES) as writer:
         writer.write("a", ONES["a"])
 
 
 SAVES: dict[str, Save] = {
     "save_file": lambda path: save_file(ONES, path),
-    "SafeWriter": write,
+    "IncrementalWriter": write,
     "save_sharded": lambda path: save_sharded(ONES, path.parent, stem="model"),
     "save_model": lambda path: save_model(torch.nn.Linear(2, 3), path),
     "edit_metadata": lambda path: edit_metadata(path, {"k": "v"}),
@@ -80,19 +80,19 @@ def test_link_is_replaced_and_what_it_led_to_stays(save: Save, relative: bool, t
     assert entries(blobs) == ["0123"] and entries(snapshot) == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("to", ["nothing", "link", "folder"])
+@pytest.mark.parametrize("to", ["nothing", "link", "directory"])
 def test_link_to_no_file_is_replaced(to: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "directory").mkdir()
     link = tmp_path / "link"
     link.symlink_to(to)
     save_file(ONES, link)
     assert link.is_file() and not link.is_symlink()
-    assert entries(tmp_path) == ["folder", "link"] and entries(tmp_path / "folder") == []
+    assert entries(tmp_path) == ["directory", "link"] and entries(tmp_path / "directory") == []
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The current folder, and another one with a file of the same name."""
+def directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The current directory, and another one with a file of the same name."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -102,11 +102,11 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 
 @pytest.mark.parametrize("name", ["save_file", "save_sharded", "edit_metadata"])
-def test_current_folder_that_changes_meanwhile(
-    name: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_current_directory_that_changes_meanwhile(
+    name: str, directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the first step and the second one, when progress is told of a larger save too."""
-    here, there = folders
+    here, there = directories
     left: list[str] = []
 
     def leave(*args: object) -> None:
@@ -131,9 +131,9 @@ def test_current_folder_that_changes_meanwhile(
         assert (file.metadata() or {}).get("k") == ("v" if name == "edit_metadata" else None)
 
 
-def test_current_folder_that_changes_while_tensors_are_written(folders: tuple[Path, Path]) -> None:
-    here, there = folders
-    with SafeWriter("model.safetensors", ONES) as writer:
+def test_current_directory_that_changes_while_tensors_are_written(directories: tuple[Path, Path]) -> None:
+    here, there = directories
+    with IncrementalWriter("model.safetensors", ONES) as writer:
         os.chdir(there)
         writer.write("a", ONES["a"])
     assert (there / "model.safetensors").read_bytes() == b"theirs"
@@ -178,7 +178,7 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
     save_file(TWOS, path)
     with path.open("r+b") as file:
         name = f"/dev/fd/{file.fileno()}"
-        for refused in (lambda: SafeWriter(name, ONES), lambda: edit_metadata(name, {"k": "v"})):
+        for refused in (lambda: IncrementalWriter(name, ONES), lambda: edit_metadata(name, {"k": "v"})):
             with pytest.raises(OSError, match=f"{name}.*name the file itself"):
                 refused()
     assert load_file(path)["a"].equal(TWOS["a"])
@@ -253,7 +253,7 @@ def test_pipe_with_a_late_and_slow_reader(fifo: Path) -> None:
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which another save is changing names."""
+    """A directory in which another save is changing names."""
     with (tmp_path / ".safetensors.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tmp_path
@@ -282,12 +282,12 @@ def test_save_goes_on_when_the_other_one_has_ended(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["model.safetensors"]
 
 
-def test_reader_of_a_folder_holds_up_no_save(tmp_path: Path) -> None:
-    folder = os.open(tmp_path, os.O_RDONLY)
+def test_reader_of_a_directory_holds_up_no_save(tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(directory, fcntl.LOCK_EX)
         begin = time.monotonic()
         save_sharded(ONES, tmp_path)
         assert time.monotonic() - begin < 5
     finally:
-        os.close(folder)
+        os.close(directory)

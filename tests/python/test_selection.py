@@ -226,20 +226,20 @@ def test_an_interrupt_ends_a_long_save(tmp_path: Path) -> None:
 def test_transfer_options() -> None:
     before = safetensors_torch.transfer_options()
     try:
-        safetensors_torch.set_transfer_options(ring_bytes=8 * MIB)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=8 * MIB)
         assert safetensors_torch.transfer_options() == (8 * MIB, before.threads)
         safetensors_torch.set_transfer_options(threads=3)
         assert safetensors_torch.transfer_options() == safetensors_torch.TransferOptions(8 * MIB, 3)
-        for options in ({"ring_bytes": -1}, {"threads": -(10**30)}):
+        for options in ({"pinned_pool_bytes": -1}, {"threads": -(10**30)}):
             with pytest.raises(ValueError, match="must not be negative"):
                 safetensors_torch.set_transfer_options(**options)
-        for options in ({"ring_bytes": 1.5}, {"threads": "3"}, {"threads": True}):
+        for options in ({"pinned_pool_bytes": 1.5}, {"threads": "3"}, {"threads": True}):
             with pytest.raises(TypeError, match="must be an int"):
                 safetensors_torch.set_transfer_options(**options)
-        safetensors_torch.set_transfer_options(ring_bytes=10**30)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=10**30)
         assert safetensors_torch.transfer_options().threads == 3
     finally:
-        safetensors_torch.set_transfer_options(ring_bytes=before.ring_bytes, threads=before.threads)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=before.pinned_pool_bytes, threads=before.threads)
 
 
 def test_transfer_options_of_the_environment() -> None:
@@ -250,8 +250,8 @@ def test_transfer_options_of_the_environment() -> None:
         return subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
 
     assert run().stdout.split() == [str(64 * MIB), "0"]
-    assert run(RING_BYTES="1048576", THREADS="5").stdout.split() == ["1048576", "5"]
-    for name, value in (("RING_BYTES", "64MB"), ("THREADS", "-1")):
+    assert run(PINNED_POOL_BYTES="1048576", THREADS="5").stdout.split() == ["1048576", "5"]
+    for name, value in (("PINNED_POOL_BYTES", "64MB"), ("THREADS", "-1")):
         said = run(**{name: value}).stderr
         assert f'SafetensorError: the environment variable SAFETENSORS_TORCH_{name} is "{value}": set it' in said, said
 

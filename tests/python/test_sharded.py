@@ -1,4 +1,4 @@
-"""load_sharded, save_sharded and models in folders. What else an index may say, the tests of the core have."""
+"""load_sharded, save_sharded and models in directories. What else an index may say, the tests of the core have."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def entries(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
+def entries(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
@@ -91,27 +91,27 @@ def test_the_mode_of_fake_tensors_sees_shapes(tmp_path: Path) -> None:
 
 
 def test_the_index_is_not_trusted(tmp_path: Path) -> None:
-    folder = tmp_path / "inner"
-    names = save_sharded(state(), folder, max_shard_size=32)
-    text = (folder / INDEX).read_text()
+    directory = tmp_path / "inner"
+    names = save_sharded(state(), directory, max_shard_size=32)
+    text = (directory / INDEX).read_text()
     save_file({"b": torch.ones(1)}, tmp_path / "secret.safetensors")
-    (folder / INDEX).write_text(text.replace(names[0], "../secret.safetensors"))
+    (directory / INDEX).write_text(text.replace(names[0], "../secret.safetensors"))
     with pytest.raises(SafetensorError, match=r"'?b'?.*\.\./secret\.safetensors"):
-        load_sharded(folder)
-    (folder / INDEX).write_text(text.replace(names[0], names[1]))
+        load_sharded(directory)
+    (directory / INDEX).write_text(text.replace(names[0], names[1]))
     with pytest.raises(SafetensorError, match=rf'tensor "b" into shard "{names[1]}"'):
-        load_sharded(folder)
-    (folder / INDEX).write_text(text)
-    (folder / names[1]).unlink()
+        load_sharded(directory)
+    (directory / INDEX).write_text(text)
+    (directory / names[1]).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{names[1]}.*{INDEX}"):
-        load_sharded(folder)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"b": 1}}))
+        load_sharded(directory)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"b": 1}}))
     with pytest.raises(SafetensorError, match=rf"{INDEX}.*the file of tensor"):
-        load_sharded(folder)
-    (folder / INDEX).unlink()
-    (folder / names[0]).unlink()
+        load_sharded(directory)
+    (directory / INDEX).unlink()
+    (directory / names[0]).unlink()
     with pytest.raises(SafetensorError, match="no checkpoint"):
-        load_sharded(folder)
+        load_sharded(directory)
 
 
 def test_where_load_file_is_the_wrong_function(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ class Hooked(Tied):
 
 
 @pytest.mark.parametrize("kind", [Tied, Hooked])
-def test_models_in_folders(tmp_path: Path, kind: type[Tied]) -> None:
+def test_models_in_directories(tmp_path: Path, kind: type[Tied]) -> None:
     model, other = kind(), kind()
     save_model(model, tmp_path / "m", max_shard_size=64)
     assert INDEX in entries(tmp_path / "m") and len(entries(tmp_path / "m")) > 2
@@ -191,7 +191,7 @@ def test_models_in_folders(tmp_path: Path, kind: type[Tied]) -> None:
         torch.nn.init.zeros_(other.first.weight)
         assert load_model(other, path) == (set(), [])
         assert torch.equal(other.second.weight, model.first.weight)
-    # A folder that is there needs no size.
+    # A directory that is there needs no size.
     save_model(model, tmp_path / "m")
     assert entries(tmp_path / "m") == ["model.safetensors"]
     with safe_open(tmp_path / "m" / "model.safetensors") as file:

@@ -224,10 +224,10 @@ NOISE = 512
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    folder = tmp_path_factory.mktemp("sparse")
+    directory = tmp_path_factory.mktemp("sparse")
 
     def make(columns: int) -> Path:
-        path = folder / str(columns)
+        path = directory / str(columns)
         if not path.exists():
             path.write_bytes(pack({"a": entry("F32", [64 * MIB // 4 // columns, columns], 0, 64 * MIB)}))
             with path.open("r+b") as file:

@@ -12,8 +12,8 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from safetensors_torch import (
+    IncrementalWriter,
     SafetensorError,
-    SafeWriter,
     load,
     load_file,
     load_model,
@@ -71,24 +71,24 @@ def of(kind: type, values: torch.Tensor = VALUES) -> torch.Tensor:
     return values.clone().as_subclass(kind)
 
 
-def sharded(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    save_sharded(tensors, folder, max_shard_size=10)
-    return load_sharded(folder)
+def sharded(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
+    save_sharded(tensors, directory, max_shard_size=10)
+    return load_sharded(directory)
 
 
-def file(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    save_file(tensors, folder / "file")
-    return load_file(folder / "file")
+def file(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
+    save_file(tensors, directory / "file")
+    return load_file(directory / "file")
 
 
-def writer(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    with SafeWriter(folder / "written", tensors) as writer:
+def writer(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
+    with IncrementalWriter(directory / "written", tensors) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    return load_file(folder / "written")
+    return load_file(directory / "written")
 
 
-SAVES = {"save": lambda tensors, folder: load(save(tensors)), "file": file, "sharded": sharded, "writer": writer}
+SAVES = {"save": lambda tensors, directory: load(save(tensors)), "file": file, "sharded": sharded, "writer": writer}
 
 
 @pytest.fixture(params=SAVES)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from safetensors_torch import (
+    IncrementalWriter,
     SafetensorError,
-    SafeWriter,
     _steps,
     load_file,
     load_model,
@@ -88,7 +88,7 @@ def test_save_model_copies_no_memory_that_is_not_there(tmp_path: Path, kind: str
 @pytest.mark.parametrize("kind", ["freed", "shrunk", "an offset", "half"])
 def test_a_writer_refuses_it_and_takes_another(tmp_path: Path, kind: str) -> None:
     bad = too_small()[kind]
-    with SafeWriter(tmp_path / "f", {"bad": bad}) as writer:
+    with IncrementalWriter(tmp_path / "f", {"bad": bad}) as writer:
         with pytest.raises(RuntimeError, match="^tensor 'bad': its storage has"):
             writer.write("bad", bad)
         writer.write("bad", torch.full_like(bad, 2))

@@ -78,9 +78,11 @@ fn prototypes_in_header() -> BTreeMap<String, String> {
 }
 
 fn capi_sources() -> String {
-    let folder = root().join("src/capi");
-    let mut files: Vec<PathBuf> =
-        std::fs::read_dir(folder).expect("src/capi").map(|entry| entry.expect("readable").path()).collect();
+    let directory = root().join("src/capi");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(directory)
+        .expect("src/capi")
+        .map(|entry| entry.expect("readable").path())
+        .collect();
     files.sort();
     files.iter().map(|path| std::fs::read_to_string(path).expect("a source")).collect()
 }
@@ -148,7 +150,7 @@ fn prototypes_agree() {
 #[test]
 fn the_library_exports_what_is_declared() {
     let tests = std::env::current_exe().expect("this test is a file");
-    let library = tests.parent().expect("in a folder").join("libsafetensors_torch.so");
+    let library = tests.parent().expect("in a directory").join("libsafetensors_torch.so");
     let output = Command::new("nm")
         .args(["--dynamic", "--defined-only", "--format=just-symbols"])
         .arg(&library)
@@ -175,9 +177,9 @@ fn constants_are_documented() {
 
 /// Compiles a C program that prints lines `name value`, and gives what it printed.
 fn ask_c(body: &str) -> BTreeMap<String, i64> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let source = folder.path().join("ask.c");
-    let program = folder.path().join("ask");
+    let directory = tempfile::tempdir().expect("a directory");
+    let source = directory.path().join("ask.c");
+    let program = directory.path().join("ask");
     let text = format!(
         "#include <safetensors_torch.h>\n#include <stdio.h>\n\
          #define SAY(name, value) printf(\"%s %lld\\n\", name, (long long)(value))\n\
@@ -271,13 +273,13 @@ fn layouts_agree() {
         sft_str { data, length }
         sft_open_options { struct_size, backend, prefault }
         sft_checkpoint_options { struct_size, backend, prefault, variant, extra, reserved }
-        sft_save_options { struct_size, alignment, sync, reserved }
-        sft_sharded_options { struct_size, stem, max_shard_bytes, alignment, sync, reserved }
-        sft_edit_options { struct_size, reserve, mode, sync }
+        sft_save_options { struct_size, alignment, durable, reserved }
+        sft_sharded_options { struct_size, stem, max_shard_size, alignment, durable, reserved }
+        sft_edit_options { struct_size, reserve, mode, durable }
         sft_metadata_change { key, value }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
-        sft_read { index, buffer, nbytes }
+        sft_read_request { index, buffer, nbytes }
     };
     assert_eq!(ask_c(&body), expected);
 
@@ -352,6 +354,6 @@ fn versions_agree() {
     let defined = format!("#define SFT_VERSION_STRING \"{}\"", env!("CARGO_PKG_VERSION"));
     assert!(header_text().lines().any(|line| line == defined), "the header lacks: {defined}");
     // SAFETY: a constant that ends in NUL.
-    let linked = unsafe { std::ffi::CStr::from_ptr(sft_version()) };
+    let linked = unsafe { std::ffi::CStr::from_ptr(sft_get_version()) };
     assert_eq!(linked.to_str(), Ok(env!("CARGO_PKG_VERSION")));
 }

@@ -17,10 +17,10 @@ use safetensors_torch::{Backend, Checkpoint, CheckpointOptions, Error, ErrorKind
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// Saves six tensors of one byte each, all of them `value`.
-fn write(at: &Path, value: u8, max_shard_bytes: u64) -> Vec<String> {
+fn write(at: &Path, value: u8, max_shard_size: u64) -> Vec<String> {
     let bytes = [value];
     let tensors = ["a", "b", "c", "d", "e", "f"].map(|name| (name, &bytes[..]));
-    save(at, &tensors, max_shard_bytes).expect("saved")
+    save(at, &tensors, max_shard_size).expect("saved")
 }
 
 /// Opens the checkpoint, and gives what all of its tensors are.
@@ -75,22 +75,22 @@ fn opens_during_saves(at: &Path, opened: &Path, sizes: &[u64]) {
 fn who_opens_during_a_save_has_one_whole() {
     // Files over one file, one file over files, files over files of the same names, and of others.
     for sizes in [&[9, 1][..], &[1], &[1, 2], &[2, 9, 1, 1, 2, 2, 9, 9]] {
-        let folder = tempfile::tempdir().expect("a folder");
-        opens_during_saves(folder.path(), folder.path(), sizes);
+        let directory = tempfile::tempdir().expect("a directory");
+        opens_during_saves(directory.path(), directory.path(), sizes);
     }
 }
 
 #[test]
 fn so_has_who_opens_the_index() {
     for sizes in [&[1][..], &[1, 2]] {
-        let folder = tempfile::tempdir().expect("a folder");
-        opens_during_saves(folder.path(), &folder.path().join(INDEX), sizes);
+        let directory = tempfile::tempdir().expect("a directory");
+        opens_during_saves(directory.path(), &directory.path().join(INDEX), sizes);
     }
 }
 
 #[test]
 fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
-    let (root, begin) = (tempfile::tempdir().expect("a folder"), Instant::now());
+    let (root, begin) = (tempfile::tempdir().expect("a directory"), Instant::now());
     let (mut round, mut told) = (0, Vec::new());
     while round < 500 && begin.elapsed() < LIMIT {
         let at = &root.path().join(round.to_string());
@@ -102,7 +102,7 @@ fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
             });
             barrier.wait();
             while let Err(error) = whole(at) {
-                // No folder, or an empty one.
+                // No directory, or an empty one.
                 let text = error.to_string();
                 let nothing = error.os_error() == Some(libc::ENOENT) || text.contains("holds no checkpoint");
                 told.extend((!nothing).then_some(text));
@@ -120,8 +120,8 @@ fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
 #[test]
 fn of_two_saves_at_once_one_stays_whole() {
     for sizes in [[1, 1], [1, 2], [1, 9], [2, 9]] {
-        let (folder, begin) = (tempfile::tempdir().expect("a folder"), Instant::now());
-        let (at, barrier) = (folder.path(), Barrier::new(2));
+        let (directory, begin) = (tempfile::tempdir().expect("a directory"), Instant::now());
+        let (at, barrier) = (directory.path(), Barrier::new(2));
         let mut round = 0;
         while round < 40 && begin.elapsed() < LIMIT {
             let written = std::thread::scope(|scope| {
@@ -145,8 +145,8 @@ fn of_two_saves_at_once_one_stays_whole() {
 
 #[test]
 fn nobody_waits_for_ever_to_open() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let at = folder.path();
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = directory.path();
     write(at, 7, 1);
     let saver = File::create(at.join(".safetensors.lock")).expect("made");
     // SAFETY: a call without pointers on a descriptor that is open.

@@ -1,5 +1,5 @@
 //! Checkpoints of several files: what is written can be read, what does not fit is refused, and an earlier checkpoint in
-//! the same folder is replaced as a whole.
+//! the same directory is replaced as a whole.
 
 mod common;
 
@@ -16,8 +16,8 @@ use safetensors_torch::{
 };
 use tempfile::TempDir;
 
-fn folder() -> TempDir {
-    tempfile::tempdir().expect("a folder for the test")
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("a directory for the test")
 }
 
 fn save_one(path: &Path, name: &str, data: &[u8]) {
@@ -47,8 +47,8 @@ fn refused(path: &Path, kind: ErrorKind, parts: &[&str]) {
 
 #[test]
 fn shards_and_index_are_written_and_read() {
-    let folder = folder();
-    let at = folder.path().join("new/folder");
+    let directory = directory();
+    let at = directory.path().join("new/directory");
     let written = save(&at, &[("z", &[1, 2]), ("a", &[3]), ("m", &[])], 2).expect("saved");
     assert_eq!(written, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]);
     assert_eq!(names(&at), written);
@@ -70,8 +70,8 @@ fn shards_and_index_are_written_and_read() {
 
 #[test]
 fn a_checkpoint_takes_the_place_of_the_one_before() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     let tensors: [(&str, &[u8]); 3] = [("a", &[1]), ("b", &[2]), ("c", &[3])];
     fs::write(at.join("config.json"), "{}").expect("written");
     save_one(&at.join("model2-00001-of-00009.safetensors"), "other", &[9]);
@@ -87,15 +87,15 @@ fn a_checkpoint_takes_the_place_of_the_one_before() {
 }
 
 #[test]
-fn an_error_leaves_the_folder_as_it_was() {
-    let folder = folder();
-    let at = folder.path();
+fn an_error_leaves_the_directory_as_it_was() {
+    let directory = directory();
+    let at = directory.path();
     let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
     let bad = save(at, &[("a", &[7]), ("b", &[8]), ("a", &[9])], 1).expect_err("twice");
     assert_eq!(bad.kind(), ErrorKind::Duplicate);
-    // The second file cannot be made: a folder has its name. The first one is complete by then.
+    // The second file cannot be made: a directory has its name. The first one is complete by then.
     fs::create_dir(at.join("model-00002-of-00003.safetensors")).expect("made");
-    let error = save(at, &[("a", &[7]), ("b", &[8]), ("c", &[9])], 1).expect_err("a folder is in the way");
+    let error = save(at, &[("a", &[7]), ("b", &[8]), ("c", &[9])], 1).expect_err("a directory is in the way");
     assert_eq!(error.os_error(), Some(libc::EISDIR));
     fs::remove_dir(at.join("model-00002-of-00003.safetensors")).expect("removed");
     assert_eq!(names(at), before);
@@ -111,12 +111,12 @@ fn an_error_leaves_the_folder_as_it_was() {
 
 #[test]
 fn links_are_replaced_and_what_they_point_to_stays() {
-    let folder = folder();
-    let (blobs, at) = (folder.path().join("blobs"), folder.path().join("snapshot"));
+    let directory = directory();
+    let (blobs, at) = (directory.path().join("blobs"), directory.path().join("snapshot"));
     let tensors: [(&str, &[u8]); 2] = [("a", &[1]), ("b", &[2])];
     let expected = [("a".to_string(), vec![7]), ("b".to_string(), vec![8])];
     for max in [1, 9] {
-        // As in the cache of Hugging Face's tools: every file is a link to one that other folders share.
+        // As in the cache of Hugging Face's tools: every file is a link to one that other directories share.
         for name in save(&blobs, &tensors, 1).expect("saved") {
             fs::create_dir_all(&at).expect("made");
             let _ = fs::remove_file(at.join(&name));
@@ -133,8 +133,8 @@ fn links_are_replaced_and_what_they_point_to_stays() {
 }
 
 #[test]
-fn a_folder_that_is_renamed_meanwhile_gets_its_checkpoint() {
-    let root = folder();
+fn a_directory_that_is_renamed_meanwhile_gets_its_checkpoint() {
+    let root = directory();
     let (at, aside) = (root.path().join("made/at"), root.path().join("aside"));
     let plan = ShardPlan::new([1, 1].into_iter(), "model", 1).expect("valid");
     for is_committed in [true, false] {
@@ -179,7 +179,7 @@ fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
     let (blocked, aside) = (at.join(blocked), at.join("aside"));
     let was_there = fs::rename(&blocked, &aside).is_ok();
     fs::create_dir(&blocked).expect("made");
-    let error = writer.commit(true).expect_err("a folder is in the way");
+    let error = writer.commit(true).expect_err("a directory is in the way");
     fs::remove_dir(&blocked).expect("removed");
     if was_there {
         fs::rename(aside, blocked).expect("put back");
@@ -190,8 +190,8 @@ fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
 
 #[test]
 fn a_commit_that_fails_is_taken_back() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
     fs::set_permissions(at.join(INDEX), fs::Permissions::from_mode(0o640)).expect("changed");
     let unchanged = || {
@@ -220,38 +220,38 @@ fn a_commit_that_fails_is_taken_back() {
 
 #[test]
 fn as_many_names_and_bytes_as_tensors() {
-    let folder = folder();
+    let directory = directory();
     let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &[1] };
     for data in [&[][..], &[&[1u8][..], &[2]]] {
-        let error = save_sharded(&[spec], data, None, folder.path(), ShardedOptions::default());
+        let error = save_sharded(&[spec], data, None, directory.path(), ShardedOptions::default());
         assert_eq!(error.expect_err("refused").kind(), ErrorKind::InvalidArgument);
     }
     let plan = ShardPlan::new([1, 1].into_iter(), "model", 1).expect("valid");
     for names in [&["a"][..], &["a", "b", "c"]] {
-        let error = ShardedWriter::new(folder.path(), &plan, names.iter().copied()).expect_err("refused");
+        let error = ShardedWriter::new(directory.path(), &plan, names.iter().copied()).expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     }
-    assert!(names(folder.path()).is_empty());
+    assert!(names(directory.path()).is_empty());
 }
 
 #[test]
-fn folders_that_were_made_for_nothing_are_removed() {
-    let folder = folder();
-    let at = folder.path().join("x/y");
+fn directorys_that_were_made_for_nothing_are_removed() {
+    let directory = directory();
+    let at = directory.path().join("x/y");
     let long = "n".repeat(300);
     let options = ShardedOptions { stem: &long, ..ShardedOptions::default() };
     let error = save_with(&at, &[("a", &[7])], options).expect_err("too long a name");
     assert_eq!(error.os_error(), Some(libc::ENAMETOOLONG));
-    assert!(names(folder.path()).is_empty());
-    fs::write(folder.path().join("file"), "").expect("written");
-    let error = save(&folder.path().join("file/y"), &[("a", &[7])], 1).expect_err("a file is in the way");
+    assert!(names(directory.path()).is_empty());
+    fs::write(directory.path().join("file"), "").expect("written");
+    let error = save(&directory.path().join("file/y"), &[("a", &[7])], 1).expect_err("a file is in the way");
     assert_eq!(error.kind(), ErrorKind::Io);
 }
 
 #[test]
 fn files_that_the_index_does_not_fit() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
     let first = at.join("model-00001-of-00002.safetensors");
     let second = at.join("model-00002-of-00002.safetensors");
@@ -283,7 +283,7 @@ fn files_that_the_index_does_not_fit() {
     refused(at, ErrorKind::ForeignFormat, &["model-00002-of-00002", "git lfs pull"]);
     fs::remove_file(&second).expect("removed");
 
-    // A name that leads out, even to a file that is there; a link that does is the folder's owner's business.
+    // A name that leads out, even to a file that is there; a link that does is the directory's owner's business.
     let outside = at.join("inner");
     fs::create_dir(&outside).expect("made");
     fs::write(outside.join(INDEX), index.replace("model-00001-of", "../model-00001-of")).expect("written");
@@ -295,8 +295,8 @@ fn files_that_the_index_does_not_fit() {
 
 #[test]
 fn an_index_that_lists_a_part_of_its_files() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     save(at, &[("a", &[1]), ("b", &[2]), ("c", &[3]), ("d", &[4])], 2).expect("saved");
     let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
     let index = |map: serde_json::Value| {
@@ -330,13 +330,13 @@ fn an_index_that_lists_a_part_of_its_files() {
 
 #[test]
 fn variants_in_one_directory() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     save(at, &[("a", &[1]), ("b", &[2])], 9).expect("saved");
     save_with(
         at,
         &[("a", &[3]), ("b", &[4])],
-        ShardedOptions { stem: "model.fp16", max_shard_bytes: 1, ..ShardedOptions::default() },
+        ShardedOptions { stem: "model.fp16", max_shard_size: 1, ..ShardedOptions::default() },
     )
     .expect("saved");
     let fp16 = CheckpointOptions { variant: Some("fp16"), ..CheckpointOptions::default() };
@@ -365,7 +365,7 @@ fn variants_in_one_directory() {
     assert!(!other.exists());
     fs::write(&other, "{}").expect("written");
     // A save of the variant leaves one index.
-    let options = ShardedOptions { stem: "model.fp16", max_shard_bytes: 1, ..ShardedOptions::default() };
+    let options = ShardedOptions { stem: "model.fp16", max_shard_size: 1, ..ShardedOptions::default() };
     save_with(at, &[("a", &[5]), ("b", &[6])], options).expect("saved");
     assert!(!other.exists());
     assert_eq!(
@@ -377,8 +377,8 @@ fn variants_in_one_directory() {
 
 #[test]
 fn nothing_there() {
-    let folder = folder();
-    let at = folder.path();
+    let directory = directory();
+    let at = directory.path();
     refused(at, ErrorKind::Index, &["no checkpoint"]);
     refused(&at.join("gone"), ErrorKind::Io, &["No such file or directory", "gone"]);
     refused(&at.join("gone.json"), ErrorKind::Io, &["No such file or directory", "gone.json"]);
@@ -394,13 +394,13 @@ proptest! {
         sizes in prop::collection::vec(0..40usize, 0..12),
         max in 1..60u64,
     ) {
-        let folder = folder();
+        let directory = directory();
         let tensors: Vec<(String, Vec<u8>)> =
             sizes.iter().enumerate().map(|(i, &size)| (format!("t{i:02}"), vec![i as u8; size])).collect();
         let given: Vec<(&str, &[u8])> =
             tensors.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        save(folder.path(), &given, max).expect("saved");
-        let checkpoint = open(folder.path()).expect("valid");
+        save(directory.path(), &given, max).expect("saved");
+        let checkpoint = open(directory.path()).expect("valid");
         prop_assert_eq!(contents(&checkpoint), tensors);
         for shard in checkpoint.shards() {
             let sizes: Vec<u64> = shard.file.header().iter().map(|tensor| tensor.nbytes()).collect();

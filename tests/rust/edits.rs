@@ -14,11 +14,11 @@ use safetensors_torch::{
 };
 use tempfile::TempDir;
 
-const IN_PLACE: EditOptions = EditOptions { in_place: Some(true), reserve: 0, sync: false };
-const REWRITE: EditOptions = EditOptions { in_place: Some(false), reserve: 0, sync: false };
+const IN_PLACE: EditOptions = EditOptions { in_place: Some(true), reserve: 0, durable: false };
+const REWRITE: EditOptions = EditOptions { in_place: Some(false), reserve: 0, durable: false };
 
-fn folder() -> TempDir {
-    tempfile::tempdir().expect("a folder for the test")
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("a directory for the test")
 }
 
 fn changes(pairs: &[(&str, Option<&str>)]) -> MetadataChanges {
@@ -30,11 +30,11 @@ fn entries(pairs: &[(&str, &str)]) -> Option<Metadata> {
 }
 
 /// A file with two tensors, metadata, and data that begins at a multiple of `alignment`.
-fn make(folder: &TempDir, alignment: u64) -> PathBuf {
-    let path = folder.path().join("file");
+fn make(directory: &TempDir, alignment: u64) -> PathBuf {
+    let path = directory.path().join("file");
     let first = TensorSpec { name: "first", dtype: Dtype::F32, shape: &[1000] };
     let second = TensorSpec { name: "second", dtype: Dtype::U8, shape: &[3] };
-    let options = SaveOptions { alignment, sync: false };
+    let options = SaveOptions { alignment, durable: false };
     let metadata = entries(&[("format", "pt")]);
     save_file(&[first, second], &[&pattern(4000), &[7, 8, 9]], metadata.as_ref(), &path, options)
         .expect("saved");
@@ -55,11 +55,11 @@ fn inode(path: &Path) -> u64 {
 
 #[test]
 fn where_there_is_room_the_header_alone_is_written() {
-    let folder = folder();
-    let path = make(&folder, 4096);
+    let directory = directory();
+    let path = make(&directory, 4096);
     let (before, tensors) = (inode(&path), open(&path).tensors);
-    for sync in [false, true] {
-        let options = EditOptions { sync, ..EditOptions::default() };
+    for durable in [false, true] {
+        let options = EditOptions { durable, ..EditOptions::default() };
         let changed =
             changes(&[("format", None), ("epoch", Some("3")), ("na\0me", Some("\"\n")), ("absent", None)]);
         let metadata = edit_metadata(&path, &changed, options).expect("edited");
@@ -73,8 +73,8 @@ fn where_there_is_room_the_header_alone_is_written() {
 
 #[test]
 fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
-    let folder = folder();
-    let path = make(&folder, 8);
+    let directory = directory();
+    let path = make(&directory, 8);
     fs::set_permissions(&path, Permissions::from_mode(0o640)).expect("set");
     let (before, start, tensors) = (inode(&path), data_start(&path), open(&path).tensors);
     let long = "x".repeat(200);
@@ -108,14 +108,14 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
         "5000 are to be left",
     );
     assert_eq!(inode(&path), before);
-    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+    assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 1);
 }
 
 #[test]
 fn an_edit_that_changes_nothing_writes_nothing() {
-    let folder = folder();
+    let directory = directory();
     // Not as this library would write it: nothing is tidied up.
-    let path = folder.path().join("file");
+    let path = directory.path().join("file");
     let bytes = file_bytes("  {\"__metadata__\" : {\"a\":\"b\"} }   ", &[]);
     fs::write(&path, &bytes).expect("written");
     let before = inode(&path);
@@ -132,8 +132,8 @@ fn an_edit_that_changes_nothing_writes_nothing() {
 
 #[test]
 fn metadata_comes_with_its_first_entry_and_stays_without() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     save_file(&[], &[], None, &path, SaveOptions::default()).expect("saved");
     let edit = |pairs: &[(&str, Option<&str>)]| {
         edit_metadata(&path, &changes(pairs), EditOptions::default()).expect("edited")
@@ -146,8 +146,8 @@ fn metadata_comes_with_its_first_entry_and_stays_without() {
 
 #[test]
 fn mapped_tensors_stay_what_they_are() {
-    let folder = folder();
-    let path = make(&folder, 4096);
+    let directory = directory();
+    let path = make(&directory, 4096);
     for options in [IN_PLACE, REWRITE] {
         let mapped = TensorFile::open(&path, Backend::Mmap).expect("opened");
         let before = contents(&mapped);
@@ -160,9 +160,9 @@ fn mapped_tensors_stay_what_they_are() {
 
 #[test]
 fn links() {
-    let folder = folder();
-    let path = make(&folder, 4096);
-    let (soft, hard) = (folder.path().join("soft"), folder.path().join("hard"));
+    let directory = directory();
+    let path = make(&directory, 4096);
+    let (soft, hard) = (directory.path().join("soft"), directory.path().join("hard"));
     let whole = fs::read(&path).expect("there");
     // A symbolic link is replaced, also where there is room in place; what it leads to stays.
     for options in [EditOptions::default(), REWRITE] {
@@ -201,8 +201,8 @@ fn links() {
 
 #[test]
 fn a_file_that_may_only_be_read_is_written_anew() {
-    let folder = folder();
-    let path = make(&folder, 4096);
+    let directory = directory();
+    let path = make(&directory, 4096);
     fs::set_permissions(&path, Permissions::from_mode(0o444)).expect("set");
     if File::options().write(true).open(&path).is_ok() {
         // Root may write to every file; Python's tests go on as another user.
@@ -222,8 +222,8 @@ fn a_file_that_may_only_be_read_is_written_anew() {
 
 #[test]
 fn what_is_no_file_of_tensors_is_refused_and_stays() {
-    let folder = folder();
-    let path = make(&folder, 4096);
+    let directory = directory();
+    let path = make(&directory, 4096);
     let whole = fs::read(&path).expect("there");
     for (bytes, kind) in [
         (&whole[..whole.len() - 1], ErrorKind::DataLength),
@@ -237,12 +237,12 @@ fn what_is_no_file_of_tensors_is_refused_and_stays() {
             assert_eq!(fs::read(&path).expect("there"), bytes);
         }
     }
-    let absent = folder.path().join("absent");
+    let absent = directory.path().join("absent");
     assert_error(edit_metadata(&absent, &changes(&[]), REWRITE), ErrorKind::Io, &absent, "No such file");
     assert_error(
-        edit_metadata(folder.path(), &changes(&[]), REWRITE),
+        edit_metadata(directory.path(), &changes(&[]), REWRITE),
         ErrorKind::Io,
-        folder.path(),
+        directory.path(),
         "directory",
     );
     fs::write(&path, &whole).expect("written");
@@ -261,8 +261,8 @@ fn what_is_no_file_of_tensors_is_refused_and_stays() {
 /// What other writers may have made: an odd start of the data, unknown fields, another order.
 #[test]
 fn foreign_files_keep_their_tensors() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let json = r#"{"b":{"data_offsets":[2,6],"dtype":"F32","shape":[1],"note":[1,{}]},"\u0061":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
     fs::write(&path, file_bytes(json, &[1, 2, 3, 4, 5, 6])).expect("written");
     assert_ne!(data_start(&path) % 8, 0);
@@ -277,8 +277,8 @@ fn foreign_files_keep_their_tensors() {
 
 #[test]
 fn a_large_file_is_written_in_steps_that_can_be_given_up() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let data = pattern(70 << 20);
     let spec = TensorSpec { name: "large", dtype: Dtype::U8, shape: &[70 << 20] };
     save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
@@ -290,7 +290,7 @@ fn a_large_file_is_written_in_steps_that_can_be_given_up() {
     assert!(edit.done_bytes() > 0 && edit.done_bytes() < edit.total_bytes());
     drop(edit);
     assert_eq!(open(&path).metadata, None);
-    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+    assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 1);
 
     let mut edit = begin();
     let mut steps = 1;
@@ -306,14 +306,14 @@ fn a_large_file_is_written_in_steps_that_can_be_given_up() {
 }
 
 #[test]
-fn a_folder_that_is_renamed_meanwhile_keeps_its_edit() {
-    let root = folder();
+fn a_directory_that_is_renamed_meanwhile_keeps_its_edit() {
+    let root = directory();
     let (at, aside) = (root.path().join("at"), root.path().join("aside"));
     for options in [IN_PLACE, REWRITE] {
         fs::create_dir(&at).expect("made");
         let spec = TensorSpec { name: "saved", dtype: Dtype::U8, shape: &[3] };
         let save = || {
-            let options = SaveOptions { alignment: 4096, sync: false };
+            let options = SaveOptions { alignment: 4096, durable: false };
             save_file(&[spec], &[&[1, 2, 3]], None, &at.join("file"), options).expect("saved");
         };
         save();
@@ -332,22 +332,22 @@ fn a_folder_that_is_renamed_meanwhile_keeps_its_edit() {
 
 #[test]
 fn a_file_that_changes_meanwhile_is_not_written_to() {
-    let folder = folder();
-    let path = make(&folder, 8);
+    let directory = directory();
+    let path = make(&directory, 8);
     let changed = changes(&[("k", Some("a longer value than there is room for"))]);
     let mut edit = MetadataEdit::begin(&path, &changed, EditOptions::default()).expect("begun");
     let file = File::options().write(true).open(&path).expect("opened");
     file.set_len(fs::metadata(&path).expect("there").len() - 100).expect("cut short");
     assert_error(edit.advance(None), ErrorKind::FileChanged, &path, "became shorter");
     drop(edit);
-    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1);
+    assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 1);
 }
 
 #[test]
 fn what_others_do_to_the_file_meanwhile_stays() {
-    let folder = folder();
-    let path = folder.path().join("file");
-    let (soft, copy) = (folder.path().join("soft"), folder.path().join("copy"));
+    let directory = directory();
+    let path = directory.path().join("file");
+    let (soft, copy) = (directory.path().join("soft"), directory.path().join("copy"));
     symlink("file", &soft).expect("linked");
     let save = || {
         let spec = TensorSpec { name: "saved", dtype: Dtype::U8, shape: &[3] };
@@ -365,8 +365,8 @@ fn what_others_do_to_the_file_meanwhile_stays() {
     let doings: [(&str, &dyn Fn()); 4] =
         [("save", &save), ("edit", &edit_in_place), ("write", &write), ("remove", &remove)];
     for (what, do_it) in doings {
-        for options in [IN_PLACE, REWRITE, EditOptions { sync: true, ..REWRITE }] {
-            make(&folder, 4096);
+        for options in [IN_PLACE, REWRITE, EditOptions { durable: true, ..REWRITE }] {
+            make(&directory, 4096);
             // Filesystems tell times to some milliseconds.
             std::thread::sleep(Duration::from_millis(20));
             // Also of a file that a link led to, which nothing is written to; and a link is not what replaced one.
@@ -378,11 +378,14 @@ fn what_others_do_to_the_file_meanwhile_stays() {
             assert_error(edit.advance(None), ErrorKind::FileChanged, edited, "run the edit again");
             drop(edit);
             assert!(fs::read(&path).ok() == theirs, "{what} was undone by {options:?}");
-            assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1 + usize::from(path.exists()));
+            assert_eq!(
+                fs::read_dir(directory.path()).expect("there").count(),
+                1 + usize::from(path.exists())
+            );
         }
     }
     // A link that leads elsewhere meanwhile stays.
-    make(&folder, 4096);
+    make(&directory, 4096);
     let mut edit = MetadataEdit::begin(&soft, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
     fs::remove_file(&soft).expect("removed");
     symlink(&path, &soft).expect("linked");
@@ -390,7 +393,7 @@ fn what_others_do_to_the_file_meanwhile_stays() {
     drop(edit);
     assert_eq!(fs::read_link(&soft).expect("a link"), path);
     // What leaves the file as it is keeps no edit from it.
-    make(&folder, 4096);
+    make(&directory, 4096);
     let mut edit = MetadataEdit::begin(&path, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
     fs::hard_link(&path, &copy).expect("linked");
     fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("set");

@@ -17,14 +17,14 @@ use tempfile::TempDir;
 
 const BACKENDS: [Backend; 2] = [Backend::Mmap, Backend::Pread];
 
-fn folder() -> TempDir {
-    tempfile::tempdir().expect("a folder for the test")
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("a directory for the test")
 }
 
 /// A file of one tensor `a` of U8 with this shape, holding a pattern.
-fn one_tensor(folder: &TempDir, shape: &[u64]) -> (PathBuf, Vec<u8>) {
+fn one_tensor(directory: &TempDir, shape: &[u64]) -> (PathBuf, Vec<u8>) {
     let data = pattern(shape.iter().product::<u64>() as usize);
-    let path = folder.path().join("one.safetensors");
+    let path = directory.path().join("one.safetensors");
     let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape };
     save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
     (path, data)
@@ -36,8 +36,8 @@ fn range(start: u64, stop: u64, step: u64) -> AxisRange {
 
 #[test]
 fn backends_and_memory_agree() {
-    let folder = folder();
-    let path = folder.path().join("a.safetensors");
+    let directory = directory();
+    let path = directory.path().join("a.safetensors");
     let specs = [
         TensorSpec { name: "scalar", dtype: Dtype::F64, shape: &[] },
         TensorSpec { name: "none", dtype: Dtype::F32, shape: &[0, 7] },
@@ -74,8 +74,8 @@ fn backends_and_memory_agree() {
 #[test]
 fn large_tensors_arrive_whole() {
     // Several chunks of 8 MiB, and an end that fills none.
-    let folder = folder();
-    let (path, data) = one_tensor(&folder, &[5, 4_194_304 + 3]);
+    let directory = directory();
+    let (path, data) = one_tensor(&directory, &[5, 4_194_304 + 3]);
     for backend in BACKENDS {
         let file = TensorFile::open(&path, backend).expect("valid");
         assert!(read(&file, 0) == data, "{backend:?}");
@@ -84,8 +84,8 @@ fn large_tensors_arrive_whole() {
 
 #[test]
 fn many_tensors_at_once_in_any_order() {
-    let folder = folder();
-    let path = folder.path().join("many.safetensors");
+    let directory = directory();
+    let path = directory.path().join("many.safetensors");
     // More neighbours than one vectored read takes, some of them empty, and more bytes than one thread reads.
     let count = 3000;
     let names: Vec<String> = (0..count).map(|i| format!("{i:04}")).collect();
@@ -122,7 +122,7 @@ fn many_tensors_at_once_in_any_order() {
 
 #[test]
 fn slices_are_what_picking_elements_gives() {
-    let folder = folder();
+    let directory = directory();
     for (shape, ranges) in [
         (vec![], vec![]),
         (vec![10], vec![range(2, 9, 3)]),
@@ -142,7 +142,7 @@ fn slices_are_what_picking_elements_gives() {
         // One run that is larger than what is gathered.
         (vec![2, 3_000_000], vec![range(1, 2, 1), range(1, 2_900_001, 1)]),
     ] {
-        let (path, data) = one_tensor(&folder, &shape);
+        let (path, data) = one_tensor(&directory, &shape);
         let expected = naive_slice(&data, 1, &shape, &ranges);
         for backend in BACKENDS {
             let file = TensorFile::open(&path, backend).expect("valid");
@@ -154,8 +154,8 @@ fn slices_are_what_picking_elements_gives() {
 
 #[test]
 fn a_mapping_is_private() {
-    let folder = folder();
-    let (path, data) = one_tensor(&folder, &[16]);
+    let directory = directory();
+    let (path, data) = one_tensor(&directory, &[16]);
     let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
     let Source::Mapped(mapping) = file.source() else { panic!("mapped") };
     let start = file.byte_range(&file.tensor(0).expect("one")).start as usize;
@@ -169,10 +169,10 @@ fn a_mapping_is_private() {
 
 #[test]
 fn an_open_file_outlives_its_replacement() {
-    let folder = folder();
-    let (path, data) = one_tensor(&folder, &[5000]);
+    let directory = directory();
+    let (path, data) = one_tensor(&directory, &[5000]);
     let files = BACKENDS.map(|backend| TensorFile::open(&path, backend).expect("valid"));
-    one_tensor(&folder, &[3]);
+    one_tensor(&directory, &[3]);
     for file in &files {
         assert_eq!(read(file, 0), data);
     }
@@ -184,9 +184,9 @@ fn an_open_file_outlives_its_replacement() {
 
 #[test]
 fn a_file_cut_short_while_open_is_an_error() {
-    let folder = folder();
+    let directory = directory();
     for shape in [vec![100], vec![300, 40_000]] {
-        let (path, data) = one_tensor(&folder, &shape);
+        let (path, data) = one_tensor(&directory, &shape);
         let file = TensorFile::open(&path, Backend::Pread).expect("valid");
         let length = fs::metadata(&path).expect("there").len();
         OpenOptions::new().write(true).open(&path).expect("there").set_len(length - 1).expect("cut");
@@ -208,8 +208,8 @@ fn a_file_cut_short_while_open_is_an_error() {
 /// Copied piece by piece, and each is looked for before it is touched: an error, where touching would be a signal.
 #[test]
 fn a_mapped_file_cut_short_is_an_error_for_who_copies() {
-    let folder = folder();
-    let (path, data) = one_tensor(&folder, &[300, 40_000]);
+    let directory = directory();
+    let (path, data) = one_tensor(&directory, &[300, 40_000]);
     let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
     assert_eq!(read(&file, 0), data);
     OpenOptions::new().write(true).open(&path).expect("there").set_len(1 << 20).expect("cut");
@@ -222,8 +222,8 @@ fn a_mapped_file_cut_short_is_an_error_for_who_copies() {
 
 #[test]
 fn tensors_are_loaded_into_memory_of_their_own() {
-    let folder = folder();
-    let (path, data) = one_tensor(&folder, &[300, 40_000]);
+    let directory = directory();
+    let (path, data) = one_tensor(&directory, &[300, 40_000]);
     for backend in BACKENDS {
         let file = TensorFile::open(&path, backend).expect("valid");
         let memory = file.load_tensors(&[0, 0]).expect("loaded");
@@ -241,19 +241,19 @@ fn tensors_are_loaded_into_memory_of_their_own() {
 
 #[test]
 fn what_cannot_be_opened() {
-    let folder = folder();
-    let fifo = folder.path().join("fifo");
+    let directory = directory();
+    let fifo = directory.path().join("fifo");
     let name = std::ffi::CString::new(fifo.as_os_str().as_bytes()).expect("no NUL");
     // SAFETY: a string that ends in NUL.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    let file = folder.path().join("file");
+    let file = directory.path().join("file");
     fs::write(&file, "").expect("written");
     for (path, errno) in [
-        (folder.path().join("absent"), libc::ENOENT),
-        (folder.path().join("absent/file"), libc::ENOENT),
-        (folder.path().to_path_buf(), libc::EISDIR),
+        (directory.path().join("absent"), libc::ENOENT),
+        (directory.path().join("absent/file"), libc::ENOENT),
+        (directory.path().to_path_buf(), libc::EISDIR),
         (file.join("below"), libc::ENOTDIR),
-        (folder.path().join("n".repeat(300)), libc::ENAMETOOLONG),
+        (directory.path().join("n".repeat(300)), libc::ENAMETOOLONG),
         (fifo, libc::ENODEV),
         (PathBuf::from("/dev/null"), libc::ENODEV),
     ] {
@@ -269,8 +269,8 @@ fn what_cannot_be_opened() {
 
 #[test]
 fn errors_name_the_file() {
-    let folder = folder();
-    let path = folder.path().join("bad.safetensors");
+    let directory = directory();
+    let path = directory.path().join("bad.safetensors");
     for (bytes, kind) in [
         (vec![], ErrorKind::FileTooSmall),
         (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), ErrorKind::ForeignFormat),
@@ -288,8 +288,8 @@ fn errors_name_the_file() {
 
 #[test]
 fn misuse_is_refused() {
-    let folder = folder();
-    let (path, _) = one_tensor(&folder, &[4, 4]);
+    let directory = directory();
+    let (path, _) = one_tensor(&directory, &[4, 4]);
     for backend in BACKENDS {
         let file = TensorFile::open(&path, backend).expect("valid");
         assert_eq!(file.require("b").expect_err("absent").kind(), ErrorKind::TensorNotFound);
@@ -337,8 +337,8 @@ fn misuse_is_refused() {
 
 #[test]
 fn sparse_files_are_read_where_they_have_no_blocks() {
-    let folder = folder();
-    let path = folder.path().join("sparse");
+    let directory = directory();
+    let path = directory.path().join("sparse");
     let length: u64 = 40 << 20;
     let json = format!("{{\"a\":{{\"dtype\":\"U8\",\"shape\":[{length}],\"data_offsets\":[0,{length}]}}}}");
     let start = common::file_bytes(&json, &[]);

@@ -14,7 +14,7 @@ if ! cargo +nightly miri --version >/dev/null 2>&1; then
     echo "skipped: no nightly compiler with Miri, see $0"
     exit 0
 fi
-# The folder for temporary files, and the time, are there.
+# The directory for temporary files, and the time, are there.
 export MIRIFLAGS="-Zmiri-disable-isolation"
 export PROPTEST_CASES=16
 miri=(cargo +nightly miri test --quiet --locked --no-default-features --target-dir target/miri)

@@ -8,8 +8,8 @@ use common::{Contents, contents, file_bytes, kind_of, naive_slice, pattern, read
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use safetensors_torch::{
-    AxisRange, DEFAULT_ALIGNMENT, Dtype, EditOptions, METADATA_KEY, Metadata, MetadataChanges, SaveOptions,
-    Slice, StreamWriter, TensorSpec, edit_metadata,
+    AxisRange, DEFAULT_ALIGNMENT, Dtype, EditOptions, IncrementalWriter, METADATA_KEY, Metadata,
+    MetadataChanges, SaveOptions, Slice, TensorSpec, edit_metadata,
 };
 
 #[derive(Clone, Debug)]
@@ -284,13 +284,13 @@ proptest! {
         metadata in metadata(),
         seeds in vec(any::<u64>(), 1..20),
     ) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("file");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
         let specs: Vec<TensorSpec> = tensors
             .iter()
             .map(|tensor| TensorSpec { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape })
             .collect();
-        let writer = StreamWriter::create(&specs, metadata.as_ref(), &path, SaveOptions::default()).expect("begun");
+        let writer = IncrementalWriter::create(&specs, metadata.as_ref(), &path, SaveOptions::default()).expect("begun");
         // Each tensor in up to three parts, all of them in the order that the seeds give.
         let mut parts = Vec::new();
         for (number, tensor) in tensors.iter().enumerate() {
@@ -334,11 +334,11 @@ proptest! {
             }
         }
 
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("file");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
         let old = save(&tensors, before.as_ref(), alignment);
         std::fs::write(&path, &old).expect("written");
-        let outcome = edit_metadata(&path, &changes, EditOptions { in_place, reserve, sync: false });
+        let outcome = edit_metadata(&path, &changes, EditOptions { in_place, reserve, durable: false });
         let new = std::fs::read(&path).expect("there");
 
         let (old_header, data) = split(&old);

@@ -16,8 +16,8 @@ use safetensors_torch::{
 };
 use tempfile::TempDir;
 
-fn folder() -> TempDir {
-    tempfile::tempdir().expect("a folder for the test")
+fn directory() -> TempDir {
+    tempfile::tempdir().expect("a directory for the test")
 }
 
 fn save(path: &Path, data: &[u8]) -> Result<()> {
@@ -30,9 +30,9 @@ fn load(path: &Path) -> Vec<u8> {
     read(&TensorFile::open(path, Backend::Pread).expect("valid"), 0)
 }
 
-fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(folder)
-        .expect("a folder")
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .expect("a directory")
         .map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8"))
         .collect();
     names.sort();
@@ -51,18 +51,18 @@ fn make_fifo(path: &Path) {
 
 #[test]
 fn a_new_file_has_the_permissions_of_every_new_file() {
-    let folder = folder();
-    let (ours, other) = (folder.path().join("ours"), folder.path().join("other"));
+    let directory = directory();
+    let (ours, other) = (directory.path().join("ours"), directory.path().join("other"));
     save(&ours, &[1]).expect("saved");
     File::create(&other).expect("made");
     assert_eq!(mode(&ours), mode(&other));
-    assert_eq!(names(folder.path()), ["other", "ours"]);
+    assert_eq!(names(directory.path()), ["other", "ours"]);
 }
 
 #[test]
 fn an_existing_file_keeps_its_permissions() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     for bits in [0o600, 0o640, 0o604, 0o755, 0o444, 0o200] {
         fs::write(&path, "old").expect("written");
         fs::set_permissions(&path, Permissions::from_mode(bits)).expect("set");
@@ -70,16 +70,16 @@ fn an_existing_file_keeps_its_permissions() {
         assert_eq!(mode(&path), bits);
         fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("set");
         assert_eq!(load(&path), pattern(100));
-        assert_eq!(names(folder.path()), ["file"]);
+        assert_eq!(names(directory.path()), ["file"]);
     }
 }
 
 #[test]
 fn an_existing_file_is_replaced_not_written_to() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     save(&path, &[1; 100]).expect("saved");
-    let other_name = folder.path().join("link");
+    let other_name = directory.path().join("link");
     fs::hard_link(&path, &other_name).expect("linked");
     save(&path, &[2; 50]).expect("saved");
     assert_eq!(load(&path), [2; 50]);
@@ -88,8 +88,8 @@ fn an_existing_file_is_replaced_not_written_to() {
 
 #[test]
 fn symbolic_links_are_replaced_and_what_they_lead_to_stays() {
-    let folder = folder();
-    let at = |name: &str| folder.path().join(name);
+    let directory = directory();
+    let at = |name: &str| directory.path().join(name);
     fs::create_dir(at("blobs")).expect("made");
     save(&at("blobs/first"), &[1; 9]).expect("saved");
     fs::set_permissions(at("blobs/first"), Permissions::from_mode(0o640)).expect("set");
@@ -108,12 +108,12 @@ fn symbolic_links_are_replaced_and_what_they_lead_to_stays() {
     }
     assert!(fs::symlink_metadata(at("chain")).expect("there").is_symlink());
     assert_eq!(names(&at("blobs")), ["first"]);
-    assert_eq!(names(folder.path()), ["blobs", "chain"]);
+    assert_eq!(names(directory.path()), ["blobs", "chain"]);
 }
 
 #[test]
-fn a_folder_that_is_renamed_meanwhile_gets_the_file() {
-    let root = folder();
+fn a_directory_that_is_renamed_meanwhile_gets_the_file() {
+    let root = directory();
     let (at, aside) = (root.path().join("at"), root.path().join("aside"));
     for existing in [false, true] {
         fs::create_dir(&at).expect("made");
@@ -134,8 +134,8 @@ fn a_folder_that_is_renamed_meanwhile_gets_the_file() {
 
 #[test]
 fn permissions_are_those_at_the_commit() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let set = |bits| fs::set_permissions(&path, Permissions::from_mode(bits)).expect("set");
     let make = |bits| {
         fs::write(&path, "old").expect("written");
@@ -147,7 +147,7 @@ fn permissions_are_those_at_the_commit() {
         meanwhile();
         file.commit(false).expect("committed");
         assert_eq!(fs::read(&path).expect("there"), b"new");
-        assert_eq!(names(folder.path()), ["file"]);
+        assert_eq!(names(directory.path()), ["file"]);
         mode(&path)
     };
     make(0o644);
@@ -199,8 +199,8 @@ fn get_acl(path: &Path) -> Option<Vec<u8>> {
 
 #[test]
 fn an_access_control_list_is_kept() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
     // The group may do nothing, which the permissions do not show.
     let list = acl([6, 6, 0, 6, 0]);
@@ -223,11 +223,11 @@ fn an_access_control_list_is_kept() {
 
 #[test]
 fn a_list_for_new_files_is_for_new_files_alone() {
-    let folder = folder();
-    let at = |name: &str| folder.path().join(name);
+    let directory = directory();
+    let at = |name: &str| directory.path().join(name);
     fs::write(at("old"), "old").expect("written");
     fs::set_permissions(at("old"), Permissions::from_mode(0o640)).expect("set");
-    if !set_acl(folder.path(), c"system.posix_acl_default", &acl([7, 7, 7, 7, 0])) {
+    if !set_acl(directory.path(), c"system.posix_acl_default", &acl([7, 7, 7, 7, 0])) {
         return;
     }
     File::create(at("theirs")).expect("made");
@@ -242,8 +242,8 @@ fn a_list_for_new_files_is_for_new_files_alone() {
 
 #[test]
 fn descriptors_are_written_to() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let data = pattern(200_000);
     let save_to = |file: &File, name: &dyn Fn(i32) -> String| {
         use std::os::fd::AsRawFd;
@@ -270,7 +270,7 @@ fn descriptors_are_written_to() {
             file.rewind().and_then(|()| file.read_to_end(&mut all)).expect("read");
             let saved = all.strip_prefix(b"head").and_then(|rest| rest.strip_suffix(b"tail")).expect("both");
             assert_eq!(common::with_file(saved, contents).expect("valid").tensors[0].3, data);
-            assert_eq!(names(folder.path()).len(), usize::from(!is_deleted));
+            assert_eq!(names(directory.path()).len(), usize::from(!is_deleted));
         }
     }
     fs::write(&path, "old").expect("written");
@@ -297,8 +297,8 @@ fn descriptors_are_written_to() {
 
 #[test]
 fn a_pipe_that_another_file_takes_the_place_of_is_still_written_to() {
-    let folder = folder();
-    let (fifo, other) = (folder.path().join("fifo"), folder.path().join("other"));
+    let directory = directory();
+    let (fifo, other) = (directory.path().join("fifo"), directory.path().join("other"));
     make_fifo(&fifo);
     let data = pattern(10_000_000);
     std::thread::scope(|scope| {
@@ -312,19 +312,19 @@ fn a_pipe_that_another_file_takes_the_place_of_is_still_written_to() {
         assert_eq!(common::with_file(&all, contents).expect("valid").tensors[0].3, data);
     });
     assert_eq!(fs::read(&fifo).expect("there"), b"other");
-    assert_eq!(names(folder.path()), ["fifo"]);
+    assert_eq!(names(directory.path()), ["fifo"]);
 }
 
 #[test]
 fn what_cannot_be_saved_to() {
-    let folder = folder();
-    let at = |name: &str| folder.path().join(name);
+    let directory = directory();
+    let at = |name: &str| directory.path().join(name);
     fs::write(at("file"), "old").expect("written");
-    fs::create_dir(at("folder")).expect("made");
-    let before = names(folder.path());
+    fs::create_dir(at("directory")).expect("made");
+    let before = names(directory.path());
     for (path, errno) in [
-        (at("folder"), libc::EISDIR),
-        (at("folder/"), libc::EISDIR),
+        (at("directory"), libc::EISDIR),
+        (at("directory/"), libc::EISDIR),
         (at("new/"), libc::EISDIR),
         (at("absent/file"), libc::ENOENT),
         (at("file/below"), libc::ENOTDIR),
@@ -336,14 +336,14 @@ fn what_cannot_be_saved_to() {
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }
     assert_eq!(save(Path::new("a\0b"), &[1]).expect_err("refused").kind(), ErrorKind::InvalidArgument);
-    assert_eq!(names(folder.path()), before);
+    assert_eq!(names(directory.path()), before);
     assert_eq!(fs::read(at("file")).expect("there"), b"old");
 }
 
 #[test]
 fn a_check_that_fails_leaves_the_target_alone() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
     let spec = TensorSpec { name: "a", dtype: Dtype::F32, shape: &[1] };
     let error =
@@ -354,13 +354,13 @@ fn a_check_that_fails_leaves_the_target_alone() {
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert!(error.to_string().starts_with(&path.display().to_string()), "{error}");
     assert_eq!(fs::read(&path).expect("there"), b"old");
-    assert_eq!(names(folder.path()), ["file"]);
+    assert_eq!(names(directory.path()), ["file"]);
 }
 
 #[test]
 fn a_save_that_is_given_up_leaves_nothing() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     for existing in [false, true] {
         if existing {
             fs::write(&path, "old").expect("written");
@@ -369,64 +369,64 @@ fn a_save_that_is_given_up_leaves_nothing() {
         file.write([&[1; 50][..]]).expect("written");
         drop(file);
         assert_eq!(path.exists(), existing);
-        assert_eq!(names(folder.path()).len(), usize::from(existing));
+        assert_eq!(names(directory.path()).len(), usize::from(existing));
     }
     assert_eq!(fs::read(&path).expect("there"), b"old");
 }
 
 #[test]
 fn a_commit_that_fails_leaves_nothing() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let mut file = AtomicFile::create(&path, 3).expect("begun");
     file.write([&[1; 3][..]]).expect("written");
     fs::create_dir(&path).expect("made");
-    let error = file.commit(false).expect_err("a folder is in the way");
+    let error = file.commit(false).expect_err("a directory is in the way");
     assert_eq!(error.os_error(), Some(libc::EISDIR), "{error}");
     assert!(error.to_string().contains(&path.display().to_string()), "{error}");
-    assert_eq!(names(folder.path()), ["file"]);
+    assert_eq!(names(directory.path()), ["file"]);
 }
 
 #[test]
 fn no_space_is_found_before_the_first_byte() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
     let error = AtomicFile::create(&path, i64::MAX as u64).expect_err("no disk is that large");
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(matches!(error.os_error(), Some(libc::ENOSPC | libc::EFBIG)), "{error}");
     assert_eq!(fs::read(&path).expect("there"), b"old");
-    assert_eq!(names(folder.path()), ["file"]);
+    assert_eq!(names(directory.path()), ["file"]);
 }
 
 #[test]
 fn syncing_changes_nothing_else() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &[2] };
-    let options = SaveOptions { sync: true, ..SaveOptions::default() };
+    let options = SaveOptions { durable: true, ..SaveOptions::default() };
     for data in [[1, 2], [3, 4]] {
         save_file(&[spec], &[&data], None, &path, options).expect("saved");
         assert_eq!(load(&path), data);
     }
-    assert_eq!(names(folder.path()), ["file"]);
+    assert_eq!(names(directory.path()), ["file"]);
 }
 
 #[test]
 fn the_longest_name_is_no_trouble() {
-    let folder = folder();
+    let directory = directory();
     let name = "n".repeat(255);
     for data in [[1; 3], [2; 3]] {
-        save(&folder.path().join(&name), &data).expect("saved");
-        assert_eq!(load(&folder.path().join(&name)), data);
+        save(&directory.path().join(&name), &data).expect("saved");
+        assert_eq!(load(&directory.path().join(&name)), data);
     }
-    assert_eq!(names(folder.path()), [name]);
+    assert_eq!(names(directory.path()), [name]);
 }
 
 #[test]
 fn pipes_and_devices_are_written_to() {
-    let folder = folder();
-    let fifo = folder.path().join("fifo");
+    let directory = directory();
+    let fifo = directory.path().join("fifo");
     make_fifo(&fifo);
     let data = pattern(200_000);
     let bytes = std::thread::scope(|scope| {
@@ -435,7 +435,7 @@ fn pipes_and_devices_are_written_to() {
         reader.join().expect("no panic")
     });
     assert_eq!(common::with_file(&bytes, contents).expect("valid").tensors[0].3, data);
-    assert_eq!(names(folder.path()), ["fifo"]);
+    assert_eq!(names(directory.path()), ["fifo"]);
     save(Path::new("/dev/null"), &data).expect("saved");
     let error = save(Path::new("/dev/full"), &data).expect_err("full");
     assert_eq!(error.os_error(), Some(libc::ENOSPC), "{error}");
@@ -443,8 +443,8 @@ fn pipes_and_devices_are_written_to() {
 
 #[test]
 fn readers_see_one_save_or_another_never_half() {
-    let folder = folder();
-    let path = folder.path().join("file");
+    let directory = directory();
+    let path = directory.path().join("file");
     save(&path, &[0; 70_000]).expect("saved");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -470,56 +470,56 @@ fn readers_see_one_save_or_another_never_half() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    assert_eq!(names(folder.path()), ["file"]);
+    assert_eq!(names(directory.path()), ["file"]);
 }
 
-const KILLED_FOLDER: &str = "SAFETENSORS_TORCH_TEST_FOLDER";
+const KILLED_DIRECTORY: &str = "SAFETENSORS_TORCH_TEST_DIRECTORY";
 
 /// The child of the test below: saves new files until it is killed.
 #[test]
 #[ignore = "runs for ever; started by a_killed_process_leaves_whole_files_only"]
 fn save_until_killed() {
-    let folder = std::env::var_os(KILLED_FOLDER).expect("started by its parent");
+    let directory = std::env::var_os(KILLED_DIRECTORY).expect("started by its parent");
     let data = pattern(8 << 20);
     for number in 0.. {
-        save(&Path::new(&folder).join(format!("{number}.safetensors")), &data).expect("saved");
+        save(&Path::new(&directory).join(format!("{number}.safetensors")), &data).expect("saved");
         if number > 0 {
-            let _ = fs::remove_file(Path::new(&folder).join(format!("{}.safetensors", number - 1)));
+            let _ = fs::remove_file(Path::new(&directory).join(format!("{}.safetensors", number - 1)));
         }
     }
 }
 
 #[test]
 fn a_killed_process_leaves_whole_files_only() {
-    let unnamed = |folder: &Path| {
+    let unnamed = |directory: &Path| {
         let flags = libc::O_TMPFILE;
-        OpenOptions::new().write(true).custom_flags(flags).open(folder).is_ok()
+        OpenOptions::new().write(true).custom_flags(flags).open(directory).is_ok()
     };
     for round in 0..12 {
-        let folder = folder();
-        if !unnamed(folder.path()) {
+        let directory = directory();
+        if !unnamed(directory.path()) {
             // Documented: without unnamed files a killed process leaves its temporary file.
             return;
         }
         let mut child = Command::new(std::env::current_exe().expect("a file"))
             .args(["--exact", "saving::save_until_killed", "--ignored"])
-            .env(KILLED_FOLDER, folder.path())
+            .env(KILLED_DIRECTORY, directory.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("started");
         let begun = std::time::Instant::now();
-        while names(folder.path()).is_empty() && begun.elapsed() < Duration::from_secs(60) {
+        while names(directory.path()).is_empty() && begun.elapsed() < Duration::from_secs(60) {
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(round * 3));
         child.kill().expect("killed");
         child.wait().expect("ended");
-        let left = names(folder.path());
+        let left = names(directory.path());
         assert!(!left.is_empty(), "the child saved nothing in a minute");
         for name in left {
             assert!(name.ends_with(".safetensors") && !name.starts_with('.'), "stray file {name}");
-            TensorFile::open(&folder.path().join(&name), Backend::Pread).expect("a whole file");
+            TensorFile::open(&directory.path().join(&name), Backend::Pread).expect("a whole file");
         }
     }
 }

@@ -81,8 +81,8 @@ fn extra_threads(path: &Path, data: &[u8]) -> Vec<(&'static str, usize)> {
 
 #[test]
 fn a_call_uses_no_more_threads_than_are_set() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("file");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("file");
     let data = vec![7; BYTES];
     save_file(&[SPEC], &[&data], None, &path, SaveOptions::default()).expect("written");
 

@@ -19,12 +19,12 @@ fn status_name(error: &Error) -> String {
 
 #[test]
 fn malformed_files_are_refused_for_the_right_reason() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
-    let list = fs::read_to_string(folder.join("malformed.tsv")).expect("the list");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
+    let list = fs::read_to_string(directory.join("malformed.tsv")).expect("the list");
     let mut count = 0;
     for line in list.lines() {
         let (name, status) = line.split_once('\t').expect("name and status");
-        let path = folder.join("malformed").join(format!("{name}.safetensors"));
+        let path = directory.join("malformed").join(format!("{name}.safetensors"));
         for backend in [Backend::Mmap, Backend::Pread] {
             let error = TensorFile::open(&path, backend).expect_err(name);
             assert_eq!(status_name(&error), status, "{name}: {error}");
@@ -33,5 +33,5 @@ fn malformed_files_are_refused_for_the_right_reason() {
         count += 1;
     }
     assert!(count >= 150, "{count}");
-    assert_eq!(fs::read_dir(folder.join("malformed")).expect("the folder").count(), count);
+    assert_eq!(fs::read_dir(directory.join("malformed")).expect("the directory").count(), count);
 }

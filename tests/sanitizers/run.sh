@@ -64,16 +64,16 @@ esac
 export SANITIZE SANITIZE_LINK
 flags="-g1 -fno-omit-frame-pointer $SANITIZE"
 
-# build_library FOLDER FEATURE... builds the library there: optimised little and without LTO, which takes minutes with
+# build_library DIRECTORY FEATURE... builds the library there: optimised little and without LTO, which takes minutes with
 # instrumented code, and with the checks of a debug build, those of unsafe code among them.
 build_library() {
-    local folder=$1
+    local directory=$1
     shift
     env RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$kind -Cunsafe-allow-abi-mismatch=sanitizer $cfg" CXXFLAGS="$flags" \
         CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
         CARGO_PROFILE_RELEASE_DEBUG=line-tables-only CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true \
         CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS=true \
-        cargo build --quiet --release --locked --target "$target" --target-dir "$folder" "$@"
+        cargo build --quiet --release --locked --target "$target" --target-dir "$directory" "$@"
 }
 
 build() {

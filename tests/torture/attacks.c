@@ -1,6 +1,6 @@
 /* Files made to exhaust who reads them: each is opened in a child on both backends, and must be refused, or read,
  * within bounds of time and of memory that are linear in the file, whatever it claims. What the library asks for comes
- * by here, as memory that is asked for and never touched does not show. Run with a folder. */
+ * by here, as memory that is asked for and never touched does not show. Run with a directory. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
@@ -235,7 +235,7 @@ static void child(const attack* what, const char* path, sft_backend backend) {
     const sft_status status = what->is_index ? sft_checkpoint_open(path, &checkpoint_options, &checkpoint)
                                              : sft_file_open(path, &options, &file);
     atomic_store(&armed, false);
-    const char* said = status == SFT_OK ? "" : sft_last_error_message();
+    const char* said = status == SFT_OK ? "" : sft_last_error_get_message();
     const bool right = EXPECT(status == what->status, "%s: %d, %.300s", what->name, status, said) &&
                        EXPECT(strlen(said) < 4096, "%s: a message of %zu bytes", what->name, strlen(said));
     sft_file_free(file);
@@ -268,7 +268,7 @@ static const attack attacks[] = {
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     asked = mmap(NULL, sizeof *asked, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (asked == MAP_FAILED) return 2;
     long opened = 0, most_mebibytes = 0;

@@ -3,7 +3,7 @@
  *
  * pread must answer each read with an error or with the old bytes, never with a signal. A mapping must keep its bytes
  * when the file is replaced or removed, and the documented hazard of one that is cut short is shown in a child. Run
- * with a folder. */
+ * with a directory. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -26,7 +26,7 @@ static sft_file* opened(sft_backend backend) {
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.backend = backend;
     sft_file* file = NULL;
-    EXPECT(sft_file_open(path, &options, &file) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_file_open(path, &options, &file) == SFT_OK, "%s", sft_last_error_get_message());
     return file;
 }
 
@@ -40,7 +40,7 @@ static void save_version(uint64_t version, size_t words) {
  */
 static bool reads(const sft_file* file, size_t tensor, uint64_t version, sft_status* error) {
     static uint64_t buffer[WORDS];
-    *error = sft_file_read(file, tensor, buffer, sizeof buffer);
+    *error = sft_file_read_tensor(file, tensor, buffer, sizeof buffer);
     if (*error != SFT_OK) return false;
     const bool whole = tensor_is(buffer, sizeof buffer, version, tensor);
     uint64_t last = 0;
@@ -51,7 +51,7 @@ static bool reads(const sft_file* file, size_t tensor, uint64_t version, sft_sta
 
 static bool data_is(const sft_file* file, size_t tensor, uint64_t version) {
     const void* bytes = NULL;
-    return sft_file_data(file, tensor, &bytes) == SFT_OK && tensor_is(bytes, WORDS * 8, version, tensor);
+    return sft_file_get_data(file, tensor, &bytes) == SFT_OK && tensor_is(bytes, WORDS * 8, version, tensor);
 }
 
 /* Replaced by a save, by a rename, and removed: both backends have the old bytes. */
@@ -90,12 +90,12 @@ static void cut_short(void) {
         if (truncate(path, cuts[i]) != 0) abort();
         for (size_t tensor = 0; tensor < 2; tensor++) {
             sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-            sft_file_tensor(file, tensor, &info);
+            sft_file_get_tensor_info(file, tensor, &info);
             sft_status error;
             const bool old = reads(file, tensor, 1, &error);
             EXPECT(old == (info.end <= (uint64_t)cuts[i]), "cut at %ld, tensor %zu", (long)cuts[i], tensor);
-            EXPECT(old || (error == SFT_ERROR_FILE_CHANGED && strstr(sft_last_error_message(), path) != NULL),
-                   "cut at %ld: %d, %s", (long)cuts[i], error, sft_last_error_message());
+            EXPECT(old || (error == SFT_ERROR_FILE_CHANGED && strstr(sft_last_error_get_message(), path) != NULL),
+                   "cut at %ld: %d, %s", (long)cuts[i], error, sft_last_error_get_message());
         }
         sft_file_free(file);
         sft_file* again = NULL;
@@ -149,11 +149,11 @@ static void under_fire(sft_backend backend, double for_seconds) {
             error = sft_file_open(path, &options, &file);
             refused += error != SFT_OK;
             EXPECT(error == SFT_OK || (error >= SFT_ERROR_FILE_TOO_SMALL && error <= SFT_ERROR_FILE_CHANGED), "%d, %s",
-                   error, sft_last_error_message());
+                   error, sft_last_error_get_message());
             continue;
         }
         reads(file, (size_t)answers % 2, 1, &error);
-        EXPECT(error == SFT_OK || error == SFT_ERROR_FILE_CHANGED, "%d, %s", error, sft_last_error_message());
+        EXPECT(error == SFT_OK || error == SFT_ERROR_FILE_CHANGED, "%d, %s", error, sft_last_error_get_message());
         errors += error != SFT_OK;
         if (answers % 16 == 15) {
             sft_file_free(file);
@@ -178,7 +178,7 @@ static void odd_files(void) {
             options.backend = backend;
             sft_file* file = NULL;
             EXPECT(sft_file_open(names[i], &options, &file) != SFT_OK && file == NULL, "%s opened", names[i]);
-            EXPECT(strstr(sft_last_error_message(), names[i]) != NULL, "%s", sft_last_error_message());
+            EXPECT(strstr(sft_last_error_get_message(), names[i]) != NULL, "%s", sft_last_error_get_message());
             changes++;
         }
     }
@@ -193,8 +193,8 @@ static void odd_files(void) {
             sft_file* file = NULL;
             const sft_status status = sft_file_open(path, &options, &file);
             EXPECT(status == (sizes[i] < 8 ? SFT_ERROR_FILE_TOO_SMALL : SFT_ERROR_HEADER_JSON), "%ld bytes: %d, %s",
-                   (long)sizes[i], status, sft_last_error_message());
-            EXPECT(strstr(sft_last_error_message(), path) != NULL, "%s", sft_last_error_message());
+                   (long)sizes[i], status, sft_last_error_get_message());
+            EXPECT(strstr(sft_last_error_get_message(), path) != NULL, "%s", sft_last_error_get_message());
             changes++;
         }
     }
@@ -225,9 +225,9 @@ static void beyond_four_gibibytes(void) {
         for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
             static unsigned char part[8192];
             uint64_t shape = 0, nbytes = 0;
-            EXPECT(sft_file_slice_size(file, 0, &ranges[i], 1, &shape, &nbytes) == SFT_OK && nbytes <= sizeof part &&
-                       sft_file_read_slice(file, 0, &ranges[i], 1, part, nbytes) == SFT_OK,
-                   "%s", sft_last_error_message());
+            EXPECT(sft_file_get_slice_size(file, 0, &ranges[i], 1, &shape, &nbytes) == SFT_OK &&
+                       nbytes <= sizeof part && sft_file_read_slice(file, 0, &ranges[i], 1, part, nbytes) == SFT_OK,
+                   "%s", sft_last_error_get_message());
             bool same = true;
             for (uint64_t k = 0; k < nbytes; k++) {
                 const uint64_t place = ranges[i].start + k * ranges[i].step;
@@ -236,7 +236,7 @@ static void beyond_four_gibibytes(void) {
             EXPECT(same, "backend %u, slice %zu", backend, i);
         }
         const void* bytes = NULL;
-        EXPECT(backend == SFT_BACKEND_PREAD || (sft_file_data(file, 0, &bytes) == SFT_OK &&
+        EXPECT(backend == SFT_BACKEND_PREAD || (sft_file_get_data(file, 0, &bytes) == SFT_OK &&
                                                 memcmp((const char*)bytes + hole, end, sizeof end) == 0),
                "the end of a mapping of 5 GiB");
         sft_file_free(file);
@@ -249,7 +249,7 @@ static void beyond_four_gibibytes(void) {
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     snprintf(path, sizeof path, "%s", path_of("changed.safetensors"));
     replaced_and_removed(SFT_BACKEND_MMAP);
     replaced_and_removed(SFT_BACKEND_PREAD);

@@ -15,10 +15,10 @@
 #include <unistd.h>
 
 static atomic_long failed;
-static char folder_of_all[2048];
+static char directory_of_all[2048];
 
 static void die(const char* what) {
-    fprintf(stderr, "%s: %s; %s\n", what, strerror(errno), sft_last_error_message());
+    fprintf(stderr, "%s: %s; %s\n", what, strerror(errno), sft_last_error_get_message());
     abort();
 }
 
@@ -81,13 +81,13 @@ sft_writer* content_writer(const content* what) {
 void save_content(const content* what, const char* path) {
     sft_writer* writer = content_writer(what);
     const sft_status status = sft_writer_write_file(writer, path, NULL);
-    EXPECT(status == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(status == SFT_OK, "%s", sft_last_error_get_message());
     sft_writer_free(writer);
 }
 
 sft_status content_stream(const content* what, const char* path, const sft_save_options* options) {
     sft_writer* writer = NULL;
-    sft_stream* stream = NULL;
+    sft_incremental_writer* stream = NULL;
     if (sft_writer_new(&writer) != SFT_OK) die("sft_writer_new");
     const uint64_t shape[] = {what->words};
     const size_t nbytes = what->words * 8, half = nbytes / 2;
@@ -96,19 +96,19 @@ sft_status content_stream(const content* what, const char* path, const sft_save_
         const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
         if (sft_writer_declare_tensor(writer, name, length, SFT_DTYPE_U64, shape, 1) != SFT_OK) die("declare");
     }
-    sft_status status = sft_stream_create(writer, path, options, &stream);
+    sft_status status = sft_incremental_writer_create(writer, path, options, &stream);
     for (size_t t = what->tensors; status == SFT_OK && t-- > 0;) {
         const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
         const unsigned char* bytes = (const unsigned char*)(what->data + t * what->words);
         if (t + 1 < what->tensors) {
-            status = sft_stream_write(stream, name, length, bytes, nbytes);
+            status = sft_incremental_writer_write_tensor(stream, name, length, bytes, nbytes);
             continue;
         }
-        status = sft_stream_write_part(stream, name, length, half, bytes + half, nbytes - half);
-        if (status == SFT_OK) status = sft_stream_write_part(stream, name, length, 0, bytes, half);
+        status = sft_incremental_writer_write_part(stream, name, length, half, bytes + half, nbytes - half);
+        if (status == SFT_OK) status = sft_incremental_writer_write_part(stream, name, length, 0, bytes, half);
     }
-    if (status == SFT_OK) status = sft_stream_commit(stream);
-    sft_stream_free(stream);
+    if (status == SFT_OK) status = sft_incremental_writer_commit(stream);
+    sft_incremental_writer_free(stream);
     sft_writer_free(writer);
     return status;
 }
@@ -126,20 +126,21 @@ bool tensor_is(const void* bytes, size_t nbytes, uint64_t version, size_t tensor
  * are here to `*seen`. */
 static uint64_t version_of(const sft_file* file, uint64_t expected, uint64_t* tensors, uint64_t* seen) {
     size_t count = 0;
-    sft_file_count(file, &count);
+    sft_file_get_tensor_count(file, &count);
     for (size_t i = 0; i < count; i++) {
         sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-        if (sft_file_tensor(file, i, &info) != SFT_OK || info.nbytes < 24 || info.name.length != 5) return WRONG;
+        if (sft_file_get_tensor_info(file, i, &info) != SFT_OK || info.nbytes < 24 || info.name.length != 5)
+            return WRONG;
         char digits[5] = "";
         memcpy(digits, info.name.data + 1, 4);
         const size_t tensor = strtoul(digits, NULL, 10);
         uint64_t* own = NULL;
         const void* bytes = NULL;
-        if (sft_file_data(file, i, &bytes) != SFT_OK) {
+        if (sft_file_get_data(file, i, &bytes) != SFT_OK) {
             own = malloc(info.nbytes);
             if (own == NULL) die("malloc");
             bytes = own;
-            if (sft_file_read(file, i, own, info.nbytes) != SFT_OK) {
+            if (sft_file_read_tensor(file, i, own, info.nbytes) != SFT_OK) {
                 free(own);
                 return WRONG;
             }
@@ -176,30 +177,30 @@ uint64_t checkpoint_open_version(const char* path, sft_status* status) {
     *status = sft_checkpoint_open(path, NULL, &checkpoint);
     if (*status != SFT_OK) return 0;
     size_t shards = 0;
-    sft_checkpoint_shard_count(checkpoint, &shards);
+    sft_checkpoint_get_shard_count(checkpoint, &shards);
     uint64_t version = 0, tensors = 0, seen = 0;
     for (size_t shard = 0; shard < shards && version != WRONG; shard++) {
         sft_str name;
         const sft_file* file = NULL;
-        sft_checkpoint_shard(checkpoint, shard, &name, &file);
+        sft_checkpoint_get_shard(checkpoint, shard, &name, &file);
         version = version_of(file, version, &tensors, &seen);
     }
     sft_checkpoint_free(checkpoint);
     return version != 0 && tensors == seen ? version : WRONG;
 }
 
-void use_folder(const char* folder) { snprintf(folder_of_all, sizeof folder_of_all, "%s", folder); }
+void use_directory(const char* directory) { snprintf(directory_of_all, sizeof directory_of_all, "%s", directory); }
 
 const char* path_of(const char* name) {
     static _Thread_local char paths[8][4096];
     static _Thread_local unsigned next;
     char* path = paths[next++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", folder_of_all, name);
+    snprintf(path, sizeof paths[0], "%s/%s", directory_of_all, name);
     return path;
 }
 
-static int count_of(const char* folder, const char* beginning) {
-    DIR* opened = opendir(folder);
+static int count_of(const char* directory, const char* beginning) {
+    DIR* opened = opendir(directory);
     if (opened == NULL) return -1;
     int count = 0;
     for (const struct dirent* entry; (entry = readdir(opened)) != NULL;) {
@@ -210,9 +211,9 @@ static int count_of(const char* folder, const char* beginning) {
     return count;
 }
 
-int entries(const char* folder) { return count_of(folder, ""); }
+int entries(const char* directory) { return count_of(directory, ""); }
 
-int strays(const char* folder) { return count_of(folder, ".safetensors-"); }
+int strays(const char* directory) { return count_of(directory, ".safetensors-"); }
 
 static int remove_one(const char* path, const struct stat* told, int kind, struct FTW* place) {
     (void)told, (void)kind, (void)place;

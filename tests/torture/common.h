@@ -25,8 +25,8 @@ sft_writer* content_writer(const content* what);
 /* Whether these bytes are the tensor `tensor` of a content of this version. */
 bool tensor_is(const void* bytes, size_t nbytes, uint64_t version, size_t tensor);
 
-/* The version of the file at `path`, every word of which is compared; 0 if it cannot be opened (sft_last_error_message
- * says why) and WRONG if it is no whole content. */
+/* The version of the file at `path`, every word of which is compared; 0 if it cannot be opened
+ * (sft_last_error_get_message says why) and WRONG if it is no whole content. */
 #define WRONG UINT64_MAX
 uint64_t file_version(const char* path, sft_backend backend);
 uint64_t checkpoint_version(const char* path);
@@ -49,15 +49,15 @@ bool does_not_hold(const char* what, const char* file, int line, const char* for
 /* How many checks failed until now. */
 long failures(void);
 
-/* A path in the folder that main() was given; valid for the next seven calls of this thread. */
-void use_folder(const char* folder);
+/* A path in the directory that main() was given; valid for the next seven calls of this thread. */
+void use_directory(const char* directory);
 const char* path_of(const char* name);
 
-/* How many entries a folder has, and how many of them begin with ".safetensors-"; -1 if it is not there. */
-int entries(const char* folder);
-int strays(const char* folder);
+/* How many entries a directory has, and how many of them begin with ".safetensors-"; -1 if it is not there. */
+int entries(const char* directory);
+int strays(const char* directory);
 
-/* Removes a file, or a folder with all that is in it; nothing if it is not there. */
+/* Removes a file, or a directory with all that is in it; nothing if it is not there. */
 void remove_all(const char* path);
 
 /* Writes a file of these bytes, or ends the process. */

@@ -45,14 +45,14 @@ static sft_status edit(const char* path, const char* value, sft_edit_mode mode) 
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = mode;
     options.reserve = mode == SFT_EDIT_REWRITE ? 100 : 0;
-    return sft_metadata_edit(path, &change, 1, &options);
+    return sft_edit_metadata(path, &change, 1, &options);
 }
 
 static bool metadata_is(const char* path, const char* value) {
     sft_file* file = NULL;
     sft_str text = {NULL, 0};
     if (sft_file_open(path, NULL, &file) != SFT_OK) return false;
-    const bool same = sft_file_metadata_get(file, "key", 3, &text) == SFT_OK && text.length == strlen(value) &&
+    const bool same = sft_file_find_metadata(file, "key", 3, &text) == SFT_OK && text.length == strlen(value) &&
                       memcmp(text.data, value, text.length) == 0;
     sft_file_free(file);
     return same;
@@ -60,7 +60,7 @@ static bool metadata_is(const char* path, const char* value) {
 
 /* Edits and streams where there is no byte left: what needs no space works. */
 static void on_a_full_disk(const char* a, const char* disk) {
-    EXPECT(edit(a, "first", SFT_EDIT_REWRITE) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(edit(a, "first", SFT_EDIT_REWRITE) == SFT_OK, "%s", sft_last_error_get_message());
     static const char page[4096];
     const int fill = open(path_of("disk/fill"), O_CREAT | O_WRONLY, 0666);
     while (fill >= 0 && write(fill, page, sizeof page) > 0) {
@@ -72,9 +72,10 @@ static void on_a_full_disk(const char* a, const char* disk) {
     is_refused("a stream", stream_version(99, 10000, a), a, ENOSPC, 1, disk, before);
     is_refused("a stream to a new file", stream_version(99, 10000, path_of("disk/b")), path_of("disk/b"), ENOSPC, 0,
                disk, before);
-    EXPECT(metadata_is(a, "first"), "%s", sft_last_error_message());
-    EXPECT(edit(a, "third", SFT_EDIT_IN_PLACE) == SFT_OK && metadata_is(a, "third"), "%s", sft_last_error_message());
-    EXPECT(file_version(a, SFT_BACKEND_PREAD) == 1, "%s", sft_last_error_message());
+    EXPECT(metadata_is(a, "first"), "%s", sft_last_error_get_message());
+    EXPECT(edit(a, "third", SFT_EDIT_IN_PLACE) == SFT_OK && metadata_is(a, "third"), "%s",
+           sft_last_error_get_message());
+    EXPECT(file_version(a, SFT_BACKEND_PREAD) == 1, "%s", sft_last_error_get_message());
     if (unlink(path_of("disk/fill")) != 0) abort();
     (*manners)++;
 }
@@ -92,7 +93,7 @@ static void on_a_small_disk(void) {
     for (int round = 0; round < 4; round++) {
         no_unnamed = round % 2 == 1;
         no_fallocate = round >= 2;
-        EXPECT(save_version(1, third, a) == SFT_OK, "%s", sft_last_error_message());
+        EXPECT(save_version(1, third, a) == SFT_OK, "%s", sft_last_error_get_message());
         refused("a file larger than the disk", a, 70000, ENOSPC, 1, disk);
         refused("one that would fit in the place of the old one", a, 50000, ENOSPC, 1, disk);
         refused("a new file", path_of("disk/b"), 50000, ENOSPC, 0, disk);
@@ -105,16 +106,17 @@ static void on_a_small_disk(void) {
         content what = content_new(2, 2, 50000);
         sft_writer* writer = content_writer(&what);
         sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-        options.max_shard_bytes = 400000;
-        EXPECT(sft_writer_write_sharded(writer, disk, &options) == SFT_ERROR_IO && sft_last_os_error() == ENOSPC, "%s",
-               sft_last_error_message());
+        options.max_shard_size = 400000;
+        EXPECT(
+            sft_writer_write_sharded(writer, disk, &options) == SFT_ERROR_IO && sft_last_error_get_os_error() == ENOSPC,
+            "%s", sft_last_error_get_message());
         EXPECT(entries(disk) == 1, "%d entries", entries(disk));
         sft_writer_free(writer);
         content_free(&what);
         /* A save works once there is space again. */
         if (unlink(a) != 0) abort();
         EXPECT(save_version(3, 50000, a) == SFT_OK && file_version(a, SFT_BACKEND_MMAP) == 3, "%s",
-               sft_last_error_message());
+               sft_last_error_get_message());
         if (unlink(a) != 0) abort();
         *manners += 2;
     }
@@ -129,7 +131,7 @@ static void on_a_small_disk(void) {
     accepted("a link to another filesystem", path_of("to-another-disk"), 10, beside, path_of("."));
     struct stat link;
     EXPECT(lstat(path_of("to-another-disk"), &link) == 0 && S_ISREG(link.st_mode), "the link is not replaced");
-    EXPECT(file_version(path_of("disk/far"), SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_message());
+    EXPECT(file_version(path_of("disk/far"), SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_get_message());
     if (mount(NULL, disk, NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0) abort();
     refused("a filesystem that may only be read", path_of("disk/far"), 10, EROFS, 7, disk);
 }
@@ -146,33 +148,33 @@ static void on_a_mount_point(void) {
     snprintf(point, sizeof point, "%s", path_of("disk/point"));
     snprintf(source, sizeof source, "%s", path_of("disk/source"));
     EXPECT(save_version(1, 20000, source) == SFT_OK && save_version(2, 10, point) == SFT_OK, "%s",
-           sft_last_error_message());
+           sft_last_error_get_message());
     if (mount(source, point, NULL, MS_BIND, NULL) != 0) abort();
     const char* mapped[] = {point, source};
     for (int i = 0; i < 2; i++) {
         sft_file* file = NULL;
-        EXPECT(sft_file_open(mapped[i], NULL, &file) == SFT_OK, "%s", sft_last_error_message());
+        EXPECT(sft_file_open(mapped[i], NULL, &file) == SFT_OK, "%s", sft_last_error_get_message());
         /* A smaller file: to touch what is mapped would be SIGBUS. */
         refused("a mount point that is mapped", point, 10, EBUSY, 1, disk);
-        EXPECT(save_version(9, 10, point) == SFT_ERROR_IO && strstr(sft_last_error_message(), "pread") != NULL, "%s",
-               sft_last_error_message());
+        EXPECT(save_version(9, 10, point) == SFT_ERROR_IO && strstr(sft_last_error_get_message(), "pread") != NULL,
+               "%s", sft_last_error_get_message());
         const void* bytes = NULL;
-        EXPECT(sft_file_data(file, 1, &bytes) == SFT_OK && tensor_is(bytes, 20000 * 8, 1, 1), "the tensor changed");
+        EXPECT(sft_file_get_data(file, 1, &bytes) == SFT_OK && tensor_is(bytes, 20000 * 8, 1, 1), "the tensor changed");
         sft_file_free(file);
     }
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.backend = SFT_BACKEND_PREAD;
     sft_file* file = NULL;
-    EXPECT(sft_file_open(point, &options, &file) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_file_open(point, &options, &file) == SFT_OK, "%s", sft_last_error_get_message());
     accepted("a mount point that is open", point, 10, 1, disk);
-    EXPECT(file_version(source, SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_message());
+    EXPECT(file_version(source, SFT_BACKEND_PREAD) == 7, "%s", sft_last_error_get_message());
     sft_file_free(file);
     if (umount(point) != 0) abort();
-    EXPECT(file_version(point, SFT_BACKEND_PREAD) == 2, "%s", sft_last_error_message());
+    EXPECT(file_version(point, SFT_BACKEND_PREAD) == 2, "%s", sft_last_error_get_message());
 }
 
 void small_disk(void) {
-    make_folder(path_of("disk"), 0755);
+    make_directory(path_of("disk"), 0755);
     as_child(on_a_small_disk, false);
     as_child(on_a_mount_point, false);
 }

@@ -59,7 +59,7 @@ int fchmod(int file, mode_t mode) {
     return result;
 }
 
-int openat(int folder, const char* path, int flags, ...) {
+int openat(int directory, const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
@@ -68,7 +68,7 @@ int openat(int folder, const char* path, int flags, ...) {
         errno = EOPNOTSUPP;
         return -1;
     }
-    return ((__typeof__(&openat))dlsym(RTLD_NEXT, "openat"))(folder, path, flags, mode);
+    return ((__typeof__(&openat))dlsym(RTLD_NEXT, "openat"))(directory, path, flags, mode);
 }
 
 int fallocate(int file, int mode, off_t offset, off_t length) {
@@ -79,10 +79,10 @@ int fallocate(int file, int mode, off_t offset, off_t length) {
     return ((__typeof__(&fallocate))dlsym(RTLD_NEXT, "fallocate"))(file, mode, offset, length);
 }
 
-int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
-    const int result = ((__typeof__(&statx))dlsym(RTLD_NEXT, "statx"))(folder, path, flags, mask, told);
+int statx(int directory, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
+    const int result = ((__typeof__(&statx))dlsym(RTLD_NEXT, "statx"))(directory, path, flags, mask, told);
     /* What is opened only to be looked at shows when it changed; a new file shows the time. */
-    const bool is_looked_at = (flags & AT_EMPTY_PATH) != 0 && (fcntl(folder, F_GETFL) & O_PATH) != 0;
+    const bool is_looked_at = (flags & AT_EMPTY_PATH) != 0 && (fcntl(directory, F_GETFL) & O_PATH) != 0;
     if (result == 0 && (flags & AT_EMPTY_PATH) != 0 && !is_looked_at) told->stx_ctime.tv_sec += ahead;
     return result;
 }
@@ -93,15 +93,15 @@ int fstatfs(int file, struct statfs* told) {
     return result;
 }
 
-int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+int linkat(int from_directory, const char* from, int to_directory, const char* to, int flags) {
     if (no_links != 0) {
         errno = no_links;
         return -1;
     }
-    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_folder, from, to_folder, to, flags);
+    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_directory, from, to_directory, to, flags);
 }
 
-int renameat(int from_folder, const char* from, int to_folder, const char* to) {
+int renameat(int from_directory, const char* from, int to_directory, const char* to) {
     if (no_renames != 0) {
         errno = no_renames;
         return -1;
@@ -110,10 +110,10 @@ int renameat(int from_folder, const char* from, int to_folder, const char* to) {
         pause();
         _exit(0);
     }
-    return ((__typeof__(&renameat))dlsym(RTLD_NEXT, "renameat"))(from_folder, from, to_folder, to);
+    return ((__typeof__(&renameat))dlsym(RTLD_NEXT, "renameat"))(from_directory, from, to_directory, to);
 }
 
-void make_folder(const char* path, mode_t mode) {
+void make_directory(const char* path, mode_t mode) {
     if (mkdir(path, 0777) != 0 || chmod(path, mode) != 0) abort();
 }
 
@@ -126,26 +126,27 @@ sft_status save_version(uint64_t version, size_t words, const char* path) {
     return status;
 }
 
-void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version, const char* folder,
-                int before) {
-    EXPECT(status == SFT_ERROR_IO, "%s: status %d, %s", what, status, sft_last_error_message());
-    EXPECT(sft_last_os_error() == error, "%s: %s", what, sft_last_error_message());
-    EXPECT(strstr(sft_last_error_message(), path) != NULL, "%s: %s", what, sft_last_error_message());
-    EXPECT(version == 0 || file_version(path, SFT_BACKEND_PREAD) == version, "%s: %s", what, sft_last_error_message());
-    EXPECT(entries(folder) == before, "%s: %d entries, %d before", what, entries(folder), before);
+void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version,
+                const char* directory, int before) {
+    EXPECT(status == SFT_ERROR_IO, "%s: status %d, %s", what, status, sft_last_error_get_message());
+    EXPECT(sft_last_error_get_os_error() == error, "%s: %s", what, sft_last_error_get_message());
+    EXPECT(strstr(sft_last_error_get_message(), path) != NULL, "%s: %s", what, sft_last_error_get_message());
+    EXPECT(version == 0 || file_version(path, SFT_BACKEND_PREAD) == version, "%s: %s", what,
+           sft_last_error_get_message());
+    EXPECT(entries(directory) == before, "%s: %d entries, %d before", what, entries(directory), before);
     (*manners)++;
 }
 
-void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder) {
-    const int before = entries(folder);
-    is_refused(what, save_version(99, words, path), path, error, version, folder, before);
+void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* directory) {
+    const int before = entries(directory);
+    is_refused(what, save_version(99, words, path), path, error, version, directory, before);
 }
 
-void accepted(const char* what, const char* path, size_t words, int beside, const char* folder) {
+void accepted(const char* what, const char* path, size_t words, int beside, const char* directory) {
     for (uint64_t version = 5; version < 8; version++) {
-        EXPECT(save_version(version, words, path) == SFT_OK, "%s: %s", what, sft_last_error_message());
-        EXPECT(file_version(path, SFT_BACKEND_MMAP) == version, "%s: %s", what, sft_last_error_message());
-        EXPECT(entries(folder) == beside + 1, "%s: %d entries", what, entries(folder));
+        EXPECT(save_version(version, words, path) == SFT_OK, "%s: %s", what, sft_last_error_get_message());
+        EXPECT(file_version(path, SFT_BACKEND_MMAP) == version, "%s: %s", what, sft_last_error_get_message());
+        EXPECT(entries(directory) == beside + 1, "%s: %d entries", what, entries(directory));
     }
     (*manners)++;
 }

@@ -35,19 +35,19 @@ extern mode_t most_rights;
 /* What is done once, right after the library has read the header of a file; or NULL. */
 extern void (*after_header)(void);
 
-void make_folder(const char* path, mode_t mode);
+void make_directory(const char* path, mode_t mode);
 
 /* Saves two tensors of so many words each. */
 sft_status save_version(uint64_t version, size_t words, const char* path);
 
 /* A save with this status must have failed with this errno and named the path, and left `version` in it (0: whatever it
- * may be) and nothing beside it: `before` entries in the folder. */
-void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version, const char* folder,
-                int before);
+ * may be) and nothing beside it: `before` entries in the directory. */
+void is_refused(const char* what, sft_status status, const char* path, int error, uint64_t version,
+                const char* directory, int before);
 
-/* Such a save; and three that must succeed, with `beside` other entries in the folder. */
-void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* folder);
-void accepted(const char* what, const char* path, size_t words, int beside, const char* folder);
+/* Such a save; and three that must succeed, with `beside` other entries in the directory. */
+void refused(const char* what, const char* path, size_t words, int error, uint64_t version, const char* directory);
+void accepted(const char* what, const char* path, size_t words, int beside, const char* directory);
 
 /* In a child, as another user where this process may change it: what it makes of its failures is its exit status. */
 void as_child(void (*body)(void), bool as_nobody);

@@ -5,7 +5,7 @@
  * whole; the checkpoint too, or have no index, with the error that says so; a file that had to be overwritten in place
  * may be torn, with a whole one beside it; and the next child's saves must work. The system calls of the library come
  * by here, so that the child can tell when its commit begins, and end itself at a call that is chosen. Run with a
- * folder and a number of kills. */
+ * directory and a number of kills. */
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -62,7 +62,7 @@ static void moment(void) {
         return result;              \
     } while (0)
 
-int openat(int folder, const char* path, int flags, ...) {
+int openat(int directory, const char* path, int flags, ...) {
     va_list arguments;
     va_start(arguments, flags);
     const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
@@ -71,7 +71,7 @@ int openat(int folder, const char* path, int flags, ...) {
         errno = EOPNOTSUPP;
         return -1;
     }
-    BETWEEN_MOMENTS(int, REAL(openat)(folder, path, flags, mode));
+    BETWEEN_MOMENTS(int, REAL(openat)(directory, path, flags, mode));
 }
 ssize_t writev(int file, const struct iovec* pieces, int count) {
     BETWEEN_MOMENTS(ssize_t, REAL(writev)(file, pieces, count));
@@ -90,21 +90,23 @@ int ftruncate64(int file, off_t length) { BETWEEN_MOMENTS(int, REAL(ftruncate64)
 int linkat(int a, const char* from, int b, const char* to, int flags) {
     BETWEEN_MOMENTS(int, REAL(linkat)(a, from, b, to, flags));
 }
-int renameat(int from_folder, const char* from, int to_folder, const char* to) {
+int renameat(int from_directory, const char* from, int to_directory, const char* to) {
     if (counted && no_rename && strncmp(to, ".safetensors-", 13) != 0) {
         errno = EXDEV;
         return -1;
     }
-    BETWEEN_MOMENTS(int, REAL(renameat)(from_folder, from, to_folder, to));
+    BETWEEN_MOMENTS(int, REAL(renameat)(from_directory, from, to_directory, to));
 }
-int statx(int folder, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
-    const int result = REAL(statx)(folder, path, flags, mask, told);
+int statx(int directory, const char* restrict path, int flags, unsigned mask, struct statx* restrict told) {
+    const int result = REAL(statx)(directory, path, flags, mask, told);
     /* What is opened only to be looked at shows when it changed; a new file shows the time. */
-    const bool is_looked_at = (flags & AT_EMPTY_PATH) != 0 && (REAL(fcntl)(folder, F_GETFL) & O_PATH) != 0;
+    const bool is_looked_at = (flags & AT_EMPTY_PATH) != 0 && (REAL(fcntl)(directory, F_GETFL) & O_PATH) != 0;
     if (result == 0 && (flags & AT_EMPTY_PATH) != 0 && !is_looked_at) told->stx_ctime.tv_sec += ahead;
     return result;
 }
-int unlinkat(int folder, const char* path, int flags) { BETWEEN_MOMENTS(int, REAL(unlinkat)(folder, path, flags)); }
+int unlinkat(int directory, const char* path, int flags) {
+    BETWEEN_MOMENTS(int, REAL(unlinkat)(directory, path, flags));
+}
 int fchmod(int file, mode_t mode) { BETWEEN_MOMENTS(int, REAL(fchmod)(file, mode)); }
 int fallocate(int file, int mode, off_t offset, off_t length) {
     BETWEEN_MOMENTS(int, REAL(fallocate)(file, mode, offset, length));
@@ -129,7 +131,7 @@ typedef struct target {
     sft_status (*save)(const content* what, const char* path);
     uint64_t (*version)(const char* path);
     bool (*may_be_absent)(const char* path);
-    const char* (*folder)(const char* path);
+    const char* (*directory)(const char* path);
 } target;
 
 static sft_status save_file(const content* what, const char* path) {
@@ -143,7 +145,7 @@ static bool never(const char* path) {
     (void)path;
     return false;
 }
-static const char* folder_of_file(const char* path) {
+static const char* directory_of_file(const char* path) {
     (void)path;
     return path_of("file");
 }
@@ -157,14 +159,14 @@ static long recovered;
 static uint64_t version_of_overwritten(const char* path) {
     const uint64_t version = version_of_file(path);
     if (version != 0 && version != WRONG) return version;
-    DIR* opened = opendir(folder_of_file(path));
+    DIR* opened = opendir(directory_of_file(path));
     if (opened == NULL) return WRONG;
     uint64_t beside = WRONG;
     for (const struct dirent* entry; beside == WRONG && (entry = readdir(opened)) != NULL;) {
         const size_t length = strlen(entry->d_name);
         if (length < 6 || strcmp(entry->d_name + length - 6, ".whole") != 0) continue;
         char whole[4400];
-        snprintf(whole, sizeof whole, "%s/%s", folder_of_file(path), entry->d_name);
+        snprintf(whole, sizeof whole, "%s/%s", directory_of_file(path), entry->d_name);
         beside = version_of_file(whole);
         if (rename(whole, path) != 0) abort();
         recovered++;
@@ -195,7 +197,7 @@ static sft_status edit(const content* what, const char* path, sft_edit_mode mode
     const sft_metadata_change change = {{"version", 7}, {digits, DIGITS}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = mode;
-    return sft_metadata_edit(path, &change, 1, &options);
+    return sft_edit_metadata(path, &change, 1, &options);
 }
 static sft_status edit_anew(const content* what, const char* path) { return edit(what, path, SFT_EDIT_REWRITE); }
 static sft_status edit_in_place(const content* what, const char* path) { return edit(what, path, SFT_EDIT_IN_PLACE); }
@@ -205,7 +207,7 @@ static uint64_t version_of_metadata(const char* path) {
     if (sft_file_open(path, NULL, &file) != SFT_OK) return 0;
     sft_str text = {NULL, 0};
     uint64_t version = WRONG;
-    if (sft_file_metadata_get(file, "version", 7, &text) == SFT_OK && text.length == DIGITS) {
+    if (sft_file_find_metadata(file, "version", 7, &text) == SFT_OK && text.length == DIGITS) {
         char first[21] = "", digits[DIGITS + 1];
         memcpy(first, text.data, 20);
         version = strtoull(first, NULL, 10);
@@ -220,9 +222,9 @@ static uint64_t version_of_metadata(const char* path) {
 static sft_status save_checkpoint(const content* what, const char* path) {
     sft_writer* writer = content_writer(what);
     uint64_t nbytes = 0;
-    sft_writer_size(writer, NULL, &nbytes);
+    sft_writer_get_size(writer, NULL, &nbytes);
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-    options.max_shard_bytes = nbytes > 1000000 ? nbytes / 3 + 4096 : nbytes % 16 == 0 ? nbytes : nbytes / 2 + 24;
+    options.max_shard_size = nbytes > 1000000 ? nbytes / 3 + 4096 : nbytes % 16 == 0 ? nbytes : nbytes / 2 + 24;
     const sft_status status = sft_writer_write_sharded(writer, path, &options);
     sft_writer_free(writer);
     return status;
@@ -232,21 +234,21 @@ static sft_status save_checkpoint(const content* what, const char* path) {
 static bool has_no_index(const char* path) {
     char index[4200];
     snprintf(index, sizeof index, "%s/model.safetensors.index.json", path);
-    const char* said = sft_last_error_message();
+    const char* said = sft_last_error_get_message();
     return access(index, F_OK) != 0 && errno == ENOENT && strstr(said, path) != NULL && strstr(said, "index") != NULL;
 }
 static const char* itself(const char* path) { return path; }
 
 static const target targets[] = {
-    {"file", true, save_file, version_of_file, never, folder_of_file},
+    {"file", true, save_file, version_of_file, never, directory_of_file},
     {"checkpoint", true, save_checkpoint, checkpoint_version, has_no_index, itself},
-    {"stream", true, save_stream, version_of_file, never, folder_of_file},
-    {"file edited anew", true, edit_anew, version_of_metadata, never, folder_of_file},
-    {"file edited in place", true, edit_in_place, version_of_metadata, never, folder_of_file},
-    {"file that is overwritten", true, save_file, version_of_overwritten, never, folder_of_file},
-    {"file without unnamed files", false, save_file, version_of_file, never, folder_of_file},
+    {"stream", true, save_stream, version_of_file, never, directory_of_file},
+    {"file edited anew", true, edit_anew, version_of_metadata, never, directory_of_file},
+    {"file edited in place", true, edit_in_place, version_of_metadata, never, directory_of_file},
+    {"file that is overwritten", true, save_file, version_of_overwritten, never, directory_of_file},
+    {"file without unnamed files", false, save_file, version_of_file, never, directory_of_file},
     {"checkpoint without unnamed files", false, save_checkpoint, checkpoint_version, has_no_index, itself},
-    {"stream without unnamed files", false, save_stream, version_of_file, never, folder_of_file},
+    {"stream without unnamed files", false, save_stream, version_of_file, never, directory_of_file},
 };
 
 /* Saves for ever; the contents are those of this number. */
@@ -257,7 +259,7 @@ static void child(const target* what, const char* path, const content* both, pid
     for (size_t i = 0;; i++) {
         calls = 0;
         if (what->save(&both[i % 2], path) != SFT_OK) {
-            fprintf(stderr, "a save failed: %s\n", sft_last_error_message());
+            fprintf(stderr, "a save failed: %s\n", sft_last_error_get_message());
             _exit(2);
         }
         atomic_fetch_add(&common->saves, 1);
@@ -278,8 +280,8 @@ static void wait_for_saves(long count) {
     }
 }
 
-static void remove_strays(const char* folder) {
-    DIR* opened = opendir(folder);
+static void remove_strays(const char* directory) {
+    DIR* opened = opendir(directory);
     if (opened == NULL) return;
     for (const struct dirent* entry; (entry = readdir(opened)) != NULL;) {
         if (strncmp(entry->d_name, ".safetensors-", 13) == 0) unlinkat(dirfd(opened), entry->d_name, 0);
@@ -289,15 +291,15 @@ static void remove_strays(const char* folder) {
 
 static void run(const target* what, long kills) {
     char path[4096];
-    snprintf(path, sizeof path, "%s", path_of(what->folder == itself ? "checkpoint" : "file/model.safetensors"));
+    snprintf(path, sizeof path, "%s", path_of(what->directory == itself ? "checkpoint" : "file/model.safetensors"));
     no_unnamed = !what->unnamed;
     no_rename = what->version == version_of_overwritten;
     pwrites = what->save == edit_in_place;
-    remove_all(what->folder(path));
-    if (mkdir(what->folder(path), 0777) != 0) abort();
+    remove_all(what->directory(path));
+    if (mkdir(what->directory(path), 0777) != 0) abort();
     uint64_t state = 20, before = 1;
     const content first = content_new(1, 6, 1000);
-    EXPECT(what->save(&first, path) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(what->save(&first, path) == SFT_OK, "%s", sft_last_error_get_message());
     long whole = 0, absent = 0, left = 0, in_save = 0, at_commit = 0, at_call = 0;
     for (long kill_number = 1; kill_number <= kills; kill_number++) {
         const size_t words = (3 + random_below(&state, 28)) * 131072 / 6;
@@ -345,20 +347,20 @@ static void run(const target* what, long kills) {
             absent++;
         } else if (EXPECT(version != 0 && (version == before || version / 2 == (uint64_t)kill_number),
                           "%s, kill %ld: version %llu after %llu; %s", what->name, kill_number,
-                          (unsigned long long)version, (unsigned long long)before, sft_last_error_message())) {
+                          (unsigned long long)version, (unsigned long long)before, sft_last_error_get_message())) {
             whole++;
         }
         before = version;
-        const int count = strays(what->folder(path));
+        const int count = strays(what->directory(path));
         /* The moment between two names: of a file, and of the index. Without unnamed files, all that was begun. */
         EXPECT(count <= (what->unnamed ? 2 : 5), "%s, kill %ld: %d strays", what->name, kill_number, count);
         left += count;
-        remove_strays(what->folder(path));
+        remove_strays(what->directory(path));
         content_free(&both[0]);
         content_free(&both[1]);
     }
     content last = first;
-    EXPECT(what->save(&last, path) == SFT_OK && what->version(path) == 1, "%s", sft_last_error_message());
+    EXPECT(what->save(&last, path) == SFT_OK && what->version(path) == 1, "%s", sft_last_error_get_message());
     content_free(&last);
     printf(
         "kills of a %s: %ld (%ld anywhere, %ld in the commit, %ld between calls), whole: %ld, no index: %ld, "
@@ -374,10 +376,10 @@ static void the_next_save_removes_strays(const target* what) {
     snprintf(path, sizeof path, "%s", path_of("file/model.safetensors"));
     no_unnamed = true;
     no_rename = pwrites = false;
-    remove_all(what->folder(path));
-    if (mkdir(what->folder(path), 0777) != 0) abort();
+    remove_all(what->directory(path));
+    if (mkdir(what->directory(path), 0777) != 0) abort();
     content both[] = {content_new(2, 6, 131072), content_new(3, 6, 131072)};
-    for (int i = 0; i < TRIES && strays(what->folder(path)) < WANTED; i++) {
+    for (int i = 0; i < TRIES && strays(what->directory(path)) < WANTED; i++) {
         *common = (shared){0};
         fflush(stdout);
         const pid_t parent = getpid(), pid = fork();
@@ -387,14 +389,14 @@ static void the_next_save_removes_strays(const target* what) {
         kill(pid, SIGKILL);
         if (waitpid(pid, NULL, 0) != pid) abort();
     }
-    const int left = strays(what->folder(path));
+    const int left = strays(what->directory(path));
     EXPECT(left >= WANTED, "%d strays to be removed", left);
     ahead = SOON;
-    EXPECT(what->save(&both[0], path) == SFT_OK && strays(what->folder(path)) == left, "too early");
+    EXPECT(what->save(&both[0], path) == SFT_OK && strays(what->directory(path)) == left, "too early");
     ahead = LATE;
-    EXPECT(what->save(&both[0], path) == SFT_OK && what->version(path) == 2, "%s", sft_last_error_message());
+    EXPECT(what->save(&both[0], path) == SFT_OK && what->version(path) == 2, "%s", sft_last_error_get_message());
     ahead = 0;
-    const int still = strays(what->folder(path));
+    const int still = strays(what->directory(path));
     EXPECT(still == 0, "%d strays stay", still);
     printf("strays that a save an hour later removes: %d of %d\n", left - still, left);
     content_free(&both[0]);
@@ -403,7 +405,7 @@ static void the_next_save_removes_strays(const target* what) {
 
 int main(int count, char** arguments) {
     if (count != 3) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     common = mmap(NULL, sizeof *common, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (common == MAP_FAILED) return 2;
     const long kills = atol(arguments[2]);

@@ -1,5 +1,5 @@
 /* Ten thousand rounds of loads, saves, streams and edits, failures among them: memory, descriptors, mappings and
- * threads stay what they were after a thousand others. Run with a folder. */
+ * threads stay what they were after a thousand others. Run with a directory. */
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,20 +16,20 @@ enum { WARM_UP = 1000, ROUNDS = WARM_UP + 10000, SLACK = 128 << 10 };
  * are refused. */
 static void changes_of(long round, const content* what) {
     const char *streamed = path_of("stream.safetensors"), *edited = path_of("edited.safetensors");
-    EXPECT(content_stream(what, streamed, NULL) == SFT_OK, "%s", sft_last_error_message());
-    EXPECT(content_stream(what, path_of("no/folder"), NULL) == SFT_ERROR_IO, "no folder");
+    EXPECT(content_stream(what, streamed, NULL) == SFT_OK, "%s", sft_last_error_get_message());
+    EXPECT(content_stream(what, path_of("no/directory"), NULL) == SFT_ERROR_IO, "no directory");
     const uint64_t shape[] = {4};
     sft_writer* writer = NULL;
-    sft_stream* stream = NULL;
+    sft_incremental_writer* stream = NULL;
     EXPECT(sft_writer_new(&writer) == SFT_OK &&
                sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1) == SFT_OK &&
-               sft_stream_create(writer, streamed, NULL, &stream) == SFT_OK,
-           "%s", sft_last_error_message());
-    EXPECT(sft_stream_write_part(stream, "a", 1, 1, "xy", 2) == SFT_OK, "%s", sft_last_error_message());
-    if (round % 2 == 0) EXPECT(sft_stream_commit(stream) == SFT_ERROR_DATA_LENGTH, "not complete");
-    sft_stream_free(stream);
+               sft_incremental_writer_create(writer, streamed, NULL, &stream) == SFT_OK,
+           "%s", sft_last_error_get_message());
+    EXPECT(sft_incremental_writer_write_part(stream, "a", 1, 1, "xy", 2) == SFT_OK, "%s", sft_last_error_get_message());
+    if (round % 2 == 0) EXPECT(sft_incremental_writer_commit(stream) == SFT_ERROR_DATA_LENGTH, "not complete");
+    sft_incremental_writer_free(stream);
     sft_writer_free(writer);
-    EXPECT(file_version(streamed, SFT_BACKEND_MMAP) == what->version, "%s", sft_last_error_message());
+    EXPECT(file_version(streamed, SFT_BACKEND_MMAP) == what->version, "%s", sft_last_error_get_message());
 
     if (round == 0) save_content(what, edited);
     char value[32];
@@ -37,12 +37,12 @@ static void changes_of(long round, const content* what) {
     const sft_metadata_change change = {{"round", 5}, {value, strlen(value)}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = round % 4 == 0 ? SFT_EDIT_REWRITE : SFT_EDIT_IN_PLACE;
-    EXPECT(sft_metadata_edit(edited, &change, 1, &options) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_edit_metadata(edited, &change, 1, &options) == SFT_OK, "%s", sft_last_error_get_message());
     options.mode = SFT_EDIT_IN_PLACE;
     options.reserve = 1000;
-    EXPECT(sft_metadata_edit(edited, &change, 1, &options) == SFT_ERROR_INVALID_ARGUMENT, "no room");
-    EXPECT(sft_metadata_edit(path_of("absent"), &change, 1, &options) == SFT_ERROR_IO, "an absent file");
-    EXPECT(sft_metadata_edit(path_of("torn.safetensors"), &change, 1, &options) != SFT_OK, "a torn file");
+    EXPECT(sft_edit_metadata(edited, &change, 1, &options) == SFT_ERROR_INVALID_ARGUMENT, "no room");
+    EXPECT(sft_edit_metadata(path_of("absent"), &change, 1, &options) == SFT_ERROR_IO, "an absent file");
+    EXPECT(sft_edit_metadata(path_of("torn.safetensors"), &change, 1, &options) != SFT_OK, "a torn file");
 }
 
 /* Everything that takes and gives back: one round of it. */
@@ -51,33 +51,34 @@ static void round_of(long round, const sft_writer* small, const sft_writer* othe
     const char* file = path_of("a.safetensors");
     sft_save_options save = SFT_SAVE_OPTIONS_INIT;
     const sft_writer* writer = round % 2 == 0 ? small : other;
-    EXPECT(sft_writer_write_file(writer, file, &save) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_writer_write_file(writer, file, &save) == SFT_OK, "%s", sft_last_error_get_message());
     EXPECT(file_version(file, round % 3 == 0 ? SFT_BACKEND_PREAD : SFT_BACKEND_MMAP) == (round % 2 == 0 ? 1 : 2), "%s",
-           sft_last_error_message());
+           sft_last_error_get_message());
 
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.prefault = (sft_prefault)(round % 3);
     sft_file* opened = NULL;
-    EXPECT(sft_file_open(path_of("large.safetensors"), &options, &opened) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_file_open(path_of("large.safetensors"), &options, &opened) == SFT_OK, "%s",
+           sft_last_error_get_message());
     const sft_range range = {(uint64_t)round, (uint64_t)round + 4000, 1};
-    EXPECT(sft_file_read_slice(opened, 1, &range, 1, buffer, 4000 * 8) == SFT_OK, "%s", sft_last_error_message());
+    EXPECT(sft_file_read_slice(opened, 1, &range, 1, buffer, 4000 * 8) == SFT_OK, "%s", sft_last_error_get_message());
     if (round % 2 == 0) sft_file_close(opened);
     sft_file_free(opened);
 
     /* What fails must give back as much. */
     EXPECT(sft_file_open(path_of("torn.safetensors"), &options, &opened) != SFT_OK, "a torn file");
     EXPECT(sft_file_open(path_of("absent"), NULL, &opened) == SFT_ERROR_IO, "an absent file");
-    EXPECT(sft_writer_write_file(writer, path_of("no/folder"), NULL) == SFT_ERROR_IO, "no folder");
+    EXPECT(sft_writer_write_file(writer, path_of("no/directory"), NULL) == SFT_ERROR_IO, "no directory");
     EXPECT(sft_writer_write_file(writer, "/dev/full", NULL) == SFT_ERROR_IO, "full");
     if (round % 10 == 0) {
         sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
-        sharded.max_shard_bytes = round % 20 == 0 ? 100 : 1000000;
+        sharded.max_shard_size = round % 20 == 0 ? 100 : 1000000;
         EXPECT(sft_writer_write_sharded(writer, path_of("checkpoint"), &sharded) == SFT_OK, "%s",
-               sft_last_error_message());
-        EXPECT(checkpoint_version(path_of("checkpoint")) != WRONG, "%s", sft_last_error_message());
+               sft_last_error_get_message());
+        EXPECT(checkpoint_version(path_of("checkpoint")) != WRONG, "%s", sft_last_error_get_message());
         sft_checkpoint* checkpoint = NULL;
         EXPECT(sft_checkpoint_open(path_of("torn"), NULL, &checkpoint) == SFT_ERROR_INDEX, "%s",
-               sft_last_error_message());
+               sft_last_error_get_message());
         content fresh = content_new(3, 3, 10);
         sft_writer_free(content_writer(&fresh));
         content_free(&fresh);
@@ -86,7 +87,7 @@ static void round_of(long round, const sft_writer* small, const sft_writer* othe
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     content one = content_new(1, 3, 50), two = content_new(2, 4, 60), large = content_new(7, 2, 3000000);
     sft_writer *small = content_writer(&one), *other = content_writer(&two);
     save_content(&large, path_of("large.safetensors"));

@@ -1,6 +1,6 @@
 """Ten thousand rounds of everything that loads or saves in Python: memory, descriptors, mappings and threads stay flat.
 
-Run with a folder, where the package can be imported.
+Run with a directory, where the package can be imported.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from safetensors_torch import (
+    IncrementalWriter,
     SafetensorError,
-    SafeWriter,
     edit_metadata,
     load,
     load_file,
@@ -50,15 +50,15 @@ def figures() -> Figures:
     return Figures(resident, len(os.listdir("/proc/self/fd")), mappings, threads)
 
 
-def one_round(number: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path = folder / "small.safetensors"
+def one_round(number: int, directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path = directory / "small.safetensors"
     save_file(tensors, path, metadata={"round": str(number)})
     loaded = load_file(path, backend="pread" if number % 2 else "mmap")
     if not torch.equal(loaded["a"], tensors["a"]):
         sys.exit(f"round {number}: another tensor")
     load(save(tensors))
     edit_metadata(path, {"round": f"{number} again"})
-    with SafeWriter(folder / "streamed.safetensors", {"a": (torch.float32, (100,))}) as writer:
+    with IncrementalWriter(directory / "streamed.safetensors", {"a": (torch.float32, (100,))}) as writer:
         writer.write("a", tensors["a"])
     with safe_open(path) as file:
         file.get_slice("a")[1:5]
@@ -68,35 +68,35 @@ def one_round(number: int, folder: Path, tensors: dict[str, torch.Tensor]) -> No
             sys.exit("a wrong tensor was saved")
     for load_it in (load_file, safe_open):
         with contextlib.suppress(SafetensorError):
-            load_it(folder / "torn")
+            load_it(directory / "torn")
             sys.exit("a torn file was loaded")
 
 
-def some_models(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def some_models(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     """What takes longer, one round in ten."""
     model = torch.nn.Linear(3, 4)
-    save_model(model, folder / "model.safetensors")
-    load_model(model, folder / "model.safetensors")
+    save_model(model, directory / "model.safetensors")
+    load_model(model, directory / "model.safetensors")
     with contextlib.suppress(RuntimeError):
-        load_model(torch.nn.Linear(4, 4), folder / "model.safetensors")
+        load_model(torch.nn.Linear(4, 4), directory / "model.safetensors")
         sys.exit("a model of other shapes was loaded")
-    save_sharded(tensors, folder / "sharded", max_shard_size=100)
-    load_sharded(folder / "sharded")
+    save_sharded(tensors, directory / "sharded", max_shard_size=100)
+    load_sharded(directory / "sharded")
 
 
-def main(folder: Path) -> int:
+def main(directory: Path) -> int:
     torch.set_num_threads(1)
     tensors = {"a": torch.arange(100.0), "b": torch.ones(3, 4, dtype=torch.int8)}
-    folder.mkdir()
-    (folder / "torn").write_bytes(b"\x40" + bytes(7) + b'{"a":')
+    directory.mkdir()
+    (directory / "torn").write_bytes(b"\x40" + bytes(7) + b'{"a":')
     begun = time.monotonic()
     warm = figures()
     for number in range(ROUNDS):
         if number == WARM_UP:
             warm = figures()
-        one_round(number, folder, tensors)
+        one_round(number, directory, tensors)
         if number % 10 == 0:
-            some_models(folder, tensors)
+            some_models(directory, tensors)
     after = figures()
     flat = (
         after.resident <= warm.resident + 1024

@@ -1,9 +1,10 @@
-/* What is on the disk when: with `sync`, a file is synchronized when all of it is written and before it gets its name,
- * and its folder afterwards; the files of a checkpoint before the names, the names before the index, the index before
- * what it replaces goes. Streams and edits of the metadata too.
+/* What is on the disk when: with `durable`, a file is synchronized when all of it is written and before it gets its
+ * name, and its directory afterwards; the files of a checkpoint before the names, the names before the index, the index
+ * before what it replaces goes. Streams and edits of the metadata too.
  *
  * The system calls that matter come by here, are written down in a word, and done; those in a row that write to one
- * file, in one word. Nothing else may be written, so that no byte comes after the synchronizing. Run with a folder. */
+ * file, in one word. Nothing else may be written, so that no byte comes after the synchronizing. Run with a directory.
+ */
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -34,7 +35,7 @@ static const char* last_part(const char* path) {
     return strncmp(name, ".safetensors-", 13) == 0 ? "hidden" : name;
 }
 
-/* "folder NAME", or "file N" by the order in which files are met first: they have no names yet. */
+/* "directory NAME", or "file N" by the order in which files are met first: they have no names yet. */
 static const char* name_of(int descriptor) {
     static char name[PATH_MAX + 16];
     struct stat told;
@@ -43,7 +44,7 @@ static const char* name_of(int descriptor) {
         char link[64], path[PATH_MAX] = "";
         snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
         if (readlink(link, path, sizeof path - 1) < 0) abort();
-        snprintf(name, sizeof name, "folder %s", last_part(path));
+        snprintf(name, sizeof name, "directory %s", last_part(path));
         return name;
     }
     size_t number = 0;
@@ -100,13 +101,13 @@ int fdatasync(int descriptor) {
 /* What a filesystem says that has no links for files without names, or no renames over a file; 0 where it has. */
 static int no_links, no_renames;
 
-int renameat(int from_folder, const char* from, int to_folder, const char* to) {
+int renameat(int from_directory, const char* from, int to_directory, const char* to) {
     if (is_logging) note("rename", last_part(to));
     if (no_renames != 0 && strcmp(last_part(to), "hidden") != 0) {
         errno = no_renames;
         return -1;
     }
-    return REAL(renameat)(from_folder, from, to_folder, to);
+    return REAL(renameat)(from_directory, from, to_directory, to);
 }
 int linkat(int a, const char* from, int b, const char* to, int flags) {
     if (no_links != 0) {
@@ -119,18 +120,18 @@ int linkat(int a, const char* from, int b, const char* to, int flags) {
     if (is_logging && result == 0) note("link", last_part(to));
     return result;
 }
-int unlinkat(int folder, const char* path, int flags) {
-    /* Shards go in the order in which the folder has them. What locks the folder need not survive. */
+int unlinkat(int directory, const char* path, int flags) {
+    /* Shards go in the order in which the directory has them. What locks the directory need not survive. */
     const bool is_lock = strcmp(path, ".safetensors.lock") == 0;
     if (is_logging && !is_lock) note("unlink", strstr(path, "-of-") != NULL ? "shard" : last_part(path));
-    return REAL(unlinkat)(folder, path, flags);
+    return REAL(unlinkat)(directory, path, flags);
 }
 
 static long orders;
 
 static void expect_order(const char* scenario, sft_status status, const char* expected) {
     is_logging = false;
-    EXPECT(status == SFT_OK, "%s: %s", scenario, sft_last_error_message());
+    EXPECT(status == SFT_OK, "%s: %s", scenario, sft_last_error_get_message());
     EXPECT(strcmp(log_text, expected) == 0, "%s:\n  given    %s\n  expected %s", scenario, log_text, expected);
     orders++;
 }
@@ -149,62 +150,63 @@ static void files(const sft_writer* writer) {
     begin();
     expect_order("another over it", sft_writer_write_file(writer, path_of("plain"), &options),
                  "write(file 1) link(hidden) rename(plain) ");
-    options.sync = 1;
+    options.durable = 1;
     begin();
     expect_order("a new file", sft_writer_write_file(writer, path_of("sub/synced"), &options),
-                 "write(file 1) fsync(file 1) link(synced) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(synced) fsync(directory sub) ");
     begin();
     expect_order("a file over an old one", sft_writer_write_file(writer, path_of("sub/synced"), &options),
-                 "write(file 1) fsync(file 1) link(hidden) rename(synced) fsync(folder sub) ");
-    /* The folder is that of the link, which is replaced, not that of the file. */
+                 "write(file 1) fsync(file 1) link(hidden) rename(synced) fsync(directory sub) ");
+    /* The directory is that of the link, which is replaced, not that of the file. */
     if (symlink("../sub/synced", path_of("parent-of-link/link")) != 0) abort();
     begin();
     expect_order("over a symbolic link", sft_writer_write_file(writer, path_of("parent-of-link/link"), &options),
-                 "write(file 1) fsync(file 1) link(hidden) rename(link) fsync(folder parent-of-link) ");
+                 "write(file 1) fsync(file 1) link(hidden) rename(link) fsync(directory parent-of-link) ");
     if (chdir(path_of("sub")) != 0) abort();
     begin();
-    expect_order("by a name without a folder", sft_writer_write_file(writer, "relative", &options),
-                 "write(file 1) fsync(file 1) link(relative) fsync(folder sub) ");
+    expect_order("by a name without a directory", sft_writer_write_file(writer, "relative", &options),
+                 "write(file 1) fsync(file 1) link(relative) fsync(directory sub) ");
 }
 
 static void checkpoints(const sft_writer* writer) {
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-    options.sync = 1;
-    options.max_shard_bytes = 8000;
-    const char* folder = path_of("parent/checkpoint");
+    options.durable = 1;
+    options.max_shard_size = 8000;
+    const char* directory = path_of("parent/checkpoint");
     begin();
-    /* Files and index, then the folder, then the names of files, on the disk before that of the index; at the end the
-     * folders that are new in theirs. */
+    /* Files and index, then the directory, then the names of files, on the disk before that of the index; at the end
+     * the directories that are new in theirs. */
     expect_order(
-        "a new checkpoint", sft_writer_write_sharded(writer, folder, &options),
-        "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
+        "a new checkpoint", sft_writer_write_sharded(writer, directory, &options),
+        "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(directory "
+        "checkpoint) "
         "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
-        "fsync(folder checkpoint) link(model.safetensors.index.json) "
-        "fsync(folder checkpoint) fsync(folder parent) fsync(folder files) fsync(folder checkpoint) ");
+        "fsync(directory checkpoint) link(model.safetensors.index.json) "
+        "fsync(directory checkpoint) fsync(directory parent) fsync(directory files) fsync(directory checkpoint) ");
     begin();
     /* The old index is out of the way, on the disk, before the first file that it lists changes. */
-    expect_order("a checkpoint over one of the same names", sft_writer_write_sharded(writer, folder, &options),
+    expect_order("a checkpoint over one of the same names", sft_writer_write_sharded(writer, directory, &options),
                  "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) rename(hidden) "
-                 "fsync(folder checkpoint) "
+                 "fsync(directory checkpoint) "
                  "link(hidden) rename(model-00001-of-00002.safetensors) "
                  "link(hidden) rename(model-00002-of-00002.safetensors) "
-                 "fsync(folder checkpoint) link(model.safetensors.index.json) unlink(hidden) "
-                 "fsync(folder checkpoint) fsync(folder checkpoint) ");
-    options.max_shard_bytes = 1000000;
+                 "fsync(directory checkpoint) link(model.safetensors.index.json) unlink(hidden) "
+                 "fsync(directory checkpoint) fsync(directory checkpoint) ");
+    options.max_shard_size = 1000000;
     begin();
     expect_order(
-        "one file over a checkpoint", sft_writer_write_sharded(writer, folder, &options),
-        "write(file 1) fsync(file 1) fsync(folder checkpoint) link(model.safetensors) fsync(folder checkpoint) "
+        "one file over a checkpoint", sft_writer_write_sharded(writer, directory, &options),
+        "write(file 1) fsync(file 1) fsync(directory checkpoint) link(model.safetensors) fsync(directory checkpoint) "
         "unlink(model.safetensors.index.json) unlink(shard) unlink(shard) "
-        "fsync(folder checkpoint) ");
-    options.max_shard_bytes = 8000;
+        "fsync(directory checkpoint) ");
+    options.max_shard_size = 8000;
     begin();
-    expect_order(
-        "a checkpoint over one file", sft_writer_write_sharded(writer, folder, &options),
-        "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(folder checkpoint) "
-        "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
-        "fsync(folder checkpoint) link(model.safetensors.index.json) fsync(folder checkpoint) "
-        "unlink(model.safetensors) fsync(folder checkpoint) ");
+    expect_order("a checkpoint over one file", sft_writer_write_sharded(writer, directory, &options),
+                 "write(file 1) write(file 2) write(file 3) fsync(file 1) fsync(file 2) fsync(file 3) fsync(directory "
+                 "checkpoint) "
+                 "link(model-00001-of-00002.safetensors) link(model-00002-of-00002.safetensors) "
+                 "fsync(directory checkpoint) link(model.safetensors.index.json) fsync(directory checkpoint) "
+                 "unlink(model.safetensors) fsync(directory checkpoint) ");
 }
 
 /* Tensor by tensor, and in two parts. */
@@ -213,22 +215,22 @@ static void streams(const content* what) {
     begin();
     expect_order("a stream that is left to the kernel", content_stream(what, path_of("sub/stream"), &options),
                  "write(file 1) link(stream) ");
-    options.sync = 1;
+    options.durable = 1;
     begin();
     expect_order("a stream over an old file", content_stream(what, path_of("sub/stream"), &options),
-                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(directory sub) ");
     if (unlink(path_of("sub/stream")) != 0) abort();
     begin();
     expect_order("a stream to a new file", content_stream(what, path_of("sub/stream"), &options),
-                 "write(file 1) fsync(file 1) link(stream) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(stream) fsync(directory sub) ");
 }
 
-static sft_status edit(const char* value, sft_edit_mode mode, uint32_t sync) {
+static sft_status edit(const char* value, sft_edit_mode mode, uint32_t durable) {
     const sft_metadata_change change = {{"key", 3}, {value, strlen(value)}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = mode;
-    options.sync = sync;
-    return sft_metadata_edit(path_of("sub/stream"), &change, 1, &options);
+    options.durable = durable;
+    return sft_edit_metadata(path_of("sub/stream"), &change, 1, &options);
 }
 
 static void edits(void) {
@@ -237,7 +239,7 @@ static void edits(void) {
                  "write(file 1) link(hidden) rename(stream) ");
     begin();
     expect_order("an edit anew", edit("b", SFT_EDIT_REWRITE, 1),
-                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(directory sub) ");
     begin();
     expect_order("an edit in place that is left to the kernel", edit("c", SFT_EDIT_IN_PLACE, 0), "write(file 1) ");
     begin();
@@ -249,34 +251,34 @@ static void edits(void) {
 /* Copies are synchronized as what they are made of. */
 static void copies(const sft_writer* writer) {
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
-    options.sync = 1;
+    options.durable = 1;
     no_links = EPERM;
     begin();
     expect_order("a new file, no links", sft_writer_write_file(writer, path_of("sub/copied"), &options),
-                 "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) fsync(directory sub) ");
     no_renames = ENOSYS;
     begin();
     expect_order("a file over an old one, neither", sft_writer_write_file(writer, path_of("sub/copied"), &options),
                  "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(copied) rename(hidden) "
-                 "fsync(folder sub) write(file 3) fsync(file 3) unlink(hidden) ");
+                 "fsync(directory sub) write(file 3) fsync(file 3) unlink(hidden) ");
     begin();
     expect_order("a new file, neither", sft_writer_write_file(writer, path_of("sub/made"), &options),
                  "write(file 1) fsync(file 1) write(file 2) fsync(file 2) rename(made) write(file 3) fsync(file 3) "
-                 "fsync(folder sub) unlink(hidden) ");
+                 "fsync(directory sub) unlink(hidden) ");
     no_renames = 0;
     sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;
-    sharded.sync = 1;
+    sharded.durable = 1;
     begin();
     expect_order("a checkpoint, no links", sft_writer_write_sharded(writer, path_of("sub"), &sharded),
-                 "write(file 1) fsync(file 1) fsync(folder sub) write(file 2) fsync(file 2) "
-                 "rename(model.safetensors) fsync(folder sub) "
-                 "fsync(folder sub) ");
+                 "write(file 1) fsync(file 1) fsync(directory sub) write(file 2) fsync(file 2) "
+                 "rename(model.safetensors) fsync(directory sub) "
+                 "fsync(directory sub) ");
     no_links = 0;
 }
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     const int unnamed = open(arguments[1], O_TMPFILE | O_WRONLY, 0600);
     if (unnamed < 0) {
         printf("order: skipped, as this filesystem has no files without names\n");

@@ -43,12 +43,12 @@ static const uint32_t no_journal = 2;
 
 static bool no_links;
 
-int linkat(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+int linkat(int from_directory, const char* from, int to_directory, const char* to, int flags) {
     if (no_links) {
         errno = EPERM;
         return -1;
     }
-    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_folder, from, to_folder, to, flags);
+    return ((__typeof__(&linkat))dlsym(RTLD_NEXT, "linkat"))(from_directory, from, to_directory, to, flags);
 }
 
 /* ---- What is replaced -------------------------------------------------------------------------------------------- */
@@ -81,11 +81,11 @@ static sft_status stream(const char* path, uint64_t version) {
     return status;
 }
 
-static sft_status save_shards(const char* path, uint64_t version, uint64_t max_shard_bytes) {
+static sft_status save_shards(const char* path, uint64_t version, uint64_t max_shard_size) {
     content what = content_new(version, 2, SMALL);
     sft_writer* writer = content_writer(&what);
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-    options.max_shard_bytes = max_shard_bytes;
+    options.max_shard_size = max_shard_size;
     const sft_status status = sft_writer_write_sharded(writer, path, &options);
     sft_writer_free(writer);
     content_free(&what);
@@ -106,7 +106,7 @@ static sft_status edit(const char* path, uint64_t version) {
     const sft_metadata_change change = {{"version", 7}, {text, 1}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.mode = SFT_EDIT_REWRITE;
-    return status == SFT_OK ? sft_metadata_edit(path, &change, 1, &options) : status;
+    return status == SFT_OK ? sft_edit_metadata(path, &change, 1, &options) : status;
 }
 
 static uint64_t whole_version(const char* path) { return file_version(path, SFT_BACKEND_PREAD); }
@@ -115,7 +115,7 @@ static uint64_t edited_version(const char* path) {
     sft_file* opened = NULL;
     sft_str text = {NULL, 0};
     if (whole_version(path) != 1 || sft_file_open(path, NULL, &opened) != SFT_OK) return 0;
-    const bool found = sft_file_metadata_get(opened, "version", 7, &text) == SFT_OK && text.length == 1;
+    const bool found = sft_file_find_metadata(opened, "version", 7, &text) == SFT_OK && text.length == 1;
     const uint64_t version = found ? (uint64_t)(text.data[0] - '0') : 0;
     sft_file_free(opened);
     return version;
@@ -136,23 +136,23 @@ static const struct {
 };
 enum { REPLACED = sizeof replaced / sizeof *replaced };
 
-static const char* path_in(const char* folder, size_t index) {
+static const char* path_in(const char* directory, size_t index) {
     char name[64];
-    snprintf(name, sizeof name, "%s/%zu", folder, index);
+    snprintf(name, sizeof name, "%s/%zu", directory, index);
     return path_of(name);
 }
 
-static void replace(const char* folder, size_t index, uint64_t version) {
-    const sft_status status = replaced[index].save(path_in(folder, index), version);
-    EXPECT(status == SFT_OK, "%s: %s: %s", folder, replaced[index].name, sft_last_error_message());
+static void replace(const char* directory, size_t index, uint64_t version) {
+    const sft_status status = replaced[index].save(path_in(directory, index), version);
+    EXPECT(status == SFT_OK, "%s: %s: %s", directory, replaced[index].name, sft_last_error_get_message());
 }
 
 /* Everything that is replaced is there, in a version from `least` on, the second being the last. */
-static void expect_whole(const char* folder, const char* when, uint64_t least) {
+static void expect_whole(const char* directory, const char* when, uint64_t least) {
     for (size_t i = 0; i < REPLACED; i++) {
-        const uint64_t version = replaced[i].version(path_in(folder, i));
-        EXPECT(version >= least && version <= 2, "%s, %s: %s: version %ld, %s", folder, when, replaced[i].name,
-               (long)version, version == 0 ? sft_last_error_message() : "not whole");
+        const uint64_t version = replaced[i].version(path_in(directory, i));
+        EXPECT(version >= least && version <= 2, "%s, %s: %s: version %ld, %s", directory, when, replaced[i].name,
+               (long)version, version == 0 ? sft_last_error_get_message() : "not whole");
     }
 }
 
@@ -172,22 +172,23 @@ static bool run(const char* command) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-static bool mount_image(const char* image, const char* folder) {
+static bool mount_image(const char* image, const char* directory) {
     char command[8300];
-    snprintf(command, sizeof command, "mount -o loop '%s' '%s' 2>&1", path_of(image), path_of(folder));
+    snprintf(command, sizeof command, "mount -o loop '%s' '%s' 2>&1", path_of(image), path_of(directory));
     return run(command);
 }
 
 /* A large file that was replaced may have to be closed yet, by a thread. */
-static void unmount(const char* folder) {
+static void unmount(const char* directory) {
     int status = 0;
-    for (int tries = 0; (status = umount(path_of(folder))) != 0 && errno == EBUSY && tries < 500; tries++)
+    for (int tries = 0; (status = umount(path_of(directory))) != 0 && errno == EBUSY && tries < 500; tries++)
         usleep(10000);
-    EXPECT(status == 0, "%s: %s", folder, strerror(errno));
+    EXPECT(status == 0, "%s: %s", directory, strerror(errno));
 }
 
-/* Puts an empty filesystem into `image`, and mounts it at `folder`; false, after a line that says why, if it cannot. */
-static bool make_filesystem(const filesystem* what, const char* image, const char* folder) {
+/* Puts an empty filesystem into `image`, and mounts it at `directory`; false, after a line that says why, if it cannot.
+ */
+static bool make_filesystem(const filesystem* what, const char* image, const char* directory) {
     char command[4300];
     snprintf(command, sizeof command, "command -v mkfs.%s >/dev/null", what->name);
     if (!run(command)) {
@@ -195,22 +196,22 @@ static bool make_filesystem(const filesystem* what, const char* image, const cha
         return false;
     }
     put_file(path_of(image), "", 0);
-    if (mkdir(path_of(folder), 0777) != 0 || truncate(path_of(image), IMAGE_BYTES) != 0) abort();
+    if (mkdir(path_of(directory), 0777) != 0 || truncate(path_of(image), IMAGE_BYTES) != 0) abort();
     snprintf(command, sizeof command, "mkfs.%s %s '%s' >/dev/null", what->name, what->options, path_of(image));
     if (!run(command)) abort();
-    if (mount_image(image, folder)) return true;
+    if (mount_image(image, directory)) return true;
     printf("power: %s skipped, as it cannot be mounted\n", what->name);
     return false;
 }
 
 /* Has the filesystem write its journal, with what was saved before, as another program may that needs it. */
-static void write_journal(const filesystem* what, const char* folder) {
-    const int opened = open(path_of(folder), O_RDONLY | O_DIRECTORY);
+static void write_journal(const filesystem* what, const char* directory) {
+    const int opened = open(path_of(directory), O_RDONLY | O_DIRECTORY);
     uint64_t transaction = 0;
     const bool written = strcmp(what->name, "btrfs") != 0 ? fsync(opened) == 0
                                                           : ioctl(opened, BTRFS_IOC_START_SYNC, &transaction) == 0 &&
                                                                 ioctl(opened, BTRFS_IOC_WAIT_SYNC, &transaction) == 0;
-    EXPECT(written, "%s: %s", folder, strerror(errno));
+    EXPECT(written, "%s: %s", directory, strerror(errno));
     close(opened);
 }
 
@@ -230,14 +231,14 @@ static void copy_image(const char* from, const char* to) {
     close(target);
 }
 
-static void replace_all(const char* folder, uint64_t version) {
-    for (size_t i = 0; i < REPLACED; i++) replace(folder, i, version);
+static void replace_all(const char* directory, uint64_t version) {
+    for (size_t i = 0; i < REPLACED; i++) replace(directory, i, version);
 }
 
 /* Makes the first version of everything, and has it on the disk. */
-static void begin(const char* folder) {
-    replace_all(folder, 1);
-    const int opened = open(path_of(folder), O_RDONLY | O_DIRECTORY);
+static void begin(const char* directory) {
+    replace_all(directory, 1);
+    const int opened = open(path_of(directory), O_RDONLY | O_DIRECTORY);
     if (opened < 0 || syncfs(opened) != 0) abort();
     close(opened);
 }
@@ -245,50 +246,50 @@ static void begin(const char* folder) {
 /* ---- When -------------------------------------------------------------------------------------------------------- */
 
 static void copied_after(const filesystem* what) {
-    char image[64], folder[64], copies[MOMENTS][80];
+    char image[64], directory[64], copies[MOMENTS][80];
     snprintf(image, sizeof image, "%s.image", what->name);
-    snprintf(folder, sizeof folder, "%s", what->name);
-    if (!make_filesystem(what, image, folder)) return;
-    begin(folder);
-    replace_all(folder, 2);
+    snprintf(directory, sizeof directory, "%s", what->name);
+    if (!make_filesystem(what, image, directory)) return;
+    begin(directory);
+    replace_all(directory, 2);
     const double start = seconds();
     for (size_t i = 0; i < MOMENTS; i++) {
         const double left = start + moments[i] - seconds();
         if (left > 0) usleep((useconds_t)(left * 1e6));
-        if (i + 1 == MOMENTS) write_journal(what, folder);
+        if (i + 1 == MOMENTS) write_journal(what, directory);
         snprintf(copies[i], sizeof copies[i], "%s.%d", image, moments[i]);
         copy_image(image, copies[i]);
     }
     /* First, as the copies say of themselves that they are the same filesystem. */
-    unmount(folder);
+    unmount(directory);
     for (size_t i = 0; i < MOMENTS; i++) {
         char when[32];
         snprintf(when, sizeof when, "%d s later", moments[i]);
-        const bool mounted = mount_image(copies[i], folder);
-        EXPECT(mounted, "%s, %s", folder, when);
+        const bool mounted = mount_image(copies[i], directory);
+        EXPECT(mounted, "%s, %s", directory, when);
         if (!mounted) continue;
-        expect_whole(folder, when, i + 1 == MOMENTS ? 2 : 1);
-        unmount(folder);
+        expect_whole(directory, when, i + 1 == MOMENTS ? 2 : 1);
+        unmount(directory);
     }
 }
 
 static void stopped(const filesystem* what) {
-    char image[64], folder[64];
+    char image[64], directory[64];
     snprintf(image, sizeof image, "%s.stopped.image", what->name);
-    snprintf(folder, sizeof folder, "%s.stopped", what->name);
-    if (!make_filesystem(what, image, folder)) return;
+    snprintf(directory, sizeof directory, "%s.stopped", what->name);
+    if (!make_filesystem(what, image, directory)) return;
     for (size_t round = 0; round < STOPS * REPLACED; round++) {
         const size_t index = round % REPLACED;
-        begin(folder);
-        const int opened = open(path_of(folder), O_RDONLY | O_DIRECTORY);
-        replace(folder, index, 2);
+        begin(directory);
+        const int opened = open(path_of(directory), O_RDONLY | O_DIRECTORY);
+        replace(directory, index, 2);
         if (opened < 0 || fsync(opened) != 0 || ioctl(opened, STOP, &no_journal) != 0) abort();
         close(opened);
-        unmount(folder);
-        if (!mount_image(image, folder)) abort();
-        expect_whole(folder, "stopped", 1);
+        unmount(directory);
+        if (!mount_image(image, directory)) abort();
+        expect_whole(directory, "stopped", 1);
     }
-    unmount(folder);
+    unmount(directory);
 }
 
 /* Mounts of its own for this process, which go with it. */
@@ -309,7 +310,7 @@ static pid_t in_child(void (*body)(const filesystem* what), const filesystem* wh
 
 int main(int count, char** arguments) {
     if (count != 2) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     if (geteuid() != 0 || access("/dev/loop-control", R_OK) != 0 || !may_mount()) {
         printf("power: skipped, as this process may not mount images\n");
         return 0;

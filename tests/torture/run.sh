@@ -1,5 +1,5 @@
 #!/bin/sh
-# Hard tests of saving and loading, with the shared library in the folder that is given:
+# Hard tests of saving and loading, with the shared library in the directory that is given:
 #
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/torture/run.sh target/core/release [PROGRAM...]
@@ -9,7 +9,7 @@
 # package are looked for too. Each prints a line with its figures. "power" waits most of its time, so it runs beside the
 # others.
 set -eu
-library=$(cd "${1:?usage: $0 FOLDER_OF_THE_LIBRARY [PROGRAM...]}" && pwd)
+library=$(cd "${1:?usage: $0 DIRECTORY_OF_THE_LIBRARY [PROGRAM...]}" && pwd)
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 case ${*:-all} in

@@ -1,6 +1,6 @@
 /* Sixteen threads that load, save, slice, replace and remove files at paths that they share, for as long as they are
  * told. Each tensor that is read is compared word by word with the version that its file says it is of. Run with a
- * folder and a number of seconds. */
+ * directory and a number of seconds. */
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -40,7 +40,7 @@ static sft_file* open_some(uint64_t* state, const char* path) {
     options.prefault = (sft_prefault)random_below(state, 3);
     sft_file* file = NULL;
     if (sft_file_open(path, &options, &file) != SFT_OK) {
-        EXPECT(sft_last_os_error() == ENOENT, "%s", sft_last_error_message());
+        EXPECT(sft_last_error_get_os_error() == ENOENT, "%s", sft_last_error_get_message());
         atomic_fetch_add(&absent, 1);
     }
     return file;
@@ -49,7 +49,8 @@ static sft_file* open_some(uint64_t* state, const char* path) {
 static void load(uint64_t* state) {
     const char* path = some_path(state);
     const uint64_t version = file_version(path, (sft_backend)random_below(state, 2));
-    EXPECT(version != WRONG && (version != 0 || sft_last_os_error() == ENOENT), "%s", sft_last_error_message());
+    EXPECT(version != WRONG && (version != 0 || sft_last_error_get_os_error() == ENOENT), "%s",
+           sft_last_error_get_message());
     atomic_fetch_add(version == 0 ? &absent : &counts[LOAD], 1);
 }
 
@@ -58,16 +59,16 @@ static void read_many(uint64_t* state, bool hold) {
     sft_file* file = open_some(state, some_path(state));
     if (file == NULL) return;
     size_t count = 0;
-    sft_file_count(file, &count);
+    sft_file_get_tensor_count(file, &count);
     uint64_t version = 0;
     for (int pass = 0; pass <= hold; pass++) {
-        sft_read wanted[8];
+        sft_read_request wanted[8];
         for (size_t i = 0; i < count; i++) {
             sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-            sft_file_tensor(file, i, &info);
-            wanted[i] = (sft_read){i, malloc(info.nbytes), info.nbytes};
+            sft_file_get_tensor_info(file, i, &info);
+            wanted[i] = (sft_read_request){i, malloc(info.nbytes), info.nbytes};
         }
-        EXPECT(sft_file_read_many(file, wanted, count) == SFT_OK, "%s", sft_last_error_message());
+        EXPECT(sft_file_read_tensors(file, wanted, count) == SFT_OK, "%s", sft_last_error_get_message());
         if (version == 0) version = *(uint64_t*)wanted[0].buffer;
         for (size_t i = 0; i < count; i++) {
             EXPECT(tensor_is(wanted[i].buffer, wanted[i].nbytes, version, i), "tensor %zu of version %llu", i,
@@ -85,17 +86,17 @@ static void slice(uint64_t* state) {
     sft_file* file = open_some(state, some_path(state));
     if (file == NULL) return;
     size_t count = 0;
-    sft_file_count(file, &count);
+    sft_file_get_tensor_count(file, &count);
     sft_tensor_info info = SFT_TENSOR_INFO_INIT;
-    sft_file_tensor(file, count - 1, &info);
+    sft_file_get_tensor_info(file, count - 1, &info);
     uint64_t *whole = malloc(info.nbytes), *part = malloc(info.nbytes);
     const uint64_t words = info.shape[0], start = random_below(state, words);
     const sft_range range = {start, start + random_below(state, words - start + 1), 1 + random_below(state, 5)};
     uint64_t shape = 0, nbytes = 0;
-    EXPECT(sft_file_slice_size(file, count - 1, &range, 1, &shape, &nbytes) == SFT_OK &&
+    EXPECT(sft_file_get_slice_size(file, count - 1, &range, 1, &shape, &nbytes) == SFT_OK &&
                sft_file_read_slice(file, count - 1, &range, 1, part, nbytes) == SFT_OK &&
-               sft_file_read(file, count - 1, whole, info.nbytes) == SFT_OK,
-           "%s", sft_last_error_message());
+               sft_file_read_tensor(file, count - 1, whole, info.nbytes) == SFT_OK,
+           "%s", sft_last_error_get_message());
     EXPECT(tensor_is(whole, info.nbytes, whole[0], count - 1), "version %llu", (unsigned long long)whole[0]);
     bool same = true;
     for (uint64_t i = 0; i < shape; i++) same = same && part[i] == whole[range.start + i * range.step];
@@ -122,19 +123,19 @@ static void save(uint64_t* state, size_t thread, bool by_rename) {
     atomic_fetch_add(&counts[by_rename ? REPLACE : SAVE], 1);
 }
 
-/* Both threads of a pair save to one folder, and load from it. */
+/* Both threads of a pair save to one directory, and load from it. */
 static void checkpoint(uint64_t* state, size_t thread) {
     static atomic_bool is_saved[THREADS / 2];
     const size_t pair = thread / 2;
     char name[40];
     snprintf(name, sizeof name, "checkpoint%zu", pair);
-    const char* folder = path_of(name);
+    const char* directory = path_of(name);
     if (random_below(state, 2) == 0) {
         content what = fresh(state);
         sft_writer* writer = content_writer(&what);
         sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
-        options.max_shard_bytes = what.words * 8 * (1 + random_below(state, 3));
-        EXPECT(sft_writer_write_sharded(writer, folder, &options) == SFT_OK, "%s", sft_last_error_message());
+        options.max_shard_size = what.words * 8 * (1 + random_below(state, 3));
+        EXPECT(sft_writer_write_sharded(writer, directory, &options) == SFT_OK, "%s", sft_last_error_get_message());
         atomic_store(&is_saved[pair], true);
         sft_writer_free(writer);
         content_free(&what);
@@ -143,21 +144,21 @@ static void checkpoint(uint64_t* state, size_t thread) {
     }
     const bool was_saved = atomic_load(&is_saved[pair]);
     sft_status status = SFT_OK;
-    const uint64_t version = checkpoint_open_version(folder, &status);
-    EXPECT(version != WRONG, "torn: %s", sft_last_error_message());
+    const uint64_t version = checkpoint_open_version(directory, &status);
+    EXPECT(version != WRONG, "torn: %s", sft_last_error_get_message());
     if (status == SFT_OK) {
         atomic_fetch_add(&counts[LOAD_CHECKPOINT], 1);
         return;
     }
     atomic_fetch_add(&absent, 1);
-    /* Before the first save there is no folder, or an empty one; later there is a checkpoint at any time, but it may be
-     * replaced too often to be opened. */
-    const char* said = sft_last_error_message();
-    const bool is_absent = status == SFT_ERROR_IO && sft_last_os_error() == ENOENT;
+    /* Before the first save there is no directory, or an empty one; later there is a checkpoint at any time, but it may
+     * be replaced too often to be opened. */
+    const char* said = sft_last_error_get_message();
+    const bool is_absent = status == SFT_ERROR_IO && sft_last_error_get_os_error() == ENOENT;
     const bool is_empty = status == SFT_ERROR_INDEX && strstr(said, "holds no checkpoint") != NULL;
-    EXPECT(
-        strstr(said, folder) != NULL && (status == SFT_ERROR_FILE_CHANGED || (!was_saved && (is_absent || is_empty))),
-        "status %d: %s", status, said);
+    EXPECT(strstr(said, directory) != NULL &&
+               (status == SFT_ERROR_FILE_CHANGED || (!was_saved && (is_absent || is_empty))),
+           "status %d: %s", status, said);
 }
 
 static void* work(void* argument) {
@@ -201,7 +202,7 @@ static void* work(void* argument) {
 
 int main(int count, char** arguments) {
     if (count != 3) return 2;
-    use_folder(arguments[1]);
+    use_directory(arguments[1]);
     const double length = atof(arguments[2]);
     uint64_t state = 1;
     for (int i = 0; i < 4 * PATHS; i++) save(&state, THREADS, false);

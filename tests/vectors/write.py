@@ -15,12 +15,12 @@ sys.path.insert(0, str(HERE.parent / "python"))
 
 from malformed_files import MALFORMED  # noqa: E402
 
-folder = HERE / "malformed"
-folder.mkdir(exist_ok=True)
-for old in folder.glob("*.safetensors"):
+directory = HERE / "malformed"
+directory.mkdir(exist_ok=True)
+for old in directory.glob("*.safetensors"):
     old.unlink()
 for case in MALFORMED:
-    (folder / f"{case.id}.safetensors").write_bytes(case.data)
+    (directory / f"{case.id}.safetensors").write_bytes(case.data)
 listed = {line.split("\t")[0] for line in (HERE / "malformed.tsv").read_text().splitlines()}
 for name in sorted({case.id for case in MALFORMED} ^ listed):
     print(f"malformed.tsv and the table do not agree on {name}")

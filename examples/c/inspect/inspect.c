@@ -4,7 +4,7 @@
  *
  *     make PREFIX=/usr/local               # where `make install TORCH=0 PREFIX=...` of the library has put it
  *     ./inspect model.safetensors          # a line for each tensor, in the order of names
- *     ./inspect FOLDER                     # the shards of a checkpoint, by its index
+ *     ./inspect DIRECTORY                     # the shards of a checkpoint, by its index
  *     ./inspect --json *.safetensors       # a JSON object for each argument, on a line of its own
  *
  * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch -o
@@ -102,17 +102,18 @@ static void add(const sft_tensor_info* info, totals* sums) {
 /* The tensor at `position` in the order of names. */
 static bool tensor_at(const sft_file* file, size_t position, sft_tensor_info* info) {
     size_t index;
-    return sft_file_sorted(file, position, &index) == SFT_OK && sft_file_tensor(file, index, info) == SFT_OK;
+    return sft_file_get_sorted_index(file, position, &index) == SFT_OK &&
+           sft_file_get_tensor_info(file, index, info) == SFT_OK;
 }
 
 static bool print_file(const sft_file* file, totals* sums) {
     size_t entries, count;
-    if (sft_file_metadata_count(file, &entries) != SFT_OK || sft_file_count(file, &count) != SFT_OK) {
+    if (sft_file_get_metadata_count(file, &entries) != SFT_OK || sft_file_get_tensor_count(file, &count) != SFT_OK) {
         return false;
     }
     for (size_t i = 0; i < entries; i++) {
         sft_str key, value;
-        if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
+        if (sft_file_get_metadata_entry(file, i, &key, &value) != SFT_OK) {
             return false;
         }
         fputs("  # ", stdout);
@@ -127,7 +128,7 @@ static bool print_file(const sft_file* file, totals* sums) {
             return false;
         }
         add(&info, sums);
-        printf("  %-11s %14" PRIu64 "  ", sft_dtype_code(info.dtype), info.nbytes);
+        printf("  %-11s %14" PRIu64 "  ", sft_dtype_get_code(info.dtype), info.nbytes);
         put_text(info.name.data, info.name.length);
         putchar(' ');
         put_shape(&info);
@@ -139,14 +140,14 @@ static bool print_file(const sft_file* file, totals* sums) {
 static bool print_file_json(const sft_file* file, totals* sums) {
     int32_t has_metadata;
     size_t entries, count;
-    if (sft_file_has_metadata(file, &has_metadata) != SFT_OK || sft_file_metadata_count(file, &entries) != SFT_OK ||
-        sft_file_count(file, &count) != SFT_OK) {
+    if (sft_file_has_metadata(file, &has_metadata) != SFT_OK || sft_file_get_metadata_count(file, &entries) != SFT_OK ||
+        sft_file_get_tensor_count(file, &count) != SFT_OK) {
         return false;
     }
     fputs(has_metadata ? "\"metadata\": {" : "\"metadata\": null", stdout);
     for (size_t i = 0; i < entries; i++) {
         sft_str key, value;
-        if (sft_file_metadata_at(file, i, &key, &value) != SFT_OK) {
+        if (sft_file_get_metadata_entry(file, i, &key, &value) != SFT_OK) {
             return false;
         }
         fputs(i == 0 ? "\"" : ", \"", stdout);
@@ -164,7 +165,7 @@ static bool print_file_json(const sft_file* file, totals* sums) {
         add(&info, sums);
         fputs(i == 0 ? "{\"name\": \"" : ", {\"name\": \"", stdout);
         put_text(info.name.data, info.name.length);
-        printf("\", \"dtype\": \"%s\", \"shape\": ", sft_dtype_code(info.dtype));
+        printf("\", \"dtype\": \"%s\", \"shape\": ", sft_dtype_get_code(info.dtype));
         put_shape(&info);
         printf(", \"nbytes\": %" PRIu64 ", \"begin\": %" PRIu64 "}", info.nbytes, info.begin);
     }
@@ -182,7 +183,7 @@ static void print_total(const char* what, const total* sum) {
 /* A file is a checkpoint of one shard. */
 static bool print_checkpoint(const char* path, const sft_checkpoint* checkpoint) {
     size_t shards;
-    if (sft_checkpoint_shard_count(checkpoint, &shards) != SFT_OK) {
+    if (sft_checkpoint_get_shard_count(checkpoint, &shards) != SFT_OK) {
         return false;
     }
     put_text(path, strlen(path));
@@ -191,7 +192,7 @@ static bool print_checkpoint(const char* path, const sft_checkpoint* checkpoint)
     for (size_t i = 0; i < shards; i++) {
         sft_str name;
         const sft_file* file;
-        if (sft_checkpoint_shard(checkpoint, i, &name, &file) != SFT_OK) {
+        if (sft_checkpoint_get_shard(checkpoint, i, &name, &file) != SFT_OK) {
             return false;
         }
         if (shards != 1) {
@@ -204,7 +205,7 @@ static bool print_checkpoint(const char* path, const sft_checkpoint* checkpoint)
     }
     for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
         if (sums.by_dtype[dtype].tensors != 0) {
-            print_total(sft_dtype_code(dtype), &sums.by_dtype[dtype]);
+            print_total(sft_dtype_get_code(dtype), &sums.by_dtype[dtype]);
         }
     }
     print_total("total", &sums.all);
@@ -217,7 +218,7 @@ static void print_total_json(const total* sum) {
 
 static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkpoint) {
     size_t shards;
-    if (sft_checkpoint_shard_count(checkpoint, &shards) != SFT_OK) {
+    if (sft_checkpoint_get_shard_count(checkpoint, &shards) != SFT_OK) {
         return false;
     }
     fputs("{\"path\": \"", stdout);
@@ -227,7 +228,7 @@ static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkp
     for (size_t i = 0; i < shards; i++) {
         sft_str name;
         const sft_file* file;
-        if (sft_checkpoint_shard(checkpoint, i, &name, &file) != SFT_OK) {
+        if (sft_checkpoint_get_shard(checkpoint, i, &name, &file) != SFT_OK) {
             return false;
         }
         fputs(i == 0 ? "{\"name\": \"" : ", {\"name\": \"", stdout);
@@ -244,7 +245,7 @@ static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkp
     const char* comma = "";
     for (sft_dtype dtype = 0; dtype < DTYPES; dtype++) {
         if (sums.by_dtype[dtype].tensors != 0) {
-            printf("%s\"%s\": {", comma, sft_dtype_code(dtype));
+            printf("%s\"%s\": {", comma, sft_dtype_get_code(dtype));
             print_total_json(&sums.by_dtype[dtype]);
             putchar('}');
             comma = ", ";
@@ -269,7 +270,7 @@ static bool inspect(const char* path, bool json) {
 
 int main(int argc, char** argv) {
     static const struct option options[] = {{"json", no_argument, NULL, 'j'}, {"help", no_argument, NULL, 'h'}, {0}};
-    static const char usage[] = "usage: inspect [--json] FILE_OR_FOLDER...\n";
+    static const char usage[] = "usage: inspect [--json] FILE_OR_DIRECTORY...\n";
     bool json = false;
     for (int option; (option = getopt_long(argc, argv, "jh", options, NULL)) != -1;) {
         if (option == 'h') {
@@ -288,7 +289,7 @@ int main(int argc, char** argv) {
     int status = 0;
     for (int i = optind; i < argc; i++) {
         if (!inspect(argv[i], json)) {
-            fprintf(stderr, "inspect: %s\n", sft_last_error_message());
+            fprintf(stderr, "inspect: %s\n", sft_last_error_get_message());
             status = 1;
         }
         /* Now, so that messages about files stand between their lists. */

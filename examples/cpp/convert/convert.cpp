@@ -1,12 +1,12 @@
 // Divides a checkpoint into files, puts one together again, or changes its floating-point dtype.
 //
 // Build:  cmake -S examples/cpp/convert -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
-// Run:    BUILD/convert shard IN FOLDER --max-shard-size 1GB    model-00001-of-00003.safetensors, ..., and the index
-//         BUILD/convert unshard FOLDER OUT                      one file
+// Run:    BUILD/convert shard IN DIRECTORY --max-shard-size 1GB    model-00001-of-00003.safetensors, ..., and the index
+//         BUILD/convert unshard DIRECTORY OUT                      one file
 //         BUILD/convert cast IN OUT --dtype bf16                one file; integers and 8-bit floats stay as they are
 //
-// IN: a file, a folder with a checkpoint, or the index of one in several files. PREFIX: where `make install PREFIX=`
-// put the library. TORCH: an unpacked libtorch, or the folder of the Python package torch.
+// IN: a file, a directory with a checkpoint, or the index of one in several files. PREFIX: where `make install PREFIX=`
+// put the library. TORCH: an unpacked libtorch, or the directory of the Python package torch.
 //
 // Metadata is kept. The tensors are mapped, not loaded: memory is needed for those that cast changes, and no others.
 // The output is complete, or what was there before; it may take the place of the input.
@@ -29,8 +29,8 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: convert shard IN FOLDER [--max-shard-size SIZE]    SIZE: 500MB, 5GB (the default), 2GiB, or bytes\n"
-    "       convert unshard FOLDER OUT\n"
+    "usage: convert shard IN DIRECTORY [--max-shard-size SIZE]    SIZE: 500MB, 5GB (the default), 2GiB, or bytes\n"
+    "       convert unshard DIRECTORY OUT\n"
     "       convert cast IN OUT --dtype DTYPE                  DTYPE: f64, f32, f16 or bf16\n";
 
 const std::map<std::string_view, at::ScalarType> kDtypes{
@@ -52,12 +52,12 @@ std::optional<std::int64_t> parse_size(std::string_view text) {
     return bytes;
 }
 
-void shard(const std::string& in, const std::string& folder, std::int64_t max_shard_bytes) {
+void shard(const std::string& in, const std::string& directory, std::int64_t max_shard_size) {
     const safetensors_torch::Checkpoint checkpoint(in);
     safetensors_torch::ShardedSaveOptions options;
-    options.max_shard_bytes = max_shard_bytes;
+    options.max_shard_size = max_shard_size;
     for (const std::string& name :
-         safetensors_torch::save_sharded(checkpoint.get_tensors(), folder, checkpoint.metadata(), options)) {
+         safetensors_torch::save_sharded(checkpoint.get_tensors(), directory, checkpoint.metadata(), options)) {
         std::printf("%s\n", name.c_str());
     }
 }
@@ -90,7 +90,7 @@ void cast(const std::string& in, const std::string& out, at::ScalarType dtype) {
 
 struct Arguments {
     std::string command, in, out;
-    std::int64_t max_shard_bytes = 5'000'000'000;
+    std::int64_t max_shard_size = 5'000'000'000;
     std::optional<at::ScalarType> dtype;
 };
 
@@ -106,7 +106,7 @@ std::optional<Arguments> parse(int argc, char** argv) {
                 std::fprintf(stderr, "convert: no size: %s\n", optarg);
                 return std::nullopt;
             }
-            arguments.max_shard_bytes = *size;
+            arguments.max_shard_size = *size;
             has_size = true;
         } else if (found == 'd') {
             const auto dtype = kDtypes.find(optarg);
@@ -141,7 +141,7 @@ int main(int argc, char** argv) {
     }
     try {
         if (arguments->command == "shard") {
-            shard(arguments->in, arguments->out, arguments->max_shard_bytes);
+            shard(arguments->in, arguments->out, arguments->max_shard_size);
         } else if (arguments->command == "unshard") {
             unshard(arguments->in, arguments->out);
         } else {

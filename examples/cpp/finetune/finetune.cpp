@@ -1,11 +1,12 @@
 // Trains a small module and saves it, so that Python can go on with it, and goes on with what Python saved.
 //
 // Build:  cmake -S examples/cpp/finetune -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
-// Run:    BUILD/finetune FOLDER                                     makes FOLDER/data and FOLDER/model.safetensors
-//         python examples/cpp/finetune/finetune.py FOLDER           trains on, in Python
-//         BUILD/finetune FOLDER                                     trains on, in C++
+// Run:    BUILD/finetune DIRECTORY                                     makes DIRECTORY/data and
+// DIRECTORY/model.safetensors
+//         python examples/cpp/finetune/finetune.py DIRECTORY           trains on, in Python
+//         BUILD/finetune DIRECTORY                                     trains on, in C++
 //
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the folder of the Python
+// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
 // package torch.
 //
 // Each checks that the model it loads has exactly the loss that the other one recorded.
@@ -59,17 +60,17 @@ std::string exact(double value) {
     return text;
 }
 
-void run(const std::filesystem::path& folder) {
+void run(const std::filesystem::path& directory) {
     // The order in which a sum is taken may follow the number of threads; finetune.py sets the same number.
     at::set_num_threads(1);
     torch::manual_seed(2019);
-    const std::string data_path = folder / "data.safetensors";
-    const std::string model_path = folder / "model.safetensors";
+    const std::string data_path = directory / "data.safetensors";
+    const std::string model_path = directory / "model.safetensors";
     Net net;
     if (std::filesystem::exists(model_path)) {
         safetensors_torch::load_model(net, model_path);
     } else {
-        std::filesystem::create_directories(folder);
+        std::filesystem::create_directories(directory);
         safetensors_torch::Tensors data;
         data.insert("x", at::randn({256, 2}));
         data.insert("y", at::sin(2 * data.at("x")).sum(1, /*keepdim=*/true));
@@ -95,7 +96,7 @@ void run(const std::filesystem::path& folder) {
 
 int main(int argc, char** argv) {
     if (argc != 2) {
-        std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        std::fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
         return 2;
     }
     try {

@@ -1,6 +1,6 @@
 """Goes on, in Python, with the module that finetune.cpp trained, and leaves it to finetune.cpp again.
 
-Run: python examples/cpp/finetune/finetune.py FOLDER    (after BUILD/finetune FOLDER)
+Run: python examples/cpp/finetune/finetune.py DIRECTORY    (after BUILD/finetune DIRECTORY)
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def train(net: Net, x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    model_path = folder / "model.safetensors"
+    directory = Path(sys.argv[1])
+    model_path = directory / "model.safetensors"
     # The order in which a sum is taken may follow the number of threads; finetune.cpp sets the same number.
     torch.set_num_threads(1)
     net = Net()
     load_model(net, model_path)
-    data = load_file(folder / "data.safetensors")
+    data = load_file(directory / "data.safetensors")
     x, y = data["x"], data["y"]
     with safe_open(model_path) as file:
         recorded = float(file.metadata()["loss"])

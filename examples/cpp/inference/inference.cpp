@@ -4,8 +4,8 @@
 // Run:    BUILD/inference MODEL 464,3290,318 --new 20                 prints 20 tokens
 //         BUILD/inference MODEL 464,3290,318 --logits OUT.safetensors
 //
-// MODEL: what save_pretrained wrote: the folder, a model.safetensors, or the index of a model in several files.
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the folder of the Python
+// MODEL: what save_pretrained wrote: the directory, a model.safetensors, or the index of a model in several files.
+// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
 // package torch.
 //
 // Takes the operators that transformers takes with attn_implementation="eager", in the same order and on one thread, so

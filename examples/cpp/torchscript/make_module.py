@@ -1,11 +1,11 @@
 """Makes what torchscript.cpp runs: a scripted module that reads safetensors files while it runs, and those files.
 
-Run: python examples/cpp/torchscript/make_module.py FOLDER
+Run: python examples/cpp/torchscript/make_module.py DIRECTORY
 
-FOLDER/module.pt              the scripted module; its weights are zero
-FOLDER/model.safetensors      its weights
-FOLDER/adapter-*.safetensors  low-rank changes of its weight, one of which a call names
-FOLDER/expected.safetensors   an input, and what the module makes of it with each adapter
+DIRECTORY/module.pt              the scripted module; its weights are zero
+DIRECTORY/model.safetensors      its weights
+DIRECTORY/adapter-*.safetensors  low-rank changes of its weight, one of which a call names
+DIRECTORY/expected.safetensors   an input, and what the module makes of it with each adapter
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ class Adapted(nn.Module):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(2019)
     # The order in which a sum is taken may follow the number of threads; torchscript.cpp sets the same number.
     torch.set_num_threads(1)
 
     module = torch.jit.script(Adapted().eval().requires_grad_(False))
-    save_model(module, folder / "model.safetensors")
+    save_model(module, directory / "model.safetensors")
     expected = {"x": torch.randn(8, WIDTH)}
     for name, scale in ("first", 0.5), ("second", 2.0):
-        adapter = folder / f"adapter-{name}.safetensors"
+        adapter = directory / f"adapter-{name}.safetensors"
         factors = {"down": torch.randn(WIDTH, RANK), "up": torch.randn(RANK, WIDTH), "scale": torch.tensor(scale)}
         save_file(factors, adapter)
         expected[name] = module(expected["x"], str(adapter))
-    save_file(expected, folder / "expected.safetensors")
+    save_file(expected, directory / "expected.safetensors")
 
     # The weights come from model.safetensors alone.
     for parameter in module.parameters():
         parameter.zero_()
-    module.save(folder / "module.pt")
+    module.save(directory / "module.pt")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 //
 // Build:  cmake -S examples/cpp/torchscript -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH &&
 //         cmake --build BUILD
-// Run:    python examples/cpp/torchscript/make_module.py FOLDER
-//         BUILD/torchscript FOLDER
+// Run:    python examples/cpp/torchscript/make_module.py DIRECTORY
+//         BUILD/torchscript DIRECTORY
 //
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the folder of the Python
+// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
 // package torch.
 //
 // The module calls torch.ops.safetensors_torch.load_file and get_tensor. It takes no more than to link the library for
@@ -25,17 +25,17 @@
 
 namespace {
 
-void run(const std::filesystem::path& folder) {
+void run(const std::filesystem::path& directory) {
     // The order in which a sum is taken may follow the number of threads; make_module.py sets the same number.
     at::set_num_threads(1);
     const c10::InferenceMode inference;
 
-    torch::jit::Module module = torch::jit::load(folder / "module.pt");
-    safetensors_torch::load_model(module, folder / "model.safetensors");
+    torch::jit::Module module = torch::jit::load(directory / "module.pt");
+    safetensors_torch::load_model(module, directory / "model.safetensors");
 
-    const safetensors_torch::Tensors expected = safetensors_torch::load_file(folder / "expected.safetensors");
+    const safetensors_torch::Tensors expected = safetensors_torch::load_file(directory / "expected.safetensors");
     for (const char* name : {"first", "second"}) {
-        const std::string adapter = folder / (std::string("adapter-") + name + ".safetensors");
+        const std::string adapter = directory / (std::string("adapter-") + name + ".safetensors");
         const at::Tensor y = module.forward({expected.at("x"), adapter}).toTensor();
         if (!at::equal(y, expected.at(name))) {
             throw std::runtime_error(adapter + ": the result differs from Python's by up to " +
@@ -49,7 +49,7 @@ void run(const std::filesystem::path& folder) {
 
 int main(int argc, char** argv) {
     if (argc != 2) {
-        std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
+        std::fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
         return 2;
     }
     try {

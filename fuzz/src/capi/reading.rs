@@ -16,7 +16,7 @@ impl<'b> Session<'b> {
         let mut place = vec![u64::MAX; 16];
         place[0] = size as u64;
         // SAFETY: an open or closed handle, and room for 128 bytes, more than every size above.
-        let status = unsafe { sft_file_tensor(self.file, self.index(a), place.as_mut_ptr().cast()) };
+        let status = unsafe { sft_file_get_tensor_info(self.file, self.index(a), place.as_mut_ptr().cast()) };
         if !self.check(status) {
             assert!(place[1..].iter().all(|&word| word == u64::MAX));
             return None;
@@ -32,7 +32,7 @@ impl<'b> Session<'b> {
         read(&info.name);
         let mut nbytes = 0;
         // SAFETY: the file lends `rank` dimensions.
-        assert!(check(unsafe { sft_dtype_nbytes(info.dtype, info.shape, info.rank, &mut nbytes) }));
+        assert!(check(unsafe { sft_dtype_compute_nbytes(info.dtype, info.shape, info.rank, &mut nbytes) }));
         assert_eq!(nbytes, info.nbytes);
         Some(info)
     }
@@ -50,7 +50,7 @@ impl<'b> Session<'b> {
     pub(super) fn sorted(&self, a: usize) {
         let mut index = usize::MAX;
         // SAFETY: a handle and a place for a number.
-        if self.check(unsafe { sft_file_sorted(self.file, self.index(a), &mut index) }) {
+        if self.check(unsafe { sft_file_get_sorted_index(self.file, self.index(a), &mut index) }) {
             assert!(index < self.count);
         }
     }
@@ -62,7 +62,7 @@ impl<'b> Session<'b> {
         // Some of it, perhaps cut in the middle of a character.
         let length = name.len() - (b % 4).min(name.len());
         // SAFETY: a handle, `length` bytes that are lent, and a place for a number.
-        let found = check(unsafe { sft_file_find(self.file, info.name.data, length, &mut index) });
+        let found = check(unsafe { sft_file_find_tensor(self.file, info.name.data, length, &mut index) });
         assert!(found || length < name.len());
         if length == name.len() {
             assert_eq!(index, self.index(a));
@@ -77,11 +77,11 @@ impl<'b> Session<'b> {
             if !self.check(sft_file_has_metadata(self.file, &mut present)) {
                 return;
             }
-            assert!(check(sft_file_metadata_count(self.file, &mut count)));
+            assert!(check(sft_file_get_metadata_count(self.file, &mut count)));
             assert!(present == 1 || (present == 0 && count == 0));
-            if check(sft_file_metadata_at(self.file, a % (count + 1), &mut key, &mut value)) {
+            if check(sft_file_get_metadata_entry(self.file, a % (count + 1), &mut key, &mut value)) {
                 let length = key.length - (b % 3).min(key.length);
-                let status = sft_file_metadata_get(self.file, key.data, length, &mut again);
+                let status = sft_file_find_metadata(self.file, key.data, length, &mut again);
                 if check(status) && length == key.length {
                     assert_eq!(read(&again), read(&value));
                 }
@@ -94,7 +94,7 @@ impl<'b> Session<'b> {
     pub(super) fn data(&self, a: usize) {
         let mut data = null();
         // SAFETY: a handle and a place for a pointer.
-        let ok = self.check(unsafe { sft_file_data(self.file, self.index(a), &mut data) });
+        let ok = self.check(unsafe { sft_file_get_data(self.file, self.index(a), &mut data) });
         assert_eq!(ok, !data.is_null());
         if ok {
             assert!(self.in_memory);
@@ -112,8 +112,9 @@ impl<'b> Session<'b> {
         let length = [nbytes, nbytes, nbytes + 1, nbytes.saturating_sub(1)][b % 4];
         let mut buffer = vec![0; length];
         // SAFETY: a handle, and a buffer of that length.
-        if self.check(unsafe { sft_file_read(self.file, self.index(a), buffer.as_mut_ptr().cast(), length) })
-        {
+        if self.check(unsafe {
+            sft_file_read_tensor(self.file, self.index(a), buffer.as_mut_ptr().cast(), length)
+        }) {
             assert!(buffer == self.expected(&self.info(a).expect("it was read")));
         }
     }
@@ -124,10 +125,10 @@ impl<'b> Session<'b> {
             .iter()
             .map(|&index| vec![0; self.info(index).map_or(c, |info| info.nbytes as usize)])
             .collect();
-        let mut reads: Vec<sft_read> = indices
+        let mut reads: Vec<sft_read_request> = indices
             .iter()
             .zip(&mut buffers)
-            .map(|(&index, buffer)| sft_read {
+            .map(|(&index, buffer)| sft_read_request {
                 index,
                 buffer: buffer.as_mut_ptr().cast(),
                 nbytes: buffer.len(),
@@ -139,7 +140,7 @@ impl<'b> Session<'b> {
             last.nbytes /= 2;
         }
         // SAFETY: a handle, and `reads` of buffers that are apart and at least as long as they say.
-        if self.check(unsafe { sft_file_read_many(self.file, reads.as_ptr(), reads.len()) }) {
+        if self.check(unsafe { sft_file_read_tensors(self.file, reads.as_ptr(), reads.len()) }) {
             for (index, buffer) in indices.iter().zip(&buffers) {
                 assert!(buffer == self.expected(&self.info(*index).expect("it was read")));
             }
@@ -175,7 +176,7 @@ impl<'b> Session<'b> {
         let rank = ranges.len();
         // SAFETY: a handle, `rank` ranges, room for `rank` dimensions, a place for a number.
         let status = unsafe {
-            sft_file_slice_size(
+            sft_file_get_slice_size(
                 self.file,
                 self.index(a),
                 ranges.as_ptr(),

@@ -7,7 +7,7 @@ use safetensors_torch::capi::*;
 use safetensors_torch::{ErrorKind, Metadata};
 
 use super::{INVALID, MANY, OK, Session, check, no_text, read};
-use crate::folder::{replace, with_path};
+use crate::directory::{replace, with_path};
 
 impl Session<'_> {
     /// Adds the tensor at `a` to the writer, with its bytes as the file lends them, under a name that may stand twice.
@@ -15,7 +15,7 @@ impl Session<'_> {
         let mut data = null();
         let Some(info) = self.info(a) else { return };
         // SAFETY: a handle and a place for a pointer.
-        if !check(unsafe { sft_file_data(self.file, self.index(a), &mut data) }) {
+        if !check(unsafe { sft_file_get_data(self.file, self.index(a), &mut data) }) {
             return;
         }
         let length = info.name.length - usize::from(b == 1).min(info.name.length);
@@ -66,12 +66,12 @@ impl Session<'_> {
         let options = sft_save_options {
             struct_size: size_of::<sft_save_options>(),
             alignment: [0, 8, 64, 4096, 24, u64::MAX][a % 6],
-            sync: 0,
+            durable: 0,
             reserved: u32::from(a == 250),
         };
         let mut nbytes = u64::MAX;
         // SAFETY: a handle, options, and a place for a number.
-        if !check(unsafe { sft_writer_size(self.writer, &options, &mut nbytes) }) {
+        if !check(unsafe { sft_writer_get_size(self.writer, &options, &mut nbytes) }) {
             return assert_eq!(nbytes, u64::MAX);
         }
         let length = nbytes as usize - usize::from(b == 1);
@@ -94,7 +94,7 @@ impl Session<'_> {
     pub(super) fn write_file(&self, a: usize) {
         let mut nbytes = 0;
         // SAFETY: a handle, no options, a place for a number.
-        if !check(unsafe { sft_writer_size(self.writer, null(), &mut nbytes) }) {
+        if !check(unsafe { sft_writer_get_size(self.writer, null(), &mut nbytes) }) {
             return;
         }
         let mut buffer = vec![0xAA; nbytes as usize];
@@ -156,17 +156,19 @@ impl Session<'_> {
         let (mut shards, mut count, mut shard, mut index) = (0, 0, 0, 0);
         // SAFETY: an open handle, and places for results.
         unsafe {
-            assert!(check(sft_checkpoint_shard_count(checkpoint, &mut shards)));
-            assert!(check(sft_checkpoint_count(checkpoint, &mut count)));
+            assert!(check(sft_checkpoint_get_shard_count(checkpoint, &mut shards)));
+            assert!(check(sft_checkpoint_get_tensor_count(checkpoint, &mut count)));
             assert_eq!(count, map.len());
-            assert!(!check(sft_checkpoint_sorted(checkpoint, count, &mut shard, &mut index)));
+            assert!(!check(sft_checkpoint_get_sorted_tensor(checkpoint, count, &mut shard, &mut index)));
             let (mut name, mut file) = (no_text(), null());
-            assert!(!check(sft_checkpoint_shard(checkpoint, shards, &mut name, &mut file)));
+            assert!(!check(sft_checkpoint_get_shard(checkpoint, shards, &mut name, &mut file)));
             for (position, tensor) in map.keys().enumerate().take(MANY) {
-                assert!(check(sft_checkpoint_sorted(checkpoint, position, &mut shard, &mut index)));
+                assert!(check(sft_checkpoint_get_sorted_tensor(
+                    checkpoint, position, &mut shard, &mut index
+                )));
                 let place = (shard, index);
                 let text = tensor.as_bytes();
-                assert!(check(sft_checkpoint_find(
+                assert!(check(sft_checkpoint_find_tensor(
                     checkpoint,
                     text.as_ptr().cast(),
                     text.len(),
@@ -174,9 +176,9 @@ impl Session<'_> {
                     &mut index
                 )));
                 assert_eq!((shard, index), place);
-                assert!(check(sft_checkpoint_shard(checkpoint, shard, &mut name, &mut file)));
+                assert!(check(sft_checkpoint_get_shard(checkpoint, shard, &mut name, &mut file)));
                 assert_eq!(read(&name), map[tensor]);
-                assert!(check(sft_file_find(file, text.as_ptr().cast(), text.len(), &mut index)));
+                assert!(check(sft_file_find_tensor(file, text.as_ptr().cast(), text.len(), &mut index)));
             }
         }
     }

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Optional
+from typing import NoReturn
 
 from .._exceptions import SafetensorError
 from . import convert, diff, ls, verify
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that ``arguments`` (by default those of the process) say, and returns the exit status."""
     options = parser().parse_args(arguments)
     try:

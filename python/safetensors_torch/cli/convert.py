@@ -1,9 +1,10 @@
 """Converts a checkpoint: from torch.save's format, one file into several, several into one, to another dtype.
 
-The source is a safetensors file, an index, or a folder with either; or a file of torch.save's (.pt, .pth, .bin, .ckpt),
-an index of several (pytorch_model.bin.index.json), or a folder with either, which are loaded with weights_only=True, so
-that they cannot run code. A target that ends in .safetensors is a file, another one a folder, into which save_sharded
-writes. Of tensors that share memory one is kept, as by save_model. A few tensors at a time are in memory.
+The source is a safetensors file, an index, or a directory with either; or a file of torch.save (.pt, .pth, .bin,
+.ckpt), an index of several (pytorch_model.bin.index.json), or a directory with either. Those are loaded with
+weights_only=True, so that they cannot run code. A target that ends in .safetensors is a file; any other target is a
+directory, which save_sharded writes to. Of tensors that share memory
+one is kept, as by save_model. A few tensors at a time are in memory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", help="a safetensors file, a file of torch.save's, an index (.json), or a folder")
-    command.add_argument("target", help="a file that ends in .safetensors, or a folder")
+    command.add_argument("source", help="a safetensors file, a file of torch.save's, an index (.json), or a directory")
+    command.add_argument("target", help="a file that ends in .safetensors, or a directory")
     command.add_argument("--dtype", choices=_DTYPES, help="what floating-point tensors are converted to")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="for a folder: 5GB (the default), 500MiB")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="for a directory: 5GB (the default), 500MiB")
     command.add_argument(
         "--key", metavar="NAME", help="the entry of a torch.save file that has the tensors: model, a.b"
     )
@@ -42,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     is_file = options.target.endswith(".safetensors")
     if is_file and options.max_shard_size:
-        raise ValueError(f"{options.target} is one file: --max-shard-size is for a folder")
+        raise ValueError(f"{options.target} is one file: --max-shard-size is for a directory")
     _refuse_replacing(options)
     from .._loader import ensure_loaded
 

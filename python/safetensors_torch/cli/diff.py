@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from .._core import Tensor
 from .._steps import Bar
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("left", help="a file, an index (.json), or a folder with either")
+    command.add_argument("left", help="a file, an index (.json), or a directory with either")
     command.add_argument("right", help="what it is compared with")
     command.add_argument("--no-values", action="store_true", help="compare names, dtypes, shapes and metadata alone")
     command.add_argument("--rtol", type=float, default=0.0, help="relative tolerance of values (%(default)s)")
@@ -41,7 +41,7 @@ class Differences:
     kinds: list[dict[str, str]] = field(default_factory=list)
     """Tensors of other dtypes or shapes."""
     values: list[dict[str, Any]] = field(default_factory=list)
-    metadata: list[dict[str, Optional[str]]] = field(default_factory=list)
+    metadata: list[dict[str, str | None]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any((self.left_only, self.right_only, self.kinds, self.values, self.metadata))
@@ -122,5 +122,5 @@ def _print(found: Differences, compared: int) -> None:
         print(f"equal: {compared} tensor(s)")
 
 
-def _quoted(text: Optional[str]) -> str:
+def _quoted(text: str | None) -> str:
     return "none" if text is None else printable(repr(text))

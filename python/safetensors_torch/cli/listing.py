@@ -16,7 +16,7 @@ class Listing:
     """What the headers of a file or a checkpoint have."""
 
     def __init__(self, path: str) -> None:
-        """Reads the headers of ``path``: a file, an index, or a folder with either."""
+        """Reads the headers of ``path``: a file, an index, or a directory with either."""
         self.path = path
         self.files, self.metadata, tensors = read_headers(path)
         self.entries = {tensor.name: tensor for tensor in tensors}
@@ -26,8 +26,8 @@ class Listing:
         """The bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def folder(self) -> str:
-        """The folder in which the files are."""
+    def directory(self) -> str:
+        """The directory in which the files are."""
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import re
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,9 +27,9 @@ _FIRST = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 class Options(NamedTuple):
     """What the command line says of the source."""
 
-    dtype: Optional[torch.dtype]
+    dtype: torch.dtype | None
     """What floating-point tensors are converted to."""
-    key: Optional[str]
+    key: str | None
     """The entry with the tensors, in each file of torch.save's."""
     skip: bool
     """Whether what cannot be converted is left out."""
@@ -49,7 +49,7 @@ class _Source:
         """The tensors of these names, contiguous, on the CPU."""
         raise NotImplementedError
 
-    def _declare(self, name: str, tensor: torch.Tensor, dtype: Optional[torch.dtype]) -> None:
+    def _declare(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
         converted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         self.specs[name] = torch.empty(tensor.shape, dtype=converted, device="meta")
 
@@ -71,7 +71,7 @@ def open_source(path: str, options: Options) -> _Source:
 
 
 class _Safetensors(_Source):
-    def __init__(self, path: str, dtype: Optional[torch.dtype]) -> None:
+    def __init__(self, path: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._file, self._dtype = open_checkpoint(path, "mmap"), dtype
         self.metadata = call(self._file.metadata) or {}
@@ -87,7 +87,7 @@ class _Pickles(_Source):
     def __init__(self, found: _Found, options: Options) -> None:
         super().__init__()
         self._found, self._options = found, options
-        self._current: tuple[Optional[str], dict[str, torch.Tensor]] = (None, {})
+        self._current: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
         self._file_of: dict[str, str] = {}
         for file in found.files:
             os.stat(file)  # all are there, or nothing is read
@@ -145,11 +145,11 @@ class _Found(NamedTuple):
     path: str
     """Of the file, the index, or the directory."""
     files: list[str]
-    index: Optional[dict[str, str]] = None
+    index: dict[str, str] | None = None
     """The file of each tensor, if an index says so."""
 
 
-def _find(path: str) -> Optional[_Found]:
+def _find(path: str) -> _Found | None:
     """The files of torch.save's at ``path``; None if it is something else."""
     if os.path.isdir(path):
         return _find_in_directory(path)
@@ -159,7 +159,7 @@ def _find(path: str) -> Optional[_Found]:
     return _Found(path, [path]) if path.lower().endswith(_SUFFIXES) else None
 
 
-def _find_in_directory(path: str) -> Optional[_Found]:
+def _find_in_directory(path: str) -> _Found | None:
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     if any(name.endswith(".safetensors") or ".safetensors." in name for name in names):
         return None
@@ -188,7 +188,7 @@ def _find_in_directory(path: str) -> Optional[_Found]:
     return None
 
 
-def _read_index(path: str) -> Optional[dict[str, str]]:
+def _read_index(path: str) -> dict[str, str] | None:
     """The file of each tensor, or None if it is an index of other files."""
     with open(path, encoding="utf-8") as file:
         try:
@@ -222,7 +222,7 @@ def _load(path: str) -> Any:
         raise ValueError(f"{path} is damaged, or not a file of torch.save's ({reason}): fetch it again") from None
 
 
-def _entry(path: str, loaded: Any, key: Optional[str]) -> Any:
+def _entry(path: str, loaded: Any, key: str | None) -> Any:
     """The entry ``key``: a name, or names with dots between them, of which one may have dots itself."""
     if key is None:
         return loaded
@@ -232,7 +232,7 @@ def _entry(path: str, loaded: Any, key: Optional[str]) -> Any:
     return found[0]
 
 
-def _descend(loaded: Any, key: str) -> Union[None, tuple[Any]]:
+def _descend(loaded: Any, key: str) -> None | tuple[Any]:
     if not isinstance(loaded, dict):
         return None
     if key in loaded:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Callable, NamedTuple, Union
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from .._arguments import encode_path
 from .._errors import call
 from .._steps import STEP, Bar, run
-from ..safe_writer import SafeWriter
+from ..incremental_writer import IncrementalWriter
 from ..sharded import parse_size
 
 Specs = dict[str, torch.Tensor]
@@ -34,7 +34,7 @@ def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[st
     """Writes the tensors that ``specs`` declares, and ``read`` gives, into a file. Returns its path in a list."""
     bar, done, total = Bar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
     try:
-        with SafeWriter(path, specs, options.metadata, durable=options.durable) as writer:
+        with IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer:
             for names in _batches(specs):
                 for name, tensor in zip(names, read(names)):
                     writer.write(name, tensor)
@@ -47,9 +47,7 @@ def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[st
     return [path]
 
 
-def write_directory(
-    specs: Specs, read: Read, path: str, max_shard_size: Union[int, str], options: Options
-) -> list[str]:
+def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | str, options: Options) -> list[str]:
     """Writes them as a checkpoint, as save_sharded does, and returns the paths of the files.
 
     No more than one of its files has to be in memory.

@@ -4,7 +4,7 @@ diff does without."""
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -27,11 +27,11 @@ def flat(side: Any, name: str) -> torch.Tensor:
     return call(side.get_tensor, name, torch.device("cpu")).reshape(-1)
 
 
-def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> Optional[dict[str, Any]]:
+def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> dict[str, Any] | None:
     """How many elements of two flat tensors differ, and by how much at most (None where that is no finite number);
     None if none does."""
     differing = 0
-    distances: list[Optional[float]] = [0.0]
+    distances: list[float | None] = [0.0]
     for start in range(0, left.numel(), _PIECE):
         ours, theirs = (tensor[start : start + _PIECE] for tensor in (left, right))
         if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
@@ -51,7 +51,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
 
 
-def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, Optional[float]]:
+def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, float | None]:
     # By bits, exactly, also where a double holds less.
     different = (_bytes(left) != _bytes(right)).any(dim=1)
     if left.dtype == _FLOAT4:

@@ -1,7 +1,7 @@
 """Checks files or checkpoints: the header of each, the index against its files, that every byte can be read, and, where
 they are given, checksums. Prints what is wrong; the status is 1 then, or 2 if a path does not exist.
 
-Checksums are SHA-256 of whole files, in the format of sha256sum, with names from the folder of the list.
+Checksums are SHA-256 of whole files, in the format of sha256sum, with names from the directory of the list.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import hashlib
 import json
 import os
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 from .._exceptions import SafetensorError
 from .._steps import Bar
@@ -27,7 +28,7 @@ _PIECE = 8 << 20
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", nargs="+", help="a file, an index (.json), or a folder with either")
+    command.add_argument("path", nargs="+", help="a file, an index (.json), or a directory with either")
     command.add_argument("--header-only", action="store_true", help="do not read the data")
     command.add_argument("--checksums", metavar="FILE", help="a list that sha256sum or --write-checksums made")
     command.add_argument("--write-checksums", metavar="FILE", help="make such a list of the files, which are then read")
@@ -83,13 +84,13 @@ def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
             results.append({"path": path, "ok": False, "fault": str(error), "sha256": None})
             continue
         if os.path.isdir(path) or path.endswith(".json"):
-            files.update(dict.fromkeys(os.path.join(listing.folder(), name) for name in listing.files))
+            files.update(dict.fromkeys(os.path.join(listing.directory(), name) for name in listing.files))
         else:
             files[path] = None
     return list(files)
 
 
-def _read(file: str, tell: Callable[[int], None], with_digest: bool) -> Optional[str]:
+def _read(file: str, tell: Callable[[int], None], with_digest: bool) -> str | None:
     """Reads all of ``file``, and gives its checksum if that is wanted."""
     digest, piece, done = hashlib.sha256(), memoryview(bytearray(_PIECE)), 0
     with open(file, "rb", buffering=0) as stream:
@@ -101,7 +102,7 @@ def _read(file: str, tell: Callable[[int], None], with_digest: bool) -> Optional
     return digest.hexdigest() if with_digest else None
 
 
-def _compare(file: str, digest: str, expected: Optional[dict[str, str]]) -> Optional[str]:
+def _compare(file: str, digest: str, expected: dict[str, str] | None) -> str | None:
     if expected is None:
         return None
     wanted = expected.get(os.path.realpath(file))
@@ -114,7 +115,7 @@ def _compare(file: str, digest: str, expected: Optional[dict[str, str]]) -> Opti
 
 def _read_list(path: str) -> dict[str, str]:
     """The checksums of a list, by the real paths of their files."""
-    folder, sums = os.path.dirname(path), {}
+    directory, sums = os.path.dirname(path), {}
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             digest, _, name = line.rstrip("\n").partition(" ")
@@ -122,13 +123,13 @@ def _read_list(path: str) -> dict[str, str]:
                 continue
             if len(digest) != 64 or name[0] not in " *" or set(digest.lower()) - set("0123456789abcdef"):
                 raise ValueError(f"{path}, line {number}: not `SHA256  NAME`, as sha256sum writes it")
-            sums[os.path.realpath(os.path.join(folder, name[1:]))] = digest.lower()
+            sums[os.path.realpath(os.path.join(directory, name[1:]))] = digest.lower()
     return sums
 
 
 def _write_list(path: str, sums: dict[str, str]) -> None:
-    folder = os.path.dirname(os.path.realpath(path))
-    lines = [f"{digest}  {os.path.relpath(os.path.realpath(file), folder)}\n" for file, digest in sums.items()]
+    directory = os.path.dirname(os.path.realpath(path))
+    lines = [f"{digest}  {os.path.relpath(os.path.realpath(file), directory)}\n" for file, digest in sums.items()]
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as out:
         out.writelines(lines)
 

@@ -1,5 +1,5 @@
 /* Loads the library at run time, as a plugin that is linked to it does, leaves it with a background thread at work, and
- * unloads it, again and again. Run with the library and a folder. */
+ * unloads it, again and again. Run with the library and a directory. */
 #include <dlfcn.h>
 #include <pthread.h>
 #include <safetensors_torch.h>
@@ -65,7 +65,7 @@ int main(int argc, char** argv) {
     char path[4096];
     if (argc != 3 || snprintf(path, sizeof path, "%s/unload.safetensors", argv[2]) >= (int)sizeof path ||
         make_file(path) != 0) {
-        fprintf(stderr, "usage: %s LIBRARY FOLDER\n", argv[0]);
+        fprintf(stderr, "usage: %s LIBRARY DIRECTORY\n", argv[0]);
         return 2;
     }
     file_path = path;

@@ -5,7 +5,7 @@
 #include <string.h>
 
 static int failed(const char* what) {
-    fprintf(stderr, "%s: %s\n", what, sft_last_error_message());
+    fprintf(stderr, "%s: %s\n", what, sft_last_error_get_message());
     return 1;
 }
 
@@ -20,8 +20,8 @@ int main(int argc, char** argv) {
     float copy[6] = {0};
     size_t index = 0;
 
-    if (strcmp(sft_version(), SFT_VERSION_STRING) != 0) {
-        fprintf(stderr, "header %s, library %s\n", SFT_VERSION_STRING, sft_version());
+    if (strcmp(sft_get_version(), SFT_VERSION_STRING) != 0) {
+        fprintf(stderr, "header %s, library %s\n", SFT_VERSION_STRING, sft_get_version());
         return 1;
     }
     if (sft_writer_new(&writer) ||
@@ -31,9 +31,9 @@ int main(int argc, char** argv) {
     }
     sft_writer_free(writer);
 
-    if (sft_file_open(path, NULL, &file) || sft_file_find(file, "weight", 6, &index) ||
-        sft_file_tensor(file, index, &info) || sft_file_metadata_get(file, "format", 6, &format) ||
-        sft_file_read(file, index, copy, sizeof copy)) {
+    if (sft_file_open(path, NULL, &file) || sft_file_find_tensor(file, "weight", 6, &index) ||
+        sft_file_get_tensor_info(file, index, &info) || sft_file_find_metadata(file, "format", 6, &format) ||
+        sft_file_read_tensor(file, index, copy, sizeof copy)) {
         return failed("read");
     }
     if (info.dtype != SFT_DTYPE_F32 || info.rank != 2 || info.shape[0] != 2 || info.shape[1] != 3 ||
@@ -41,12 +41,12 @@ int main(int argc, char** argv) {
         fprintf(stderr, "the file says something else than was written\n");
         return 1;
     }
-    printf("C: weight of %" PRIu64 " bytes, library %s\n", info.nbytes, sft_version());
+    printf("C: weight of %" PRIu64 " bytes, library %s\n", info.nbytes, sft_get_version());
     sft_file_free(file);
 
     /* And an error comes with its text. */
     if (sft_file_open("/nowhere/model.safetensors", NULL, &file) != SFT_ERROR_IO ||
-        strstr(sft_last_error_message(), "/nowhere/model.safetensors") == NULL) {
+        strstr(sft_last_error_get_message(), "/nowhere/model.safetensors") == NULL) {
         return failed("a file that is not there");
     }
     return 0;

@@ -45,8 +45,9 @@ int main(int argc, char** argv) {
     // C functions, from the same library.
     sft_file* handle = nullptr;
     std::size_t count = 0;
-    check(sft_file_open(path.c_str(), nullptr, &handle) == SFT_OK && sft_file_count(handle, &count) == SFT_OK,
-          "C opens what C++ wrote");
+    check(
+        sft_file_open(path.c_str(), nullptr, &handle) == SFT_OK && sft_file_get_tensor_count(handle, &count) == SFT_OK,
+        "C opens what C++ wrote");
     check(count == 2, "C counts two tensors");
     sft_file_free(handle);
 
@@ -55,8 +56,8 @@ int main(int argc, char** argv) {
                                       .findSchemaOrThrow("safetensors_torch::_built_for", "")
                                       .typed<std::tuple<std::string, std::string>()>()
                                       .call();
-    check(version == sft_version() && torch == TORCH_VERSION, "the library was built for this torch");
-    std::cout << "C++: " << (failures == 0 ? "all well" : "failed") << ", library " << sft_version() << ", torch "
+    check(version == sft_get_version() && torch == TORCH_VERSION, "the library was built for this torch");
+    std::cout << "C++: " << (failures == 0 ? "all well" : "failed") << ", library " << sft_get_version() << ", torch "
               << torch << "\n";
     return failures == 0 ? 0 : 1;
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 import torch
 from typing_extensions import assert_type
@@ -22,10 +21,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def use_SafeWriter(path: Path, tensor: torch.Tensor) -> None:
-    with safetensors_torch.SafeWriter(
+    with safetensors_torch.IncrementalWriter(
         path, {"a": (torch.float32, [2, 3]), "b": tensor}, {"format": "pt"}, durable=True
     ) as writer:
-        assert_type(writer, safetensors_torch.SafeWriter)
+        assert_type(writer, safetensors_torch.IncrementalWriter)
         writer.write("a", tensor)
         assert_type(writer.missing(), list[str])
         writer.write("a", [1.0])  # type: ignore[arg-type]
@@ -40,9 +39,9 @@ def use_SafetensorError() -> None:
 
 
 def use_TransferOptions(options: safetensors_torch.TransferOptions) -> None:
-    assert_type(options.ring_bytes, int)
+    assert_type(options.pinned_pool_bytes, int)
     assert_type(options.threads, int)
-    ring_bytes, threads = options
+    pinned_pool_bytes, threads = options
     assert_type(threads, int)
 
 
@@ -91,11 +90,11 @@ def use_load_model(model: torch.nn.Module, path: Path) -> None:
     safetensors_torch.load_model(model, path, rename={"a": "b"})  # type: ignore[arg-type]
 
 
-def use_load_sharded(folder: Path) -> None:
-    assert_type(safetensors_torch.load_sharded(folder), Tensors)
-    safetensors_torch.load_sharded(folder, "cuda", backend="pread", dtype=torch.float16, names=["a"], progress=False)
-    safetensors_torch.load_sharded(folder, variant="fp16", extra="ignore")
-    safetensors_torch.load_sharded(folder, prefault="no")  # type: ignore[arg-type]
+def use_load_sharded(directory: Path) -> None:
+    assert_type(safetensors_torch.load_sharded(directory), Tensors)
+    safetensors_torch.load_sharded(directory, "cuda", backend="pread", dtype=torch.float16, names=["a"], progress=False)
+    safetensors_torch.load_sharded(directory, variant="fp16", extra="ignore")
+    safetensors_torch.load_sharded(directory, prefault="no")  # type: ignore[arg-type]
 
 
 def use_patch_safetensors() -> None:
@@ -120,7 +119,7 @@ def use_safe_open(path: Path, data: bytes) -> None:
         assert_type(file, safetensors_torch.safe_open)
         assert_type(file.keys(), list[str])
         assert_type(file.offset_keys(), list[str])
-        assert_type(file.metadata(), Optional[dict[str, str]])
+        assert_type(file.metadata(), dict[str, str] | None)
         assert_type(file.get_tensor("a"), torch.Tensor)
         assert_type(file.get_tensors(), Tensors)
         part = file.get_slice("a")
@@ -152,15 +151,17 @@ def use_save_model(model: torch.nn.Module, path: Path) -> None:
     safetensors_torch.save_model(model, path, max_shard_size=1.5)  # type: ignore[arg-type]
 
 
-def use_save_sharded(tensors: Tensors, folder: Path) -> None:
-    assert_type(safetensors_torch.save_sharded(tensors, folder), list[str])
-    safetensors_torch.save_sharded(tensors, folder, {"format": "pt"}, max_shard_size=10**9, stem="model", durable=True)
-    safetensors_torch.save_sharded(tensors, folder, force_contiguous=True, shared="keep_one")
-    safetensors_torch.save_sharded(tensors, folder, stem=None)  # type: ignore[arg-type]
+def use_save_sharded(tensors: Tensors, directory: Path) -> None:
+    assert_type(safetensors_torch.save_sharded(tensors, directory), list[str])
+    safetensors_torch.save_sharded(
+        tensors, directory, {"format": "pt"}, max_shard_size=10**9, stem="model", durable=True
+    )
+    safetensors_torch.save_sharded(tensors, directory, force_contiguous=True, shared="keep_one")
+    safetensors_torch.save_sharded(tensors, directory, stem=None)  # type: ignore[arg-type]
 
 
 def use_set_transfer_options() -> None:
-    safetensors_torch.set_transfer_options(ring_bytes=128 << 20, threads=4)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=128 << 20, threads=4)
     safetensors_torch.set_transfer_options(128 << 20)  # type: ignore[call-arg]
 
 

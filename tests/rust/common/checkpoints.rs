@@ -9,12 +9,12 @@ use super::read;
 pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Saves tensors of bytes, in this order.
-pub fn save(folder: &Path, tensors: &[(&str, &[u8])], max_shard_bytes: u64) -> Result<Vec<String>, Error> {
-    save_with(folder, tensors, ShardedOptions { max_shard_bytes, ..ShardedOptions::default() })
+pub fn save(directory: &Path, tensors: &[(&str, &[u8])], max_shard_size: u64) -> Result<Vec<String>, Error> {
+    save_with(directory, tensors, ShardedOptions { max_shard_size, ..ShardedOptions::default() })
 }
 
 pub fn save_with(
-    folder: &Path,
+    directory: &Path,
     tensors: &[(&str, &[u8])],
     options: ShardedOptions<'_>,
 ) -> Result<Vec<String>, Error> {
@@ -24,7 +24,7 @@ pub fn save_with(
         specs.map(|((name, _), shape)| TensorSpec { name, dtype: Dtype::U8, shape }).collect();
     let data: Vec<&[u8]> = tensors.iter().map(|&(_, bytes)| bytes).collect();
     let metadata = Metadata::from([("format".to_string(), "pt".to_string())]);
-    save_sharded(&specs, &data, Some(&metadata), folder, options)
+    save_sharded(&specs, &data, Some(&metadata), directory, options)
 }
 
 /// Names and bytes, in the order of names.

@@ -106,9 +106,9 @@ pub fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKi
     assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
 }
 
-/// The names in a folder, sorted.
-pub fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).expect("a folder");
+/// The names in a directory, sorted.
+pub fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).expect("a directory");
     let mut names: Vec<String> =
         entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
     names.sort();

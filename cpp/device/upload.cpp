@@ -1,0 +1,200 @@
+#include "cpp/device/upload.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "cpp/alias.h"
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+// How long to wait for the next slab before looking whether copies are done.
+constexpr uint64_t kPollMicroseconds = 50;
+
+// How long where no copy is under way. Long enough to cost nothing, and no end of waiting depends on it.
+constexpr uint64_t kWaitMicroseconds = 100'000;
+
+uint64_t destination_bytes(const std::vector<Destination>& destinations) {
+    uint64_t bytes = 0;
+    for (const Destination& destination : destinations) {
+        bytes += static_cast<uint64_t>(destination.tensor.numel()) * c10::elementSize(destination.stored);
+    }
+    return bytes;
+}
+
+c10::Device device_of(const std::vector<Destination>& destinations) {
+    return destinations.empty() ? c10::Device(c10::kCPU) : destinations.front().tensor.device();
+}
+
+// Device memory for the bytes of one part; undefined where nothing has to be converted on a device.
+at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
+    const auto keeps_dtype = [](const Destination& one) { return one.tensor.scalar_type() == one.stored; };
+    const c10::Device device = device_of(destinations);
+    if (device.is_cpu() || std::all_of(destinations.begin(), destinations.end(), keeps_dtype)) {
+        return {};
+    }
+    const auto bytes = static_cast<int64_t>(std::min<uint64_t>(kSlabBytes, destination_bytes(destinations)));
+    try {
+        return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    } catch (const c10::OutOfMemoryError& error) {
+        throw c10::OutOfMemoryError(
+            "memory to convert tensors in, of " + std::to_string(bytes) + " bytes: " + error.what_without_backtrace(),
+            nullptr);
+    }
+}
+
+}  // namespace
+
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown)
+    : Upload(std::move(file), std::move(destinations), shown, {}, /*is_slice=*/false) {}
+
+Upload::Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges)
+    : Upload(std::move(file), {std::move(destination)}, /*shown=*/true, std::move(ranges), /*is_slice=*/true) {}
+
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown, std::vector<core::Range> ranges,
+               bool is_slice)
+    : file_(std::move(file)),
+      destinations_(std::move(destinations)),
+      shown_(shown),
+      ranges_(std::move(ranges)),
+      is_slice_(is_slice),
+      total_(destination_bytes(destinations_)),
+      unconverted_(conversion_memory(destinations_)),
+      copy_stream_(device_of(destinations_), total_) {}
+
+// Lets threads begin to read.
+void Upload::start() {
+    std::vector<core::Slab> slabs;
+    for (size_t slab = 0; slab < copy_stream_.size(); ++slab) {
+        slabs.push_back({copy_stream_.data(slab)});
+    }
+    const rust::Slice<const core::Slab> memory(slabs.data(), slabs.size());
+    if (is_slice_) {
+        const rust::Slice<const core::Range> ranges(ranges_.data(), ranges_.size());
+        prefetcher_ = (*file_)->prefetch_slice(destinations_.front().index, ranges, memory, copy_stream_.slab_bytes());
+        return;
+    }
+    std::vector<size_t> indices;
+    indices.reserve(destinations_.size());
+    for (const Destination& destination : destinations_) {
+        indices.push_back(destination.index);
+    }
+    prefetcher_ = (*file_)->prefetch({indices.data(), indices.size()}, shown_, memory, copy_stream_.slab_bytes());
+}
+
+bool Upload::advance(Deadline until) {
+    const bool is_done = copy_until(until);
+    if (!is_done) {
+        // The caller may free a destination before the next step: whoever gets that memory comes after the copies.
+        copy_stream_.join();
+    }
+    return is_done;
+}
+
+bool Upload::copy_until(Deadline until) {
+    const at::NoGradGuard no_grad;
+    if (!prefetcher_) {
+        start();
+    }
+    while (!finished_) {
+        if (!copy_stream_.is_ready()) {
+            if (until.passed()) {
+                return false;
+            }
+            std::this_thread::sleep_for(std::chrono::microseconds(kPollMicroseconds));
+            continue;
+        }
+        take_back();
+        if ((*prefetcher_)->is_starved() && copy_stream_.grow()) {
+            (*prefetcher_)->add({copy_stream_.data(copy_stream_.size() - 1)});
+        }
+        const bool may_grow = (*prefetcher_)->is_starved();
+        const uint64_t wait = copying_.empty() && !may_grow ? kWaitMicroseconds : kPollMicroseconds;
+        const core::Taken taken = (*prefetcher_)->take(std::min(wait, until.microseconds_left()));
+        switch (taken.progress) {
+            case core::Progress::Filled:
+                copy(taken);
+                break;
+            case core::Progress::Later:
+                break;
+            case core::Progress::End:
+                copy_stream_.finish();
+                finished_ = true;
+                break;
+        }
+        if (!finished_ && until.passed()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Slabs whose copies are done go round again.
+void Upload::take_back() {
+    while (!copying_.empty() && copy_stream_.is_idle(copying_.front())) {
+        (*prefetcher_)->give(copying_.front());
+        copying_.pop_front();
+    }
+}
+
+void Upload::copy(const core::Taken& taken) {
+    copy_stream_.run(taken.slab, [&] {
+        for (const core::Part& part : taken.parts) {
+            try {
+                copy_part(part, taken.slab);
+            } catch (const std::exception& error) {
+                explain(error, part.request);
+            }
+            done_ += part.length;
+        }
+    });
+    copying_.push_back(taken.slab);
+}
+
+void Upload::copy_part(const core::Part& part, size_t slab) {
+    const Destination& destination = destinations_[part.request];
+    const auto to_type = destination.tensor.scalar_type();
+    const c10::Storage& to = destination.tensor.storage();
+    const auto start = static_cast<int64_t>(part.start);
+    const auto length = static_cast<int64_t>(part.length);
+    const bool non_blocking = copy_stream_.is_async();
+    if (to_type == destination.stored) {
+        const auto itemsize = static_cast<int64_t>(destination.tensor.element_size());
+        const int64_t first = destination.tensor.storage_offset() * itemsize + static_cast<int64_t>(part.offset);
+        alias(to, at::kByte, first, length)
+            .copy_(alias(copy_stream_.storage(slab), at::kByte, start, length), non_blocking);
+        return;
+    }
+    const auto itemsize = static_cast<int64_t>(c10::elementSize(destination.stored));
+    const int64_t count = length / itemsize;
+    const int64_t first = destination.tensor.storage_offset() + static_cast<int64_t>(part.offset) / itemsize;
+    const at::Tensor converted = alias(to, to_type, first, count);
+    if (copy_stream_.device().is_cpu()) {
+        converted.copy_(alias(copy_stream_.storage(slab), destination.stored, start / itemsize, count));
+        return;
+    }
+    const c10::Storage& bytes = unconverted_.storage();
+    alias(bytes, at::kByte, 0, length).copy_(alias(copy_stream_.storage(slab), at::kByte, start, length), non_blocking);
+    converted.copy_(alias(bytes, destination.stored, 0, count), non_blocking);
+}
+
+void Upload::explain(const std::exception& error, size_t request) const {
+    const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+    const std::string text = "tensor " + repr(std::string((*file_)->name(destinations_[request].index))) +
+                             " cannot be copied to " + copy_stream_.device().str() + ": " +
+                             (of_torch != nullptr ? of_torch->what_without_backtrace() : error.what());
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+        throw c10::OutOfMemoryError(text, nullptr);
+    }
+    fail(Kind::runtime, text);
+}
+
+}  // namespace safetensors_torch

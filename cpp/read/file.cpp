@@ -1,0 +1,296 @@
+#include "cpp/read/file.h"
+
+#include "cpp/dtype.h"
+#include "cpp/error.h"
+#include "include/safetensors_torch.h"
+
+namespace safetensors_torch {
+namespace {
+
+uint64_t not_negative(int64_t value) {
+    if (value < 0) {
+        fail(Kind::value, "a slice is given by starts, stops and steps that are not negative");
+    }
+    return static_cast<uint64_t>(value);
+}
+
+}  // namespace
+
+File::File(const std::string& path, const std::string& backend)
+    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_file(path, backend)); }), backend == "mmap") {}
+
+File::File(const at::Tensor& data)
+    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_bytes(data)); }), /*lends=*/false) {}
+
+File::File(SharedCheckpoint checkpoint, bool lends) : checkpoint_(std::move(checkpoint)) { lender_.lends = lends; }
+
+SharedCheckpoint File::opened() const {
+    SharedCheckpoint checkpoint = checkpoint_.take();
+    if (checkpoint == nullptr) {
+        fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
+    }
+    return checkpoint;
+}
+
+StorageSharing File::lender_for(c10::Device device) const {
+    StorageSharing lender = lender_;
+    if (lender.lends && device.is_cpu()) {
+        is_lent_ = true;
+    }
+    lender.shown = is_lent_;
+    return lender;
+}
+
+namespace {
+
+std::vector<std::string> names_at(const Checkpoint& checkpoint, const std::vector<core::Place>& places) {
+    std::vector<std::string> names;
+    names.reserve(places.size());
+    for (const core::Place& place : places) {
+        names.push_back(checkpoint.name(place));
+    }
+    return names;
+}
+
+}  // namespace
+
+std::vector<std::string> File::keys() const {
+    const auto checkpoint = opened();
+    return names_at(*checkpoint, checkpoint->sorted_by_name());
+}
+
+std::vector<std::string> File::offset_keys() const {
+    const auto checkpoint = opened();
+    return names_at(*checkpoint, checkpoint->in_file_order());
+}
+
+// Of what several files say of one key, the first counts.
+std::optional<Metadata> File::metadata() const {
+    const auto checkpoint = opened();
+    std::optional<Metadata> metadata;
+    for (const SharedFile& file : checkpoint->files()) {
+        if (!(*file)->has_metadata()) {
+            continue;
+        }
+        if (!metadata) {
+            metadata.emplace();
+        }
+        for (const auto& entry : (*file)->metadata()) {
+            metadata->insert(std::string(entry.key.begin(), entry.key.end()),
+                             std::string(entry.value.begin(), entry.value.end()));
+        }
+    }
+    return metadata;
+}
+
+int64_t File::size() const { return static_cast<int64_t>(opened()->count()); }
+
+bool File::contains(const std::string& name) const { return opened()->contains(name); }
+
+std::vector<int64_t> File::shape(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const auto shape = checkpoint->file(place).shape(place.index);
+    return {shape.begin(), shape.end()};
+}
+
+std::vector<int64_t> File::tensor_shape(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const auto shape = describe(checkpoint->file(place), place.index).second;
+    return {shape.begin(), shape.end()};
+}
+
+c10::ScalarType File::tensor_dtype(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return describe(checkpoint->file(place), place.index).first;
+}
+
+std::string File::dtype(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return std::string(core::dtype_code(checkpoint->file(place).dtype(place.index)));
+}
+
+std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const core::File& file = checkpoint->file(place);
+    const auto shape = file.shape(place.index);
+    return {std::vector<int64_t>(shape.begin(), shape.end()), std::string(core::dtype_code(file.dtype(place.index)))};
+}
+
+std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    const core::File& file = checkpoint->file(place);
+    const auto begin = static_cast<int64_t>(file.begin(place.index));
+    return {begin, begin + static_cast<int64_t>(file.nbytes(place.index))};
+}
+
+std::vector<std::string> File::shards() const { return opened()->file_names(); }
+
+std::string File::shard_of(const std::string& name) const {
+    const auto checkpoint = opened();
+    const auto names = checkpoint->file_names();
+    const size_t shard = checkpoint->find(name).shard;
+    return names.empty() ? "" : names[shard];
+}
+
+at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    if (device.is_cpu()) {
+        checkpoint->file(place).read_ahead(place.index);
+    }
+    return load_tensor(checkpoint->files()[place.shard], lender_for(device), place.index, device);
+}
+
+at::Tensor File::view(const std::string& name) const {
+    const auto checkpoint = opened();
+    const core::Place place = checkpoint->find(name);
+    return load_tensor(checkpoint->files()[place.shard], lender_for(c10::kCPU), place.index, c10::kCPU);
+}
+
+void File::read_ahead(const std::string& name, const at::Tensor& part) const {
+    const auto checkpoint = opened();
+    if (part.numel() == 0 || !part.is_cpu()) {
+        return;
+    }
+    // From the first element to the last: torch has no negative strides.
+    size_t elements = 1;
+    for (int64_t axis = 0; axis < part.dim(); ++axis) {
+        elements += static_cast<size_t>((part.size(axis) - 1) * part.stride(axis));
+    }
+    const auto address = reinterpret_cast<uintptr_t>(part.const_data_ptr());
+    checkpoint->file(checkpoint->find(name)).read_ahead_at(address, elements * part.itemsize(), part.nbytes());
+}
+
+std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
+    const auto checkpoint = opened();
+    std::vector<core::Place> places;
+    places.reserve(names.size());
+    for (const std::string& name : names) {
+        places.push_back(checkpoint->find(name));
+    }
+    CheckpointLoader loads(*checkpoint, lender_for(device), places, Target{device, {}});
+    return tensors_of(loads);
+}
+
+namespace {
+
+SliceLoader slice_loader(const Checkpoint& checkpoint, const std::string& name, const std::vector<int64_t>& starts,
+                         const std::vector<int64_t>& stops, const std::vector<int64_t>& steps, c10::Device device) {
+    if (starts.size() != stops.size() || starts.size() != steps.size()) {
+        fail(Kind::value, "a slice takes one start, one stop and one step a dimension");
+    }
+    std::vector<core::Range> ranges;
+    for (size_t axis = 0; axis < starts.size(); ++axis) {
+        ranges.push_back({not_negative(starts[axis]), not_negative(stops[axis]), not_negative(steps[axis])});
+    }
+    const core::Place place = checkpoint.find(name);
+    return {checkpoint.files()[place.shard], place.index, std::move(ranges), device};
+}
+
+}  // namespace
+
+at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& starts,
+                           const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                           c10::Device device) const {
+    SliceLoader loader = slice_loader(*opened(), name, starts, stops, steps, device);
+    loader.advance(Deadline::never());
+    return loader.tensor();
+}
+
+c10::intrusive_ptr<PendingLoad> File::start_load(const std::optional<std::vector<std::string>>& names,
+                                                 c10::Device device, std::optional<c10::ScalarType> dtype) const {
+    auto loads =
+        std::make_unique<CheckpointLoader>(load_all(*opened(), lender_for(device), Target{device, dtype}, names));
+    return c10::make_intrusive<PendingLoad>(std::move(loads));
+}
+
+c10::intrusive_ptr<PendingSlice> File::start_slice(const std::string& name, const std::vector<int64_t>& starts,
+                                                   const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
+                                                   c10::Device device) const {
+    auto loader = std::make_unique<SliceLoader>(slice_loader(*opened(), name, starts, stops, steps, device));
+    return c10::make_intrusive<PendingSlice>(std::move(loader));
+}
+
+c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const std::vector<std::string>& optional,
+                                                   const std::string& class_name, bool strict,
+                                                   const std::string& prefix) const {
+    auto loader =
+        std::make_unique<StateLoader>(opened(), lender_for(c10::kMeta), state, optional, class_name, strict, prefix);
+    return c10::make_intrusive<PendingState>(std::move(loader));
+}
+
+void File::prefault(bool wait) const { opened()->prefault(wait); }
+
+void File::close() { checkpoint_.close(); }
+
+bool File::is_open() const { return checkpoint_.is_open(); }
+
+namespace {
+
+// A method that torch can call, with clean errors.
+template <typename Result, typename... Args>
+auto clean(Result (File::*method)(Args...) const) {
+    return [method](const c10::intrusive_ptr<File>& self, Args... args) -> Result {
+        return guarded([&] { return ((*self).*method)(args...); });
+    };
+}
+
+}  // namespace
+
+PendingFile::PendingFile(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
+                         const std::string& extra)
+    : pending_(core::begin_open(as_bytes(path), as_bytes(backend), variant.has_value(), as_bytes(variant.value_or("")),
+                                as_bytes(extra))),
+      lends_(backend == "mmap") {}
+
+c10::intrusive_ptr<File> PendingFile::result() {
+    auto checkpoint = std::make_shared<const Checkpoint>(core::finish_open(*pending_));
+    return c10::make_intrusive<File>(std::move(checkpoint), lends_);
+}
+
+void register_file(torch::Library& library) {
+    library.class_<File>("File")
+        .def(torch::init<const std::string&, const std::string&>())
+        .def("keys", clean(&File::keys))
+        .def("offset_keys", clean(&File::offset_keys))
+        .def("metadata", clean(&File::metadata))
+        .def("size", clean(&File::size))
+        .def("contains", clean(&File::contains))
+        .def("shape", clean(&File::shape))
+        .def("tensor_shape", clean(&File::tensor_shape))
+        .def("tensor_dtype", clean(&File::tensor_dtype))
+        .def("dtype", clean(&File::dtype))
+        .def("shape_and_dtype", clean(&File::shape_and_dtype))
+        .def("byte_range", clean(&File::byte_range))
+        .def("shards", clean(&File::shards))
+        .def("shard_of", clean(&File::shard_of))
+        .def("get_tensor", clean(&File::get_tensor))
+        .def("view", clean(&File::view))
+        .def("read_ahead", clean(&File::read_ahead))
+        .def("get_tensors", clean(&File::get_tensors))
+        .def("get_slice", clean(&File::get_slice))
+        .def("start_load", clean(&File::start_load))
+        .def("start_slice", clean(&File::start_slice))
+        .def("start_state", clean(&File::start_state))
+        .def("prefault", clean(&File::prefault))
+        .def("close", &File::close)
+        .def("is_open", &File::is_open);
+    // After File, which its result is.
+    using Pending = c10::intrusive_ptr<PendingFile>;
+    library.class_<PendingFile>("PendingFile")
+        .def(torch::init([](const std::string& path, const std::string& backend,
+                            const std::optional<std::string>& variant, const std::string& extra) {
+            return guarded([&] { return c10::make_intrusive<PendingFile>(path, backend, variant, extra); });
+        }))
+        .def("advance", [](const Pending& self,
+                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
+        .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,264 @@
+#include "cpp/read/load.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <limits>
+
+#include "cpp/compat.h"
+#include "cpp/dtype.h"
+#include "cpp/error.h"
+
+namespace safetensors_torch {
+namespace {
+
+// In Loader::places_: a tensor over the file's own memory.
+constexpr size_t kLent = std::numeric_limits<size_t>::max();
+
+void release_mapping(void* context) { core::release_mapping(static_cast<const core::Mapping*>(context)); }
+
+void release_block(void* context) { core::release_block(static_cast<const core::Block*>(context)); }
+
+void release_tensor(void* context) { delete static_cast<at::Tensor*>(context); }
+
+// What a DataPtr gives back to its deleter.
+template <typename T>
+void* as_context(const T* owner) {
+    return const_cast<T*>(owner);
+}
+
+// Where the file's memory can be lent to the tensor at `index`, its address, else null. Kernels want elements at
+// multiples of their size: torch's complex64 at 8, where C's is content with 4.
+uint8_t* lendable(const core::File& file, const StorageSharing& lender, size_t index, c10::ScalarType type) {
+    uint8_t* data = lender.lends && file.nbytes(index) != 0 ? file.data(index) : nullptr;
+    return reinterpret_cast<uintptr_t>(data) % c10::elementSize(type) == 0 ? data : nullptr;
+}
+
+// A pointer into the file's memory, which keeps that memory alive.
+c10::DataPtr lend(const core::File& file, const StorageSharing& lender, uint8_t* data) {
+    if (lender.data.defined()) {
+        return {data, new at::Tensor(lender.data), &release_tensor, c10::kCPU};
+    }
+    return {data, as_context(file.share_mapping()), &release_mapping, c10::kCPU};
+}
+
+// A contiguous CPU tensor over `data`, with a storage of exactly its bytes. With an allocator it can be resized.
+at::Tensor over(c10::DataPtr data, size_t nbytes, c10::ScalarType type, c10::IntArrayRef shape,
+                c10::Allocator* allocator) {
+    c10::Storage storage(c10::Storage::use_byte_size_t(), nbytes, std::move(data), allocator,
+                         /*resizable=*/allocator != nullptr);
+    auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(type));
+    tensor.unsafeGetTensorImpl()->set_sizes_contiguous(shape);
+    return tensor;
+}
+
+// Layout, device and pinning are given, so torch's default device has no say.
+at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
+    return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
+}
+
+// The same for `what`, which the error names if there is not enough memory.
+at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what) {
+    try {
+        return empty_on(device, type, shape);
+    } catch (const c10::Error& error) {
+        const std::string text = what + " of " +
+                                 std::to_string(c10::multiply_integers(shape) * c10::elementSize(type)) +
+                                 " bytes: " + error.what_without_backtrace();
+        if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+            throw c10::OutOfMemoryError(text, nullptr);
+        }
+        fail(kind_of(error), text);
+    }
+}
+
+// Whether the tensor's elements lie in a storage that copies can be made to.
+bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
+
+// The device, with the index of the current one where there was none.
+c10::Device with_index(c10::Device device) {
+    if (device.has_index() || device.is_cpu() || device.is_meta()) {
+        return device;
+    }
+    return c10::impl::VirtualGuardImpl(device.type()).getDevice();
+}
+
+// The dtype that a tensor is to have: of floating-point tensors the one asked for, of others their own.
+c10::ScalarType converted(c10::ScalarType stored, std::optional<c10::ScalarType> wanted) {
+    return wanted && c10::isFloatingType(stored) ? *wanted : stored;
+}
+
+}  // namespace
+
+NamedTensors named(const Tensors& tensors) {
+    NamedTensors result;
+    result.reserve(tensors.size());
+    for (const auto& entry : tensors) {
+        result.emplace_back(entry.key(), entry.value());
+    }
+    return result;
+}
+
+NamedTensors named(std::vector<std::string> names, std::vector<at::Tensor> tensors) {
+    if (names.size() != tensors.size()) {
+        fail(Kind::value, "a save takes as many names as tensors, not " + std::to_string(names.size()) + " and " +
+                              std::to_string(tensors.size()));
+    }
+    NamedTensors result;
+    result.reserve(names.size());
+    for (size_t i = 0; i < names.size(); ++i) {
+        result.emplace_back(std::move(names[i]), std::move(tensors[i]));
+    }
+    return result;
+}
+
+Loader::Loader(SharedFile file, StorageSharing lender, std::vector<size_t> indices, Target target)
+    : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), target_(target) {
+    target_.device = with_index(target_.device);
+    if (target_.dtype && !c10::isFloatingType(*target_.dtype)) {
+        fail(Kind::value, "dtype must be a floating-point one, not " + dtype_name(*target_.dtype));
+    }
+    const core::File& core_file = **file_;
+    std::vector<size_t> to_read;
+    for (size_t i = 0; i < indices_.size(); ++i) {
+        // Fails for a tensor that torch cannot hold, before anything is read.
+        const auto [stored, shape] = describe(core_file, indices_[i]);
+        const auto type = converted(stored, target_.dtype);
+        if (target_.device.is_meta()) {
+            continue;
+        }
+        if (!target_.device.is_cpu() || type != stored) {
+            set_aside(i, stored, type, shape);
+        } else if (core_file.nbytes(indices_[i]) != 0 && lendable(core_file, lender_, indices_[i], stored) == nullptr) {
+            places_.resize(indices_.size(), kLent);
+            places_[i] = to_read.size();
+            to_read.push_back(indices_[i]);
+        }
+    }
+    if (!to_read.empty()) {
+        loading_ = core_file.load({to_read.data(), to_read.size()});
+    }
+}
+
+// Memory for number `i` on the device, which the upload is to fill.
+void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape) {
+    aside_.resize(indices_.size());
+    check_conversion(stored, type, (*file_)->name(indices_[i]));
+    aside_[i] = allocate(target_.device, type, shape, "tensor " + repr(name(i)));
+    if ((*file_)->nbytes(indices_[i]) == 0) {
+        return;
+    }
+    if (is_allocated(aside_[i])) {
+        destinations_.push_back({indices_[i], stored, aside_[i]});
+        upload_bytes_ += (*file_)->nbytes(indices_[i]);
+    } else {
+        // Of a device that keeps to itself where its bytes are.
+        aside_[i].reset();
+    }
+}
+
+bool Loader::advance(Deadline until) {
+    if (loading_) {
+        (*loading_)->advance(until.milliseconds_left());
+        if ((*loading_)->done_bytes() < (*loading_)->total_bytes()) {
+            return false;
+        }
+    }
+    return upload(until);
+}
+
+// What uploads hold is taken when the first copy is due and given back after the last, as several loaders may be
+// waiting for their turns.
+bool Loader::upload(Deadline until) {
+    if (is_uploaded_ || upload_bytes_ == 0) {
+        return true;
+    }
+    if (upload_ == nullptr) {
+        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.shown);
+    }
+    is_uploaded_ = upload_->advance(until);
+    if (is_uploaded_) {
+        upload_.reset();
+    }
+    return is_uploaded_;
+}
+
+uint64_t Loader::total_bytes() const { return (loading_ ? (*loading_)->total_bytes() : 0) + upload_bytes_; }
+
+uint64_t Loader::done_bytes() const {
+    const uint64_t uploaded = is_uploaded_ ? upload_bytes_ : upload_ ? upload_->done_bytes() : 0;
+    return (loading_ ? (*loading_)->done_bytes() : 0) + uploaded;
+}
+
+std::string Loader::name(size_t i) const { return std::string((*file_)->name(indices_[i])); }
+
+at::Tensor Loader::tensor(size_t i) const {
+    const core::File& file = **file_;
+    const size_t index = indices_[i];
+    if (!aside_.empty() && aside_[i].defined()) {
+        return aside_[i];
+    }
+    const auto [stored, shape] = describe(file, index);
+    const auto type = converted(stored, target_.dtype);
+    const uint64_t nbytes = file.nbytes(index);
+    if (target_.device.is_meta() || nbytes == 0) {
+        return empty_on(target_.device, type, shape);
+    }
+    if (!target_.device.is_cpu()) {
+        return load_tensor(file_, lender_, index, at::kCPU).to(target_.device).to(type);
+    }
+    if (places_.empty() || places_[i] == kLent) {
+        return over(lend(file, lender_, lendable(file, lender_, index, stored)), nbytes, type, shape, nullptr);
+    }
+    const core::Loading& loading = **loading_;
+    c10::DataPtr data(loading.data(places_[i]), as_context(loading.share(places_[i])), &release_block, c10::kCPU);
+    return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
+}
+
+at::Tensor load_tensor(SharedFile file, const StorageSharing& lender, size_t index, c10::Device device) {
+    Loader loader(std::move(file), lender, {index}, Target{device, {}});
+    loader.advance(Deadline::never());
+    return loader.tensor(0);
+}
+
+SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core::Range> ranges, c10::Device device) {
+    const core::File& file = **shared_file;
+    const uint8_t dtype = file.dtype(index);
+    const rust::Str name = file.name(index);
+    const auto type = to_torch(dtype, name);
+    // The header counts single values, torch's packed dtypes pairs of them.
+    const auto torch_shape = to_torch_shape(dtype, file.shape(index), name);
+    if (!ranges.empty() && !torch_shape.empty() && file.shape(index).back() != uint64_t(torch_shape.back())) {
+        core::Range& last = ranges.back();
+        if (last.step != 1) {
+            fail(Kind::safetensor,
+                 "slice of tensor " + repr(std::string(name)) +
+                     ": values packed in bytes can be taken with step 1 along the last dimension only; "
+                     "load the whole tensor and index that");
+        }
+        last.start *= 2;
+        last.stop *= 2;
+    }
+    const rust::Slice<const core::Range> view(ranges.data(), ranges.size());
+    const auto header_shape = file.slice_shape(index, view);
+    const auto shape = to_torch_shape(dtype, {header_shape.data(), header_shape.size()}, name);
+    tensor_ = allocate(with_index(device), type, shape, "slice of tensor " + repr(std::string(name)));
+    if (tensor_.is_meta() || tensor_.numel() == 0) {
+        return;
+    }
+    if (!tensor_.is_cpu() && is_allocated(tensor_)) {
+        upload_ =
+            std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, std::move(ranges));
+        return;
+    }
+    at::Tensor host =
+        tensor_.is_cpu() ? tensor_ : allocate(at::kCPU, type, shape, "slice of tensor " + repr(std::string(name)));
+    file.read_slice(index, view, static_cast<uint8_t*>(host.mutable_data_ptr()), host.nbytes());
+    tensor_ = host.to(device);
+}
+
+}  // namespace safetensors_torch

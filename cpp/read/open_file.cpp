@@ -1,0 +1,34 @@
+#include "cpp/read/open_file.h"
+
+#include "cpp/dtype.h"
+#include "cpp/error.h"
+#include "cpp/tensor_memory.h"
+
+namespace safetensors_torch {
+
+SharedFile open_file(const std::string& path, const std::string& backend) {
+    return std::make_shared<const rust::Box<core::File>>(core::open_file(as_bytes(path), as_bytes(backend)));
+}
+
+SharedFile open_bytes(const at::Tensor& data) {
+    if (data.scalar_type() != at::kByte || data.dim() != 1 || !data.is_cpu() || !data.is_contiguous() ||
+        (data.numel() != 0 && !has_memory(data))) {
+        fail(Kind::value, "load takes the bytes of a file as a contiguous one-dimensional uint8 tensor on the CPU");
+    }
+    check_whole("data", data);
+    struct Owner {
+        at::Tensor data;
+        rust::Box<core::File> file;
+    };
+    const auto* start = static_cast<const uint8_t*>(data.const_data_ptr());
+    const auto owner = std::make_shared<const Owner>(Owner{data, core::open_memory(start, data.nbytes())});
+    return {owner, &owner->file};
+}
+
+std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index) {
+    const uint8_t dtype = file.dtype(index);
+    const rust::Str name = file.name(index);
+    return {to_torch(dtype, name), to_torch_shape(dtype, file.shape(index), name)};
+}
+
+}  // namespace safetensors_torch

@@ -1,0 +1,189 @@
+"""IncrementalWriter: a safetensors file that is written tensor by tensor.
+
+Owns the Python face of the native class of that name, and what a declaration may look like. Which tensors were given,
+and where they go, is the native library's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from numbers import Integral
+from operator import index
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ._arguments import Path, check_flag, encode_path
+from ._checks import check_metadata, check_tensors, check_text, unseen
+from ._errors import SafetensorError, call, shown
+from ._ops import is_traced
+from ._steps import STEP, run
+
+# How a tensor is declared: by dtype and shape, or by one that has them.
+Spec = torch.Tensor | tuple[torch.dtype, Iterable[int]]
+
+
+def _empty(name: str, spec: Any) -> torch.Tensor:
+    """A tensor without data that has the dtype and the shape of ``spec``."""
+    dtype, shape = _of_tensor(name, spec) if isinstance(spec, torch.Tensor) else _pair(name, spec)
+    try:
+        sizes = (index(shape),) if isinstance(shape, Integral) else tuple(map(index, shape))
+    except (TypeError, AttributeError):  # the latter of a nested tensor's shape
+        raise TypeError(f"tensor {shown(name)}: a shape is made of ints, not {shown(shape)}") from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"tensor {shown(name)}: the shape {shown(shape)} has a negative size")
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _of_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    with unseen():
+        if spec.is_nested:
+            raise ValueError(f"tensor {shown(name)}: a nested tensor has no one shape; declare one as (dtype, shape)")
+        return spec.dtype, spec.shape
+
+
+def _pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
+    if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
+        return spec[0], spec[1]
+    raise TypeError(f"tensor {shown(name)}: declare it as (dtype, shape), or by a tensor, not by {shown(spec)}")
+
+
+class IncrementalWriter:
+    """A safetensors file that is written tensor by tensor, so that no more than one has to be in memory.
+
+    A context manager. Leaving it commits: the file appears, complete, under its name. Leaving it by an exception, or
+    without all tensors, discards: what was there before stays as it was, and nothing is left beside it. The bytes are
+    those that save_file writes for the same tensors, in whatever order they are given.
+
+    Several threads may write different tensors at once.
+
+    Args:
+        filename: the file, replaced if it exists, as by save_file; str, bytes or os.PathLike.
+        tensors: for each name the dtype and the shape, as a pair or as a tensor that has them, which may be one on the
+            meta device.
+        metadata: as for save_file.
+        durable: as for save_file.
+
+    Raises:
+        OSError: the file cannot be written, or there is no space for all of it.
+        SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
+        ValueError: a negative size.
+        TypeError: a name that is no str, a declaration that is none, or another argument of another type.
+        UnicodeEncodeError: a name, or an entry of the metadata, with a lone surrogate.
+
+    Example:
+        >>> with IncrementalWriter(path, {"a": (torch.float32, (2,)), "b": torch.empty(3, device="meta")}) as writer:
+        ...     writer.write("b", torch.ones(3))
+        ...     writer.missing()
+        ...     writer.write("a", torch.zeros(2))
+        ['a']
+        >>> load_file(path)
+        {'a': tensor([0., 0.]), 'b': tensor([1., 1., 1.])}
+    """
+
+    def __init__(
+        self,
+        filename: Path,
+        tensors: Mapping[str, Spec],
+        metadata: dict[str, str] | None = None,
+        *,
+        durable: bool = False,
+    ) -> None:
+        self._filename = filename
+        self._open: Any | None = None
+        check_flag(durable, "durable")
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
+        for name in tensors:
+            check_text(name, f"the key {shown(name)}")
+        if metadata is not None:
+            check_metadata(metadata)
+        path = encode_path(filename)
+        with _disable_current_modes():
+            specs = [_empty(name, spec) for name, spec in tensors.items()]
+            native = torch.classes.safetensors_torch.IncrementalWriter
+            self._open = call(native, path, list(tensors), specs, metadata, durable)
+
+    def __enter__(self) -> IncrementalWriter:
+        self._native()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._open is None:
+            return
+        if exc_type is not None:
+            self.discard()
+            return
+        try:
+            self.commit()
+        finally:
+            self.discard()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied: the file has one writer."""
+        raise TypeError(
+            f"cannot pickle or copy {self!r}: threads may share it, but only the process that began the file can write"
+            " it; send the tensors to that process"
+        )
+
+    def __repr__(self) -> str:
+        return f"<IncrementalWriter {shown(self._filename)}, {'closed' if self._open is None else 'open'}>"
+
+    def _native(self) -> Any:
+        native = self._open
+        if native is None:
+            raise SafetensorError("File is closed")
+        return native
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor, which has the dtype and the shape that were declared, from whatever device.
+
+        If this fails, or is interrupted, the tensor may be given again.
+
+        Raises:
+            SafetensorError: a name that was not declared, another dtype or shape than was declared, a tensor that was
+                given before, or the file is closed.
+            ValueError, RuntimeError, TypeError: as for save_file, for what it refuses of a tensor. That tensors share
+                memory is not found out: each is written by itself.
+            OSError: the file cannot be written.
+        """
+        native = self._native()
+        check_tensors({name: tensor}, None)
+        with _disable_current_modes() if is_traced() else nullcontext():
+            with unseen():
+                pending = call(native.write, name, tensor, STEP)
+            if pending is not None:
+                run(pending, pending.size, None, "save")
+
+    def missing(self) -> list[str]:
+        """The names of the tensors that were not given yet, in the order of their data in the file."""
+        return call(self._native().missing)
+
+    def commit(self) -> None:
+        """Puts the file under its name, and closes this; no tensor may be missing.
+
+        Raises:
+            SafetensorError: tensors are missing, which it lists, or another thread is still writing one: this stays
+                open. Or the file is closed.
+            OSError: the file cannot be written.
+        """
+        native = self._native()
+        try:
+            call(native.commit)
+        finally:
+            if not native.is_open():
+                self._open = None
+
+    def discard(self) -> None:
+        """Gives the file up, and closes this; what was there before stays as it was. Does nothing once it is closed."""
+        native, self._open = self._open, None
+        if native is not None:
+            native.discard()

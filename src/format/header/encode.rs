@@ -1,0 +1,92 @@
+//! Writes the header of a file whose layout is settled.
+
+use super::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::dtype::Dtype;
+
+/// One tensor of a header that is to be written, with offsets counted from the start of the data.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorEntry<'a> {
+    /// The name.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The dimensions, in elements of `dtype`.
+    pub shape: &'a [u64],
+    /// Where its bytes begin.
+    pub begin: u64,
+    /// Where its bytes end.
+    pub end: u64,
+}
+
+/// The bytes before the data: the length, the JSON, and spaces up to a multiple of `alignment` (itself one of 8).
+///
+/// # Errors
+///
+/// [`ErrorKind::HeaderTooLarge`] where the JSON and its padding pass [`MAX_HEADER_BYTES`].
+pub fn encode<'a>(
+    entries: impl Iterator<Item = TensorEntry<'a>>,
+    metadata: Option<&Metadata>,
+    alignment: u64,
+) -> Result<Vec<u8>> {
+    let out = encode_open(entries, metadata);
+    let padded = (out.len() as u64).next_multiple_of(alignment);
+    close(out, padded)
+}
+
+/// The bytes before the data without their padding, and without a length yet.
+pub fn encode_open<'a>(
+    entries: impl Iterator<Item = TensorEntry<'a>>,
+    metadata: Option<&Metadata>,
+) -> Vec<u8> {
+    let mut out = vec![0; LENGTH_BYTES as usize];
+    out.push(b'{');
+    let mut first = true;
+    if let Some(metadata) = metadata {
+        first = false;
+        write_json(&mut out, METADATA_KEY);
+        out.push(b':');
+        write_json(&mut out, metadata);
+    }
+    for entry in entries {
+        if !std::mem::replace(&mut first, false) {
+            out.push(b',');
+        }
+        write_json(&mut out, entry.name);
+        out.extend_from_slice(b":{\"dtype\":\"");
+        out.extend_from_slice(entry.dtype.code().as_bytes());
+        out.extend_from_slice(b"\",\"shape\":");
+        write_json(&mut out, entry.shape);
+        out.extend_from_slice(b",\"data_offsets\":");
+        write_json(&mut out, &[entry.begin, entry.end]);
+        out.push(b'}');
+    }
+    out.push(b'}');
+    out
+}
+
+/// Pads what [`encode_open`] gave with spaces to `padded` bytes, and puts the length first.
+///
+/// # Errors
+///
+/// As [`encode`].
+pub fn close(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
+    let length = padded - LENGTH_BYTES;
+    if length > MAX_HEADER_BYTES {
+        return Err(Error::new(
+            ErrorKind::HeaderTooLarge,
+            format!(
+                "the header would take {length} bytes, more than the {MAX_HEADER_BYTES} allowed: use shorter names, \
+                 less metadata, or several files"
+            ),
+        ));
+    }
+    out.resize(padded as usize, b' ');
+    out[..LENGTH_BYTES as usize].copy_from_slice(&length.to_le_bytes());
+    Ok(out)
+}
+
+fn write_json<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
+    // Strings, string maps and integers always have a JSON form, and a Vec takes every byte.
+    serde_json::to_writer(out, value).expect("strings and integers serialize into a Vec");
+}

@@ -1,0 +1,8 @@
+//! The format: bytes and their meaning. Nothing here opens a file.
+
+pub(crate) mod byte_order;
+pub mod dtype;
+pub mod header;
+pub(crate) mod json;
+pub mod layout;
+pub mod slice;

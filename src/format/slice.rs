@@ -1,0 +1,199 @@
+//! From an index to byte ranges: which bytes of a tensor a slice needs.
+
+use std::ops::Range;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::dtype::Dtype;
+
+/// The part of one dimension that a slice takes: `start`, `start + step`, ... below `stop`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AxisRange {
+    /// The first index.
+    pub start: u64,
+    /// The index to stop before; at most the dimension's size.
+    pub stop: u64,
+    /// The distance between two indices, 1 or more.
+    pub step: u64,
+}
+
+impl AxisRange {
+    /// How many indices the range has.
+    pub fn len(&self) -> u64 {
+        self.stop.saturating_sub(self.start).div_ceil(self.step)
+    }
+
+    /// Whether the range has no index.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A slice of a tensor, checked: its shape, and its bytes as runs of equal length.
+#[derive(Debug)]
+pub struct Slice {
+    shape: Vec<u64>,
+    run_bytes: u64,
+    /// Byte offset of the first run in the tensor.
+    first: u64,
+    /// The loops around the runs, outermost first: how often, and how many bytes further each time.
+    loops: Vec<(u64, u64)>,
+}
+
+impl Slice {
+    /// Plans a slice of a tensor of `dtype` and `shape`, one range a dimension. `name` is for the errors.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Slice`] where the ranges are not one a dimension, leave it, have step 0, or split a byte.
+    pub fn plan(name: &str, dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Result<Slice> {
+        let refuse = |what: String| Error::new(ErrorKind::Slice, format!("slice of tensor {name:?}: {what}"));
+        if ranges.len() != shape.len() {
+            return Err(refuse(format!("{} ranges for {} dimension(s)", ranges.len(), shape.len())));
+        }
+        for (axis, (range, &dim)) in ranges.iter().zip(shape).enumerate() {
+            if range.step == 0 {
+                return Err(refuse(format!("the step of dimension {axis} must be 1 or more")));
+            }
+            if range.start > range.stop || range.stop > dim {
+                let AxisRange { start, stop, .. } = range;
+                return Err(refuse(format!("{start}..{stop} is not within dimension {axis} of size {dim}")));
+            }
+        }
+        let result: Vec<u64> = ranges.iter().map(AxisRange::len).collect();
+        if result.contains(&0) {
+            return Ok(Slice { shape: result, run_bytes: 0, first: 0, loops: vec![(0, 0)] });
+        }
+        // A header's shape is checked to fit 63 bits of bits, so nothing below can overflow.
+        let mut loops = Vec::new();
+        let (mut run_bits, mut first_bits, mut stride_bits) = (dtype.bits(), 0, dtype.bits());
+        let mut contiguous = true;
+        for (range, &dim) in ranges.iter().zip(shape).rev() {
+            first_bits += range.start * stride_bits;
+            let count = range.len();
+            if contiguous && (range.step == 1 || count == 1) {
+                run_bits *= count;
+                contiguous = count == dim;
+            } else if count > 1 {
+                contiguous = false;
+                loops.push((count, range.step * stride_bits));
+            }
+            stride_bits *= dim;
+        }
+        loops.reverse();
+        let splits_byte = |bits: u64| !bits.is_multiple_of(8);
+        if splits_byte(run_bits)
+            || splits_byte(first_bits)
+            || loops.iter().any(|&(_, bits)| splits_byte(bits))
+        {
+            return Err(refuse(format!(
+                "elements of {dtype} have {} bits, and this slice begins or ends in the middle of a byte: take an \
+                 even start and an even length along the last dimension",
+                dtype.bits()
+            )));
+        }
+        let loops = loops.into_iter().map(|(count, bits)| (count, bits / 8)).collect();
+        Ok(Slice { shape: result, run_bytes: run_bits / 8, first: first_bits / 8, loops })
+    }
+
+    /// The dimensions of the slice, in elements; every dimension of the tensor is kept.
+    pub fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+
+    /// The bytes of the slice.
+    pub fn nbytes(&self) -> u64 {
+        self.run_bytes * self.loops.iter().map(|&(count, _)| count).product::<u64>()
+    }
+
+    /// The byte ranges in the tensor, in the order of the slice's elements.
+    pub fn byte_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.byte_ranges_of(0..self.nbytes())
+    }
+
+    /// The byte ranges in the tensor of some of the slice's own bytes, which must be within [`Slice::nbytes`].
+    pub fn byte_ranges_of(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let size = self.run_bytes.max(1);
+        let runs = if bytes.is_empty() { 0..0 } else { bytes.start / size..bytes.end.div_ceil(size) };
+        runs.map(move |run| {
+            let mut rest = run;
+            let mut begin = self.first;
+            for &(count, stride) in self.loops.iter().rev() {
+                begin += rest % count * stride;
+                rest /= count;
+            }
+            // The first and the last run may be wanted in part.
+            let from = bytes.start.saturating_sub(run * size);
+            let to = (bytes.end - run * size).min(size);
+            begin + from..begin + to
+        })
+    }
+}
+
+#[cfg(test)]
+// A list of byte ranges may have one.
+#[allow(clippy::single_range_in_vec_init)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, stop: u64, step: u64) -> AxisRange {
+        AxisRange { start, stop, step }
+    }
+
+    fn ranges(dtype: Dtype, shape: &[u64], axes: &[AxisRange]) -> Vec<Range<u64>> {
+        Slice::plan("t", dtype, shape, axes).expect("valid").byte_ranges().collect()
+    }
+
+    #[test]
+    fn whole_tensor_is_one_run() {
+        assert_eq!(ranges(Dtype::F32, &[2, 3], &[range(0, 2, 1), range(0, 3, 1)]), [0..24]);
+        assert_eq!(ranges(Dtype::F32, &[], &[]), [0..4]);
+    }
+
+    #[test]
+    fn rows_join_and_columns_do_not() {
+        assert_eq!(ranges(Dtype::U8, &[4, 3], &[range(1, 3, 1), range(0, 3, 1)]), [3..9]);
+        assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(1, 3, 1)]), [1..3, 5..7]);
+        assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(0, 4, 2)]), [0..1, 2..3, 4..5, 6..7]);
+        assert_eq!(ranges(Dtype::U16, &[5, 2], &[range(0, 5, 3), range(0, 2, 1)]), [0..4, 12..16]);
+    }
+
+    #[test]
+    fn some_of_the_bytes_are_part_of_all() {
+        let axes = [range(0, 3, 2), range(1, 4, 1), range(0, 3, 1)];
+        let slice = Slice::plan("t", Dtype::U16, &[3, 5, 3], &axes).expect("valid");
+        let bytes = |ranges: Vec<Range<u64>>| ranges.into_iter().flatten().collect::<Vec<u64>>();
+        let all = bytes(slice.byte_ranges().collect());
+        assert_eq!(all.len(), 36);
+        for from in 0..36 {
+            for to in from..=36 {
+                let part: Vec<_> = slice.byte_ranges_of(from..to).collect();
+                assert!(part.iter().all(|run| !run.is_empty()));
+                assert_eq!(bytes(part), all[from as usize..to as usize], "{from}..{to}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_range_reads_nothing() {
+        let slice = Slice::plan("t", Dtype::F64, &[3, 3], &[range(1, 1, 1), range(0, 3, 1)]).expect("valid");
+        assert_eq!((slice.shape(), slice.nbytes()), (&[0, 3][..], 0));
+        assert_eq!(slice.byte_ranges().count(), 0);
+    }
+
+    #[test]
+    fn half_bytes_are_refused() {
+        assert_eq!(ranges(Dtype::F4, &[2, 4], &[range(0, 2, 1), range(2, 4, 1)]), [1..2, 3..4]);
+        for axes in [[range(0, 2, 1), range(1, 3, 1)], [range(0, 2, 1), range(0, 3, 1)]] {
+            let error = Slice::plan("t", Dtype::F4, &[2, 4], &axes).expect_err("splits a byte");
+            assert_eq!(error.kind(), ErrorKind::Slice);
+        }
+    }
+
+    #[test]
+    fn out_of_range_is_refused() {
+        for axis in [range(0, 4, 1), range(2, 1, 1), range(0, 3, 0)] {
+            let error = Slice::plan("t", Dtype::U8, &[3], &[axis]).expect_err("outside");
+            assert_eq!(error.kind(), ErrorKind::Slice);
+        }
+    }
+}

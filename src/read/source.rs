@@ -1,0 +1,304 @@
+//! Where a file's bytes come from: a mapping, positional reads, or memory.
+//!
+//! A source gives bytes at offsets. It knows nothing of headers and tensors.
+
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::directory::Directory;
+use crate::sys::directory::bad_path;
+use crate::sys::page_cache::COLD_READ_BYTES;
+
+/// How a file's tensors come into memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// One private, writable mapping: nothing is copied, and writes stay in memory.
+    #[default]
+    Mmap,
+    /// Reads into memory that the caller owns; the file is never mapped.
+    Pread,
+}
+
+impl FromStr for Backend {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Backend> {
+        match name {
+            "mmap" => Ok(Backend::Mmap),
+            "pread" => Ok(Backend::Pread),
+            _ => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("unknown backend {name:?}: choose \"mmap\" or \"pread\""),
+            )),
+        }
+    }
+}
+
+/// A private, copy-on-write mapping of a whole file, which lives until the last owner lets go. It needs no descriptor of
+/// the file.
+///
+/// Pages that were not written to still show the file: if another process changes the file in place, they change,
+/// and if it cuts the file short, touching them ends this process with SIGBUS. Files that are replaced by rename,
+/// as this library does, are safe.
+#[derive(Debug)]
+pub struct Mapping {
+    map: MmapRaw,
+    /// Where the file was.
+    path: PathBuf,
+    /// Which file it is. None other has these numbers for as long as it is mapped.
+    identity: (u64, u64),
+}
+
+impl Mapping {
+    fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
+        let OpenFile { file, path } = file;
+        let length = usize::try_from(length)
+            .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
+        let identity = identity(file).map_err(|source| Error::io("inspect", path, source))?;
+        // No swap is set aside: a model larger than memory can be mapped, as most of it is never written to.
+        // SAFETY: nothing here makes a reference to the pages; what may change them is said of this type.
+        let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
+        let map = map.map_err(|source| cannot_map(path, source))?;
+        Ok(Mapping { map: map.into(), path: path.clone(), identity })
+    }
+
+    /// The path that the file was opened by.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens the file again. `None` if it was replaced, removed, or cannot be opened: its bytes are in the mapping alone
+    /// then.
+    pub(crate) fn reopen(&self) -> Option<OpenFile> {
+        let file = open_to_read(&self.path).ok()?;
+        let is_same = identity(&file).is_ok_and(|identity| identity == self.identity);
+        is_same.then(|| OpenFile { file, path: self.path.clone() })
+    }
+
+    /// The first byte of the file. The pages are readable and writable for [`Mapping::len`] bytes.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// Gives the kernel a hint for `length` bytes from `start` on, which must lie in the mapping.
+    pub(crate) fn advise(&self, advice: Advice, start: usize, length: usize) -> io::Result<()> {
+        self.map.advise_range(advice, start, length)
+    }
+
+    /// The length of the file when it was mapped, in bytes.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether the mapping has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Bytes that somebody else keeps in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Borrowed {
+    pub(crate) start: *const u8,
+    pub(crate) length: usize,
+}
+
+// SAFETY: a `Borrowed` only reads, and whoever made one promised (`Source::borrowed`) that the bytes stay valid and
+// unchanged while it lives, on whichever thread.
+unsafe impl Send for Borrowed {}
+// SAFETY: as above.
+unsafe impl Sync for Borrowed {}
+
+/// An open file, and the path that it was opened by.
+#[derive(Debug)]
+pub struct OpenFile {
+    pub(crate) file: File,
+    pub(crate) path: PathBuf,
+}
+
+/// A place that bytes are read from.
+#[derive(Debug)]
+pub enum Source {
+    /// A mapped file.
+    Mapped(Arc<Mapping>),
+    /// A file that is read.
+    File(OpenFile),
+    /// Memory.
+    Memory(Borrowed),
+}
+
+/// The way in which bytes are copied out of a source.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Origin<'a> {
+    /// By reads.
+    File(&'a OpenFile),
+    /// From the mapping of a file, which may have been opened again.
+    Mapped(&'a Mapping, Option<&'a OpenFile>),
+    /// From memory.
+    Memory(Borrowed),
+}
+
+impl Source {
+    /// A source over `length` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// The bytes must stay valid, and nobody may write to them, until the source is dropped.
+    pub unsafe fn borrowed(start: *const u8, length: usize) -> Source {
+        Source::Memory(Borrowed { start, length })
+    }
+
+    /// Maps a file whose length is `length` bytes.
+    pub(crate) fn mapped(file: &OpenFile, length: u64) -> Result<Source> {
+        Ok(Source::Mapped(Arc::new(Mapping::new(file, length)?)))
+    }
+
+    /// Opens the file behind a mapping again, if `bytes` of it that are about to be copied are worth it: reads bring in
+    /// what is not in memory faster than touching it does. The result is for [`Source::as_stored`] and
+    /// [`Source::as_shown`].
+    pub(crate) fn reopen(&self, bytes: usize) -> Option<OpenFile> {
+        match self {
+            Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.reopen(),
+            _ => None,
+        }
+    }
+
+    /// The first byte, where the source is memory; `None` for a file that is read.
+    pub fn as_ptr(&self) -> Option<*const u8> {
+        match self {
+            Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
+            Source::Memory(memory) => Some(memory.start),
+            Source::File(_) => None,
+        }
+    }
+
+    /// For copies of what the file holds, of whose mapping nothing was lent: by reads wherever there is a file.
+    pub(crate) fn as_stored<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
+        match (self, reopened) {
+            (Source::Mapped(_), Some(file)) => Origin::File(file),
+            _ => self.as_shown(reopened),
+        }
+    }
+
+    /// For copies of what tensors over the source show: in a mapping, also what was written to them.
+    pub(crate) fn as_shown<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
+        match self {
+            Source::Mapped(mapping) => Origin::Mapped(mapping, reopened),
+            Source::File(file) => Origin::File(file),
+            Source::Memory(memory) => Origin::Memory(*memory),
+        }
+    }
+}
+
+/// Opens a regular file for reading; gives its length in bytes too.
+///
+/// # Errors
+///
+/// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    regular(open_to_read(path), path)
+}
+
+/// As [`open_regular`], for the file `name` in a directory that is held. `path` is for the errors.
+pub(crate) fn open_regular_in(directory: &Directory, name: &OsStr, path: &Path) -> Result<(File, u64)> {
+    regular(directory.open_at(name, libc::O_RDONLY | libc::O_NONBLOCK, 0), path)
+}
+
+fn regular(opened: io::Result<File>, path: &Path) -> Result<(File, u64)> {
+    let file = opened.map_err(|source| match source.kind() {
+        io::ErrorKind::InvalidInput => bad_path(path),
+        _ => Error::io("open", path, source),
+    })?;
+    let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
+    refuse_irregular(path, &metadata)?;
+    Ok((file, metadata.len()))
+}
+
+fn open_to_read(path: &Path) -> io::Result<File> {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)
+}
+
+/// Device and number of a file.
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Has the kernel read further ahead in `file` than it otherwise does, also where a mapping of it is touched.
+pub(crate) fn expect_sequential(file: &File) {
+    // SAFETY: a call without pointers on a descriptor that is open. Only a hint: refusal does no harm.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) };
+}
+
+fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        return Ok(());
+    }
+    let (errno, remedy) = if kind.is_dir() {
+        (libc::EISDIR, "a directory with a checkpoint is for load_sharded, or sft_checkpoint_open in C")
+    } else if kind.is_fifo() {
+        let remedy =
+            "it is a pipe: read it to its end and give the bytes to load, or to sft_file_open_buffer in C";
+        (libc::ENODEV, remedy)
+    } else {
+        (libc::ENODEV, "it is a device or a socket: copy what it gives to a file first")
+    };
+    Err(Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno)).with_remedy(remedy))
+}
+
+/// The error for a file that the kernel does not map.
+fn cannot_map(path: &Path, source: io::Error) -> Error {
+    const READ: &str = "read it with the backend \"pread\" (SFT_BACKEND_PREAD in C)";
+    let remedy = match source.raw_os_error() {
+        Some(libc::ENODEV) => format!("its filesystem has no mappings: {READ}"),
+        Some(libc::ENOMEM) => match full_map_count() {
+            Some(most) => format!(
+                "this process has as many mappings as it may (vm.max_map_count is {most}): close files and drop tensors \
+                 that are mapped, {READ}, or raise the limit (sysctl -w vm.max_map_count=...)"
+            ),
+            None => format!("there is not so much address space (ulimit -v): raise the limit, or {READ}"),
+        },
+        _ => READ.to_string(),
+    };
+    Error::io("map", path, source).with_remedy(&remedy)
+}
+
+/// The most mappings that a process may have, if this one has as many.
+fn full_map_count() -> Option<usize> {
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()?;
+    let (mut list, mut part, mut lines) = (File::open("/proc/self/maps").ok()?, [0; 8192], 0);
+    // Piece by piece: a large buffer would want a mapping of its own.
+    loop {
+        match list.read(&mut part).ok()? {
+            0 => break,
+            count => lines += part[..count].iter().filter(|&&byte| byte == b'\n').count(),
+        }
+    }
+    // Some that the kernel counts are not listed, and some are listed that it does not count.
+    (lines + 16 >= most).then_some(most)
+}
+
+/// Reads exactly `buffer.len()` bytes at `offset`.
+pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> Result<()> {
+    file.read_exact_at(buffer, offset).map_err(|source| match source.kind() {
+        io::ErrorKind::UnexpectedEof => shrank(path),
+        _ => Error::io("read", path, source),
+    })
+}
+
+/// The error for a file that has become shorter since it was opened.
+pub(crate) fn shrank(path: &Path) -> Error {
+    let detail = "the file became shorter while it was read: something is writing to it";
+    Error::new(ErrorKind::FileChanged, detail).in_file(path)
+}

@@ -1,0 +1,15 @@
+//! The machine: memory, pages, threads, directories, signals. Nothing here knows of tensors or headers.
+
+pub mod buffers;
+pub(crate) mod copy;
+pub(crate) mod directory;
+pub(crate) mod filesystem;
+pub(crate) mod flock;
+pub(crate) mod fork;
+pub(crate) mod fresh_pages;
+pub(crate) mod memory_limit;
+pub(crate) mod mutex;
+pub(crate) mod page_cache;
+pub(crate) mod parallel;
+pub(crate) mod signals;
+pub mod threads;

@@ -1,0 +1,212 @@
+//! Several threads on one job: they pull its items from one counter, so that none waits for a slower one.
+//!
+//! Also cuts a job of many lengths into items of one size. Knows nothing of what the items are.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use crate::error::Result;
+use crate::sys::threads::Threads;
+
+/// Below this many bytes a second thread costs more than it saves.
+pub const PARALLEL_BYTES: usize = 4 << 20;
+
+/// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
+pub const CHUNK_BYTES: usize = 8 << 20;
+
+/// How many of `threads` are worth it for `bytes` in `items`, the calling one among them.
+pub fn threads_for(threads: Threads, bytes: usize, items: usize) -> usize {
+    if bytes < PARALLEL_BYTES {
+        return 1;
+    }
+    threads.most().min(items).max(1)
+}
+
+/// Calls `work` with every number below `items`, on `threads` threads including this one.
+///
+/// # Errors
+///
+/// The first error that `work` returned; no more items are begun after it.
+pub fn pull(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    pull_until(None, 0..items, threads, work).map(|_| ())
+}
+
+/// As [`pull`], for the numbers in `items`, of which none is begun after `until`; but the first always is. Gives the
+/// first number that was not begun: all below it are done.
+///
+/// # Errors
+///
+/// As [`pull`].
+pub fn pull_until(
+    until: Option<Instant>,
+    items: Range<usize>,
+    threads: usize,
+    work: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<usize> {
+    let next = AtomicUsize::new(items.start);
+    let failure = Mutex::new(None);
+    let run = || {
+        loop {
+            let item = next.load(Ordering::Relaxed);
+            let late = item > items.start && until.is_some_and(|until| Instant::now() >= until);
+            if item >= items.end || late {
+                return;
+            }
+            if next.compare_exchange_weak(item, item + 1, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            if let Err(error) = work(item) {
+                // Leaves nothing to pull for the others.
+                next.store(items.end, Ordering::Relaxed);
+                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let mut others = Vec::new();
+        for _ in 1..threads {
+            match std::thread::Builder::new().spawn_scoped(scope, run) {
+                Ok(thread) => others.push(thread),
+                // A machine that gives no more threads still has this one.
+                Err(_) => break,
+            }
+        }
+        run();
+        for thread in others {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+    let failure = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    failure.map_or(Ok(next.into_inner()), Err)
+}
+
+/// Lengths laid end to end and cut into chunks of [`CHUNK_BYTES`], whatever the lengths are.
+#[derive(Debug)]
+pub struct Chunks {
+    /// Where each length ends.
+    ends: Vec<usize>,
+}
+
+impl Chunks {
+    /// Cuts `lengths`, whose sum must fit.
+    pub fn new(lengths: impl Iterator<Item = usize>) -> Chunks {
+        let mut end = 0;
+        let ends = lengths.map(|length| {
+            end += length;
+            end
+        });
+        Chunks { ends: ends.collect() }
+    }
+
+    /// The sum of the lengths.
+    pub fn bytes(&self) -> usize {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// The number of chunks.
+    pub fn len(&self) -> usize {
+        self.bytes().div_ceil(CHUNK_BYTES)
+    }
+
+    /// The bytes of the first `chunks` of them.
+    pub fn bytes_of(&self, chunks: usize) -> usize {
+        (chunks * CHUNK_BYTES).min(self.bytes())
+    }
+
+    /// What chunk number `chunk` holds: parts of lengths, none of them empty, each with the length's index.
+    pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + Clone + '_ {
+        let from = chunk * CHUNK_BYTES;
+        let to = (from + CHUNK_BYTES).min(self.bytes());
+        let first = self.ends.partition_point(|&end| end <= from);
+        (first..self.ends.len())
+            .map(move |index| {
+                let start = if index == 0 { 0 } else { self.ends[index - 1] };
+                (index, start, from.max(start)..to.min(self.ends[index]))
+            })
+            .take_while(move |(_, start, _)| *start < to)
+            .filter(|(_, _, part)| !part.is_empty())
+            .map(|(index, start, part)| (index, part.start - start..part.end - start))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+
+    #[test]
+    fn every_item_is_done_once() {
+        for threads in [1, 2, 5] {
+            let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            let done = pull(seen.len(), threads, |item| {
+                seen[item].fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            });
+            assert!(done.is_ok());
+            assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn nothing_begins_after_the_time_but_one_item() {
+        for threads in [1, 3] {
+            let seen: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
+            let mut first = 0;
+            while first < seen.len() {
+                let next = pull_until(Some(Instant::now()), first..seen.len(), threads, |item| {
+                    seen[item].fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                });
+                assert_eq!(next.expect("no error"), first + 1, "time was up at once");
+                first += 1;
+            }
+            assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn an_error_stops_the_rest() {
+        let begun = AtomicUsize::new(0);
+        let outcome = pull(1_000_000, 2, |item| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            if item == 10 { Err(Error::new(ErrorKind::Io, "no")) } else { Ok(()) }
+        });
+        assert_eq!(outcome.expect_err("item 10").kind(), ErrorKind::Io);
+        assert!(begun.load(Ordering::Relaxed) < 1_000_000);
+    }
+
+    #[test]
+    fn chunks_hold_every_byte_once_and_are_of_one_size() {
+        let lengths = [0, 3, 0, CHUNK_BYTES, 1, 2 * CHUNK_BYTES - 4, 0, 5, 5, 0];
+        let chunks = Chunks::new(lengths.into_iter());
+        assert_eq!((chunks.bytes(), chunks.len()), (lengths.iter().sum(), 4));
+        let mut next = [0; 10];
+        for chunk in 0..chunks.len() {
+            let mut bytes = 0;
+            for (index, part) in chunks.parts(chunk) {
+                assert_eq!(part.start, next[index]);
+                assert!(!part.is_empty());
+                next[index] = part.end;
+                bytes += part.len();
+            }
+            assert_eq!(bytes, if chunk == 3 { 10 } else { CHUNK_BYTES });
+        }
+        assert_eq!(next, lengths);
+        assert_eq!(Chunks::new([0, 0].into_iter()).len(), 0);
+        assert_eq!(Chunks::new(std::iter::empty()).len(), 0);
+    }
+
+    #[test]
+    fn little_stays_on_one_thread() {
+        for threads in [Threads::at_most(0), Threads::at_most(9)] {
+            assert_eq!(threads_for(threads, PARALLEL_BYTES - 1, 100), 1);
+            assert_eq!(threads_for(threads, usize::MAX, 1), 1);
+            assert_eq!(threads_for(threads, usize::MAX, 0), 1);
+        }
+        assert_eq!(threads_for(Threads::at_most(9), PARALLEL_BYTES, 100), 9);
+    }
+}

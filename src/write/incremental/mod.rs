@@ -1,0 +1,403 @@
+//! A file that is written tensor by tensor: all of them are declared first, then given in any order, from any thread.
+//!
+//! Owns what of the file was given. Where tensors go is the layout's business, how the file appears under its name the
+//! writer's.
+
+mod ranges;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::dtype::Dtype;
+use crate::format::header::Metadata;
+use crate::format::layout::{Layout, TensorSpec};
+use crate::sys::fork::Process;
+use crate::sys::mutex::{Guard, Mutex};
+use crate::write::atomic::AtomicFile;
+use crate::write::save::SaveOptions;
+use ranges::Ranges;
+
+/// As many names as an error lists.
+const LISTED: usize = 20;
+
+/// A file whose tensors are given one by one. It is there under its name only once [`IncrementalWriter::commit`] has returned;
+/// dropped before that, it leaves the target as it was and nothing beside it.
+///
+/// ```
+/// # fn main() -> safetensors_torch::Result<()> {
+/// use safetensors_torch::{Dtype, SaveOptions, IncrementalWriter, TensorSpec};
+///
+/// let path = std::env::temp_dir().join(format!("doc-stream-{}.safetensors", std::process::id()));
+/// let first = TensorSpec { name: "first", dtype: Dtype::U8, shape: &[3] };
+/// let second = TensorSpec { name: "second", dtype: Dtype::U8, shape: &[2] };
+/// let writer = IncrementalWriter::create(&[first, second], None, &path, SaveOptions::default())?;
+/// writer.write("second", &[4, 5])?;
+/// writer.write("first", &[1, 2, 3])?;
+/// writer.commit()?;
+/// # std::fs::remove_file(&path).expect("it was written");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct IncrementalWriter {
+    shared: Arc<Shared>,
+}
+
+/// What a writer and those that write a tensor for it have in common.
+#[derive(Debug)]
+struct Shared {
+    /// What the caller named; for the errors.
+    path: PathBuf,
+    /// In file order.
+    tensors: Vec<Declared>,
+    by_name: HashMap<String, usize>,
+    durable: bool,
+    process: Process,
+    /// Locked by [`Shared::lock`] alone.
+    state: Mutex<State>,
+}
+
+/// One tensor that is to be given.
+#[derive(Debug)]
+struct Declared {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    /// Where its bytes begin, from the start of the file.
+    begin: u64,
+    nbytes: u64,
+}
+
+#[derive(Debug)]
+struct State {
+    /// None once the writer is closed.
+    file: Option<Arc<AtomicFile>>,
+    /// What was given of each tensor, or is being written.
+    given: Vec<Given>,
+}
+
+#[derive(Debug, Default)]
+struct Given {
+    bytes: Ranges,
+    /// Writes that are under way.
+    under_way: usize,
+    /// Of a tensor without bytes, whether it was given.
+    is_given: bool,
+}
+
+impl IncrementalWriter {
+    /// Begins a file with `tensors` and `metadata` that will be at `path`: its space is set aside, its header written.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Layout::plan`] and of [`AtomicFile::create`].
+    pub fn create(
+        tensors: &[TensorSpec<'_>],
+        metadata: Option<&Metadata>,
+        path: &Path,
+        options: SaveOptions,
+    ) -> Result<IncrementalWriter> {
+        let layout =
+            Layout::plan(tensors, metadata, options.alignment).map_err(|error| error.in_file(path))?;
+        let file = AtomicFile::create(path, layout.total_bytes())?;
+        file.write_at(layout.header(), 0)?;
+        let data_start = layout.header().len() as u64;
+        let declared = layout.order().iter().map(|place| {
+            let spec = tensors[place.index];
+            Declared {
+                name: spec.name.to_string(),
+                dtype: spec.dtype,
+                shape: spec.shape.to_vec(),
+                begin: data_start + place.begin,
+                nbytes: place.end - place.begin,
+            }
+        });
+        let tensors: Vec<Declared> = declared.collect();
+        let by_name =
+            tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+        let given = (0..tensors.len()).map(|_| Given::default()).collect();
+        let state = Mutex::new(State { file: Some(Arc::new(file)), given });
+        let (path, process) = (path.to_path_buf(), Process::current());
+        let shared = Shared { path, tensors, by_name, durable: options.durable, process, state };
+        Ok(IncrementalWriter { shared: Arc::new(shared) })
+    }
+
+    /// Writes all bytes of the tensor `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::TensorNotFound`], [`ErrorKind::Duplicate`] for one that was given before, [`ErrorKind::BufferSize`],
+    /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be given again.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let index = self.require(name)?;
+        let tensor = &self.shared.tensors[index];
+        if bytes.len() as u64 != tensor.nbytes {
+            let detail =
+                format!("tensor {name:?} takes {} bytes, but {} were given", tensor.nbytes, bytes.len());
+            return Err(self.shared.fail(ErrorKind::BufferSize, detail));
+        }
+        self.write_range(index, 0, bytes)
+    }
+
+    /// Writes some bytes of the tensor `name`, from its byte `offset` on. Parts come in any order; none may overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`IncrementalWriter::write`].
+    pub fn write_part(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        let index = self.require(name)?;
+        let tensor = &self.shared.tensors[index];
+        let end = offset.checked_add(bytes.len() as u64).filter(|&end| end <= tensor.nbytes);
+        if end.is_none() {
+            let detail = format!(
+                "tensor {name:?} takes {} bytes, but {} were given for byte {offset} and those behind",
+                tensor.nbytes,
+                bytes.len()
+            );
+            return Err(self.shared.fail(ErrorKind::BufferSize, detail));
+        }
+        self.write_range(index, offset, bytes)
+    }
+
+    fn write_range(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let claim = Claim::new(&self.shared, index, offset..offset + bytes.len() as u64)?;
+        claim.write(offset, bytes)?;
+        claim.keep();
+        Ok(())
+    }
+
+    /// Begins to write the tensor that `spec` describes, whose bytes will be appended one after the other.
+    ///
+    /// # Errors
+    ///
+    /// As [`IncrementalWriter::write`], and [`ErrorKind::InvalidArgument`] where the tensor was declared with another dtype or
+    /// shape.
+    pub fn begin(&self, spec: TensorSpec<'_>) -> Result<TensorWriter> {
+        let index = self.require(spec.name)?;
+        let tensor = &self.shared.tensors[index];
+        if (tensor.dtype, tensor.shape.as_slice()) != (spec.dtype, spec.shape) {
+            let detail = format!(
+                "tensor {:?} was declared as {} of shape {:?}, but given as {} of shape {:?}",
+                spec.name, tensor.dtype, tensor.shape, spec.dtype, spec.shape
+            );
+            return Err(self.shared.fail(ErrorKind::InvalidArgument, detail));
+        }
+        let claim = Claim::new(&self.shared, index, 0..tensor.nbytes)?;
+        Ok(TensorWriter { claim, next: 0, nbytes: tensor.nbytes })
+    }
+
+    fn require(&self, name: &str) -> Result<usize> {
+        self.shared.by_name.get(name).copied().ok_or_else(|| {
+            let detail =
+                format!("no tensor {name:?} was declared when the file was begun: declare all of them");
+            self.shared.fail(ErrorKind::TensorNotFound, detail)
+        })
+    }
+
+    /// The tensors of which bytes are missing, in file order.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] in another process.
+    pub fn missing(&self) -> Result<Vec<&str>> {
+        let state = self.shared.lock()?;
+        Ok(self.shared.missing(&state).into_iter().map(|tensor| tensor.name.as_str()).collect())
+    }
+
+    /// Whether tensors can be given: by this process, and it was neither committed nor discarded.
+    pub fn is_open(&self) -> bool {
+        self.shared.lock().is_ok_and(|state| state.file.is_some())
+    }
+
+    /// Puts the file where the target was.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLength`] that lists what is missing, and [`ErrorKind::InvalidArgument`] where another thread is
+    /// still writing: the writer then stays open. That too in another process. [`ErrorKind::Closed`]; those of
+    /// [`AtomicFile::commit`].
+    pub fn commit(&self) -> Result<()> {
+        let shared = &self.shared;
+        let file = {
+            let mut state = shared.lock()?;
+            if state.file.is_none() {
+                return Err(shared.closed());
+            }
+            if let Some(index) = state.given.iter().position(|given| given.under_way > 0) {
+                let name = &shared.tensors[index].name;
+                let detail = format!("tensor {name:?} is still being written: commit when that has returned");
+                return Err(shared.fail(ErrorKind::InvalidArgument, detail));
+            }
+            shared.check_complete(&state)?;
+            // Whoever writes has a claim, under the lock, and lets go of the file before that: this one is the last.
+            state.file.take().and_then(Arc::into_inner).expect("no claim is left")
+        };
+        file.commit(shared.durable)
+    }
+
+    /// Gives the file up: the target stays as it was. What other threads are writing goes nowhere. Does nothing in
+    /// another process.
+    pub fn discard(&self) {
+        // Dropped once the lock is free: to remove a file takes a while.
+        let file = self.shared.lock().ok().and_then(|mut state| state.file.take());
+        drop(file);
+    }
+}
+
+impl Shared {
+    /// Locks the state, which is for the process that began the file: in one that was forked from it, a thread that is
+    /// not there may have locked it for ever.
+    fn lock(&self) -> Result<Guard<'_, State>> {
+        self.process.check("save").map_err(|error| error.in_file(&self.path))?;
+        Ok(self.state.lock())
+    }
+
+    fn fail(&self, kind: ErrorKind, detail: String) -> Error {
+        Error::new(kind, detail).in_file(&self.path)
+    }
+
+    fn closed(&self) -> Error {
+        self.fail(
+            ErrorKind::Closed,
+            "the file was committed or discarded already: begin a new one".to_string(),
+        )
+    }
+
+    fn missing(&self, state: &State) -> Vec<&Declared> {
+        let pairs = self.tensors.iter().zip(&state.given);
+        pairs.filter(|(tensor, given)| !given.is_all_of(tensor)).map(|(tensor, _)| tensor).collect()
+    }
+
+    fn check_complete(&self, state: &State) -> Result<()> {
+        let missing = self.missing(state);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<String> =
+            missing.iter().take(LISTED).map(|tensor| format!("{:?}", tensor.name)).collect();
+        let more = missing.len().saturating_sub(LISTED);
+        let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+        let detail = format!(
+            "{} of {} tensors are missing, or parts of them: {}{more}; write them before the commit",
+            missing.len(),
+            self.tensors.len(),
+            names.join(", ")
+        );
+        Err(self.fail(ErrorKind::DataLength, detail))
+    }
+}
+
+impl Given {
+    fn is_all_of(&self, tensor: &Declared) -> bool {
+        self.under_way == 0 && self.bytes.reach(tensor.nbytes) && (tensor.nbytes > 0 || self.is_given)
+    }
+}
+
+/// Bytes of a tensor that somebody is writing; nobody else can until it is dropped. They count as given once it is kept.
+#[derive(Debug)]
+struct Claim {
+    shared: Arc<Shared>,
+    /// None only while it is dropped.
+    file: Option<Arc<AtomicFile>>,
+    index: usize,
+    bytes: Range<u64>,
+    is_kept: bool,
+}
+
+impl Claim {
+    fn new(shared: &Arc<Shared>, index: usize, bytes: Range<u64>) -> Result<Claim> {
+        let tensor = &shared.tensors[index];
+        let mut state = shared.lock()?;
+        let file = state.file.clone().ok_or_else(|| shared.closed())?;
+        let given = &mut state.given[index];
+        let is_free = if tensor.nbytes == 0 {
+            !std::mem::replace(&mut given.is_given, true)
+        } else {
+            given.bytes.insert(bytes.clone())
+        };
+        if !is_free {
+            let what = if bytes == (0..tensor.nbytes) {
+                String::new()
+            } else {
+                format!(" in part: bytes {} to {}", bytes.start, bytes.end)
+            };
+            let detail = format!("tensor {:?} was written already{what}; give each once", tensor.name);
+            return Err(shared.fail(ErrorKind::Duplicate, detail));
+        }
+        given.under_way += 1;
+        Ok(Claim { shared: Arc::clone(shared), file: Some(file), index, bytes, is_kept: false })
+    }
+
+    /// Writes at `offset` of the tensor, inside of what is claimed.
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let file = self.file.as_ref().expect("there until the claim is dropped");
+        file.write_at(bytes, self.shared.tensors[self.index].begin + offset)
+    }
+
+    fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // In another process nothing can be given any more.
+        let Ok(mut state) = self.shared.lock() else { return };
+        self.file = None;
+        let given = &mut state.given[self.index];
+        given.under_way -= 1;
+        if !self.is_kept {
+            given.bytes.remove(self.bytes.clone());
+            given.is_given = false;
+        }
+    }
+}
+
+/// A tensor whose bytes are appended one after the other. It counts as given once [`TensorWriter::finish`] has returned;
+/// dropped before that, it can be given again.
+#[derive(Debug)]
+pub struct TensorWriter {
+    claim: Claim,
+    next: u64,
+    nbytes: u64,
+}
+
+impl TensorWriter {
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BufferSize`] where they are more than the tensor has; [`ErrorKind::Io`].
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let end = self.next + bytes.len() as u64;
+        if end > self.nbytes {
+            return Err(self.wrong_size(end));
+        }
+        self.claim.write(self.next, bytes)?;
+        self.next = end;
+        Ok(())
+    }
+
+    /// The tensor is complete.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BufferSize`] where it is not.
+    pub fn finish(self) -> Result<()> {
+        if self.next != self.nbytes {
+            return Err(self.wrong_size(self.next));
+        }
+        self.claim.keep();
+        Ok(())
+    }
+
+    fn wrong_size(&self, given: u64) -> Error {
+        let shared = &self.claim.shared;
+        let name = &shared.tensors[self.claim.index].name;
+        let detail = format!("tensor {name:?} takes {} bytes, but {given} were given", self.nbytes);
+        shared.fail(ErrorKind::BufferSize, detail)
+    }
+}

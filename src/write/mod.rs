@@ -1,0 +1,12 @@
+//! From memory into a file.
+
+pub mod atomic;
+mod direct;
+pub mod edit;
+pub mod incremental;
+mod mapped;
+pub(crate) mod output;
+pub mod save;
+mod target;
+mod vectored;
+mod write_back;

@@ -1,0 +1,96 @@
+//! Writes many pieces of memory with few system calls.
+
+use std::io::{self, IoSlice, Write};
+
+/// The most pieces in one call: what Linux allows.
+const MAX_PIECES: usize = 1024;
+
+/// Writes every byte of `pieces` to `file`, in their order.
+pub(crate) fn write_all<'a>(
+    file: &mut impl Write,
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+) -> io::Result<()> {
+    let mut pieces = pieces.into_iter().filter(|piece| !piece.is_empty());
+    let mut batch: Vec<IoSlice<'a>> = Vec::new();
+    loop {
+        batch.clear();
+        batch.extend(pieces.by_ref().take(MAX_PIECES).map(IoSlice::new));
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let mut rest = &mut batch[..];
+        while !rest.is_empty() {
+            match file.write_vectored(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => IoSlice::advance_slices(&mut rest, count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek};
+
+    #[test]
+    fn every_piece_is_written_in_order() {
+        let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 253) as u8).collect();
+        let mut file = tempfile::tempfile().expect("a file");
+        let (small, large) = bytes.split_at(3 * MAX_PIECES + 5);
+        let pieces = small.chunks(1).chain([&[][..]]).chain(large.chunks(100_003));
+        write_all(&mut file, pieces).expect("written");
+        let mut written = Vec::new();
+        file.rewind().and_then(|()| file.read_to_end(&mut written)).expect("read");
+        assert!(written == bytes);
+    }
+
+    /// Takes what it likes of what it is given: at most so many bytes, after an interruption each time.
+    struct Slow {
+        taken: Vec<u8>,
+        most: usize,
+        interrupted: bool,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.write_vectored(&[IoSlice::new(bytes)])
+        }
+
+        fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+            self.interrupted = !self.interrupted;
+            if self.interrupted {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let before = self.taken.len();
+            self.taken.extend(pieces.iter().flat_map(|piece| piece.iter()).take(self.most));
+            Ok(self.taken.len() - before)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_not_taken_at_once_is_offered_again() {
+        let bytes: Vec<u8> = (0..10_000u32).map(|n| (n % 249) as u8).collect();
+        for most in [1, 7, 100, 4999] {
+            let mut slow = Slow { taken: Vec::new(), most, interrupted: false };
+            write_all(&mut slow, bytes.chunks(37)).expect("written");
+            assert!(slow.taken == bytes, "{most}");
+        }
+        let mut stuck = Slow { taken: Vec::new(), most: 0, interrupted: false };
+        let error = write_all(&mut stuck, [&[1u8][..]]).expect_err("nothing is taken");
+        assert_eq!(error.kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[test]
+    fn a_full_device_is_an_error() {
+        let mut file = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("open");
+        let error = write_all(&mut file, [&[1u8][..]]).expect_err("full");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    }
+}

@@ -1,0 +1,180 @@
+//! Puts a file's data on the disk before the file takes the place of another one.
+//!
+//! A filesystem may write a rename to the disk before the data of the renamed file, and a loss of power between the two
+//! leaves neither file. ext4 starts to write the data itself if a rename replaces a file, but only data without blocks:
+//! the blocks of a staged file are reserved. And what has only been started can still be overtaken.
+//!
+//! The disk is given the data block by block while the rest is being written, so that little is left to wait for. Unlike
+//! `fsync`, this neither flushes the disk's cache nor writes the filesystem's journal: both come with the rename.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Write};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+/// As much is handed to the disk at a time. A power of two, so that blocks end where pages end, large ones too.
+const BLOCK_BYTES: u64 = 8 << 20;
+
+/// Returns once the data of `file` is on the disk, though a disk may still have it in its cache.
+pub(crate) fn finish(file: &File) -> io::Result<()> {
+    let all =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    match sync_file_range(file, 0..0, all) {
+        // A kernel or a sandbox without this call.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => file.sync_data(),
+        outcome => outcome,
+    }
+}
+
+/// Begins to put the blocks on the disk that end in `written`.
+fn start(file: &File, written: Range<u64>) {
+    let blocks = floor(written.start)..floor(written.end);
+    if !blocks.is_empty() {
+        // An error of the disk is reported by `finish`; without this call it has more to do.
+        let _ = sync_file_range(file, blocks, libc::SYNC_FILE_RANGE_WRITE);
+    }
+}
+
+fn floor(offset: u64) -> u64 {
+    offset - offset % BLOCK_BYTES
+}
+
+/// The bytes from `offset` to the end of its block, but no more than `length`.
+fn in_block(offset: u64, length: usize) -> usize {
+    length.min((BLOCK_BYTES - offset % BLOCK_BYTES) as usize)
+}
+
+/// With an empty range: of the whole file.
+fn sync_file_range(file: &File, range: Range<u64>, flags: libc::c_uint) -> io::Result<()> {
+    let offset = |offset: u64| libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput);
+    let (begin, length) = (offset(range.start)?, offset(range.end - range.start)?);
+    // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Writes all of `bytes` at `offset`.
+pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let (part, rest) = bytes.split_at(in_block(offset, bytes.len()));
+        file.write_all_at(part, offset)?;
+        let end = offset + part.len() as u64;
+        start(file, offset..end);
+        (bytes, offset) = (rest, end);
+    }
+    Ok(())
+}
+
+/// Appends to a file.
+pub(crate) struct Appender<'a> {
+    file: &'a mut File,
+    length: &'a mut u64,
+}
+
+impl<'a> Appender<'a> {
+    /// For `file`, which has `length` bytes; counts those that are appended.
+    pub(crate) fn new(file: &'a mut File, length: &'a mut u64) -> Appender<'a> {
+        Appender { file, length }
+    }
+
+    /// Notes that `count` bytes were appended.
+    pub(crate) fn appended(&mut self, count: u64) {
+        let end = *self.length + count;
+        start(self.file, *self.length..end);
+        *self.length = end;
+    }
+}
+
+impl Write for Appender<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(&bytes[..in_block(*self.length, bytes.len())])?;
+        self.appended(count as u64);
+        Ok(count)
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut room = in_block(*self.length, usize::MAX);
+        let fits = |piece: &&IoSlice<'_>| {
+            let rest = room.checked_sub(piece.len());
+            room = rest.unwrap_or(0);
+            rest.is_some()
+        };
+        match pieces.iter().take_while(fits).count() {
+            0 => self.write(pieces.first().map_or(&[], |piece| piece)),
+            several => {
+                let count = self.file.write_vectored(&pieces[..several])?;
+                self.appended(count as u64);
+                Ok(count)
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::write::vectored;
+    use std::io::{Read, Seek};
+
+    fn bytes(length: u64) -> Vec<u8> {
+        (0..length).map(|n| (n % 251) as u8).collect()
+    }
+
+    fn content(mut file: File) -> Vec<u8> {
+        let mut written = Vec::new();
+        file.rewind().and_then(|()| file.read_to_end(&mut written)).expect("read");
+        written
+    }
+
+    #[test]
+    fn pieces_that_cross_blocks_are_appended_whole() {
+        let bytes = bytes(2 * BLOCK_BYTES + 1234);
+        for size in [1000, 700_001, BLOCK_BYTES as usize, usize::MAX] {
+            let mut file = tempfile::tempfile().expect("a file");
+            file.write_all(&bytes[..7]).expect("written");
+            let mut length = 7;
+            let pieces = bytes[7..].chunks(size.min(bytes.len()));
+            vectored::write_all(&mut Appender::new(&mut file, &mut length), pieces).expect("written");
+            assert_eq!(length, bytes.len() as u64);
+            finish(&file).expect("on the disk");
+            assert!(content(file) == bytes, "{size}");
+        }
+    }
+
+    #[test]
+    fn no_append_crosses_a_block() {
+        let mut file = tempfile::tempfile().expect("a file");
+        let mut length = BLOCK_BYTES - 10;
+        let mut appender = Appender::new(&mut file, &mut length);
+        let pieces = [[0; 4], [1; 4], [2; 4]].concat();
+        let pieces: Vec<IoSlice<'_>> = pieces.chunks(4).map(IoSlice::new).collect();
+        assert_eq!(appender.write_vectored(&pieces).expect("written"), 8);
+        assert_eq!(appender.write_vectored(&pieces).expect("written"), 2);
+        assert_eq!(appender.write_vectored(&pieces).expect("written"), 12);
+        assert_eq!(length, BLOCK_BYTES + 12);
+    }
+
+    #[test]
+    fn bytes_that_cross_blocks_are_written_where_they_belong() {
+        let bytes = bytes(2 * BLOCK_BYTES + 99);
+        let file = tempfile::tempfile().expect("a file");
+        let (first, last) = bytes.split_at(BLOCK_BYTES as usize - 1);
+        write_all_at(&file, last, first.len() as u64).expect("written");
+        write_all_at(&file, first, 0).expect("written");
+        assert!(content(file) == bytes);
+    }
+
+    #[test]
+    fn what_cannot_be_on_a_disk_is_an_error() {
+        let (reader, _writer) = std::io::pipe().expect("a pipe");
+        let error = finish(&File::from(std::os::fd::OwnedFd::from(reader))).expect_err("a pipe");
+        assert_eq!(error.raw_os_error(), Some(libc::ESPIPE));
+    }
+}

@@ -1,0 +1,261 @@
+//! Reading through slabs: every byte arrives once, whatever the sizes, however long the caller keeps a slab.
+
+mod common;
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{naive_slice, pattern};
+use safetensors_torch::{
+    AxisRange, Backend, Dtype, Error, ErrorKind, PART_ALIGNMENT, Prefetcher, SaveOptions, Taken, TensorFile,
+    TensorSpec, save_file,
+};
+
+/// The caller's side: slabs, and tensors that are put together from what comes in them.
+struct Caller {
+    slabs: Vec<Vec<u8>>,
+    slab_bytes: usize,
+}
+
+impl Caller {
+    fn new(count: usize, slab_bytes: usize) -> Caller {
+        Caller { slabs: (0..count).map(|_| vec![0x55; slab_bytes]).collect(), slab_bytes }
+    }
+
+    fn starts(&mut self) -> Vec<*mut u8> {
+        self.slabs.iter_mut().map(|slab| slab.as_mut_ptr()).collect()
+    }
+
+    /// Takes everything, keeps up to `held` slabs, and spoils each before it gives it back.
+    fn collect(
+        &mut self,
+        prefetcher: &Prefetcher,
+        results: &mut [Vec<u8>],
+        held: usize,
+    ) -> Result<(), Error> {
+        let mut kept: Vec<usize> = Vec::new();
+        loop {
+            match prefetcher.take(Duration::from_millis(5))? {
+                Taken::End => break,
+                Taken::Later => {}
+                Taken::Slab(slab, parts) => {
+                    let mut end = 0;
+                    for part in parts {
+                        assert!(
+                            part.length > 0 && part.start.is_multiple_of(PART_ALIGNMENT) && part.start >= end
+                        );
+                        end = part.start + part.length;
+                        assert!(end <= self.slab_bytes);
+                        let whole = part.offset + part.length == results[part.request].len();
+                        assert!(whole || part.length.is_multiple_of(PART_ALIGNMENT), "elements stay whole");
+                        results[part.request][part.offset..][..part.length]
+                            .copy_from_slice(&self.slabs[slab][part.start..end]);
+                    }
+                    kept.push(slab);
+                }
+            }
+            while kept.len() > held {
+                let slab = kept.remove(0);
+                self.slabs[slab].fill(0xEE);
+                prefetcher.give(slab);
+            }
+            if kept.len() == self.slabs.len() {
+                prefetcher.give(kept.remove(0));
+            }
+        }
+        Ok(())
+    }
+}
+
+const SIZES: [usize; 9] = [0, 1, 15, 16, 17, 1000, 65_537, 900_001, 3_000_000];
+
+fn written(directory: &Path, sizes: &[usize]) -> (PathBuf, Vec<Vec<u8>>) {
+    let path = directory.join("model.safetensors");
+    let names: Vec<String> = (0..sizes.len()).map(|i| format!("t{i:06}")).collect();
+    let data: Vec<Vec<u8>> =
+        sizes.iter().enumerate().map(|(skip, &size)| pattern(size + skip).split_off(skip)).collect();
+    let shapes: Vec<[u64; 1]> = sizes.iter().map(|&size| [size as u64]).collect();
+    let specs: Vec<TensorSpec> =
+        names.iter().zip(&shapes).map(|(name, shape)| TensorSpec { name, dtype: Dtype::U8, shape }).collect();
+    let bytes: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
+    save_file(&specs, &bytes, None, &path, SaveOptions::default()).expect("saved");
+    (path, data)
+}
+
+fn open(path: &Path, backend: Backend) -> Arc<TensorFile> {
+    Arc::new(TensorFile::open(path, backend).expect("valid"))
+}
+
+#[test]
+fn every_byte_arrives_whatever_the_slabs_and_threads() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let sizes: Vec<usize> = SIZES.iter().cycle().take(40).copied().collect();
+    let (path, data) = written(directory.path(), &sizes);
+    for (round, backend) in [Backend::Mmap, Backend::Pread].into_iter().cycle().take(16).enumerate() {
+        let file = open(&path, backend);
+        let (count, slab_bytes) = (1 + round % 5, [16, 4096, 100_000 / 16 * 16, 1 << 20][round % 4]);
+        // With the smallest slab, the small tensors alone.
+        let mut indices: Vec<usize> =
+            (0..sizes.len()).filter(|&i| sizes[i] < 1001 || slab_bytes > 16).collect();
+        if round % 2 == 1 {
+            indices.reverse();
+        }
+        let mut results: Vec<Vec<u8>> = indices.iter().map(|&index| vec![0; sizes[index]]).collect();
+        let mut caller = Caller::new(count, slab_bytes);
+        let threads = [None, Some(1), Some(4)][round % 3];
+        // SAFETY: the caller's slabs outlive the prefetcher, and it touches them while it has them.
+        let prefetcher = unsafe {
+            Prefetcher::new(
+                Arc::clone(&file),
+                &indices,
+                round % 3 == 0,
+                &caller.starts(),
+                slab_bytes,
+                threads,
+            )
+        };
+        let prefetcher = prefetcher.expect("there");
+        caller.collect(&prefetcher, &mut results, round % 4).expect("read");
+        assert_eq!(prefetcher.take(Duration::ZERO).expect("over"), Taken::End);
+        drop(prefetcher);
+        for (&index, result) in indices.iter().zip(&results) {
+            assert!(*result == data[index], "round {round}, tensor {index} of {} bytes", sizes[index]);
+        }
+    }
+}
+
+#[test]
+fn small_tensors_share_a_slab() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, _) = written(directory.path(), &[100; 1000]);
+    let mut caller = Caller::new(1, 1 << 20);
+    let indices: Vec<usize> = (0..1000).collect();
+    let starts = caller.starts();
+    // SAFETY: as above.
+    let prefetcher =
+        unsafe { Prefetcher::new(open(&path, Backend::Pread), &indices, false, &starts, 1 << 20, None) }
+            .expect("there");
+    match prefetcher.take(Duration::ZERO).expect("read") {
+        Taken::Slab(0, parts) => assert_eq!(parts.len(), 1000),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(prefetcher.take(Duration::ZERO).expect("read"), Taken::End);
+}
+
+#[test]
+fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, data) = written(directory.path(), &[8 << 20]);
+    let mut caller = Caller::new(4, 1 << 20);
+    let starts = caller.starts();
+    // SAFETY: as above, for the slabs that are added too.
+    let prefetcher =
+        unsafe { Prefetcher::new(open(&path, Backend::Pread), &[0], false, &starts[..1], 1 << 20, Some(3)) };
+    let prefetcher = prefetcher.expect("there");
+    let first = prefetcher.take(Duration::from_secs(20)).expect("read");
+    let Taken::Slab(slab, parts) = first else { panic!("{first:?}") };
+    let until = Instant::now() + Duration::from_secs(20);
+    while !prefetcher.is_starved() {
+        assert!(Instant::now() < until, "the other threads have nothing to fill");
+        std::thread::yield_now();
+    }
+    let mut results = vec![vec![0; 8 << 20]];
+    results[0][parts[0].offset..][..parts[0].length].copy_from_slice(&caller.slabs[slab][..parts[0].length]);
+    for (number, &start) in starts.iter().enumerate().skip(1) {
+        // SAFETY: as above.
+        assert_eq!(unsafe { prefetcher.add(start) }, number);
+    }
+    prefetcher.give(slab);
+    caller.collect(&prefetcher, &mut results, 2).expect("read");
+    assert!(results[0] == data[0]);
+}
+
+#[test]
+fn a_feed_that_is_dropped_half_way_stops() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, _) = written(directory.path(), &[16 << 20]);
+    for taken in 0..3 {
+        let mut caller = Caller::new(2, 1 << 20);
+        let starts = caller.starts();
+        // SAFETY: as above.
+        let prefetcher =
+            unsafe { Prefetcher::new(open(&path, Backend::Pread), &[0], false, &starts, 1 << 20, Some(4)) };
+        let prefetcher = prefetcher.expect("there");
+        for _ in 0..taken {
+            prefetcher.take(Duration::from_millis(50)).expect("read");
+        }
+        // Joins threads that wait for a slab.
+        drop(prefetcher);
+    }
+}
+
+#[test]
+fn slices_come_through_slabs_too() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("one.safetensors");
+    let shape = [60, 50, 700];
+    let data = pattern(shape.iter().product::<u64>() as usize * 4);
+    let spec = TensorSpec { name: "x", dtype: Dtype::F32, shape: &shape };
+    save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
+    let range = |start, stop, step| AxisRange { start, stop, step };
+    for ranges in [
+        [range(0, 60, 1), range(0, 50, 1), range(0, 700, 1)],
+        [range(7, 53, 1), range(0, 50, 1), range(0, 700, 1)],
+        [range(0, 60, 2), range(3, 48, 1), range(0, 700, 1)],
+        [range(1, 60, 1), range(0, 50, 1), range(1, 700, 2)],
+        [range(0, 60, 1), range(5, 5, 1), range(0, 700, 1)],
+    ] {
+        let expected = naive_slice(&data, 4, &shape, &ranges);
+        for (backend, threads) in
+            [(Backend::Mmap, Some(3)), (Backend::Pread, Some(2)), (Backend::Pread, None)]
+        {
+            let file = open(&path, backend);
+            let slice = file.slice(0, &ranges).expect("within");
+            let mut caller = Caller::new(3, 64 << 10);
+            let starts = caller.starts();
+            // SAFETY: as above.
+            let prefetcher =
+                unsafe { Prefetcher::of_slice(file, 0, slice, &starts, 64 << 10, threads) }.expect("there");
+            let mut results = vec![vec![0; expected.len()]];
+            caller.collect(&prefetcher, &mut results, 1).expect("read");
+            assert!(results[0] == expected, "{ranges:?}");
+        }
+    }
+}
+
+#[test]
+fn a_read_that_fails_names_file_and_tensor() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for (sizes, threads) in [(vec![100, 200], None), (vec![3 << 20, 5 << 20], Some(3))] {
+        let (path, _) = written(directory.path(), &sizes);
+        let file = open(&path, Backend::Pread);
+        let length = file.byte_range(&file.tensor(1).expect("there")).end - 1;
+        OpenOptions::new().write(true).open(&path).expect("there").set_len(length).expect("cut");
+        let mut caller = Caller::new(2, 1 << 20);
+        let starts = caller.starts();
+        // SAFETY: as above.
+        let prefetcher =
+            unsafe { Prefetcher::new(file, &[0, 1], false, &starts, 1 << 20, threads) }.expect("there");
+        let mut results: Vec<Vec<u8>> = sizes.iter().map(|&size| vec![0; size]).collect();
+        let error = caller.collect(&prefetcher, &mut results, 0).expect_err("cut short");
+        assert_eq!(error.kind(), ErrorKind::FileChanged);
+        assert_eq!(error.to_string().matches("model.safetensors").count(), 1, "{error}");
+        assert!(error.to_string().contains("for tensor \"t00000"), "{error}");
+        // Nothing more comes, and nothing hangs.
+        let until = Instant::now() + Duration::from_secs(20);
+        while prefetcher.take(Duration::from_millis(1)).expect("failed before") != Taken::End {
+            assert!(Instant::now() < until);
+        }
+    }
+}
+
+#[test]
+fn a_tensor_that_is_not_there_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, _) = written(directory.path(), &[10]);
+    // SAFETY: there is no slab.
+    let refused = unsafe { Prefetcher::new(open(&path, Backend::Pread), &[1], false, &[], 16, None) };
+    assert_eq!(refused.expect_err("there is one").kind(), ErrorKind::InvalidArgument);
+}
