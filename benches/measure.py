@@ -110,7 +110,7 @@ class Measurement:
         """Makes the page cache's state of what is read certain, where it is not made so before each run."""
         if self._work.reads_file and not self._work.cold:
             for path in sorted({self._source(subject) for subject in self._subjects}):
-                machine.warm(path)
+                machine.rewarm(path)
 
     def _time(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -258,7 +258,7 @@ def host_memory(setting: Setting) -> dict[str, float]:
     found = {}
 
     def measure(what: str, work: Callable[[], Any], also: int = 0) -> Any:
-        with machine.Watch(device.host_bytes) as watch:
+        with machine.MemoryWatch(device.host_bytes) as watch:
             result = work()
             device.synchronize()
         found[what] = watch.growth

@@ -49,7 +49,7 @@ def _load(request: dict[str, Any], device: devices.Device) -> dict[str, Any]:
     path = request["path"]
     seconds = _repeat(device, lambda: ready.call(path), lambda: None)
     gc.collect()
-    with machine.Watch(device.host_bytes) as watch:
+    with machine.MemoryWatch(device.host_bytes) as watch:
         tensors, owner = ready.call(path)
         device.synchronize()
     names = data.names(Path(path))
@@ -77,7 +77,7 @@ def _save(request: dict[str, Any], device: devices.Device) -> dict[str, Any]:
         target.unlink()
 
     seconds = _repeat(device, lambda: ready.call(tensors, str(target)), clear)
-    with machine.Watch(device.host_bytes) as watch:
+    with machine.MemoryWatch(device.host_bytes) as watch:
         ready.call(tensors, str(target))
     saved, wanted = data.names(target), data.names(Path(request["path"]))
     if sorted(saved) != sorted(wanted):
@@ -89,7 +89,7 @@ def _save(request: dict[str, Any], device: devices.Device) -> dict[str, Any]:
     return _answer(ready, seconds, watch)
 
 
-def _answer(ready: rivals.Ready, seconds: list[float], watch: machine.Watch) -> dict[str, Any]:
+def _answer(ready: rivals.Ready, seconds: list[float], watch: machine.MemoryWatch) -> dict[str, Any]:
     return {
         "version": ready.version,
         "setup": ready.setup_seconds,
