@@ -137,8 +137,8 @@ def markdown(results: dict, plot: str) -> str:
                 rows.append((work["title"] if index == 0 else "", row["subject"], *_cells(work, row)))
         if rows:
             lines += [f"### {data.title[0].upper()}{data.title[1:]}: {data.nbytes() / 1e6:,.0f} MB", ""]
-            lines += [*_markdown_rows(("work", "who", *_COLUMNS), rows, 2), ""]
-    lines += ["### Targets", "", *_markdown_rows(("of what", "target", "measured", "met"), list(judged(results)), 1)]
+            lines += [*_markdown_rows(("work", "subject", *_COLUMNS), rows, 2), ""]
+    lines += ["### Targets", "", *_markdown_rows(("measure", "target", "measured", "met"), list(judged(results)), 1)]
     lines += ["", *(f"- {note}." for note in [*results["notes"], *map(_first_line, results["failures"])])]
     return "\n".join(lines).rstrip() + "\n"
 
