@@ -1,8 +1,8 @@
 """Builds the Python package: the core with cargo, the libtorch layer ahead of time where torch is at hand.
 
 Owns what goes into ``safetensors_torch/native``: that of the wheel, or of the checkout for an editable install (``pip
-install -e .``). How the libtorch layer is compiled stands in ``safetensors_torch/_loader.py``, which does the same at
-first import where nothing that fits was built here.
+install -e .``). ``safetensors_torch/_native_library.py`` says how the libtorch layer is compiled, and
+compiles it at the first import if none was built for the installed torch.
 
 SAFETENSORS_TORCH_AOT=0 leaves the libtorch layer to the first import.
 """
@@ -192,9 +192,9 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def load_loader() -> ModuleType:
-    """The package's _loader, by its path: the package itself cannot be imported before it is built."""
-    spec = importlib.util.spec_from_file_location("_loader", ROOT / "python" / PACKAGE / "_loader.py")
+def load_native_library() -> ModuleType:
+    """The package's _native_library, by its path: the package itself cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location("_native_library", ROOT / "python" / PACKAGE / "_native_library.py")
     loader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loader)
     return loader
@@ -208,7 +208,7 @@ def ahead_of_time() -> dict:
         from torch.utils.cpp_extension import TORCH_LIB_PATH, BuildExtension, CppExtension
     except ImportError:
         return {}
-    loader = load_loader()
+    loader = load_native_library()
 
     class BuildLayer(BuildExtension):
         """A plain shared library: no PyInit, no libpython, no path of this machine."""

@@ -21,14 +21,15 @@ def _is_shell_command() -> bool:
 
 # The command loads torch and the operators itself, if it needs them.
 if not _is_shell_command():
-    from . import _loader
+    from . import _native_library
 
-    _loader.ensure_loaded()
+    _native_library.ensure_loaded()
 
     # The modules below look the operators up when they are imported.
-    from . import _fake  # noqa: F401
+    from . import _fake_kernels  # noqa: F401
     from ._errors import SafetensorError
-    from ._ops import load, load_file, save, save_file
+    from ._load import load, load_file
+    from ._save import save, save_file
     from .incremental_writer import IncrementalWriter
     from .metadata import edit_metadata
     from .model import load_model, save_model
@@ -46,8 +47,8 @@ if not _is_shell_command():
 
     # For C and C++ programs: what CMAKE_PREFIX_PATH needs for find_package(SafetensorsTorch), and where the headers
     # are.
-    cmake_prefix_path: str = str(_loader.NATIVE)
-    include_path: str = str(_loader.NATIVE / "include")
+    cmake_prefix_path: str = str(_native_library.NATIVE)
+    include_path: str = str(_native_library.NATIVE / "include")
 
 __all__ = [
     "IncrementalWriter",

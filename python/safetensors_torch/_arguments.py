@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._errors import shown
+from ._errors import short_repr
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Device = str | int | torch.device | None
@@ -30,7 +30,7 @@ def encode_path(filename: Path) -> bytes:
         )
     path = os.fsencode(filename)
     if b"\0" in path:
-        raise ValueError(f"embedded null byte in the file name {shown(filename)}: {_OTHER_FUNCTIONS}")
+        raise ValueError(f"embedded null byte in the file name {short_repr(filename)}: {_OTHER_FUNCTIONS}")
     return path
 
 
@@ -63,19 +63,12 @@ def to_device(device: Device) -> torch.device:
     return torch.device(accelerator.type, device)
 
 
-def check_shared(shared: Any) -> str:
-    """``shared`` for the operators, which refuse all but "error" and "keep_one" with an error that lists both."""
-    return _word(shared)
+def to_keyword(value: Any) -> str:
+    """Returns ``value`` as text for an operator, which refuses unknown keywords with an error that lists its own.
 
-
-def check_backend(backend: Any) -> str:
-    """``backend`` for the operators, which refuse all but "mmap" and "pread" with an error that lists both."""
-    return _word(backend)
-
-
-def _word(word: Any) -> str:
-    # The words are ASCII; what is not may have no UTF-8 either, and then the operators do not take it for a str.
-    return word if isinstance(word, str) and word.isascii() else ascii(word)
+    What is not an ASCII str is escaped: a lone surrogate has no UTF-8, and no operator would take it.
+    """
+    return value if isinstance(value, str) and value.isascii() else ascii(value)
 
 
 def check_variant(variant: Any) -> str | None:
@@ -92,12 +85,7 @@ def check_variant(variant: Any) -> str | None:
     return variant
 
 
-def check_extra(extra: Any) -> str:
-    """``extra`` for the operators, which refuse all but "error" and "ignore" with an error that lists both."""
-    return extra if isinstance(extra, str) and extra.isascii() else ascii(extra)
-
-
-def check_flag(value: Any, name: str) -> bool:
+def check_bool(value: Any, name: str) -> bool:
     """``value`` if it is a bool.
 
     Raises:
@@ -122,3 +110,17 @@ def check_dtype(dtype: Any) -> torch.dtype | None:
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, not {dtype}: tensors of other dtypes are not converted")
     return dtype
+
+
+def check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict):
+        raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
+    for key, value in metadata.items():
+        check_text(key, f"the metadata key {short_repr(key)}")
+        check_text(value, f"the metadata value of {short_repr(key)}")
+
+
+def check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a str, not {type(text).__name__}")
+    text.encode()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ._dynamo import opaque
 from ._exceptions import SafetensorError
+from ._tracing import dynamo_disable
 
 _BUILTIN: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -27,19 +27,19 @@ _BUILTIN: dict[str, type[Exception]] = {
 _MOST_SHOWN = 200
 
 
-def shortened(text: str) -> str:
+def truncate(text: str) -> str:
     """``text`` for a message: of a long one the beginning, and how long it is."""
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``repr(value)`` for a message, shortened: callers pass the contents of a file for its name."""
     if isinstance(value, (str, bytes, bytearray)) and len(value) > _MOST_SHOWN:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{value[:_MOST_SHOWN]!r}... ({len(value)} {unit})"
     text = repr(value)
     # What is short enough may need escapes.
-    return text if isinstance(value, (str, bytes, bytearray)) else shortened(text)
+    return text if isinstance(value, (str, bytes, bytearray)) else truncate(text)
 
 
 def translate(error: RuntimeError) -> Exception:
@@ -75,7 +75,7 @@ def translate(error: RuntimeError) -> Exception:
     return error if builtin is None else builtin(message)
 
 
-@opaque
+@dynamo_disable
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` for an operator or a method of File, with its errors translated."""
     try:

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._arguments import Path, check_flag, encode_path
-from ._checks import check_metadata, check_tensors, check_text, unseen
-from ._errors import SafetensorError, call, shown
-from ._ops import is_traced
-from ._steps import STEP, run
+from ._arguments import Path, check_bool, check_metadata, check_text, encode_path
+from ._errors import SafetensorError, call, short_repr
+from ._progress import STEP_SECONDS, run
+from ._save_checks import DisableTorchFunction, check_tensors
+from ._tracing import is_traced
 
 # How a tensor is declared: by dtype and shape, or by one that has them.
 Spec = torch.Tensor | tuple[torch.dtype, Iterable[int]]
@@ -32,23 +32,27 @@ def _empty(name: str, spec: Any) -> torch.Tensor:
     try:
         sizes = (index(shape),) if isinstance(shape, Integral) else tuple(map(index, shape))
     except (TypeError, AttributeError):  # the latter of a nested tensor's shape
-        raise TypeError(f"tensor {shown(name)}: a shape is made of ints, not {shown(shape)}") from None
+        raise TypeError(f"tensor {short_repr(name)}: a shape is made of ints, not {short_repr(shape)}") from None
     if any(size < 0 for size in sizes):
-        raise ValueError(f"tensor {shown(name)}: the shape {shown(shape)} has a negative size")
+        raise ValueError(f"tensor {short_repr(name)}: the shape {short_repr(shape)} has a negative size")
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _of_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
-    with unseen():
+    with DisableTorchFunction():
         if spec.is_nested:
-            raise ValueError(f"tensor {shown(name)}: a nested tensor has no one shape; declare one as (dtype, shape)")
+            raise ValueError(
+                f"tensor {short_repr(name)}: a nested tensor has no one shape; declare one as (dtype, shape)"
+            )
         return spec.dtype, spec.shape
 
 
 def _pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
     if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
         return spec[0], spec[1]
-    raise TypeError(f"tensor {shown(name)}: declare it as (dtype, shape), or by a tensor, not by {shown(spec)}")
+    raise TypeError(
+        f"tensor {short_repr(name)}: declare it as (dtype, shape), or by a tensor, not by {short_repr(spec)}"
+    )
 
 
 class IncrementalWriter:
@@ -94,11 +98,11 @@ class IncrementalWriter:
     ) -> None:
         self._filename = filename
         self._open: Any | None = None
-        check_flag(durable, "durable")
+        check_bool(durable, "durable")
         if not isinstance(tensors, Mapping):
             raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
         for name in tensors:
-            check_text(name, f"the key {shown(name)}")
+            check_text(name, f"the key {short_repr(name)}")
         if metadata is not None:
             check_metadata(metadata)
         path = encode_path(filename)
@@ -135,7 +139,7 @@ class IncrementalWriter:
         )
 
     def __repr__(self) -> str:
-        return f"<IncrementalWriter {shown(self._filename)}, {'closed' if self._open is None else 'open'}>"
+        return f"<IncrementalWriter {short_repr(self._filename)}, {'closed' if self._open is None else 'open'}>"
 
     def _native(self) -> Any:
         native = self._open
@@ -158,8 +162,8 @@ class IncrementalWriter:
         native = self._native()
         check_tensors({name: tensor}, None)
         with _disable_current_modes() if is_traced() else nullcontext():
-            with unseen():
-                pending = call(native.write, name, tensor, STEP)
+            with DisableTorchFunction():
+                pending = call(native.write, name, tensor, STEP_SECONDS)
             if pending is not None:
                 run(pending, pending.size, None, "save")
 

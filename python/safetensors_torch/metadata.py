@@ -9,14 +9,13 @@ from collections.abc import Mapping
 
 import torch
 
-from ._arguments import Path, check_flag, encode_path
-from ._checks import check_text
-from ._dynamo import opaque
-from ._errors import call, shown
-from ._steps import Progress, check_progress, run
+from ._arguments import Path, check_bool, check_text, encode_path
+from ._errors import call, short_repr
+from ._progress import Progress, check_progress, run
+from ._tracing import dynamo_disable
 
 
-@opaque
+@dynamo_disable
 def edit_metadata(
     filename: Path,
     changes: Mapping[str, str | None],
@@ -62,14 +61,14 @@ def edit_metadata(
     if not isinstance(changes, Mapping):
         raise TypeError(f"changes must map keys to str or None, not {type(changes).__name__}")
     for key, value in changes.items():
-        check_text(key, f"the metadata key {shown(key)}")
+        check_text(key, f"the metadata key {short_repr(key)}")
         if value is not None:
-            check_text(value, f"the metadata value of {shown(key)}")
+            check_text(value, f"the metadata value of {short_repr(key)}")
     if in_place is not None:
-        check_flag(in_place, "in_place")
+        check_bool(in_place, "in_place")
     if not isinstance(reserve, int) or isinstance(reserve, bool):
         raise TypeError(f"reserve must be an int, not {type(reserve).__name__}")
-    check_flag(durable, "durable")
+    check_bool(durable, "durable")
     progress, path = check_progress(progress), encode_path(filename)
     kept = {key: value for key, value in changes.items() if value is not None}
     removed = [key for key, value in changes.items() if value is None]

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from ._arguments import Device
-from ._dynamo import opaque
 from ._errors import SafetensorError
+from ._tracing import dynamo_disable
 from .safe_open import _FRAMEWORKS, safe_open
 
 _package = sys.modules[__package__]
@@ -60,7 +60,7 @@ _namespaces: list[dict[str, Any]] = []
 
 
 @contextmanager
-def _references_phrases() -> Iterator[None]:
+def _with_reference_wording() -> Iterator[None]:
     """Has errors about a header begin as the reference's do."""
     try:
         yield
@@ -71,19 +71,19 @@ def _references_phrases() -> Iterator[None]:
         raise
 
 
-def _stand_in(name: str) -> Callable[..., Any]:
+def _replacement(name: str) -> Callable[..., Any]:
     """A function that does what ours called ``name`` does.
 
     Not ours itself: unpatching has to tell a module that took a name from safetensors from one that took it from here.
     It gives the reference's module as its own, so that another process, patched or not, can unpickle it.
     """
 
-    @opaque
+    @dynamo_disable
     @functools.wraps(getattr(_package, name))
     def function(*args: Any, **kwargs: Any) -> Any:
         if not name.startswith("load"):
             return getattr(_package, name)(*args, **kwargs)
-        with _references_phrases():
+        with _with_reference_wording():
             return getattr(_package, name)(*args, **kwargs)
 
     function.__module__ = "safetensors.torch"
@@ -113,7 +113,7 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
         return _reference["safe_open"](filename, framework, device, **options)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _references_phrases():
+        with _with_reference_wording():
             super().__init__(*args, **kwargs)
 
     def __bool__(self) -> bool:
@@ -122,7 +122,7 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
 
 _SafeOpen.__module__, _SafeOpen.__name__, _SafeOpen.__qualname__ = "safetensors", "safe_open", "safe_open"
 
-_stand_ins: dict[str, Any] = {**{name: _stand_in(name) for name in _FUNCTIONS}, "safe_open": _SafeOpen}
+_replacements: dict[str, Any] = {**{name: _replacement(name) for name in _FUNCTIONS}, "safe_open": _SafeOpen}
 
 
 class _Patch(AbstractContextManager):
@@ -210,13 +210,13 @@ def unpatch_safetensors() -> None:
             return
         _depth -= 1
         if _depth == 0:
-            _take_back()
+            _restore()
 
 
 def _apply() -> None:
     package, functions = (sys.modules[name] for name in _PATCHED_MODULES)
     found = []  # kept, so that no other object gets the id of one
-    for name, stand_in in _stand_ins.items():
+    for name, stand_in in _replacements.items():
         current = getattr(package if name == "safe_open" else functions, name)
         if current is not stand_in:  # which somebody may have put back there
             # Or that of _safetensors_torch_start, which waits for torch.
@@ -228,8 +228,8 @@ def _apply() -> None:
     _namespaces[:] = _replace(_loaded_namespaces(), {id(current): stand_in for current, stand_in in found})
 
 
-def _take_back() -> None:
-    _replace([*_namespaces, *_loaded_namespaces()], {id(new): _reference[name] for name, new in _stand_ins.items()})
+def _restore() -> None:
+    _replace([*_namespaces, *_loaded_namespaces()], {id(new): _reference[name] for name, new in _replacements.items()})
     _namespaces.clear()
     SafetensorError.__bases__ = _ERROR_BASES
 

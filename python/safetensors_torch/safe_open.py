@@ -15,10 +15,10 @@ import torch
 
 from . import _buffer
 from ._arguments import Device, to_device
-from ._errors import SafetensorError, call, shortened, shown
-from ._index import bounding_box
-from ._ops import open_bytes, open_file
-from ._steps import run
+from ._errors import SafetensorError, call, short_repr, truncate
+from ._load import open_bytes, open_file
+from ._progress import run
+from ._slice_index import bounding_box
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
 
@@ -47,7 +47,7 @@ def _name(name: Any) -> str:
 
 def _absent(name: str) -> SafetensorError:
     """The text by which programs know the error: without the file, which the native one names."""
-    return SafetensorError(f"File does not contain tensor {shortened(name)}")
+    return SafetensorError(f"File does not contain tensor {truncate(name)}")
 
 
 def _of(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
@@ -98,12 +98,12 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     def __init__(self, filename: Any, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> None:
         if framework not in _FRAMEWORKS:
             raise SafetensorError(
-                f"framework {shown(framework)} is invalid: this library is for torch (one of"
+                f"framework {short_repr(framework)} is invalid: this library is for torch (one of"
                 f" {', '.join(map(repr, _FRAMEWORKS))}); the package safetensors serves the others"
             )
         self._device = to_device(device)
         is_contents = _is_contents(filename)
-        self._title = type(filename).__name__ if is_contents else shown(filename)
+        self._title = type(filename).__name__ if is_contents else short_repr(filename)
         # Whether tensors are views of a mapping.
         self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
         # What keeps contents in memory where they are.
@@ -230,11 +230,11 @@ class PySafeSlice:
         """Refuses to be pickled or copied, as the handle does."""
         raise TypeError(
             f"cannot pickle or copy {self!r}: send the tensors that it gives, or open the file in the other process:"
-            f" safe_open(path).get_slice({shown(self._name)})"
+            f" safe_open(path).get_slice({short_repr(self._name)})"
         )
 
     def __repr__(self) -> str:
-        return f"<slice of {shown(self._name)}: {self._dtype} {self._shape}>"
+        return f"<slice of {short_repr(self._name)}: {self._dtype} {self._shape}>"
 
     def get_shape(self) -> list[int]:
         """The shape in the header, in elements. For F4 the last dimension is twice that of torch's packed dtype."""

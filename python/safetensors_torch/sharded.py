@@ -16,19 +16,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ._arguments import (
     Device,
     Path,
-    check_backend,
+    check_bool,
     check_dtype,
-    check_extra,
-    check_flag,
     check_variant,
     encode_path,
     to_device,
+    to_keyword,
 )
-from ._checks import check_tensors, unseen
-from ._dynamo import opaque
-from ._errors import call, shown
-from ._ops import Names, bring_in, check_rules, is_traced, load_file, load_in_steps, select, write
-from ._steps import STEP, Progress, check_progress
+from ._errors import call, short_repr
+from ._load import Names, bring_in, load_file, load_in_steps, select
+from ._progress import STEP_SECONDS, Progress, check_progress
+from ._save import check_rules, write
+from ._save_checks import DisableTorchFunction, check_tensors
+from ._tracing import dynamo_disable, is_traced
 
 _ops = torch.ops.safetensors_torch
 _plan_sharded_save = _ops._plan_sharded_save.default
@@ -40,14 +40,14 @@ _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GI
 
 def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """The native File over the files of the checkpoint at ``path``; the arguments are those of load_sharded."""
-    arguments = (encode_path(path), check_backend(backend), check_variant(variant), check_extra(extra))
+    arguments = (encode_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
     pending = call(_PendingFile, *arguments)
-    while not call(pending.advance, STEP):
+    while not call(pending.advance, STEP_SECONDS):
         pass
     return call(pending.result)
 
 
-@opaque
+@dynamo_disable
 def load_sharded(
     path: Path,
     device: Device = "cpu",
@@ -98,7 +98,7 @@ def load_sharded(
         {'b': tensor([1., 1.])}
     """
     if prefault is not None:
-        check_flag(prefault, "prefault")
+        check_bool(prefault, "prefault")
     target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     file = open_checkpoint(path, backend, variant, extra)
     return load_opened(file, path, target, backend, prefault, dtype, names, progress)
@@ -142,7 +142,7 @@ def _load_file_by_file(
     return tensors
 
 
-@opaque
+@dynamo_disable
 def save_sharded(
     tensors: dict[str, torch.Tensor],
     directory: Path,
@@ -188,14 +188,14 @@ def save_sharded(
         >>> save_sharded({"a": torch.zeros(3)}, directory)
         ['model.safetensors']
     """
-    check_flag(durable, "durable")
+    check_bool(durable, "durable")
     progress, rules, size = check_progress(progress), check_rules(force_contiguous, shared), parse_size(max_shard_size)
     if not isinstance(stem, str):
         raise TypeError(f"stem must be a str, not {type(stem).__name__}")
     tensors, metadata = check_tensors(tensors, metadata, **rules)
     entries = {"format": "pt", **(metadata or {})}
     with _disable_current_modes():
-        with unseen():
+        with DisableTorchFunction():
             plan = call(_plan_sharded_save, tensors, entries, encode_path(directory), stem, size, **rules)
         write(plan, progress, plan.start, durable)
         return call(plan.file_names)
@@ -217,9 +217,9 @@ def parse_size(size: int | str) -> int:
         factor = _UNITS.get(match[2].upper() or "B") if match else None
         if match is None or factor is None:
             raise ValueError(
-                f"{shown(size)} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'"
+                f"{short_repr(size)} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'"
             )
         parsed = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
     if not 1 <= parsed < 1 << 63:
-        raise ValueError(f"{shown(size)} is no size that a file can have: give 1 byte or more, such as '5GB'")
+        raise ValueError(f"{short_repr(size)} is no size that a file can have: give 1 byte or more, such as '5GB'")
     return parsed

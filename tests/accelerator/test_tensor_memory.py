@@ -11,7 +11,7 @@ from torch import nn
 
 import accelerator
 from accelerator import device
-from safetensors_torch import IncrementalWriter, _steps, load_model, save, save_file, save_model, save_sharded
+from safetensors_torch import IncrementalWriter, _progress, load_model, save, save_file, save_model, save_sharded
 from support import entries
 from support_accelerator import MIB, held_pool, reserve, values, write
 
@@ -69,7 +69,7 @@ def test_load_model_refuses_it(tmp_path: Path, bad: torch.Tensor, dtype: torch.d
 
 def test_memory_that_is_freed_during_a_load_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By copies that are under way: whoever has the memory next comes after them."""
-    monkeypatch.setattr(_steps, "STEP", 0.0)
+    monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
     reserve(2)
     accelerator.set_delay(0)
     model = model_of({f"t{i}": torch.zeros(COUNT, device=device()) for i in range(4)})
@@ -96,7 +96,7 @@ def test_memory_that_is_freed_during_a_load_is_not_written_to(tmp_path: Path, mo
 
 
 def test_a_tensor_that_is_freed_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str) -> None:
-    monkeypatch.setattr(_steps, "STEP", 0.0)
+    monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
     tensors = {f"t{i:02}": values(COUNT, i).to(device()) for i in range(12)}
     (tmp_path / "f").write_bytes(b"old")
 

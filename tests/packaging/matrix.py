@@ -32,7 +32,7 @@ TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", 
 WHEEL_NEEDS = ("setuptools", "ninja")
 # The wheel has these, and no library for one torch; and nothing in it is built here beside the core.
 NEEDED = (
-    "_loader.py",
+    "_native_library.py",
     "py.typed",
     "native/cpp/layer.cpp",
     "native/bridge/bridge.rs.cc",

@@ -16,8 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from safetensors_torch import SafetensorError, _core, cli, load_file, load_sharded, safe_open, save_file, save_sharded
-from safetensors_torch._core import read_headers
+from safetensors_torch import (
+    SafetensorError,
+    _headers,
+    cli,
+    load_file,
+    load_sharded,
+    safe_open,
+    save_file,
+    save_sharded,
+)
+from safetensors_torch._headers import read_headers
 from safetensors_torch.cli import values
 from safetensors_torch.sharded import open_checkpoint
 
@@ -154,12 +163,12 @@ def test_headers_are_those_that_the_operators_see(here: Path) -> None:
 
 
 def test_a_c_library_that_does_not_load_is_reported(here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_core, "LIBRARY", here / "gone.so")
-    _core._library.cache_clear()
+    monkeypatch.setattr(_headers, "LIBRARY", here / "gone.so")
+    _headers._library.cache_clear()
     try:
         assert run("ls", "model.safetensors") == 2
     finally:
-        _core._library.cache_clear()
+        _headers._library.cache_clear()
     assert "ls: the package's C library does not load: " in capsys.readouterr().err
 
 

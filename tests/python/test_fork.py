@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from safetensors_torch import _ops
+from safetensors_torch import _load
 
 SECONDS = 180
 
@@ -377,7 +377,7 @@ def test_a_load_of_another_thread_leaves_the_childs_collector_on() -> None:
     inside, over = threading.Event(), threading.Event()
 
     def loads() -> None:
-        with _ops._no_collection():
+        with _load._gc_paused():
             inside.set()
             over.wait()
 

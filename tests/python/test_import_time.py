@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import safetensors_torch
-from safetensors_torch import _cache, _loader
+from safetensors_torch import _native_cache, _native_library
 
 PACKAGE = Path(safetensors_torch.__file__).parent
-SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
+SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
 pytestmark = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
 # Milliseconds. It takes about 10.
 LIMIT = 50
@@ -35,7 +35,7 @@ print(json.dumps({"took": 1000 * took, "modules": sorted(set(sys.modules) - befo
 
 def imported(environment: dict[str, str]) -> dict:
     # Where it would have to compile, it fails instead.
-    changed = {**os.environ, _loader.CACHE_VARIABLE: "/proc/none", **environment}
+    changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **environment}
     result = subprocess.run([sys.executable, "-c", IMPORT], env=changed, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
     return json.loads(result.stdout)
@@ -48,11 +48,11 @@ def environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
         return {}
     site, cache = tmp_path / "site", tmp_path / "cache"
     shutil.copytree(PACKAGE, site / PACKAGE.name, ignore=shutil.ignore_patterns("*.so"))
-    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(cache))
-    layer = _cache.library()
+    monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(cache))
+    layer = _native_cache.library()
     layer.parent.mkdir(parents=True, mode=0o700)
     shutil.copy(SHIPPED, layer)
-    return {"PYTHONPATH": str(site), _loader.CACHE_VARIABLE: str(cache)}
+    return {"PYTHONPATH": str(site), _native_library.CACHE_VARIABLE: str(cache)}
 
 
 def test_import_is_quick(environment: dict[str, str]) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from random_state import difference
-from safetensors_torch import load_model, save_model
-from safetensors_torch import model as module_of_model
+from safetensors_torch import _load_state_dict, load_model, save_model
 from support import snapshot
 
 STATE = {"0.weight": torch.full((2, 2), 4.0), "0.bias": torch.full((2,), 5.0), "1.bias": torch.full((2,), 6.0)}
@@ -267,8 +266,8 @@ def test_tied_weights_with_a_hook(write: Callable[..., Path], backend: str, refe
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list:
     """The tensors that are copied to be put back."""
-    copied, made = module_of_model._copied, []
-    monkeypatch.setattr(module_of_model, "_copied", lambda tensor: made.append(tensor) or copied(tensor))
+    copied, made = _load_state_dict._copied, []
+    monkeypatch.setattr(_load_state_dict, "_copied", lambda tensor: made.append(tensor) or copied(tensor))
     return made
 
 
@@ -328,7 +327,7 @@ def test_no_memory_for_a_copy(write: Callable[..., Path], monkeypatch: pytest.Mo
     def refuse(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not enough memory: you tried to allocate 16 bytes.")
 
-    monkeypatch.setattr(module_of_model, "_copied", refuse)
+    monkeypatch.setattr(_load_state_dict, "_copied", refuse)
     model = with_pre_hook()
     before = snapshot(model)
     with pytest.raises(MemoryError, match=r"the 32 bytes of Sequential, .*tried to allocate.*: pass backup=False"):
@@ -343,7 +342,7 @@ class Attributed(nn.Parameter):
 
 
 def test_a_class_of_parameters_is_no_detour(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_model, "load_opened", None)
+    monkeypatch.setattr("safetensors_torch.model.load_opened", None)
     model = model_of()
     model[1].bias = Attributed(torch.zeros(2))
     assert load_model(model, write(STATE)) == (set(), [])

@@ -19,7 +19,7 @@ import torch
 from proc import ctrl_c_is_heard
 from safetensors_torch import (
     IncrementalWriter,
-    _ops,
+    _save,
     edit_metadata,
     load,
     load_file,
@@ -30,7 +30,7 @@ from safetensors_torch import (
     save_model,
     save_sharded,
 )
-from safetensors_torch._steps import run
+from safetensors_torch._progress import run
 from support import entries, mode
 
 ONES = {"a": torch.ones(1000)}
@@ -115,7 +115,7 @@ def test_current_directory_that_changes_meanwhile(
         run(*args)
 
     save_file({**LARGE, "other": torch.zeros(3)}, "model.safetensors")
-    for module in (_ops, metadata):
+    for module in (_save, metadata):
         monkeypatch.setattr(module, "run", leave)
     if name == "save_file":
         save_file(LARGE, "model.safetensors", progress=lambda done, total: None)

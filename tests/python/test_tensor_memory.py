@@ -13,7 +13,7 @@ from torch import nn
 from safetensors_torch import (
     IncrementalWriter,
     SafetensorError,
-    _steps,
+    _progress,
     load_file,
     load_model,
     save,
@@ -210,7 +210,7 @@ class Changing:
 
 @pytest.fixture
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "STEP", 0.0)
+    monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
 
 
 def many(value: float) -> dict[str, torch.Tensor]:

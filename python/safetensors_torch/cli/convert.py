@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if is_file and options.max_shard_size:
         raise ValueError(f"{options.target} is one file: --max-shard-size is for a directory")
     _refuse_replacing(options)
-    from .._loader import ensure_loaded
+    from .._native_library import ensure_loaded
 
     ensure_loaded()
     import torch

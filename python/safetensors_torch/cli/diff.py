@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._core import Tensor
-from .._steps import Bar
+from .._headers import Tensor
+from .._progress import ProgressBar
 from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
 HELP = "compare names, shapes and values"
@@ -83,13 +83,13 @@ def _compare_values(
 ) -> None:
     if not entries:
         return
-    from .._loader import ensure_loaded  # not above: it brings torch in
+    from .._native_library import ensure_loaded  # not above: it brings torch in
 
     ensure_loaded()
     from . import values
 
     sides = [values.open_side(one.path) for one in (left, right)]
-    bar = Bar("diff") if wants_bar(options) else None
+    bar = ProgressBar("diff") if wants_bar(options) else None
     total, done = sum(entry.nbytes for entry in entries), 0
     try:
         for entry in entries:

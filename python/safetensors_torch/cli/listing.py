@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from .._core import Tensor, read_headers
+from .._headers import Tensor, read_headers
 
 
 class Listing:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._errors import call
-from .._ops import load_in_steps
+from .._load import load_in_steps
 from ..sharded import open_checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

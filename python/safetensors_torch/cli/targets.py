@@ -10,7 +10,7 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
-from .._steps import STEP, Bar, run
+from .._progress import STEP_SECONDS, ProgressBar, run
 from ..incremental_writer import IncrementalWriter
 from ..sharded import parse_size
 
@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
 def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[str]:
     """Writes the tensors that ``specs`` declares, and ``read`` gives, into a file. Returns its path in a list."""
-    bar, done, total = Bar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
+    bar, done, total = ProgressBar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
     try:
         with IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer:
             for names in _batches(specs):
@@ -55,7 +55,7 @@ def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | s
     native = torch.classes.safetensors_torch.ShardedWriter
     size = parse_size(max_shard_size)
     writer = call(native, list(specs), list(specs.values()), options.metadata, encode_path(path), "model", size)
-    bar, done, total = Bar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
+    bar, done, total = ProgressBar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
     try:
         for names in call(writer.members):
             call(writer.start, read(names))
@@ -63,7 +63,7 @@ def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | s
             done += sum(specs[name].nbytes for name in names)
             if bar is not None:
                 bar(done, total)
-        while not call(writer.commit, options.durable, STEP):
+        while not call(writer.commit, options.durable, STEP_SECONDS):
             pass
         return [os.path.join(path, name) for name in call(writer.file_names)]
     finally:

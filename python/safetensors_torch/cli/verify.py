@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._exceptions import SafetensorError
-from .._steps import Bar
+from .._progress import ProgressBar
 from .listing import Listing, add_quiet, printable, size_text, wants_bar
 
 HELP = "check structure, readability and checksums"
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("checksums are of all bytes: leave --header-only away")
     expected = _read_list(options.checksums) if options.checksums else None
     digests = bool(options.checksums or options.write_checksums)
-    bar = Bar("verify") if wants_bar(options) else None
+    bar = ProgressBar("verify") if wants_bar(options) else None
     results, sums = [], {}
     try:
         files = _files(options.path, results)

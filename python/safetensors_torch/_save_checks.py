@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._errors import SafetensorError, call, shortened, shown
+from ._arguments import check_metadata, check_text
+from ._errors import SafetensorError, call, short_repr, truncate
 
 _check_save = torch.ops.safetensors_torch._check_save.default
 
@@ -23,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 Metadata = dict[str, str] | None
 
 # Inside of its blocks nothing that is done with a tensor reaches the __torch_function__ of its class, or of a mode.
-unseen = torch._C.DisableTorchFunction
+DisableTorchFunction = torch._C.DisableTorchFunction
 
 
 def check_tensors(tensors: Any, metadata: Any, **rules: Any) -> tuple[Tensors, Metadata]:
@@ -42,7 +43,7 @@ def check_tensors(tensors: Any, metadata: Any, **rules: Any) -> tuple[Tensors, M
     tensors = dict(tensors)
     if isinstance(metadata, dict):
         metadata = dict(metadata)
-    with unseen():
+    with DisableTorchFunction():
         _check_tensors(tensors, metadata, rules)
     return tensors, metadata
 
@@ -74,14 +75,14 @@ def _check_tensors(tensors: dict[Any, Any], metadata: Any, rules: dict[str, Any]
     except (TypeError, UnicodeEncodeError):
         _check_memory(_with_printable_names(tensors), rules)
         for name in tensors:
-            check_text(name, f"the key {shown(name)}")
+            check_text(name, f"the key {short_repr(name)}")
         raise
     if fake:
         _check_memory(tensors, rules)
 
 
 def _named(key: Any) -> str:
-    return shortened(key if isinstance(key, str) else str(key))
+    return truncate(key if isinstance(key, str) else str(key))
 
 
 def _is_wrapper(tensor: torch.Tensor) -> bool:
@@ -108,7 +109,8 @@ def _without_memory(name: str, tensor: torch.Tensor) -> SafetensorError:
     else:
         remedy = "save a plain tensor with its values"
     return SafetensorError(
-        f"tensor {shown(name)} is a {kind.__module__}.{kind.__qualname__}, which has no memory of its own: {remedy}"
+        f"tensor {short_repr(name)} is a {kind.__module__}.{kind.__qualname__}, which has no memory of its own:"
+        f" {remedy}"
     )
 
 
@@ -116,20 +118,6 @@ def _check_memory(tensors: Tensors, rules: dict[str, Any]) -> None:
     """What the native library checks of the tensors, also where a mode would run a fake kernel instead."""
     with _disable_current_modes():
         call(_check_save, tensors, **rules)
-
-
-def check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, dict):
-        raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
-    for key, value in metadata.items():
-        check_text(key, f"the metadata key {shown(key)}")
-        check_text(value, f"the metadata value of {shown(key)}")
-
-
-def check_text(text: Any, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} must be a str, not {type(text).__name__}")
-    text.encode()
 
 
 def _with_printable_names(tensors: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ._loader import CACHE_VARIABLE, FINGERPRINT, NATIVE, library_name
+from ._native_library import CACHE_VARIABLE, FINGERPRINT, NATIVE, library_name
 
 
 def root() -> Path:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from ._checks import check_text
-from ._errors import shortened, shown
+from ._arguments import check_text
+from ._errors import short_repr, truncate
 
 Rename = Callable[[str], str] | None
 T = TypeVar("T")
 
 
-class ModuleNames:
+class NameMapping:
     """A tensor ``name`` of the module is called ``prefix + rename(name)`` in the file.
 
     Args:
@@ -34,7 +34,7 @@ class ModuleNames:
         """The name in the file."""
         if self._rename is not None:
             renamed = self._rename(name)
-            check_text(renamed, f"the name that `rename` returns for {shown(name)}")
+            check_text(renamed, f"the name that `rename` returns for {short_repr(name)}")
             name = renamed
         return self.prefix + name
 
@@ -49,8 +49,8 @@ class ModuleNames:
             renamed = self.in_file(name)
             if renamed in result:
                 raise ValueError(
-                    f"two tensors of {self._class_name} are called {shortened(renamed)} by `rename`,"
-                    f" `{shortened(name)}` and one before it: give each its own name"
+                    f"two tensors of {self._class_name} are called {truncate(renamed)} by `rename`,"
+                    f" `{truncate(name)}` and one before it: give each its own name"
                 )
             result[renamed] = value
         return result

@@ -1,7 +1,7 @@
-"""load_file, load, save_file and save: the operators with the argument types and the checks of Python.
+"""load_file and load: the tensors of a file, or of bytes in memory.
 
-Owns what only Python can know of a call: buffers, names, whether a mode is watching. _arguments and _checks have the
-rest. Everything about the format and about the tensors' memory is checked by the native library.
+Owns what only Python knows of such a call: buffers, the choice of names, and whether a mode is watching. The native
+library checks the format and makes the tensors.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
-from ._arguments import Device, Path, check_backend, check_dtype, check_flag, check_shared, encode_path, to_device
-from ._checks import Metadata, Tensors, check_tensors, check_text, unseen
-from ._dynamo import opaque
-from ._errors import call, shown
-from ._steps import STEP, Progress, check_progress, run
+from ._arguments import Device, Path, check_bool, check_dtype, check_text, encode_path, to_device, to_keyword
+from ._errors import call, short_repr
+from ._progress import Progress, check_progress, run
+from ._tracing import dynamo_disable, is_traced
 
 # Which tensors of a file: all, those of these names, or those for whose name the function is true.
 Names = Iterable[str] | Callable[[str], Any] | None
@@ -32,51 +30,50 @@ _load = _ops._load_lists.default
 _load_shared = _ops._load_shared_lists.default
 _open_bytes = _ops._open_bytes.default
 _File = torch.classes.safetensors_torch.File
-_PendingSave = torch.classes.safetensors_torch.PendingSave
 
 # Loads of less than this, in bytes, are over before anybody could interrupt them.
-_LARGE = 256 << 20
+_LARGE_BYTES = 256 << 20
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Keeps the cycle collector from running, as from Python 3.12 on it never does inside of one call into C.
 
     A load makes as many objects as the file has tensors and drops none, so that before 3.12 the collector looks
     through all of them again and again, for nothing. The switch is the whole process's: other threads collect nothing
     meanwhile either, and one that turns the collector off at this very moment finds it on again.
     """
-    global _is_collection_paused
+    global _is_gc_paused
     if sys.version_info >= (3, 12) or not gc.isenabled():
         yield
         return
-    _is_collection_paused = True
+    _is_gc_paused = True
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        _is_collection_paused = False
+        _is_gc_paused = False
 
 
 # Whether some thread is in the block above with the collector off.
-_is_collection_paused = False
+_is_gc_paused = False
 
 
-def _resume_collection() -> None:
+def _resume_gc() -> None:
     """In a process that was forked meanwhile, and in which that thread is not."""
-    global _is_collection_paused
-    if _is_collection_paused:
+    global _is_gc_paused
+    if _is_gc_paused:
         gc.enable()
-        _is_collection_paused = False
+        _is_gc_paused = False
 
 
-os.register_at_fork(after_in_child=_resume_collection)
+os.register_at_fork(after_in_child=_resume_gc)
 
 
 def open_file(filename: Path, backend: str) -> Any:
     """The native File for ``filename``."""
-    return call(_File, encode_path(filename), check_backend(backend))
+    return call(_File, encode_path(filename), to_keyword(backend))
 
 
 def open_bytes(data: torch.Tensor) -> Any:
@@ -95,29 +92,24 @@ def select(file: Any, names: Names) -> list[str] | None:
     if callable(names):
         return [name for name in call(file.offset_keys) if names(name)]
     if isinstance(names, (str, bytes)):
-        raise TypeError(f"names must be a list of names, or a function of a name, not {shown(names)} alone")
+        raise TypeError(f"names must be a list of names, or a function of a name, not {short_repr(names)} alone")
     chosen = list(names)
     for name in chosen:
-        check_text(name, f"the name {shown(name)}")
+        check_text(name, f"the name {short_repr(name)}")
     return chosen
-
-
-def is_traced() -> bool:
-    """Whether a mode, such as FakeTensorMode, wants to see operators, instead of what they do."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_small(path: bytes) -> bool:
     """Whether a file is no large one. One that is not there is not either, which whoever opens it finds out."""
     try:
-        return os.stat(path).st_size < _LARGE
+        return os.stat(path).st_size < _LARGE_BYTES
     except OSError:
         return True
 
 
 def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """The dict of the names and tensors that ``op`` gives as two lists."""
-    with _no_collection():
+    with _gc_paused():
         names, tensors = call(op, *args, **kwargs)
         return dict(zip(names, tensors))
 
@@ -136,7 +128,7 @@ def load_in_steps(
     return _load_with(pending.result)
 
 
-@opaque
+@dynamo_disable
 def load_file(
     filename: Path,
     device: Device = "cpu",
@@ -190,8 +182,8 @@ def load_file(
         torch.float16
     """
     if prefault is not None:
-        check_flag(prefault, "prefault")
-    path, target, backend = encode_path(filename), to_device(device), check_backend(backend)
+        check_bool(prefault, "prefault")
+    path, target, backend = encode_path(filename), to_device(device), to_keyword(backend)
     dtype, progress = check_dtype(dtype), check_progress(progress)
     is_plain = dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
@@ -206,7 +198,7 @@ def load_file(
     return load_in_steps(file, target, dtype, names, progress)
 
 
-@opaque
+@dynamo_disable
 def load(
     data: Any,
     device: Device = "cpu",
@@ -256,7 +248,7 @@ def load(
     if copy:
         with _buffer.borrowed(data) as tensor:
             is_plain = dtype is None and names is None and not progress
-            if is_plain and target.type == "cpu" and tensor.numel() < _LARGE:
+            if is_plain and target.type == "cpu" and tensor.numel() < _LARGE_BYTES:
                 return _load_with(_load, tensor, device=target)
             if not is_traced():
                 return load_in_steps(open_bytes(tensor), target, dtype, names, progress)
@@ -269,118 +261,3 @@ def load(
     if dtype is not None or names is not None:
         raise ValueError("copy=False gives all tensors of the buffer as they are there. Pass copy=True, or neither")
     return _load_with(_load_shared, _buffer.shared(data))
-
-
-@opaque
-def save_file(
-    tensors: dict[str, torch.Tensor],
-    filename: Path,
-    metadata: dict[str, str] | None = None,
-    *,
-    force_contiguous: bool = False,
-    shared: str = "error",
-    durable: bool = False,
-    progress: Progress = None,
-) -> None:
-    """Saves tensors into a safetensors file, which appears complete or not at all.
-
-    Args:
-        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Those of a subclass of
-            Tensor are saved as tensors, without a call of its ``__torch_function__``.
-        filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced, and what it
-            leads to stays as it is.
-        metadata: text to store in the header; None stores none, an empty dict an empty object.
-        force_contiguous: True writes tensors that are not contiguous as if they were, one copy at a time; False refuses
-            them.
-        shared: what becomes of tensors that share memory. "error" refuses them. "keep_one" writes of each group the
-            first name, alphabetically, whose tensor covers the whole memory. The others are left out, and added to the
-            file's metadata with the name that was kept, as save_model does; the caller's dicts stay as they are.
-        durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
-            the file and its directory). Otherwise the kernel brings it there within half a minute or so.
-        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the save: no file is written, unless it was
-            complete already.
-
-    Raises:
-        ValueError: not a dict of tensors, a tensor that is sparse, nested, not contiguous, or without a shape (lazy
-            modules); another word for ``shared``.
-        RuntimeError: tensors that share memory, with "keep_one" if none of them covers it; a tensor on the meta device
-            or a fake one; one whose storage is too small for it, or is resized during the save.
-        TypeError: a key, or a metadata key or value, that is no str.
-        UnicodeEncodeError: one of those with a lone surrogate.
-        SafetensorError: a dtype that the format has not, a tensor without memory of its own (a wrapper subclass such as
-            DTensor), or one called ``__metadata__``.
-        OSError: the file cannot be written.
-
-    Nothing is written if a check fails.
-
-    Example:
-        >>> save_file({"weight": torch.ones(2, 3)}, path, metadata={"format": "pt"}, durable=True)
-        >>> weight = torch.ones(2, 3)
-        >>> save_file({"weight": weight, "row": weight[0]}, path)
-        Traceback (most recent call last):
-        RuntimeError: Some tensors share memory, ...
-    """
-    check_flag(durable, "durable")
-    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
-    tensors, metadata = check_tensors(tensors, metadata, **rules)
-    path = encode_path(filename)
-    with _disable_current_modes():
-        plan = _plan(tensors, metadata, path, **rules)
-        write(plan, progress, plan.start_file, path, durable)
-
-
-@opaque
-def save(
-    tensors: dict[str, torch.Tensor],
-    metadata: dict[str, str] | None = None,
-    *,
-    force_contiguous: bool = False,
-    shared: str = "error",
-    progress: Progress = None,
-) -> bytes:
-    """Saves tensors as the bytes of a safetensors file.
-
-    Args:
-        tensors: as for save_file.
-        metadata: as for save_file.
-        force_contiguous: as for save_file.
-        shared: as for save_file.
-        progress: as for save_file.
-
-    Returns:
-        The bytes, which save_file would write.
-
-    Raises:
-        What save_file raises, but for OSError.
-
-    Example:
-        >>> load(save({"x": torch.arange(3)}))
-        {'x': tensor([0, 1, 2])}
-    """
-    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
-    tensors, metadata = check_tensors(tensors, metadata, **rules)
-    with _disable_current_modes():
-        plan = _plan(tensors, metadata, b"", **rules)
-        return _buffer.new_bytes(call(plan.size), lambda out: write(plan, progress, plan.start_into, out))
-
-
-def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
-    """Has ``plan`` written, beginning with ``start``. Most saves are over with the first step."""
-    try:
-        if not call(start, *args, 0.0 if progress else STEP) or progress:
-            run(plan, plan.size, progress, "save")
-    except BaseException:
-        plan.cancel()
-        raise
-
-
-def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:
-    """What a save takes beside tensors that are contiguous and share no memory, for the native library."""
-    return {"force_contiguous": check_flag(force_contiguous, "force_contiguous"), "shared": check_shared(shared)}
-
-
-def _plan(tensors: Tensors, metadata: Metadata, path: bytes, *, force_contiguous: bool, shared: str) -> Any:
-    """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
-    with unseen():
-        return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path, force_contiguous, shared)

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 import safetensors_torch
-from safetensors_torch import _loader
+from safetensors_torch import _native_library
 
 PACKAGE = Path(safetensors_torch.__file__).parent
-SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
+SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
 COMPILING = "safetensors_torch: compiling"
 
 # Imports the package, uses it, and says which libraries of its name the process has mapped and how long that took.
@@ -51,7 +51,7 @@ needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed witho
 
 def start(program: str, prepare: Callable[[], None] | None = None, **environment: str | None) -> subprocess.Popen:
     """A new Python that runs `program`, in the environment of this one but for what is named; None unsets."""
-    changed = {**os.environ, _loader.CACHE_VARIABLE: "/proc/none", **environment}
+    changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
         env={name: value for name, value in changed.items() if value is not None},
@@ -92,7 +92,7 @@ def kill_while_compiling(directory: Path, environment: dict[str, str]) -> list[P
         directory, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
     )
     process = start(USE, CXX=compiler, **environment)
-    cache = Path(environment[_loader.CACHE_VARIABLE])
+    cache = Path(environment[_native_library.CACHE_VARIABLE])
     deadline = time.monotonic() + 300
     while not list(cache.rglob("layer.o")):
         assert process.poll() is None, process.communicate()
@@ -113,7 +113,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
     directory = tmp_path_factory.mktemp("first_import")
     environment = {
         "PYTHONPATH": str(copy_package(directory / "site")),
-        _loader.CACHE_VARIABLE: str(directory / "cache"),
+        _native_library.CACHE_VARIABLE: str(directory / "cache"),
     }
     left = kill_while_compiling(directory, environment)
     # What a loss of power left in the time before libraries were synchronised to the disk.
@@ -187,7 +187,7 @@ def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: 
     status, _, stderr = outcome(start(program, obey_permissions))
     if status:
         pytest.skip(f"this user can write everywhere: {stderr}")
-    environment = {**compiled["environment"], _loader.CACHE_VARIABLE: str(cache)}
+    environment = {**compiled["environment"], _native_library.CACHE_VARIABLE: str(cache)}
     status, stdout, stderr = outcome(start(USE if has_library else REPORT, obey_permissions, **environment))
     assert (status, stderr) == (0, "")
     if has_library:
@@ -206,7 +206,7 @@ def obey_permissions() -> None:
 
 def test_a_library_that_does_not_load_is_replaced(compiled: dict, tmp_path: Path) -> None:
     site = copy_package(tmp_path / "site")
-    broken = site / "safetensors_torch" / "native" / "lib" / _loader.library_name()
+    broken = site / "safetensors_torch" / "native" / "lib" / _native_library.library_name()
     broken.write_bytes(b"\x7fELF, and no more")
     status, stdout, stderr = outcome(start(USE, **{**compiled["environment"], "PYTHONPATH": str(site)}))
     assert status == 0, stderr
@@ -317,7 +317,11 @@ REPORT = """
 def test_a_missing_compiler_is_reported(how: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     missing = {"CXX": "/nonexistent/c++"} if how == "CXX" else {"CXX": None, "PATH": str(tmp_path)}
-    environment = {"PYTHONPATH": str(copy_package(tmp_path / "site")), _loader.CACHE_VARIABLE: str(cache), **missing}
+    environment = {
+        "PYTHONPATH": str(copy_package(tmp_path / "site")),
+        _native_library.CACHE_VARIABLE: str(cache),
+        **missing,
+    }
     program = (
         REPORT
         + """
@@ -332,14 +336,14 @@ def test_a_missing_compiler_is_reported(how: str, tmp_path: Path) -> None:
     assert f"libtorch layer for torch {torch.__version__} once" in lines[0]
     assert f"lacks a C++ compiler ({missing['CXX'] or 'c++'})." in lines[0], "ninja and the headers are there"
     assert "apt-get install g++" in lines[1] and "variable CXX" in lines[1]
-    assert _loader.CACHE_VARIABLE in lines[2] and lines[2].endswith(".")
+    assert _native_library.CACHE_VARIABLE in lines[2] and lines[2].endswith(".")
     assert not cache.exists()
 
 
 def test_the_import_without_a_compiler_shows_one_traceback(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(copy_package(tmp_path / "site")), "CXX": "/nonexistent/c++"}
     status, _, stderr = outcome(
-        start("import safetensors_torch", **environment, **{_loader.CACHE_VARIABLE: str(tmp_path)})
+        start("import safetensors_torch", **environment, **{_native_library.CACHE_VARIABLE: str(tmp_path)})
     )
     assert status == 1
     assert stderr.count("Traceback") == 1
@@ -353,7 +357,7 @@ def test_the_first_errors_of_the_compiler_are_reported(tmp_path: Path) -> None:
     )
     environment = {
         "PYTHONPATH": str(copy_package(tmp_path / "site")),
-        _loader.CACHE_VARIABLE: str(tmp_path / "cache"),
+        _native_library.CACHE_VARIABLE: str(tmp_path / "cache"),
         "CXX": make_compiler(tmp_path, script),
     }
     status, stdout, _ = outcome(start(REPORT, **environment))
@@ -366,12 +370,12 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     environment = {
         "PYTHONPATH": str(copy_package(tmp_path / "site")),
-        _loader.CACHE_VARIABLE: str(tmp_path / "file" / "cache"),
+        _native_library.CACHE_VARIABLE: str(tmp_path / "file" / "cache"),
     }
     status, stdout, stderr = outcome(start(REPORT, **environment))
     assert (status, stderr) == (0, "")
-    cache = re.escape(environment[_loader.CACHE_VARIABLE])
-    assert re.search(rf"{cache} cannot be used .*{_loader.CACHE_VARIABLE}", stdout), stdout
+    cache = re.escape(environment[_native_library.CACHE_VARIABLE])
+    assert re.search(rf"{cache} cannot be used .*{_native_library.CACHE_VARIABLE}", stdout), stdout
     assert "install g++" not in stdout, "the compiler is there"
 
 

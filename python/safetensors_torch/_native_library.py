@@ -137,15 +137,15 @@ def _is_complete(library: Path) -> bool:
 
 def _load_compiled() -> None:
     """Loads the layer in the cache, after compiling it if there is none that loads."""
-    from . import _cache  # not above: setup.py loads this file by itself
+    from . import _native_cache  # not above: setup.py loads this file by itself
 
     try:
-        library = _cache.library()
+        library = _native_cache.library()
         if _load(library):
             return
         before = _identity(library)
         _refuse_missing_tools()
-        with _cache.lock(library) as alone:
+        with _native_cache.lock(library) as alone:
             # Another process may have compiled it while this one waited.
             if _identity(library) == before or not _load(library):
                 _compile(library, alone)
@@ -165,7 +165,7 @@ def _compile(library: Path, alone: bool) -> None:
     """Compiles and loads the libtorch layer, and leaves it at ``library``, which appears complete or not at all."""
     from torch.utils import cpp_extension
 
-    from . import _cache
+    from . import _native_cache
 
     print(
         f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} (once, some 20 seconds of one"
@@ -188,7 +188,7 @@ def _compile(library: Path, alone: bool) -> None:
             is_python_module=False,
         )
         # By pattern: torch adds a counter to the name when it has compiled before in this process.
-        _cache.put(next(Path(directory).glob("safetensors_torch_native*.so")), library)
+        _native_cache.put(next(Path(directory).glob("safetensors_torch_native*.so")), library)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import safetensors_torch
-from safetensors_torch import _cache, _loader
+from safetensors_torch import _native_cache, _native_library
 
 PACKAGE = Path(safetensors_torch.__file__).parent
-SHIPPED = PACKAGE / "native" / "lib" / _loader.library_name()
+SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
 needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
 STRANGER = 54321
@@ -27,8 +27,8 @@ STRANGER = 54321
 @pytest.fixture
 def layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file where the layer in the cache is looked for, three directories below one that is safe."""
-    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(tmp_path / "shared" / "cache"))
-    path = _cache.library()
+    monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path / "shared" / "cache"))
+    path = _native_cache.library()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"planted")
     for directory in (path.parent, path.parent.parent, path.parent.parent.parent):
@@ -67,12 +67,12 @@ def test_what_others_could_have_put_there_is_refused(
     path = [layer, *layer.parents][level]
     spoil(path)
     with pytest.raises(ImportError) as caught:
-        _cache.library()
+        _native_cache.library()
     text = str(caught.value)
     status = path.lstat()
     assert f"{path} {fault}" in text
     assert f"uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}" in text
-    assert f"environment variable {_loader.CACHE_VARIABLE}" in text
+    assert f"environment variable {_native_library.CACHE_VARIABLE}" in text
     assert path.lstat() == status, "what is refused stays as it was"
 
 
@@ -89,7 +89,7 @@ def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path)
     shutil.copytree(PACKAGE, tmp_path / "site" / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent/c++", "HOME": str(home)}
     if what == "home":
-        del environment[_loader.CACHE_VARIABLE]
+        del environment[_native_library.CACHE_VARIABLE]
         environment.pop("XDG_CACHE_HOME", None)
     program = "import safetensors_torch"
     result = subprocess.run(
@@ -101,14 +101,14 @@ def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path)
 
 
 def test_what_is_safe_is_taken(layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _cache.library() == layer
+    assert _native_cache.library() == layer
     # Others may add to a sticky directory, and replace nothing in it.
     (tmp_path / "shared").chmod(0o1777)
-    assert _cache.library() == layer
+    assert _native_cache.library() == layer
     # The way to the directory is of no matter, since the directory itself is looked at.
     (tmp_path / "link").symlink_to(tmp_path / "shared" / "cache")
-    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(tmp_path / "link"))
-    assert _cache.library() == layer
+    monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path / "link"))
+    assert _native_cache.library() == layer
 
 
 def test_a_group_that_is_the_users_own(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +122,15 @@ def test_a_group_that_is_the_users_own(layer: Path, monkeypatch: pytest.MonkeyPa
     os.chown(layer.parent, -1, user.pw_gid)
     layer.parent.chmod(0o775)
     members([])
-    assert _cache.library() == layer
+    assert _native_cache.library() == layer
     members([user.pw_name])
-    assert _cache.library() == layer
+    assert _native_cache.library() == layer
     members([user.pw_name, "somebody"])
     with pytest.raises(ImportError, match="can be written by other users"):
-        _cache.library()
+        _native_cache.library()
     members([], group="staff")
     with pytest.raises(ImportError, match="can be written by other users"):
-        _cache.library()
+        _native_cache.library()
 
 
 def test_root_that_is_not_in_the_namespace(layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,27 +143,27 @@ def test_root_that_is_not_in_the_namespace(layer: Path, tmp_path: Path, monkeypa
     read = Path.read_text
     texts = {"/proc/self/uid_map": "1000 1000 1\n", "/proc/sys/kernel/overflowuid": f"{stranger}\n"}
     monkeypatch.setattr(Path, "read_text", lambda path, **options: texts.get(str(path)) or read(path, **options))
-    assert _cache.library() == layer
+    assert _native_cache.library() == layer
     texts["/proc/self/uid_map"] = "0 0 4294967295\n"
     if os.geteuid() == 0:
         with pytest.raises(ImportError, match="belongs to another user"):
-            _cache.library()
+            _native_cache.library()
 
 
 def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (_loader.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+    for variable in (_native_library.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
-    with pytest.raises(ImportError, match=f"no home directory; .*{_loader.CACHE_VARIABLE}"):
-        _cache.library()
+    with pytest.raises(ImportError, match=f"no home directory; .*{_native_library.CACHE_VARIABLE}"):
+        _native_cache.library()
 
 
 def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(tmp_path / "a" / "b"))
-    library = _cache.library()
+    monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path / "a" / "b"))
+    library = _native_cache.library()
     before = os.umask(0)
     try:
-        with _cache.lock(library) as alone:
+        with _native_cache.lock(library) as alone:
             assert alone
     finally:
         os.umask(before)
@@ -172,12 +172,12 @@ def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, mo
     lock = library.with_suffix(".lock")
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
     lock.write_text("something")
-    with _cache.lock(library):
+    with _native_cache.lock(library):
         pass
     assert lock.read_text() == "something"
     lock.rename(tmp_path / "victim")
     lock.symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError), _cache.lock(library):
+    with pytest.raises(OSError), _native_cache.lock(library):
         pass
     assert (tmp_path / "victim").read_text() == "something"
 
@@ -185,7 +185,7 @@ def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, mo
 def test_a_new_library_can_be_written_by_its_owner_alone(tmp_path: Path) -> None:
     (tmp_path / "built").write_bytes(b"library")
     (tmp_path / "built").chmod(0o777)
-    _cache.put(tmp_path / "built", tmp_path / "library")
+    _native_cache.put(tmp_path / "built", tmp_path / "library")
     assert stat.S_IMODE((tmp_path / "library").stat().st_mode) == 0o755
 
 
@@ -193,18 +193,18 @@ def test_a_new_library_can_be_written_by_its_owner_alone(tmp_path: Path) -> None
 def test_a_library_that_was_cut_short_is_told(tmp_path: Path) -> None:
     """Before it is loaded: the loader of the system dies of some of these."""
     content = SHIPPED.read_bytes()
-    assert _loader._is_complete(SHIPPED)
+    assert _native_library._is_complete(SHIPPED)
     for size in (0, 3, 63, 64, 4096, len(content) // 2, len(content) - 1):
         (tmp_path / "library").write_bytes(content[:size])
-        assert not _loader._is_complete(tmp_path / "library"), size
+        assert not _native_library._is_complete(tmp_path / "library"), size
     (tmp_path / "library").write_bytes(bytes(len(content)))
-    assert not _loader._is_complete(tmp_path / "library"), "zeros"
+    assert not _native_library._is_complete(tmp_path / "library"), "zeros"
 
 
 def test_each_system_has_a_layer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_loader.CACHE_VARIABLE, str(tmp_path))
-    name = _cache.library().parent.name
+    monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path))
+    name = _native_cache.library().parent.name
     libc = os.confstr("CS_GNU_LIBC_VERSION").replace(" ", "")
     assert f"-{os.uname().machine}-{libc}-libstdc++.6" in name
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.17")
-    assert _cache.library().parent.name == name.replace(libc, "glibc2.17")
+    assert _native_cache.library().parent.name == name.replace(libc, "glibc2.17")

@@ -13,7 +13,7 @@ from typing import Any
 Progress = bool | Callable[[int, int], Any] | None
 
 # Seconds that a step takes. A signal waits this long at most, and then for the reads that are under way.
-STEP = 0.1
+STEP_SECONDS = 0.1
 
 
 def check_progress(progress: Any) -> Progress:
@@ -36,7 +36,7 @@ def check_progress(progress: Any) -> Progress:
     return progress
 
 
-class Bar:
+class ProgressBar:
     """A progress function that draws, if there is anything to move: a load that maps the file moves nothing."""
 
     def __init__(self, title: str) -> None:
@@ -73,9 +73,9 @@ def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> 
     bar = None
     try:
         if progress is True:
-            bar = Bar(title)
+            bar = ProgressBar(title)
         tell = bar or progress
-        while not call(work.advance, STEP):
+        while not call(work.advance, STEP_SECONDS):
             if tell:
                 tell(call(work.done), call(total))
         if tell:

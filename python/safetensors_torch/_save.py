@@ -1,0 +1,136 @@
+"""save_file and save: a file, or its bytes in memory, from a dict of tensors.
+
+Owns the order of the checks and the steps of a save. The native library lays the file out and writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import _buffer
+from ._arguments import Path, check_bool, encode_path, to_keyword
+from ._errors import call
+from ._progress import STEP_SECONDS, Progress, check_progress, run
+from ._save_checks import DisableTorchFunction, Metadata, Tensors, check_tensors
+from ._tracing import dynamo_disable
+
+_PendingSave = torch.classes.safetensors_torch.PendingSave
+
+
+@dynamo_disable
+def save_file(
+    tensors: dict[str, torch.Tensor],
+    filename: Path,
+    metadata: dict[str, str] | None = None,
+    *,
+    force_contiguous: bool = False,
+    shared: str = "error",
+    durable: bool = False,
+    progress: Progress = None,
+) -> None:
+    """Saves tensors into a safetensors file, which appears complete or not at all.
+
+    Args:
+        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Those of a subclass of
+            Tensor are saved as tensors, without a call of its ``__torch_function__``.
+        filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced, and what it
+            leads to stays as it is.
+        metadata: text to store in the header; None stores none, an empty dict an empty object.
+        force_contiguous: True writes tensors that are not contiguous as if they were, one copy at a time; False refuses
+            them.
+        shared: what becomes of tensors that share memory. "error" refuses them. "keep_one" writes of each group the
+            first name, alphabetically, whose tensor covers the whole memory. The others are left out, and added to the
+            file's metadata with the name that was kept, as save_model does; the caller's dicts stay as they are.
+        durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
+            the file and its directory). Otherwise the kernel brings it there within half a minute or so.
+        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
+            some ten times a second, and at the end. What it raises ends the save: no file is written, unless it was
+            complete already.
+
+    Raises:
+        ValueError: not a dict of tensors, a tensor that is sparse, nested, not contiguous, or without a shape (lazy
+            modules); another word for ``shared``.
+        RuntimeError: tensors that share memory, with "keep_one" if none of them covers it; a tensor on the meta device
+            or a fake one; one whose storage is too small for it, or is resized during the save.
+        TypeError: a key, or a metadata key or value, that is no str.
+        UnicodeEncodeError: one of those with a lone surrogate.
+        SafetensorError: a dtype that the format has not, a tensor without memory of its own (a wrapper subclass such as
+            DTensor), or one called ``__metadata__``.
+        OSError: the file cannot be written.
+
+    Nothing is written if a check fails.
+
+    Example:
+        >>> save_file({"weight": torch.ones(2, 3)}, path, metadata={"format": "pt"}, durable=True)
+        >>> weight = torch.ones(2, 3)
+        >>> save_file({"weight": weight, "row": weight[0]}, path)
+        Traceback (most recent call last):
+        RuntimeError: Some tensors share memory, ...
+    """
+    check_bool(durable, "durable")
+    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
+    tensors, metadata = check_tensors(tensors, metadata, **rules)
+    path = encode_path(filename)
+    with _disable_current_modes():
+        plan = _plan(tensors, metadata, path, **rules)
+        write(plan, progress, plan.start_file, path, durable)
+
+
+@dynamo_disable
+def save(
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    force_contiguous: bool = False,
+    shared: str = "error",
+    progress: Progress = None,
+) -> bytes:
+    """Saves tensors as the bytes of a safetensors file.
+
+    Args:
+        tensors: as for save_file.
+        metadata: as for save_file.
+        force_contiguous: as for save_file.
+        shared: as for save_file.
+        progress: as for save_file.
+
+    Returns:
+        The bytes, which save_file would write.
+
+    Raises:
+        What save_file raises, but for OSError.
+
+    Example:
+        >>> load(save({"x": torch.arange(3)}))
+        {'x': tensor([0, 1, 2])}
+    """
+    progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
+    tensors, metadata = check_tensors(tensors, metadata, **rules)
+    with _disable_current_modes():
+        plan = _plan(tensors, metadata, b"", **rules)
+        return _buffer.new_bytes(call(plan.size), lambda out: write(plan, progress, plan.start_into, out))
+
+
+def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
+    """Has ``plan`` written, beginning with ``start``. Most saves are over with the first step."""
+    try:
+        if not call(start, *args, 0.0 if progress else STEP_SECONDS) or progress:
+            run(plan, plan.size, progress, "save")
+    except BaseException:
+        plan.cancel()
+        raise
+
+
+def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:
+    """What a save takes beside tensors that are contiguous and share no memory, for the native library."""
+    return {"force_contiguous": check_bool(force_contiguous, "force_contiguous"), "shared": to_keyword(shared)}
+
+
+def _plan(tensors: Tensors, metadata: Metadata, path: bytes, *, force_contiguous: bool, shared: str) -> Any:
+    """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
+    with DisableTorchFunction():
+        return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path, force_contiguous, shared)
