@@ -137,7 +137,7 @@ c10::intrusive_ptr<IncrementalWriter> create_incremental_writer_op(const std::st
 }
 
 c10::intrusive_ptr<PendingEdit> begin_edit_op(const std::string& path, const Metadata& set, const Names& removed,
-                                              std::optional<bool> in_place, int64_t reserve, bool durable) {
+                                              bool in_place, int64_t reserve, bool durable) {
     return guarded([&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
 }
 
@@ -279,7 +279,7 @@ void define(torch::Library& library) {
             "_create_incremental_writer(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
             "__torch__.torch.classes.safetensors_torch.IncrementalWriter"),
         torch::dispatch(key, create_incremental_writer_op));
-    library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool? in_place, int reserve, "
+    library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool in_place, int reserve, "
                           "bool durable) -> __torch__.torch.classes.safetensors_torch.PendingEdit"),
                 torch::dispatch(key, begin_edit_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "

@@ -540,36 +540,26 @@ typedef struct sft_metadata_change {
     sft_str value; /**< its new value; NULL with length 0 removes the entry, if it is there */
 } sft_metadata_change;
 
-/** Where a changed header is written. */
-typedef uint32_t sft_edit_mode;
-
-/** Every such place. */
-enum {
-    SFT_EDIT_AUTO = 0, /**< in place if there is room, and the file is writable, has no other name, and is no symbolic
-                        * link; else anew */
-    SFT_EDIT_IN_PLACE = 1, /**< over the old header; an error if there is no room, or the path is a symbolic link */
-    SFT_EDIT_REWRITE = 2   /**< into a new file with the same data, which then replaces the old one */
-};
-
 /** How metadata is changed. */
 typedef struct sft_edit_options {
     size_t struct_size; /**< sizeof(sft_edit_options) */
-    uint64_t reserve;   /**< bytes of the header that are to be left for later edits, at least */
-    sft_edit_mode mode; /**< where the header is written; SFT_EDIT_AUTO unless set */
+    uint64_t reserve;   /**< free bytes to leave in the header for later edits, at least */
+    uint32_t in_place;  /**< 0: rewrite the file; 1: overwrite its header, which a power cut can tear */
     uint32_t durable;   /**< 1: return only once the change is on the disk (fsync); 0: leave that to the kernel */
 } sft_edit_options;
 
 /** The defaults of sft_edit_options. */
-#define SFT_EDIT_OPTIONS_INIT {sizeof(sft_edit_options), 0, SFT_EDIT_AUTO, 0}
+#define SFT_EDIT_OPTIONS_INIT {sizeof(sft_edit_options), 0, 0, 0}
 
-/** Changes the metadata of the file at `path`, all of which is checked first. Tensors, their data and its alignment
- * stay as they are. In place, one write changes the header, in which who opens the file meanwhile, or a loss of power,
- * may meet a part of the change: it is safe where one program at a time uses the file, and files that are open already,
- * or mapped, show nothing of it. Anew, the file is replaced as by sft_writer_write_file, its data copied by the kernel.
- * A symbolic link is replaced by the changed file, and what it leads to stays as it is. Where nothing changes, nothing
- * is written, except with SFT_EDIT_REWRITE. `options` may be NULL for the defaults. Errors: those of sft_file_open;
- * DUPLICATE for a key that stands twice; INVALID_ARGUMENT where there is no room in place; HEADER_TOO_LARGE;
- * FILE_CHANGED where another program is changing the file; IO. */
+/** Changes the metadata of the file at `path`. The header is validated first; tensors, their data and its alignment
+ * stay as they are. The file is replaced as by sft_writer_write_file, and the kernel copies the data, or shares its
+ * blocks if the filesystem can. A symbolic link is replaced by the changed file; the file it leads to stays as it is.
+ * Nothing is written if nothing changes and the header already has `reserve` free bytes. With `in_place` one write
+ * overwrites the header. It is not atomic: a power cut, or a program that opens the file during the write, can meet a
+ * torn header. Files that are open or mapped are not affected. INVALID_ARGUMENT if the header does not fit, the file
+ * has another name (hard link), or the path is a symbolic link. `options` may be NULL for the defaults. Errors: those
+ * of sft_file_open; DUPLICATE for a key that is given twice; INVALID_ARGUMENT; HEADER_TOO_LARGE; FILE_CHANGED if
+ * another program changes the file during the edit; IO. */
 sft_status sft_edit_metadata(const char* path, const sft_metadata_change* changes, size_t count,
                              const sft_edit_options* options);
 

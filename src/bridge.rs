@@ -75,15 +75,6 @@ mod ffi {
         parts: Vec<Part>,
     }
 
-    /// Where changed metadata is written.
-    #[repr(u8)]
-    enum EditMode {
-        /// In place where that is possible, else anew.
-        Auto,
-        InPlace,
-        Rewrite,
-    }
-
     /// Which tensor of which file.
     struct Place {
         shard: usize,
@@ -286,7 +277,7 @@ mod ffi {
             path: &[u8],
             set: &[Entry],
             removed: &[Piece],
-            mode: EditMode,
+            in_place: bool,
             reserve: u64,
             durable: bool,
         ) -> Result<Box<MetadataEdit>>;

@@ -6,8 +6,8 @@ namespace safetensors_torch {
 namespace {
 
 rust::Box<core::MetadataEdit> begin(const std::string& path, const Metadata& set,
-                                    const std::vector<std::string>& removed, std::optional<bool> in_place,
-                                    int64_t reserve, bool durable) {
+                                    const std::vector<std::string>& removed, bool in_place, int64_t reserve,
+                                    bool durable) {
     if (reserve < 0) {
         fail(Kind::value, "reserve is " + std::to_string(reserve) +
                               ": give the bytes that are to be left for later edits, 0 or more");
@@ -18,15 +18,14 @@ rust::Box<core::MetadataEdit> begin(const std::string& path, const Metadata& set
     for (const std::string& key : removed) {
         keys.push_back({as_bytes(key)});
     }
-    const auto mode = !in_place ? core::EditMode::Auto : *in_place ? core::EditMode::InPlace : core::EditMode::Rewrite;
-    return core::begin_edit(as_bytes(path), {entries.data(), entries.size()}, {keys.data(), keys.size()}, mode,
+    return core::begin_edit(as_bytes(path), {entries.data(), entries.size()}, {keys.data(), keys.size()}, in_place,
                             static_cast<uint64_t>(reserve), durable);
 }
 
 }  // namespace
 
 PendingEdit::PendingEdit(const std::string& path, const Metadata& set, const std::vector<std::string>& removed,
-                         std::optional<bool> in_place, int64_t reserve, bool durable)
+                         bool in_place, int64_t reserve, bool durable)
     : edit_(begin(path, set, removed, in_place, reserve, durable)) {}
 
 const rust::Box<core::MetadataEdit>& PendingEdit::under_way() const {
@@ -59,7 +58,7 @@ void register_pending_edit(torch::Library& library) {
     using Self = c10::intrusive_ptr<PendingEdit>;
     library.class_<PendingEdit>("PendingEdit")
         .def(torch::init([](const std::string& path, const Metadata& set, const std::vector<std::string>& removed,
-                            std::optional<bool> in_place, int64_t reserve, bool durable) {
+                            bool in_place, int64_t reserve, bool durable) {
             return guarded(
                 [&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
         }))

@@ -16,10 +16,10 @@ namespace safetensors_torch {
 // before it is done, it leaves the file as it was.
 class PendingEdit : public torch::CustomClassHolder {
   public:
-    // Entries to be set, and keys to be removed. `in_place` says where the header is written; none leaves that to what
-    // is possible.
-    PendingEdit(const std::string& path, const Metadata& set, const std::vector<std::string>& removed,
-                std::optional<bool> in_place, int64_t reserve, bool durable);
+    // `set` holds new entries, `removed` the keys to remove. `in_place` overwrites the header instead of rewriting the
+    // file.
+    PendingEdit(const std::string& path, const Metadata& set, const std::vector<std::string>& removed, bool in_place,
+                int64_t reserve, bool durable);
 
     // The bytes that are to be written, and those that are.
     int64_t size() const { return static_cast<int64_t>(under_way()->total_bytes()); }

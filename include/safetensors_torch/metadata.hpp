@@ -10,17 +10,14 @@
 
 namespace safetensors_torch {
 
-/// Changes the metadata of the file at `path`, and returns what it is then. Tensors, and where they lie, stay as they
-/// are. A key that is removed need not be there. Where nothing changes, nothing is written, unless `options.in_place`
-/// is false. A symbolic link is replaced by the changed file, and what it leads to stays as it is.
+/// Changes the metadata of the file at `path`, and returns the new metadata. Tensors and their alignment stay as they
+/// are. The file is replaced as by save_file, and the kernel copies the data, or shares its blocks if the filesystem
+/// can. Removing an absent key is not an error. Nothing is written if nothing changes and the header already has
+/// `options.reserve` free bytes. A symbolic link is replaced by the changed file; the file it leads to stays as it is.
 ///
-/// In place, the header is written over the old one, with one short write: files that are open, and tensors that are
-/// mapped, see nothing of it, but who opens the file in that moment, or a loss of power, may meet a part of the change.
-/// Otherwise the file is replaced as by save_file, its data copied by the kernel.
-///
-/// Throws Error: as File does; in place without room, or of a symbolic link; a header of more than 100 MB; a negative
-/// reserve; text that is not UTF-8; when the operating system refuses. The file is then as it was, unless the text says
-/// otherwise.
+/// Throws Error: as File does; if `options.in_place` is impossible; a header of more than 100 MB; a negative reserve;
+/// text that is not UTF-8; another program changes the file during the edit; a system error. The file is then as it
+/// was, unless the text says otherwise.
 inline Metadata edit_metadata(const std::string& path, const MetadataChanges& changes,
                               const EditOptions& options = {}) {
     const auto op = detail::find_op("safetensors_torch::_begin_edit");

@@ -118,11 +118,11 @@ using MetadataChanges = std::map<std::string, std::optional<std::string>>;
 
 /// How metadata is changed.
 struct EditOptions {
-    /// Without a value, the header is written over the old one where there is room, the file is writable, has no other
-    /// name (hard link), and is no symbolic link; otherwise the file is written anew. True never writes it anew, false
-    /// always.
-    std::optional<bool> in_place = std::nullopt;
-    /// Bytes of the header that are to be left for later edits, at least: a file that is written anew has them.
+    /// Overwrites the header with one short write instead of rewriting the file. Files that are open or mapped are not
+    /// affected, but a power cut, or a program that opens the file during the write, can meet a torn header. An error
+    /// if the new header does not fit, the file has another name (hard link), or the path is a symbolic link.
+    bool in_place = false;
+    /// Free bytes to leave in the header for later edits, at least.
     int64_t reserve = 0;
     /// As in SaveOptions.
     bool durable = false;

@@ -1,6 +1,6 @@
 """edit_metadata: changes the text in a file's header, and no tensor.
 
-Owns the argument types. Whether the header can be changed where it stands, and how, is the native library's business.
+Checks the argument types; the native library does the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def edit_metadata(
     filename: Path,
     changes: Mapping[str, str | None],
     *,
-    in_place: bool | None = None,
+    in_place: bool = False,
     reserve: int = 0,
     durable: bool = False,
     progress: Progress = None,
@@ -28,26 +28,24 @@ def edit_metadata(
     """Changes the metadata of a safetensors file; its tensors, and where they lie, stay as they are.
 
     Args:
-        filename: the file, all of whose header is checked first; str, bytes or os.PathLike. A symbolic link
-            is replaced by the changed file, and what it leads to stays as it is.
-        changes: the new text for each key; None removes the key, if it is there.
-        in_place: None writes the header over the old one where there is room, the file is writable, has no other name
-            (hard link), and is no symbolic link; otherwise the file is written anew and replaced, as save_file does.
-            True never writes it anew, False always. In place is one short write, and safe for files that are open or
-            mapped. But who opens the file in that moment, or a loss of power, may meet a header that is changed in
-            part: pass False where others may be about to open it.
-        reserve: bytes of the header that are to be left for later edits, at least. A file that is written anew has
-            them, and then many edits are made in place.
+        filename: the file, whose header is validated first; str, bytes or os.PathLike. A symbolic link is replaced by
+            the changed file; the file it leads to stays as it is.
+        changes: the new text for each key; None removes the key, if it exists.
+        in_place: overwrites the header with one short write. By default the file is rewritten and replaced, as by
+            save_file. Files that are open or mapped are not affected by an edit in place, but a power cut, or a
+            program that opens the file during the write, can meet a torn header. An error if the new header does not
+            fit, the file has another name (hard link), or ``filename`` is a symbolic link.
+        reserve: free bytes to leave in the header for later edits, at least, so that those can be made in place.
         durable: as for save_file.
         progress: as for save_file.
 
     Returns:
-        The metadata that the file has now. Where nothing changes, nothing is written, except with in_place=False.
+        The new metadata. Nothing is written if nothing changes and the header already has ``reserve`` free bytes.
 
     Raises:
-        SafetensorError: the file is not valid safetensors; in_place=True without room, or of a symbolic link; a header
-            of more than 100 MB; something else is changing the file.
-        OSError: the file cannot be read or written. It is as it was then, unless the text says otherwise.
+        SafetensorError: the file is not valid safetensors; the edit is impossible in place; a header of more than
+            100 MB; something else changes the file during the edit.
+        OSError: the file cannot be read or written. It is then as it was, unless the text says otherwise.
         ValueError: a negative ``reserve``, or a null byte in the file name.
         TypeError: an argument of another type.
         UnicodeEncodeError: a text with a lone surrogate.
@@ -64,8 +62,7 @@ def edit_metadata(
         check_text(key, f"the metadata key {short_repr(key)}")
         if value is not None:
             check_text(value, f"the metadata value of {short_repr(key)}")
-    if in_place is not None:
-        check_bool(in_place, "in_place")
+    check_bool(in_place, "in_place")
     if not isinstance(reserve, int) or isinstance(reserve, bool):
         raise TypeError(f"reserve must be an int, not {type(reserve).__name__}")
     check_bool(durable, "durable")

@@ -1,6 +1,6 @@
 //! Changes of the metadata of a file.
 
-use super::ffi::{EditMode, Entry, Piece};
+use super::ffi::{Entry, Piece};
 use super::save::{as_metadata, until};
 use super::{Result, as_path, as_text};
 use crate::write::edit::{self, EditOptions};
@@ -12,7 +12,7 @@ pub fn begin_edit(
     path: &[u8],
     set: &[Entry],
     removed: &[Piece<'_>],
-    mode: EditMode,
+    in_place: bool,
     reserve: u64,
     durable: bool,
 ) -> Result<Box<MetadataEdit>> {
@@ -21,11 +21,6 @@ pub fn begin_edit(
     for key in removed {
         changes.insert(as_text("metadata key", key.bytes)?.to_owned(), None);
     }
-    let in_place = match mode {
-        EditMode::InPlace => Some(true),
-        EditMode::Rewrite => Some(false),
-        _ => None,
-    };
     let options = EditOptions { in_place, reserve, durable };
     Ok(Box::new(MetadataEdit(edit::MetadataEdit::begin(as_path(path), &changes, options)?)))
 }

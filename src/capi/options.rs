@@ -41,18 +41,6 @@ pub const SFT_EXTRA_ERROR: sft_extra = 0;
 /// The number of [`Extra::Ignore`].
 pub const SFT_EXTRA_IGNORE: sft_extra = 1;
 
-/// The number of a way to change a file.
-pub type sft_edit_mode = u32;
-
-/// In place where that is possible, else anew.
-pub const SFT_EDIT_AUTO: sft_edit_mode = 0;
-
-/// In place, or not at all.
-pub const SFT_EDIT_IN_PLACE: sft_edit_mode = 1;
-
-/// Anew.
-pub const SFT_EDIT_REWRITE: sft_edit_mode = 2;
-
 /// Text with a length: UTF-8, in which NUL is a character like others.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -294,10 +282,10 @@ impl sft_sharded_options {
 pub struct sft_edit_options {
     /// The size of the struct.
     pub struct_size: usize,
-    /// Bytes of the header that are to be left for later edits.
+    /// Free bytes to leave in the header for later edits.
     pub reserve: u64,
-    /// Where the new header is written.
-    pub mode: sft_edit_mode,
+    /// 1 to overwrite the header instead of rewriting the file.
+    pub in_place: u32,
     /// 1 to return only once the bytes are on the disk.
     pub durable: u32,
 }
@@ -316,26 +304,21 @@ impl sft_edit_options {
         let defaults = sft_edit_options {
             struct_size: size_of::<sft_edit_options>(),
             reserve: 0,
-            mode: SFT_EDIT_AUTO,
+            in_place: 0,
             durable: 0,
         };
         // SAFETY: the caller's promise.
         let options = unsafe { pointer::options(options, defaults) }?;
-        let in_place = match options.mode {
-            SFT_EDIT_AUTO => None,
-            SFT_EDIT_IN_PLACE => Some(true),
-            SFT_EDIT_REWRITE => Some(false),
-            other => {
-                let detail = format!(
-                    "unknown mode {other}: give SFT_EDIT_AUTO, SFT_EDIT_IN_PLACE or SFT_EDIT_REWRITE"
-                );
-                return Err(invalid(detail));
+        for (name, flag) in [("in_place", options.in_place), ("durable", options.durable)] {
+            if flag > 1 {
+                return Err(invalid(format!("{}: {name} is {flag}: give 0 or 1", Self::NAME)));
             }
-        };
-        if options.durable > 1 {
-            return Err(invalid(format!("{}: durable is {}: give 0 or 1", Self::NAME, options.durable)));
         }
-        Ok(EditOptions { in_place, reserve: options.reserve, durable: options.durable == 1 })
+        Ok(EditOptions {
+            in_place: options.in_place == 1,
+            reserve: options.reserve,
+            durable: options.durable == 1,
+        })
     }
 }
 

@@ -1,7 +1,6 @@
-//! Changes the metadata of a file: in place where the new header fits into the old one's bytes, else by writing the
-//! file anew. The tensors stay as they are.
+//! Changes the metadata of a file and leaves its tensors as they are: by rewriting the file, or in place.
 //!
-//! `docs/saving.md` has in words who sees what meanwhile. How a file is replaced is the writer's business.
+//! `docs/saving.md` describes what other readers of the file see.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -31,26 +30,27 @@ pub type MetadataChanges = BTreeMap<String, Option<String>>;
 /// How metadata is changed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EditOptions {
-    /// Whether the header is written over where it stands, or the whole file anew; `None` leaves that to what is
-    /// possible: in place where there is room, and the file is writable, has no other name, and is no symbolic link.
-    pub in_place: Option<bool>,
-    /// Bytes of the header that are to be left for later edits, at least.
+    /// Whether to overwrite the header instead of rewriting the file. A power cut during that write can tear the
+    /// header, and with it the file. It is an error if the new header does not fit, or the file has another name (hard
+    /// link) or is a symbolic link.
+    pub in_place: bool,
+    /// Free bytes to leave in the header for later edits, at least.
     pub reserve: u64,
     /// Whether to return only once the bytes are on the disk.
     pub durable: bool,
 }
 
-/// Changes the metadata of the file at `path`, and gives what it is then; `None` where the header has none.
+/// Changes the metadata of the file at `path`, and returns the new metadata; `None` if the header has none.
 ///
-/// An entry that is removed need not be there. Metadata stays, empty, when its last entry goes; a file without any gets
-/// it with its first. Where nothing changes, nothing is written, unless `in_place` is `Some(false)`. A symbolic link is
-/// replaced by the changed file, and what it leads to stays as it is.
+/// The file is rewritten beside the old one and renamed over it, unless `in_place` is set. Removing an absent entry is
+/// not an error. Metadata stays, empty, after its last entry is removed. Nothing is written if nothing changes and the
+/// header already has `reserve` free bytes. A symbolic link is replaced by the changed file; the file it leads to stays
+/// as it is.
 ///
 /// # Errors
 ///
-/// Those of [`TensorFile::open`]; [`ErrorKind::HeaderTooLarge`]; [`ErrorKind::InvalidArgument`] where it was to be done
-/// in place and there is no room, or the path is a symbolic link; [`ErrorKind::FileChanged`] where something else is changing the file; those of
-/// [`AtomicFile`].
+/// Those of [`TensorFile::open`] and [`AtomicFile`]; [`ErrorKind::HeaderTooLarge`]; [`ErrorKind::InvalidArgument`] if the
+/// edit is impossible in place; [`ErrorKind::FileChanged`] if something else changes the file during the edit.
 ///
 /// ```
 /// # fn main() -> safetensors_torch::Result<()> {
@@ -59,9 +59,9 @@ pub struct EditOptions {
 /// let path = std::env::temp_dir().join(format!("doc-edit-{}.safetensors", std::process::id()));
 /// save_file(&[], &[], None, &path, SaveOptions::default())?;
 /// let changes = MetadataChanges::from([("epoch".to_string(), Some("3".to_string()))]);
-/// let metadata = edit_metadata(&path, &changes, EditOptions::default())?.expect("it has some now");
+/// let metadata = edit_metadata(&path, &changes, EditOptions::default())?.expect("the file has metadata now");
 /// assert_eq!(metadata["epoch"], "3");
-/// # std::fs::remove_file(&path).expect("it was written");
+/// # std::fs::remove_file(&path).expect("removed");
 /// # Ok(())
 /// # }
 /// ```
@@ -150,16 +150,6 @@ impl MetadataEdit {
         let open = encode_open(entries.into_iter(), metadata.as_ref());
         let needed = (open.len() as u64).saturating_add(options.reserve);
         let has_room = needed <= header.data_start();
-        if options.in_place == Some(true) && !has_room {
-            let detail = format!(
-                "the new header takes {} bytes, and {} are to be left for later edits, but the old one has {}: let the \
-                 file be written anew",
-                open.len(),
-                options.reserve,
-                header.data_start()
-            );
-            return Err(Error::new(ErrorKind::InvalidArgument, detail).in_file(path));
-        }
         let mut edit = MetadataEdit {
             path: path.to_path_buf(),
             place,
@@ -171,18 +161,27 @@ impl MetadataEdit {
             done_bytes: 0,
             metadata,
         };
-        if has_room && options.in_place != Some(false) {
-            if edit.metadata.as_ref() == header.metadata() {
-                return Ok(edit);
+        if has_room && edit.metadata.as_ref() == header.metadata() {
+            return Ok(edit);
+        }
+        if options.in_place {
+            if !has_room {
+                let detail = format!(
+                    "the new header takes {} bytes and reserve is {}, but the old header has {} bytes; leave in_place \
+                     out, or make room first with an edit that sets reserve",
+                    open.len(),
+                    options.reserve,
+                    header.data_start()
+                );
+                return Err(Error::new(ErrorKind::InvalidArgument, detail).in_file(path));
             }
-            if let Some(file) = edit.writable(options.in_place == Some(true))? {
-                let new = close(open, header.data_start()).map_err(|error| error.in_file(path))?;
-                let mut old = vec![0; new.len()];
-                read_exact_at(&file, path, &mut old, 0)?;
-                edit.total_bytes = new.len() as u64;
-                edit.work = Work::Header { file, old, new };
-                return Ok(edit);
-            }
+            let file = edit.open_in_place()?;
+            let new = close(open, header.data_start()).map_err(|error| error.in_file(path))?;
+            let mut old = vec![0; new.len()];
+            read_exact_at(&file, path, &mut old, 0)?;
+            edit.total_bytes = new.len() as u64;
+            edit.work = Work::Header { file, old, new };
+            return Ok(edit);
         }
         let padded = needed.checked_next_multiple_of(alignment_of(header)).unwrap_or(u64::MAX);
         let new = close(open, padded).map_err(|error| error.in_file(path))?;
@@ -283,31 +282,27 @@ fn alignment_of(header: &Header) -> u64 {
 }
 
 impl MetadataEdit {
-    /// The file, open for writing in place; `None` if it may not be written to, or has another name whose contents would
-    /// change too, unless it `must` be. What a symbolic link leads to is not written to at all.
-    fn writable(&self, must: bool) -> Result<Option<File>> {
-        let path = &self.path;
+    /// Opens the file for writing in place. Refuses a file that has another name, because its contents would change
+    /// under that name too.
+    fn open_in_place(&self) -> Result<File> {
+        let refuse = |detail: String| Error::new(ErrorKind::InvalidArgument, detail).in_file(&self.path);
         if self.place.is_link {
-            if !must {
-                return Ok(None);
-            }
-            let detail = "a symbolic link: an edit in place would change the file that it leads to; edit that one, or let \
-                          the link be replaced by a file that is written anew";
-            return Err(Error::new(ErrorKind::InvalidArgument, detail).in_file(path));
+            let detail = "a symbolic link cannot be edited in place, because the file it leads to would change; edit \
+                          that file, or leave in_place out";
+            return Err(refuse(detail.into()));
         }
         let flags = libc::O_RDWR | libc::O_NONBLOCK | libc::O_NOFOLLOW;
-        let file = match self.place.directory.open_at(&self.place.name, flags, 0) {
-            Ok(file) => file,
-            Err(source) => {
-                let forbidden = [libc::EACCES, libc::EPERM, libc::EROFS, libc::ETXTBSY];
-                let is_forbidden = source.raw_os_error().is_some_and(|number| forbidden.contains(&number));
-                return if is_forbidden && !must { Ok(None) } else { Err(Error::io("write", path, source)) };
-            }
-        };
-        let now = file.metadata();
-        let is_only_name = now.as_ref().is_ok_and(|now| now.nlink() == 1);
-        check_unchanged(path, now.map(Some), &self.before)?;
-        Ok((must || is_only_name).then_some(file))
+        let file = self.place.directory.open_at(&self.place.name, flags, 0);
+        let file = file.map_err(|source| Error::io("write", &self.path, source))?;
+        check_unchanged(&self.path, file.metadata().map(Some), &self.before)?;
+        if self.before.nlink() > 1 {
+            return Err(refuse(format!(
+                "the file has {} names (hard links), and an edit in place would change it under all of them; leave \
+                 in_place out",
+                self.before.nlink()
+            )));
+        }
+        Ok(file)
     }
 }
 
@@ -414,7 +409,7 @@ mod tests {
         let before = fs::read(&path).expect("there");
         for in_place in [true, false] {
             let changes = MetadataChanges::from([("k".to_string(), Some("v".to_string()))]);
-            let options = EditOptions { in_place: Some(in_place), ..EditOptions::default() };
+            let options = EditOptions { in_place, ..EditOptions::default() };
             let mut edit = MetadataEdit::begin(&path, &changes, options).expect("begun");
             edit.process = Process::other();
             let error = edit.advance(None).expect_err("another process");

@@ -54,32 +54,31 @@ static void test_where(void) {
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     const sft_metadata_change set[] = {{text("format"), none}, {text("epoch"), text("3")}, {text("empty"), text("")}};
     CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), set, 3, NULL));
+    CHECK(inode() != before);
     check_entry(2, "epoch", "3");
     check_entry(2, "empty", "");
     check_entry(2, "format", NULL);
-    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
-    options.mode = SFT_EDIT_IN_PLACE;
+    const ino_t rewritten = inode();
+    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options)); /* nothing to change */
+    options.in_place = 1;
     options.durable = 1;
     const sft_metadata_change removed[] = {{text("empty"), none}};
     CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), removed, 1, &options));
     check_entry(1, "epoch", "3");
-    CHECK(inode() == before);
-    options.mode = SFT_EDIT_REWRITE;
-    CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
-    CHECK(inode() != before);
+    CHECK(inode() == rewritten);
     check_entry(1, "epoch", "3");
 
-    /* No room at first, then some. */
+    /* Without room, then with some. */
     make(8);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
-    options.mode = SFT_EDIT_IN_PLACE;
+    options.in_place = 1;
     const sft_metadata_change change[] = {{text("key"), text("a value that is longer than the padding")}};
     CHECK_STATUS(sft_edit_metadata(path_of("edited.safetensors"), change, 1, &options), SFT_ERROR_INVALID_ARGUMENT);
     check_entry(1, "format", "pt");
-    options.mode = SFT_EDIT_AUTO;
+    options.in_place = 0;
     options.reserve = 100;
     CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), NULL, 0, &options));
-    options.mode = SFT_EDIT_IN_PLACE;
+    options.in_place = 1;
     options.reserve = 0;
     CHECK_OK(sft_edit_metadata(path_of("edited.safetensors"), change, 1, &options));
     check_entry(2, "key", "a value that is longer than the padding");
@@ -100,7 +99,7 @@ static void test_refused_edits(void) {
     CHECK_STATUS(sft_edit_metadata(path, NULL, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_edit_metadata(NULL, NULL, 0, NULL), SFT_ERROR_INVALID_ARGUMENT);
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = 3;
+    options.in_place = 2;
     CHECK_STATUS(sft_edit_metadata(path, NULL, 0, &options), SFT_ERROR_INVALID_ARGUMENT);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
     options.durable = 2;

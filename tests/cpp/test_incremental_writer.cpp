@@ -149,7 +149,7 @@ TEST(threads_write_the_tensors_of_one_stream) {
     EXPECT(read_file(dir.file("f")) == st::save(tensors));
 }
 
-TEST(metadata_is_edited_in_place_or_anew) {
+TEST(metadata_is_edited_in_place_or_by_a_rewrite) {
     const TempDir dir;
     const st::Tensors tensors = tensors_to_stream();
     st::save_file(tensors, dir.file("f"), {{"format", "pt"}});
@@ -158,7 +158,8 @@ TEST(metadata_is_edited_in_place_or_anew) {
     st::EditOptions in_place;
     in_place.in_place = true;
     const std::string value(300, 'x');
-    EXPECT_HAS(ERROR_OF(st::edit_metadata(dir.file("f"), {{"k", value}}, in_place)), "let the file be written anew");
+    EXPECT_HAS(ERROR_OF(st::edit_metadata(dir.file("f"), {{"k", value}}, in_place)),
+               "leave in_place out, or make room first");
     st::EditOptions roomy;
     roomy.reserve = 400;
     roomy.durable = true;
@@ -170,9 +171,7 @@ TEST(metadata_is_edited_in_place_or_anew) {
     EXPECT((st::edit_metadata(dir.file("f"), {{"k", value}, {"format", {}}, {"absent", {}}}, in_place) == expected));
     EXPECT(st::File(dir.file("f")).metadata() == expected);
     EXPECT(identical(st::load_file(dir.file("f")), tensors));
-    st::EditOptions anew;
-    anew.in_place = false;
-    EXPECT(st::edit_metadata(dir.file("f"), {}, anew) == expected);
+    EXPECT(st::edit_metadata(dir.file("f"), {{"k", value}, {"more", {}}}) == expected);
     EXPECT(identical(st::load_file(dir.file("f")), tensors));
     EXPECT(identical(mapped, tensors));
 

@@ -55,19 +55,13 @@ const scenario scenarios[] = {
     {.name = "a checkpoint over one file", .exists = true, .durable = true, .old_shard = 9 * BYTES, .new_shard = BYTES},
     {.name = "an incremental writer to a new file", .durable = true, .how = INCREMENTAL},
     {.name = "an incremental writer over an old file", .exists = true, .durable = true, .how = INCREMENTAL},
-    {.name = "an edit in place",
-     .exists = true,
-     .durable = true,
-     .twice = true,
-     .how = EDIT,
-     .mode = SFT_EDIT_IN_PLACE},
-    {.name = "an edit anew", .exists = true, .durable = true, .how = EDIT, .mode = SFT_EDIT_REWRITE},
+    {.name = "an edit in place", .exists = true, .durable = true, .twice = true, .how = EDIT, .in_place = true},
+    {.name = "an edit anew", .exists = true, .durable = true, .how = EDIT},
     {.name = "an edit anew, copied by hand",
      .exists = true,
      .durable = true,
      .missing = {{"copy_file_range", EXDEV}},
-     .how = EDIT,
-     .mode = SFT_EDIT_REWRITE},
+     .how = EDIT},
     {.name = "over another's file", .exists = true, .durable = true, .stranger = true},
     {.name = "over a file with an access control list", .exists = true, .durable = true, .twice = true, .listed = true},
     {.name = "where new files get an access control list",
@@ -99,8 +93,7 @@ const scenario scenarios[] = {
      .durable = true,
      .twice = true,
      .missing = {{"open unnamed", EOPNOTSUPP}},
-     .how = EDIT,
-     .mode = SFT_EDIT_REWRITE},
+     .how = EDIT},
     {.name = "one that cannot be renamed over, nor copied to by the kernel",
      .exists = true,
      .durable = true,
@@ -183,7 +176,7 @@ static sft_status stream(const sft_writer* writer, const sft_save_options* optio
 static sft_status edit(const scenario* what) {
     static const sft_metadata_change changes[] = {{{"room", 4}, {NULL, 0}}, {{"edited", 6}, {"yes", 3}}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = what->mode;
+    options.in_place = what->in_place;
     options.durable = what->durable;
     return sft_edit_metadata(path_of("target"), changes, 2, &options);
 }

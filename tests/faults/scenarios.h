@@ -25,7 +25,7 @@ typedef struct scenario {
     lack missing[3];                         /* calls that this filesystem lacks */
     uint64_t old_shard, new_shard;           /* for a checkpoint: the bytes of a file; 0 for a single file by itself */
     enum { AT_ONCE, INCREMENTAL, EDIT } how; /* all tensors at once, one by one, or a change of the metadata */
-    sft_edit_mode mode;
+    bool in_place;                           /* whether an edit overwrites the header */
 } scenario;
 
 /* All of them. The one that ends the list has no name. */

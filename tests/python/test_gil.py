@@ -61,7 +61,7 @@ WORKS: dict[str, Callable[[Given], Any]] = {
     "save": lambda given: save(given.tensors),
     "save_file": lambda given: save_file(given.tensors, given.saved),
     "IncrementalWriter": lambda given: write_one(given.saved, given.tensors),
-    "edit_metadata": lambda given: edit_metadata(given.edited, {}, in_place=False),
+    "edit_metadata": lambda given: edit_metadata(given.edited, {"nonce": str(time.monotonic())}),
     "get_tensor": lambda given: given.open.get_tensor("weight"),
     "get_tensors": lambda given: given.open.get_tensors(),
     "slice": lambda given: given.part[5:],

@@ -109,7 +109,7 @@ SIGNATURES = {
         ("filename", REQUIRED),
         ("changes", REQUIRED),
         "*",
-        ("in_place", None),
+        ("in_place", False),
         ("reserve", 0),
         ("durable", False),
         ("progress", None),

@@ -52,7 +52,6 @@ SAVES: dict[str, Save] = {
     "save_sharded": lambda path: save_sharded(ONES, path.parent, stem="model"),
     "save_model": lambda path: save_model(torch.nn.Linear(2, 3), path),
     "edit_metadata": lambda path: edit_metadata(path, {"k": "v"}),
-    "edit_metadata anew": lambda path: edit_metadata(path, {"k": "v"}, in_place=False),
 }
 
 
@@ -122,7 +121,7 @@ def test_current_directory_that_changes_meanwhile(
     elif name == "save_sharded":
         save_sharded(LARGE, ".", progress=lambda done, total: None)
     else:
-        edit_metadata("model.safetensors", {"k": "v"}, in_place=False)
+        edit_metadata("model.safetensors", {"k": "v"})
     assert left == [name] and Path.cwd() == there
     assert (there / "model.safetensors").read_bytes() == b"theirs"
     assert entries(there) == entries(here) == ["model.safetensors"]

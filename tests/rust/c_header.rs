@@ -172,7 +172,7 @@ fn constants_are_documented() {
         .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
         .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
         .collect();
-    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3 + 2 + 3);
+    assert_eq!(constants.len(), 1 + STATUS_NAMES.len() + Dtype::ALL.len() + 2 + 3 + 2);
 }
 
 /// Compiles a C program that prints lines `name value`, and gives what it printed.
@@ -225,9 +225,6 @@ fn numbers_agree() {
     expected.insert("SFT_PREFAULT_WAIT".into(), SFT_PREFAULT_WAIT.into());
     expected.insert("SFT_EXTRA_ERROR".into(), SFT_EXTRA_ERROR.into());
     expected.insert("SFT_EXTRA_IGNORE".into(), SFT_EXTRA_IGNORE.into());
-    expected.insert("SFT_EDIT_AUTO".into(), SFT_EDIT_AUTO.into());
-    expected.insert("SFT_EDIT_IN_PLACE".into(), SFT_EDIT_IN_PLACE.into());
-    expected.insert("SFT_EDIT_REWRITE".into(), SFT_EDIT_REWRITE.into());
     for &(number, name) in STATUS_NAMES {
         expected.insert(name.into(), number.into());
     }
@@ -275,7 +272,7 @@ fn layouts_agree() {
         sft_checkpoint_options { struct_size, backend, prefault, variant, extra, reserved }
         sft_save_options { struct_size, alignment, durable, reserved }
         sft_sharded_options { struct_size, stem, max_shard_size, alignment, durable, reserved }
-        sft_edit_options { struct_size, reserve, mode, durable }
+        sft_edit_options { struct_size, reserve, in_place, durable }
         sft_metadata_change { key, value }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
@@ -310,7 +307,7 @@ fn aliases_and_initializers_agree() {
          sft_open_options open = SFT_OPEN_OPTIONS_INIT; sft_save_options save = SFT_SAVE_OPTIONS_INIT;\n\
          sft_tensor_info info = SFT_TENSOR_INFO_INIT; sft_sharded_options sharded = SFT_SHARDED_OPTIONS_INIT;\n\
          sft_edit_options edit = SFT_EDIT_OPTIONS_INIT; SAY(\"edit\", edit.struct_size);\n\
-         SAY(\"edit mode\", sizeof(sft_edit_mode)); SAY(\"edit mode signed\", (sft_edit_mode)-1 < 1);\n\
+         SAY(\"edit in place\", edit.in_place);\n\
          SAY(\"sharded\", sharded.struct_size); SAY(\"sharded alignment\", sharded.alignment);\n\
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
          SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
@@ -336,8 +333,7 @@ fn aliases_and_initializers_agree() {
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
         ("edit", size_of::<sft_edit_options>()),
-        ("edit mode", size_of::<sft_edit_mode>()),
-        ("edit mode signed", 0),
+        ("edit in place", 0),
         ("sharded", size_of::<sft_sharded_options>()),
         ("sharded alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),

@@ -14,8 +14,8 @@ use safetensors_torch::{
 };
 use tempfile::TempDir;
 
-const IN_PLACE: EditOptions = EditOptions { in_place: Some(true), reserve: 0, durable: false };
-const REWRITE: EditOptions = EditOptions { in_place: Some(false), reserve: 0, durable: false };
+const IN_PLACE: EditOptions = EditOptions { in_place: true, reserve: 0, durable: false };
+const REWRITE: EditOptions = EditOptions { in_place: false, reserve: 0, durable: false };
 
 fn directory() -> TempDir {
     tempfile::tempdir().expect("a directory for the test")
@@ -54,12 +54,12 @@ fn inode(path: &Path) -> u64 {
 }
 
 #[test]
-fn where_there_is_room_the_header_alone_is_written() {
+fn an_edit_in_place_writes_only_the_header() {
     let directory = directory();
     let path = make(&directory, 4096);
     let (before, tensors) = (inode(&path), open(&path).tensors);
     for durable in [false, true] {
-        let options = EditOptions { durable, ..EditOptions::default() };
+        let options = EditOptions { durable, ..IN_PLACE };
         let changed =
             changes(&[("format", None), ("epoch", Some("3")), ("na\0me", Some("\"\n")), ("absent", None)]);
         let metadata = edit_metadata(&path, &changed, options).expect("edited");
@@ -72,7 +72,7 @@ fn where_there_is_room_the_header_alone_is_written() {
 }
 
 #[test]
-fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
+fn an_edit_rewrites_the_file_and_reserves_room() {
     let directory = directory();
     let path = make(&directory, 8);
     fs::set_permissions(&path, Permissions::from_mode(0o640)).expect("set");
@@ -83,11 +83,11 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
         edit_metadata(&path, &large, IN_PLACE),
         ErrorKind::InvalidArgument,
         &path,
-        "let the file be written anew",
+        "leave in_place out, or make room first",
     );
     assert_eq!(inode(&path), before);
 
-    let options = EditOptions { reserve: 500, ..EditOptions::default() };
+    let options = EditOptions { reserve: 500, ..REWRITE };
     let metadata = edit_metadata(&path, &large, options).expect("edited");
     assert_eq!(metadata, entries(&[("format", "pt"), ("long", &long)]));
     assert!(open(&path) == Contents { tensors, metadata });
@@ -95,7 +95,7 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
     assert!(data_start(&path) >= start + 700);
     assert_eq!(fs::metadata(&path).expect("there").mode() & 0o7777, 0o640);
 
-    // There is room now for what follows, and for asking for as much again.
+    // There is room now for the next edit, and for the same reserve again.
     let before = inode(&path);
     edit_metadata(&path, &changes(&[("more", Some("y"))]), IN_PLACE).expect("edited");
     let options = EditOptions { reserve: 400, ..IN_PLACE };
@@ -105,7 +105,7 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
         edit_metadata(&path, &changes(&[]), options),
         ErrorKind::InvalidArgument,
         &path,
-        "5000 are to be left",
+        "reserve is 5000",
     );
     assert_eq!(inode(&path), before);
     assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 1);
@@ -114,18 +114,18 @@ fn where_there_is_none_the_file_is_written_anew_with_room_if_wanted() {
 #[test]
 fn an_edit_that_changes_nothing_writes_nothing() {
     let directory = directory();
-    // Not as this library would write it: nothing is tidied up.
+    // Not what this library would write, so that a rewrite would change it.
     let path = directory.path().join("file");
     let bytes = file_bytes("  {\"__metadata__\" : {\"a\":\"b\"} }   ", &[]);
     fs::write(&path, &bytes).expect("written");
     let before = inode(&path);
-    for options in [EditOptions::default(), IN_PLACE] {
+    for options in [REWRITE, IN_PLACE] {
         let metadata =
             edit_metadata(&path, &changes(&[("a", Some("b")), ("c", None)]), options).expect("edited");
         assert_eq!(metadata, entries(&[("a", "b")]));
     }
-    assert_eq!(fs::read(&path).expect("there"), bytes);
-    edit_metadata(&path, &changes(&[]), REWRITE).expect("edited");
+    assert_eq!((fs::read(&path).expect("there"), inode(&path)), (bytes, before));
+    edit_metadata(&path, &changes(&[]), EditOptions { reserve: 100, ..REWRITE }).expect("edited");
     assert_ne!(inode(&path), before);
     assert_eq!(open(&path).metadata, entries(&[("a", "b")]));
 }
@@ -135,9 +135,8 @@ fn metadata_comes_with_its_first_entry_and_stays_without() {
     let directory = directory();
     let path = directory.path().join("file");
     save_file(&[], &[], None, &path, SaveOptions::default()).expect("saved");
-    let edit = |pairs: &[(&str, Option<&str>)]| {
-        edit_metadata(&path, &changes(pairs), EditOptions::default()).expect("edited")
-    };
+    let edit =
+        |pairs: &[(&str, Option<&str>)]| edit_metadata(&path, &changes(pairs), REWRITE).expect("edited");
     assert_eq!(edit(&[("absent", None)]), None);
     assert_eq!(edit(&[("k", Some("v"))]), entries(&[("k", "v")]));
     assert_eq!(edit(&[("k", None)]), entries(&[]));
@@ -154,7 +153,7 @@ fn mapped_tensors_stay_what_they_are() {
         edit_metadata(&path, &changes(&[("k", Some(&"v".repeat(2000)))]), options).expect("edited");
         assert!(contents(&mapped) == before);
         assert!(open(&path).tensors == before.tensors);
-        edit_metadata(&path, &changes(&[("k", None)]), IN_PLACE).expect("edited");
+        edit_metadata(&path, &changes(&[("k", None)]), options).expect("edited");
     }
 }
 
@@ -164,48 +163,49 @@ fn links() {
     let path = make(&directory, 4096);
     let (soft, hard) = (directory.path().join("soft"), directory.path().join("hard"));
     let whole = fs::read(&path).expect("there");
-    // A symbolic link is replaced, also where there is room in place; what it leads to stays.
-    for options in [EditOptions::default(), REWRITE] {
-        symlink("file", &soft).expect("linked");
-        edit_metadata(&soft, &changes(&[("k", Some("1"))]), options).expect("edited");
-        assert!(fs::symlink_metadata(&soft).expect("there").is_file());
-        assert_eq!(open(&soft).metadata, entries(&[("format", "pt"), ("k", "1")]));
-        assert!(open(&soft).tensors == open(&path).tensors);
-        assert!(fs::read(&path).expect("there") == whole);
-        fs::remove_file(&soft).expect("removed");
-    }
+    // A symbolic link is replaced; the file it leads to stays.
+    symlink("file", &soft).expect("linked");
+    edit_metadata(&soft, &changes(&[("k", Some("1"))]), REWRITE).expect("edited");
+    assert!(fs::symlink_metadata(&soft).expect("there").is_file());
+    assert_eq!(open(&soft).metadata, entries(&[("format", "pt"), ("k", "1")]));
+    assert!(open(&soft).tensors == open(&path).tensors);
+    assert!(fs::read(&path).expect("there") == whole);
+    fs::remove_file(&soft).expect("removed");
     symlink("file", &soft).expect("linked");
     assert_error(
         edit_metadata(&soft, &changes(&[("k", Some("1"))]), IN_PLACE),
         ErrorKind::InvalidArgument,
         &soft,
-        "a symbolic link",
+        "a symbolic link cannot be edited in place",
     );
     // Nothing changes, so nothing is written.
-    edit_metadata(&soft, &changes(&[("absent", None)]), EditOptions::default()).expect("nothing to do");
+    edit_metadata(&soft, &changes(&[("absent", None)]), REWRITE).expect("nothing to do");
     assert!(fs::symlink_metadata(&soft).expect("there").is_symlink());
     assert!(fs::read(&path).expect("there") == whole);
     fs::remove_file(&soft).expect("removed");
     edit_metadata(&path, &changes(&[("k", Some("2"))]), IN_PLACE).expect("edited");
 
-    // The other name of the file keeps its metadata, unless it is asked for in place.
+    // The other name of the file keeps its metadata.
     fs::hard_link(&path, &hard).expect("linked");
-    edit_metadata(&path, &changes(&[("k", Some("3"))]), EditOptions::default()).expect("edited");
+    assert_error(
+        edit_metadata(&path, &changes(&[("k", Some("3"))]), IN_PLACE),
+        ErrorKind::InvalidArgument,
+        &path,
+        "2 names (hard links)",
+    );
+    assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "2")]));
+    edit_metadata(&path, &changes(&[("k", Some("3"))]), REWRITE).expect("edited");
     assert_eq!(open(&path).metadata, entries(&[("format", "pt"), ("k", "3")]));
     assert_eq!(open(&hard).metadata, entries(&[("format", "pt"), ("k", "2")]));
-    fs::remove_file(&hard).expect("removed");
-    fs::hard_link(&path, &hard).expect("linked");
-    edit_metadata(&path, &changes(&[("k", Some("4"))]), IN_PLACE).expect("edited");
-    assert_eq!(open(&hard).metadata, entries(&[("format", "pt"), ("k", "4")]));
 }
 
 #[test]
-fn a_file_that_may_only_be_read_is_written_anew() {
+fn a_read_only_file_is_rewritten_and_not_edited_in_place() {
     let directory = directory();
     let path = make(&directory, 4096);
     fs::set_permissions(&path, Permissions::from_mode(0o444)).expect("set");
     if File::options().write(true).open(&path).is_ok() {
-        // Root may write to every file; Python's tests go on as another user.
+        // Root may write to every file; Python's tests run this as another user.
         return;
     }
     let before = inode(&path);
@@ -215,7 +215,7 @@ fn a_file_that_may_only_be_read_is_written_anew() {
         &path,
         "ermission",
     );
-    edit_metadata(&path, &changes(&[("k", Some("v"))]), EditOptions::default()).expect("edited");
+    edit_metadata(&path, &changes(&[("k", Some("v"))]), REWRITE).expect("edited");
     assert_ne!(inode(&path), before);
     assert_eq!(fs::metadata(&path).expect("there").mode() & 0o7777, 0o444);
 }
@@ -231,7 +231,7 @@ fn what_is_no_file_of_tensors_is_refused_and_stays() {
         (b"PK\x03\x04 a zip", ErrorKind::ForeignFormat),
     ] {
         fs::write(&path, bytes).expect("written");
-        for options in [EditOptions::default(), IN_PLACE, REWRITE] {
+        for options in [IN_PLACE, REWRITE] {
             let outcome = edit_metadata(&path, &changes(&[("k", Some("v"))]), options);
             assert_error(outcome, kind, &path, "");
             assert_eq!(fs::read(&path).expect("there"), bytes);
@@ -247,7 +247,7 @@ fn what_is_no_file_of_tensors_is_refused_and_stays() {
     );
     fs::write(&path, &whole).expect("written");
     for reserve in [100_000_001, u64::MAX] {
-        let options = EditOptions { reserve, ..EditOptions::default() };
+        let options = EditOptions { reserve, ..REWRITE };
         assert_error(
             edit_metadata(&path, &changes(&[]), options),
             ErrorKind::HeaderTooLarge,
@@ -267,10 +267,10 @@ fn foreign_files_keep_their_tensors() {
     fs::write(&path, file_bytes(json, &[1, 2, 3, 4, 5, 6])).expect("written");
     assert_ne!(data_start(&path) % 8, 0);
     let tensors = open(&path).tensors;
-    edit_metadata(&path, &changes(&[("k", Some("v"))]), EditOptions::default()).expect("edited");
+    edit_metadata(&path, &changes(&[("k", Some("v"))]), IN_PLACE).expect("edited");
     assert_eq!(open(&path), Contents { tensors: tensors.clone(), metadata: entries(&[("k", "v")]) });
     assert_eq!(open(&path).tensors[0].0, "a");
-    edit_metadata(&path, &changes(&[("k", Some(&"v".repeat(100)))]), EditOptions::default()).expect("edited");
+    edit_metadata(&path, &changes(&[("k", Some(&"v".repeat(100)))]), REWRITE).expect("edited");
     assert_eq!(data_start(&path) % 8, 0);
     assert_eq!(open(&path).tensors, tensors);
 }
@@ -283,7 +283,7 @@ fn a_large_file_is_written_in_steps_that_can_be_given_up() {
     let spec = TensorSpec { name: "large", dtype: Dtype::U8, shape: &[70 << 20] };
     save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
     let changed = changes(&[("k", Some("v"))]);
-    let begin = || MetadataEdit::begin(&path, &changed, EditOptions::default()).expect("begun");
+    let begin = || MetadataEdit::begin(&path, &changed, REWRITE).expect("begun");
 
     let mut edit = begin();
     assert!(!edit.advance(Some(Instant::now())).expect("a step"));
@@ -335,7 +335,7 @@ fn a_file_that_changes_meanwhile_is_not_written_to() {
     let directory = directory();
     let path = make(&directory, 8);
     let changed = changes(&[("k", Some("a longer value than there is room for"))]);
-    let mut edit = MetadataEdit::begin(&path, &changed, EditOptions::default()).expect("begun");
+    let mut edit = MetadataEdit::begin(&path, &changed, REWRITE).expect("begun");
     let file = File::options().write(true).open(&path).expect("opened");
     file.set_len(fs::metadata(&path).expect("there").len() - 100).expect("cut short");
     assert_error(edit.advance(None), ErrorKind::FileChanged, &path, "became shorter");
@@ -370,7 +370,7 @@ fn what_others_do_to_the_file_meanwhile_stays() {
             // Filesystems tell times to some milliseconds.
             std::thread::sleep(Duration::from_millis(20));
             // Also of a file that a link led to, which nothing is written to; and a link is not what replaced one.
-            let edited = if options.in_place == Some(true) { &path } else { &soft };
+            let edited = if options.in_place { &path } else { &soft };
             let mut edit =
                 MetadataEdit::begin(edited, &changes(&[("k", Some("v"))]), options).expect("begun");
             do_it();

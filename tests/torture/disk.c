@@ -40,11 +40,11 @@ static sft_status stream_version(uint64_t version, size_t words, const char* pat
     return status;
 }
 
-static sft_status edit(const char* path, const char* value, sft_edit_mode mode) {
+static sft_status edit(const char* path, const char* value, bool in_place) {
     const sft_metadata_change change = {{"key", 3}, {value, strlen(value)}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = mode;
-    options.reserve = mode == SFT_EDIT_REWRITE ? 100 : 0;
+    options.in_place = in_place;
+    options.reserve = in_place ? 0 : 100;
     return sft_edit_metadata(path, &change, 1, &options);
 }
 
@@ -60,7 +60,7 @@ static bool metadata_is(const char* path, const char* value) {
 
 /* Edits and streams where there is no byte left: what needs no space works. */
 static void on_a_full_disk(const char* a, const char* disk) {
-    EXPECT(edit(a, "first", SFT_EDIT_REWRITE) == SFT_OK, "%s", sft_last_error_get_message());
+    EXPECT(edit(a, "first", false) == SFT_OK, "%s", sft_last_error_get_message());
     static const char page[4096];
     const int fill = open(path_of("disk/fill"), O_CREAT | O_WRONLY, 0666);
     while (fill >= 0 && write(fill, page, sizeof page) > 0) {
@@ -68,13 +68,12 @@ static void on_a_full_disk(const char* a, const char* disk) {
     EXPECT(fill >= 0 && errno == ENOSPC, "%s", strerror(errno));
     close(fill);
     const int before = entries(disk);
-    is_refused("an edit anew", edit(a, "second", SFT_EDIT_REWRITE), a, ENOSPC, 1, disk, before);
+    is_refused("an edit anew", edit(a, "second", false), a, ENOSPC, 1, disk, before);
     is_refused("a stream", stream_version(99, 10000, a), a, ENOSPC, 1, disk, before);
     is_refused("a stream to a new file", stream_version(99, 10000, path_of("disk/b")), path_of("disk/b"), ENOSPC, 0,
                disk, before);
     EXPECT(metadata_is(a, "first"), "%s", sft_last_error_get_message());
-    EXPECT(edit(a, "third", SFT_EDIT_IN_PLACE) == SFT_OK && metadata_is(a, "third"), "%s",
-           sft_last_error_get_message());
+    EXPECT(edit(a, "third", true) == SFT_OK && metadata_is(a, "third"), "%s", sft_last_error_get_message());
     EXPECT(file_version(a, SFT_BACKEND_PREAD) == 1, "%s", sft_last_error_get_message());
     if (unlink(path_of("disk/fill")) != 0) abort();
     (*manners)++;

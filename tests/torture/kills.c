@@ -184,23 +184,23 @@ static void write_digits(uint64_t version, char digits[DIGITS + 1]) {
     for (size_t i = 20; i < DIGITS; i++) digits[i] = (char)('0' + random_below(&state, 10));
     digits[DIGITS] = '\0';
 }
-static sft_status edit(const content* what, const char* path, sft_edit_mode mode) {
+static sft_status edit(const content* what, const char* path, bool in_place) {
     if (access(path, F_OK) != 0) {
         content first = content_new(1, 6, EDITED_WORDS);
         const sft_status saved = save_file(&first, path);
         content_free(&first);
         if (saved != SFT_OK) return saved;
-        mode = SFT_EDIT_REWRITE;
+        in_place = false;
     }
     char digits[DIGITS + 1];
     write_digits(what->version, digits);
     const sft_metadata_change change = {{"version", 7}, {digits, DIGITS}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = mode;
+    options.in_place = in_place;
     return sft_edit_metadata(path, &change, 1, &options);
 }
-static sft_status edit_anew(const content* what, const char* path) { return edit(what, path, SFT_EDIT_REWRITE); }
-static sft_status edit_in_place(const content* what, const char* path) { return edit(what, path, SFT_EDIT_IN_PLACE); }
+static sft_status edit_anew(const content* what, const char* path) { return edit(what, path, false); }
+static sft_status edit_in_place(const content* what, const char* path) { return edit(what, path, true); }
 static uint64_t version_of_metadata(const char* path) {
     if (version_of_file(path) != 1) return WRONG;
     sft_file* file = NULL;

@@ -36,9 +36,9 @@ static void changes_of(long round, const content* what) {
     snprintf(value, sizeof value, "%010ld", round);
     const sft_metadata_change change = {{"round", 5}, {value, strlen(value)}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = round % 4 == 0 ? SFT_EDIT_REWRITE : SFT_EDIT_IN_PLACE;
+    options.in_place = round % 4 != 0;
     EXPECT(sft_edit_metadata(edited, &change, 1, &options) == SFT_OK, "%s", sft_last_error_get_message());
-    options.mode = SFT_EDIT_IN_PLACE;
+    options.in_place = 1;
     options.reserve = 1000;
     EXPECT(sft_edit_metadata(edited, &change, 1, &options) == SFT_ERROR_INVALID_ARGUMENT, "no room");
     EXPECT(sft_edit_metadata(path_of("absent"), &change, 1, &options) == SFT_ERROR_IO, "an absent file");

@@ -131,17 +131,15 @@ static void nobody_gets_rights_meanwhile(void) {
     no_unnamed = false;
 }
 
-static sft_status edit(const char* key, sft_edit_mode mode, uint64_t reserve) {
+static sft_status edit(const char* key, bool in_place, uint64_t reserve) {
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = mode;
+    options.in_place = in_place;
     options.reserve = reserve;
     const sft_metadata_change change = {{key, strlen(key)}, {"value", 5}};
     return sft_edit_metadata(path_of("edited/a"), &change, 1, &options);
 }
 
-static void another_edit(void) {
-    EXPECT(edit("theirs", SFT_EDIT_IN_PLACE, 0) == SFT_OK, "%s", sft_last_error_get_message());
-}
+static void another_edit(void) { EXPECT(edit("theirs", true, 0) == SFT_OK, "%s", sft_last_error_get_message()); }
 
 /* The whole file, in a buffer that is valid until the next call. */
 static const char* contents(const char* path, size_t* length) {
@@ -164,14 +162,14 @@ static void copy_over(void) {
 /* What another program does to a file after an edit has read its header: the edit is refused, and that stays. */
 static void edits_of_what_has_changed(void) {
     static void (*const acts[])(void) = {another_edit, copy_over};
-    static const sft_edit_mode modes[] = {SFT_EDIT_IN_PLACE, SFT_EDIT_REWRITE};
+    static const bool in_place[] = {true, false};
     make_directory(path_of("edited"), 0755);
     EXPECT(save_version(2, 50, path_of("edited/other")) == SFT_OK, "%s", sft_last_error_get_message());
     for (int round = 0; round < 4; round++) {
-        EXPECT(save_version(1, 50, path_of("edited/a")) == SFT_OK && edit("old", SFT_EDIT_REWRITE, 400) == SFT_OK, "%s",
+        EXPECT(save_version(1, 50, path_of("edited/a")) == SFT_OK && edit("old", false, 400) == SFT_OK, "%s",
                sft_last_error_get_message());
         after_header = acts[round % 2];
-        const sft_status status = edit("ours", modes[round / 2], 0);
+        const sft_status status = edit("ours", in_place[round / 2], 0);
         EXPECT(status == SFT_ERROR_FILE_CHANGED && after_header == NULL, "round %d: status %u", round, status);
         size_t length;
         const char* bytes = contents(path_of("edited/a"), &length);

@@ -225,27 +225,27 @@ static void streams(const content* what) {
                  "write(file 1) fsync(file 1) link(stream) fsync(directory sub) ");
 }
 
-static sft_status edit(const char* value, sft_edit_mode mode, uint32_t durable) {
+static sft_status edit(const char* value, bool in_place, uint32_t durable) {
     const sft_metadata_change change = {{"key", 3}, {value, strlen(value)}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = mode;
+    options.in_place = in_place;
     options.durable = durable;
     return sft_edit_metadata(path_of("sub/stream"), &change, 1, &options);
 }
 
 static void edits(void) {
     begin();
-    expect_order("an edit anew that is left to the kernel", edit("a", SFT_EDIT_REWRITE, 0),
+    expect_order("an edit anew that is left to the kernel", edit("a", false, 0),
                  "write(file 1) link(hidden) rename(stream) ");
     begin();
-    expect_order("an edit anew", edit("b", SFT_EDIT_REWRITE, 1),
+    expect_order("an edit anew", edit("b", false, 1),
                  "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(directory sub) ");
     begin();
-    expect_order("an edit in place that is left to the kernel", edit("c", SFT_EDIT_IN_PLACE, 0), "write(file 1) ");
+    expect_order("an edit in place that is left to the kernel", edit("c", true, 0), "write(file 1) ");
     begin();
-    expect_order("an edit in place", edit("d", SFT_EDIT_IN_PLACE, 1), "write(file 1) fsync(file 1) ");
+    expect_order("an edit in place", edit("d", true, 1), "write(file 1) fsync(file 1) ");
     begin();
-    expect_order("an edit that changes nothing", edit("d", SFT_EDIT_AUTO, 1), "");
+    expect_order("an edit that changes nothing", edit("d", false, 1), "");
 }
 
 /* Copies are synchronized as what they are made of. */

@@ -105,7 +105,6 @@ static sft_status edit(const char* path, uint64_t version) {
     const char text[] = {(char)('0' + version)};
     const sft_metadata_change change = {{"version", 7}, {text, 1}};
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
-    options.mode = SFT_EDIT_REWRITE;
     return status == SFT_OK ? sft_edit_metadata(path, &change, 1, &options) : status;
 }
 
