@@ -63,6 +63,8 @@ mod torch {
             .file(cxx.join("src/cxx.cc"))
             .include(".")
             .std(standard(&torch.include))
+            .flag("-fvisibility=hidden")
+            .flag("-fvisibility-inlines-hidden")
             .warnings(true)
             .extra_warnings(true)
             // g++ 12 sees overflows in the reference counts of torch's own headers where there are none.

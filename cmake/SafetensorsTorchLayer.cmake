@@ -42,6 +42,8 @@ function(safetensors_torch_add_layer root problem)
   target_link_options(safetensors_torch PRIVATE ${exported} "-Wl,--version-script=${script}" -Wl,--gc-sections
     -Wl,-z,nodelete)
   set_target_properties(safetensors_torch PROPERTIES
+    CXX_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON
     UNITY_BUILD OFF
     CXX_CLANG_TIDY ""
     CXX_CPPCHECK ""

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // `count` elements of `type`, one behind the other, from element `first` of the storage on. Which must have them, and
 // begin at a multiple of their size.
@@ -21,4 +21,4 @@ inline at::Tensor alias(const c10::Storage& storage, c10::ScalarType type, int64
     return tensor;
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

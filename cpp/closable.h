@@ -6,7 +6,7 @@
 #include <memory>
 #include <utility>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A shared object until close(); it goes with the last of those who have taken it before.
 //
@@ -56,4 +56,4 @@ class Closable {
     std::atomic<uint64_t> state_{0};
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

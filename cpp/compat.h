@@ -17,9 +17,9 @@
 #define SAFETENSORS_TORCH_HAS_FLOAT8_E8M0 SAFETENSORS_TORCH_AT_LEAST(2, 7)
 #define SAFETENSORS_TORCH_HAS_FLOAT4 SAFETENSORS_TORCH_AT_LEAST(2, 8)
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // How Python calls a dtype, without "torch.". torch's own answer was a std::string first, and is a string_view in 2.15.
 inline std::string dtype_name(c10::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

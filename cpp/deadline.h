@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 class Deadline {
   public:
@@ -37,4 +37,4 @@ class Deadline {
     Clock::time_point time_;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

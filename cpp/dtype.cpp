@@ -13,7 +13,7 @@
 #include "include/safetensors_torch.h"
 #include "safetensors-torch/src/bridge.rs.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 struct Pair {
@@ -148,4 +148,4 @@ void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor
     }
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -12,7 +12,7 @@
 
 #include "rust/cxx.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // torch's dtype for a dtype number of the core; fails, naming the tensor, where torch has none (F6).
 c10::ScalarType to_torch(uint8_t dtype, rust::Str tensor);
@@ -33,4 +33,4 @@ std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::Scalar
 // Fails for that reason, naming the tensor.
 void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -7,7 +7,7 @@
 
 #include "include/safetensors_torch.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // The most bytes of a text that a message shows.
@@ -132,4 +132,4 @@ std::string repr(std::string_view whole) {
     return out + quote + rest_of(whole.size());
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -11,7 +11,7 @@
 
 #include "rust/cxx.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // The exception that Python raises. C++ callers get c10::Error for each.
 enum class Kind { safetensor, os, value, runtime, memory };
@@ -45,4 +45,4 @@ std::string shortened(std::string_view text);
 // A string for a person, as Python's repr() gives it: names in messages look the same in both languages. Shortened.
 std::string repr(std::string_view text);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -5,7 +5,7 @@
 
 #include <new>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Has forks wait for the lock of State::of_process() from now on: before_fork() takes it, after_fork() lets it go, in
 // the parent and, with true, in the child. Called when the library is loaded, as what of_process() returns is made
@@ -21,4 +21,4 @@ bool for_all_forks() {
     return true;
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -22,7 +22,7 @@
 #include "cpp/write/save.h"
 #include "cpp/write/save_sharded.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 using Names = std::vector<std::string>;
@@ -332,4 +332,4 @@ torch::Library* register_ops() noexcept {
 [[gnu::used]] torch::Library* const registered = register_ops();
 
 }  // namespace
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -2,7 +2,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // Whether sizes and strides say where in a storage the elements are.
@@ -79,4 +79,4 @@ void TensorMemory::check(const std::string& name, const at::Tensor& tensor) cons
     }
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

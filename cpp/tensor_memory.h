@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // What a tensor's storage, which it must have, points to. Unlike Storage::data(), this refuses no tensor, and leaves
 // copy-on-write memory shared.
@@ -49,4 +49,4 @@ class TensorMemory {
     int64_t offset_ = 0;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -15,7 +15,7 @@
 
 #include "cpp/fork.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // With fewer slabs, either reading or copying would always wait for the other.
@@ -264,4 +264,4 @@ void DeviceCopyStream::give_back() {
     }
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -16,7 +16,7 @@
 
 #include "cpp/device/pinned_pool.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // One transfer's slabs and stream.
 //
@@ -109,4 +109,4 @@ class DeviceCopyStream {
     bool may_pin_ = true;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -13,7 +13,7 @@
 #include "cpp/error.h"
 #include "cpp/tensor_memory.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // The most bytes of host memory that are written with one call: some hundredths of a second's work.
@@ -250,4 +250,4 @@ bool Download::grow_where_waiting() {
     return source != nullptr && source->free.empty() && grow(*source);
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -13,7 +13,7 @@
 #include "cpp/device/device_copy_stream.h"
 #include "cpp/read/load.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Where the bytes go.
 class Sink {
@@ -88,4 +88,4 @@ class Download {
     bool finished_ = false;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

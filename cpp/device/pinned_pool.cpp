@@ -13,7 +13,7 @@
 #include "cpp/fork.h"
 #include "safetensors-torch/src/bridge.rs.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 constexpr uint64_t kDefaultPoolBytes = uint64_t(64) << 20;
@@ -217,4 +217,4 @@ int64_t PinnedPool::bytes() {
     return static_cast<int64_t>((count_ - pinning_) * kSlabBytes);
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

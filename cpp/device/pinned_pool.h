@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Long enough that a copy to a device runs at the bus's speed, short enough that a few of them keep many threads busy.
 constexpr size_t kSlabBytes = size_t(2) << 20;
@@ -103,4 +103,4 @@ class PinnedPool {
     uint64_t moved_ = 0;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

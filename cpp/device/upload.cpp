@@ -13,7 +13,7 @@
 #include "cpp/alias.h"
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // How long to wait for the next slab before looking whether copies are done.
@@ -197,4 +197,4 @@ void Upload::explain(const std::exception& error, size_t request) const {
     fail(Kind::runtime, text);
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

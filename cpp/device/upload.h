@@ -12,7 +12,7 @@
 #include "cpp/device/device_copy_stream.h"
 #include "cpp/read/open_file.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A tensor that is to be filled, and what with.
 struct Destination {
@@ -71,4 +71,4 @@ class Upload {
     std::deque<size_t> copying_;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

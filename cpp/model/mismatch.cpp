@@ -6,7 +6,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // What torch.compile puts before the names of a module, at every level; what DataParallel puts before all of them.
@@ -103,4 +103,4 @@ void check_names(const Mismatch& mismatch, const std::string& class_name, const 
     fail(Kind::runtime, text + advice(mismatch, prefix));
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

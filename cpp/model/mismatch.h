@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Names in a state dict that a load left alone, and names in a file that it had no use for; both sorted.
 using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
@@ -17,4 +17,4 @@ std::string heading(const std::string& class_name);
 // `prefix` is what the names of the module begin with in the file.
 void check_names(const Mismatch& mismatch, const std::string& class_name, const std::string& prefix);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -15,7 +15,7 @@
 #include "cpp/error.h"
 #include "cpp/write/aliasing.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 std::string torch_size(c10::IntArrayRef shape) {
@@ -252,4 +252,4 @@ uint64_t StateLoader::done_bytes() const {
     return done_ + read + (upload_ ? upload_->done_bytes() : 0);
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

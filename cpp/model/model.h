@@ -14,7 +14,7 @@
 #include "cpp/read/load.h"
 #include "cpp/tensor_memory.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A load of a checkpoint's tensors into those of a state dict, by name, whatever their device. Tied names count once.
 //
@@ -78,4 +78,4 @@ class StateLoader {
     size_t next_rest_ = 0;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -6,7 +6,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 Checkpoint::Checkpoint(rust::Box<core::Checkpoint> checkpoint) : checkpoint_(std::move(checkpoint)) {
     for (size_t shard = 0; shard < (*checkpoint_)->shard_count(); ++shard) {
@@ -170,4 +170,4 @@ Lists lists_of(CheckpointLoader& loads) {
     return {std::move(names), tensors_of(loads)};
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

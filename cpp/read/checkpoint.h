@@ -9,7 +9,7 @@
 #include "cpp/read/load.h"
 #include "cpp/read/open_file.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 class Checkpoint {
   public:
@@ -94,4 +94,4 @@ Tensors dict_of(CheckpointLoader& loads);
 using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
 Lists lists_of(CheckpointLoader& loads);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

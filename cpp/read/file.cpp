@@ -4,7 +4,7 @@
 #include "cpp/error.h"
 #include "include/safetensors_torch.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 uint64_t not_negative(int64_t value) {
@@ -293,4 +293,4 @@ void register_file(torch::Library& library) {
         .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

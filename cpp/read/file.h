@@ -16,7 +16,7 @@
 #include "cpp/read/pending_load.h"
 #include "cpp/write/save.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A file that is open until close(); after that, every method but is_open() fails with "File is closed".
 class File : public torch::CustomClassHolder {
@@ -106,4 +106,4 @@ class PendingFile : public torch::CustomClassHolder {
 // Tells torch of the classes.
 void register_file(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

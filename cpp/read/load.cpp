@@ -12,7 +12,7 @@
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // In Loader::places_: a tensor over the file's own memory.
@@ -261,4 +261,4 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
     tensor_ = host.to(device);
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

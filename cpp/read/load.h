@@ -16,7 +16,7 @@
 #include "cpp/device/upload.h"
 #include "cpp/read/open_file.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 using Tensors = c10::Dict<std::string, at::Tensor>;
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
@@ -109,4 +109,4 @@ class SliceLoader {
     std::unique_ptr<Upload> upload_;
 };
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

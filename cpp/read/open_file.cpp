@@ -4,7 +4,7 @@
 #include "cpp/error.h"
 #include "cpp/tensor_memory.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 SharedFile open_file(const std::string& path, const std::string& backend) {
     return std::make_shared<const rust::Box<core::File>>(core::open_file(as_bytes(path), as_bytes(backend)));
@@ -31,4 +31,4 @@ std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size
     return {to_torch(dtype, name), to_torch_shape(dtype, file.shape(index), name)};
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

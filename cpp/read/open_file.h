@@ -11,7 +11,7 @@
 
 #include "safetensors-torch/src/bridge.rs.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A file of the core that many can hold: the open file, and what is being read from it.
 using SharedFile = std::shared_ptr<const rust::Box<core::File>>;
@@ -29,4 +29,4 @@ inline rust::Slice<const uint8_t> as_bytes(const std::string& text) {
     return {reinterpret_cast<const uint8_t*>(text.data()), text.size()};
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

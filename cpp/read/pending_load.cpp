@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // A class with what all loads have.
@@ -36,4 +36,4 @@ void register_pending_loads(torch::Library& library) {
         });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -18,7 +18,7 @@
 #include "cpp/read/checkpoint.h"
 #include "cpp/read/load.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Something that is loaded in steps; `Work` is a loader.
 template <typename Work>
@@ -61,4 +61,4 @@ using PendingState = Pending<StateLoader>;
 // Tells torch of the classes.
 void register_pending_loads(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -9,7 +9,7 @@
 #include "cpp/error.h"
 #include "cpp/tensor_memory.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // What tells memories of one address from each other. It means something else on each device.
@@ -152,4 +152,4 @@ std::string repr_set(const std::vector<std::string>& names) {
     return out + "}";
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

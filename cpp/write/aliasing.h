@@ -8,7 +8,7 @@
 
 #include "cpp/read/load.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // Groups of two and more names whose tensors overlap in memory; names sorted, groups sorted by their first name.
 // Tensors without memory (null or empty storage; meta unless `with_meta`) are in none, nor are disjoint views of one
@@ -24,4 +24,4 @@ std::map<std::string, std::string> tied_names(const NamedTensors& tensors,
 // Names as Python prints a set of strings.
 std::string repr_set(const std::vector<std::string>& names);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -2,7 +2,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 rust::Box<core::MetadataEdit> begin(const std::string& path, const Metadata& set,
@@ -70,4 +70,4 @@ void register_pending_edit(torch::Library& library) {
         .def("metadata", [](const Self& self) { return guarded([&] { return self->metadata(); }); });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

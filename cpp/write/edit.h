@@ -10,7 +10,7 @@
 
 #include "cpp/write/save.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // An edit that has been checked, and that is done in steps: `torch.classes.safetensors_torch.PendingEdit`. Cancelled
 // before it is done, it leaves the file as it was.
@@ -42,4 +42,4 @@ class PendingEdit : public torch::CustomClassHolder {
 // Tells torch of the class.
 void register_pending_edit(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

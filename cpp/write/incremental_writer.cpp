@@ -5,7 +5,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // One tensor's bytes in its place. The save of it, which is of a file with this tensor alone, begins with a header that
@@ -92,4 +92,4 @@ void register_incremental_writer(torch::Library& library) {
         .def("discard", [](const Self& self) { self->discard(); });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

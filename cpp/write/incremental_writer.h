@@ -10,7 +10,7 @@
 
 #include "cpp/write/save.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A file whose tensors are declared first and then given in any order, by any thread:
 // `torch.classes.safetensors_torch.IncrementalWriter`. Without a commit, the target stays as it was.
@@ -43,4 +43,4 @@ class IncrementalWriter : public torch::CustomClassHolder {
 // Tells torch of the class.
 void register_incremental_writer(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -10,7 +10,7 @@
 #include "cpp/error.h"
 #include "include/safetensors_torch.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 bool is_dense(const at::Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_nested(); }
@@ -334,4 +334,4 @@ void register_pending_save(torch::Library& library) {
         .def("cancel", [](const Self& self) { self->cancel(); });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

@@ -18,7 +18,7 @@
 #include "cpp/tensor_memory.h"
 #include "cpp/write/aliasing.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 using Metadata = c10::Dict<std::string, std::string>;
 
@@ -110,4 +110,4 @@ class PendingSave : public torch::CustomClassHolder {
 // Tells torch of the class.
 void register_pending_save(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

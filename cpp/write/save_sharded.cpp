@@ -4,7 +4,7 @@
 
 #include "cpp/error.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 namespace {
 
 // `tensors` may be without data.
@@ -261,4 +261,4 @@ void register_sharded_saves(torch::Library& library) {
         .def("file_names", [](const Self& self) { return self->file_names(); });
 }
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

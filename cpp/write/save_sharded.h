@@ -11,7 +11,7 @@
 
 #include "cpp/write/save.h"
 
-namespace safetensors_torch {
+namespace safetensors_torch::layer {
 
 // A save into one file or several that has been checked and laid out, and that can be written:
 // `torch.classes.safetensors_torch.PendingShardedSave`.
@@ -106,4 +106,4 @@ class ShardedWriter : public torch::CustomClassHolder {
 // Tells torch of the classes.
 void register_sharded_saves(torch::Library& library);
 
-}  // namespace safetensors_torch
+}  // namespace safetensors_torch::layer

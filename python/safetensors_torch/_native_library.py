@@ -28,7 +28,7 @@ FINGERPRINT = "fingerprint"
 CACHE_VARIABLE = "SAFETENSORS_TORCH_CACHE"
 OLDEST_TORCH = (2, 6)
 # No -std: torch.utils.cpp_extension asks for the standard that its headers need.
-COMPILE_FLAGS = ["-O2", "-Wall", "-Wextra"]
+COMPILE_FLAGS = ["-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 
 def library_name() -> str:
@@ -48,14 +48,17 @@ def include_dirs(native: Path) -> list[str]:
 
 
 def link_flags(native: Path) -> list[str]:
-    """What the library is linked from and how: the core's symbols stay inside, and no library is named in vain.
+    """The linker's inputs and options.
 
-    It is never unloaded: torch has its operators, and threads may be in its code.
+    The library exports no symbol: torch finds its operators by name, and programs link another build of the same code.
+    It depends on no library that it does not use, and is never unloaded: torch has its operators, and its threads may
+    be running.
     """
     archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
     return [
         *archives,
-        "-Wl,--exclude-libs,ALL",
+        "-Wl,--exclude-libs,ALL",  # keeps the C functions of the core inside, which the script would export
+        f"-Wl,--version-script={native / 'lib/cmake/SafetensorsTorch/SafetensorsTorchLayer.map'}",
         "-Wl,--gc-sections",
         "-Wl,--as-needed",
         "-Wl,-z,nodelete",
