@@ -24,7 +24,7 @@ use checkpoint::{
     Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
 };
 use edit::{MetadataEdit, begin_edit};
-use file::{File, Loading, open_file, open_memory, release_block, release_mapping};
+use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
 use prefetch::Prefetcher;
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
@@ -50,29 +50,35 @@ mod ffi {
     }
 
     /// Bytes of one tensor in a slab: of request number `request`, from `offset` on.
-    struct Part {
+    struct SlabPart {
         request: usize,
         offset: usize,
-        start: usize,
+        slab_offset: usize,
         length: usize,
     }
 
-    /// What became of the next slab.
     #[repr(u8)]
-    enum Progress {
-        /// It is filled.
+    enum SlabState {
         Filled,
-        /// It is not filled yet.
-        Later,
-        /// There is none: all was taken.
+        NotReady,
+        /// All slabs were returned.
         End,
     }
 
-    /// The next slab of a prefetch, if there is one.
-    struct Taken {
-        progress: Progress,
+    /// A slab and its parts, if it is filled.
+    struct NextSlab {
+        state: SlabState,
         slab: usize,
-        parts: Vec<Part>,
+        parts: Vec<SlabPart>,
+    }
+
+    /// What reads of a mapped file return.
+    #[repr(u8)]
+    enum ReadFrom {
+        /// The bytes of the file.
+        File,
+        /// The bytes of the mapping, with the changes that tensors over it have made.
+        Mapping,
     }
 
     /// Which tensor of which file.
@@ -129,9 +135,9 @@ mod ffi {
         /// For `length` bytes at `address`, of which `used` are about to be used.
         fn read_ahead_at(self: &File, address: usize, length: usize, used: usize);
         /// Begins to read tensors into memory made for them, a place for each of `indices`.
-        fn load(self: &File, indices: &[usize]) -> Result<Box<Loading>>;
+        fn load(self: &File, indices: &[usize]) -> Result<Box<PendingRead>>;
         /// Begins to read tensors into memory of the caller's; as tensors over a mapping show them.
-        unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<Loading>>;
+        unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<PendingRead>>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
             self: &File,
@@ -142,20 +148,20 @@ mod ffi {
         ) -> Result<()>;
 
         /// Reads on until all is done, or `milliseconds` have passed.
-        type Loading;
-        fn advance(self: &mut Loading, milliseconds: u64) -> Result<()>;
-        fn total_bytes(self: &Loading) -> u64;
-        fn done_bytes(self: &Loading) -> u64;
+        type PendingRead;
+        fn advance(self: &mut PendingRead, milliseconds: u64) -> Result<()>;
+        fn total_bytes(self: &PendingRead) -> u64;
+        fn done_bytes(self: &PendingRead) -> u64;
         /// For what `load` began: the memory at a place.
-        fn data(self: &Loading, place: usize) -> *mut u8;
+        fn data(self: &PendingRead, place: usize) -> *mut u8;
         /// Keeps the place's memory alive until `release_block`.
-        fn share(self: &Loading, place: usize) -> *const Block;
+        fn share_block(self: &PendingRead, place: usize) -> *const Block;
 
         /// Reads tensors through slabs, which must live, and be touched by nobody else, until the prefetch is gone.
         unsafe fn prefetch(
             self: &File,
             indices: &[usize],
-            shown: bool,
+            from: ReadFrom,
             slabs: &[Slab],
             slab_bytes: usize,
         ) -> Result<Box<Prefetcher>>;
@@ -168,9 +174,9 @@ mod ffi {
         ) -> Result<Box<Prefetcher>>;
 
         type Prefetcher;
-        fn take(self: &Prefetcher, microseconds: u64) -> Result<Taken>;
-        fn give(self: &Prefetcher, slab: usize);
-        unsafe fn add(self: &Prefetcher, slab: Slab) -> usize;
+        fn next_slab(self: &Prefetcher, microseconds: u64) -> Result<NextSlab>;
+        fn release_slab(self: &Prefetcher, slab: usize);
+        unsafe fn add_slab(self: &Prefetcher, slab: Slab) -> usize;
         fn is_starved(self: &Prefetcher) -> bool;
 
         type Mapping;

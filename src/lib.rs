@@ -30,8 +30,8 @@ pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, Tensor
 pub use format::slice::{AxisRange, Slice};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
-pub use read::prefetch::{PART_ALIGNMENT, Part, Prefetcher, Taken};
-pub use read::source::{Backend, Borrowed, Mapping, OpenFile, Source};
+pub use read::prefetch::{NextSlab, Prefetcher, SLAB_PART_ALIGNMENT, SlabPart};
+pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Memory};
 pub use sys::threads::{set_threads, threads};
 pub use write::atomic::AtomicFile;

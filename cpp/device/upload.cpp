@@ -53,17 +53,18 @@ at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
 
 }  // namespace
 
-Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown)
-    : Upload(std::move(file), std::move(destinations), shown, {}, /*is_slice=*/false) {}
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from)
+    : Upload(std::move(file), std::move(destinations), read_from, {}, /*is_slice=*/false) {}
 
 Upload::Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges)
-    : Upload(std::move(file), {std::move(destination)}, /*shown=*/true, std::move(ranges), /*is_slice=*/true) {}
+    : Upload(std::move(file), {std::move(destination)}, core::ReadFrom::Mapping, std::move(ranges), /*is_slice=*/true) {
+}
 
-Upload::Upload(SharedFile file, std::vector<Destination> destinations, bool shown, std::vector<core::Range> ranges,
-               bool is_slice)
+Upload::Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from,
+               std::vector<core::Range> ranges, bool is_slice)
     : file_(std::move(file)),
       destinations_(std::move(destinations)),
-      shown_(shown),
+      read_from_(read_from),
       ranges_(std::move(ranges)),
       is_slice_(is_slice),
       total_(destination_bytes(destinations_)),
@@ -87,7 +88,7 @@ void Upload::start() {
     for (const Destination& destination : destinations_) {
         indices.push_back(destination.index);
     }
-    prefetcher_ = (*file_)->prefetch({indices.data(), indices.size()}, shown_, memory, copy_stream_.slab_bytes());
+    prefetcher_ = (*file_)->prefetch({indices.data(), indices.size()}, read_from_, memory, copy_stream_.slab_bytes());
 }
 
 bool Upload::advance(Deadline until) {
@@ -114,18 +115,18 @@ bool Upload::copy_until(Deadline until) {
         }
         take_back();
         if ((*prefetcher_)->is_starved() && copy_stream_.grow()) {
-            (*prefetcher_)->add({copy_stream_.data(copy_stream_.size() - 1)});
+            (*prefetcher_)->add_slab({copy_stream_.data(copy_stream_.size() - 1)});
         }
         const bool may_grow = (*prefetcher_)->is_starved();
         const uint64_t wait = copying_.empty() && !may_grow ? kWaitMicroseconds : kPollMicroseconds;
-        const core::Taken taken = (*prefetcher_)->take(std::min(wait, until.microseconds_left()));
-        switch (taken.progress) {
-            case core::Progress::Filled:
-                copy(taken);
+        const core::NextSlab next = (*prefetcher_)->next_slab(std::min(wait, until.microseconds_left()));
+        switch (next.state) {
+            case core::SlabState::Filled:
+                copy(next);
                 break;
-            case core::Progress::Later:
+            case core::SlabState::NotReady:
                 break;
-            case core::Progress::End:
+            case core::SlabState::End:
                 copy_stream_.finish();
                 finished_ = true;
                 break;
@@ -140,30 +141,30 @@ bool Upload::copy_until(Deadline until) {
 // Slabs whose copies are done go round again.
 void Upload::take_back() {
     while (!copying_.empty() && copy_stream_.is_idle(copying_.front())) {
-        (*prefetcher_)->give(copying_.front());
+        (*prefetcher_)->release_slab(copying_.front());
         copying_.pop_front();
     }
 }
 
-void Upload::copy(const core::Taken& taken) {
-    copy_stream_.run(taken.slab, [&] {
-        for (const core::Part& part : taken.parts) {
+void Upload::copy(const core::NextSlab& next) {
+    copy_stream_.run(next.slab, [&] {
+        for (const core::SlabPart& part : next.parts) {
             try {
-                copy_part(part, taken.slab);
+                copy_part(part, next.slab);
             } catch (const std::exception& error) {
                 explain(error, part.request);
             }
             done_ += part.length;
         }
     });
-    copying_.push_back(taken.slab);
+    copying_.push_back(next.slab);
 }
 
-void Upload::copy_part(const core::Part& part, size_t slab) {
+void Upload::copy_part(const core::SlabPart& part, size_t slab) {
     const Destination& destination = destinations_[part.request];
     const auto to_type = destination.tensor.scalar_type();
     const c10::Storage& to = destination.tensor.storage();
-    const auto start = static_cast<int64_t>(part.start);
+    const auto start = static_cast<int64_t>(part.slab_offset);
     const auto length = static_cast<int64_t>(part.length);
     const bool non_blocking = copy_stream_.is_async();
     if (to_type == destination.stored) {

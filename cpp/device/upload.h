@@ -27,8 +27,8 @@ struct Destination {
 // device converts, slab by slab.
 class Upload {
   public:
-    // Whole tensors of a file: with `shown`, as other tensors over its mapping show them, else as the file has them.
-    Upload(SharedFile file, std::vector<Destination> destinations, bool shown);
+    // Whole tensors of a file.
+    Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from);
 
     // A slice of one.
     Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges);
@@ -41,19 +41,19 @@ class Upload {
     uint64_t done_bytes() const { return done_; }
 
   private:
-    Upload(SharedFile file, std::vector<Destination> destinations, bool shown, std::vector<core::Range> ranges,
-           bool is_slice);
+    Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from,
+           std::vector<core::Range> ranges, bool is_slice);
 
     void start();
     bool copy_until(Deadline until);
     void take_back();
-    void copy(const core::Taken& taken);
-    void copy_part(const core::Part& part, size_t slab);
+    void copy(const core::NextSlab& next);
+    void copy_part(const core::SlabPart& part, size_t slab);
     [[noreturn]] void explain(const std::exception& error, size_t request) const;
 
     SharedFile file_;
     std::vector<Destination> destinations_;
-    bool shown_;
+    core::ReadFrom read_from_;
     // Of a slice of the one destination.
     std::vector<core::Range> ranges_;
     bool is_slice_;

@@ -199,7 +199,7 @@ bool StateLoader::advance(Deadline until) {
         memory_[i].check(matches_[i].name, matches_[i].destination);
     }
     for (; next_reading_ < reading_.size(); ++next_reading_) {
-        core::Loading& reading = *reading_[next_reading_];
+        core::PendingRead& reading = *reading_[next_reading_];
         reading.advance(until.milliseconds_left());
         if (reading.done_bytes() < reading.total_bytes()) {
             return false;
@@ -208,7 +208,8 @@ bool StateLoader::advance(Deadline until) {
     for (; next_group_ < groups_.size(); ++next_group_) {
         if (upload_ == nullptr) {
             const Group& group = groups_[next_group_];
-            upload_ = std::make_unique<Upload>(checkpoint_->files()[group.shard], group.destinations, lender_.shown);
+            upload_ =
+                std::make_unique<Upload>(checkpoint_->files()[group.shard], group.destinations, lender_.read_from);
         }
         if (!upload_->advance(until)) {
             return false;

@@ -68,7 +68,7 @@ class StateLoader {
     bool started_ = false;
     // Straight into CPU tensors, file by file; then group by group, through one upload at a time; and the rest, one by
     // one.
-    std::vector<rust::Box<core::Loading>> reading_;
+    std::vector<rust::Box<core::PendingRead>> reading_;
     size_t next_reading_ = 0;
     std::vector<Group> groups_;
     std::unique_ptr<Upload> upload_;

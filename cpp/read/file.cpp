@@ -37,7 +37,7 @@ StorageSharing File::lender_for(c10::Device device) const {
     if (lender.lends && device.is_cpu()) {
         is_lent_ = true;
     }
-    lender.shown = is_lent_;
+    lender.read_from = is_lent_ ? core::ReadFrom::Mapping : core::ReadFrom::File;
     return lender;
 }
 

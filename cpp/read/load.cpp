@@ -178,7 +178,7 @@ bool Loader::upload(Deadline until) {
         return true;
     }
     if (upload_ == nullptr) {
-        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.shown);
+        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.read_from);
     }
     is_uploaded_ = upload_->advance(until);
     if (is_uploaded_) {
@@ -214,8 +214,8 @@ at::Tensor Loader::tensor(size_t i) const {
     if (places_.empty() || places_[i] == kLent) {
         return over(lend(file, lender_, lendable(file, lender_, index, stored)), nbytes, type, shape, nullptr);
     }
-    const core::Loading& loading = **loading_;
-    c10::DataPtr data(loading.data(places_[i]), as_context(loading.share(places_[i])), &release_block, c10::kCPU);
+    const core::PendingRead& loading = **loading_;
+    c10::DataPtr data(loading.data(places_[i]), as_context(loading.share_block(places_[i])), &release_block, c10::kCPU);
     return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
 }
 

@@ -33,8 +33,8 @@ struct StorageSharing {
     bool lends = false;
     // The owner of bytes in memory; undefined for a mapping.
     at::Tensor data;
-    // Whether tensors over the mapping may have been written to, which copies are to show.
-    bool shown = false;
+    // The mapping once tensors over it exist: they may have been written to.
+    core::ReadFrom read_from = core::ReadFrom::File;
 };
 
 // Where tensors are to be, and what.
@@ -78,7 +78,7 @@ class Loader {
     std::vector<size_t> indices_;
     Target target_;
     // Reads into host memory, and for each tensor its place there or kLent; both empty where nothing is read so.
-    std::optional<rust::Box<core::Loading>> loading_;
+    std::optional<rust::Box<core::PendingRead>> loading_;
     std::vector<size_t> places_;
     // Tensors that were set aside, undefined or empty where there are none; what is to be copied into them, and the
     // copying, from its beginning to its end.

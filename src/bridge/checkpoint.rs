@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ffi::{Piece, Place};
-use super::file::{File, prefault_when};
+use super::file::{File, prefault_mode};
 use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
@@ -90,7 +90,7 @@ impl Checkpoint {
     }
 
     pub fn prefault(&self, wait: bool) -> Result<()> {
-        Ok(self.0.prefault(prefault_when(wait))?)
+        Ok(self.0.prefault(prefault_mode(wait))?)
     }
 
     pub fn sorted_by_name(&self) -> Vec<Place> {

@@ -7,10 +7,10 @@ use super::ffi::{Entry, Range, Request};
 use super::{Result, as_path};
 use crate::format::header::absent;
 use crate::format::slice::{AxisRange, Slice};
-use crate::read::file::{TensorFile, bytes_of};
+use crate::read::file::TensorFile;
 use crate::read::prefault::Prefault;
-use crate::read::reader::{Job, Transfer};
-use crate::read::source::{Mapping, Source};
+use crate::read::reader::{self, ReadRange, total_bytes};
+use crate::read::source::{Mapping, ReadFrom};
 use crate::sys::buffers::{Block, Memory};
 
 /// An open file as C++ sees it.
@@ -21,7 +21,7 @@ pub fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
     Ok(Box::new(File(Arc::new(TensorFile::open(as_path(path), backend)?))))
 }
 
-pub fn prefault_when(wait: bool) -> Prefault {
+pub fn prefault_mode(wait: bool) -> Prefault {
     if wait { Prefault::Wait } else { Prefault::Background }
 }
 
@@ -92,14 +92,15 @@ impl File {
     }
 
     pub fn share_mapping(&self) -> *const Mapping {
-        match self.0.source() {
-            Source::Mapped(mapping) => Arc::into_raw(Arc::clone(mapping)),
-            _ => unreachable!("cpp/ shares the mapping of files that it opened with the mmap backend only"),
-        }
+        let mapping = self
+            .0
+            .mapping()
+            .expect("cpp/ shares the mapping of files that it opened with the mmap backend only");
+        Arc::into_raw(Arc::clone(mapping))
     }
 
     pub fn prefault(&self, wait: bool) -> Result<()> {
-        Ok(self.0.prefault(prefault_when(wait))?)
+        Ok(self.0.prefault(prefault_mode(wait))?)
     }
 
     pub fn read_ahead(&self, index: usize) -> Result<()> {
@@ -110,17 +111,17 @@ impl File {
         self.0.read_ahead_at(address, length, used);
     }
 
-    pub fn load(&self, indices: &[usize]) -> Result<Box<Loading>> {
-        let (memory, transfers) = self.0.prepare(indices)?;
-        Loading::begin(&self.0, false, transfers, Some(memory))
+    pub fn load(&self, indices: &[usize]) -> Result<Box<PendingRead>> {
+        let (memory, ranges) = self.0.plan_load(indices)?;
+        PendingRead::begin(&self.0, ReadFrom::File, ranges, Some(memory))
     }
 
     /// # Safety
     ///
     /// As for [`TensorFile::read_tensors`], until the result is dropped.
-    pub unsafe fn read(&self, requests: &[Request]) -> Result<Box<Loading>> {
+    pub unsafe fn read(&self, requests: &[Request]) -> Result<Box<PendingRead>> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
-        Loading::begin(&self.0, true, self.0.transfers(&requests)?, None)
+        PendingRead::begin(&self.0, ReadFrom::Mapping, self.0.read_ranges(&requests)?, None)
     }
 
     pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
@@ -150,43 +151,43 @@ impl File {
 }
 
 /// Tensors that are being read, into memory of their own or of the caller's.
-pub struct Loading {
+pub struct PendingRead {
     file: Arc<TensorFile>,
-    shown: bool,
-    job: Job,
+    from: ReadFrom,
+    read: reader::PendingRead,
     memory: Option<Memory>,
 }
 
-impl Loading {
+impl PendingRead {
     fn begin(
         file: &Arc<TensorFile>,
-        shown: bool,
-        transfers: Vec<Transfer>,
+        from: ReadFrom,
+        ranges: Vec<ReadRange>,
         memory: Option<Memory>,
-    ) -> Result<Box<Loading>> {
-        let reopened = file.source().reopen(bytes_of(&transfers));
-        let origin = file.origin(shown, reopened.as_ref());
-        let job = Job::new(origin, transfers).map_err(|error| file.locate(error))?;
-        Ok(Box::new(Loading { file: Arc::clone(file), shown, job, memory }))
+    ) -> Result<Box<PendingRead>> {
+        let reopened = file.source().reopen(total_bytes(&ranges));
+        let method = file.source().method(from, reopened.as_ref());
+        let read = reader::PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
+        Ok(Box::new(PendingRead { file: Arc::clone(file), from, read, memory }))
     }
 
     pub fn advance(&mut self, milliseconds: u64) -> Result<()> {
         let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
         // For this step alone: many of these may wait for their turns.
-        let reopened = self.file.source().reopen(self.job.total_bytes() - self.job.done_bytes());
-        let origin = self.file.origin(self.shown, reopened.as_ref());
+        let reopened = self.file.source().reopen(self.read.total_bytes() - self.read.done_bytes());
+        let method = self.file.source().method(self.from, reopened.as_ref());
         // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
         // it until this is gone.
-        let done = unsafe { self.job.advance(origin, self.memory.as_ref(), until) };
+        let done = unsafe { self.read.advance(method, self.memory.as_ref(), until) };
         Ok(done.map_err(|error| self.file.locate(error))?)
     }
 
     pub fn total_bytes(&self) -> u64 {
-        self.job.total_bytes() as u64
+        self.read.total_bytes() as u64
     }
 
     pub fn done_bytes(&self) -> u64 {
-        self.job.done_bytes() as u64
+        self.read.done_bytes() as u64
     }
 
     fn memory(&self) -> &Memory {
@@ -197,7 +198,7 @@ impl Loading {
         self.memory().start(place)
     }
 
-    pub fn share(&self, place: usize) -> *const Block {
+    pub fn share_block(&self, place: usize) -> *const Block {
         Arc::into_raw(self.memory().owner(place))
     }
 }
@@ -212,7 +213,7 @@ pub unsafe fn release_mapping(mapping: *const Mapping) {
 
 /// # Safety
 ///
-/// `block` must come from [`Loading::share`], which this call makes undone.
+/// `block` must come from [`PendingRead::share_block`], which this call makes undone.
 pub unsafe fn release_block(block: *const Block) {
     // SAFETY: as in `release_mapping`.
     drop(unsafe { Arc::from_raw(block) });

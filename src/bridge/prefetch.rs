@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Result;
-use super::ffi::{Part, Progress, Range, Slab, Taken};
+use super::ffi::{NextSlab, Range, ReadFrom, Slab, SlabPart, SlabState};
 use super::file::File;
-use crate::read::prefetch;
+use crate::read::{prefetch, source};
 use crate::sys::threads::threads;
 
 /// A prefetch as C++ sees it.
@@ -28,20 +28,24 @@ impl File {
     pub unsafe fn prefetch(
         &self,
         indices: &[usize],
-        shown: bool,
+        from: ReadFrom,
         slabs: &[Slab],
         slab_bytes: usize,
     ) -> Result<Box<Prefetcher>> {
+        let from = match from {
+            ReadFrom::Mapping => source::ReadFrom::Mapping,
+            _ => source::ReadFrom::File,
+        };
         let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
         // SAFETY: as the caller promised.
         Ok(Box::new(Prefetcher(unsafe {
-            prefetch::Prefetcher::new(file, indices, shown, &slabs, slab_bytes, threads)
+            prefetch::Prefetcher::new(file, indices, from, &slabs, slab_bytes, threads)
         }?)))
     }
 
     /// # Safety
     ///
-    /// As for [`prefetch::Prefetcher::of_slice`].
+    /// As for [`prefetch::Prefetcher::for_slice`].
     pub unsafe fn prefetch_slice(
         &self,
         index: usize,
@@ -53,35 +57,35 @@ impl File {
         let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
         // SAFETY: as the caller promised.
         Ok(Box::new(Prefetcher(unsafe {
-            prefetch::Prefetcher::of_slice(file, index, slice, &slabs, slab_bytes, threads)
+            prefetch::Prefetcher::for_slice(file, index, slice, &slabs, slab_bytes, threads)
         }?)))
     }
 }
 
 impl Prefetcher {
-    pub fn take(&self, microseconds: u64) -> Result<Taken> {
-        let (progress, slab, parts) = match self.0.take(Duration::from_micros(microseconds))? {
-            prefetch::Taken::Slab(slab, parts) => (Progress::Filled, slab, parts),
-            prefetch::Taken::Later => (Progress::Later, 0, Vec::new()),
-            prefetch::Taken::End => (Progress::End, 0, Vec::new()),
+    pub fn next_slab(&self, microseconds: u64) -> Result<NextSlab> {
+        let (state, slab, parts) = match self.0.next_slab(Duration::from_micros(microseconds))? {
+            prefetch::NextSlab::Filled(slab, parts) => (SlabState::Filled, slab, parts),
+            prefetch::NextSlab::NotReady => (SlabState::NotReady, 0, Vec::new()),
+            prefetch::NextSlab::End => (SlabState::End, 0, Vec::new()),
         };
         let parts = parts.into_iter().map(|part| {
-            let prefetch::Part { request, offset, start, length } = part;
-            Part { request, offset, start, length }
+            let prefetch::SlabPart { request, offset, slab_offset, length } = part;
+            SlabPart { request, offset, slab_offset, length }
         });
-        Ok(Taken { progress, slab, parts: parts.collect() })
+        Ok(NextSlab { state, slab, parts: parts.collect() })
     }
 
-    pub fn give(&self, slab: usize) {
-        self.0.give(slab);
+    pub fn release_slab(&self, slab: usize) {
+        self.0.release_slab(slab);
     }
 
     /// # Safety
     ///
-    /// As for [`prefetch::Prefetcher::add`].
-    pub unsafe fn add(&self, slab: Slab) -> usize {
+    /// As for [`prefetch::Prefetcher::add_slab`].
+    pub unsafe fn add_slab(&self, slab: Slab) -> usize {
         // SAFETY: as the caller promised.
-        unsafe { self.0.add(slab.start) }
+        unsafe { self.0.add_slab(slab.start) }
     }
 
     pub fn is_starved(&self) -> bool {

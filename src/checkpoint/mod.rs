@@ -247,7 +247,7 @@ impl Checkpoint {
     ///
     /// Those of [`TensorFile::prefault`].
     pub fn prefault(&self, when: Prefault) -> Result<()> {
-        let mapped: Vec<_> = self.shards.iter().filter_map(|shard| shard.file.mapped()).collect();
+        let mapped: Vec<_> = self.shards.iter().filter_map(|shard| shard.file.mapping()).collect();
         prefault::prefault(&mapped, when)
     }
 

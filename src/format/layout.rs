@@ -5,7 +5,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::byte_order;
 use crate::format::dtype::Dtype;
-use crate::format::header::{METADATA_KEY, Metadata, TensorEntry, encode, tensor_bytes};
+use crate::format::header::{METADATA_KEY, Metadata, TensorInfo, encode, tensor_bytes};
 
 /// A tensor that is to be written: everything but its bytes.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +79,7 @@ impl Layout {
         }
         let entries = order.iter().map(|place| {
             let TensorSpec { name, dtype, shape } = tensors[place.index];
-            TensorEntry { name, dtype, shape, begin: place.begin, end: place.end }
+            TensorInfo { name, dtype, shape, begin: place.begin, end: place.end }
         });
         let header = encode(entries, metadata, alignment)?;
         Ok(Layout { header, order, data_bytes })

@@ -11,9 +11,9 @@ use crate::format::byte_order;
 use crate::format::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::prefault::{self, Prefault};
-use crate::read::reader::{self, Transfer};
+use crate::read::reader::{self, ReadRange, total_bytes};
 use crate::read::source::{
-    Backend, Mapping, OpenFile, Origin, Source, expect_sequential, open_regular, open_regular_in,
+    Backend, Mapping, OpenFile, ReadFrom, Source, expect_sequential, open_regular, open_regular_in,
     read_exact_at,
 };
 use crate::sys::buffers::Memory;
@@ -123,7 +123,7 @@ impl TensorFile {
         let json = bytes[LENGTH_BYTES as usize..][..header_length as usize].to_vec();
         let header = native(Header::parse(&json, length as u64)?)?;
         // SAFETY: as the caller promised.
-        let source = unsafe { Source::borrowed(start, length) };
+        let source = unsafe { Source::external(start, length) };
         Ok(TensorFile { header, source, path: None })
     }
 
@@ -133,14 +133,8 @@ impl TensorFile {
     }
 
     /// Where the bytes come from.
-    pub fn source(&self) -> &Source {
+    pub(crate) fn source(&self) -> &Source {
         &self.source
-    }
-
-    /// How copies are made: of what tensors over the file show, or of what it holds. `reopened` is what
-    /// [`Source::reopen`] returned.
-    pub(crate) fn origin<'a>(&'a self, shown: bool, reopened: Option<&'a OpenFile>) -> Origin<'a> {
-        if shown { self.source.as_shown(reopened) } else { self.source.as_stored(reopened) }
     }
 
     /// The path that the file was opened by; `None` for bytes in memory.
@@ -185,7 +179,7 @@ impl TensorFile {
     /// [`ErrorKind::Io`] and [`ErrorKind::FileChanged`], with [`Prefault::Wait`] alone: whoever goes on meanwhile
     /// finds out by touching the page.
     pub fn prefault(&self, when: Prefault) -> Result<()> {
-        let mapped: Vec<_> = self.mapped().into_iter().collect();
+        let mapped: Vec<_> = self.mapping().into_iter().collect();
         prefault::prefault(&mapped, when)
     }
 
@@ -197,7 +191,7 @@ impl TensorFile {
     /// As [`TensorFile::tensor`].
     pub fn read_ahead(&self, index: usize) -> Result<()> {
         let bytes = self.byte_range(&self.tensor(index)?);
-        if let Some(mapping) = self.mapped() {
+        if let Some(mapping) = self.mapping() {
             // The header was checked against the length of what is mapped.
             prefault::read_ahead(mapping, bytes.start as usize..bytes.end as usize);
         }
@@ -208,15 +202,15 @@ impl TensorFile {
     /// used. Reads nothing ahead if those lie too far apart.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ has views"))]
     pub(crate) fn read_ahead_at(&self, address: usize, length: usize, used: usize) {
-        let Some(mapping) = self.mapped() else { return };
+        let Some(mapping) = self.mapping() else { return };
         let Some(begin) = address.checked_sub(mapping.as_ptr().addr()) else { return };
         if begin < mapping.len() && length <= mapping.len() - begin && used >= length / 2 {
             prefault::read_ahead(mapping, begin..begin + length);
         }
     }
 
-    /// The mapping, if there is one.
-    pub(crate) fn mapped(&self) -> Option<&Arc<Mapping>> {
+    /// Returns the mapping, or `None` for a file that is not mapped.
+    pub fn mapping(&self) -> Option<&Arc<Mapping>> {
         match &self.source {
             Source::Mapped(mapping) => Some(mapping),
             Source::File(_) | Source::Memory(_) => None,
@@ -230,16 +224,16 @@ impl TensorFile {
     ///
     /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
     pub fn load_tensors(&self, indices: &[usize]) -> Result<Memory> {
-        let (memory, transfers) = self.prepare(indices)?;
-        let reopened = self.source.reopen(bytes_of(&transfers));
-        let origin = self.source.as_stored(reopened.as_ref());
+        let (memory, ranges) = self.plan_load(indices)?;
+        let reopened = self.source.reopen(total_bytes(&ranges));
+        let method = self.source.method(ReadFrom::File, reopened.as_ref());
         // SAFETY: every place is there for one tensor, has its size, and lives as long as `memory`.
-        unsafe { reader::read(origin, transfers, Some(&memory)) }.map_err(|error| self.locate(error))?;
+        unsafe { reader::read(method, ranges, Some(&memory)) }.map_err(|error| self.locate(error))?;
         Ok(memory)
     }
 
     /// Memory for the tensors at `indices`, and what is to be read into it.
-    pub(crate) fn prepare(&self, indices: &[usize]) -> Result<(Memory, Vec<Transfer>)> {
+    pub(crate) fn plan_load(&self, indices: &[usize]) -> Result<(Memory, Vec<ReadRange>)> {
         let mut sizes = Vec::with_capacity(indices.len());
         for &index in indices {
             // A size that a header gives is at most that of the file, which the backends can address.
@@ -252,8 +246,8 @@ impl TensorFile {
             .enumerate()
             .map(|(place, (&index, size))| (index, memory.start(place), size))
             .collect();
-        let transfers = self.transfers(&requests)?;
-        Ok((memory, transfers))
+        let ranges = self.read_ranges(&requests)?;
+        Ok((memory, ranges))
     }
 
     /// Reads whole tensors, in parallel where it pays: `(index in file order, destination, its bytes)` each.
@@ -267,24 +261,24 @@ impl TensorFile {
     ///
     /// Every destination must be valid for writes of its bytes until the call returns, and no two may overlap.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
-        let transfers = self.transfers(requests)?;
-        let reopened = self.source.reopen(bytes_of(&transfers));
-        let origin = self.source.as_shown(reopened.as_ref());
+        let ranges = self.read_ranges(requests)?;
+        let reopened = self.source.reopen(total_bytes(&ranges));
+        let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
         // SAFETY: as the caller promised.
-        unsafe { reader::read(origin, transfers, None) }.map_err(|error| self.locate(error))
+        unsafe { reader::read(method, ranges, None) }.map_err(|error| self.locate(error))
     }
 
     /// What is to be read for `requests`, whose sizes are checked.
-    pub(crate) fn transfers(&self, requests: &[(usize, *mut u8, usize)]) -> Result<Vec<Transfer>> {
-        let mut transfers = Vec::with_capacity(requests.len());
+    pub(crate) fn read_ranges(&self, requests: &[(usize, *mut u8, usize)]) -> Result<Vec<ReadRange>> {
+        let mut ranges = Vec::with_capacity(requests.len());
         for &(index, destination, length) in requests {
             let tensor = self.tensor(index)?;
             if tensor.nbytes() != length as u64 {
                 return Err(self.wrong_size(tensor.name, tensor.nbytes(), length));
             }
-            transfers.push(Transfer { offset: self.byte_range(&tensor).start, destination, length });
+            ranges.push(ReadRange { offset: self.byte_range(&tensor).start, destination, length });
         }
-        Ok(transfers)
+        Ok(ranges)
     }
 
     /// Plans a slice of the tensor at `index`, one range a dimension.
@@ -316,10 +310,10 @@ impl TensorFile {
         }
         let base = self.byte_range(&tensor).start;
         let reopened = self.source.reopen(length);
-        let origin = self.source.as_shown(reopened.as_ref());
-        let read = |transfers: Vec<Transfer>| {
+        let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
+        let read = |ranges: Vec<ReadRange>| {
             // SAFETY: `read_runs` asks for parts of the destination that are apart, as the caller gave it.
-            unsafe { reader::read(origin, transfers, None) }
+            unsafe { reader::read(method, ranges, None) }
         };
         // SAFETY: the destination has the slice's size (checked).
         unsafe { read_runs(slice, 0..slice.nbytes(), base, destination, read) }
@@ -340,14 +334,9 @@ impl TensorFile {
     }
 }
 
-/// The bytes of all `transfers`.
-pub(crate) fn bytes_of(transfers: &[Transfer]) -> usize {
-    transfers.iter().map(|transfer| transfer.length).sum()
-}
-
 /// Reads some of the bytes of `slice`, a slice of a tensor whose bytes begin at `base`, one after the other into
 /// `destination`. Runs that are close to each other come with one read, and are picked from that. `read` is asked for
-/// transfers whose destinations are valid and apart from each other.
+/// ranges whose destinations are valid and apart from each other.
 ///
 /// # Errors
 ///
@@ -361,7 +350,7 @@ pub(crate) unsafe fn read_runs(
     bytes: Range<u64>,
     base: u64,
     destination: *mut u8,
-    read: impl Fn(Vec<Transfer>) -> Result<()>,
+    read: impl Fn(Vec<ReadRange>) -> Result<()>,
 ) -> Result<()> {
     let mut direct = Vec::new();
     let mut written = 0;
@@ -379,7 +368,7 @@ pub(crate) unsafe fn read_runs(
         written += group.iter().map(|run| (run.end - run.start) as usize).sum::<usize>();
         if let [run] = &group[..] {
             let length = (run.end - run.start) as usize;
-            direct.push(Transfer { offset: base + run.start, destination: target, length });
+            direct.push(ReadRange { offset: base + run.start, destination: target, length });
             if direct.len() == SLICE_BATCH {
                 read(std::mem::take(&mut direct))?;
             }
@@ -400,12 +389,12 @@ unsafe fn gather(
     base: u64,
     runs: &[Range<u64>],
     target: *mut u8,
-    read: &impl Fn(Vec<Transfer>) -> Result<()>,
+    read: &impl Fn(Vec<ReadRange>) -> Result<()>,
 ) -> Result<()> {
     let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(()) };
     let mut scratch = vec![0u8; (last.end - first.start) as usize];
     let length = scratch.len();
-    read(vec![Transfer { offset: base + first.start, destination: scratch.as_mut_ptr(), length }])?;
+    read(vec![ReadRange { offset: base + first.start, destination: scratch.as_mut_ptr(), length }])?;
     let mut written = 0;
     for run in runs {
         let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];

@@ -14,39 +14,39 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::slice::Slice;
 use crate::read::file::{TensorFile, read_runs};
-use crate::read::reader::{self, ReadStrategy, Transfer};
-use crate::read::source::OpenFile;
+use crate::read::reader::{self, ReadRange, ReadStrategy};
+use crate::read::source::{OpenFile, ReadFrom};
 use crate::sys::fork::Process;
 use crate::sys::mutex::{Guard, Mutex};
 use crate::sys::parallel::{self, PARALLEL_BYTES};
 use crate::sys::threads::Threads;
 
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
-pub const PART_ALIGNMENT: usize = 16;
+pub const SLAB_PART_ALIGNMENT: usize = 16;
 
 /// No machine has a use for more of them.
 const MOST_THREADS: usize = 64;
 
 /// Bytes of one tensor in a slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct SlabPart {
     /// Which of the requests.
     pub request: usize,
     /// Where the bytes belong in what was requested.
     pub offset: usize,
     /// Where they are in the slab.
-    pub start: usize,
+    pub slab_offset: usize,
     /// How many, never 0.
     pub length: usize,
 }
 
-/// What [`Prefetcher::take`] gives.
+/// What [`Prefetcher::next_slab`] gives.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum NextSlab {
     /// A slab, which is the caller's until it is given back, and what is in it.
-    Slab(usize, Vec<Part>),
+    Filled(usize, Vec<SlabPart>),
     /// Nothing yet.
-    Later,
+    NotReady,
     /// Everything was taken.
     End,
 }
@@ -65,7 +65,7 @@ struct Request {
 #[derive(Debug)]
 pub struct Prefetcher {
     shared: Arc<Shared>,
-    /// None for little: then [`Prefetcher::take`] reads.
+    /// None for little: then [`Prefetcher::next_slab`] reads.
     threads: Vec<JoinHandle<()>>,
     /// The one that has the threads.
     process: Process,
@@ -76,11 +76,10 @@ struct Shared {
     file: Arc<TensorFile>,
     /// What is behind its mapping, while this reads.
     reopened: Option<OpenFile>,
-    /// Whether what was written to a mapping counts.
-    shown: bool,
+    from: ReadFrom,
     requests: Vec<Request>,
     slab_bytes: usize,
-    pace: ReadStrategy,
+    strategy: ReadStrategy,
     state: Mutex<State>,
     /// A slab became free, or there is no more to do.
     room: Condvar,
@@ -94,7 +93,7 @@ struct State {
     slabs: Vec<Slab>,
     /// Slabs that nobody uses; the one that was used last, and so may still be in the processor's caches, comes first.
     free: Vec<usize>,
-    full: VecDeque<(usize, Vec<Part>)>,
+    full: VecDeque<(usize, Vec<SlabPart>)>,
     /// How many slabs are being filled.
     filling: usize,
     /// How many threads wait for a slab.
@@ -113,7 +112,6 @@ unsafe impl Send for Slab {}
 impl Prefetcher {
     /// Begins to read the tensors at `indices` (in file order), with `threads` threads of its own, or as many as suit the
     /// machine. With 0 the thread that takes the slabs reads.
-    /// With `shown`, what was written to the tensors over a mapping counts, else what the file holds.
     ///
     /// # Errors
     ///
@@ -121,12 +119,12 @@ impl Prefetcher {
     ///
     /// # Safety
     ///
-    /// Every slab must be valid for writes of `slab_bytes`, a multiple of [`PART_ALIGNMENT`], until the prefetcher is dropped;
+    /// Every slab must be valid for writes of `slab_bytes`, a multiple of [`SLAB_PART_ALIGNMENT`], until the prefetcher is dropped;
     /// meanwhile nobody else may touch it but the caller, while it has it.
     pub unsafe fn new(
         file: Arc<TensorFile>,
         indices: &[usize],
-        shown: bool,
+        from: ReadFrom,
         slabs: &[*mut u8],
         slab_bytes: usize,
         threads: Option<usize>,
@@ -138,7 +136,7 @@ impl Prefetcher {
             requests.push(Request { index, base, bytes: tensor.nbytes() as usize, slice: None });
         }
         // SAFETY: as the caller promised.
-        Ok(unsafe { Prefetcher::start(file, requests, shown, slabs, slab_bytes, threads) })
+        Ok(unsafe { Prefetcher::start(file, requests, from, slabs, slab_bytes, threads) })
     }
 
     /// As [`Prefetcher::new`], for `slice`, which was planned for the tensor at `index`.
@@ -150,7 +148,7 @@ impl Prefetcher {
     /// # Safety
     ///
     /// As for [`Prefetcher::new`].
-    pub unsafe fn of_slice(
+    pub unsafe fn for_slice(
         file: Arc<TensorFile>,
         index: usize,
         slice: Slice,
@@ -161,7 +159,7 @@ impl Prefetcher {
         let base = file.byte_range(&file.tensor(index)?).start;
         let request = Request { index, base, bytes: slice.nbytes() as usize, slice: Some(slice) };
         // SAFETY: as the caller promised.
-        Ok(unsafe { Prefetcher::start(file, vec![request], true, slabs, slab_bytes, threads) })
+        Ok(unsafe { Prefetcher::start(file, vec![request], ReadFrom::Mapping, slabs, slab_bytes, threads) })
     }
 
     /// # Safety
@@ -170,19 +168,22 @@ impl Prefetcher {
     unsafe fn start(
         file: Arc<TensorFile>,
         requests: Vec<Request>,
-        shown: bool,
+        from: ReadFrom,
         slabs: &[*mut u8],
         slab_bytes: usize,
         threads: Option<usize>,
     ) -> Prefetcher {
-        assert!(slab_bytes > 0 && slab_bytes.is_multiple_of(PART_ALIGNMENT), "a slab holds whole elements");
+        assert!(
+            slab_bytes > 0 && slab_bytes.is_multiple_of(SLAB_PART_ALIGNMENT),
+            "a slab holds whole elements"
+        );
         let bytes: usize = requests.iter().map(|request| request.bytes).sum();
         let chunks = bytes.div_ceil(slab_bytes);
         let extent = || extent(&file, &requests);
         let wanted = threads.unwrap_or_else(|| parallel::threads_for(Threads::at_most(0), bytes, chunks));
         let reopened = file.source().reopen(bytes);
-        let pace = ReadStrategy::of(
-            file.origin(shown, reopened.as_ref()),
+        let strategy = ReadStrategy::of(
+            file.source().method(from, reopened.as_ref()),
             bytes,
             extent,
             wanted,
@@ -192,7 +193,7 @@ impl Prefetcher {
         let threads = if bytes < PARALLEL_BYTES {
             0
         } else {
-            threads.unwrap_or(pace.threads).min(chunks).min(MOST_THREADS)
+            threads.unwrap_or(strategy.threads).min(chunks).min(MOST_THREADS)
         };
         let state = State {
             cursor: Cursor::new(&requests),
@@ -207,10 +208,10 @@ impl Prefetcher {
         let shared = Arc::new(Shared {
             file,
             reopened,
-            shown,
+            from,
             requests,
             slab_bytes,
-            pace,
+            strategy,
             state: Mutex::new(state),
             room: Condvar::new(),
             filled: Condvar::new(),
@@ -234,7 +235,7 @@ impl Prefetcher {
     /// # Safety
     ///
     /// As for [`Prefetcher::new`].
-    pub unsafe fn add(&self, slab: *mut u8) -> usize {
+    pub unsafe fn add_slab(&self, slab: *mut u8) -> usize {
         let mut state = self.shared.state.lock();
         state.slabs.push(Slab(slab));
         let number = state.slabs.len() - 1;
@@ -254,7 +255,7 @@ impl Prefetcher {
     }
 
     /// Gives back a slab that was taken; its bytes are elsewhere.
-    pub fn give(&self, slab: usize) {
+    pub fn release_slab(&self, slab: usize) {
         if self.is_orphaned() {
             return;
         }
@@ -270,7 +271,7 @@ impl Prefetcher {
     ///
     /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] where reading failed, with the tensor's name; and
     /// [`ErrorKind::InvalidArgument`] in a process that was forked meanwhile. Nothing more comes after that.
-    pub fn take(&self, wait: Duration) -> Result<Taken> {
+    pub fn next_slab(&self, wait: Duration) -> Result<NextSlab> {
         if !self.threads.is_empty() {
             self.process.check("load").map_err(|error| self.shared.file.locate(error))?;
         }
@@ -283,11 +284,11 @@ impl Prefetcher {
                 return Err(failure);
             }
             if let Some((slab, parts)) = state.full.pop_front() {
-                return Ok(Taken::Slab(slab, parts));
+                return Ok(NextSlab::Filled(slab, parts));
             }
             let is_over = state.stopped || state.cursor.is_done();
             if is_over && state.filling == 0 {
-                return Ok(Taken::End);
+                return Ok(NextSlab::End);
             }
             if self.threads.is_empty() && !state.free.is_empty() {
                 state = shared.fill_next(state);
@@ -295,7 +296,7 @@ impl Prefetcher {
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Ok(Taken::Later);
+                return Ok(NextSlab::NotReady);
             }
             state.wait_for(&shared.filled, left);
         }
@@ -364,31 +365,31 @@ impl Shared {
     /// # Safety
     ///
     /// `start` must be valid for writes as far as `parts` reach.
-    unsafe fn fill(&self, start: *mut u8, parts: &[Part]) -> Result<()> {
-        let origin = self.file.origin(self.shown, self.reopened.as_ref());
-        let mut transfers = Vec::with_capacity(parts.len());
+    unsafe fn fill(&self, start: *mut u8, parts: &[SlabPart]) -> Result<()> {
+        let method = self.file.source().method(self.from, self.reopened.as_ref());
+        let mut ranges = Vec::with_capacity(parts.len());
         for part in parts {
             let request = &self.requests[part.request];
-            let destination = start.wrapping_add(part.start);
+            let destination = start.wrapping_add(part.slab_offset);
             let Some(slice) = &request.slice else {
                 let offset = request.base + part.offset as u64;
-                transfers.push(Transfer { offset, destination, length: part.length });
+                ranges.push(ReadRange { offset, destination, length: part.length });
                 continue;
             };
             let bytes = part.offset as u64..(part.offset + part.length) as u64;
             // SAFETY: `read_runs` asks for destinations that are valid and apart.
-            let read = |transfers: Vec<_>| unsafe { reader::read_here(origin, &transfers, self.pace) };
+            let read = |ranges: Vec<_>| unsafe { reader::read_here(method, &ranges, self.strategy) };
             // SAFETY: the part lies in the slab (caller).
             unsafe { read_runs(slice, bytes, request.base, destination, read) }
                 .map_err(|error| self.explain(error, parts))?;
         }
         // SAFETY: the parts lie in the slab, one behind the other (caller).
-        unsafe { reader::read_here(origin, &transfers, self.pace) }
+        unsafe { reader::read_here(method, &ranges, self.strategy) }
             .map_err(|error| self.explain(error, parts))
     }
 
     /// Says of an error which file and tensors it is about.
-    fn explain(&self, error: Error, parts: &[Part]) -> Error {
+    fn explain(&self, error: Error, parts: &[SlabPart]) -> Error {
         let name = parts.first().and_then(|part| self.file.header().get(self.requests[part.request].index));
         let name = name.map_or("", |tensor| tensor.name);
         let what = match parts.len() {
@@ -429,18 +430,18 @@ impl Cursor {
     }
 
     /// What goes into the next slab.
-    fn next(&mut self, requests: &[Request], slab_bytes: usize) -> Vec<Part> {
+    fn next(&mut self, requests: &[Request], slab_bytes: usize) -> Vec<SlabPart> {
         let mut parts = Vec::new();
         let mut start = 0;
         while let Some(&request) = self.order.get(self.next) {
             let room = slab_bytes.saturating_sub(start);
             let left = requests[request].bytes - self.offset;
-            let length = if left <= room { left } else { room / PART_ALIGNMENT * PART_ALIGNMENT };
+            let length = if left <= room { left } else { room / SLAB_PART_ALIGNMENT * SLAB_PART_ALIGNMENT };
             if length == 0 {
                 break;
             }
-            parts.push(Part { request, offset: self.offset, start, length });
-            start = (start + length).next_multiple_of(PART_ALIGNMENT);
+            parts.push(SlabPart { request, offset: self.offset, slab_offset: start, length });
+            start = (start + length).next_multiple_of(SLAB_PART_ALIGNMENT);
             if length == left {
                 (self.next, self.offset) = (self.next + 1, 0);
             } else {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::bring_in;
-use crate::read::source::{Mapping, OpenFile, Origin, shrank};
+use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::sys::buffers::Memory;
 use crate::sys::copy;
 use crate::sys::fresh_pages::has_page;
@@ -26,7 +26,7 @@ const STREAM_BYTES: usize = 1 << 20;
 
 /// One range of a source, and where it goes.
 #[derive(Clone, Copy, Debug)]
-pub struct Transfer {
+pub struct ReadRange {
     /// Where the bytes begin in the source.
     pub offset: u64,
     /// Where the bytes go.
@@ -35,13 +35,18 @@ pub struct Transfer {
     pub length: usize,
 }
 
-// SAFETY: a transfer is a plain instruction; `read` requires of its caller that destinations are valid for writes
+// SAFETY: a range is a plain instruction; `read` requires of its caller that destinations are valid for writes
 // from any thread and do not overlap.
-unsafe impl Send for Transfer {}
+unsafe impl Send for ReadRange {}
 // SAFETY: as above.
-unsafe impl Sync for Transfer {}
+unsafe impl Sync for ReadRange {}
 
-/// Carries out `transfers`, on as many threads as they are worth; into `fresh`, if it is given, each transfer into the
+/// Returns the sum of the lengths of `ranges`.
+pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
+    ranges.iter().map(|range| range.length).sum()
+}
+
+/// Carries out `ranges`, on as many threads as they are worth; into `fresh`, if it is given, each range into the
 /// place of the same number.
 ///
 /// # Errors
@@ -54,15 +59,15 @@ unsafe impl Sync for Transfer {}
 /// Every destination must be valid for writes of its length until the call returns, and no two may overlap each
 /// other or the source.
 pub(crate) unsafe fn read(
-    origin: Origin<'_>,
-    transfers: Vec<Transfer>,
+    method: ReadMethod<'_>,
+    ranges: Vec<ReadRange>,
     fresh: Option<&Memory>,
 ) -> Result<()> {
     // SAFETY: the caller vouches for the destinations.
-    unsafe { Job::new(origin, transfers)?.advance(origin, fresh, None) }
+    unsafe { PendingRead::new(method, ranges)?.advance(method, fresh, None) }
 }
 
-/// As [`read`], on the calling thread alone, at the `pace` of the whole that this is part of.
+/// As [`read`], on the calling thread alone, at the `strategy` of the whole that this is part of.
 ///
 /// # Errors
 ///
@@ -71,36 +76,40 @@ pub(crate) unsafe fn read(
 /// # Safety
 ///
 /// As for [`read`].
-pub(crate) unsafe fn read_here(origin: Origin<'_>, transfers: &[Transfer], pace: ReadStrategy) -> Result<()> {
-    check_within(origin, transfers)?;
-    let parts = transfers.iter().copied();
+pub(crate) unsafe fn read_here(
+    method: ReadMethod<'_>,
+    ranges: &[ReadRange],
+    strategy: ReadStrategy,
+) -> Result<()> {
+    check_within(method, ranges)?;
+    let parts = ranges.iter().copied();
     // SAFETY: the caller vouches for the destinations, and the ranges lie in the source (checked).
-    unsafe { read_parts(origin, parts, pace.most_bytes, pace.residency) }
+    unsafe { read_parts(method, parts, strategy.most_bytes, strategy.residency) }
 }
 
 /// Transfers that are carried out in steps, each on as many threads as all of them are worth.
 #[derive(Debug)]
-pub(crate) struct Job {
-    transfers: Vec<Transfer>,
+pub(crate) struct PendingRead {
+    ranges: Vec<ReadRange>,
     chunks: Chunks,
-    pace: ReadStrategy,
+    strategy: ReadStrategy,
     /// The first chunk that is not done.
     next: usize,
 }
 
-impl Job {
+impl PendingRead {
     /// Nothing is read yet.
     ///
     /// # Errors
     ///
     /// Those of [`threads`](crate::threads()).
-    pub(crate) fn new(origin: Origin<'_>, transfers: Vec<Transfer>) -> Result<Job> {
-        let chunks = Chunks::new(transfers.iter().map(|transfer| transfer.length));
-        let pace = ReadStrategy::new(origin, &transfers, &chunks, Threads::of_process()?);
-        Ok(Job { transfers, chunks, pace, next: 0 })
+    pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
+        let chunks = Chunks::new(ranges.iter().map(|range| range.length));
+        let strategy = ReadStrategy::new(method, &ranges, &chunks, Threads::of_process()?);
+        Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
-    /// The bytes of all transfers.
+    /// The bytes of all ranges.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
         self.chunks.bytes()
@@ -112,8 +121,8 @@ impl Job {
         self.chunks.bytes_of(self.next)
     }
 
-    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `origin` must be of the source
-    /// that the job was made for, and `fresh` the memory that it reads into, each transfer into the place of the same
+    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `method` must be of the source
+    /// that the job was made for, and `fresh` the memory that it reads into, each range into the place of the same
     /// number, unless that is somebody else's.
     ///
     /// # Errors
@@ -125,19 +134,19 @@ impl Job {
     /// As for [`read`].
     pub(crate) unsafe fn advance(
         &mut self,
-        origin: Origin<'_>,
+        method: ReadMethod<'_>,
         fresh: Option<&Memory>,
         until: Option<Instant>,
     ) -> Result<()> {
-        let Job { transfers, chunks, pace, .. } = &*self;
-        check_within(origin, transfers)?;
-        self.next = parallel::pull_until(until, self.next..chunks.len(), pace.threads, |chunk| {
+        let PendingRead { ranges, chunks, strategy, .. } = &*self;
+        check_within(method, ranges)?;
+        self.next = parallel::pull_until(until, self.next..chunks.len(), strategy.threads, |chunk| {
             if let Some(memory) = fresh {
                 memory.bring_in(chunks.parts(chunk));
             }
             let parts = chunks.parts(chunk).map(|(index, part)| {
-                let Transfer { offset, destination, .. } = transfers[index];
-                Transfer {
+                let ReadRange { offset, destination, .. } = ranges[index];
+                ReadRange {
                     offset: offset + part.start as u64,
                     destination: destination.wrapping_add(part.start),
                     length: part.len(),
@@ -145,24 +154,24 @@ impl Job {
             });
             // SAFETY: the caller vouches for the destinations, no other chunk has these parts of them, and the
             // ranges lie in the source (checked).
-            unsafe { read_parts(origin, parts, pace.most_bytes, pace.residency) }
+            unsafe { read_parts(method, parts, strategy.most_bytes, strategy.residency) }
         })?;
         Ok(())
     }
 }
 
 /// Refuses ranges that leave a source whose length is known.
-fn check_within(origin: Origin<'_>, transfers: &[Transfer]) -> Result<()> {
-    let length = match origin {
+fn check_within(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<()> {
+    let length = match method {
         // Reads see for themselves where the file ends.
-        Origin::File(_) => return Ok(()),
-        Origin::Mapped(mapping, _) => mapping.len(),
-        Origin::Memory(memory) => memory.length,
+        ReadMethod::File(_) => return Ok(()),
+        ReadMethod::Mapping(mapping, _) => mapping.len(),
+        ReadMethod::Memory(memory) => memory.length,
     };
-    let leaves = |transfer: &Transfer| {
-        transfer.offset.checked_add(transfer.length as u64).is_none_or(|end| end > length as u64)
+    let leaves = |range: &ReadRange| {
+        range.offset.checked_add(range.length as u64).is_none_or(|end| end > length as u64)
     };
-    if transfers.iter().any(leaves) {
+    if ranges.iter().any(leaves) {
         return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
     }
     Ok(())
@@ -174,24 +183,24 @@ fn check_within(origin: Origin<'_>, transfers: &[Transfer]) -> Result<()> {
 ///
 /// As for [`read`].
 unsafe fn read_parts(
-    origin: Origin<'_>,
-    parts: impl Iterator<Item = Transfer> + Clone,
+    method: ReadMethod<'_>,
+    parts: impl Iterator<Item = ReadRange> + Clone,
     most_bytes: usize,
     residency: Residency,
 ) -> Result<()> {
-    match origin {
-        Origin::Memory(memory) => {
-            for Transfer { offset, destination, length } in parts {
+    match method {
+        ReadMethod::Memory(memory) => {
+            for ReadRange { offset, destination, length } in parts {
                 let source = memory.start.wrapping_add(offset as usize);
                 // SAFETY: the range lies in the source, the destination is valid and apart from it (caller).
                 unsafe { std::ptr::copy_nonoverlapping(source, destination, length) };
             }
             Ok(())
         }
-        Origin::File(file) => {
+        ReadMethod::File(file) => {
             // Neighbours in the file come with one read, however small they are.
             let mut run = Run::new(file, most_bytes);
-            for Transfer { offset, destination, length } in parts {
+            for ReadRange { offset, destination, length } in parts {
                 // SAFETY: the caller vouches for the destinations.
                 unsafe { run.add(offset, destination, length) }?;
             }
@@ -199,7 +208,7 @@ unsafe fn read_parts(
             unsafe { run.read() }
         }
         // SAFETY: the caller vouches for the destinations and the ranges.
-        Origin::Mapped(mapping, file) => unsafe { copy_mapped(mapping, file, parts, residency) },
+        ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, residency) },
     }
 }
 
@@ -212,11 +221,11 @@ unsafe fn read_parts(
 unsafe fn copy_mapped(
     mapping: &Mapping,
     file: Option<&OpenFile>,
-    parts: impl Iterator<Item = Transfer> + Clone,
+    parts: impl Iterator<Item = ReadRange> + Clone,
     residency: Residency,
 ) -> Result<()> {
     let mut neighbours: Vec<Range<usize>> = Vec::new();
-    for Transfer { offset, length, .. } in parts.clone() {
+    for ReadRange { offset, length, .. } in parts.clone() {
         let start = offset as usize;
         match neighbours.last_mut() {
             Some(last) if last.end == start => last.end += length,
@@ -226,7 +235,7 @@ unsafe fn copy_mapped(
     for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
         bring_in(mapping, file, bytes, residency)?;
     }
-    for Transfer { offset, destination, length } in parts {
+    for ReadRange { offset, destination, length } in parts {
         let source = mapping.as_ptr().wrapping_add(offset as usize);
         // SAFETY: the part lies in the mapping and in its destination (caller).
         unsafe {
@@ -251,22 +260,24 @@ pub(crate) struct ReadStrategy {
 }
 
 impl ReadStrategy {
-    fn new(origin: Origin<'_>, transfers: &[Transfer], chunks: &Chunks, threads: Threads) -> ReadStrategy {
+    fn new(method: ReadMethod<'_>, ranges: &[ReadRange], chunks: &Chunks, threads: Threads) -> ReadStrategy {
         let wanted = parallel::threads_for(threads, chunks.bytes(), chunks.len());
-        ReadStrategy::of(origin, chunks.bytes(), || extent(transfers), wanted, threads)
+        ReadStrategy::of(method, chunks.bytes(), || extent(ranges), wanted, threads)
     }
 
-    /// The pace for `bytes` that lie in `extent`, where a source in memory would be read by `wanted` of `threads`.
+    /// The strategy for `bytes` that lie in `extent`, where a source in memory would be read by `wanted` of `threads`.
     pub(crate) fn of(
-        origin: Origin<'_>,
+        method: ReadMethod<'_>,
         bytes: usize,
         extent: impl FnOnce() -> Range<u64>,
         wanted: usize,
         threads: Threads,
     ) -> ReadStrategy {
-        let residency = match origin {
+        let residency = match method {
             // For little it makes no difference.
-            Origin::File(file) | Origin::Mapped(_, Some(file)) if bytes >= parallel::PARALLEL_BYTES => {
+            ReadMethod::File(file) | ReadMethod::Mapping(_, Some(file))
+                if bytes >= parallel::PARALLEL_BYTES =>
+            {
                 residency(&file.file, extent())
             }
             _ => Residency::Unknown,
@@ -283,10 +294,10 @@ impl ReadStrategy {
     }
 }
 
-/// From where to where the transfers reach in the file.
-fn extent(transfers: &[Transfer]) -> Range<u64> {
-    let start = transfers.iter().map(|transfer| transfer.offset).min().unwrap_or(0);
-    let end = transfers.iter().map(|transfer| transfer.offset + transfer.length as u64).max();
+/// From where to where the ranges reach in the file.
+fn extent(ranges: &[ReadRange]) -> Range<u64> {
+    let start = ranges.iter().map(|range| range.offset).min().unwrap_or(0);
+    let end = ranges.iter().map(|range| range.offset + range.length as u64).max();
     start..end.unwrap_or(start)
 }
 

@@ -105,56 +105,65 @@ impl Mapping {
     }
 }
 
-/// Bytes that somebody else keeps in memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Borrowed {
+/// Memory that the caller owns.
+#[derive(Debug)]
+pub(crate) struct ExternalMemory {
     pub(crate) start: *const u8,
     pub(crate) length: usize,
 }
 
-// SAFETY: a `Borrowed` only reads, and whoever made one promised (`Source::borrowed`) that the bytes stay valid and
-// unchanged while it lives, on whichever thread.
-unsafe impl Send for Borrowed {}
+// SAFETY: the bytes are only read. The contract of `Source::external`, the only constructor, keeps them valid and
+// unchanged on every thread until the source is dropped; a reference to this cannot outlive the source.
+unsafe impl Send for ExternalMemory {}
 // SAFETY: as above.
-unsafe impl Sync for Borrowed {}
+unsafe impl Sync for ExternalMemory {}
 
 /// An open file, and the path that it was opened by.
 #[derive(Debug)]
-pub struct OpenFile {
+pub(crate) struct OpenFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
 }
 
-/// A place that bytes are read from.
+/// Where the bytes of a safetensors file are.
 #[derive(Debug)]
-pub enum Source {
+pub(crate) enum Source {
     /// A mapped file.
     Mapped(Arc<Mapping>),
     /// A file that is read.
     File(OpenFile),
     /// Memory.
-    Memory(Borrowed),
+    Memory(ExternalMemory),
 }
 
-/// The way in which bytes are copied out of a source.
+/// What reads of a mapped file return. It makes no difference for other files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// The bytes of the file.
+    File,
+    /// The bytes of the mapping, with the changes that tensors over it have made.
+    Mapping,
+}
+
+/// How bytes are copied out of a source.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Origin<'a> {
-    /// By reads.
+pub(crate) enum ReadMethod<'a> {
+    /// By reading the file.
     File(&'a OpenFile),
-    /// From the mapping of a file, which may have been opened again.
-    Mapped(&'a Mapping, Option<&'a OpenFile>),
-    /// From memory.
-    Memory(Borrowed),
+    /// By copying from the mapping. The file, if it could be reopened, is used to read pages that are not in memory.
+    Mapping(&'a Mapping, Option<&'a OpenFile>),
+    /// By copying from memory.
+    Memory(&'a ExternalMemory),
 }
 
 impl Source {
-    /// A source over `length` bytes at `start`.
+    /// Returns a source over `length` bytes at `start`.
     ///
     /// # Safety
     ///
-    /// The bytes must stay valid, and nobody may write to them, until the source is dropped.
-    pub unsafe fn borrowed(start: *const u8, length: usize) -> Source {
-        Source::Memory(Borrowed { start, length })
+    /// The bytes must stay valid for reads, and nobody may write to them, until the source is dropped.
+    pub(crate) unsafe fn external(start: *const u8, length: usize) -> Source {
+        Source::Memory(ExternalMemory { start, length })
     }
 
     /// Maps a file whose length is `length` bytes.
@@ -162,9 +171,8 @@ impl Source {
         Ok(Source::Mapped(Arc::new(Mapping::new(file, length)?)))
     }
 
-    /// Opens the file behind a mapping again, if `bytes` of it that are about to be copied are worth it: reads bring in
-    /// what is not in memory faster than touching it does. The result is for [`Source::as_stored`] and
-    /// [`Source::as_shown`].
+    /// Reopens a mapped file before `bytes` of it are copied, if they are many: reading pages that are not in memory is
+    /// faster than touching them. Pass the result to [`Source::method`].
     pub(crate) fn reopen(&self, bytes: usize) -> Option<OpenFile> {
         match self {
             Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.reopen(),
@@ -172,8 +180,8 @@ impl Source {
         }
     }
 
-    /// The first byte, where the source is memory; `None` for a file that is read.
-    pub fn as_ptr(&self) -> Option<*const u8> {
+    /// Returns the address of the first byte, or `None` if the source is not in memory.
+    pub(crate) fn as_ptr(&self) -> Option<*const u8> {
         match self {
             Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
             Source::Memory(memory) => Some(memory.start),
@@ -181,20 +189,13 @@ impl Source {
         }
     }
 
-    /// For copies of what the file holds, of whose mapping nothing was lent: by reads wherever there is a file.
-    pub(crate) fn as_stored<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
-        match (self, reopened) {
-            (Source::Mapped(_), Some(file)) => Origin::File(file),
-            _ => self.as_shown(reopened),
-        }
-    }
-
-    /// For copies of what tensors over the source show: in a mapping, also what was written to them.
-    pub(crate) fn as_shown<'a>(&'a self, reopened: Option<&'a OpenFile>) -> Origin<'a> {
-        match self {
-            Source::Mapped(mapping) => Origin::Mapped(mapping, reopened),
-            Source::File(file) => Origin::File(file),
-            Source::Memory(memory) => Origin::Memory(*memory),
+    /// Returns how to read the source. `reopened` is the result of [`Source::reopen`].
+    pub(crate) fn method<'a>(&'a self, from: ReadFrom, reopened: Option<&'a OpenFile>) -> ReadMethod<'a> {
+        match (self, from, reopened) {
+            (Source::Mapped(_), ReadFrom::File, Some(file)) => ReadMethod::File(file),
+            (Source::Mapped(mapping), ..) => ReadMethod::Mapping(mapping, reopened),
+            (Source::File(file), ..) => ReadMethod::File(file),
+            (Source::Memory(memory), ..) => ReadMethod::Memory(memory),
         }
     }
 }
@@ -204,7 +205,7 @@ impl Source {
 /// # Errors
 ///
 /// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
-pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     regular(open_to_read(path), path)
 }
 
@@ -290,7 +291,7 @@ fn full_map_count() -> Option<usize> {
 }
 
 /// Reads exactly `buffer.len()` bytes at `offset`.
-pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> Result<()> {
+pub(crate) fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> Result<()> {
     file.read_exact_at(buffer, offset).map_err(|source| match source.kind() {
         io::ErrorKind::UnexpectedEof => shrank(path),
         _ => Error::io("read", path, source),

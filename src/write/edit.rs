@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, Metadata, TensorEntry, TensorInfo, close, encode_open};
+use crate::format::header::{Header, Metadata, TensorInfo, close, encode_open};
 use crate::format::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::read::file::TensorFile;
 use crate::read::source::{Backend, OpenFile, Source, open_regular_in, read_exact_at, shrank};
@@ -137,14 +137,7 @@ impl MetadataEdit {
         let place = Place { directory: Arc::new(directory), name, entry, is_link };
         let header = source.header();
         let metadata = changed(header.metadata(), changes);
-        let mut entries: Vec<TensorEntry<'_>> = Vec::with_capacity(header.len());
-        entries.extend(header.iter().map(|TensorInfo { name, dtype, shape, begin, end }| TensorEntry {
-            name,
-            dtype,
-            shape,
-            begin,
-            end,
-        }));
+        let mut entries: Vec<TensorInfo<'_>> = header.iter().collect();
         // Of those without bytes a place has several, which a layout has by dtype, then by name.
         entries.sort_by_key(|entry| (entry.begin, entry.end, entry.dtype.layout_rank()));
         let open = encode_open(entries.into_iter(), metadata.as_ref());

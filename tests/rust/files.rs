@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use common::{contents, naive_slice, pattern, read, read_slice, saved, with_file};
 use safetensors_torch::{
-    AxisRange, Backend, Dtype, ErrorKind, Metadata, SaveOptions, Source, TensorFile, TensorSpec, save_file,
+    AxisRange, Backend, Dtype, ErrorKind, Metadata, SaveOptions, TensorFile, TensorSpec, save_file,
 };
 use tempfile::TempDir;
 
@@ -157,7 +157,7 @@ fn a_mapping_is_private() {
     let directory = directory();
     let (path, data) = one_tensor(&directory, &[16]);
     let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
-    let Source::Mapped(mapping) = file.source() else { panic!("mapped") };
+    let mapping = file.mapping().expect("mapped");
     let start = file.byte_range(&file.tensor(0).expect("one")).start as usize;
     // SAFETY: the mapping is writable for its length, and nobody holds a reference into it.
     unsafe { mapping.as_ptr().add(start).write(data[0] ^ 0xFF) };

@@ -18,7 +18,7 @@ fi
 export MIRIFLAGS="-Zmiri-disable-isolation"
 export PROPTEST_CASES=16
 miri=(cargo +nightly miri test --quiet --locked --no-default-features --target-dir target/miri)
-lacking=(--skip edit:: --skip lock:: --skip page_cache:: --skip prefault:: --skip writer::
+lacking=(--skip edit:: --skip lock:: --skip page_cache:: --skip prefault:: --skip write::
     --skip a_machine_has_memory --skip a_page_is_there_once_it_was_written_to --skip too_much_is_an_error)
 "${miri[@]}" --lib -- "${lacking[@]}"
 # Not those of headers of many megabytes, which would take hours.

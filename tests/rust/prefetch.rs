@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::{naive_slice, pattern};
 use safetensors_torch::{
-    AxisRange, Backend, Dtype, Error, ErrorKind, PART_ALIGNMENT, Prefetcher, SaveOptions, Taken, TensorFile,
-    TensorSpec, save_file,
+    AxisRange, Backend, Dtype, Error, ErrorKind, NextSlab, Prefetcher, ReadFrom, SLAB_PART_ALIGNMENT,
+    SaveOptions, TensorFile, TensorSpec, save_file,
 };
 
 /// The caller's side: slabs, and tensors that are put together from what comes in them.
@@ -37,21 +37,26 @@ impl Caller {
     ) -> Result<(), Error> {
         let mut kept: Vec<usize> = Vec::new();
         loop {
-            match prefetcher.take(Duration::from_millis(5))? {
-                Taken::End => break,
-                Taken::Later => {}
-                Taken::Slab(slab, parts) => {
+            match prefetcher.next_slab(Duration::from_millis(5))? {
+                NextSlab::End => break,
+                NextSlab::NotReady => {}
+                NextSlab::Filled(slab, parts) => {
                     let mut end = 0;
                     for part in parts {
                         assert!(
-                            part.length > 0 && part.start.is_multiple_of(PART_ALIGNMENT) && part.start >= end
+                            part.length > 0
+                                && part.slab_offset.is_multiple_of(SLAB_PART_ALIGNMENT)
+                                && part.slab_offset >= end
                         );
-                        end = part.start + part.length;
+                        end = part.slab_offset + part.length;
                         assert!(end <= self.slab_bytes);
                         let whole = part.offset + part.length == results[part.request].len();
-                        assert!(whole || part.length.is_multiple_of(PART_ALIGNMENT), "elements stay whole");
+                        assert!(
+                            whole || part.length.is_multiple_of(SLAB_PART_ALIGNMENT),
+                            "elements stay whole"
+                        );
                         results[part.request][part.offset..][..part.length]
-                            .copy_from_slice(&self.slabs[slab][part.start..end]);
+                            .copy_from_slice(&self.slabs[slab][part.slab_offset..end]);
                     }
                     kept.push(slab);
                 }
@@ -59,10 +64,10 @@ impl Caller {
             while kept.len() > held {
                 let slab = kept.remove(0);
                 self.slabs[slab].fill(0xEE);
-                prefetcher.give(slab);
+                prefetcher.release_slab(slab);
             }
             if kept.len() == self.slabs.len() {
-                prefetcher.give(kept.remove(0));
+                prefetcher.release_slab(kept.remove(0));
             }
         }
         Ok(())
@@ -110,7 +115,7 @@ fn every_byte_arrives_whatever_the_slabs_and_threads() {
             Prefetcher::new(
                 Arc::clone(&file),
                 &indices,
-                round % 3 == 0,
+                if round % 3 == 0 { ReadFrom::Mapping } else { ReadFrom::File },
                 &caller.starts(),
                 slab_bytes,
                 threads,
@@ -118,7 +123,7 @@ fn every_byte_arrives_whatever_the_slabs_and_threads() {
         };
         let prefetcher = prefetcher.expect("there");
         caller.collect(&prefetcher, &mut results, round % 4).expect("read");
-        assert_eq!(prefetcher.take(Duration::ZERO).expect("over"), Taken::End);
+        assert_eq!(prefetcher.next_slab(Duration::ZERO).expect("over"), NextSlab::End);
         drop(prefetcher);
         for (&index, result) in indices.iter().zip(&results) {
             assert!(*result == data[index], "round {round}, tensor {index} of {} bytes", sizes[index]);
@@ -134,14 +139,15 @@ fn small_tensors_share_a_slab() {
     let indices: Vec<usize> = (0..1000).collect();
     let starts = caller.starts();
     // SAFETY: as above.
-    let prefetcher =
-        unsafe { Prefetcher::new(open(&path, Backend::Pread), &indices, false, &starts, 1 << 20, None) }
-            .expect("there");
-    match prefetcher.take(Duration::ZERO).expect("read") {
-        Taken::Slab(0, parts) => assert_eq!(parts.len(), 1000),
+    let prefetcher = unsafe {
+        Prefetcher::new(open(&path, Backend::Pread), &indices, ReadFrom::File, &starts, 1 << 20, None)
+    }
+    .expect("there");
+    match prefetcher.next_slab(Duration::ZERO).expect("read") {
+        NextSlab::Filled(0, parts) => assert_eq!(parts.len(), 1000),
         other => panic!("{other:?}"),
     }
-    assert_eq!(prefetcher.take(Duration::ZERO).expect("read"), Taken::End);
+    assert_eq!(prefetcher.next_slab(Duration::ZERO).expect("read"), NextSlab::End);
 }
 
 #[test]
@@ -151,11 +157,12 @@ fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
     let mut caller = Caller::new(4, 1 << 20);
     let starts = caller.starts();
     // SAFETY: as above, for the slabs that are added too.
-    let prefetcher =
-        unsafe { Prefetcher::new(open(&path, Backend::Pread), &[0], false, &starts[..1], 1 << 20, Some(3)) };
+    let prefetcher = unsafe {
+        Prefetcher::new(open(&path, Backend::Pread), &[0], ReadFrom::File, &starts[..1], 1 << 20, Some(3))
+    };
     let prefetcher = prefetcher.expect("there");
-    let first = prefetcher.take(Duration::from_secs(20)).expect("read");
-    let Taken::Slab(slab, parts) = first else { panic!("{first:?}") };
+    let first = prefetcher.next_slab(Duration::from_secs(20)).expect("read");
+    let NextSlab::Filled(slab, parts) = first else { panic!("{first:?}") };
     let until = Instant::now() + Duration::from_secs(20);
     while !prefetcher.is_starved() {
         assert!(Instant::now() < until, "the other threads have nothing to fill");
@@ -165,9 +172,9 @@ fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
     results[0][parts[0].offset..][..parts[0].length].copy_from_slice(&caller.slabs[slab][..parts[0].length]);
     for (number, &start) in starts.iter().enumerate().skip(1) {
         // SAFETY: as above.
-        assert_eq!(unsafe { prefetcher.add(start) }, number);
+        assert_eq!(unsafe { prefetcher.add_slab(start) }, number);
     }
-    prefetcher.give(slab);
+    prefetcher.release_slab(slab);
     caller.collect(&prefetcher, &mut results, 2).expect("read");
     assert!(results[0] == data[0]);
 }
@@ -180,11 +187,12 @@ fn a_feed_that_is_dropped_half_way_stops() {
         let mut caller = Caller::new(2, 1 << 20);
         let starts = caller.starts();
         // SAFETY: as above.
-        let prefetcher =
-            unsafe { Prefetcher::new(open(&path, Backend::Pread), &[0], false, &starts, 1 << 20, Some(4)) };
+        let prefetcher = unsafe {
+            Prefetcher::new(open(&path, Backend::Pread), &[0], ReadFrom::File, &starts, 1 << 20, Some(4))
+        };
         let prefetcher = prefetcher.expect("there");
         for _ in 0..taken {
-            prefetcher.take(Duration::from_millis(50)).expect("read");
+            prefetcher.next_slab(Duration::from_millis(50)).expect("read");
         }
         // Joins threads that wait for a slab.
         drop(prefetcher);
@@ -217,7 +225,7 @@ fn slices_come_through_slabs_too() {
             let starts = caller.starts();
             // SAFETY: as above.
             let prefetcher =
-                unsafe { Prefetcher::of_slice(file, 0, slice, &starts, 64 << 10, threads) }.expect("there");
+                unsafe { Prefetcher::for_slice(file, 0, slice, &starts, 64 << 10, threads) }.expect("there");
             let mut results = vec![vec![0; expected.len()]];
             caller.collect(&prefetcher, &mut results, 1).expect("read");
             assert!(results[0] == expected, "{ranges:?}");
@@ -236,8 +244,8 @@ fn a_read_that_fails_names_file_and_tensor() {
         let mut caller = Caller::new(2, 1 << 20);
         let starts = caller.starts();
         // SAFETY: as above.
-        let prefetcher =
-            unsafe { Prefetcher::new(file, &[0, 1], false, &starts, 1 << 20, threads) }.expect("there");
+        let prefetcher = unsafe { Prefetcher::new(file, &[0, 1], ReadFrom::File, &starts, 1 << 20, threads) }
+            .expect("there");
         let mut results: Vec<Vec<u8>> = sizes.iter().map(|&size| vec![0; size]).collect();
         let error = caller.collect(&prefetcher, &mut results, 0).expect_err("cut short");
         assert_eq!(error.kind(), ErrorKind::FileChanged);
@@ -245,7 +253,7 @@ fn a_read_that_fails_names_file_and_tensor() {
         assert!(error.to_string().contains("for tensor \"t00000"), "{error}");
         // Nothing more comes, and nothing hangs.
         let until = Instant::now() + Duration::from_secs(20);
-        while prefetcher.take(Duration::from_millis(1)).expect("failed before") != Taken::End {
+        while prefetcher.next_slab(Duration::from_millis(1)).expect("failed before") != NextSlab::End {
             assert!(Instant::now() < until);
         }
     }
@@ -256,6 +264,7 @@ fn a_tensor_that_is_not_there_is_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let (path, _) = written(directory.path(), &[10]);
     // SAFETY: there is no slab.
-    let refused = unsafe { Prefetcher::new(open(&path, Backend::Pread), &[1], false, &[], 16, None) };
+    let refused =
+        unsafe { Prefetcher::new(open(&path, Backend::Pread), &[1], ReadFrom::File, &[], 16, None) };
     assert_eq!(refused.expect_err("there is one").kind(), ErrorKind::InvalidArgument);
 }

@@ -1,23 +1,7 @@
 //! Writes the header of a file whose layout is settled.
 
-use super::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata};
+use super::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::dtype::Dtype;
-
-/// One tensor of a header that is to be written, with offsets counted from the start of the data.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorEntry<'a> {
-    /// The name.
-    pub name: &'a str,
-    /// The element type.
-    pub dtype: Dtype,
-    /// The dimensions, in elements of `dtype`.
-    pub shape: &'a [u64],
-    /// Where its bytes begin.
-    pub begin: u64,
-    /// Where its bytes end.
-    pub end: u64,
-}
 
 /// The bytes before the data: the length, the JSON, and spaces up to a multiple of `alignment` (itself one of 8).
 ///
@@ -25,7 +9,7 @@ pub struct TensorEntry<'a> {
 ///
 /// [`ErrorKind::HeaderTooLarge`] where the JSON and its padding pass [`MAX_HEADER_BYTES`].
 pub fn encode<'a>(
-    entries: impl Iterator<Item = TensorEntry<'a>>,
+    entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
     alignment: u64,
 ) -> Result<Vec<u8>> {
@@ -36,7 +20,7 @@ pub fn encode<'a>(
 
 /// The bytes before the data without their padding, and without a length yet.
 pub fn encode_open<'a>(
-    entries: impl Iterator<Item = TensorEntry<'a>>,
+    entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
 ) -> Vec<u8> {
     let mut out = vec![0; LENGTH_BYTES as usize];

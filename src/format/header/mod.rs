@@ -8,7 +8,7 @@ mod foreign;
 mod parse;
 mod validate;
 
-pub use encode::{TensorEntry, close, encode, encode_open};
+pub use encode::{close, encode, encode_open};
 pub(crate) use foreign::recognise;
 
 use std::collections::BTreeMap;
