@@ -253,6 +253,7 @@ lint: out/library.stamp out/core.stamp
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)
 	tests/warnings.sh
+	$(PY) tests/tree.py
 
 clean:
 	rm -rf target out build dist
