@@ -63,7 +63,7 @@ Lists load_lists_op(const at::Tensor& data, c10::Device device) {
 Lists load_shared_op(const at::Tensor& data) {
     return guarded([&] {
         CheckpointLoader loads =
-            load_all(Checkpoint(open_bytes(data)), StorageSharing{true, data, false}, Target{}, {});
+            load_all(Checkpoint(open_bytes(data)), StorageSharing{true, data}, Target{}, {});
         return lists_of(loads);
     });
 }
@@ -75,7 +75,7 @@ at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c
         if (device.is_cpu()) {
             (*file)->read_ahead(index);
         }
-        return load_tensor(file, StorageSharing{true, {}, false}, index, device);
+        return load_tensor(file, StorageSharing{true, {}}, index, device);
     });
 }
 

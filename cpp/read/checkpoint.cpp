@@ -138,7 +138,7 @@ CheckpointLoader load_file(const std::string& path, Target target, const std::st
     if (prefault.value_or(!names.has_value()) && target.device.is_cpu()) {
         checkpoint.prefault(/*wait=*/prefault.has_value());
     }
-    return load_all(checkpoint, StorageSharing{backend == "mmap", {}, false}, target, names);
+    return load_all(checkpoint, StorageSharing{backend == "mmap", {}}, target, names);
 }
 
 std::vector<at::Tensor> tensors_of(CheckpointLoader& loads) {
