@@ -300,7 +300,7 @@ mod ffi {
         fn threads() -> Result<usize>;
         fn set_threads(most: usize);
         /// The number that an environment variable holds, or `otherwise`.
-        fn number_from_environment(name: &str, otherwise: u64) -> Result<u64>;
+        fn env_number(name: &str, otherwise: u64) -> Result<u64>;
         /// The code of a dtype number, such as `F32`.
         fn dtype_code(number: u8) -> &'static str;
         /// The number of a dtype code; the code must be one of the format's.
@@ -340,8 +340,8 @@ fn threads() -> Result<usize> {
     Ok(crate::sys::threads::threads()?)
 }
 
-fn number_from_environment(name: &str, otherwise: u64) -> Result<u64> {
-    Ok(crate::sys::threads::number_from_environment(name, otherwise)?)
+fn env_number(name: &str, otherwise: u64) -> Result<u64> {
+    Ok(crate::sys::threads::env_number(name, otherwise)?)
 }
 
 fn dtype_code(number: u8) -> &'static str {

@@ -26,13 +26,13 @@ pub use checkpoint::{
 pub use error::{Error, ErrorKind, Result};
 pub use format::dtype::Dtype;
 pub use format::header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
-pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Place, TensorSpec};
+pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Placement, TensorSpec};
 pub use format::slice::{AxisRange, Slice};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher, SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
-pub use sys::buffers::{Block, Memory};
+pub use sys::buffers::{Block, Buffers};
 pub use sys::threads::{set_threads, threads};
 pub use write::atomic::AtomicFile;
 pub use write::edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};

@@ -35,7 +35,7 @@ int64_t pinned_pool_bytes() {
     int64_t chosen = chosen_pool_bytes;
     if (chosen < 0) {
         const uint64_t from_environment =
-            core::number_from_environment("SAFETENSORS_TORCH_PINNED_POOL_BYTES", kDefaultPoolBytes);
+            core::env_number("SAFETENSORS_TORCH_PINNED_POOL_BYTES", kDefaultPoolBytes);
         const int64_t wanted = static_cast<int64_t>(std::min(from_environment, kMostPoolBytes));
         // Unless another thread was faster, which `chosen` tells then.
         if (chosen_pool_bytes.compare_exchange_strong(chosen, wanted)) {

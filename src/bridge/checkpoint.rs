@@ -8,7 +8,7 @@ use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
 use crate::error::{Error, ErrorKind};
-use crate::format::header::absent;
+use crate::format::header::tensor_not_found;
 use crate::write::output::Output;
 
 /// An open checkpoint as C++ sees it.
@@ -81,7 +81,7 @@ impl Checkpoint {
     pub fn find(&self, name: &[u8]) -> Result<Place> {
         match std::str::from_utf8(name) {
             Ok(name) => Ok(self.0.require(name)?.into()),
-            Err(_) => Err(absent(&String::from_utf8_lossy(name)).in_file(self.0.path()).into()),
+            Err(_) => Err(tensor_not_found(&String::from_utf8_lossy(name)).in_file(self.0.path()).into()),
         }
     }
 

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::ffi::{Entry, Range, Request};
 use super::{Result, as_path};
-use crate::format::header::absent;
+use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::file::TensorFile;
 use crate::read::prefault::Prefault;
 use crate::read::reader::{self, ReadRange, total_bytes};
 use crate::read::source::{Mapping, ReadFrom};
-use crate::sys::buffers::{Block, Memory};
+use crate::sys::buffers::{Block, Buffers};
 
 /// An open file as C++ sees it.
 pub struct File(pub(super) Arc<TensorFile>);
@@ -42,7 +42,7 @@ impl File {
         // A name that is not UTF-8 is in no file; its readable form might be.
         match std::str::from_utf8(name) {
             Ok(name) => Ok(self.0.require(name)?),
-            Err(_) => Err(self.0.locate(absent(&String::from_utf8_lossy(name))).into()),
+            Err(_) => Err(self.0.locate(tensor_not_found(&String::from_utf8_lossy(name))).into()),
         }
     }
 
@@ -155,7 +155,7 @@ pub struct PendingRead {
     file: Arc<TensorFile>,
     from: ReadFrom,
     read: reader::PendingRead,
-    memory: Option<Memory>,
+    memory: Option<Buffers>,
 }
 
 impl PendingRead {
@@ -163,7 +163,7 @@ impl PendingRead {
         file: &Arc<TensorFile>,
         from: ReadFrom,
         ranges: Vec<ReadRange>,
-        memory: Option<Memory>,
+        memory: Option<Buffers>,
     ) -> Result<Box<PendingRead>> {
         let reopened = file.source().reopen(total_bytes(&ranges));
         let method = file.source().method(from, reopened.as_ref());
@@ -190,7 +190,7 @@ impl PendingRead {
         self.read.done_bytes() as u64
     }
 
-    fn memory(&self) -> &Memory {
+    fn memory(&self) -> &Buffers {
         self.memory.as_ref().expect("cpp/ asks for memory where it began a load")
     }
 

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::dtype::Dtype;
 use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::sys::fresh_pages::FreshPages;
+use crate::sys::populate::PagePopulator;
 use crate::write::output::Output;
 use crate::write::save::Filler;
 
@@ -96,7 +96,7 @@ pub struct MemoryWriter(Filler);
 ///
 /// As for [`Filler::new`].
 pub unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
-    let fresh = FreshPages::new(start, length);
+    let fresh = PagePopulator::new(start, length);
     // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
     Box::new(MemoryWriter(unsafe { Filler::new(start, length, Some(fresh)) }))
 }

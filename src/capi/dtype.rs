@@ -7,7 +7,7 @@ use super::pointer::{self, Out};
 use super::status::sft_status;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
-use crate::format::header::shape_bytes;
+use crate::format::header::shape_nbytes;
 
 /// A dtype's number: the discriminant of [`Dtype`].
 pub type sft_dtype = u32;
@@ -92,7 +92,7 @@ pub unsafe extern "C" fn sft_dtype_compute_nbytes(
     boundary!({
         // SAFETY: the caller gives `rank` dimensions and a place for a number (header).
         let (shape, out) = unsafe { (pointer::array(shape, rank, "shape")?, Out::new(nbytes, "nbytes")?) };
-        out.set(shape_bytes(require(dtype)?, shape).map_err(|(kind, fault)| Error::new(kind, fault))?);
+        out.set(shape_nbytes(require(dtype)?, shape).map_err(|(kind, fault)| Error::new(kind, fault))?);
         Ok(())
     })
 }

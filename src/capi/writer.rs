@@ -10,7 +10,7 @@ use super::status::sft_status;
 use crate::checkpoint::save_sharded;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
-use crate::format::header::{Metadata, tensor_bytes};
+use crate::format::header::{Metadata, tensor_nbytes};
 use crate::format::layout::{Layout, TensorSpec};
 use crate::write::save::{save_file, save_into_raw};
 
@@ -131,7 +131,7 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
             )
         };
         let dtype = dtype::require(dtype)?;
-        let needed = tensor_bytes(name, dtype, shape)?;
+        let needed = tensor_nbytes(name, dtype, shape)?;
         if needed != given as u64 {
             let detail = format!("tensor {name:?} takes {needed} bytes, but {given} were given");
             return Err(Error::new(ErrorKind::BufferSize, detail));
@@ -163,7 +163,7 @@ pub unsafe extern "C" fn sft_writer_declare_tensor(
             )
         };
         let dtype = dtype::require(dtype)?;
-        tensor_bytes(name, dtype, shape)?;
+        tensor_nbytes(name, dtype, shape)?;
         let (name, shape) = (name.to_string(), shape.to_vec());
         writer.tensors.push(Tensor { name, dtype, shape, data: Data::Streamed });
         Ok(())

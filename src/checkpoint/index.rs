@@ -12,8 +12,8 @@ use std::path::{Component, Path};
 use serde::de::{MapAccess, Visitor};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{MAX_HEADER_BYTES, recognise};
-use crate::format::json::{self, Fault, Object, Skipped, Text, refuse};
+use crate::format::header::{MAX_HEADER_BYTES, detect_foreign};
+use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, ObjectSeed, fail_with};
 use crate::read::source::{open_regular_in, read_exact_at};
 use crate::sys::directory::Directory;
 
@@ -49,12 +49,12 @@ impl Index {
         let invalid = |what: &dyn fmt::Display| {
             // What is JSON is an index, if not a valid one.
             let is_json = json.trim_ascii_start().first().is_some_and(|byte| b"{[".contains(byte));
-            let other = if is_json { None } else { recognise(json) };
+            let other = if is_json { None } else { detect_foreign(json) };
             other.unwrap_or_else(|| Error::new(ErrorKind::Index, format!("the index is not valid: {what}")))
         };
         let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
-        let fault = RefCell::new(None);
-        Index::of(json::read_object(text, &fault, Root { fault: &fault }, |error| invalid(&error))?)
+        let slot = RefCell::new(None);
+        Index::of(json::parse_object(text, &slot, Root { slot: &slot }, |error| invalid(&error))?)
     }
 
     /// Sorts what the JSON says.
@@ -113,7 +113,7 @@ struct Entries {
 
 /// The whole index: an object in which the weight map must be, and other fields may.
 struct Root<'f> {
-    fault: &'f Fault,
+    slot: &'f ErrorSlot,
 }
 
 impl<'de> Visitor<'de> for Root<'_> {
@@ -125,25 +125,27 @@ impl<'de> Visitor<'de> for Root<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
         let mut entries = None;
-        while let Some(Text(field)) = map.next_key()? {
+        while let Some(JsonText(field)) = map.next_key()? {
             if field != WEIGHT_MAP {
-                map.next_value::<Skipped>()?;
-            } else if entries.replace(map.next_value_seed(Object(WeightMap { fault: self.fault }))?).is_some()
+                map.next_value::<IgnoredValue>()?;
+            } else if entries
+                .replace(map.next_value_seed(ObjectSeed(WeightMap { slot: self.slot }))?)
+                .is_some()
             {
                 let detail = format!("the index has {WEIGHT_MAP:?} twice");
-                return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
+                return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
             }
         }
         entries.ok_or_else(|| {
             let detail = format!("the index is not valid: {WEIGHT_MAP:?} is missing");
-            refuse(self.fault, Error::new(ErrorKind::Index, detail))
+            fail_with(self.slot, Error::new(ErrorKind::Index, detail))
         })
     }
 }
 
 /// `weight_map`: an object of strings.
 struct WeightMap<'f> {
-    fault: &'f Fault,
+    slot: &'f ErrorSlot,
 }
 
 impl<'de> Visitor<'de> for WeightMap<'_> {
@@ -155,12 +157,12 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
         let mut entries = Entries::default();
-        while let Some(Text(tensor)) = map.next_key()? {
-            let Text(file) = map.next_value().map_err(|error| {
+        while let Some(JsonText(tensor)) = map.next_key()? {
+            let JsonText(file) = map.next_value().map_err(|error| {
                 let detail = format!("the index is not valid: the file of tensor {tensor:?}: {error}");
-                refuse(self.fault, Error::new(ErrorKind::Index, detail))
+                fail_with(self.slot, Error::new(ErrorKind::Index, detail))
             })?;
-            check_file_name(&tensor, &file).map_err(|error| refuse(self.fault, error))?;
+            check_file_name(&tensor, &file).map_err(|error| fail_with(self.slot, error))?;
             let next = entries.files.len() as u32;
             let number = match entries.files.get(&*file) {
                 Some(&number) => number,

@@ -1,6 +1,6 @@
 //! The lock that a save holds while names in a directory change, and that an open which finds no checkpoint waits for.
 //!
-//! It is a lock (`flock`) on a hidden file, which is there for as long as names change. Whoever may write in the directory
+//! It is a lock (`File::lock`) on a hidden file, which is there for as long as names change. Whoever may write in the directory
 //! may open that file, and nobody else: a user who may only read the directory cannot hold up a save. Nobody waits for
 //! ever: the process that has the lock may have been stopped. The file of a process that was killed is used, and removed,
 //! by the next save.
@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::sys::directory::{Directory, identity};
-use crate::sys::flock::flock;
 use crate::write::atomic::Attributes;
 
 /// The name of the file.
@@ -75,7 +74,7 @@ impl SaveLock {
     /// `None` if another save has the lock.
     fn try_take(directory: &Arc<Directory>, since: Instant) -> io::Result<Option<SaveLock>> {
         let Some((file, is_new)) = open_or_make(directory, since)? else { return Ok(None) };
-        let lock = || match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+        let lock = || match file.try_lock().map_err(io::Error::from) {
             // Else it is that of a save which has ended, and has removed it.
             Ok(()) => is_there(directory, &file),
             Err(error) if is_held(&error) => Ok(false),
@@ -100,7 +99,7 @@ impl Drop for SaveLock {
         // There is nobody to tell: the next save uses a file that could not be removed.
         let _ = self.directory.remove(OsStr::new(NAME));
         // To close it is not enough: a process that was forked meanwhile has the descriptor too.
-        let _ = flock(&self.file, libc::LOCK_UN);
+        let _ = self.file.unlock();
     }
 }
 
@@ -130,7 +129,7 @@ fn open_or_make(directory: &Directory, since: Instant) -> io::Result<Option<(Fil
 
 /// Whether `file` is the one that has the name.
 fn is_there(directory: &Directory, file: &File) -> io::Result<bool> {
-    let Some(entry) = directory.entry(OsStr::new(NAME))? else { return Ok(false) };
+    let Some(entry) = directory.open_entry(OsStr::new(NAME))? else { return Ok(false) };
     Ok(identity(&entry.metadata()?) == identity(&file.metadata()?))
 }
 
@@ -165,10 +164,10 @@ pub(super) fn wait_for_save(directory: &Directory, since: Instant, until: Option
 fn is_saving(directory: &Directory) -> bool {
     match directory.open_at(OsStr::new(NAME), libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK, 0) {
         // Not kept, so that no number of those who look keeps a save from beginning.
-        Ok(file) => flock(&file, libc::LOCK_SH | libc::LOCK_NB).is_err_and(|error| is_held(&error)),
+        Ok(file) => file.try_lock_shared().is_err_and(|error| is_held(&error.into())),
         Err(error) => {
             error.kind() == io::ErrorKind::PermissionDenied
-                && matches!(directory.entry(OsStr::new(NAME)), Ok(Some(_)))
+                && matches!(directory.open_entry(OsStr::new(NAME)), Ok(Some(_)))
         }
     }
 }

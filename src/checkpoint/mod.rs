@@ -24,11 +24,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::absent;
+use crate::format::header::tensor_not_found;
 use crate::read::file::TensorFile;
 use crate::read::prefault::{self, Prefault};
 use crate::read::source::Backend;
-use crate::sys::directory::{Directory, directory_of, identity};
+use crate::sys::directory::{Directory, identity, open_parent};
 use index::Index;
 use locate::Location;
 use lock::{Waited, wait_for_save};
@@ -238,7 +238,7 @@ impl Checkpoint {
 
     /// Where the tensor `name` is, or an error that says so.
     pub fn require(&self, name: &str) -> Result<TensorPlace> {
-        self.find(name).ok_or_else(|| absent(name).in_file(&self.path))
+        self.find(name).ok_or_else(|| tensor_not_found(name).in_file(&self.path))
     }
 
     /// As [`TensorFile::prefault`], for all shards, one after the other.
@@ -332,7 +332,7 @@ struct OpenIndex {
 
 impl OpenIndex {
     fn open(path: &Path) -> Result<OpenIndex> {
-        let (directory, name) = directory_of(path, "open")?;
+        let (directory, name) = open_parent(path, "open")?;
         let (index, file) = Index::read(&directory, &name, path)?;
         Ok(OpenIndex { index, file, directory, name })
     }
@@ -340,7 +340,7 @@ impl OpenIndex {
 
 /// Whether `file` is what the name in the directory leads to.
 fn is_at(file: &File, directory: &Directory, name: &OsStr) -> bool {
-    let there = directory.followed(name).ok().flatten().and_then(|there| there.metadata().ok());
+    let there = directory.open_link_target(name).ok().flatten().and_then(|there| there.metadata().ok());
     match (file.metadata(), there) {
         (Ok(opened), Some(there)) => identity(&opened) == identity(&there),
         _ => false,

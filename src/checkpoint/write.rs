@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{self, Layout, TensorSpec};
 use crate::sys::directory::Directory;
-use crate::sys::fork::Process;
+use crate::sys::fork::OwnerProcess;
 use crate::write::atomic::{AtomicFile, set_aside};
 use crate::write::save::{self, SaveOptions};
 
@@ -307,7 +307,7 @@ impl ShardedWriter {
     fn exists(&self, name: &str) -> Result<bool> {
         // Taken for absent, one that cannot be looked at would be overwritten without a trace, or removed when the rest
         // is taken back.
-        let entry = self.target.directory.entry(name.as_ref());
+        let entry = self.target.directory.open_entry(name.as_ref());
         let entry = entry.map_err(|source| Error::io("inspect", &self.target.path.join(name), source))?;
         Ok(entry.is_some())
     }
@@ -409,14 +409,14 @@ struct TargetDirectory {
     /// Each with the directory that it is in, and its name there; the innermost first.
     made: Vec<(Arc<Directory>, Arc<Directory>, OsString)>,
     is_kept: bool,
-    process: Process,
+    process: OwnerProcess,
 }
 
 impl TargetDirectory {
     fn make(path: &Path) -> Result<TargetDirectory> {
         let fail = |source| Error::io("create the directory", path, source);
         let (directory, missing) = nearest(path).map_err(fail)?;
-        let (path, process) = (path.to_path_buf(), Process::current());
+        let (path, process) = (path.to_path_buf(), OwnerProcess::current());
         let mut target = TargetDirectory {
             directory: Arc::new(directory),
             path,
@@ -426,7 +426,7 @@ impl TargetDirectory {
         };
         for name in missing {
             let parent = Arc::clone(&target.directory);
-            let made = parent.make_directory(name);
+            let made = parent.create_directory(name);
             match (made, parent.subdirectory(name).map(Arc::new)) {
                 (Ok(()), Ok(inner)) => {
                     target.directory = Arc::clone(&inner);

@@ -10,11 +10,11 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 use crate::error::{Error, Result};
 
 /// Where a fault that has a kind of its own is put down, as serde can only stop with a text.
-pub(crate) type Fault = RefCell<Option<Error>>;
+pub(crate) type ErrorSlot = RefCell<Option<Error>>;
 
 /// Puts `error` down as the cause, and gives serde something to stop with.
-pub(crate) fn refuse<E: de::Error>(fault: &Fault, error: Error) -> E {
-    *fault.borrow_mut() = Some(error);
+pub(crate) fn fail_with<E: de::Error>(slot: &ErrorSlot, error: Error) -> E {
+    *slot.borrow_mut() = Some(error);
     E::custom("refused")
 }
 
@@ -24,22 +24,23 @@ pub(crate) fn refuse<E: de::Error>(fault: &Fault, error: Error) -> E {
 /// # Errors
 ///
 /// What was put down, or what `other` made.
-pub(crate) fn read_object<'de, V: Visitor<'de>>(
+pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     text: &'de str,
-    fault: &Fault,
+    slot: &ErrorSlot,
     visitor: V,
     other: impl FnOnce(serde_json::Error) -> Error,
 ) -> Result<V::Value> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let outcome =
-        Object(visitor).deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
-    outcome.map_err(|error| fault.take().unwrap_or_else(|| other(error)))
+    let outcome = ObjectSeed(visitor)
+        .deserialize(&mut deserializer)
+        .and_then(|value| deserializer.end().map(|()| value));
+    outcome.map_err(|error| slot.take().unwrap_or_else(|| other(error)))
 }
 
 /// An object, for the visitor inside.
-pub(crate) struct Object<V>(pub(crate) V);
+pub(crate) struct ObjectSeed<V>(pub(crate) V);
 
-impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for Object<V> {
+impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {
     type Value = V::Value;
 
     fn deserialize<D: Deserializer<'de>>(
@@ -52,76 +53,79 @@ impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for Object<V> {
 
 /// A value that is passed over. Unlike serde's `IgnoredAny` it is subject to the limit of nesting; unlike a
 /// `serde_json::Value`, which takes up to a hundred times the bytes of its text, it takes no memory.
-pub(crate) struct Skipped;
+pub(crate) struct IgnoredValue;
 
-impl<'de> de::Deserialize<'de> for Skipped {
+impl<'de> de::Deserialize<'de> for IgnoredValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_any(Skipped)
+        deserializer.deserialize_any(IgnoredValue)
     }
 }
 
-impl<'de> Visitor<'de> for Skipped {
-    type Value = Skipped;
+impl<'de> Visitor<'de> for IgnoredValue {
+    type Value = IgnoredValue;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("any value")
     }
 
-    fn visit_bool<E: de::Error>(self, _: bool) -> std::result::Result<Skipped, E> {
+    fn visit_bool<E: de::Error>(self, _: bool) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_i64<E: de::Error>(self, _: i64) -> std::result::Result<Skipped, E> {
+    fn visit_i64<E: de::Error>(self, _: i64) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_u64<E: de::Error>(self, _: u64) -> std::result::Result<Skipped, E> {
+    fn visit_u64<E: de::Error>(self, _: u64) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_f64<E: de::Error>(self, _: f64) -> std::result::Result<Skipped, E> {
+    fn visit_f64<E: de::Error>(self, _: f64) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_str<E: de::Error>(self, _: &str) -> std::result::Result<Skipped, E> {
+    fn visit_str<E: de::Error>(self, _: &str) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_unit<E: de::Error>(self) -> std::result::Result<Skipped, E> {
+    fn visit_unit<E: de::Error>(self) -> std::result::Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> std::result::Result<Skipped, A::Error> {
-        while elements.next_element::<Skipped>()?.is_some() {}
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> std::result::Result<IgnoredValue, A::Error> {
+        while elements.next_element::<IgnoredValue>()?.is_some() {}
         Ok(self)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Skipped, A::Error> {
-        while map.next_entry::<Text<'de>, Skipped>()?.is_some() {}
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<IgnoredValue, A::Error> {
+        while map.next_entry::<JsonText<'de>, IgnoredValue>()?.is_some() {}
         Ok(self)
     }
 }
 
 /// A string, borrowed from the JSON unless it has escapes.
-pub(crate) struct Text<'de>(pub(crate) Cow<'de, str>);
+pub(crate) struct JsonText<'de>(pub(crate) Cow<'de, str>);
 
-impl<'de> de::Deserialize<'de> for Text<'de> {
+impl<'de> de::Deserialize<'de> for JsonText<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct TextVisitor;
 
         impl<'de> Visitor<'de> for TextVisitor {
-            type Value = Text<'de>;
+            type Value = JsonText<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string")
             }
 
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> std::result::Result<Text<'de>, E> {
-                Ok(Text(Cow::Borrowed(text)))
+            fn visit_borrowed_str<E: de::Error>(
+                self,
+                text: &'de str,
+            ) -> std::result::Result<JsonText<'de>, E> {
+                Ok(JsonText(Cow::Borrowed(text)))
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Text<'de>, E> {
-                Ok(Text(Cow::Owned(text.to_owned())))
+            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<JsonText<'de>, E> {
+                Ok(JsonText(Cow::Owned(text.to_owned())))
             }
         }
 
@@ -133,7 +137,7 @@ impl<'de> de::Deserialize<'de> for Text<'de> {
 mod tests {
     use super::*;
 
-    fn skip(text: &str) -> serde_json::Result<Skipped> {
+    fn skip(text: &str) -> serde_json::Result<IgnoredValue> {
         serde_json::from_str(text)
     }
 

@@ -5,7 +5,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::byte_order;
 use crate::format::dtype::Dtype;
-use crate::format::header::{METADATA_KEY, Metadata, TensorInfo, encode, tensor_bytes};
+use crate::format::header::{METADATA_KEY, Metadata, TensorInfo, encode, tensor_nbytes};
 
 /// A tensor that is to be written: everything but its bytes.
 #[derive(Clone, Copy, Debug)]
@@ -22,13 +22,13 @@ pub struct TensorSpec<'a> {
 #[derive(Debug)]
 pub struct Layout {
     header: Vec<u8>,
-    order: Vec<Place>,
+    order: Vec<Placement>,
     data_bytes: u64,
 }
 
 /// Where one tensor goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct Placement {
     /// The tensor's index in the list that the layout was made from.
     pub index: usize,
     /// Where its bytes begin, counted from the start of the data.
@@ -68,14 +68,14 @@ impl Layout {
         for index in sorted {
             let tensor = &tensors[index];
             let begin = data_bytes;
-            data_bytes = tensor_bytes(tensor.name, tensor.dtype, tensor.shape)?
+            data_bytes = tensor_nbytes(tensor.name, tensor.dtype, tensor.shape)?
                 .checked_add(begin)
                 .filter(|&end| end <= i64::MAX as u64)
                 .ok_or_else(|| {
                     let detail = format!("tensor {:?}: the file would pass 2^63 bytes", tensor.name);
                     Error::new(ErrorKind::ShapeOverflow, detail)
                 })?;
-            order.push(Place { index, begin, end: data_bytes });
+            order.push(Placement { index, begin, end: data_bytes });
         }
         let entries = order.iter().map(|place| {
             let TensorSpec { name, dtype, shape } = tensors[place.index];
@@ -91,7 +91,7 @@ impl Layout {
     }
 
     /// The tensors in file order.
-    pub fn order(&self) -> &[Place] {
+    pub fn order(&self) -> &[Placement] {
         &self.order
     }
 

@@ -16,7 +16,7 @@ use crate::read::source::{
     Backend, Mapping, OpenFile, ReadFrom, Source, expect_sequential, open_regular, open_regular_in,
     read_exact_at,
 };
-use crate::sys::buffers::Memory;
+use crate::sys::buffers::Buffers;
 use crate::sys::directory::Directory;
 
 /// Enough of a file's start to tell what else it may be.
@@ -223,7 +223,7 @@ impl TensorFile {
     /// # Errors
     ///
     /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
-    pub fn load_tensors(&self, indices: &[usize]) -> Result<Memory> {
+    pub fn load_tensors(&self, indices: &[usize]) -> Result<Buffers> {
         let (memory, ranges) = self.plan_load(indices)?;
         let reopened = self.source.reopen(total_bytes(&ranges));
         let method = self.source.method(ReadFrom::File, reopened.as_ref());
@@ -233,13 +233,13 @@ impl TensorFile {
     }
 
     /// Memory for the tensors at `indices`, and what is to be read into it.
-    pub(crate) fn plan_load(&self, indices: &[usize]) -> Result<(Memory, Vec<ReadRange>)> {
+    pub(crate) fn plan_load(&self, indices: &[usize]) -> Result<(Buffers, Vec<ReadRange>)> {
         let mut sizes = Vec::with_capacity(indices.len());
         for &index in indices {
             // A size that a header gives is at most that of the file, which the backends can address.
             sizes.push(self.tensor(index)?.nbytes() as usize);
         }
-        let memory = Memory::new(&sizes).map_err(|error| self.locate(error))?;
+        let memory = Buffers::new(&sizes).map_err(|error| self.locate(error))?;
         let requests: Vec<_> = indices
             .iter()
             .zip(sizes)

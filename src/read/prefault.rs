@@ -15,11 +15,11 @@ use memmap2::Advice;
 
 use crate::error::{Error, Result};
 use crate::read::source::{Mapping, OpenFile, shrank};
-use crate::sys::fresh_pages::has_page;
 use crate::sys::memory_limit::available_memory;
 use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
 use crate::sys::parallel::{self, CHUNK_BYTES};
-use crate::sys::threads::Threads;
+use crate::sys::populate::is_resident;
+use crate::sys::threads::ThreadLimit;
 
 /// When the pages of a mapping are brought in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(crate) fn read_ahead(mapping: &Arc<Mapping>, bytes: Range<usize>) {
         return;
     }
     // Sending that many requests is waiting too: without a thread for it, the pages come when they are touched.
-    if !Threads::of_process().is_ok_and(|threads| threads.cap_beside(1) > 0) {
+    if !ThreadLimit::current().is_ok_and(|threads| threads.cap_background(1) > 0) {
         return;
     }
     let mapping = Arc::downgrade(mapping);
@@ -90,7 +90,7 @@ fn request(mapping: &Mapping, bytes: Range<usize>) {
 fn looks_resident(mapping: &Mapping, bytes: &Range<usize>) -> bool {
     [bytes.start, bytes.start.midpoint(bytes.end), bytes.end - 1]
         .into_iter()
-        .all(|at| has_page(mapping.as_ptr().wrapping_add(at)))
+        .all(|at| is_resident(mapping.as_ptr().wrapping_add(at)))
 }
 
 /// Brings in all of `mappings`, each of its file, one after the other.
@@ -105,8 +105,8 @@ pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()>
     }
     let total: usize = mappings.iter().map(|mapping| mapping.len()).sum();
     // The caller is one thread, and goes on.
-    let threads = Threads::of_process()?;
-    if total >= BACKGROUND_BYTES && threads.cap_beside(1) > 0 {
+    let threads = ThreadLimit::current()?;
+    if total >= BACKGROUND_BYTES && threads.cap_background(1) > 0 {
         Prefaulter::start(mappings, total as u64, threads);
     }
     Ok(())
@@ -117,9 +117,9 @@ fn wait(mapping: &Mapping) -> Result<()> {
     let reopened = mapping.reopen();
     let file = reopened.as_ref();
     let residency = residency_of(mapping, file.map(|opened| &opened.file));
-    let threads = Threads::of_process()?;
+    let threads = ThreadLimit::current()?;
     let readers = if residency == Residency::Cold { threads.cap(COLD_READERS) } else { 1 };
-    parallel::pull(pieces, parallel::threads_for(threads, mapping.len(), pieces).max(readers), |piece| {
+    parallel::for_each(pieces, parallel::thread_count(threads, mapping.len(), pieces).max(readers), |piece| {
         bring_in(mapping, file, bytes_of(mapping, piece), residency)
     })
 }
@@ -195,13 +195,13 @@ impl Plan {
 impl Prefaulter {
     /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads to spare
     /// the pages come when they are touched.
-    fn start(mappings: &[&Arc<Mapping>], total: u64, threads: Threads) {
+    fn start(mappings: &[&Arc<Mapping>], total: u64, threads: ThreadLimit) {
         let mappings: Vec<Weak<Mapping>> = mappings.iter().map(|mapping| Arc::downgrade(mapping)).collect();
         spawn(move || mappings.into_iter().for_each(|mapping| Prefaulter::lead(mapping, total, threads)));
     }
 
     /// Looks what there is to do, gets help for it, and works too. All mappings that are brought in have `total` bytes.
-    fn lead(mapping: Weak<Mapping>, total: u64, threads: Threads) {
+    fn lead(mapping: Weak<Mapping>, total: u64, threads: ThreadLimit) {
         let Some(mapped) = mapping.upgrade() else { return };
         let file = mapped.reopen().map(|opened| opened.file);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -209,7 +209,7 @@ impl Prefaulter {
         drop(mapped);
         let Some(plan) = plan else { return };
         let crew = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
-        for _ in 1..threads.cap_beside(plan.threads) {
+        for _ in 1..threads.cap_background(plan.threads) {
             let crew = Arc::clone(&crew);
             spawn(move || crew.work(plan));
         }

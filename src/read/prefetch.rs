@@ -16,10 +16,10 @@ use crate::format::slice::Slice;
 use crate::read::file::{TensorFile, read_runs};
 use crate::read::reader::{self, ReadRange, ReadStrategy};
 use crate::read::source::{OpenFile, ReadFrom};
-use crate::sys::fork::Process;
+use crate::sys::fork::OwnerProcess;
 use crate::sys::mutex::{Guard, Mutex};
-use crate::sys::parallel::{self, PARALLEL_BYTES};
-use crate::sys::threads::Threads;
+use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
+use crate::sys::threads::ThreadLimit;
 
 /// Where a part begins in its slab, and the lengths that a tensor is cut into: a multiple of every element's size.
 pub const SLAB_PART_ALIGNMENT: usize = 16;
@@ -68,7 +68,7 @@ pub struct Prefetcher {
     /// None for little: then [`Prefetcher::next_slab`] reads.
     threads: Vec<JoinHandle<()>>,
     /// The one that has the threads.
-    process: Process,
+    process: OwnerProcess,
 }
 
 #[derive(Debug)]
@@ -180,17 +180,18 @@ impl Prefetcher {
         let bytes: usize = requests.iter().map(|request| request.bytes).sum();
         let chunks = bytes.div_ceil(slab_bytes);
         let extent = || extent(&file, &requests);
-        let wanted = threads.unwrap_or_else(|| parallel::threads_for(Threads::at_most(0), bytes, chunks));
+        let wanted =
+            threads.unwrap_or_else(|| parallel::thread_count(ThreadLimit::at_most(0), bytes, chunks));
         let reopened = file.source().reopen(bytes);
         let strategy = ReadStrategy::of(
             file.source().method(from, reopened.as_ref()),
             bytes,
             extent,
             wanted,
-            Threads::at_most(0),
+            ThreadLimit::at_most(0),
         );
         // Whoever says how many threads there shall be means it.
-        let threads = if bytes < PARALLEL_BYTES {
+        let threads = if bytes < MIN_PARALLEL_BYTES {
             0
         } else {
             threads.unwrap_or(strategy.threads).min(chunks).min(MOST_THREADS)
@@ -222,7 +223,7 @@ impl Prefetcher {
         };
         // A machine that gives no more threads has at least the caller's.
         let threads = (0..threads).map_while(|_| work().ok()).collect();
-        Prefetcher { shared, threads, process: Process::current() }
+        Prefetcher { shared, threads, process: OwnerProcess::current() }
     }
 
     /// Whether the threads are those of another process, which may have held the lock when this one was forked.

@@ -8,12 +8,12 @@ use std::time::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::bring_in;
 use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
-use crate::sys::buffers::Memory;
+use crate::sys::buffers::Buffers;
 use crate::sys::copy;
-use crate::sys::fresh_pages::has_page;
 use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
 use crate::sys::parallel::{self, Chunks};
-use crate::sys::threads::Threads;
+use crate::sys::populate::is_resident;
+use crate::sys::threads::ThreadLimit;
 
 /// The most ranges in one vectored read; Linux allows 1024.
 const MAX_PARTS: usize = 512;
@@ -61,7 +61,7 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
 pub(crate) unsafe fn read(
     method: ReadMethod<'_>,
     ranges: Vec<ReadRange>,
-    fresh: Option<&Memory>,
+    fresh: Option<&Buffers>,
 ) -> Result<()> {
     // SAFETY: the caller vouches for the destinations.
     unsafe { PendingRead::new(method, ranges)?.advance(method, fresh, None) }
@@ -105,7 +105,7 @@ impl PendingRead {
     /// Those of [`threads`](crate::threads()).
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
         let chunks = Chunks::new(ranges.iter().map(|range| range.length));
-        let strategy = ReadStrategy::new(method, &ranges, &chunks, Threads::of_process()?);
+        let strategy = ReadStrategy::new(method, &ranges, &chunks, ThreadLimit::current()?);
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
@@ -118,7 +118,7 @@ impl PendingRead {
     /// The bytes that are where they belong.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn done_bytes(&self) -> usize {
-        self.chunks.bytes_of(self.next)
+        self.chunks.bytes_before(self.next)
     }
 
     /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `method` must be of the source
@@ -135,14 +135,14 @@ impl PendingRead {
     pub(crate) unsafe fn advance(
         &mut self,
         method: ReadMethod<'_>,
-        fresh: Option<&Memory>,
+        fresh: Option<&Buffers>,
         until: Option<Instant>,
     ) -> Result<()> {
         let PendingRead { ranges, chunks, strategy, .. } = &*self;
         check_within(method, ranges)?;
-        self.next = parallel::pull_until(until, self.next..chunks.len(), strategy.threads, |chunk| {
+        self.next = parallel::for_each_until(until, self.next..chunks.len(), strategy.threads, |chunk| {
             if let Some(memory) = fresh {
-                memory.bring_in(chunks.parts(chunk));
+                memory.populate(chunks.parts(chunk));
             }
             let parts = chunks.parts(chunk).map(|(index, part)| {
                 let ReadRange { offset, destination, .. } = ranges[index];
@@ -239,8 +239,8 @@ unsafe fn copy_mapped(
         let source = mapping.as_ptr().wrapping_add(offset as usize);
         // SAFETY: the part lies in the mapping and in its destination (caller).
         unsafe {
-            if length >= STREAM_BYTES && has_page(destination.wrapping_add(length / 2)) {
-                copy::stream(source, destination, length);
+            if length >= STREAM_BYTES && is_resident(destination.wrapping_add(length / 2)) {
+                copy::copy_nontemporal(source, destination, length);
             } else {
                 std::ptr::copy_nonoverlapping(source, destination, length);
             }
@@ -260,8 +260,13 @@ pub(crate) struct ReadStrategy {
 }
 
 impl ReadStrategy {
-    fn new(method: ReadMethod<'_>, ranges: &[ReadRange], chunks: &Chunks, threads: Threads) -> ReadStrategy {
-        let wanted = parallel::threads_for(threads, chunks.bytes(), chunks.len());
+    fn new(
+        method: ReadMethod<'_>,
+        ranges: &[ReadRange],
+        chunks: &Chunks,
+        threads: ThreadLimit,
+    ) -> ReadStrategy {
+        let wanted = parallel::thread_count(threads, chunks.bytes(), chunks.len());
         ReadStrategy::of(method, chunks.bytes(), || extent(ranges), wanted, threads)
     }
 
@@ -271,12 +276,12 @@ impl ReadStrategy {
         bytes: usize,
         extent: impl FnOnce() -> Range<u64>,
         wanted: usize,
-        threads: Threads,
+        threads: ThreadLimit,
     ) -> ReadStrategy {
         let residency = match method {
             // For little it makes no difference.
             ReadMethod::File(file) | ReadMethod::Mapping(_, Some(file))
-                if bytes >= parallel::PARALLEL_BYTES =>
+                if bytes >= parallel::MIN_PARALLEL_BYTES =>
             {
                 residency(&file.file, extent())
             }

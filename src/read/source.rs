@@ -15,7 +15,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::directory::Directory;
-use crate::sys::directory::bad_path;
+use crate::sys::directory::nul_in_path;
 use crate::sys::page_cache::COLD_READ_BYTES;
 
 /// How a file's tensors come into memory.
@@ -216,7 +216,7 @@ pub(crate) fn open_regular_in(directory: &Directory, name: &OsStr, path: &Path) 
 
 fn regular(opened: io::Result<File>, path: &Path) -> Result<(File, u64)> {
     let file = opened.map_err(|source| match source.kind() {
-        io::ErrorKind::InvalidInput => bad_path(path),
+        io::ErrorKind::InvalidInput => nul_in_path(path),
         _ => Error::io("open", path, source),
     })?;
     let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;

@@ -1,7 +1,7 @@
 //! Memory for tensors that are read: small neighbours in a file share a block, and so do large ones, whose memory is given
 //! back by pieces of the size of a huge page, each with its last tensor.
 //!
-//! Memory fresh from the kernel is paid for page by page ([`FreshPages`]). Blocks make that cheap: many tensors share the
+//! Memory fresh from the kernel is paid for page by page ([`PagePopulator`]). Blocks make that cheap: many tensors share the
 //! pages of one. They are made so that a tensor that outlives its neighbours keeps little beside itself. Knows nothing of
 //! files.
 
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::fresh_pages::{FreshPages, HUGE_PAGE, give_back};
+use crate::sys::populate::{HUGE_PAGE_BYTES, PagePopulator, discard};
 
 /// Where a tensor may begin: torch's own memory is aligned so too.
 const ALIGNMENT: usize = 64;
@@ -24,7 +24,7 @@ const ALIGNMENT: usize = 64;
 const LARGE_BYTES: usize = 64 << 10;
 
 /// The most bytes of a block of small tensors: what one of them can keep alive.
-const SMALL_BLOCK_BYTES: usize = HUGE_PAGE;
+const SMALL_BLOCK_BYTES: usize = HUGE_PAGE_BYTES;
 
 /// The most bytes of a block of several large tensors. What has more has a block of its own.
 const LARGE_BLOCK_BYTES: usize = 64 << 20;
@@ -38,9 +38,9 @@ enum Backing {
     /// From the allocator.
     Heap { start: NonNull<u8>, layout: alloc::Layout },
     /// Anonymous pages; the block begins at the first whole huge page among them.
-    Pages { map: MmapRaw, skipped: usize, fresh: FreshPages, users: Users },
+    Pages { map: MmapRaw, skipped: usize, fresh: PagePopulator, users: PieceUsers },
     /// A large tensor's part of a block of pages.
-    Part { whole: Arc<Block>, offset: usize, length: usize },
+    Part { block: Arc<Block>, offset: usize, length: usize },
 }
 
 // SAFETY: a block owns its memory and gives out nothing but its address; whoever reads or writes there sees to the
@@ -58,14 +58,14 @@ impl Block {
             Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
         };
         // A block of small tensors is hardly ever quite full; it is worth a huge page.
-        if length > HUGE_PAGE - LARGE_BYTES {
-            let length = length.max(HUGE_PAGE);
+        if length > HUGE_PAGE_BYTES - LARGE_BYTES {
+            let length = length.max(HUGE_PAGE_BYTES);
             // Room to begin at a huge page. What is never touched takes no memory.
-            let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE).ok_or_else(refused)?);
+            let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE_BYTES).ok_or_else(refused)?);
             let map = MmapRaw::from(map.map_err(|_| refused())?);
-            let skipped = map.as_ptr().align_offset(HUGE_PAGE);
-            let fresh = FreshPages::new(map.as_mut_ptr().wrapping_add(skipped), length);
-            return Ok(Block(Backing::Pages { map, skipped, fresh, users: Users::default() }));
+            let skipped = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
+            let fresh = PagePopulator::new(map.as_mut_ptr().wrapping_add(skipped), length);
+            return Ok(Block(Backing::Pages { map, skipped, fresh, users: PieceUsers::default() }));
         }
         let layout = alloc::Layout::from_size_align(length.max(1), ALIGNMENT).map_err(|_| refused())?;
         // SAFETY: the layout's size is not 0.
@@ -77,17 +77,17 @@ impl Block {
         match &self.0 {
             Backing::Heap { start, .. } => start.as_ptr(),
             Backing::Pages { map, skipped, .. } => map.as_mut_ptr().wrapping_add(*skipped),
-            Backing::Part { whole, offset, .. } => whole.start().wrapping_add(*offset),
+            Backing::Part { block, offset, .. } => block.start().wrapping_add(*offset),
         }
     }
 
     /// Brings in the memory of `part`; returns the end of what was brought in with it, at least that of `part`.
-    fn bring_in(&self, part: Range<usize>) -> usize {
+    fn populate(&self, part: Range<usize>) -> usize {
         match &self.0 {
             Backing::Heap { .. } => usize::MAX,
-            Backing::Pages { fresh, .. } => fresh.bring_in(part),
-            Backing::Part { whole, offset, .. } => {
-                whole.bring_in(part.start + offset..part.end + offset) - offset
+            Backing::Pages { fresh, .. } => fresh.populate(part),
+            Backing::Part { block, offset, .. } => {
+                block.populate(part.start + offset..part.end + offset) - offset
             }
         }
     }
@@ -103,14 +103,14 @@ impl Drop for Block {
             // They unmap themselves.
             Backing::Pages { .. } => {}
             // The last of its block leaves all of it to that.
-            Backing::Part { whole, .. } if Arc::strong_count(whole) == 1 => {}
-            Backing::Part { whole, offset, length } => {
-                if let Backing::Pages { users, fresh, .. } = &whole.0 {
+            Backing::Part { block, .. } if Arc::strong_count(block) == 1 => {}
+            Backing::Part { block, offset, length } => {
+                if let Backing::Pages { users, fresh, .. } = &block.0 {
                     for piece in users.remove(*offset, *length) {
                         // The last piece of a block may be cut short.
                         let piece = piece.start..piece.end.min(fresh.len());
-                        // SAFETY: every part that has bytes in these pieces is gone (`Users`), with its last owner.
-                        unsafe { give_back(whole.start().wrapping_add(piece.start), piece.len()) }
+                        // SAFETY: every part that has bytes in these pieces is gone (`PieceUsers`), with its last owner.
+                        unsafe { discard(block.start().wrapping_add(piece.start), piece.len()) }
                     }
                 }
             }
@@ -121,11 +121,11 @@ impl Drop for Block {
 /// How many parts have bytes in each piece of a block. Pieces of the size of a huge page: giving back less would split
 /// one, which takes longer than reading into it.
 #[derive(Debug, Default)]
-struct Users(Box<[AtomicU32]>);
+struct PieceUsers(Box<[AtomicU32]>);
 
-impl Users {
+impl PieceUsers {
     /// For parts that begin at these offsets and have these lengths, none of them 0.
-    fn new(parts: impl Iterator<Item = (usize, usize)>) -> Users {
+    fn new(parts: impl Iterator<Item = (usize, usize)>) -> PieceUsers {
         let mut users: Vec<AtomicU32> = Vec::new();
         for (offset, length) in parts {
             let pieces = pieces(offset, length);
@@ -134,7 +134,7 @@ impl Users {
             }
             users[pieces].iter_mut().for_each(|users| *users.get_mut() += 1);
         }
-        Users(users.into())
+        PieceUsers(users.into())
     }
 
     /// Takes a part out; returns the bytes of the pieces that have no other, in runs.
@@ -143,7 +143,7 @@ impl Users {
         for piece in pieces(offset, length) {
             // Whoever takes the last part out sees what all others did before.
             if self.0[piece].fetch_sub(1, Ordering::AcqRel) == 1 {
-                let bytes = piece * HUGE_PAGE..(piece + 1) * HUGE_PAGE;
+                let bytes = piece * HUGE_PAGE_BYTES..(piece + 1) * HUGE_PAGE_BYTES;
                 match unused.last_mut() {
                     Some(last) if last.end == bytes.start => last.end = bytes.end,
                     _ => unused.push(bytes),
@@ -156,30 +156,30 @@ impl Users {
 
 /// The pieces that bytes of a part lie in.
 fn pieces(offset: usize, length: usize) -> Range<usize> {
-    offset / HUGE_PAGE..(offset + length).div_ceil(HUGE_PAGE)
+    offset / HUGE_PAGE_BYTES..(offset + length).div_ceil(HUGE_PAGE_BYTES)
 }
 
-/// Memory for several tensors: a place for each, in blocks.
+/// Memory for several tensors: a location for each, in blocks.
 #[derive(Debug, Default)]
-pub struct Memory {
+pub struct Buffers {
     blocks: Vec<Arc<Block>>,
-    places: Vec<Place>,
+    locations: Vec<Location>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Place {
+struct Location {
     block: u32,
     offset: usize,
 }
 
-impl Memory {
-    /// A place for each of `sizes`, in their order.
+impl Buffers {
+    /// A location for each of `sizes`, in their order.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
-    pub fn new(sizes: &[usize]) -> Result<Memory> {
-        let mut memory = Memory { blocks: Vec::new(), places: vec![Place::default(); sizes.len()] };
+    pub fn new(sizes: &[usize]) -> Result<Buffers> {
+        let mut memory = Buffers { blocks: Vec::new(), locations: vec![Location::default(); sizes.len()] };
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..sizes.len()).partition(|&index| sizes[index] < LARGE_BYTES);
         for (indices, most) in [(small, SMALL_BLOCK_BYTES), (large, LARGE_BLOCK_BYTES)] {
@@ -191,8 +191,8 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Adds a block of no more than `most` bytes for the first of the tensors at `indices`, and their places; returns how
-    /// many of them have a place there, at least one.
+    /// Adds a block of no more than `most` bytes for the first of the tensors at `indices`, and their locations; returns how
+    /// many of them have a location there, at least one.
     fn add_block(&mut self, sizes: &[usize], indices: &[usize], most: usize) -> Result<usize> {
         let mut length = 0usize;
         let mut count = 0;
@@ -200,65 +200,67 @@ impl Memory {
             if count > 0 && length.saturating_add(sizes[index]) > most {
                 break;
             }
-            self.places[index] = Place { block: self.blocks.len() as u32, offset: length };
+            self.locations[index] = Location { block: self.blocks.len() as u32, offset: length };
             // A file's tensors are together no larger than the file, so only the last rounding could overflow.
             length = length.saturating_add(sizes[index]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
             count += 1;
         }
-        let mut whole = Block::new(length)?;
-        let Backing::Pages { users, .. } = &mut whole.0 else {
-            self.blocks.push(Arc::new(whole));
+        let mut block = Block::new(length)?;
+        let Backing::Pages { users, .. } = &mut block.0 else {
+            self.blocks.push(Arc::new(block));
             return Ok(count);
         };
         if sizes[indices[0]] < LARGE_BYTES {
-            self.blocks.push(Arc::new(whole));
+            self.blocks.push(Arc::new(block));
             return Ok(count);
         }
-        *users = Users::new(indices[..count].iter().map(|&index| (self.places[index].offset, sizes[index])));
-        let whole = Arc::new(whole);
+        *users = PieceUsers::new(
+            indices[..count].iter().map(|&index| (self.locations[index].offset, sizes[index])),
+        );
+        let block = Arc::new(block);
         for &index in &indices[..count] {
             let part = Backing::Part {
-                whole: Arc::clone(&whole),
-                offset: self.places[index].offset,
+                block: Arc::clone(&block),
+                offset: self.locations[index].offset,
                 length: sizes[index],
             };
-            self.places[index] = Place { block: self.blocks.len() as u32, offset: 0 };
+            self.locations[index] = Location { block: self.blocks.len() as u32, offset: 0 };
             self.blocks.push(Arc::new(Block(part)));
         }
         Ok(count)
     }
 
-    /// Brings in the memory of parts that are about to be written to: the index of each one's place, and where the part
+    /// Brings in the memory of parts that are about to be written to: the index of each one's location, and where the part
     /// lies in that.
-    pub(crate) fn bring_in(&self, parts: impl Iterator<Item = (usize, Range<usize>)>) {
+    pub(crate) fn populate(&self, parts: impl Iterator<Item = (usize, Range<usize>)>) {
         // Most parts lie in what was brought in with the one before.
         let (mut block, mut done) = (u32::MAX, 0);
         for (index, part) in parts {
-            let place = self.places[index];
-            if place.block != block || place.offset + part.end > done {
-                block = place.block;
-                done =
-                    self.blocks[block as usize].bring_in(place.offset + part.start..place.offset + part.end);
+            let location = self.locations[index];
+            if location.block != block || location.offset + part.end > done {
+                block = location.block;
+                done = self.blocks[block as usize]
+                    .populate(location.offset + part.start..location.offset + part.end);
             }
         }
     }
 
-    /// The first byte of the place at `index`, which the memory has.
+    /// The first byte of the location at `index`, which the memory has.
     pub fn start(&self, index: usize) -> *mut u8 {
-        let Place { block, offset } = self.places[index];
+        let Location { block, offset } = self.locations[index];
         self.blocks[block as usize].start().wrapping_add(offset)
     }
 
-    /// What keeps the place at `index` alive.
+    /// What keeps the location at `index` alive.
     pub fn owner(&self, index: usize) -> Arc<Block> {
-        Arc::clone(&self.blocks[self.places[index].block as usize])
+        Arc::clone(&self.blocks[self.locations[index].block as usize])
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::fresh_pages::has_page;
+    use crate::sys::populate::is_resident;
     use std::collections::HashSet;
 
     #[test]
@@ -269,20 +271,20 @@ mod tests {
             64,
             65,
             LARGE_BYTES,
-            HUGE_PAGE,
-            3 * HUGE_PAGE + 1,
+            HUGE_PAGE_BYTES,
+            3 * HUGE_PAGE_BYTES + 1,
             LARGE_BLOCK_BYTES,
             5,
             LARGE_BLOCK_BYTES + 1,
             2,
         ];
-        let memory = Memory::new(&sizes).expect("memory");
+        let memory = Buffers::new(&sizes).expect("memory");
         assert!(memory.blocks.len() > 1);
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for (index, &size) in sizes.iter().enumerate() {
             let start = memory.start(index);
             assert_eq!(start.addr() % ALIGNMENT, 0);
-            // SAFETY: the place at `index` has `size` bytes, and `memory` is alive.
+            // SAFETY: the location at `index` has `size` bytes, and `memory` is alive.
             unsafe { std::ptr::write_bytes(start, index as u8, size) };
             ranges.push((start.addr(), start.addr() + size));
         }
@@ -300,11 +302,11 @@ mod tests {
 
     #[test]
     fn a_place_outlives_the_memory_through_its_owner() {
-        let memory = Memory::new(&[8, 8]).expect("memory");
+        let memory = Buffers::new(&[8, 8]).expect("memory");
         let (start, owner) = (memory.start(1), memory.owner(1));
         drop(memory);
         assert_eq!(Arc::strong_count(&owner), 1);
-        // SAFETY: `owner` keeps the place's 8 bytes.
+        // SAFETY: `owner` keeps the location's 8 bytes.
         unsafe { start.write(7) };
     }
 
@@ -312,12 +314,12 @@ mod tests {
     fn small_tensors_keep_little_alive() {
         let sizes: Vec<usize> =
             (0..4000).map(|index| if index % 2 == 0 { 5000 } else { LARGE_BYTES }).collect();
-        let memory = Memory::new(&sizes).expect("memory");
-        let small: HashSet<u32> = (0..4000).step_by(2).map(|index| memory.places[index].block).collect();
+        let memory = Buffers::new(&sizes).expect("memory");
+        let small: HashSet<u32> = (0..4000).step_by(2).map(|index| memory.locations[index].block).collect();
         assert_eq!(small.len(), (2000 * 5000usize).div_ceil(SMALL_BLOCK_BYTES), "10 MB of small ones");
         for &block in &small {
-            let end = (0..4000).filter(|&index| memory.places[index].block == block);
-            let end = end.map(|index| memory.places[index].offset + sizes[index]).max().expect("a tensor");
+            let end = (0..4000).filter(|&index| memory.locations[index].block == block);
+            let end = end.map(|index| memory.locations[index].offset + sizes[index]).max().expect("a tensor");
             assert!(end <= SMALL_BLOCK_BYTES, "a small one keeps {end} bytes");
         }
     }
@@ -326,40 +328,40 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no pages")]
     fn a_large_tensor_gives_its_memory_back() {
         // Of odd sizes, so that neighbours share pages; all in one block, but for the last.
-        let sizes = [LARGE_BYTES + 999, 3 * HUGE_PAGE + 77, 64 << 10, 1 << 20, LARGE_BLOCK_BYTES];
-        let memory = Memory::new(&sizes).expect("memory");
+        let sizes = [LARGE_BYTES + 999, 3 * HUGE_PAGE_BYTES + 77, 64 << 10, 1 << 20, LARGE_BLOCK_BYTES];
+        let memory = Buffers::new(&sizes).expect("memory");
         let mut owners = Vec::new();
         for (index, &size) in sizes.iter().enumerate() {
-            memory.bring_in(std::iter::once((index, 0..size)));
-            // SAFETY: the place at `index` has `size` bytes, and `memory` is alive.
+            memory.populate(std::iter::once((index, 0..size)));
+            // SAFETY: the location at `index` has `size` bytes, and `memory` is alive.
             unsafe { std::ptr::write_bytes(memory.start(index), index as u8 + 1, size) };
             owners.push(Some(memory.owner(index)));
         }
-        let places: Vec<*mut u8> = (0..sizes.len()).map(|index| memory.start(index)).collect();
+        let locations: Vec<*mut u8> = (0..sizes.len()).map(|index| memory.start(index)).collect();
         let resident_at = |index: usize| {
-            let whole = (0..sizes[index]).step_by(4096);
-            whole.filter(|&at| has_page(places[index].wrapping_add(at))).count() * 4096
+            let pages = (0..sizes[index]).step_by(4096);
+            pages.filter(|&at| is_resident(locations[index].wrapping_add(at))).count() * 4096
         };
         drop(memory);
         for dead in [1, 0, 3, 4] {
-            assert!(resident_at(dead) >= sizes[dead].saturating_sub(HUGE_PAGE));
+            assert!(resident_at(dead) >= sizes[dead].saturating_sub(HUGE_PAGE_BYTES));
             owners[dead] = None;
             // The pieces at both ends have bytes of neighbours.
-            assert!(resident_at(dead) <= 2 * HUGE_PAGE, "{} bytes are left", resident_at(dead));
+            assert!(resident_at(dead) <= 2 * HUGE_PAGE_BYTES, "{} bytes are left", resident_at(dead));
             for (index, &size) in sizes.iter().enumerate().filter(|&(index, _)| owners[index].is_some()) {
-                // SAFETY: the owner keeps the place's bytes, which were written above.
-                let bytes = unsafe { std::slice::from_raw_parts(places[index], size) };
+                // SAFETY: the owner keeps the location's bytes, which were written above.
+                let bytes = unsafe { std::slice::from_raw_parts(locations[index], size) };
                 assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "{index} changed with {dead}");
             }
         }
         let kept: usize = (0..sizes.len()).map(resident_at).sum();
-        assert!(kept <= HUGE_PAGE, "64 KiB keep {kept} bytes");
+        assert!(kept <= HUGE_PAGE_BYTES, "64 KiB keep {kept} bytes");
     }
 
     #[test]
     fn too_much_is_an_error() {
         for size in [1 << 60, usize::MAX] {
-            let error = Memory::new(&[size]).expect_err("no machine has that");
+            let error = Buffers::new(&[size]).expect_err("no machine has that");
             assert_eq!((error.kind(), error.os_error()), (ErrorKind::Io, Some(libc::ENOMEM)));
         }
     }

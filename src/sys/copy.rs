@@ -1,9 +1,9 @@
 //! Copies memory to memory, on several threads where it pays.
 
 use crate::error::Result;
-use crate::sys::fresh_pages::FreshPages;
 use crate::sys::parallel::{self, Chunks};
-use crate::sys::threads::Threads;
+use crate::sys::populate::PagePopulator;
+use crate::sys::threads::ThreadLimit;
 
 /// One run of bytes, and where it goes.
 #[derive(Clone, Copy, Debug)]
@@ -21,23 +21,23 @@ unsafe impl Send for CopyRange {}
 // SAFETY: as above.
 unsafe impl Sync for CopyRange {}
 
-/// Carries out `moves`, all into `fresh` if that is given, in the order of their destinations.
+/// Carries out `ranges`, all into `fresh` if that is given, in the order of their destinations.
 ///
 /// # Safety
 ///
 /// Every source must be valid for reads and every destination for writes of its length until the call returns, nobody
 /// else may write to any of them, and no destination may overlap another or a source.
-pub unsafe fn copy(moves: &[CopyRange], fresh: Option<&FreshPages>) -> Result<()> {
-    let chunks = Chunks::new(moves.iter().map(|one| one.length));
-    let threads = parallel::threads_for(Threads::of_process()?, chunks.bytes(), chunks.len());
-    parallel::pull(chunks.len(), threads, |chunk| {
-        let mut brought_in = 0;
+pub unsafe fn copy_ranges(ranges: &[CopyRange], fresh: Option<&PagePopulator>) -> Result<()> {
+    let chunks = Chunks::new(ranges.iter().map(|one| one.length));
+    let threads = parallel::thread_count(ThreadLimit::current()?, chunks.bytes(), chunks.len());
+    parallel::for_each(chunks.len(), threads, |chunk| {
+        let mut populated = 0;
         for (index, part) in chunks.parts(chunk) {
-            let CopyRange { source, destination, .. } = moves[index];
+            let CopyRange { source, destination, .. } = ranges[index];
             if let Some(fresh) = fresh {
                 let start = fresh.offset(destination) + part.start;
-                if start + part.len() > brought_in {
-                    brought_in = fresh.bring_in(start..start + part.len());
+                if start + part.len() > populated {
+                    populated = fresh.populate(start..start + part.len());
                 }
             }
             // SAFETY: the part lies in the move's length, for which the caller vouches; no other chunk has this part.
@@ -60,7 +60,7 @@ pub unsafe fn copy(moves: &[CopyRange], fresh: Option<&FreshPages>) -> Result<()
 ///
 /// As for [`std::ptr::copy_nonoverlapping`].
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-pub unsafe fn stream(source: *const u8, destination: *mut u8, length: usize) {
+pub unsafe fn copy_nontemporal(source: *const u8, destination: *mut u8, length: usize) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
 
     /// What is written to memory at a time.
@@ -95,7 +95,7 @@ pub unsafe fn stream(source: *const u8, destination: *mut u8, length: usize) {
 ///
 /// As for [`std::ptr::copy_nonoverlapping`].
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-pub unsafe fn stream(source: *const u8, destination: *mut u8, length: usize) {
+pub unsafe fn copy_nontemporal(source: *const u8, destination: *mut u8, length: usize) {
     // SAFETY: the caller's promise.
     unsafe { std::ptr::copy_nonoverlapping(source, destination, length) }
 }
@@ -110,16 +110,16 @@ mod tests {
         let length = if cfg!(miri) { 1 << 16 } else { 20 << 20 };
         let source: Vec<u8> = (0..length).map(|n: u32| (n % 251) as u8).collect();
         let mut target = vec![0; source.len()];
-        let mut moves = Vec::new();
+        let mut ranges = Vec::new();
         let (mut at, mut length) = (0, 1);
         while at < source.len() {
             let bytes = length.min(source.len() - at);
             let destination = target.as_mut_ptr().wrapping_add(at);
-            moves.push(CopyRange { source: source[at..].as_ptr(), destination, length: bytes });
+            ranges.push(CopyRange { source: source[at..].as_ptr(), destination, length: bytes });
             (at, length) = (at + bytes, length * 3 % 5_000_011);
         }
         // SAFETY: the parts of `target` are apart from each other and from `source`.
-        unsafe { copy(&moves, None) }.expect("memory");
+        unsafe { copy_ranges(&ranges, None) }.expect("memory");
         assert!(target == source);
     }
 
@@ -131,7 +131,7 @@ mod tests {
                 for length in [0, 1, 15, 16, 63, 64, 65, 127, 128, 1000, 1900] {
                     let mut target = vec![255; 2100];
                     // SAFETY: both runs lie in their vectors.
-                    unsafe { stream(source[from..].as_ptr(), target[to..].as_mut_ptr(), length) };
+                    unsafe { copy_nontemporal(source[from..].as_ptr(), target[to..].as_mut_ptr(), length) };
                     assert!(target[to..to + length] == source[from..from + length], "{from} {to} {length}");
                     assert!(target[..to].iter().chain(&target[to + length..]).all(|&byte| byte == 255));
                 }

@@ -14,15 +14,15 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Opens the directory of the file at `path`, to do `action` ("open", "create") with it; returns its name there too.
-pub(crate) fn directory_of(path: &Path, action: &str) -> Result<(Directory, OsString)> {
+pub(crate) fn open_parent(path: &Path, action: &str) -> Result<(Directory, OsString)> {
     if path.as_os_str().as_bytes().contains(&0) {
-        return Err(bad_path(path));
+        return Err(nul_in_path(path));
     }
-    Directory::of(path).map_err(|source| Error::io(action, path, source))
+    Directory::open_parent(path).map_err(|source| Error::io(action, path, source))
 }
 
 /// The error for a path that no file can have.
-pub(crate) fn bad_path(path: &Path) -> Error {
+pub(crate) fn nul_in_path(path: &Path) -> Error {
     let detail = format!("file name {:?} contains a NUL byte: no file can have it", path);
     Error::new(ErrorKind::InvalidArgument, detail)
 }
@@ -44,13 +44,13 @@ impl Directory {
 
     /// Opens the directory that the last name of `path` is in; returns that name too. `EISDIR` if `path` can only be
     /// that of a directory, as it ends in a slash or a dot.
-    pub(crate) fn of(path: &Path) -> io::Result<(Directory, OsString)> {
+    pub(crate) fn open_parent(path: &Path) -> io::Result<(Directory, OsString)> {
         let (parent, name) = split(path)?;
         Ok((Directory::open(parent)?, name.to_os_string()))
     }
 
     /// The same of a path that begins in this directory unless it begins at the root.
-    pub(crate) fn resolve(&self, path: &Path) -> io::Result<(Directory, OsString)> {
+    pub(crate) fn open_parent_at(&self, path: &Path) -> io::Result<(Directory, OsString)> {
         let (parent, name) = split(path)?;
         let directory = self.subdirectory(parent.as_os_str())?;
         Ok((directory, name.to_os_string()))
@@ -113,21 +113,21 @@ impl Directory {
 
     /// A descriptor of what is at `name`, a symbolic link itself if it is one, that can only be asked what it is;
     /// `None` if there is nothing.
-    pub(crate) fn entry(&self, name: &OsStr) -> io::Result<Option<File>> {
-        found(self.open_at(name, libc::O_PATH | libc::O_NOFOLLOW, 0))
+    pub(crate) fn open_entry(&self, name: &OsStr) -> io::Result<Option<File>> {
+        not_found_as_none(self.open_at(name, libc::O_PATH | libc::O_NOFOLLOW, 0))
     }
 
-    /// As [`Directory::entry`], but of what a symbolic link leads to; `None` if it leads to nothing.
-    pub(crate) fn followed(&self, name: &OsStr) -> io::Result<Option<File>> {
+    /// As [`Directory::open_entry`], but of what a symbolic link leads to; `None` if it leads to nothing.
+    pub(crate) fn open_link_target(&self, name: &OsStr) -> io::Result<Option<File>> {
         match self.open_at(name, libc::O_PATH, 0) {
             Err(error) if error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
-            opened => found(opened),
+            opened => not_found_as_none(opened),
         }
     }
 
     /// Opens for use what was looked at as `entry` under this `name`, and nothing that has taken its place.
     pub(crate) fn reopen(&self, entry: &File, name: &OsStr, flags: libc::c_int) -> io::Result<File> {
-        let opened = self.open_at(descriptor_path(entry).as_ref(), flags, 0);
+        let opened = self.open_at(proc_path(entry).as_ref(), flags, 0);
         if !opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             return opened;
         }
@@ -153,10 +153,10 @@ impl Directory {
 
     /// Gives a file that has no name (`O_TMPFILE`) this one. Needs /proc.
     pub(crate) fn link(&self, file: &File, name: &OsStr) -> io::Result<()> {
-        let from = c_string(descriptor_path(file).as_ref())?;
+        let from = c_string(proc_path(file).as_ref())?;
         let to = c_string(name)?;
         // SAFETY: an open descriptor, and two strings that end in NUL and outlive the call.
-        checked(unsafe {
+        check_status(unsafe {
             libc::linkat(
                 libc::AT_FDCWD,
                 from.as_ptr(),
@@ -171,7 +171,7 @@ impl Directory {
     pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
         let (from, to, fd) = (c_string(from)?, c_string(to)?, self.file.as_raw_fd());
         // SAFETY: an open descriptor, and two strings that end in NUL and outlive the call.
-        checked(unsafe { libc::renameat(fd, from.as_ptr(), fd, to.as_ptr()) })
+        check_status(unsafe { libc::renameat(fd, from.as_ptr(), fd, to.as_ptr()) })
     }
 
     /// Removes the file `name`.
@@ -187,20 +187,20 @@ impl Directory {
     fn unlink(&self, name: &OsStr, flags: libc::c_int) -> io::Result<()> {
         let name = c_string(name)?;
         // SAFETY: an open descriptor, and a string that ends in NUL and outlives the call.
-        checked(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), flags) })
+        check_status(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), flags) })
     }
 
     /// Makes the directory `name`.
-    pub(crate) fn make_directory(&self, name: &OsStr) -> io::Result<()> {
+    pub(crate) fn create_directory(&self, name: &OsStr) -> io::Result<()> {
         let name = c_string(name)?;
         // SAFETY: an open descriptor, and a string that ends in NUL and outlives the call.
-        checked(unsafe { libc::mkdirat(self.file.as_raw_fd(), name.as_ptr(), 0o777) })
+        check_status(unsafe { libc::mkdirat(self.file.as_raw_fd(), name.as_ptr(), 0o777) })
     }
 
     /// The names in the directory, in the order in which the filesystem has them.
     pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-        let mut listing = Listing::new(self.open_at(OsStr::new("."), flags, 0)?)?;
+        let mut listing = DirectoryStream::new(self.open_at(OsStr::new("."), flags, 0)?)?;
         let mut names = Vec::new();
         while let Some(name) = listing.next()? {
             if !matches!(name.as_bytes(), b"." | b"..") {
@@ -221,10 +221,10 @@ impl Directory {
 }
 
 /// A stream over the names in a directory.
-struct Listing(*mut libc::DIR);
+struct DirectoryStream(*mut libc::DIR);
 
-impl Listing {
-    fn new(directory: File) -> io::Result<Listing> {
+impl DirectoryStream {
+    fn new(directory: File) -> io::Result<DirectoryStream> {
         let descriptor = directory.into_raw_fd();
         // SAFETY: a descriptor that nothing else has; the stream owns it if there is one.
         let stream = unsafe { libc::fdopendir(descriptor) };
@@ -234,7 +234,7 @@ impl Listing {
             drop(unsafe { File::from_raw_fd(descriptor) });
             return Err(error);
         }
-        Ok(Listing(stream))
+        Ok(DirectoryStream(stream))
     }
 
     fn next(&mut self) -> io::Result<Option<OsString>> {
@@ -254,7 +254,7 @@ impl Listing {
     }
 }
 
-impl Drop for Listing {
+impl Drop for DirectoryStream {
     fn drop(&mut self) {
         // SAFETY: the stream was made by `new`, and is closed once.
         unsafe { libc::closedir(self.0) };
@@ -282,18 +282,18 @@ pub(crate) fn identity(metadata: &Metadata) -> (u64, u64) {
 }
 
 /// The name of an open file under /proc.
-pub(crate) fn descriptor_path(file: &File) -> String {
+pub(crate) fn proc_path(file: &File) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
-fn found(opened: io::Result<File>) -> io::Result<Option<File>> {
+fn not_found_as_none(opened: io::Result<File>) -> io::Result<Option<File>> {
     match opened {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         opened => opened.map(Some),
     }
 }
 
-fn checked(status: libc::c_int) -> io::Result<()> {
+fn check_status(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -336,14 +336,14 @@ mod tests {
     #[test]
     fn a_path_is_a_directory_and_a_name() {
         let temporary = tempfile::tempdir().expect("a directory");
-        let (directory, last) = Directory::of(&temporary.path().join("file")).expect("opened");
+        let (directory, last) = Directory::open_parent(&temporary.path().join("file")).expect("opened");
         assert_eq!((directory.path(), &*last), (temporary.path(), name("file")));
-        assert_eq!(Directory::of(Path::new("/file")).expect("opened").0.path(), Path::new("/"));
-        assert_eq!(Directory::of(Path::new("file")).expect("opened").0.path(), Path::new("."));
+        assert_eq!(Directory::open_parent(Path::new("/file")).expect("opened").0.path(), Path::new("/"));
+        assert_eq!(Directory::open_parent(Path::new("file")).expect("opened").0.path(), Path::new("."));
         for (path, errno) in
             [("", libc::ENOENT), ("a/", libc::EISDIR), (".", libc::EISDIR), ("a/..", libc::EISDIR)]
         {
-            let error = Directory::of(Path::new(path)).expect_err("refused");
+            let error = Directory::open_parent(Path::new(path)).expect_err("refused");
             assert_eq!(error.raw_os_error(), Some(errno), "{path}");
         }
     }
@@ -358,7 +358,7 @@ mod tests {
         fs::create_dir(&first).expect("made");
         held.open_at(name("a"), libc::O_CREAT | libc::O_WRONLY, 0o666).expect("made");
         held.rename(name("a"), name("b")).expect("renamed");
-        held.make_directory(name("c")).expect("made");
+        held.create_directory(name("c")).expect("made");
         let mut names = held.names().expect("listed");
         names.sort();
         assert_eq!(names, ["b", "c"]);
@@ -378,15 +378,20 @@ mod tests {
         }
         let held = Directory::open(directory.path()).expect("opened");
         let is_link = |at: &str| {
-            held.entry(name(at)).expect("looked at").expect("there").metadata().expect("told").is_symlink()
+            held.open_entry(name(at))
+                .expect("looked at")
+                .expect("there")
+                .metadata()
+                .expect("told")
+                .is_symlink()
         };
         assert!(is_link("link") && is_link("dangling") && is_link("loop") && !is_link("file"));
-        let leads_to = held.followed(name("link")).expect("looked at").expect("there");
+        let leads_to = held.open_link_target(name("link")).expect("looked at").expect("there");
         assert_eq!(leads_to.metadata().expect("told").len(), 5);
         for nothing in ["dangling", "loop", "nothing"] {
-            assert!(held.followed(name(nothing)).expect("looked at").is_none());
+            assert!(held.open_link_target(name(nothing)).expect("looked at").is_none());
         }
-        assert!(held.entry(name("nothing")).expect("looked at").is_none());
+        assert!(held.open_entry(name("nothing")).expect("looked at").is_none());
         assert_eq!(held.read_link(name("link")).expect("a link"), Path::new("file"));
         held.read_link(name("file")).expect_err("no link");
     }

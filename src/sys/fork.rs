@@ -5,23 +5,23 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// A process, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Process(u32);
+pub struct OwnerProcess(u32);
 
-impl Process {
+impl OwnerProcess {
     /// The one that this runs in.
-    pub fn current() -> Process {
-        Process(std::process::id())
+    pub fn current() -> OwnerProcess {
+        OwnerProcess(std::process::id())
     }
 
     /// Another one.
     #[cfg(test)]
-    pub fn other() -> Process {
-        Process(std::process::id() ^ 1)
+    pub fn other() -> OwnerProcess {
+        OwnerProcess(std::process::id() ^ 1)
     }
 
     /// Whether this runs in it, and in none that was forked from it.
     pub fn is_current(self) -> bool {
-        self == Process::current()
+        self == OwnerProcess::current()
     }
 
     /// Refuses to go on with `what` in another process.

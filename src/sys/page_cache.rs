@@ -82,11 +82,11 @@ fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     let status = unsafe {
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const asked, &raw mut told, 0 as libc::c_uint)
     };
-    (status == 0).then(|| told.cached.saturating_mul(page_bytes() as u64))
+    (status == 0).then(|| told.cached.saturating_mul(page_size() as u64))
 }
 
 /// The size of a page.
-pub fn page_bytes() -> usize {
+pub fn page_size() -> usize {
     // SAFETY: a call without pointers.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(bytes).unwrap_or(4096)
@@ -112,7 +112,7 @@ mod tests {
         if residency(&file, 0..LENGTH) != Residency::Unknown {
             assert_eq!(residency(&file, 0..LENGTH), Residency::Cached);
             let cached = cached_bytes(&file, 0..LENGTH).expect("known");
-            assert!((LENGTH..LENGTH + page_bytes() as u64).contains(&cached), "{cached}");
+            assert!((LENGTH..LENGTH + page_size() as u64).contains(&cached), "{cached}");
             assert_eq!(cached_bytes(&file, 5..5), Some(0));
         }
     }
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn what_was_dropped_from_memory_is_cold() {
         let file = written();
-        let page = page_bytes() as u64;
+        let page = page_size() as u64;
         // All but the first page, as after a header was read.
         // SAFETY: a call without pointers on a descriptor that `file` keeps open.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), page as i64, 0, libc::POSIX_FADV_DONTNEED) };

@@ -8,17 +8,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::error::Result;
-use crate::sys::threads::Threads;
+use crate::sys::threads::ThreadLimit;
 
 /// Below this many bytes a second thread costs more than it saves.
-pub const PARALLEL_BYTES: usize = 4 << 20;
+pub const MIN_PARALLEL_BYTES: usize = 4 << 20;
 
 /// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
 pub const CHUNK_BYTES: usize = 8 << 20;
 
 /// How many of `threads` are worth it for `bytes` in `items`, the calling one among them.
-pub fn threads_for(threads: Threads, bytes: usize, items: usize) -> usize {
-    if bytes < PARALLEL_BYTES {
+pub fn thread_count(threads: ThreadLimit, bytes: usize, items: usize) -> usize {
+    if bytes < MIN_PARALLEL_BYTES {
         return 1;
     }
     threads.most().min(items).max(1)
@@ -29,17 +29,17 @@ pub fn threads_for(threads: Threads, bytes: usize, items: usize) -> usize {
 /// # Errors
 ///
 /// The first error that `work` returned; no more items are begun after it.
-pub fn pull(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
-    pull_until(None, 0..items, threads, work).map(|_| ())
+pub fn for_each(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    for_each_until(None, 0..items, threads, work).map(|_| ())
 }
 
-/// As [`pull`], for the numbers in `items`, of which none is begun after `until`; but the first always is. Gives the
+/// As [`for_each`], for the numbers in `items`, of which none is begun after `until`; but the first always is. Gives the
 /// first number that was not begun: all below it are done.
 ///
 /// # Errors
 ///
-/// As [`pull`].
-pub fn pull_until(
+/// As [`for_each`].
+pub fn for_each_until(
     until: Option<Instant>,
     items: Range<usize>,
     threads: usize,
@@ -113,7 +113,7 @@ impl Chunks {
     }
 
     /// The bytes of the first `chunks` of them.
-    pub fn bytes_of(&self, chunks: usize) -> usize {
+    pub fn bytes_before(&self, chunks: usize) -> usize {
         (chunks * CHUNK_BYTES).min(self.bytes())
     }
 
@@ -142,7 +142,7 @@ mod tests {
     fn every_item_is_done_once() {
         for threads in [1, 2, 5] {
             let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-            let done = pull(seen.len(), threads, |item| {
+            let done = for_each(seen.len(), threads, |item| {
                 seen[item].fetch_add(1, Ordering::Relaxed);
                 Ok(())
             });
@@ -157,7 +157,7 @@ mod tests {
             let seen: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
             let mut first = 0;
             while first < seen.len() {
-                let next = pull_until(Some(Instant::now()), first..seen.len(), threads, |item| {
+                let next = for_each_until(Some(Instant::now()), first..seen.len(), threads, |item| {
                     seen[item].fetch_add(1, Ordering::Relaxed);
                     Ok(())
                 });
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn an_error_stops_the_rest() {
         let begun = AtomicUsize::new(0);
-        let outcome = pull(1_000_000, 2, |item| {
+        let outcome = for_each(1_000_000, 2, |item| {
             begun.fetch_add(1, Ordering::Relaxed);
             if item == 10 { Err(Error::new(ErrorKind::Io, "no")) } else { Ok(()) }
         });
@@ -202,11 +202,11 @@ mod tests {
 
     #[test]
     fn little_stays_on_one_thread() {
-        for threads in [Threads::at_most(0), Threads::at_most(9)] {
-            assert_eq!(threads_for(threads, PARALLEL_BYTES - 1, 100), 1);
-            assert_eq!(threads_for(threads, usize::MAX, 1), 1);
-            assert_eq!(threads_for(threads, usize::MAX, 0), 1);
+        for threads in [ThreadLimit::at_most(0), ThreadLimit::at_most(9)] {
+            assert_eq!(thread_count(threads, MIN_PARALLEL_BYTES - 1, 100), 1);
+            assert_eq!(thread_count(threads, usize::MAX, 1), 1);
+            assert_eq!(thread_count(threads, usize::MAX, 0), 1);
         }
-        assert_eq!(threads_for(Threads::at_most(9), PARALLEL_BYTES, 100), 9);
+        assert_eq!(thread_count(ThreadLimit::at_most(9), MIN_PARALLEL_BYTES, 100), 9);
     }
 }

@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::ptr;
 
 /// Calls `write` while SIGPIPE and SIGXFSZ are blocked in this thread, and discards those that it has caused.
-pub(crate) fn without_signals<T>(write: impl FnOnce() -> T) -> T {
+pub(crate) fn block_write_signals<T>(write: impl FnOnce() -> T) -> T {
     let _blocked = Blocked::new();
     write()
 }
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn signals_of_the_write_are_discarded_and_the_mask_comes_back() {
-        let value = without_signals(|| {
+        let value = block_write_signals(|| {
             assert!(is_blocked(libc::SIGPIPE) && is_blocked(libc::SIGXFSZ) && !is_blocked(libc::SIGTERM));
             // SAFETY: both are blocked in this thread, which is the one that raise() sends them to.
             let raised = unsafe { libc::raise(libc::SIGXFSZ) + libc::raise(libc::SIGPIPE) };
@@ -107,7 +107,7 @@ mod tests {
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const xfsz, ptr::null_mut());
             libc::raise(libc::SIGXFSZ);
         }
-        without_signals(|| ());
+        block_write_signals(|| ());
         assert!(is_pending(libc::SIGXFSZ) && is_blocked(libc::SIGXFSZ));
         let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: an initialized set and a valid time. The signal is no longer pending when it is let through again.
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_panic_brings_the_mask_back() {
-        let caught = std::panic::catch_unwind(|| without_signals(|| panic!("in the write")));
+        let caught = std::panic::catch_unwind(|| block_write_signals(|| panic!("in the write")));
         assert!(caught.is_err() && !is_blocked(libc::SIGPIPE));
     }
 }

@@ -29,7 +29,7 @@ pub fn set_threads(most: usize) {
 pub fn threads() -> Result<usize> {
     match SET.load(Ordering::Relaxed) {
         UNREAD => {
-            let most = number_from_environment(VARIABLE, 0)?.min(UNREAD as u64 - 1) as usize;
+            let most = env_number(VARIABLE, 0)?.min(UNREAD as u64 - 1) as usize;
             // Unless another thread was faster.
             Ok(SET
                 .compare_exchange(UNREAD, most, Ordering::Relaxed, Ordering::Relaxed)
@@ -44,7 +44,7 @@ pub fn threads() -> Result<usize> {
 /// # Errors
 ///
 /// [`ErrorKind::InvalidArgument`] for a variable that is not a number: a setting without effect would be worse.
-pub(crate) fn number_from_environment(name: &str, otherwise: u64) -> Result<u64> {
+pub(crate) fn env_number(name: &str, otherwise: u64) -> Result<u64> {
     let Some(text) = std::env::var_os(name).filter(|text| !text.is_empty()) else { return Ok(otherwise) };
     text.to_str().and_then(|text| text.trim().parse().ok()).ok_or_else(|| {
         let detail =
@@ -55,24 +55,24 @@ pub(crate) fn number_from_environment(name: &str, otherwise: u64) -> Result<u64>
 
 /// The threads that a call may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Threads {
+pub(crate) struct ThreadLimit {
     /// 0 for as many as suit.
     most: usize,
 }
 
-impl Threads {
+impl ThreadLimit {
     /// As the process has set it.
     ///
     /// # Errors
     ///
     /// As [`threads`].
-    pub(crate) fn of_process() -> Result<Threads> {
-        Ok(Threads { most: threads()? })
+    pub(crate) fn current() -> Result<ThreadLimit> {
+        Ok(ThreadLimit { most: threads()? })
     }
 
     /// No more than `most`; with 0 as many as suit.
-    pub(crate) fn at_most(most: usize) -> Threads {
-        Threads { most }
+    pub(crate) fn at_most(most: usize) -> ThreadLimit {
+        ThreadLimit { most }
     }
 
     /// The most that work is shared by, the calling thread among them.
@@ -89,7 +89,7 @@ impl Threads {
     }
 
     /// As many as may be used beside the calling thread, of `wanted`.
-    pub(crate) fn cap_beside(self, wanted: usize) -> usize {
+    pub(crate) fn cap_background(self, wanted: usize) -> usize {
         if self.most == 0 { wanted } else { wanted.min(self.most - 1) }
     }
 }
@@ -100,17 +100,17 @@ mod tests {
 
     #[test]
     fn a_cap_counts_the_calling_thread() {
-        let (free, one, three) = (Threads::at_most(0), Threads::at_most(1), Threads::at_most(3));
+        let (free, one, three) = (ThreadLimit::at_most(0), ThreadLimit::at_most(1), ThreadLimit::at_most(3));
         assert_eq!([free, one, three].map(|threads| threads.cap(4)), [4, 1, 3]);
-        assert_eq!([free, one, three].map(|threads| threads.cap_beside(4)), [4, 0, 2]);
-        assert_eq!([free, one, three].map(|threads| threads.cap_beside(1)), [1, 0, 1]);
+        assert_eq!([free, one, three].map(|threads| threads.cap_background(4)), [4, 0, 2]);
+        assert_eq!([free, one, three].map(|threads| threads.cap_background(1)), [1, 0, 1]);
         assert!((1..=MOST_UNLESS_SET).contains(&free.most()) && three.most() == 3);
     }
 
     #[test]
     fn a_variable_that_is_not_set_has_no_say() {
-        assert_eq!(number_from_environment("SAFETENSORS_TORCH_NO_SUCH_VARIABLE", 7).expect("unset"), 7);
-        let error = number_from_environment("PATH", 7).expect_err("not a number");
+        assert_eq!(env_number("SAFETENSORS_TORCH_NO_SUCH_VARIABLE", 7).expect("unset"), 7);
+        let error = env_number("PATH", 7).expect_err("not a number");
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         assert!(error.to_string().contains("the environment variable PATH is \""), "{error}");
     }

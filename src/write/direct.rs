@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use super::{mapped, vectored};
 use crate::error::{Error, Result};
 use crate::sys::directory::Directory;
-use crate::sys::fork::Process;
-use crate::sys::signals::without_signals;
+use crate::sys::fork::OwnerProcess;
+use crate::sys::signals::block_write_signals;
 
 /// How long to wait until a pipe without a reader is tried again.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -22,7 +22,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(crate) struct Direct {
     path: PathBuf,
-    process: Process,
+    process: OwnerProcess,
     state: State,
 }
 
@@ -54,7 +54,7 @@ impl Direct {
     }
 
     fn new(path: &Path, state: State) -> Direct {
-        Direct { path: path.to_path_buf(), process: Process::current(), state }
+        Direct { path: path.to_path_buf(), process: OwnerProcess::current(), state }
     }
 
     /// Writes what of `pieces` is taken before `until`, from their start on; returns how many bytes.
@@ -83,7 +83,7 @@ impl Direct {
         }
         let State::Open(file) = &self.state else { unreachable!("opened above") };
         let mut patient = Patient { file, until, written: 0 };
-        match without_signals(|| vectored::write_all(&mut patient, pieces)) {
+        match block_write_signals(|| vectored::write_all(&mut patient, pieces)) {
             Err(error) if error.kind() != io::ErrorKind::TimedOut => Err(fail(error)),
             Ok(()) | Err(_) => Ok(patient.written),
         }
@@ -166,8 +166,8 @@ mod tests {
     fn pipe() -> (PipeReader, Direct) {
         let (reader, writer) = io::pipe().expect("a pipe");
         let path = PathBuf::from(format!("/proc/self/fd/{}", writer.as_raw_fd()));
-        let (directory, name) = Directory::of(&path).expect("there");
-        let entry = directory.followed(&name).expect("looked at").expect("there");
+        let (directory, name) = Directory::open_parent(&path).expect("there");
+        let entry = directory.open_link_target(&name).expect("looked at").expect("there");
         // The pipe stays open by what was looked at.
         drop(OwnedFd::from(writer));
         (reader, Direct::special(&path, directory, name, entry))

@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{Header, Metadata, TensorInfo, close, encode_open};
+use crate::format::header::{Header, Metadata, TensorInfo, encode_unpadded, pad};
 use crate::format::layout::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT};
 use crate::read::file::TensorFile;
 use crate::read::source::{Backend, OpenFile, Source, open_regular_in, read_exact_at, shrank};
-use crate::sys::directory::{Directory, directory_of, identity};
-use crate::sys::fork::Process;
-use crate::sys::signals::without_signals;
+use crate::sys::directory::{Directory, identity, open_parent};
+use crate::sys::fork::OwnerProcess;
+use crate::sys::signals::block_write_signals;
 use crate::write::atomic::{AtomicFile, check_deferred_errors};
 
 /// The most bytes that are copied before the time is looked at.
@@ -85,7 +85,7 @@ pub struct MetadataEdit {
     work: Work,
     /// The file that was opened, as it was then.
     before: fs::Metadata,
-    process: Process,
+    process: OwnerProcess,
     total_bytes: u64,
     done_bytes: u64,
 }
@@ -126,8 +126,8 @@ impl MetadataEdit {
     /// As [`edit_metadata`].
     pub fn begin(path: &Path, changes: &MetadataChanges, options: EditOptions) -> Result<MetadataEdit> {
         let fail = |source| Error::io("open", path, source);
-        let (directory, name) = directory_of(path, "open")?;
-        let entry = directory.entry(&name).map_err(fail)?;
+        let (directory, name) = open_parent(path, "open")?;
+        let entry = directory.open_entry(&name).map_err(fail)?;
         let entry = entry.ok_or_else(|| fail(io::Error::from_raw_os_error(libc::ENOENT)))?;
         let opened = open_regular_in(&directory, &name, path)?;
         // Before the header is read, so that whatever changes the file from then on is found.
@@ -140,7 +140,7 @@ impl MetadataEdit {
         let mut entries: Vec<TensorInfo<'_>> = header.iter().collect();
         // Of those without bytes a place has several, which a layout has by dtype, then by name.
         entries.sort_by_key(|entry| (entry.begin, entry.end, entry.dtype.layout_rank()));
-        let open = encode_open(entries.into_iter(), metadata.as_ref());
+        let open = encode_unpadded(entries.into_iter(), metadata.as_ref());
         let needed = (open.len() as u64).saturating_add(options.reserve);
         let has_room = needed <= header.data_start();
         let mut edit = MetadataEdit {
@@ -149,7 +149,7 @@ impl MetadataEdit {
             durable: options.durable,
             work: Work::Nothing,
             before,
-            process: Process::current(),
+            process: OwnerProcess::current(),
             total_bytes: 0,
             done_bytes: 0,
             metadata,
@@ -169,7 +169,7 @@ impl MetadataEdit {
                 return Err(Error::new(ErrorKind::InvalidArgument, detail).in_file(path));
             }
             let file = edit.open_in_place()?;
-            let new = close(open, header.data_start()).map_err(|error| error.in_file(path))?;
+            let new = pad(open, header.data_start()).map_err(|error| error.in_file(path))?;
             let mut old = vec![0; new.len()];
             read_exact_at(&file, path, &mut old, 0)?;
             edit.total_bytes = new.len() as u64;
@@ -177,7 +177,7 @@ impl MetadataEdit {
             return Ok(edit);
         }
         let padded = needed.checked_next_multiple_of(alignment_of(header)).unwrap_or(u64::MAX);
-        let new = close(open, padded).map_err(|error| error.in_file(path))?;
+        let new = pad(open, padded).map_err(|error| error.in_file(path))?;
         let data_start = header.data_start();
         edit.total_bytes = new.len() as u64 + data_bytes(header);
         let Place { directory, name, .. } = &edit.place;
@@ -199,7 +199,7 @@ impl MetadataEdit {
             Work::Nothing => {}
             Work::Header { file, old, new } => {
                 self.place.check_unchanged(&self.path, &self.before)?;
-                without_signals(|| write_over(file, &self.path, old, new, self.durable))?;
+                block_write_signals(|| write_over(file, &self.path, old, new, self.durable))?;
                 self.done_bytes = self.total_bytes;
             }
             Work::Copy { file, source, data_start } => {
@@ -305,8 +305,8 @@ impl Place {
         let look = || {
             let same =
                 |now: File| io::Result::Ok(identity(&now.metadata()?) == identity(&self.entry.metadata()?));
-            let is_same = self.directory.entry(&self.name)?.map_or(Ok(false), same)?;
-            let now = self.directory.followed(&self.name)?;
+            let is_same = self.directory.open_entry(&self.name)?.map_or(Ok(false), same)?;
+            let now = self.directory.open_link_target(&self.name)?;
             now.filter(|_| is_same).map(|now| now.metadata()).transpose()
         };
         check_unchanged(path, look(), before)
@@ -404,7 +404,7 @@ mod tests {
             let changes = MetadataChanges::from([("k".to_string(), Some("v".to_string()))]);
             let options = EditOptions { in_place, ..EditOptions::default() };
             let mut edit = MetadataEdit::begin(&path, &changes, options).expect("begun");
-            edit.process = Process::other();
+            edit.process = OwnerProcess::other();
             let error = edit.advance(None).expect_err("another process");
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             assert!(error.to_string().contains("file: this edit was begun by process"), "{error}");

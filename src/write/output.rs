@@ -8,7 +8,7 @@ use super::atomic::AtomicFile;
 use super::direct::Direct;
 use super::target::Target;
 use crate::error::{Error, Result};
-use crate::sys::directory::directory_of;
+use crate::sys::directory::open_parent;
 
 /// A save that is under way.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Output {
     /// device or the descriptor of this process that is there, perhaps behind a symbolic link. A pipe without a reader is
     /// not waited for yet.
     pub(crate) fn create(path: &Path, length: u64) -> Result<Output> {
-        let (directory, name) = directory_of(path, "create")?;
+        let (directory, name) = open_parent(path, "create")?;
         match Target::find(&directory, &name).map_err(|source| Error::io("create", path, source))? {
             Target::Special(entry) => Ok(Output::Direct(Direct::special(path, directory, name, entry))),
             Target::Descriptor(number) => Direct::descriptor(path, number).map(Output::Direct),

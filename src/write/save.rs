@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::sys::copy::{self, CopyRange};
-use crate::sys::fresh_pages::FreshPages;
+use crate::sys::populate::PagePopulator;
 use crate::write::output::Output;
 
 /// How a file is written.
@@ -105,7 +105,7 @@ pub(crate) struct Filler {
     next: *mut u8,
     left: usize,
     /// All of the memory, if nobody has written to it yet.
-    fresh: Option<FreshPages>,
+    fresh: Option<PagePopulator>,
 }
 
 impl Filler {
@@ -114,7 +114,7 @@ impl Filler {
     /// # Safety
     ///
     /// They must be valid for writes, and nobody else may use them, until the last write has returned.
-    pub(crate) unsafe fn new(start: *mut u8, length: usize, fresh: Option<FreshPages>) -> Filler {
+    pub(crate) unsafe fn new(start: *mut u8, length: usize, fresh: Option<PagePopulator>) -> Filler {
         Filler { next: start, left: length, fresh }
     }
 
@@ -135,7 +135,7 @@ impl Filler {
             (next, left) = (next.wrapping_add(piece.len()), rest);
         }
         // SAFETY: the pieces are borrowed, their destinations follow one another in the memory that `new` was promised.
-        unsafe { copy::copy(&moves, self.fresh.as_ref()) }?;
+        unsafe { copy::copy_ranges(&moves, self.fresh.as_ref()) }?;
         (self.next, self.left) = (next, left);
         Ok(())
     }

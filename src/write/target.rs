@@ -32,11 +32,11 @@ pub(crate) enum Target {
 impl Target {
     /// Looks at `name`.
     pub(crate) fn find(directory: &Directory, name: &OsStr) -> io::Result<Target> {
-        let Some(entry) = directory.entry(name)? else { return Ok(Target::Replaced) };
+        let Some(entry) = directory.open_entry(name)? else { return Ok(Target::Replaced) };
         let kind = entry.metadata()?.file_type();
         if kind.is_symlink() {
             // A link that cannot be followed is replaced like every other one.
-            let leads_to = directory.followed(name).unwrap_or(None);
+            let leads_to = directory.open_link_target(name).unwrap_or(None);
             let kind =
                 leads_to.as_ref().map(|file| file.metadata()).transpose()?.map(|told| told.file_type());
             return match (leads_to, kind) {
@@ -68,7 +68,7 @@ fn descriptor(directory: &Directory, name: &OsStr) -> io::Result<Target> {
             let number = name.to_str().and_then(|name| name.parse().ok()).filter(|_| is_own);
             return Ok(number.map_or(Target::Foreign, Target::Descriptor));
         }
-        place = match at.read_link(name).and_then(|to| at.resolve(&to)) {
+        place = match at.read_link(name).and_then(|to| at.open_parent_at(&to)) {
             Ok((next, name)) => (Some(next), name),
             // No link, or one to nowhere.
             Err(_) => return Ok(Target::Replaced),
@@ -89,7 +89,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
         let find = |path: &Path| {
-            let (directory, name) = Directory::of(path).expect("a directory");
+            let (directory, name) = Directory::open_parent(path).expect("a directory");
             Target::find(&directory, &name).expect("looked at")
         };
         fs::write(at("file"), "bytes").expect("written");

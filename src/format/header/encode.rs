@@ -1,6 +1,7 @@
 //! Writes the header of a file whose layout is settled.
 
-use super::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
+use super::table::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata};
+use super::tensor::TensorInfo;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The bytes before the data: the length, the JSON, and spaces up to a multiple of `alignment` (itself one of 8).
@@ -13,13 +14,13 @@ pub fn encode<'a>(
     metadata: Option<&Metadata>,
     alignment: u64,
 ) -> Result<Vec<u8>> {
-    let out = encode_open(entries, metadata);
+    let out = encode_unpadded(entries, metadata);
     let padded = (out.len() as u64).next_multiple_of(alignment);
-    close(out, padded)
+    pad(out, padded)
 }
 
 /// The bytes before the data without their padding, and without a length yet.
-pub fn encode_open<'a>(
+pub fn encode_unpadded<'a>(
     entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
 ) -> Vec<u8> {
@@ -49,12 +50,12 @@ pub fn encode_open<'a>(
     out
 }
 
-/// Pads what [`encode_open`] gave with spaces to `padded` bytes, and puts the length first.
+/// Pads what [`encode_unpadded`] gave with spaces to `padded` bytes, and puts the length first.
 ///
 /// # Errors
 ///
 /// As [`encode`].
-pub fn close(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
+pub fn pad(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
     let length = padded - LENGTH_BYTES;
     if length > MAX_HEADER_BYTES {
         return Err(Error::new(

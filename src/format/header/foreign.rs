@@ -34,7 +34,7 @@ const ANSWERS: &[&[u8]] = &[
 ];
 
 /// The error for a file that begins with `start` and is of another format; `None` if it is none of those known.
-pub(crate) fn recognise(start: &[u8]) -> Option<Error> {
+pub(crate) fn detect_foreign(start: &[u8]) -> Option<Error> {
     let (what, remedy) = identify(start)?;
     let detail = format!("this is {what}, and no safetensors file: {remedy}");
     Some(Error::new(ErrorKind::ForeignFormat, detail))
@@ -97,10 +97,10 @@ mod tests {
             (b"404: Not Found", "fetch it again"),
             (b"Access to model a/b is restricted and you are not in the authorized list.", "access token"),
         ] {
-            let message = recognise(start).expect("known").to_string();
+            let message = detect_foreign(start).expect("known").to_string();
             assert!(message.contains(expected), "{message}");
         }
-        assert!(recognise(b"\x40\0\0\0\0\0\0\0{\"a\"").is_none());
-        assert!(recognise(b"").is_none());
+        assert!(detect_foreign(b"\x40\0\0\0\0\0\0\0{\"a\"").is_none());
+        assert!(detect_foreign(b"").is_none());
     }
 }

@@ -8,10 +8,10 @@ use std::fmt;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::{Entry, Header, METADATA_KEY, Metadata, Span};
+use super::table::{ArenaRange, Header, METADATA_KEY, Metadata, TensorRecord};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
-use crate::format::json::{self, Fault, Skipped, Text, refuse};
+use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, fail_with};
 
 pub(super) fn parse(json: &[u8]) -> Result<Header> {
     if json.is_empty() {
@@ -34,8 +34,8 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
         data_start: 0,
     };
     // Serde's errors are texts; a fault that has a kind of its own is put down here on the way out.
-    let fault = RefCell::new(None);
-    json::read_object(text, &fault, HeaderVisitor { header: &mut header, fault: &fault }, |error| {
+    let slot = RefCell::new(None);
+    json::parse_object(text, &slot, HeaderVisitor { header: &mut header, slot: &slot }, |error| {
         let fault = match text.trim_end_matches('\0') {
             "" => "the header is all zeros: space was set aside for the file, but it was never written (a download that \
                    was interrupted?); fetch or save it again"
@@ -53,7 +53,7 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
 /// The whole header: an object of tensors, and perhaps the metadata.
 struct HeaderVisitor<'h> {
     header: &'h mut Header,
-    fault: &'h Fault,
+    slot: &'h ErrorSlot,
 }
 
 impl<'de> Visitor<'de> for HeaderVisitor<'_> {
@@ -65,24 +65,24 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
         let mut seen_metadata = false;
-        while let Some(Text(name)) = map.next_key()? {
+        while let Some(JsonText(name)) = map.next_key()? {
             if name == METADATA_KEY {
                 if std::mem::replace(&mut seen_metadata, true) {
                     let detail = format!("the header has {METADATA_KEY:?} twice");
-                    return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
+                    return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
                 }
-                self.header.metadata = map.next_value_seed(MetadataSeed { fault: self.fault })?;
+                self.header.metadata = map.next_value_seed(MetadataSeed { slot: self.slot })?;
                 continue;
             }
             let raw = map.next_value_seed(TensorSeed {
                 name: &name,
                 dims: &mut self.header.dims,
-                fault: self.fault,
+                slot: self.slot,
             })?;
             let start = self.header.names.len();
             self.header.names.push_str(&name);
-            self.header.tensors.push(Entry {
-                name: Span::new(start, self.header.names.len()),
+            self.header.tensors.push(TensorRecord {
+                name: ArenaRange::new(start, self.header.names.len()),
                 shape: raw.shape,
                 dtype: raw.dtype,
                 begin: raw.begin,
@@ -95,7 +95,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
 
 /// `__metadata__`: an object of strings, or null.
 struct MetadataSeed<'h> {
-    fault: &'h Fault,
+    slot: &'h ErrorSlot,
 }
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
@@ -122,14 +122,14 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
         let mut metadata = Metadata::new();
-        while let Some(Text(key)) = map.next_key()? {
-            let Text(value) = map.next_value().map_err(|error| {
+        while let Some(JsonText(key)) = map.next_key()? {
+            let JsonText(value) = map.next_value().map_err(|error| {
                 let detail = format!("{METADATA_KEY:?}: the value of {key:?} must be a string: {error}");
-                refuse(self.fault, Error::new(ErrorKind::HeaderJson, detail))
+                fail_with(self.slot, Error::new(ErrorKind::HeaderJson, detail))
             })?;
             if metadata.insert(key.to_string(), value.into_owned()).is_some() {
                 let detail = format!("{METADATA_KEY:?} has the key {key:?} twice");
-                return Err(refuse(self.fault, Error::new(ErrorKind::Duplicate, detail)));
+                return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
             }
         }
         Ok(Some(metadata))
@@ -139,7 +139,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
 /// What a tensor's object says, its shape already in the arena.
 struct RawTensor {
     dtype: Dtype,
-    shape: Span,
+    shape: ArenaRange,
     begin: u64,
     end: u64,
 }
@@ -148,13 +148,13 @@ struct RawTensor {
 struct TensorSeed<'h> {
     name: &'h str,
     dims: &'h mut Vec<u64>,
-    fault: &'h Fault,
+    slot: &'h ErrorSlot,
 }
 
 impl TensorSeed<'_> {
     /// Puts down a fault of this tensor's `field`.
     fn refuse<E: de::Error>(&self, kind: ErrorKind, what: impl fmt::Display) -> E {
-        refuse(self.fault, Error::new(kind, format!("tensor {:?}: {what}", self.name)))
+        fail_with(self.slot, Error::new(kind, format!("tensor {:?}: {what}", self.name)))
     }
 }
 
@@ -162,12 +162,12 @@ impl<'de> DeserializeSeed<'de> for TensorSeed<'_> {
     type Value = RawTensor;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<RawTensor, D::Error> {
-        let (name, fault) = (self.name, self.fault);
+        let (name, slot) = (self.name, self.slot);
         deserializer.deserialize_map(self).map_err(|error| {
-            if fault.borrow().is_some() {
+            if slot.borrow().is_some() {
                 return error;
             }
-            refuse(fault, Error::new(ErrorKind::HeaderJson, format!("tensor {name:?}: {error}")))
+            fail_with(slot, Error::new(ErrorKind::HeaderJson, format!("tensor {name:?}: {error}")))
         })
     }
 }
@@ -181,12 +181,12 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<RawTensor, A::Error> {
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
-        while let Some(Text(field)) = map.next_key()? {
+        while let Some(JsonText(field)) = map.next_key()? {
             let in_field =
                 |error: A::Error| self.refuse(ErrorKind::HeaderJson, format_args!("{field}: {error}"));
             let repeated = match &*field {
                 "dtype" => {
-                    let Text(code) = map.next_value().map_err(in_field)?;
+                    let JsonText(code) = map.next_value().map_err(in_field)?;
                     let known = Dtype::from_code(&code).ok_or_else(|| {
                         self.refuse(ErrorKind::UnknownDtype, format_args!("unknown dtype {code:?}"))
                     })?;
@@ -196,16 +196,16 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                     let start = self.dims.len();
                     map.next_value_seed(Shape(self.dims)).map_err(|error| {
                         let what = format!("tensor {:?}: shape: {error}", self.name);
-                        refuse(self.fault, Error::new(ErrorKind::HeaderJson, what))
+                        fail_with(self.slot, Error::new(ErrorKind::HeaderJson, what))
                     })?;
-                    shape.replace(Span::new(start, self.dims.len())).is_some()
+                    shape.replace(ArenaRange::new(start, self.dims.len())).is_some()
                 }
                 "data_offsets" => {
                     let pair: (u64, u64) = map.next_value().map_err(in_field)?;
                     offsets.replace(pair).is_some()
                 }
                 _ => {
-                    map.next_value::<Skipped>().map_err(in_field)?;
+                    map.next_value::<IgnoredValue>().map_err(in_field)?;
                     false
                 }
             };

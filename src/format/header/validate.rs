@@ -1,7 +1,8 @@
 //! Checks what a parsed header says: unique names, offsets that cover the data without hole or overlap, and sizes
 //! that fit dtype and shape. Brings the tensors into file order.
 
-use super::{Header, METADATA_KEY, tensor_bytes};
+use super::table::{Header, METADATA_KEY};
+use super::tensor::tensor_nbytes;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) fn validate(header: &mut Header, file_length: u64) -> Result<()> {
@@ -44,7 +45,7 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
                 format!("tensor {name:?}: data_offsets [{begin}, {end}] end before they begin"),
             ));
         }
-        let needed = tensor_bytes(name, tensor.dtype, tensor.shape)?;
+        let needed = tensor_nbytes(name, tensor.dtype, tensor.shape)?;
         if end - begin != needed {
             return Err(Error::new(
                 ErrorKind::SizeMismatch,

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use crate::sys::directory::descriptor_path;
+use crate::sys::directory::proc_path;
 
 const NAME: &CStr = c"system.posix_acl_access";
 
@@ -40,7 +40,7 @@ impl Acl {
 
     /// The same of one that was opened only to be looked at (`O_PATH`); an error if /proc is not there for that.
     pub(crate) fn of_entry(entry: &File) -> io::Result<Option<Acl>> {
-        let path = CString::new(descriptor_path(entry))?;
+        let path = CString::new(proc_path(entry))?;
         // SAFETY: two strings that end in NUL, and a buffer of `length` bytes.
         read(|buffer, length| unsafe { libc::getxattr(path.as_ptr(), NAME.as_ptr(), buffer, length) })
     }

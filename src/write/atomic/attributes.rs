@@ -22,7 +22,7 @@ impl Attributes {
     /// Those of the regular file `name`, or of the one that a symbolic link of this name leads to; `None` if there is no
     /// such file.
     pub(crate) fn at(directory: &Directory, name: &OsStr) -> io::Result<Option<Attributes>> {
-        let Some(entry) = directory.followed(name)? else { return Ok(None) };
+        let Some(entry) = directory.open_link_target(name)? else { return Ok(None) };
         let told = entry.metadata()?;
         if told.is_file() { Attributes::of(&entry, &told).map(Some) } else { Ok(None) }
     }

@@ -104,8 +104,8 @@ mod tests {
     }
 
     fn hold_at(path: &std::path::Path) -> Option<File> {
-        let (directory, name) = Directory::of(path).expect("a directory");
-        keep_open(directory.entry(&name).expect("looked at"))
+        let (directory, name) = Directory::open_parent(path).expect("a directory");
+        keep_open(directory.open_entry(&name).expect("looked at"))
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Removes what saves that were killed have left in a directory: staged files that belong to nobody any more.
 //!
-//! A staged file with a name is locked (`flock`) for as long as it is one, and the kernel gives the lock back however
+//! A staged file with a name is locked (`File::lock`) for as long as it is one, and the kernel gives the lock back however
 //! its process ends. So a file whose lock can be taken has no owner, be it in another container. It must have been left
 //! alone for an hour all the same, by the clock of the filesystem, as a machine that has the directory through this one
 //! (an export, a shared directory) may keep its locks to itself. On filesystems that machines share it must be a day, and
@@ -15,7 +15,6 @@ use std::sync::Mutex;
 
 use crate::sys::directory::{Directory, identity};
 use crate::sys::filesystem::is_local;
-use crate::sys::flock::flock;
 
 /// What the names of staged files begin with, ahead of process and number, and how they end.
 pub(crate) const PREFIX: &str = ".safetensors-";
@@ -47,13 +46,13 @@ static LOOKED: Mutex<BTreeMap<(u64, u64), Range<i64>>> = Mutex::new(BTreeMap::ne
 /// Has others see that `file`, which has a name or will get one, belongs to this process.
 pub(crate) fn claim(file: &File) {
     // Without locks on its filesystem nobody can take it for a stray.
-    let _ = flock(file, libc::LOCK_EX | libc::LOCK_NB);
+    let _ = file.try_lock();
 }
 
 /// Ends what [`claim`] began, for copies of the descriptor too that a fork has made.
 pub(crate) fn disclaim(file: &File) {
     // Where there are no locks there is none to give back.
-    let _ = flock(file, libc::LOCK_UN);
+    let _ = file.unlock();
 }
 
 /// Removes the strays in `directory`, where `staged` is a new file of this process, unless it has done so just now. What
@@ -103,12 +102,12 @@ fn is_alive(process: libc::pid_t) -> bool {
 /// Removes a file of the user `uid` that nobody has and that was left alone since `since`.
 fn remove_abandoned(directory: &Directory, name: &OsStr, since: i64, uid: u32) {
     let is_abandoned = |found: &Metadata| found.is_file() && found.uid() == uid && found.ctime() <= since;
-    let found = || directory.entry(name).ok()??.metadata().ok().filter(is_abandoned);
+    let found = || directory.open_entry(name).ok()??.metadata().ok().filter(is_abandoned);
     let Some(before) = found() else { return };
     let open = |access| directory.open_at(name, access | libc::O_NOFOLLOW | libc::O_NONBLOCK, 0);
     // NFS locks only what is open for writing; other filesystems also a file that may only be read.
     let Ok(file) = open(libc::O_RDWR).or_else(|_| open(libc::O_RDONLY)) else { return };
-    if flock(&file, libc::LOCK_EX | libc::LOCK_NB).is_err() {
+    if file.try_lock().is_err() {
         return;
     }
     // The name may have gone to another file meanwhile. From here on it cannot, as who removes it needs the lock.

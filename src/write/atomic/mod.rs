@@ -29,9 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::sys::directory::Directory;
-use crate::sys::directory::directory_of;
-use crate::sys::fork::Process;
-use crate::sys::signals::without_signals;
+use crate::sys::directory::open_parent;
+use crate::sys::fork::OwnerProcess;
+use crate::sys::signals::block_write_signals;
 use crate::write::target::Target;
 use crate::write::vectored;
 use crate::write::write_back::{self, Appender};
@@ -53,7 +53,7 @@ pub struct AtomicFile {
     staging: Staging,
     /// Those of the target when the file was begun, in case that it is gone when it is put there.
     attributes: Option<Attributes>,
-    process: Process,
+    process: OwnerProcess,
     /// Whether something at its name, or beside it, goes once it is in place, so that its data has to be on the disk by
     /// then.
     replaces: bool,
@@ -75,7 +75,7 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): no such directory, no permission, no space for `length` bytes;
     /// `EISDIR` if the target is a directory, `ENODEV` if it is a pipe, a device or a descriptor.
     pub fn create(path: &Path, length: u64) -> Result<AtomicFile> {
-        let (directory, name) = directory_of(path, "create")?;
+        let (directory, name) = open_parent(path, "create")?;
         AtomicFile::create_in(Arc::new(directory), name, path, length)
     }
 
@@ -113,7 +113,7 @@ impl AtomicFile {
             staging,
             replaces: attributes.is_some(),
             attributes,
-            process: Process::current(),
+            process: OwnerProcess::current(),
             length: 0,
             is_synchronized: AtomicBool::default(),
             has_overwritten: false,
@@ -130,7 +130,7 @@ impl AtomicFile {
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
     pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
         self.check_process()?;
-        let written = without_signals(|| {
+        let written = block_write_signals(|| {
             if self.replaces {
                 vectored::write_all(&mut Appender::new(&mut self.file, &mut self.length), pieces)
             } else {
@@ -147,7 +147,7 @@ impl AtomicFile {
     /// As [`AtomicFile::write`].
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.check_process()?;
-        let written = without_signals(|| {
+        let written = block_write_signals(|| {
             if self.replaces {
                 write_back::write_all_at(&self.file, bytes, offset)
             } else {
@@ -166,7 +166,7 @@ impl AtomicFile {
     /// As [`AtomicFile::write`], and where `source` cannot be read.
     pub fn copy_from(&mut self, source: &File, path: &Path, offset: u64, length: u64) -> Result<u64> {
         self.check_process()?;
-        let copied = without_signals(|| file_copy::append(&mut self.file, source, offset, length));
+        let copied = block_write_signals(|| file_copy::append(&mut self.file, source, offset, length));
         let copied = copied.map_err(|failure| match failure {
             file_copy::Failure::Read(source) => Error::io("read", path, source),
             file_copy::Failure::Write(source) => Error::io("write", &self.path, source),
@@ -252,7 +252,7 @@ impl AtomicFile {
             self.write_back()?;
         }
         match self.put_in_place(check)? {
-            Some(refusal) => without_signals(|| self.overwrite_in_place(&refusal, durable)),
+            Some(refusal) => block_write_signals(|| self.overwrite_in_place(&refusal, durable)),
             None if durable => self.synchronize_directory(),
             None => Ok(()),
         }
@@ -288,13 +288,13 @@ impl AtomicFile {
             match self.directory.link(&self.file, &self.name) {
                 Ok(()) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(refusal) => without_signals(|| self.copy_beside(&refusal))?,
+                Err(refusal) => block_write_signals(|| self.copy_beside(&refusal))?,
             }
         }
         let fail = |source| Error::io("write", &self.path, source);
         // Before the last look at the target, as it takes a while.
         self.write_back()?;
-        let old = deferred_close::keep_open(self.directory.entry(&self.name).map_err(fail)?);
+        let old = deferred_close::keep_open(self.directory.open_entry(&self.name).map_err(fail)?);
         self.inherit_if(&check)?;
         if matches!(self.staging, Staging::Unnamed) {
             // From here to the rename nothing is allocated: a process that has no memory left for that ends, and would
@@ -302,7 +302,7 @@ impl AtomicFile {
             match staging::link_beside(&self.file, &self.directory) {
                 Ok(name) => self.staging = Staging::Named(name),
                 Err(refusal) => {
-                    without_signals(|| self.copy_beside(&refusal))?;
+                    block_write_signals(|| self.copy_beside(&refusal))?;
                     self.write_back()?;
                     self.inherit_if(&check)?;
                 }
@@ -364,7 +364,7 @@ pub(crate) fn set_aside(directory: &Directory, name: &OsStr) -> io::Result<OsStr
 
 /// Sets aside the blocks of a file of `length` bytes.
 fn reserve(file: &File, length: u64) -> io::Result<()> {
-    let reserve = || without_signals(|| attributes::reserve(file, length));
+    let reserve = || block_write_signals(|| attributes::reserve(file, length));
     let reserved = reserve();
     // The space that is missing may be that of a file that was replaced just now.
     if is_full(&reserved) && deferred_close::wait() { reserve() } else { reserved }
@@ -382,7 +382,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     /// A file that was begun, with a name of its own beside the target, in `process`.
-    fn begun(directory: &tempfile::TempDir, process: Process) -> (AtomicFile, PathBuf) {
+    fn begun(directory: &tempfile::TempDir, process: OwnerProcess) -> (AtomicFile, PathBuf) {
         let (target, name) = (directory.path().join("target"), directory.path().join("staged"));
         let directory = Arc::new(Directory::open(directory.path()).expect("opened"));
         let begun = AtomicFile {
@@ -404,7 +404,7 @@ mod tests {
     #[test]
     fn what_was_begun_is_taken_away() {
         let directory = tempfile::tempdir().expect("a directory");
-        let (file, name) = begun(&directory, Process::current());
+        let (file, name) = begun(&directory, OwnerProcess::current());
         drop(file);
         assert!(!name.exists());
     }
@@ -412,7 +412,7 @@ mod tests {
     #[test]
     fn another_process_neither_goes_on_nor_takes_anything_away() {
         let directory = tempfile::tempdir().expect("a directory");
-        let (mut file, name) = begun(&directory, Process::other());
+        let (mut file, name) = begun(&directory, OwnerProcess::other());
         let source = tempfile::tempfile().expect("a file");
         source.write_all_at(b"bytes", 0).expect("written");
         for outcome in [

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::leftovers;
-use crate::sys::directory::{Directory, descriptor_path};
+use crate::sys::directory::{Directory, proc_path};
 
 /// Where the bytes are until the commit.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub(crate) fn mode_of(private: bool) -> libc::mode_t {
 pub(crate) fn stage(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, Staging)> {
     match directory.open_at(OsStr::new("."), libc::O_TMPFILE | libc::O_RDWR, mode) {
         // Without /proc an unnamed file could never be given a name.
-        Ok(file) if Path::new(&descriptor_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
+        Ok(file) if Path::new(&proc_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
         // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a directory
         // that was removed ext4 says EPERM). What is wrong with the directory itself, a file with a name will hear.
         Ok(_) | Err(_) => {}
@@ -76,7 +76,7 @@ pub(crate) fn link_beside(file: &File, directory: &Directory) -> io::Result<OsSt
 
 /// Renames the file `name` to a fresh name, and returns that.
 pub(crate) fn set_aside(directory: &Directory, name: &OsStr, purpose: Purpose) -> io::Result<OsString> {
-    let rename = |fresh: &OsStr| match directory.entry(fresh) {
+    let rename = |fresh: &OsStr| match directory.open_entry(fresh) {
         Ok(Some(_)) => Err(io::ErrorKind::AlreadyExists.into()),
         Ok(None) | Err(_) => directory.rename(name, fresh),
     };

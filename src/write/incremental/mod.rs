@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 use crate::format::header::Metadata;
 use crate::format::layout::{Layout, TensorSpec};
-use crate::sys::fork::Process;
+use crate::sys::fork::OwnerProcess;
 use crate::sys::mutex::{Guard, Mutex};
 use crate::write::atomic::AtomicFile;
 use crate::write::save::SaveOptions;
@@ -55,7 +55,7 @@ struct Shared {
     tensors: Vec<Declared>,
     by_name: HashMap<String, usize>,
     durable: bool,
-    process: Process,
+    process: OwnerProcess,
     /// Locked by [`Shared::lock`] alone.
     state: Mutex<State>,
 }
@@ -120,7 +120,7 @@ impl IncrementalWriter {
             tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
         let given = (0..tensors.len()).map(|_| Given::default()).collect();
         let state = Mutex::new(State { file: Some(Arc::new(file)), given });
-        let (path, process) = (path.to_path_buf(), Process::current());
+        let (path, process) = (path.to_path_buf(), OwnerProcess::current());
         let shared = Shared { path, tensors, by_name, durable: options.durable, process, state };
         Ok(IncrementalWriter { shared: Arc::new(shared) })
     }
