@@ -225,7 +225,7 @@ bool StateLoader::advance(Deadline until) {
     return true;
 }
 
-// CheckpointLoader a tensor to where the destination is, and copies that; false where the time is up before.
+// Loads a tensor to where the destination is, and copies that; false where the time is up before.
 bool StateLoader::load_and_copy(const Match& match, Deadline until) {
     if (loader_ == nullptr) {
         const Target target{match.destination.device(), {}};

@@ -51,7 +51,7 @@ struct LoadOptions {
     std::optional<bool> prefault = std::nullopt;
     /// A floating-point dtype that floating-point tensors are converted to, on their device, some MiB at a time.
     std::optional<at::ScalarType> dtype = std::nullopt;
-    /// CheckpointLoader the tensors for whose names it is true; others are not read. Empty means all.
+    /// Loads the tensors whose names it accepts; others are not read. Empty means all.
     NameFilter names = {};
     /// Is told how far the load is, if there is one.
     Progress progress = {};
