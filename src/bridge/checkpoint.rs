@@ -51,8 +51,8 @@ pub fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>> {
     Ok(pending.opened.take().ok_or_else(missing)?)
 }
 
-impl From<checkpoint::TensorPlace> for Place {
-    fn from(place: checkpoint::TensorPlace) -> Place {
+impl From<checkpoint::TensorLocation> for Place {
+    fn from(place: checkpoint::TensorLocation) -> Place {
         Place { shard: place.shard as usize, index: place.index as usize }
     }
 }

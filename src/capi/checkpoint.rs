@@ -1,41 +1,41 @@
-//! `sft_checkpoint`: the tensors of one file or several, opened together; each file is lent as an `sft_file`.
+//! `sft_checkpoint`: the tensors of one file or several, opened together; each file is an `sft_file`.
 
 use std::ffi::c_char;
 use std::sync::Arc;
 
-use super::boundary;
-use super::file::sft_file;
-use super::options::{sft_checkpoint_options, sft_str};
+use super::boundary::boundary;
+use super::handle::sft_file;
+use super::options::sft_checkpoint_options;
 use super::pointer::{self, Out, invalid};
-use super::status::sft_status;
-use crate::checkpoint::{Checkpoint, TensorPlace};
+use super::types::{sft_status, sft_str};
+use crate::checkpoint::{Checkpoint, TensorLocation};
 use crate::error::Result;
 
 /// An open checkpoint.
 pub struct sft_checkpoint {
     checkpoint: Checkpoint,
-    /// One for each shard, lent to callers.
+    /// One for each shard; callers borrow them.
     files: Vec<sft_file>,
 }
 
-/// Where a caller wants to be told of a tensor's place.
-struct PlaceOut {
-    shard: Out<usize>,
-    index: Out<usize>,
+/// The two results that locate a tensor.
+struct LocationOut<'a> {
+    shard: Out<'a, usize>,
+    index: Out<'a, usize>,
 }
 
-impl PlaceOut {
+impl LocationOut<'_> {
     /// # Safety
     ///
-    /// As for [`Out::new`], of both.
-    unsafe fn new(shard: *mut usize, index: *mut usize) -> Result<PlaceOut> {
-        // SAFETY: the caller's promise.
-        unsafe { Ok(PlaceOut { shard: Out::new(shard, "shard")?, index: Out::new(index, "index")? }) }
+    /// As for [`Out::new`], for both.
+    unsafe fn new(shard: *mut usize, index: *mut usize) -> Result<Self> {
+        // SAFETY: this function has the contract of `Out::new`, twice.
+        unsafe { Ok(LocationOut { shard: Out::new(shard, "shard")?, index: Out::new(index, "index")? }) }
     }
 
-    fn set(&self, place: TensorPlace) {
-        self.shard.set(place.shard as usize);
-        self.index.set(place.index as usize);
+    fn set(&self, location: TensorLocation) {
+        self.shard.set(location.shard as usize);
+        self.index.set(location.index as usize);
     }
 }
 
@@ -47,39 +47,41 @@ pub unsafe extern "C" fn sft_checkpoint_open(
     checkpoint: *mut *mut sft_checkpoint,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a handle, a string, and options or NULL (header).
-        let out = unsafe { Out::new(checkpoint, "checkpoint") }?;
-        out.set(std::ptr::null_mut());
-        // SAFETY: as above.
-        let (path, (options, prefault)) =
-            unsafe { (pointer::path(path)?, sft_checkpoint_options::read(options)?) };
+        // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a string ("Text").
+        let (out, path, (options, prefault)) = unsafe {
+            (
+                Out::null(checkpoint, "checkpoint")?,
+                pointer::path(path)?,
+                sft_checkpoint_options::read(options)?,
+            )
+        };
         let opened = Checkpoint::open(path, options)?;
         if let Some(when) = prefault {
             opened.prefault(when)?;
         }
         let files = opened.shards().iter().map(|shard| sft_file::new(Arc::clone(&shard.file))).collect();
-        out.set(pointer::hand_over(sft_checkpoint { checkpoint: opened, files }));
+        out.set(pointer::new_handle(sft_checkpoint { checkpoint: opened, files }));
         Ok(())
     })
 }
 
-/// Frees the handle, and closes its files.
+/// Frees the handle and closes its files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_free(checkpoint: *mut sft_checkpoint) {
     boundary!((); {
-        // SAFETY: the caller gives NULL, or a handle that nobody uses any more (header).
-        unsafe { pointer::release(checkpoint) }
+        // SAFETY: NULL or a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::free_handle(checkpoint) }
     })
 }
 
-/// The number of files.
+/// Returns the number of files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_shard_count(
     checkpoint: *const sft_checkpoint,
     count: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and a place for a number (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a number to set ("Pointers").
         let (checkpoint, out) =
             unsafe { (pointer::shared(checkpoint, "checkpoint")?, Out::new(count, "count")?) };
         out.set(checkpoint.files.len());
@@ -87,7 +89,7 @@ pub unsafe extern "C" fn sft_checkpoint_get_shard_count(
     })
 }
 
-/// One of the files, and its name.
+/// Returns one of the files and its name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_shard(
     checkpoint: *const sft_checkpoint,
@@ -96,7 +98,7 @@ pub unsafe extern "C" fn sft_checkpoint_get_shard(
     file: *mut *const sft_file,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and places for a text and a handle (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a text and a handle to set ("Pointers").
         let (checkpoint, name, out) = unsafe {
             (pointer::shared(checkpoint, "checkpoint")?, Out::new(name, "name")?, Out::new(file, "file")?)
         };
@@ -105,20 +107,20 @@ pub unsafe extern "C" fn sft_checkpoint_get_shard(
             let detail = format!("shard {shard}: the checkpoint has {} shard(s)", shards.len());
             invalid(detail).in_file(checkpoint.checkpoint.path())
         })?;
-        name.set(pointer::lend(&one.name));
+        name.set(one.name.as_str().into());
         out.set(&checkpoint.files[shard]);
         Ok(())
     })
 }
 
-/// The number of tensors in all files.
+/// Returns the number of tensors in all files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_tensor_count(
     checkpoint: *const sft_checkpoint,
     count: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and a place for a number (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a number to set ("Pointers").
         let (checkpoint, out) =
             unsafe { (pointer::shared(checkpoint, "checkpoint")?, Out::new(count, "count")?) };
         out.set(checkpoint.checkpoint.len());
@@ -126,7 +128,7 @@ pub unsafe extern "C" fn sft_checkpoint_get_tensor_count(
     })
 }
 
-/// The place of the tensor at `position` in the order of names.
+/// Returns the location of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     checkpoint: *const sft_checkpoint,
@@ -135,9 +137,9 @@ pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     index: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and places for two numbers (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); two numbers to set ("Pointers").
         let (checkpoint, out) =
-            unsafe { (pointer::shared(checkpoint, "checkpoint")?, PlaceOut::new(shard, index)?) };
+            unsafe { (pointer::shared(checkpoint, "checkpoint")?, LocationOut::new(shard, index)?) };
         let sorted = checkpoint.checkpoint.sorted_by_name();
         let &found = sorted.get(position).ok_or_else(|| {
             let detail = format!("position {position}: the checkpoint has {} tensor(s)", sorted.len());
@@ -148,7 +150,7 @@ pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     })
 }
 
-/// The place of the tensor `name`.
+/// Returns the location of the tensor `name`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_find_tensor(
     checkpoint: *const sft_checkpoint,
@@ -158,12 +160,12 @@ pub unsafe extern "C" fn sft_checkpoint_find_tensor(
     index: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, `name_length` bytes and places for two numbers (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, two numbers to set ("Pointers").
         let (checkpoint, name, out) = unsafe {
             (
                 pointer::shared(checkpoint, "checkpoint")?,
                 pointer::text(name, name_length, "name")?,
-                PlaceOut::new(shard, index)?,
+                LocationOut::new(shard, index)?,
             )
         };
         out.set(checkpoint.checkpoint.require(name)?);

@@ -2,20 +2,17 @@
 
 use std::ffi::c_char;
 
-use super::boundary;
+use super::boundary::boundary;
 use super::pointer::{self, Out};
-use super::status::sft_status;
+use super::types::{sft_dtype, sft_status};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 use crate::format::header::shape_nbytes;
 
-/// A dtype's number: the discriminant of [`Dtype`].
-pub type sft_dtype = u32;
-
-/// The dtype of a number that a caller gave.
+/// Returns the dtype of a number.
 pub(super) fn require(dtype: sft_dtype) -> Result<Dtype> {
     Dtype::from_number(dtype).ok_or_else(|| {
-        let detail = format!("no dtype has the number {dtype}: give one of the SFT_DTYPE_ constants");
+        let detail = format!("unknown dtype number {dtype}; pass an SFT_DTYPE_ constant");
         Error::new(ErrorKind::UnsupportedDtype, detail)
     })
 }
@@ -55,23 +52,23 @@ codes! {
     Bool = "BOOL";
 }
 
-/// The code of a dtype in a header; NULL for a number that no dtype has.
+/// Returns the code of a dtype, or NULL if the number is unknown.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_dtype_get_code(dtype: sft_dtype) -> *const c_char {
     boundary!(std::ptr::null(); { Dtype::from_number(dtype).map_or(std::ptr::null(), c_code) })
 }
 
-/// The width of an element in bits; 0 for a number that no dtype has.
+/// Returns the width of an element in bits, or 0 if the number is unknown.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_dtype_get_bits(dtype: sft_dtype) -> u32 {
     boundary!(0; { Dtype::from_number(dtype).map_or(0, |dtype| dtype.bits() as u32) })
 }
 
-/// The dtype of a code.
+/// Returns the dtype of a code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_dtype_parse(code: *const c_char, dtype: *mut sft_dtype) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a string and a place for a number (header).
+        // SAFETY: a string (header, "Text"); a number to set ("Pointers").
         let (code, out) = unsafe { (pointer::c_string(code, "code")?, Out::new(dtype, "dtype")?) };
         let found = code.to_str().ok().and_then(Dtype::from_code).ok_or_else(|| {
             Error::new(ErrorKind::UnknownDtype, format!("unknown dtype {:?}", code.to_string_lossy()))
@@ -81,7 +78,7 @@ pub unsafe extern "C" fn sft_dtype_parse(code: *const c_char, dtype: *mut sft_dt
     })
 }
 
-/// The number of bytes of a tensor of `dtype` and `shape`.
+/// Returns the size in bytes of a tensor of `dtype` and `shape`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_dtype_compute_nbytes(
     dtype: sft_dtype,
@@ -90,7 +87,7 @@ pub unsafe extern "C" fn sft_dtype_compute_nbytes(
     nbytes: *mut u64,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives `rank` dimensions and a place for a number (header).
+        // SAFETY: `rank` dimensions, a number to set (header, "Pointers").
         let (shape, out) = unsafe { (pointer::array(shape, rank, "shape")?, Out::new(nbytes, "nbytes")?) };
         out.set(shape_nbytes(require(dtype)?, shape).map_err(|(kind, fault)| Error::new(kind, fault))?);
         Ok(())
@@ -106,7 +103,7 @@ mod tests {
     #[test]
     fn c_codes_are_the_codes() {
         for &dtype in Dtype::ALL {
-            // SAFETY: a constant that ends in NUL.
+            // SAFETY: a constant that ends in NUL (`codes!`).
             let code = unsafe { CStr::from_ptr(sft_dtype_get_code(dtype as u32)) };
             assert_eq!(code.to_str(), Ok(dtype.code()));
         }

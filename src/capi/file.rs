@@ -1,52 +1,57 @@
-//! `sft_file`: an open file, what it holds, and whole tensors read from it.
+//! Opening files, describing their tensors, and reading whole tensors.
 
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 
-use super::boundary;
-use super::metadata::MetadataTable;
-use super::options::{sft_open_options, sft_read_request, sft_tensor_info};
-use super::pointer::{self, Out, VersionedOut, invalid};
-use super::status::sft_status;
-use crate::error::{Error, ErrorKind, Result};
+use super::boundary::boundary;
+use super::handle::sft_file;
+use super::options::sft_open_options;
+use super::pointer::{self, Out, Versioned, VersionedOut, invalid};
+use super::types::{sft_dtype, sft_status, sft_str};
+use crate::error::Result;
 use crate::read::file::TensorFile;
 
-/// An open file, or the bytes of one in memory.
-pub struct sft_file {
-    /// `None` once it was closed.
-    open: Option<Open>,
+/// The description of one tensor.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_tensor_info {
+    /// The size of the struct.
+    pub struct_size: usize,
+    /// The name.
+    pub name: sft_str,
+    /// The number of dimensions.
+    pub rank: usize,
+    /// The dimensions, in elements.
+    pub shape: *const u64,
+    /// The number of bytes.
+    pub nbytes: u64,
+    /// The offset of its first byte in the file.
+    pub begin: u64,
+    /// The offset after its last byte.
+    pub end: u64,
+    /// The element type.
+    pub dtype: sft_dtype,
+    /// 0.
+    pub reserved: u32,
 }
 
-/// What a file has while it is open.
-pub(super) struct Open {
-    pub(super) file: Arc<TensorFile>,
-    /// Points into `file`, whose header never changes.
-    pub(super) metadata: MetadataTable,
+// SAFETY: `repr(C)`, begins with its size, holds only integers and raw pointers, without padding.
+unsafe impl Versioned for sft_tensor_info {
+    const NAME: &'static str = "sft_tensor_info";
+    const FIRST_SIZE: usize = 72;
 }
 
-impl sft_file {
-    pub(super) fn new(file: Arc<TensorFile>) -> sft_file {
-        let metadata = MetadataTable::new(file.header());
-        sft_file { open: Some(Open { file, metadata }) }
-    }
-
-    /// The file behind a handle, unless it was closed.
-    ///
-    /// # Safety
-    ///
-    /// As for [`pointer::shared`].
-    pub(super) unsafe fn open<'a>(file: *const sft_file) -> Result<&'a Open> {
-        // SAFETY: the caller's promise.
-        let file = unsafe { pointer::shared(file, "file") }?;
-        file.open.as_ref().ok_or_else(|| Error::new(ErrorKind::Closed, "File is closed"))
-    }
+/// One tensor of a call that reads several.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_read_request {
+    /// The tensor's index in file order.
+    pub index: usize,
+    /// The destination of its bytes.
+    pub buffer: *mut c_void,
+    /// The number of bytes of `buffer`.
+    pub nbytes: usize,
 }
-
-// Several threads may use one handle at a time, as the header says.
-const _: () = {
-    const fn shared_between_threads<T: Sync>() {}
-    shared_between_threads::<TensorFile>();
-};
 
 /// Opens the file at `path`.
 #[unsafe(no_mangle)]
@@ -56,21 +61,19 @@ pub unsafe extern "C" fn sft_file_open(
     file: *mut *mut sft_file,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a handle, a string, and options or NULL (header).
-        let out = unsafe { Out::new(file, "file") }?;
-        out.set(std::ptr::null_mut());
-        // SAFETY: as above.
-        let (path, (backend, prefault)) = unsafe { (pointer::path(path)?, sft_open_options::read(options)?) };
+        // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a string ("Text").
+        let (out, path, (backend, prefault)) =
+            unsafe { (Out::null(file, "file")?, pointer::path(path)?, sft_open_options::read(options)?) };
         let opened = TensorFile::open(path, backend)?;
         if let Some(when) = prefault {
             opened.prefault(when)?;
         }
-        out.set(pointer::hand_over(sft_file::new(Arc::new(opened))));
+        out.set(pointer::new_handle(sft_file::new(Arc::new(opened))));
         Ok(())
     })
 }
 
-/// Opens the bytes of a file that lie in memory.
+/// Opens a file whose bytes are in memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_open_buffer(
     data: *const c_void,
@@ -78,15 +81,14 @@ pub unsafe extern "C" fn sft_file_open_buffer(
     file: *mut *mut sft_file,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a handle (header).
-        let out = unsafe { Out::new(file, "file") }?;
-        out.set(std::ptr::null_mut());
-        // SAFETY: the caller keeps `nbytes` bytes at `data`, unchanged, until the handle is closed or freed (header).
-        let opened = unsafe {
+        // SAFETY: a handle to set, `nbytes` bytes at `data` (header, "Pointers"), which stay valid and unchanged until the
+        // handle is closed or freed ("Ownership").
+        let (out, opened) = unsafe {
+            let out = Out::null(file, "file")?;
             let bytes = pointer::bytes(data, nbytes, "data")?;
-            TensorFile::from_memory(bytes.as_ptr(), bytes.len())?
+            (out, TensorFile::from_memory(bytes.as_ptr(), bytes.len())?)
         };
-        out.set(pointer::hand_over(sft_file::new(Arc::new(opened))));
+        out.set(pointer::new_handle(sft_file::new(Arc::new(opened))));
         Ok(())
     })
 }
@@ -95,33 +97,33 @@ pub unsafe extern "C" fn sft_file_open_buffer(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_close(file: *mut sft_file) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now (header).
-        unsafe { pointer::exclusive(file, "file") }?.open = None;
+        // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::exclusive(file, "file") }?.close();
         Ok(())
     })
 }
 
-/// Frees the handle, and closes the file if it is open.
+/// Frees the handle; closes the file if it is open.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_free(file: *mut sft_file) {
     boundary!((); {
-        // SAFETY: the caller gives NULL, or a handle that nobody uses any more (header).
-        unsafe { pointer::release(file) }
+        // SAFETY: NULL or a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::free_handle(file) }
     })
 }
 
-/// The number of tensors.
+/// Returns the number of tensors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_tensor_count(file: *const sft_file, count: *mut usize) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and a place for a number (header).
-        let (open, out) = unsafe { (sft_file::open(file)?, Out::new(count, "count")?) };
-        out.set(open.file.header().len());
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a number to set ("Pointers").
+        let (state, out) = unsafe { (sft_file::state(file)?, Out::new(count, "count")?) };
+        out.set(state.file.header().len());
         Ok(())
     })
 }
 
-/// What the file says of the tensor at `index`, in file order.
+/// Describes the tensor at `index` in file order.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_tensor_info(
     file: *const sft_file,
@@ -129,13 +131,13 @@ pub unsafe extern "C" fn sft_file_get_tensor_info(
     info: *mut sft_tensor_info,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and a struct with its size in it (header).
-        let (open, out) = unsafe { (sft_file::open(file)?, VersionedOut::new(info)?) };
-        let tensor = open.file.tensor(index)?;
-        let bytes = open.file.byte_range(&tensor);
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a struct of its `struct_size` ("Versions").
+        let (state, out) = unsafe { (sft_file::state(file)?, VersionedOut::new(info)?) };
+        let tensor = state.file.tensor(index)?;
+        let bytes = state.file.byte_range(&tensor);
         out.set(sft_tensor_info {
             struct_size: size_of::<sft_tensor_info>(),
-            name: pointer::lend(tensor.name),
+            name: tensor.name.into(),
             rank: tensor.shape.len(),
             shape: tensor.shape.as_ptr(),
             nbytes: tensor.nbytes(),
@@ -148,7 +150,7 @@ pub unsafe extern "C" fn sft_file_get_tensor_info(
     })
 }
 
-/// The index in file order of the tensor at `position` in the order of names.
+/// Returns the index in file order of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_sorted_index(
     file: *const sft_file,
@@ -156,19 +158,19 @@ pub unsafe extern "C" fn sft_file_get_sorted_index(
     index: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and a place for a number (header).
-        let (open, out) = unsafe { (sft_file::open(file)?, Out::new(index, "index")?) };
-        let sorted = open.file.header().sorted_by_name();
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a number to set ("Pointers").
+        let (state, out) = unsafe { (sft_file::state(file)?, Out::new(index, "index")?) };
+        let sorted = state.file.header().sorted_by_name();
         let &found = sorted.get(position).ok_or_else(|| {
             let detail = format!("position {position}: the file has {} tensor(s)", sorted.len());
-            open.file.locate(invalid(detail))
+            state.file.locate(invalid(detail))
         })?;
         out.set(found as usize);
         Ok(())
     })
 }
 
-/// The index in file order of the tensor `name`.
+/// Returns the index in file order of the tensor `name`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_find_tensor(
     file: *const sft_file,
@@ -177,16 +179,16 @@ pub unsafe extern "C" fn sft_file_find_tensor(
     index: *mut usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, `name_length` bytes and a place for a number (header).
-        let (open, name, out) = unsafe {
-            (sft_file::open(file)?, pointer::text(name, name_length, "name")?, Out::new(index, "index")?)
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, a number to set ("Pointers").
+        let (state, name, out) = unsafe {
+            (sft_file::state(file)?, pointer::text(name, name_length, "name")?, Out::new(index, "index")?)
         };
-        out.set(open.file.require(name)?);
+        out.set(state.file.require(name)?);
         Ok(())
     })
 }
 
-/// A pointer to the bytes of the tensor at `index`.
+/// Returns a pointer to the bytes of the tensor at `index`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_data(
     file: *const sft_file,
@@ -194,19 +196,17 @@ pub unsafe extern "C" fn sft_file_get_data(
     data: *mut *const c_void,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a pointer (header).
-        let out = unsafe { Out::new(data, "data") }?;
-        out.set(std::ptr::null());
-        // SAFETY: the caller gives a handle (header).
-        let open = unsafe { sft_file::open(file) }?;
-        let tensor = open.file.tensor(index)?;
-        let start = open.file.data_ptr(&tensor).ok_or_else(|| {
-            let detail = "a file opened with SFT_BACKEND_PREAD has no tensor in memory: read it into a buffer, or \
-                          open the file with SFT_BACKEND_MMAP";
-            open.file.locate(invalid(detail))
+        // SAFETY: a pointer to set (header, "Pointers"); a live handle ("Ownership", "Threads").
+        let (out, state) =
+            unsafe { (Out::null(data.cast::<*mut c_void>(), "data")?, sft_file::state(file)?) };
+        let tensor = state.file.tensor(index)?;
+        let start = state.file.data_ptr(&tensor).ok_or_else(|| {
+            let detail = "the file was opened with SFT_BACKEND_PREAD: its tensors are not in memory; read the tensor \
+                          into a buffer, or open the file with SFT_BACKEND_MMAP";
+            state.file.locate(invalid(detail))
         })?;
-        open.file.read_ahead(index)?;
-        out.set(start.cast());
+        state.file.read_ahead(index)?;
+        out.set(start.cast_mut().cast());
         Ok(())
     })
 }
@@ -220,11 +220,11 @@ pub unsafe extern "C" fn sft_file_read_tensor(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle (header).
-        let open = unsafe { sft_file::open(file) }?;
-        let buffer = pointer::destination(buffer.cast(), nbytes, "buffer")?;
-        // SAFETY: `buffer` is valid for writes of `nbytes` during the call (header; not NULL, checked).
-        unsafe { open.file.read_tensors(&[(index, buffer, nbytes)]) }
+        // SAFETY: a live handle (header, "Ownership", "Threads").
+        let state = unsafe { sft_file::state(file) }?;
+        let buffer = pointer::buffer(buffer, nbytes, "buffer")?;
+        // SAFETY: `buffer` is not NULL (checked), valid for writes of `nbytes` during the call (header, "Pointers").
+        unsafe { state.file.read_tensors(&[(index, buffer, nbytes)]) }
     })
 }
 
@@ -236,16 +236,17 @@ pub unsafe extern "C" fn sft_file_read_tensors(
     count: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and `count` requests (header).
-        let (open, reads) = unsafe { (sft_file::open(file)?, pointer::array(reads, count, "reads")?) };
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `count` requests ("Pointers").
+        let (state, reads) = unsafe { (sft_file::state(file)?, pointer::array(reads, count, "reads")?) };
         let requests = reads
             .iter()
             .map(|read| {
-                let buffer = pointer::destination(read.buffer.cast(), read.nbytes, "reads: a buffer")?;
+                let buffer = pointer::buffer(read.buffer, read.nbytes, "reads: a buffer")?;
                 Ok((read.index, buffer, read.nbytes))
             })
             .collect::<Result<Vec<_>>>()?;
-        // SAFETY: the buffers are valid for writes during the call, and do not overlap (header; not NULL, checked).
-        unsafe { open.file.read_tensors(&requests) }
+        // SAFETY: the buffers are not NULL (checked), valid for writes during the call, and do not overlap (header,
+        // "Pointers").
+        unsafe { state.file.read_tensors(&requests) }
     })
 }

@@ -1,35 +1,32 @@
-//! `sft_incremental_writer`: a file that is written tensor by tensor.
+//! `sft_incremental_writer`: writes a file tensor by tensor.
 
 use std::ffi::{c_char, c_void};
 
-use super::boundary;
+use super::boundary::boundary;
 use super::options::sft_save_options;
 use super::pointer::{self, Out};
-use super::status::sft_status;
+use super::types::sft_status;
 use super::writer::sft_writer;
 use crate::error::Result;
 use crate::write::incremental::IncrementalWriter;
 
-/// A file that is being written.
+/// A file in progress.
 pub struct sft_incremental_writer(IncrementalWriter);
 
 impl sft_incremental_writer {
-    /// The writer behind a handle.
+    /// Returns the writer of a handle.
     ///
     /// # Safety
     ///
     /// As for [`pointer::shared`].
     unsafe fn writer<'a>(writer: *const sft_incremental_writer) -> Result<&'a IncrementalWriter> {
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::shared`.
         Ok(&unsafe { pointer::shared(writer, "writer") }?.0)
     }
 }
 
-// Several threads may use one handle at a time, as the header says.
-const _: () = {
-    const fn shared_between_threads<T: Sync>() {}
-    shared_between_threads::<IncrementalWriter>();
-};
+// Several threads may use one handle at once (header, "Threads").
+const _: () = pointer::assert_sync::<IncrementalWriter>();
 
 /// Begins the file at `path`.
 #[unsafe(no_mangle)]
@@ -40,20 +37,23 @@ pub unsafe extern "C" fn sft_incremental_writer_create(
     incremental: *mut *mut sft_incremental_writer,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a handle (header).
-        let out = unsafe { Out::new(incremental, "incremental") }?;
-        out.set(std::ptr::null_mut());
-        // SAFETY: the caller gives a handle, a string, and options or NULL (header).
-        let (writer, path, options) = unsafe {
-            (pointer::shared(writer, "writer")?, pointer::path(path)?, sft_save_options::read(options)?)
+        // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a live handle ("Ownership",
+        // "Threads"); a string ("Text").
+        let (out, writer, path, options) = unsafe {
+            (
+                Out::null(incremental, "incremental")?,
+                pointer::shared(writer, "writer")?,
+                pointer::path(path)?,
+                sft_save_options::read(options)?,
+            )
         };
-        // SAFETY: the caller keeps the data of every tensor that has some, unchanged, until this returns (header).
-        let lent = unsafe { writer.lent() }?;
+        // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
+        let borrowed = unsafe { writer.borrowed() }?;
         let created = IncrementalWriter::create(&writer.specs(), writer.metadata(), path, options)?;
-        for (name, bytes) in lent {
+        for (name, bytes) in borrowed {
             created.write(name, bytes)?;
         }
-        out.set(pointer::hand_over(sft_incremental_writer(created)));
+        out.set(pointer::new_handle(sft_incremental_writer(created)));
         Ok(())
     })
 }
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_tensor(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, `name_length` bytes, and `nbytes` bytes of data (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
                 sft_incremental_writer::writer(writer)?,
@@ -91,7 +91,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, `name_length` bytes, and `nbytes` bytes of data (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
                 sft_incremental_writer::writer(writer)?,
@@ -103,20 +103,20 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
     })
 }
 
-/// Puts the file in place.
+/// Replaces the target by the file.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_commit(writer: *mut sft_incremental_writer) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now (header).
+        // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
         unsafe { sft_incremental_writer::writer(writer) }?.commit()
     })
 }
 
-/// Frees the handle; the file is given up unless it was committed.
+/// Frees the handle; discards the file unless it was committed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_free(writer: *mut sft_incremental_writer) {
     boundary!((); {
-        // SAFETY: the caller gives NULL, or a handle that nobody uses any more (header).
-        unsafe { pointer::release(writer) }
+        // SAFETY: NULL or a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::free_handle(writer) }
     })
 }

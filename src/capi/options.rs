@@ -1,6 +1,6 @@
-//! The plain structs of the ABI: options, ranges, requests, and what is told of a tensor.
+//! The options structs and their numbers, converted to those of the core.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::c_char;
 
 use super::pointer::{self, Versioned, invalid};
 use crate::checkpoint::{CheckpointOptions, Extra, ShardedOptions};
@@ -41,16 +41,6 @@ pub const SFT_EXTRA_ERROR: sft_extra = 0;
 /// The number of [`Extra::Ignore`].
 pub const SFT_EXTRA_IGNORE: sft_extra = 1;
 
-/// Text with a length: UTF-8, in which NUL is a character like others.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_str {
-    /// The first byte.
-    pub data: *const c_char,
-    /// The number of bytes.
-    pub length: usize,
-}
-
 /// How a file is opened.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -63,7 +53,7 @@ pub struct sft_open_options {
     pub prefault: sft_prefault,
 }
 
-// SAFETY: `repr(C)`, begins with its size, holds integers only.
+// SAFETY: `repr(C)`, begins with its size, holds only integers, without padding.
 unsafe impl Versioned for sft_open_options {
     const NAME: &'static str = "sft_open_options";
     const FIRST_SIZE: usize = 16;
@@ -79,7 +69,7 @@ impl sft_open_options {
             backend: SFT_BACKEND_MMAP,
             prefault: SFT_PREFAULT_NONE,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::options`.
         let options = unsafe { pointer::options(options, defaults) }?;
         Ok((backend_of(options.backend)?, prefault_of(options.prefault)?))
     }
@@ -125,7 +115,7 @@ pub struct sft_checkpoint_options {
     pub reserved: u32,
 }
 
-// SAFETY: `repr(C)`, begins with its size, holds integers and a raw pointer only.
+// SAFETY: `repr(C)`, begins with its size, holds only integers and a raw pointer, without padding.
 unsafe impl Versioned for sft_checkpoint_options {
     const NAME: &'static str = "sft_checkpoint_options";
     const FIRST_SIZE: usize = 32;
@@ -134,7 +124,7 @@ unsafe impl Versioned for sft_checkpoint_options {
 impl sft_checkpoint_options {
     /// # Safety
     ///
-    /// As for [`pointer::options`]; `variant` is NULL or as for [`pointer::c_string`], as long as the result is in use.
+    /// As for [`pointer::options`]; as for [`pointer::c_string`] for `variant`, while the result is used.
     pub(super) unsafe fn read<'a>(
         options: *const sft_checkpoint_options,
     ) -> Result<(CheckpointOptions<'a>, Option<Prefault>)> {
@@ -146,7 +136,7 @@ impl sft_checkpoint_options {
             extra: SFT_EXTRA_ERROR,
             reserved: 0,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::options`.
         let options = unsafe { pointer::options(options, defaults) }?;
         if options.reserved != 0 {
             return Err(invalid(format!("{}: reserved must be 0", Self::NAME)));
@@ -160,13 +150,8 @@ impl sft_checkpoint_options {
                 )));
             }
         };
-        let mut variant = None;
-        if !options.variant.is_null() {
-            // SAFETY: the caller's promise.
-            let text = unsafe { pointer::c_string(options.variant, "variant") }?;
-            variant =
-                Some(text.to_str().map_err(|_| invalid(format!("{}: variant is not UTF-8", Self::NAME)))?);
-        }
+        // SAFETY: a string or NULL ("Text", this function's contract).
+        let variant = unsafe { pointer::optional_string(options.variant, Self::NAME, "variant") }?;
         let backend = backend_of(options.backend)?;
         Ok((CheckpointOptions { backend, variant, extra }, prefault_of(options.prefault)?))
     }
@@ -186,7 +171,7 @@ pub struct sft_save_options {
     pub reserved: u32,
 }
 
-// SAFETY: `repr(C)`, begins with its size, holds integers only.
+// SAFETY: `repr(C)`, begins with its size, holds only integers, without padding.
 unsafe impl Versioned for sft_save_options {
     const NAME: &'static str = "sft_save_options";
     const FIRST_SIZE: usize = 24;
@@ -203,7 +188,7 @@ impl sft_save_options {
             durable: 0,
             reserved: 0,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::options`.
         let options = unsafe { pointer::options(options, defaults) }?;
         save_options(Self::NAME, options.alignment, options.durable, options.reserved)
     }
@@ -239,7 +224,7 @@ pub struct sft_sharded_options {
     pub reserved: u32,
 }
 
-// SAFETY: `repr(C)`, begins with its size, holds integers and a raw pointer only.
+// SAFETY: `repr(C)`, begins with its size, holds only integers and a raw pointer, without padding.
 unsafe impl Versioned for sft_sharded_options {
     const NAME: &'static str = "sft_sharded_options";
     const FIRST_SIZE: usize = 40;
@@ -248,7 +233,7 @@ unsafe impl Versioned for sft_sharded_options {
 impl sft_sharded_options {
     /// # Safety
     ///
-    /// As for [`pointer::options`]; `stem` is NULL or as for [`pointer::c_string`], as long as the result is in use.
+    /// As for [`pointer::options`]; as for [`pointer::c_string`] for `stem`, while the result is used.
     pub(super) unsafe fn read<'a>(options: *const sft_sharded_options) -> Result<ShardedOptions<'a>> {
         let defaults = sft_sharded_options {
             struct_size: size_of::<sft_sharded_options>(),
@@ -258,7 +243,7 @@ impl sft_sharded_options {
             durable: 0,
             reserved: 0,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::options`.
         let options = unsafe { pointer::options(options, defaults) }?;
         let mut result = ShardedOptions {
             save: save_options(Self::NAME, options.alignment, options.durable, options.reserved)?,
@@ -267,10 +252,9 @@ impl sft_sharded_options {
         if options.max_shard_size != 0 {
             result.max_shard_size = options.max_shard_size;
         }
-        if !options.stem.is_null() {
-            // SAFETY: the caller's promise.
-            let stem = unsafe { pointer::c_string(options.stem, "stem") }?;
-            result.stem = stem.to_str().map_err(|_| invalid("sft_sharded_options: stem is not UTF-8"))?;
+        // SAFETY: a string or NULL ("Text", this function's contract).
+        if let Some(stem) = unsafe { pointer::optional_string(options.stem, Self::NAME, "stem") }? {
+            result.stem = stem;
         }
         Ok(result)
     }
@@ -290,7 +274,7 @@ pub struct sft_edit_options {
     pub durable: u32,
 }
 
-// SAFETY: `repr(C)`, begins with its size, holds integers only.
+// SAFETY: `repr(C)`, begins with its size, holds only integers, without padding.
 unsafe impl Versioned for sft_edit_options {
     const NAME: &'static str = "sft_edit_options";
     const FIRST_SIZE: usize = 24;
@@ -307,7 +291,7 @@ impl sft_edit_options {
             in_place: 0,
             durable: 0,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: this function has the contract of `pointer::options`.
         let options = unsafe { pointer::options(options, defaults) }?;
         for (name, flag) in [("in_place", options.in_place), ("durable", options.durable)] {
             if flag > 1 {
@@ -320,68 +304,4 @@ impl sft_edit_options {
             durable: options.durable == 1,
         })
     }
-}
-
-/// One entry of the metadata that is set or removed.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_metadata_change {
-    /// The key.
-    pub key: sft_str,
-    /// The new value; NULL removes the entry.
-    pub value: sft_str,
-}
-
-/// What a file says of one tensor.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_tensor_info {
-    /// The size of the struct.
-    pub struct_size: usize,
-    /// The name.
-    pub name: sft_str,
-    /// The number of dimensions.
-    pub rank: usize,
-    /// The dimensions, in elements.
-    pub shape: *const u64,
-    /// The number of bytes.
-    pub nbytes: u64,
-    /// Where the bytes begin, from the start of the file.
-    pub begin: u64,
-    /// Where the bytes end.
-    pub end: u64,
-    /// The element type.
-    pub dtype: u32,
-    /// 0.
-    pub reserved: u32,
-}
-
-// SAFETY: `repr(C)`, begins with its size, holds integers and raw pointers only.
-unsafe impl Versioned for sft_tensor_info {
-    const NAME: &'static str = "sft_tensor_info";
-    const FIRST_SIZE: usize = 72;
-}
-
-/// The part of one dimension that a slice takes.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_range {
-    /// The first index.
-    pub start: u64,
-    /// The index to stop before.
-    pub stop: u64,
-    /// The distance between two indices.
-    pub step: u64,
-}
-
-/// One tensor of many that are read at once.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_read_request {
-    /// The tensor, in file order.
-    pub index: usize,
-    /// Where its bytes go.
-    pub buffer: *mut c_void,
-    /// The number of bytes of `buffer`.
-    pub nbytes: usize,
 }

@@ -1,22 +1,27 @@
-//! Every cast between C pointers and Rust's: the only file of the C ABI that turns one into the other.
+//! Every conversion between C pointers and Rust references.
 //!
-//! What can be seen of a pointer is checked here: NULL, alignment, lengths, UTF-8. What cannot is the caller's promise,
-//! and each function says which.
+//! Checks what can be checked: NULL, alignment, length, UTF-8. The rest is a clause of the header (see the module above),
+//! which the C caller keeps, and which each function here requires by name.
 
+use std::cell::Cell;
 use std::ffi::{CStr, OsStr, c_char, c_void};
+use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::sft_str;
 use crate::error::{Error, ErrorKind, Result};
 
-/// No struct of this ABI is larger; a larger size is a size that was never set.
+/// The largest size that a struct of this ABI may have; a larger one was never set.
 const MAX_STRUCT_BYTES: usize = 4096;
 
 pub(super) fn invalid(detail: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidArgument, detail)
 }
 
+/// Compiles only if several threads may use a `T` at once.
+pub(super) const fn assert_sync<T: Sync>() {}
+
+/// Refuses NULL and misaligned pointers.
 fn check<T>(pointer: *const T, what: &str) -> Result<()> {
     if pointer.is_null() {
         return Err(invalid(format!("{what} is NULL")));
@@ -27,177 +32,209 @@ fn check<T>(pointer: *const T, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Hands `value` to C, which gives it back to [`release`].
-pub(super) fn hand_over<T>(value: T) -> *mut T {
-    Box::into_raw(Box::new(value))
-}
-
-/// Takes back what [`hand_over`] gave, and drops it; NULL is nothing.
-///
-/// # Safety
-///
-/// `handle` is NULL, or came from [`hand_over`] and was not released, and nobody uses it any more.
-pub(super) unsafe fn release<T>(handle: *mut T) {
-    if !handle.is_null() {
-        // SAFETY: the caller's promise.
-        drop(unsafe { Box::from_raw(handle) });
-    }
-}
-
-/// A handle or a struct to read.
-///
-/// # Safety
-///
-/// `pointer` is NULL or points to a `T` that nobody changes during the call.
-pub(super) unsafe fn shared<'a, T>(pointer: *const T, what: &str) -> Result<&'a T> {
+/// As [`check`]; refuses arrays that no memory could hold, too.
+fn check_array<T>(pointer: *const T, length: usize, what: &str) -> Result<()> {
     check(pointer, what)?;
-    // SAFETY: neither NULL nor misaligned; the rest is the caller's promise.
-    Ok(unsafe { &*pointer })
-}
-
-/// A handle to change.
-///
-/// # Safety
-///
-/// `pointer` is NULL or points to a `T` that nobody else uses during the call.
-pub(super) unsafe fn exclusive<'a, T>(pointer: *mut T, what: &str) -> Result<&'a mut T> {
-    check(pointer, what)?;
-    // SAFETY: neither NULL nor misaligned; the rest is the caller's promise.
-    Ok(unsafe { &mut *pointer })
-}
-
-/// A place that a result goes to, checked before any work is done.
-pub(super) struct Out<T>(*mut T);
-
-impl<T> Out<T> {
-    /// # Safety
-    ///
-    /// `pointer` is NULL or valid for the write of a `T` during the call. It may hold anything yet.
-    pub(super) unsafe fn new(pointer: *mut T, what: &str) -> Result<Out<T>> {
-        check(pointer, what)?;
-        Ok(Out(pointer))
-    }
-
-    pub(super) fn set(&self, value: T) {
-        // SAFETY: checked, and promised by whoever made `self`; no destructor runs on what was there before, as that
-        // may be no `T` yet.
-        unsafe { self.0.write(value) }
-    }
-}
-
-/// An array to read; NULL will do where it has no element.
-///
-/// # Safety
-///
-/// `pointer` is NULL or valid for reads of `length` elements, which nobody changes while the result is in use.
-pub(super) unsafe fn array<'a, T>(pointer: *const T, length: usize, what: &str) -> Result<&'a [T]> {
-    if length == 0 {
-        return Ok(&[]);
-    }
-    check(pointer, what)?;
-    check_length::<T>(length, what)?;
-    // SAFETY: neither NULL nor misaligned nor too long; the rest is the caller's promise.
-    Ok(unsafe { std::slice::from_raw_parts(pointer, length) })
-}
-
-/// An array to write to; NULL will do where it has no element.
-///
-/// The result is a pointer: the memory may hold nothing yet, and a Rust slice must hold values.
-pub(super) fn destination<T>(pointer: *mut T, length: usize, what: &str) -> Result<*mut T> {
-    if length == 0 {
-        return Ok(std::ptr::NonNull::dangling().as_ptr());
-    }
-    check(pointer, what)?;
-    check_length::<T>(length, what)?;
-    Ok(pointer)
-}
-
-fn check_length<T>(length: usize, what: &str) -> Result<()> {
     match length.checked_mul(size_of::<T>()) {
         Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
         _ => Err(invalid(format!("{what} has {length} elements, more than memory can hold"))),
     }
 }
 
-/// Copies `values` to an array of C.
+/// Moves `value` to the heap, and returns the handle that [`free_handle`] takes.
+pub(super) fn new_handle<T>(value: T) -> *mut T {
+    Box::into_raw(Box::new(value))
+}
+
+/// Frees a handle; NULL is ignored.
 ///
 /// # Safety
 ///
-/// `pointer` is NULL or valid for writes of as many elements as `values` has, and is no part of it.
-pub(super) unsafe fn copy_out<T: Copy>(values: &[T], pointer: *mut T, what: &str) -> Result<()> {
-    let pointer = destination(pointer, values.len(), what)?;
-    // SAFETY: checked, and the caller's promise.
-    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), pointer, values.len()) };
-    Ok(())
+/// "Ownership": `handle` is NULL, or came from [`new_handle`] and was not freed. "Threads": no other thread uses it.
+pub(super) unsafe fn free_handle<T>(handle: *mut T) {
+    if !handle.is_null() {
+        // SAFETY: a `Box` of this type made it ("Ownership"), and nobody refers to it ("Threads").
+        drop(unsafe { Box::from_raw(handle) });
+    }
 }
 
-/// Bytes of any meaning.
+/// Borrows a const handle.
+///
+/// # Safety
+///
+/// "Ownership": `handle` is NULL or a live handle. "Threads": nobody changes or frees it during the call.
+pub(super) unsafe fn shared<'a, T>(handle: *const T, what: &str) -> Result<&'a T> {
+    check(handle, what)?;
+    // SAFETY: not NULL and aligned (checked above), a live `T` ("Ownership") that does not change ("Threads").
+    Ok(unsafe { &*handle })
+}
+
+/// Borrows a handle to change it.
+///
+/// # Safety
+///
+/// "Ownership": `handle` is NULL or a live handle. "Threads": nobody else uses it during the call.
+pub(super) unsafe fn exclusive<'a, T>(handle: *mut T, what: &str) -> Result<&'a mut T> {
+    check(handle, what)?;
+    // SAFETY: not NULL and aligned (checked above), a live `T` ("Ownership") that nobody else uses ("Threads").
+    Ok(unsafe { &mut *handle })
+}
+
+/// Memory for one result, checked before any work is done. It may be uninitialized, and two results may share it.
+pub(super) struct Out<'a, T>(&'a Cell<MaybeUninit<T>>);
+
+impl<T> Out<'_, T> {
+    /// # Safety
+    ///
+    /// "Pointers": `pointer` is NULL, or valid for reads and writes of a `T` during the call, and apart from what the
+    /// call reads.
+    pub(super) unsafe fn new(pointer: *mut T, what: &str) -> Result<Self> {
+        check(pointer, what)?;
+        // SAFETY: not NULL and aligned (checked above), valid during the call ("Pointers"). A `Cell` of `MaybeUninit` has
+        // the layout of a `T`, need not be initialized, and may have aliases.
+        Ok(Out(unsafe { &*pointer.cast::<Cell<MaybeUninit<T>>>() }))
+    }
+
+    pub(super) fn set(&self, value: T) {
+        self.0.set(MaybeUninit::new(value));
+    }
+}
+
+impl<T> Out<'_, *mut T> {
+    /// As [`Out::new`], for a result that is NULL unless the call succeeds.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Out::new`].
+    pub(super) unsafe fn null(pointer: *mut *mut T, what: &str) -> Result<Self> {
+        // SAFETY: this function has the contract of `Out::new`.
+        let out = unsafe { Out::new(pointer, what) }?;
+        out.set(std::ptr::null_mut());
+        Ok(out)
+    }
+}
+
+/// Borrows an array; NULL is allowed if it is empty.
+///
+/// # Safety
+///
+/// "Pointers": `pointer` is NULL or valid for reads of `length` elements, which nobody changes while the result is used.
+pub(super) unsafe fn array<'a, T>(pointer: *const T, length: usize, what: &str) -> Result<&'a [T]> {
+    if length == 0 {
+        return Ok(&[]);
+    }
+    check_array(pointer, length, what)?;
+    // SAFETY: not NULL, aligned, not too long (checked above); valid and unchanged ("Pointers").
+    Ok(unsafe { std::slice::from_raw_parts(pointer, length) })
+}
+
+/// Borrows an array of results, as [`Out`] does one; NULL is allowed if it is empty.
+///
+/// # Safety
+///
+/// "Pointers": as for [`Out::new`], for `length` elements.
+pub(super) unsafe fn out_array<'a, T>(
+    pointer: *mut T,
+    length: usize,
+    what: &str,
+) -> Result<&'a [Cell<MaybeUninit<T>>]> {
+    // SAFETY: the contract of `array`, with elements that may be uninitialized, have aliases and change.
+    unsafe { array(pointer.cast::<Cell<MaybeUninit<T>>>(), length, what) }
+}
+
+/// Checks a buffer for results; NULL is allowed if it is empty.
+///
+/// Returns a pointer, because the buffer may be uninitialized and the values of a slice may not.
+pub(super) fn buffer(pointer: *mut c_void, length: usize, what: &str) -> Result<*mut u8> {
+    if length == 0 {
+        return Ok(std::ptr::NonNull::dangling().as_ptr());
+    }
+    check_array(pointer.cast::<u8>(), length, what)?;
+    Ok(pointer.cast())
+}
+
+/// Borrows bytes.
 ///
 /// # Safety
 ///
 /// As for [`array`].
 pub(super) unsafe fn bytes<'a>(pointer: *const c_void, length: usize, what: &str) -> Result<&'a [u8]> {
-    // SAFETY: the caller's promise.
+    // SAFETY: this function has the contract of `array`; every value is a `u8`.
     unsafe { array(pointer.cast::<u8>(), length, what) }
 }
 
-/// UTF-8 text with a length, in which NUL is a character.
+/// Borrows UTF-8 text with a length, which may contain NUL.
 ///
 /// # Safety
 ///
 /// As for [`array`].
 pub(super) unsafe fn text<'a>(pointer: *const c_char, length: usize, what: &str) -> Result<&'a str> {
-    // SAFETY: the caller's promise.
+    // SAFETY: this function has the contract of `array`; every value is a `u8`.
     let bytes = unsafe { array(pointer.cast::<u8>(), length, what) }?;
     std::str::from_utf8(bytes)
         .map_err(|error| invalid(format!("{what} is not UTF-8: bad byte at {}", error.valid_up_to())))
 }
 
-/// A string that ends in NUL.
+/// Borrows a string.
 ///
 /// # Safety
 ///
-/// `pointer` is NULL or points to bytes up to a NUL, which nobody changes while the result is in use.
+/// "Text": `pointer` is NULL or points to bytes up to a NUL. "Pointers": nobody changes them while the result is used.
 pub(super) unsafe fn c_string<'a>(pointer: *const c_char, what: &str) -> Result<&'a CStr> {
     check(pointer, what)?;
-    // SAFETY: not NULL; the rest is the caller's promise.
+    // SAFETY: not NULL (checked above), ends in NUL ("Text"), valid and unchanged ("Pointers").
     Ok(unsafe { CStr::from_ptr(pointer) })
 }
 
-/// A path that ends in NUL, in the bytes of the file system.
+/// Borrows a UTF-8 string of the struct `name`; NULL becomes `None`.
+///
+/// # Safety
+///
+/// As for [`c_string`].
+pub(super) unsafe fn optional_string<'a>(
+    pointer: *const c_char,
+    name: &str,
+    field: &str,
+) -> Result<Option<&'a str>> {
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: this function has the contract of `c_string`.
+    let text = unsafe { c_string(pointer, field) }?;
+    text.to_str().map(Some).map_err(|_| invalid(format!("{name}: {field} is not UTF-8")))
+}
+
+/// Borrows a path, in the bytes of the filesystem.
 ///
 /// # Safety
 ///
 /// As for [`c_string`].
 pub(super) unsafe fn path<'a>(pointer: *const c_char) -> Result<&'a Path> {
-    // SAFETY: the caller's promise.
+    // SAFETY: this function has the contract of `c_string`.
     let bytes = unsafe { c_string(pointer, "path") }?.to_bytes();
     Ok(Path::new(OsStr::from_bytes(bytes)))
-}
-
-/// Text as C sees it; valid as long as `text` is.
-pub(super) fn lend(text: &str) -> sft_str {
-    sft_str { data: text.as_ptr().cast(), length: text.len() }
 }
 
 /// A struct that begins with its own size, `struct_size`, and grows at its end from version to version.
 ///
 /// # Safety
 ///
-/// The type is `repr(C)`, its first field is that `usize`, and every pattern of bits is a value of it.
+/// The type is `repr(C)` without padding, its first field is that `usize`, and every bit pattern is a valid value.
 pub(super) unsafe trait Versioned: Copy {
     /// Its name in the header.
     const NAME: &'static str;
-    /// The size that it had in the first version of the ABI.
+    /// Its size in the first version of the ABI.
     const FIRST_SIZE: usize;
 }
 
+/// Reads and checks `struct_size`.
+///
 /// # Safety
 ///
-/// `pointer` is NULL or points to at least a `usize`.
+/// "Pointers": `pointer` is NULL or valid for a read of a `usize`.
 unsafe fn struct_size<T: Versioned>(pointer: *const T) -> Result<usize> {
     check(pointer, T::NAME)?;
-    // SAFETY: checked, and the first field of every versioned struct is its size.
+    // SAFETY: not NULL and aligned (checked above), valid ("Pointers"); the first field is a `usize` (`Versioned`).
     let size = unsafe { pointer.cast::<usize>().read() };
     if !(T::FIRST_SIZE..=MAX_STRUCT_BYTES).contains(&size) {
         return Err(invalid(format!(
@@ -209,20 +246,20 @@ unsafe fn struct_size<T: Versioned>(pointer: *const T) -> Result<usize> {
     Ok(size)
 }
 
-/// Options of this or another version of the header: fields that the caller's version has not are those of `defaults`,
-/// fields that this version has not must be zero. NULL asks for `defaults`.
+/// Reads options of this or another version of the header, or returns `defaults` for NULL. Fields that the caller's
+/// version lacks keep their defaults; fields that this version lacks must be zero.
 ///
 /// # Safety
 ///
-/// `pointer` is NULL or valid for reads of as many bytes as its `struct_size` says.
+/// "Pointers" and "Versions": `pointer` is NULL, or valid for reads of as many bytes as its `struct_size` says.
 pub(super) unsafe fn options<T: Versioned>(pointer: *const T, defaults: T) -> Result<T> {
     if pointer.is_null() {
         return Ok(defaults);
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: valid for a read of its first field ("Pointers").
     let size = unsafe { struct_size(pointer) }?;
     let known = size.min(size_of::<T>());
-    // SAFETY: the caller vouches for `size` bytes.
+    // SAFETY: not NULL (checked above), valid for `size` bytes ("Versions"), none of them padding (`Versioned`).
     let given = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), size) };
     if given[known..].iter().any(|&byte| byte != 0) {
         return Err(invalid(format!(
@@ -232,38 +269,39 @@ pub(super) unsafe fn options<T: Versioned>(pointer: *const T, defaults: T) -> Re
         )));
     }
     let mut options = defaults;
-    // SAFETY: `known` bytes are there on both sides, and every pattern of bits is a `T` (`Versioned`).
+    // SAFETY: both sides have `known` bytes (the minimum of their sizes), and every bit pattern is a `T` (`Versioned`).
     unsafe { std::ptr::copy_nonoverlapping(given.as_ptr(), (&raw mut options).cast::<u8>(), known) };
     Ok(options)
 }
 
-/// A struct that C wants filled: as much of it as its version has; what this version does not know becomes zero.
-pub(super) struct VersionedOut<T> {
-    pointer: *mut T,
-    size: usize,
+/// A struct for results, of this or another version of the header.
+pub(super) struct VersionedOut<'a, T> {
+    bytes: &'a [Cell<MaybeUninit<u8>>],
+    version: std::marker::PhantomData<T>,
 }
 
-impl<T: Versioned> VersionedOut<T> {
+impl<T: Versioned> VersionedOut<'_, T> {
     /// # Safety
     ///
-    /// `pointer` is NULL or valid for reads of its `struct_size`, and for writes of so many bytes during the call.
-    pub(super) unsafe fn new(pointer: *mut T) -> Result<VersionedOut<T>> {
-        // SAFETY: the caller's promise.
-        let size = unsafe { struct_size(pointer) }?;
-        Ok(VersionedOut { pointer, size })
+    /// "Pointers" and "Versions": `pointer` is NULL, or valid during the call for reads and writes of as many bytes as its
+    /// `struct_size` says.
+    pub(super) unsafe fn new(pointer: *mut T) -> Result<Self> {
+        // SAFETY: valid for a read of its first field ("Pointers"), and then for `size` bytes ("Versions").
+        let bytes = unsafe {
+            let size = struct_size(pointer)?;
+            out_array(pointer.cast::<u8>(), size, T::NAME)?
+        };
+        Ok(VersionedOut { bytes, version: std::marker::PhantomData })
     }
 
-    /// Fills the struct; its `struct_size` stays as the caller set it.
+    /// Fills the struct except `struct_size`. Fields that this version lacks become zero.
     pub(super) fn set(&self, value: T) {
-        let known = self.size.min(size_of::<T>());
-        let header = size_of::<usize>();
-        let target = self.pointer.cast::<u8>();
-        // SAFETY: whoever made `self` vouches for `size` bytes, of which `known` and the rest are written; `known` is
-        // no more than `value` has, and at least `FIRST_SIZE`, which holds the size field.
-        unsafe {
-            let source = (&raw const value).cast::<u8>();
-            std::ptr::copy_nonoverlapping(source.add(header), target.add(header), known - header);
-            target.add(known).write_bytes(0, self.size - known);
+        let source: *const T = &raw const value;
+        // SAFETY: the bytes of `value`, which lives until this returns; a `MaybeUninit` need not be initialized.
+        let source = unsafe { std::slice::from_raw_parts(source.cast::<MaybeUninit<u8>>(), size_of::<T>()) };
+        let rest = std::iter::repeat(MaybeUninit::new(0));
+        for (to, from) in self.bytes.iter().zip(source.iter().copied().chain(rest)).skip(size_of::<usize>()) {
+            to.set(from);
         }
     }
 }

@@ -1,29 +1,34 @@
-//! Parts of a tensor: how large one is, and its bytes.
+//! Slices of a tensor: their sizes and their bytes.
 
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 
-use super::boundary;
-use super::file::{Open, sft_file};
-use super::options::sft_range;
+use super::boundary::boundary;
+use super::handle::{OpenState, sft_file};
 use super::pointer::{self, Out};
-use super::status::sft_status;
+use super::types::sft_status;
 use crate::error::Result;
 use crate::format::slice::{AxisRange, Slice};
 
-/// Plans the slice that a caller's ranges ask for.
-///
-/// # Safety
-///
-/// `ranges` is NULL or valid for reads of `rank` elements.
-unsafe fn plan(open: &Open, index: usize, ranges: *const sft_range, rank: usize) -> Result<Slice> {
-    // SAFETY: the caller's promise.
-    let ranges = unsafe { pointer::array(ranges, rank, "ranges") }?;
-    let ranges: Vec<AxisRange> =
-        ranges.iter().map(|&sft_range { start, stop, step }| AxisRange { start, stop, step }).collect();
-    open.file.slice(index, &ranges)
+/// The part of one dimension that a slice takes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_range {
+    /// The first index.
+    pub start: u64,
+    /// The index to stop before.
+    pub stop: u64,
+    /// The distance between two indices.
+    pub step: u64,
 }
 
-/// The shape and the size of a slice.
+fn plan(state: &OpenState, index: usize, ranges: &[sft_range]) -> Result<Slice> {
+    let ranges: Vec<AxisRange> =
+        ranges.iter().map(|&sft_range { start, stop, step }| AxisRange { start, stop, step }).collect();
+    state.file.slice(index, &ranges)
+}
+
+/// Computes the shape and the size of a slice.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_slice_size(
     file: *const sft_file,
@@ -34,13 +39,20 @@ pub unsafe extern "C" fn sft_file_get_slice_size(
     nbytes: *mut u64,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, `rank` ranges and a place for a number (header).
-        let (open, out) = unsafe { (sft_file::open(file)?, Out::new(nbytes, "nbytes")?) };
-        // SAFETY: as above.
-        let slice = unsafe { plan(open, index, ranges, rank) }?;
-        // SAFETY: `shape` has room for `rank` dimensions, and a slice has as many as it has ranges (header).
-        unsafe { pointer::copy_out(slice.shape(), shape, "shape") }?;
-        out.set(slice.nbytes());
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `rank` ranges and dimensions, a number ("Pointers").
+        let (state, ranges, shape, nbytes) = unsafe {
+            (
+                sft_file::state(file)?,
+                pointer::array(ranges, rank, "ranges")?,
+                pointer::out_array(shape, rank, "shape")?,
+                Out::new(nbytes, "nbytes")?,
+            )
+        };
+        let slice = plan(state, index, ranges)?;
+        for (out, &dimension) in shape.iter().zip(slice.shape()) {
+            out.set(MaybeUninit::new(dimension));
+        }
+        nbytes.set(slice.nbytes());
         Ok(())
     })
 }
@@ -56,12 +68,11 @@ pub unsafe extern "C" fn sft_file_read_slice(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle and `rank` ranges (header).
-        let open = unsafe { sft_file::open(file) }?;
-        // SAFETY: as above.
-        let slice = unsafe { plan(open, index, ranges, rank) }?;
-        let buffer = pointer::destination(buffer.cast(), nbytes, "buffer")?;
-        // SAFETY: `buffer` is valid for writes of `nbytes` during the call (header; not NULL, checked).
-        unsafe { open.file.read_slice(index, &slice, buffer, nbytes) }
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `rank` ranges ("Pointers").
+        let (state, ranges) = unsafe { (sft_file::state(file)?, pointer::array(ranges, rank, "ranges")?) };
+        let slice = plan(state, index, ranges)?;
+        let buffer = pointer::buffer(buffer, nbytes, "buffer")?;
+        // SAFETY: `buffer` is not NULL (checked), valid for writes of `nbytes` during the call (header, "Pointers").
+        unsafe { state.file.read_slice(index, &slice, buffer, nbytes) }
     })
 }

@@ -1,12 +1,12 @@
-//! `sft_writer`: tensors and metadata that are collected, then written to a file or into memory.
+//! `sft_writer`: collects tensors and metadata, and writes them to a file, to a checkpoint or to memory.
 
 use std::ffi::{c_char, c_void};
 
-use super::boundary;
-use super::dtype::{self, sft_dtype};
+use super::boundary::boundary;
+use super::dtype;
 use super::options::{sft_save_options, sft_sharded_options};
 use super::pointer::{self, Out};
-use super::status::sft_status;
+use super::types::{sft_dtype, sft_status};
 use crate::checkpoint::save_sharded;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
@@ -14,14 +14,14 @@ use crate::format::header::{Metadata, tensor_nbytes};
 use crate::format::layout::{Layout, TensorSpec};
 use crate::write::save::{save_file, save_into_raw};
 
-/// What is to be written.
+/// The tensors and the metadata to write.
 #[derive(Default)]
 pub struct sft_writer {
     tensors: Vec<Tensor>,
     metadata: Option<Metadata>,
 }
 
-/// One tensor: name and shape of our own, bytes of the caller's.
+/// One tensor. Name and shape are copies.
 struct Tensor {
     name: String,
     dtype: Dtype,
@@ -29,12 +29,12 @@ struct Tensor {
     data: Data,
 }
 
-/// Where a tensor's bytes come from.
+/// The source of a tensor's bytes.
 enum Data {
-    /// From memory of the caller's.
-    Lent { start: *const c_void, nbytes: usize },
-    /// They are given to an `sft_incremental_writer`.
-    Streamed,
+    /// Memory of the caller.
+    Borrowed { start: *const c_void, nbytes: usize },
+    /// The caller passes them to an `sft_incremental_writer`.
+    Declared,
 }
 
 impl sft_writer {
@@ -45,37 +45,37 @@ impl sft_writer {
             .collect()
     }
 
-    /// The bytes of every tensor.
+    /// Returns the bytes of every tensor, or an error if one was only declared.
     ///
     /// # Safety
     ///
-    /// The data of every tensor is still there, and nobody changes it while the result is in use.
+    /// "Ownership": the data of every tensor is valid, and nobody changes it while the result is used.
     unsafe fn data(&self) -> Result<Vec<&[u8]>> {
         let mut all = Vec::with_capacity(self.tensors.len());
         for tensor in &self.tensors {
-            let Data::Lent { start, nbytes } = tensor.data else {
+            let Data::Borrowed { start, nbytes } = tensor.data else {
                 let detail = format!(
-                    "tensor {:?} was declared without data: write the file with sft_incremental_writer_create",
+                    "tensor {:?} was declared without data; write the file with sft_incremental_writer_create",
                     tensor.name
                 );
                 return Err(pointer::invalid(detail));
             };
-            // SAFETY: the caller's promise.
+            // SAFETY: valid and unchanged ("Ownership", this function's contract).
             all.push(unsafe { pointer::bytes(start, nbytes, "data") }?);
         }
         Ok(all)
     }
 
-    /// The name and the bytes of every tensor that has some.
+    /// Returns the name and the bytes of every tensor that was added with data.
     ///
     /// # Safety
     ///
     /// As for [`sft_writer::data`].
-    pub(super) unsafe fn lent(&self) -> Result<Vec<(&str, &[u8])>> {
+    pub(super) unsafe fn borrowed(&self) -> Result<Vec<(&str, &[u8])>> {
         let mut all = Vec::new();
         for tensor in &self.tensors {
-            if let Data::Lent { start, nbytes } = tensor.data {
-                // SAFETY: the caller's promise.
+            if let Data::Borrowed { start, nbytes } = tensor.data {
+                // SAFETY: valid and unchanged ("Ownership", this function's contract).
                 all.push((tensor.name.as_str(), unsafe { pointer::bytes(start, nbytes, "data") }?));
             }
         }
@@ -87,13 +87,13 @@ impl sft_writer {
     }
 }
 
-/// A writer without tensors.
+/// Creates a writer without tensors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_new(writer: *mut *mut sft_writer) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a handle (header).
+        // SAFETY: a handle to set (header, "Pointers").
         let out = unsafe { Out::new(writer, "writer") }?;
-        out.set(pointer::hand_over(sft_writer::default()));
+        out.set(pointer::new_handle(sft_writer::default()));
         Ok(())
     })
 }
@@ -102,8 +102,8 @@ pub unsafe extern "C" fn sft_writer_new(writer: *mut *mut sft_writer) -> sft_sta
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_free(writer: *mut sft_writer) {
     boundary!((); {
-        // SAFETY: the caller gives NULL, or a handle that nobody uses any more (header).
-        unsafe { pointer::release(writer) }
+        // SAFETY: NULL or a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::free_handle(writer) }
     })
 }
 
@@ -120,8 +120,8 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now, `name_length` bytes, `rank` dimensions, and
-        // `nbytes` bytes of data (header).
+        // SAFETY: a live handle that no other thread uses (header, "Ownership", "Threads"); `name_length` bytes, `rank`
+        // dimensions, `nbytes` bytes ("Pointers").
         let (writer, name, shape, given) = unsafe {
             (
                 pointer::exclusive(writer, "writer")?,
@@ -133,16 +133,17 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
         let dtype = dtype::require(dtype)?;
         let needed = tensor_nbytes(name, dtype, shape)?;
         if needed != given as u64 {
-            let detail = format!("tensor {name:?} takes {needed} bytes, but {given} were given");
+            let detail =
+                format!("tensor {name:?}: dtype and shape need {needed} bytes, but nbytes is {given}");
             return Err(Error::new(ErrorKind::BufferSize, detail));
         }
-        let data = Data::Lent { start: data, nbytes };
+        let data = Data::Borrowed { start: data, nbytes };
         writer.tensors.push(Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), data });
         Ok(())
     })
 }
 
-/// Adds a tensor whose bytes are given to an `sft_incremental_writer`.
+/// Adds a tensor whose bytes the caller passes to an `sft_incremental_writer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_declare_tensor(
     writer: *mut sft_writer,
@@ -153,8 +154,8 @@ pub unsafe extern "C" fn sft_writer_declare_tensor(
     rank: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now, `name_length` bytes, and `rank` dimensions
-        // (header).
+        // SAFETY: a live handle that no other thread uses (header, "Ownership", "Threads"); `name_length` bytes, `rank`
+        // dimensions ("Pointers").
         let (writer, name, shape) = unsafe {
             (
                 pointer::exclusive(writer, "writer")?,
@@ -165,22 +166,22 @@ pub unsafe extern "C" fn sft_writer_declare_tensor(
         let dtype = dtype::require(dtype)?;
         tensor_nbytes(name, dtype, shape)?;
         let (name, shape) = (name.to_string(), shape.to_vec());
-        writer.tensors.push(Tensor { name, dtype, shape, data: Data::Streamed });
+        writer.tensors.push(Tensor { name, dtype, shape, data: Data::Declared });
         Ok(())
     })
 }
 
-/// Has metadata written, even if no entry is added.
+/// Writes metadata even if no entry is added.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_enable_metadata(writer: *mut sft_writer) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now (header).
+        // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
         unsafe { pointer::exclusive(writer, "writer") }?.metadata.get_or_insert_default();
         Ok(())
     })
 }
 
-/// Adds an entry to the metadata.
+/// Adds a metadata entry.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_add_metadata(
     writer: *mut sft_writer,
@@ -190,7 +191,8 @@ pub unsafe extern "C" fn sft_writer_add_metadata(
     value_length: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle that nobody else uses now, and two texts of these lengths (header).
+        // SAFETY: a live handle that no other thread uses (header, "Ownership", "Threads"); two texts of these lengths
+        // ("Pointers").
         let (writer, key, value) = unsafe {
             (
                 pointer::exclusive(writer, "writer")?,
@@ -200,7 +202,7 @@ pub unsafe extern "C" fn sft_writer_add_metadata(
         };
         let metadata = writer.metadata.get_or_insert_default();
         if metadata.contains_key(key) {
-            let detail = format!("the metadata has the key {key:?} already");
+            let detail = format!("the metadata already contains the key {key:?}");
             return Err(Error::new(ErrorKind::Duplicate, detail));
         }
         metadata.insert(key.to_string(), value.to_string());
@@ -208,7 +210,7 @@ pub unsafe extern "C" fn sft_writer_add_metadata(
     })
 }
 
-/// The size of the whole file in bytes.
+/// Returns the size of the whole file in bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_get_size(
     writer: *const sft_writer,
@@ -216,7 +218,8 @@ pub unsafe extern "C" fn sft_writer_get_size(
     nbytes: *mut u64,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, options or NULL, and a place for a number (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); options or NULL, a number to set ("Pointers",
+        // "Versions").
         let (writer, options, out) = unsafe {
             (
                 pointer::shared(writer, "writer")?,
@@ -238,17 +241,18 @@ pub unsafe extern "C" fn sft_writer_write_file(
     options: *const sft_save_options,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, a string, and options or NULL (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a string ("Text"); options or NULL ("Pointers",
+        // "Versions").
         let (writer, path, options) = unsafe {
             (pointer::shared(writer, "writer")?, pointer::path(path)?, sft_save_options::read(options)?)
         };
-        // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
+        // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
         save_file(&writer.specs(), &data, writer.metadata.as_ref(), path, options)
     })
 }
 
-/// Writes a checkpoint of one file or several into `directory`.
+/// Writes a checkpoint of one file or several to `directory`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_write_sharded(
     writer: *const sft_writer,
@@ -256,7 +260,8 @@ pub unsafe extern "C" fn sft_writer_write_sharded(
     options: *const sft_sharded_options,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, a string, and options or NULL (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a string ("Text"); options or NULL ("Pointers",
+        // "Versions").
         let (writer, directory, options) = unsafe {
             (
                 pointer::shared(writer, "writer")?,
@@ -264,7 +269,7 @@ pub unsafe extern "C" fn sft_writer_write_sharded(
                 sft_sharded_options::read(options)?,
             )
         };
-        // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
+        // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
         save_sharded(&writer.specs(), &data, writer.metadata.as_ref(), directory, options)?;
         Ok(())
@@ -280,14 +285,15 @@ pub unsafe extern "C" fn sft_writer_write_buffer(
     nbytes: usize,
 ) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a handle, and options or NULL (header).
+        // SAFETY: a live handle (header, "Ownership", "Threads"); options or NULL ("Pointers", "Versions").
         let (writer, options) =
             unsafe { (pointer::shared(writer, "writer")?, sft_save_options::read(options)?) };
-        let buffer = pointer::destination(buffer.cast(), nbytes, "buffer")?;
-        // SAFETY: the caller keeps the data of every tensor, unchanged, until the write has returned (header).
+        let buffer = pointer::buffer(buffer, nbytes, "buffer")?;
+        // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
         let specs = writer.specs();
-        // SAFETY: `buffer` is valid for writes of `nbytes` and apart from the data (header; not NULL, checked).
+        // SAFETY: `buffer` is not NULL (checked), valid for writes of `nbytes`, and apart from the data (header,
+        // "Pointers").
         unsafe { save_into_raw(&specs, &data, writer.metadata.as_ref(), buffer, nbytes, options.alignment) }
     })
 }

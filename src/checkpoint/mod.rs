@@ -44,7 +44,7 @@ const MOST_WAITS: usize = 10;
 pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Sorted by the tensors' names.
-    by_name: Vec<TensorPlace>,
+    by_name: Vec<TensorLocation>,
     path: PathBuf,
 }
 
@@ -110,7 +110,7 @@ type Attempt<T> = std::result::Result<T, Failure>;
 
 /// Which tensor of which shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorPlace {
+pub struct TensorLocation {
     /// Among [`Checkpoint::shards`].
     pub shard: u32,
     /// In file order.
@@ -226,18 +226,18 @@ impl Checkpoint {
     }
 
     /// Where the tensors are, in the order of their names.
-    pub fn sorted_by_name(&self) -> &[TensorPlace] {
+    pub fn sorted_by_name(&self) -> &[TensorLocation] {
         &self.by_name
     }
 
     /// Where the tensor `name` is.
-    pub fn find(&self, name: &str) -> Option<TensorPlace> {
+    pub fn find(&self, name: &str) -> Option<TensorLocation> {
         let found = self.by_name.binary_search_by(|&place| name_at(&self.shards, place).cmp(name)).ok()?;
         Some(self.by_name[found])
     }
 
     /// Where the tensor `name` is, or an error that says so.
-    pub fn require(&self, name: &str) -> Result<TensorPlace> {
+    pub fn require(&self, name: &str) -> Result<TensorLocation> {
         self.find(name).ok_or_else(|| tensor_not_found(name).in_file(&self.path))
     }
 
@@ -348,37 +348,37 @@ fn is_at(file: &File, directory: &Directory, name: &OsStr) -> bool {
 }
 
 /// The places of all tensors, sorted by name, and those of one name by shard.
-fn sorted_places(shards: &[Shard]) -> Vec<TensorPlace> {
+fn sorted_places(shards: &[Shard]) -> Vec<TensorLocation> {
     let places = shards.iter().enumerate().flat_map(|(shard, one)| {
         one.file
             .header()
             .sorted_by_name()
             .iter()
-            .map(move |&index| TensorPlace { shard: shard as u32, index })
+            .map(move |&index| TensorLocation { shard: shard as u32, index })
     });
-    let mut places: Vec<TensorPlace> = places.collect();
+    let mut places: Vec<TensorLocation> = places.collect();
     // Runs that are sorted already, which this sort merges.
     places.sort_by(|&a, &b| name_at(shards, a).cmp(name_at(shards, b)));
     places
 }
 
-fn name_at(shards: &[Shard], place: TensorPlace) -> &str {
+fn name_at(shards: &[Shard], place: TensorLocation) -> &str {
     let tensor = shards[place.shard as usize].file.header().get(place.index as usize);
     tensor.map_or("", |tensor| tensor.name)
 }
 
 /// The places of the tensors that the index lists, sorted by name.
-fn listed_places(index: &Index, shards: &[Shard]) -> Result<Vec<TensorPlace>> {
+fn listed_places(index: &Index, shards: &[Shard]) -> Result<Vec<TensorLocation>> {
     let places = index.tensors.iter().map(|(name, shard)| {
         let found = shards[*shard as usize].file.header().find(name);
         let found = found.ok_or_else(|| misplaced(name, *shard, shards))?;
-        Ok(TensorPlace { shard: *shard, index: found as u32 })
+        Ok(TensorLocation { shard: *shard, index: found as u32 })
     });
     places.collect()
 }
 
 /// Whether the shards hold what the index says, and nothing else: two lists in the order of names.
-fn check(index: &Index, shards: &[Shard], places: &[TensorPlace]) -> Result<()> {
+fn check(index: &Index, shards: &[Shard], places: &[TensorLocation]) -> Result<()> {
     let mut listed = index.tensors.iter().peekable();
     for &place in places {
         let (name, shard) = (name_at(shards, place), &shards[place.shard as usize].name);

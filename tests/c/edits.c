@@ -89,7 +89,7 @@ static void test_refused_edits(void) {
     const char* path = path_of("edited.safetensors");
     const sft_metadata_change twice[] = {{text("a"), text("1")}, {text("a"), none}};
     CHECK_STATUS(sft_edit_metadata(path, twice, 2, NULL), SFT_ERROR_DUPLICATE);
-    CHECK(strstr(sft_last_error_get_message(), "edited.safetensors: the changes have the key \"a\" twice") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "edited.safetensors: the changes contain the key \"a\" twice") != NULL);
     const sft_metadata_change bad_key[] = {{text("\xff"), text("1")}};
     CHECK_STATUS(sft_edit_metadata(path, bad_key, 1, NULL), SFT_ERROR_INVALID_ARGUMENT);
     const sft_metadata_change bad_value[] = {{text("a"), text("\xff")}};

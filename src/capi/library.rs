@@ -1,9 +1,17 @@
-//! How many threads one call may use.
+//! Functions of the whole library: its version and its threads.
 
-use super::boundary;
+use std::ffi::c_char;
+
+use super::boundary::boundary;
 use super::pointer::Out;
-use super::status::sft_status;
+use super::types::sft_status;
 use crate::sys::threads;
+
+/// Returns the version of the library, as in `Cargo.toml`.
+#[unsafe(no_mangle)]
+pub extern "C" fn sft_get_version() -> *const c_char {
+    boundary!(c"".as_ptr(); { concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast() })
+}
 
 /// Sets the most threads that one call uses.
 #[unsafe(no_mangle)]
@@ -14,11 +22,11 @@ pub extern "C" fn sft_set_threads(threads: usize) -> sft_status {
     })
 }
 
-/// The most threads that one call uses.
+/// Returns the most threads that one call uses.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_get_threads(threads: *mut usize) -> sft_status {
     boundary!({
-        // SAFETY: the caller gives a place for a number (header).
+        // SAFETY: `threads` is valid for a write (header, "Pointers").
         let out = unsafe { Out::new(threads, "threads") }?;
         out.set(threads::threads()?);
         Ok(())
