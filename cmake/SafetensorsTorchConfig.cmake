@@ -1,21 +1,21 @@
-# CMake package of safetensors-torch: its targets, and where libtorch is. The same file serves what `make install`
-# installed and what the Python package carries; there the libtorch layer is compiled along with the project.
+# CMake package of safetensors-torch: defines the targets and finds libtorch. Used by `make install` and by the Python
+# package, whose libtorch layer is compiled with the project.
 #
-#   find_package(SafetensorsTorch CONFIG REQUIRED)                 # C, and C++ where the project has CXX enabled
-#   find_package(SafetensorsTorch CONFIG REQUIRED COMPONENTS c)    # C alone; libtorch is not looked for
+#   find_package(SafetensorsTorch CONFIG REQUIRED)                 # C, and C++ if the project enables CXX
+#   find_package(SafetensorsTorch CONFIG REQUIRED COMPONENTS c)    # C only; libtorch is not searched for
 #   target_link_libraries(app PRIVATE SafetensorsTorch::safetensors_torch)
 #
 # Targets
 #   SafetensorsTorch::c                  the C library, without libtorch
 #   SafetensorsTorch::safetensors_torch  C++ (and C) over libtorch: headers, the library, torch_cpu and c10
-#   SafetensorsTorch::torch_cuda         only where libtorch has it: link it too, to load to CUDA devices. A program
-#                                        that links it registers torch's CUDA kernels even if it calls none of them.
+#   SafetensorsTorch::torch_cuda         only if libtorch has it: link it too, to load to CUDA devices. Linking it
+#                                        registers torch's CUDA kernels even if the program calls none of them.
 #
-# libtorch is, in this order: the target `torch` of an earlier find_package(Torch); -DLIBTORCH=DIR; the environment's
-# LIBTORCH; Torch_DIR; CMAKE_PREFIX_PATH, where both a libtorch directory and what torch.utils.cmake_prefix_path gives will
-# do; for the Python package, the torch that is installed beside it; the system's directories. find_package(Torch) is not
-# called: with a CUDA build of torch it fails where there is no CUDA toolkit, and none is needed here.
-# -DLIBTORCH_CXX11_ABI=0|1 overrides the ABI that libtorch's own CMake files state.
+# libtorch is the first of: the target `torch` of an earlier find_package(Torch); -DLIBTORCH=DIR; LIBTORCH in the
+# environment; Torch_DIR; CMAKE_PREFIX_PATH (a libtorch directory, or torch.utils.cmake_prefix_path); for the Python
+# package, the torch that is installed beside it; the system's directories. find_package(Torch) is not called: for a CUDA
+# build of torch it requires the CUDA toolkit, which is not needed here.
+# -DLIBTORCH_CXX11_ABI=0|1 overrides the ABI in libtorch's own CMake files.
 
 cmake_policy(VERSION 3.18...3.31)
 
@@ -34,13 +34,13 @@ foreach(_st_component IN LISTS _st_components)
     set(SafetensorsTorch_${_st_component}_FOUND FALSE)
     if(SafetensorsTorch_FIND_REQUIRED_${_st_component})
       set(SafetensorsTorch_FOUND FALSE)
-      set(SafetensorsTorch_NOT_FOUND_MESSAGE "no component ${_st_component}: there are c and cpp")
+      set(SafetensorsTorch_NOT_FOUND_MESSAGE "unknown component ${_st_component}; the components are c and cpp")
       return()
     endif()
   endif()
 endforeach()
 
-# The package is where this file is, so that it can be moved. Only the Python package has sources to compile.
+# Paths are relative to this file, so the package can be moved. Only the Python package contains sources to compile.
 get_filename_component(_st_prefix "${CMAKE_CURRENT_LIST_DIR}/../../.." REALPATH)
 set(_st_include "${_st_prefix}/include")
 set(_st_shared "${_st_prefix}/lib/libsafetensors_torch.so")
@@ -65,18 +65,18 @@ foreach(_st_file IN LISTS _st_needed)
   if(NOT EXISTS "${_st_file}")
     set(SafetensorsTorch_FOUND FALSE)
     set(SafetensorsTorch_NOT_FOUND_MESSAGE
-        "the installation is not complete: ${_st_file} is missing. Install safetensors-torch again")
+        "the installation is incomplete: ${_st_file} is missing; install safetensors-torch again")
     return()
   endif()
 endforeach()
 
-# A C program cannot link a shared library that needs libtorch where there is none: it takes the static one then.
+# A C program links the static library if the shared one needs libtorch.
 set(SafetensorsTorch_c_FOUND TRUE)
 if(NOT TARGET SafetensorsTorch::c)
   if(_st_compile OR _st_needs_torch)
     set(_st_libraries gcc_s util rt pthread m dl)
     if(_st_compile)
-      # The core of the Python package has its half of the C++ bridge in it.
+      # The core of the Python package contains its half of the C++ bridge.
       list(INSERT _st_libraries 0 stdc++)
     endif()
     add_library(SafetensorsTorch::c STATIC IMPORTED)
@@ -102,8 +102,8 @@ if("cpp" IN_LIST _st_components)
         safetensors_torch_add_layer("${_st_prefix}" _st_problem)
       endif()
     elseif(NOT _st_needs_torch)
-      set(_st_problem "this installation of safetensors-torch has no C++ in it (make install TORCH=0). Install it with \
-libtorch at hand: make install PREFIX=DIR")
+      set(_st_problem "this installation contains only the C library (make install TORCH=0); for C++, install it with \
+libtorch: make install PREFIX=DIR")
     else()
       safetensors_torch_find_libtorch("${_st_shared}" "" _st_problem)
       if(NOT _st_problem AND NOT TARGET SafetensorsTorch::safetensors_torch)
@@ -124,7 +124,7 @@ libtorch at hand: make install PREFIX=DIR")
       set(SafetensorsTorch_NOT_FOUND_MESSAGE
           "${_st_problem}\nFor the C library alone: find_package(SafetensorsTorch CONFIG COMPONENTS c)")
     elseif(NOT SafetensorsTorch_FIND_QUIETLY)
-      message(STATUS "SafetensorsTorch: without the component cpp: ${_st_problem}")
+      message(STATUS "SafetensorsTorch: the component cpp is not available: ${_st_problem}")
     endif()
   endif()
 endif()

@@ -1,5 +1,5 @@
-# The version of the installed package, read from its C header. Compatible within one major version, and before 1.0
-# within one minor version.
+# The version of the installed package, from its C header. Versions are compatible within one major version, and before
+# 1.0 within one minor version.
 
 get_filename_component(_st_header "${CMAKE_CURRENT_LIST_DIR}/../../../include/safetensors_torch.h" ABSOLUTE)
 file(STRINGS "${_st_header}" _st_line REGEX "^#define SFT_VERSION_STRING \"" LIMIT_COUNT 1)

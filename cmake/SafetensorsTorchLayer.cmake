@@ -1,7 +1,7 @@
-# Compiles the libtorch layer that the Python package carries as sources, for the torch at hand: the target
+# Compiles the libtorch layer, which the Python package contains as sources, for the torch that was found: the target
 # SafetensorsTorch::safetensors_torch, a shared library in the project's build directory.
 
-# `root`: include/, cpp/, bridge/ and lib/ are in it. Sets `problem` to nothing, or to what is wrong.
+# `root` contains include/, cpp/, bridge/ and lib/. Sets `problem` to the error, or to nothing.
 function(safetensors_torch_add_layer root problem)
   set(${problem} "" PARENT_SCOPE)
   if(TARGET SafetensorsTorch::safetensors_torch)
@@ -9,12 +9,12 @@ function(safetensors_torch_add_layer root problem)
   endif()
   get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
   if(NOT "CXX" IN_LIST languages)
-    set(${problem} "the libtorch layer is C++, which this project has not enabled: project(... LANGUAGES CXX)"
+    set(${problem} "the project does not enable C++, which the libtorch layer needs; add it: project(... LANGUAGES CXX)"
         PARENT_SCOPE)
     return()
   endif()
 
-  # Nothing in the layer calls the C functions, so the linker is told to take them out of the core.
+  # Nothing in the layer calls the C functions; -u makes the linker take them from the core.
   file(STRINGS "${root}/include/safetensors_torch.h" declarations REGEX "^[a-z].*[ *]sft_[a-z0-9_]+\\(")
   set(exported)
   foreach(declaration IN LISTS declarations)
@@ -30,9 +30,9 @@ function(safetensors_torch_add_layer root problem)
   add_library(safetensors_torch SHARED "${root}/cpp/layer.cpp" ${bridge})
   add_library(SafetensorsTorch::safetensors_torch ALIAS safetensors_torch)
   target_include_directories(safetensors_torch PRIVATE "${root}" "${root}/bridge/include" "${root}/include")
-  # Where a project installs a package of its own, this one is found there by find_package.
+  # BUILD_INTERFACE: an installed package of the project finds this one by find_package.
   target_include_directories(safetensors_torch SYSTEM INTERFACE "$<BUILD_INTERFACE:${root}/include>")
-  # The project's warnings are about its own code; without a build type the layer would not be optimized.
+  # No warnings for code that is not the project's. -O2: without a build type the layer would not be optimized.
   target_compile_options(safetensors_torch PRIVATE -w $<$<CONFIG:>:-O2>)
   target_compile_features(safetensors_torch PUBLIC cxx_std_17)
   set(script "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/SafetensorsTorchLayer.map")
@@ -52,7 +52,7 @@ function(safetensors_torch_add_layer root problem)
     VERSION "${version}"
     SOVERSION "${major}")
   if(NOT SafetensorsTorch_FIND_QUIETLY)
-    message(STATUS "SafetensorsTorch: compiles its libtorch layer with this project, for torch \
+    message(STATUS "SafetensorsTorch: compiling the libtorch layer with this project, for torch \
 ${SafetensorsTorch_TORCH_VERSION}")
   endif()
 endfunction()

@@ -1,7 +1,7 @@
-# Finds libtorch for the package config: defines SafetensorsTorch::torch, and SafetensorsTorch::torch_cuda where there
-# is one. Says whether it is the torch that the library was built for.
+# Finds libtorch for the package config, and checks that the library was built for it. Defines SafetensorsTorch::torch, and
+# SafetensorsTorch::torch_cuda if libtorch has CUDA.
 
-# The directories in which a libtorch (include/ and lib/) may be, best first.
+# Sets `result` to the directories that may contain a libtorch (include/ and lib/), best first.
 function(_safetensors_torch_libtorch_roots beside result)
   set(roots)
   if(Torch_DIR)
@@ -20,11 +20,11 @@ function(_safetensors_torch_libtorch_roots beside result)
   set(${result} "${roots}" PARENT_SCOPE)
 endfunction()
 
-# The version of the torch whose headers are in one of `includes`, such as 2.11.0; nothing where none of them tells.
+# Sets `result` to the version of the torch whose headers are in `includes`, such as 2.11.0, or to nothing if unknown.
 function(_safetensors_torch_version includes result)
   set(${result} "" PARENT_SCOPE)
   foreach(include IN LISTS includes)
-    # The first since 2.10, the second before.
+    # The first exists since 2.10, the second before.
     foreach(header torch/headeronly/version.h torch/csrc/api/include/torch/version.h torch/version.h)
       set(version)
       if(EXISTS "${include}/${header}")
@@ -44,25 +44,25 @@ function(_safetensors_torch_version includes result)
   endforeach()
 endfunction()
 
-# Sets `problem` to nothing, or to why a program with torch `version` of `abi`, which is at `place`, cannot use the
-# library `shared`. Where there is no `shared`, the layer will be compiled for that torch.
+# Checks that the library `shared` fits torch `version` of `abi` in the directory `place`. If `shared` is empty, the layer
+# will be compiled for that torch. Sets `problem` to the error, or to nothing.
 function(_safetensors_torch_compare shared version abi place problem)
   set(${problem} "" PARENT_SCOPE)
   if(NOT version)
-    message(STATUS "SafetensorsTorch: the version of the torch at ${place} cannot be told, so it is not checked")
+    message(STATUS "SafetensorsTorch: the version of the torch at ${place} is unknown, so it is not checked")
     return()
   endif()
   if(NOT shared)
     if(version VERSION_LESS 2.6)
-      set(${problem} "safetensors-torch needs torch 2.6 or later, and the torch at ${place} is ${version}. \
-Upgrade it, or name another with -DLIBTORCH=DIR." PARENT_SCOPE)
+      set(${problem} "the torch at ${place} is ${version}, and safetensors-torch needs 2.6 or later; \
+upgrade it, or pass another with -DLIBTORCH=DIR" PARENT_SCOPE)
     endif()
     return()
   endif()
   file(STRINGS "${shared}" text REGEX "safetensors_torch [0-9.]+ built for torch " LIMIT_COUNT 1)
   if(NOT text MATCHES "built for torch ([0-9]+\\.[0-9]+)([^,]*), C\\+\\+ ABI ([01])")
-    set(${problem} "the installation is not complete: ${shared} does not say which torch it was built for. \
-Install safetensors-torch again" PARENT_SCOPE)
+    set(${problem} "the installation is incomplete: ${shared} does not state which torch it was built for; \
+install safetensors-torch again" PARENT_SCOPE)
     return()
   endif()
   set(built_series "${CMAKE_MATCH_1}")
@@ -70,14 +70,14 @@ Install safetensors-torch again" PARENT_SCOPE)
   set(built_abi "${CMAKE_MATCH_3}")
   string(REGEX MATCH "^[0-9]+\\.[0-9]+" series "${version}")
   if(NOT series VERSION_EQUAL built_series OR NOT abi EQUAL built_abi)
-    set(${problem} "safetensors-torch was built for ${built} (${shared}), but the torch at hand is torch ${version} \
-with C++ ABI ${abi} (${place}). Name a libtorch ${built_series} with -DLIBTORCH=DIR (or -DTorch_DIR=DIR, where the \
-project calls find_package(Torch)), or build safetensors-torch for the one at hand: LIBTORCH=DIR make install \
-PREFIX=DIR." PARENT_SCOPE)
+    set(${problem} "safetensors-torch was built for ${built} (${shared}), but the project uses torch ${version} \
+with C++ ABI ${abi} (${place}); pass a libtorch ${built_series} with -DLIBTORCH=DIR (or -DTorch_DIR=DIR, if the \
+project calls find_package(Torch)), or build safetensors-torch for the project's torch: LIBTORCH=DIR make install \
+PREFIX=DIR" PARENT_SCOPE)
   endif()
 endfunction()
 
-# Version, C++ ABI and headers of the torch that the project found before: the target `torch`.
+# Sets version, C++ ABI and include directory of the torch that the project found before (the target `torch`).
 function(_safetensors_torch_of_target version abi place)
   get_target_property(includes torch INTERFACE_INCLUDE_DIRECTORIES)
   _safetensors_torch_version("${includes}" found)
@@ -94,9 +94,8 @@ function(_safetensors_torch_of_target version abi place)
   endif()
 endfunction()
 
-# `shared`: the library, which was built for one torch; or nothing. `beside`: a directory to look into too, or nothing.
-# Sets `problem` to nothing, or to what is wrong and what to do about it; SafetensorsTorch_TORCH_VERSION to what was
-# found.
+# Finds the torch for the library `shared`, or for the layer if `shared` is empty. Also searches the directory `beside`,
+# unless it is empty. Sets SafetensorsTorch_TORCH_VERSION, and `problem` to the error with its remedy, or to nothing.
 function(safetensors_torch_find_libtorch shared beside problem)
   set(${problem} "" PARENT_SCOPE)
   if(TARGET SafetensorsTorch::torch)
@@ -115,7 +114,7 @@ function(safetensors_torch_find_libtorch shared beside problem)
       set_property(TARGET SafetensorsTorch::torch APPEND PROPERTY INTERFACE_LINK_LIBRARIES c10)
     endif()
     if(TARGET torch_cuda)
-      # The project's torch links it already.
+      # The project's torch already links it.
       add_library(SafetensorsTorch::torch_cuda INTERFACE IMPORTED)
       set_target_properties(SafetensorsTorch::torch_cuda PROPERTIES INTERFACE_LINK_LIBRARIES SafetensorsTorch::torch)
     endif()
@@ -129,7 +128,7 @@ function(safetensors_torch_find_libtorch shared beside problem)
     set(origin "LIBTORCH")
   elseif(DEFINED ENV{LIBTORCH} AND NOT "$ENV{LIBTORCH}" STREQUAL "")
     set(asked "$ENV{LIBTORCH}")
-    set(origin "the environment's LIBTORCH")
+    set(origin "LIBTORCH in the environment")
   endif()
   if(asked)
     get_filename_component(roots "${asked}" ABSOLUTE BASE_DIR "${CMAKE_BINARY_DIR}")
@@ -153,17 +152,17 @@ function(safetensors_torch_find_libtorch shared beside problem)
   endforeach()
   if(NOT root)
     set(remedies
-        "Name a libtorch with -DLIBTORCH=DIR (the directory with include/ and lib/ of libtorch or of Python's torch), \
-or with -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')\".")
+        "pass -DLIBTORCH=DIR (the directory with include/ and lib/ of libtorch or of Python's torch) \
+or -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')\"")
     if(asked)
-      set(${problem} "${origin} is ${asked}, but there is no libtorch in ${roots}. ${remedies}" PARENT_SCOPE)
+      set(${problem} "${origin} is ${asked}, but ${roots} contains no libtorch; ${remedies}" PARENT_SCOPE)
     else()
-      set(${problem} "libtorch was not found. ${remedies}" PARENT_SCOPE)
+      set(${problem} "libtorch was not found; ${remedies}" PARENT_SCOPE)
     endif()
     return()
   endif()
 
-  # Releases before 2.7 came with either ABI and say which; since then there is one.
+  # Releases before 2.7 have either ABI, and state which; later ones have one.
   set(abi 1)
   if(DEFINED LIBTORCH_CXX11_ABI)
     set(abi "${LIBTORCH_CXX11_ABI}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Compiles and runs every program in docs/cpp.md and docs/c.md against installed trees, and runs those in docs/python.md,
-# in the order in which they stand there, in one directory, and compares what they print with what is shown. Follows what
-# the pages say of building, too.
-# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a directory for what is built).
+# Compiles and runs every program in docs/cpp.md and docs/c.md against installed trees, and runs those in docs/python.md.
+# The programs of a page run in their order, in one directory; their output must be the one on the page. Also runs the
+# pages' build commands.
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a build directory).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
@@ -10,7 +10,7 @@ libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__)
 tests=$PWD/tests
 passed=0
 
-# Begins a new directory with the programs of a page.
+# begin PAGE: writes the programs of the page to a new directory, and enters it.
 begin() {
     rm -rf "$WORK/$1"
     mkdir -p "$WORK/$1/run"
@@ -19,10 +19,10 @@ begin() {
     cd "$WORK/$1"
 }
 
-# Runs a program, whose page shows what it prints in the file that is named first.
+# check EXPECTED COMMAND...: runs the program, and compares its output with the file EXPECTED.
 check() {
     local expected=$PWD/$1 output
-    output=$(cd run && "${@:2}") || { echo "$1: the program failed, and printed: $output" >&2; exit 1; }
+    output=$(cd run && "${@:2}") || { echo "$1: the program failed; its output: $output" >&2; exit 1; }
     diff -u --label "$1" "$expected" --label printed <([ -z "$output" ] || printf '%s\n' "$output") >&2 || exit 1
     passed=$((passed + 1))
 }
@@ -38,7 +38,7 @@ for source in $sources; do
     check "$source.expected" "$PWD/all" "${source%.cpp}"
 done
 cp load.cpp app.cpp
-cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch" >/dev/null # compiling it is left to the examples
+cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch" >/dev/null # the examples compile it
 cd - >/dev/null
 
 begin c
@@ -51,10 +51,10 @@ cp map.c app.c
 cmake -B build "-DCMAKE_PREFIX_PATH=$C_PREFIX" >/dev/null
 cmake --build build >/dev/null
 check map.c.expected "$PWD/build/app"
-# The commands of the page, with the directory of this installation in them.
+# The commands of the page, with the prefix of this installation.
 export PKG_CONFIG_PATH=$C_PREFIX/lib/pkgconfig
 commands=$(grep -o '`cc -std=c11 app.c [^`]*`' "$page" | tr -d '`' | sed "s|/opt/safetensors-c|$C_PREFIX|g")
-test "$(wc -l <<<"$commands")" = 3 || { echo "docs/c.md has not three ways to build, but: $commands" >&2; exit 1; }
+test "$(wc -l <<<"$commands")" = 3 || { echo "docs/c.md: expected three build commands, found: $commands" >&2; exit 1; }
 while read -r command; do
     rm -f app
     eval "$command"
@@ -63,7 +63,7 @@ done <<<"$commands"
 cd - >/dev/null
 begin python
 for source in $names; do
-    touch "$source.expected" # some print nothing
+    touch "$source.expected" # some programs print nothing
     check "$source.expected" "$PYTHON" "$PWD/$source"
 done
 cd - >/dev/null

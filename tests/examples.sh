@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds and runs every example but the demo, each the way its first lines say, and the code in README.md, against
-# installed trees.
-# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a directory for what is built).
+# Builds and runs every example except the demo, as its first lines describe, and the code in README.md, against installed
+# trees.
+# Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a build directory).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:?}" "${PREFIX:?}" "${C_PREFIX:?}" "${WORK:?}"
@@ -10,7 +10,7 @@ root=$PWD
 libtorch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 sample="$WORK/sample.safetensors"
 
-# Stops unless the text on standard input has a line that matches.
+# expect PATTERN: fails unless a line of standard input matches.
 expect() {
     local output
     output=$(cat)
@@ -29,20 +29,20 @@ examples/c/inspect/inspect "$sample" | expect '^  F32 +48  weight \[3, 4\]$'
 INSPECT=examples/c/inspect/inspect pytest inspect
 make -s -C examples/c/inspect clean
 
-# An unpacked libtorch is these three directories, without Python's files.
+# An unpacked libtorch: these three directories, without Python's files.
 unpacked="$WORK/libtorch"
 mkdir -p "$unpacked"
 for part in include lib share; do
     ln -sfn "$libtorch/$part" "$unpacked/$part"
 done
 
-# build SOURCE NAME ARGUMENT...: the example in $WORK/SOURCE/NAME.
+# build SOURCE NAME ARGUMENT...: builds the example NAME in $WORK/SOURCE/NAME.
 build() {
     cmake -S "examples/cpp/$2" -B "$WORK/$1/$2" "${@:3}" >/dev/null
     cmake --build "$WORK/$1/$2" >/dev/null
 }
 
-# run SOURCE: the tests of the examples that were built for this source of torch.
+# run SOURCE: tests the examples that were built in $WORK/SOURCE.
 run() {
     local built="$WORK/$1"
     CONVERT="$built/convert/convert" pytest convert
@@ -52,7 +52,7 @@ run() {
     "$built/torchscript/torchscript" "$built/scripted" | expect '^second: equal to Python'
 }
 
-# Two at a time, as most of the time goes into torch's headers.
+# Two at a time: compiling torch's headers takes most of the time.
 for example in convert finetune inference torchscript; do
     build pypi "$example" "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch/share/cmake" &
     first=$!
@@ -78,9 +78,9 @@ CMAKE
 (
     cd "$readme"
     "$PYTHON" use.py
-    # As it is written there, with the directory of this installation in it. The environment names no library.
+    # The commands of README, with the prefix of this installation. LD_LIBRARY_PATH must not be needed.
     commands=$(grep -A 1 '^cc ' "$root/README.md" | sed "s|/opt/safetensors-c|$C_PREFIX|g")
-    [ "$(wc -l <<<"$commands")" = 2 ] || { echo "README.md does not say how to build and run C, but: $commands"; exit 1; }
+    [ "$(wc -l <<<"$commands")" = 2 ] || { echo "README.md: expected the two commands that build and run C, found: $commands"; exit 1; }
     rm -f app
     (unset LD_LIBRARY_PATH; eval "$commands") | expect '^-?[0-9]+\.[0-9]+$'
     cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$libtorch" >/dev/null

@@ -3,12 +3,11 @@
 Run: python tests/readme_block.py LANGUAGE [FILE [NAME]]
      python tests/readme_block.py --programs FILE DIRECTORY
 
-FILE is README.md unless it is given. A block is called what the comment in its first line says: `// load.cpp`,
-`/* list.c */`, `# CMakeLists.txt`. Without NAME all blocks of LANGUAGE are printed.
+FILE is README.md by default. The comment in the first line of a block is its name: `// load.cpp`, `/* list.c */`,
+`# CMakeLists.txt`. Without NAME, all blocks of LANGUAGE are printed.
 
-With --programs every block that has a name, as those in C, C++, CMake and Python must, goes to DIRECTORY/NAME, and
-the `text` block next to it, which shows what the program prints, to DIRECTORY/NAME.expected. The names are
-printed in order.
+With --programs, every block with a name is written to DIRECTORY/NAME, and the `text` block behind it, the output of the
+program, to DIRECTORY/NAME.expected. Blocks in C, C++, CMake and Python must have names. The names are printed in order.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ def write_programs(path: Path, directory: Path) -> list[str]:
     for block, following in zip(found := blocks_of(path), [*found[1:], Block("", "")], strict=True):
         if (name := block.name) is None:
             if block.language in ("c", "cpp", "cmake", "python"):
-                raise SystemExit(f"{path} has a {block.language} block without a name:\n{block.code}")
+                raise SystemExit(f"{path}: a {block.language} block has no name:\n{block.code}")
             continue
         if name in names:
-            raise SystemExit(f"{path} has two blocks called {name}")
+            raise SystemExit(f"{path}: two blocks are called {name}")
         names.append(name)
         (directory / name).write_text(block.code, encoding="utf-8")
         if following.language == "text":
             (directory / f"{name}.expected").write_text(following.code, encoding="utf-8")
     if not names:
-        raise SystemExit(f"{path} has no block with a name")
+        raise SystemExit(f"{path}: no block has a name")
     return names
 
 
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> None:
     language, path, name = [*arguments, *["README.md", ""][len(arguments) - 1 :]]
     found = [block for block in blocks_of(ROOT / path) if block.language == language and name in ("", block.name)]
     if not found:
-        raise SystemExit(f"{path} has no {language} block" + (f" called {name}" if name else ""))
+        raise SystemExit(f"{path}: no {language} block" + (f" is called {name}" if name else ""))
     print("\n".join(block.code for block in found))
 
 

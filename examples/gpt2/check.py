@@ -1,10 +1,9 @@
-"""Checks the file that forward.cpp wrote, then measures this library beside the reference package.
+"""Checks the file that forward.cpp wrote, then compares the speed with the reference package.
 
 Run:  python check.py DIRECTORY        (after make_model.py DIRECTORY and forward DIRECTORY)
 
-Every tensor is compared with the weights drawn again from the seed, so that nothing rests on what was read before.
-The last part needs the PyPI package `safetensors`, and is left out where that is not installed. Ends with a status
-other than 0 at the first difference.
+Compares every tensor with weights that are drawn again from the seed. The last part is skipped unless the PyPI package
+`safetensors` is installed. The exit status is 0 if there is no difference.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ROUNDS = 3
 
 
 def first_difference(a: Path, b: Path) -> int | None:
-    """The offset of the first byte that differs, or None."""
+    """Returns the offset of the first byte that differs, or None."""
     chunk, offset = 1 << 23, 0
     with open(a, "rb") as left, open(b, "rb") as right:
         while True:
@@ -44,7 +43,7 @@ def header_size(path: Path) -> int:
 
 
 def compare_files(ours: Path, original: Path) -> None:
-    """Both files hold the same tensors and forward.cpp passes the metadata on, so every byte has to agree."""
+    """Checks that both files have the same bytes: the same tensors and, because forward.cpp copies it, metadata."""
     start = time.perf_counter()
     offset = first_difference(ours, original)
     elapsed = time.perf_counter() - start
@@ -54,14 +53,14 @@ def compare_files(ours: Path, original: Path) -> None:
             if offset >= header_size(original)
             else "the header (other metadata, or another order of tensors)"
         )
-        sys.exit(f"{ours} and {original} differ from byte {offset} on, in {where}")
+        sys.exit(f"{ours} and {original} differ at byte {offset}, in {where}")
     what = f"{ours.name} and {original.name}: the same bytes"
     report("compare", what, ours.stat().st_size, elapsed)
 
 
 def measure(call: Callable[[Any], Any], *libraries: Any) -> list[float]:
-    """The best time of each. The libraries take turns, first in one order and then in the other, so that what disturbs
-    the machine, or what one leaves to the next, meets all of them."""
+    """Returns the best time of each library. They take turns, in alternating order, so that disturbances and
+    after-effects affect all of them."""
     times: list[list[float]] = [[] for _ in libraries]
     for number in range(ROUNDS):
         order = list(zip(libraries, times))
@@ -80,7 +79,7 @@ def beside_the_reference(path: Path, directory: Path, model: torch.nn.Module) ->
     size = path.stat().st_size
     state = safetensors_torch.load_file(path)
     data = path.read_bytes()
-    # Each library replaces a file of its own: what the kernel still has to do for the old one is its writer's doing.
+    # Each library replaces its own file, so each pays for the old file that it wrote.
     scratch = {library: directory / f"scratch.{library.__name__}" for library in (safetensors_torch, reference)}
     work: dict[str, Callable[[Any], Any]] = {
         "load_file, mapped": lambda library: library.load_file(path),
@@ -124,7 +123,7 @@ def main() -> None:
     compare_files(ours, original)
 
     if importlib.util.find_spec("safetensors") is None:
-        print("\n  The package safetensors is not installed: no comparison with it.")
+        print("\n  The package safetensors is not installed: comparison skipped.")
         return
     import safetensors.torch as reference
 
@@ -133,7 +132,7 @@ def main() -> None:
     elapsed = time.perf_counter() - start
     state.update({dropped: state[kept] for dropped, kept in ties.items()})
     if different := different_tensors(state, model):
-        sys.exit(f"{ours}: safetensors reads other weights: {', '.join(different)}")
+        sys.exit(f"{ours}: safetensors reads different weights: {', '.join(different)}")
     report("safetensors", "the reference package reads the same bits from it", ours.stat().st_size, elapsed)
     beside_the_reference(ours, directory, model)
 

@@ -1,11 +1,11 @@
-// Runs the model that make_model.py wrote, in C++, and writes it again.
+// Runs the model of make_model.py in C++, and writes it again.
 //
 // Build:  cmake -S examples/gpt2 -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
 // Run:    BUILD/forward DIRECTORY        (after make_model.py DIRECTORY)
 //
 // Reads DIRECTORY/model.safetensors and DIRECTORY/reference.safetensors, and writes DIRECTORY/from_cpp.safetensors.
-// Takes the same operators in the same order as make_model.py, so the logits have to be equal to the last bit: ends
-// with a status other than 0 where they are not.
+// Calls the same operators in the same order as make_model.py, so the logits must be equal to the last bit: otherwise
+// the exit status is not 0.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -30,7 +30,7 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// The weights by name. A tied weight is in the file once: the metadata tells which name holds it.
+// The weights by name. A tied weight is in the file once; the metadata maps its other names to that one.
 class Weights {
   public:
     Weights(safetensors_torch::Tensors tensors, safetensors_torch::Metadata metadata)
@@ -101,7 +101,7 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
            std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
 
-// One step, one line; make_model.py prints the same columns.
+// Prints one line for a step, in the columns of make_model.py.
 void report(const char* call, const std::string& what, double size, double seconds) {
     char megabytes[32], duration[32];
     std::snprintf(megabytes, sizeof megabytes, "%.1f MB", size / 1e6);
@@ -118,7 +118,7 @@ int run(const std::filesystem::path& directory) {
     const std::string model = directory / "model.safetensors";
     const std::string reference = directory / "reference.safetensors";
     const std::string written = directory / "from_cpp.safetensors";
-    // As make_model.py: the order in which a sum is taken may follow the number of threads.
+    // As in make_model.py: the order of a summation may depend on the number of threads.
     at::set_num_threads(1);
     const c10::InferenceMode inference;
 
@@ -147,7 +147,7 @@ int run(const std::filesystem::path& directory) {
 
     start = Clock::now();
     const at::Tensor python = expected.at("logits");
-    if (logits.sizes() != python.sizes()) throw std::runtime_error("the logits have another shape than Python's");
+    if (logits.sizes() != python.sizes()) throw std::runtime_error("the shape of the logits differs from Python's");
     const double difference = (logits - python).abs().max().item<double>();
     const bool equal = same_bits(logits, python);
     elapsed = seconds_since(start);
@@ -160,7 +160,7 @@ int run(const std::filesystem::path& directory) {
     start = Clock::now();
     safetensors_torch::save_file(tensors, written, metadata);
     elapsed = seconds_since(start);
-    report("save_file", "from_cpp.safetensors: the same tensors, the metadata passed on",
+    report("save_file", "from_cpp.safetensors: the same tensors and metadata",
            static_cast<double>(std::filesystem::file_size(written)), elapsed);
     return 0;
 }

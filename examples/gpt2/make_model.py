@@ -1,11 +1,10 @@
-"""Makes a model the size of GPT-2 small and the logits that it gives for one sequence of tokens.
+"""Makes a model of the size of GPT-2 small, and its logits for one sequence of tokens.
 
 Run:  python make_model.py DIRECTORY
 
 Writes DIRECTORY/model.safetensors (save_model; the two names of the tied weight are one tensor in the file) and
 DIRECTORY/reference.safetensors (the tokens and their logits). Needs torch and safetensors_torch. The weights are
-random, drawn from a fixed seed: what is shown is that a model arrives elsewhere bit by bit, not what it has to say.
-Owns the model, its seed and the shape of a line of the report; check.py imports them.
+random, from a fixed seed: the demo shows that every bit arrives, not that the model is good.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import safetensors_torch
 
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT = 12, 768, 12, 50257, 1024
 SEED, TOKENS = 2019, 64
-# What the shapes do not tell a reader of the file. The other entries of its metadata are save_model's, for tied names.
+# Not derivable from the shapes. save_model adds the other entries of the metadata, for tied names.
 METADATA = {"n_head": str(HEADS)}
 
 
@@ -79,13 +78,13 @@ class GPT2(nn.Module):
 
 
 def empty_model() -> GPT2:
-    """The modules alone, on the meta device: no memory, and no time spent on an initialization that is thrown away."""
+    """Returns the model on the meta device, which skips an initialization that would be discarded."""
     with torch.device("meta"):
         return GPT2().requires_grad_(False).eval()
 
 
 def build() -> GPT2:
-    """The same weights for the same torch, whenever it is called."""
+    """Returns the model with the weights of the seed."""
     model = empty_model().to_empty(device="cpu")
     model.lm_head.weight = model.wte.weight
     generator = torch.Generator().manual_seed(SEED)
@@ -97,18 +96,18 @@ def build() -> GPT2:
 
 
 def tied_names(path: Path) -> dict[str, str]:
-    """Dropped name -> name that holds its tensor, as save_model recorded them."""
+    """Returns the tied names in the metadata of save_model: dropped name -> kept name."""
     with safetensors_torch.safe_open(path, framework="pt") as file:
         return {name: kept for name, kept in (file.metadata() or {}).items() if name not in METADATA}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of memory, where == calls 0.0 and -0.0 equal and NaN and NaN different."""
+    """Compares memory: == calls 0.0 and -0.0 equal, and NaN and NaN different."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def different_tensors(state: dict[str, torch.Tensor], model: GPT2) -> list[str]:
-    """Names that are in one of the two only, or whose tensors are not the same bits."""
+    """Returns the names that are in only one of both, or whose tensors differ in bits."""
     expected = model.state_dict()
     common = state.keys() & expected.keys()
     return sorted(
@@ -127,7 +126,7 @@ def duration(seconds: float) -> str:
 
 
 def report(call: str, what: str, size: float, seconds: float) -> None:
-    """One step, one line; forward.cpp prints the same columns."""
+    """Prints one line for a step, in the columns of forward.cpp."""
     print(f"{'Python':<8}{call:<14}{what:<62}{megabytes(size):>9}{duration(seconds):>9}", flush=True)
 
 
@@ -135,7 +134,7 @@ def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     model_path, reference_path = directory / "model.safetensors", directory / "reference.safetensors"
-    # The order in which a sum is taken may follow the number of threads; forward.cpp sets the same number.
+    # The order of a summation may depend on the number of threads; forward.cpp sets the same number.
     torch.set_num_threads(1)
 
     start = time.perf_counter()
@@ -163,11 +162,11 @@ def main() -> None:
     count = len(state)
     state.update({dropped: state[kept] for dropped, kept in ties.items()})
     if different := different_tensors(state, model):
-        sys.exit(f"{model_path}: not what was saved: {', '.join(different)}")
-    report("load_file", f"{count} tensors, each the same bits as the parameter it came from", size, elapsed)
+        sys.exit(f"{model_path}: differs from what was saved: {', '.join(different)}")
+    report("load_file", f"{count} tensors, each with the bits of its parameter", size, elapsed)
 
-    # The logits come from the mapped tensors, as in C++: an implementation of BLAS may choose its path, and with it
-    # the last bit, by the alignment of its operands, which the place in the file decides.
+    # Compute with the mapped tensors, as C++ does: BLAS may choose its algorithm, and with it the last bit, by the
+    # alignment of its operands.
     model = empty_model()
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
@@ -177,7 +176,7 @@ def main() -> None:
         logits = model(tokens)
     elapsed = time.perf_counter() - start
     if not logits.isfinite().all():
-        sys.exit("the logits are not finite: they would prove nothing")
+        sys.exit("the logits are not finite, so they prove nothing")
     shape = " x ".join(map(str, logits.shape))
     report("forward", f"{tokens.numel()} tokens -> logits {shape}", logits.nbytes, elapsed)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From Python to C++ and back: makes a model, runs it in C++, writes it there, and checks what was written.
+# From Python to C++ and back: makes a model, runs and writes it in C++, and checks the result.
 #
 # Run:  PREFIX=... WORK=... [PYTHON=python3] [CMAKE=cmake] examples/gpt2/run.sh
 #
-# PREFIX: where `make install PREFIX=` put the library. WORK: a directory for the files (2.5 GB) and for the C++ build.
-# PYTHON: one with torch and safetensors_torch; its libtorch is the one that the C++ program links.
+# PREFIX: the prefix of `make install`. WORK: a directory for the files (2.5 GB) and the C++ build. PYTHON: has torch and
+# safetensors_torch; the C++ program links its libtorch.
 set -euo pipefail
-: "${PREFIX:?set it to the directory that make install wrote to}"
+: "${PREFIX:?set it to the prefix of make install}"
 : "${WORK:?set it to a directory for the files of the demo}"
 PYTHON=${PYTHON:-python3}
 CMAKE=${CMAKE:-cmake}
@@ -18,7 +18,7 @@ build() {
     start=$(date +%s%N)
     torch=$("$PYTHON" -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
     if ! {
-        # -U: an earlier run may have found the library elsewhere, and the cache would stay with it.
+        # -U: an earlier run may have cached another prefix.
         "$CMAKE" -S "$here" -B "$WORK/build" -U SafetensorsTorch_DIR \
             -DCMAKE_PREFIX_PATH="$PREFIX" -DLIBTORCH="$torch" &&
             "$CMAKE" --build "$WORK/build"
@@ -39,7 +39,7 @@ steps() {
     "$PYTHON" "$here/check.py" "$WORK"
 }
 
-# Lines that begin in the first column are steps; the others belong to the one before.
+# Numbers the steps: lines that begin in the first column. Other lines belong to the previous step.
 number() {
     awk '/^[^ ]/ { printf "%3d  ", ++step } { print; fflush() }'
 }

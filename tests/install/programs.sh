@@ -1,14 +1,14 @@
-# Programs that use what is installed: built and run. Part of run.sh.
+# Builds and runs programs that use the installed library. Part of run.sh.
 
-# configure NAME ARGUMENT...: the consumer, in a build directory of that name. A build type that CMake does not know is
-# built without options, which is quick.
+# configure NAME ARGUMENT...: configures the consumer in a build directory of that name. An unknown build type has no
+# compiler options, which is fast.
 configure() {
     local name=$1
     shift
     cmake -S tests/install/consumer -B "$WORK/build-$name" -DCMAKE_BUILD_TYPE=Plain "$@" >"$WORK/$name.log" 2>&1
 }
 
-# consumer NAME ARGUMENT...: configures, builds and runs it.
+# consumer NAME ARGUMENT...: configures, builds and runs the consumer.
 consumer() {
     local name=$1 program
     configure "$@" && cmake --build "$WORK/build-$name" --parallel 2 >>"$WORK/$name.log" 2>&1 || {
@@ -25,14 +25,14 @@ consumer() {
     done
 }
 
-# The program loads the library of its own prefix, and torch from where the project said.
+# loads PROGRAM LIBRARY: checks that the program loads this library.
 loads() {
     local program=$1 library=$2 loaded
     loaded=$(ldd "$program")
     grep -qF " => $library " <<<"$loaded" || fail "$program does not load $library but $loaded"
 }
 
-# A C program runs where no torch is.
+# needs_no_torch PROGRAM: checks that the program does not load torch.
 needs_no_torch() {
     local loaded
     loaded=$(ldd "$1")
@@ -52,7 +52,7 @@ compile_cpp_with_pkg_config() {
     "$WORK/pkg_cpp" "$WORK/pkg_cpp.safetensors" >>"$WORK/pkg_cpp.log"
 }
 
-# compile_c_with_pkg_config PREFIX: in an environment that knows no torch.
+# compile_c_with_pkg_config PREFIX: builds and runs a C program without torch.
 compile_c_with_pkg_config() {
     local flags
     flags=$(pkg_config "$1" --cflags --libs safetensors_torch-c)
@@ -65,7 +65,7 @@ compile_c_with_pkg_config() {
 build_programs() {
     local prefix=$WORK/prefix cmake_prefix jobs=()
     cmake_prefix=$("$PYTHON" -c 'import torch; print(torch.utils.cmake_prefix_path)')
-    # Two at a time, as most of the time goes into torch's headers.
+    # Two at a time: compiling torch's headers takes most of the time.
     {
         consumer pypi "-DCMAKE_PREFIX_PATH=$prefix;$cmake_prefix"
         consumer found-before "-DCMAKE_PREFIX_PATH=$prefix;$cmake_prefix" -DCONSUMER_FINDS_TORCH=ON
@@ -90,12 +90,12 @@ build_programs() {
     loads "$WORK/build-as-needed/use_cpp" "$WORK/libtorch/lib/libtorch_cpu.so"
     pass "C++ and C with an unpacked libtorch, linked --as-needed"
     loads "$WORK/build-package/use_cpp" "$WORK/build-package/libsafetensors_torch.so.$major"
-    grep -q 'compiles its libtorch layer' "$WORK/package.log" || fail "the Python package does not say that it compiles"
+    grep -q 'compiling the libtorch layer' "$WORK/package.log" || fail "the Python package does not report that it compiles"
     check_exports "$WORK/build-package/libsafetensors_torch.so" "$package/include/safetensors_torch.h"
     pass "C++ and C from the Python package"
     pass "C++ with pkg-config"
 
-    # No libtorch is to be found, and no C++ compiler is asked for.
+    # Without libtorch and without a C++ compiler.
     consumer c-static "-DCMAKE_PREFIX_PATH=$prefix" -DCONSUMER_COMPONENTS=c
     consumer c-shared "-DCMAKE_PREFIX_PATH=$WORK/prefix-c" -DCONSUMER_COMPONENTS=c
     consumer c-package "-DCMAKE_PREFIX_PATH=$package" -DCONSUMER_COMPONENTS=c
@@ -114,14 +114,14 @@ build_programs() {
     fi
 }
 
-# cargo-c installs the C library, its links, header and pkg-config file; no CMake package.
+# Checks what cargo-c installs: the C library, its links, header and pkg-config file, and no CMake package.
 check_cargo_c() {
     cargo cinstall --locked --no-default-features --release --target-dir target/capi \
         --prefix /opt/somewhere --libdir lib --destdir "$WORK/stage" >"$WORK/cargo-c.log" 2>&1 ||
         { cat "$WORK/cargo-c.log" >&2; fail "cargo cinstall"; }
     mv "$WORK/stage/opt/somewhere" "$WORK/prefix-cargo"
     rm -r "$WORK/stage"
-    # Both links lead to the file; of make install one leads to the other.
+    # Here both links lead to the file; after make install one leads to the other.
     diff <(expected_c | grep -v cmake/ | sed "s/\(\.so -> .*\.so\)\.$major\$/\1.$version/" | LC_ALL=C sort) \
         <(listing "$WORK/prefix-cargo") || fail "cargo cinstall: another list of files"
     check_library "$WORK/prefix-cargo/lib/libsafetensors_torch.so" "$WORK/prefix-cargo/include/safetensors_torch.h"

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Installs the library and uses it the ways that its users do: from CMake with every kind of libtorch, with pkg-config,
-# and from the Python package. Then the mistakes that the installation has to explain.
+# Installs the library with `make install`, and with cargo-c if it exists, and uses it as its users do: from CMake with every
+# kind of libtorch, with pkg-config, and from the Python package. Then checks the errors of a wrong use.
 #
-# Environment: PYTHON (one with torch and pip), WORK (a directory for what is built). What is installed is what
-# `make install` makes. Where cargo-c is installed, what it installs is tested too.
+# Environment: PYTHON (with torch and pip), WORK (a build directory).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${PYTHON:?}" "${WORK:?}"

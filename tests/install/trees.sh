@@ -1,19 +1,19 @@
-# What is installed: the files, their contents, and that they can be moved. Part of run.sh.
+# Checks the installed files, their contents, and that they can be moved. Part of run.sh.
 
-# `make install` into a directory that was empty; then the tree is moved away, so that nothing can depend on its place.
+# install_one NAME OPTION...: runs `make install`, then moves the tree, so that nothing can depend on its path.
 install_one() {
     local name=$1
     shift
     "$MAKE" --no-print-directory -s install DESTDIR="$WORK/stage" PREFIX=/opt/somewhere "$@" >/dev/null
     mv "$WORK/stage/opt/somewhere" "$WORK/$name"
-    [ -z "$(find "$WORK/stage" -type f)" ] || fail "make install wrote outside of PREFIX"
+    [ -z "$(find "$WORK/stage" -type f)" ] || fail "make install wrote outside PREFIX"
     rm -r "$WORK/stage"
 }
 
 install_trees() {
     install_one prefix TORCH=1
     install_one prefix-c TORCH=0
-    # The Python package, its libtorch layer not compiled, beside torch as in site-packages.
+    # The Python package without a compiled libtorch layer, beside torch as in site-packages.
     SAFETENSORS_TORCH_AOT=0 "$PYTHON" -m pip install --quiet --disable-pip-version-check \
         --no-build-isolation --no-deps --target "$WORK/site-packages" .
     ln -s "$torch" "$WORK/site-packages/torch"
@@ -23,7 +23,7 @@ install_trees() {
     ln -s "$torch/include" "$torch/lib" "$torch/share" "$WORK/libtorch"
 }
 
-# Names and kinds of all files of a tree.
+# listing TREE: prints its files and links.
 listing() {
     (cd "$1" && find . \( -type f -printf '%P\n' -o -type l -printf '%P -> %l\n' \) | LC_ALL=C sort)
 }
@@ -48,28 +48,29 @@ expected_cpp() {
     echo lib/pkgconfig/safetensors_torch.pc
 }
 
-# The dynamic symbols are the functions of the C header; the SONAME has the major version.
+# check_exports LIBRARY HEADER: the dynamic symbols are exactly the functions of the C header; the SONAME has the major
+# version.
 check_exports() {
     local library=$1 header=$2
     diff <(grep -v '^ \*\|^/\*' "$header" | grep -o '\bsft_[a-z0-9_]*(' | tr -d '(' | LC_ALL=C sort -u) \
         <(nm -D --defined-only "$library" | awk '{ print $3 }' | LC_ALL=C sort -u) >"$WORK/symbols" ||
-        { cat "$WORK/symbols" >&2; fail "$library does not export what $header declares (<), and that alone (>)"; }
+        { cat "$WORK/symbols" >&2; fail "$library must export what $header declares (<), and nothing else (>)"; }
     LC_ALL=C readelf --wide --dynamic "$library" | grep "(SONAME).*\[libsafetensors_torch.so.$major\]" >/dev/null ||
         fail "$library: SONAME"
 }
 
-# The same, and no search path, which would be one of this machine.
+# check_library LIBRARY HEADER: the same, and no search path of this machine.
 check_library() {
     check_exports "$@"
     ! LC_ALL=C readelf --wide --dynamic "$1" | grep -E '\((RPATH|RUNPATH)\)' >&2 || fail "$1 has a search path"
 }
 
-# No file names a directory of this machine.
+# check_paths TREE: no file contains a path of this machine.
 check_paths() {
     local tree=$1 directory found
     for directory in "$PWD" "$(pwd -P)" "$torch" "$(realpath "$torch")" "${CARGO_HOME:-$HOME/.cargo}" /opt/somewhere; do
         found=$(grep -rlaF -- "$directory/" "$tree" || true)
-        [ -z "$found" ] || fail "$directory is named in $found"
+        [ -z "$found" ] || fail "$found contains the path $directory"
     done
 }
 

@@ -38,16 +38,16 @@ int main(int argc, char** argv) {
     }
     if (info.dtype != SFT_DTYPE_F32 || info.rank != 2 || info.shape[0] != 2 || info.shape[1] != 3 ||
         memcmp(weight, copy, sizeof weight) != 0 || format.length != 2 || memcmp(format.data, "pt", 2) != 0) {
-        fprintf(stderr, "the file says something else than was written\n");
+        fprintf(stderr, "the file differs from what was written\n");
         return 1;
     }
     printf("C: weight of %" PRIu64 " bytes, library %s\n", info.nbytes, sft_get_version());
     sft_file_free(file);
 
-    /* And an error comes with its text. */
+    /* An error has a text. */
     if (sft_file_open("/nowhere/model.safetensors", NULL, &file) != SFT_ERROR_IO ||
         strstr(sft_last_error_get_message(), "/nowhere/model.safetensors") == NULL) {
-        return failed("a file that is not there");
+        return failed("a missing file");
     }
     return 0;
 }

@@ -12,7 +12,7 @@ int failures = 0;
 
 void check(bool holds, const char* what) {
     if (!holds) {
-        std::cerr << "not so: " << what << "\n";
+        std::cerr << "failed: " << what << "\n";
         ++failures;
     }
 }
@@ -29,14 +29,15 @@ int main(int argc, char** argv) {
 
     const safetensors_torch::Tensors loaded = safetensors_torch::load_file(path);
     check(loaded.size() == 2, "two tensors are loaded");
-    check(at::equal(loaded.at("weight"), weight), "weight is what was saved");
-    check(loaded.at("bias").dtype() == at::kLong && at::equal(loaded.at("bias"), tensors.at("bias")), "so is bias");
+    check(at::equal(loaded.at("weight"), weight), "weight is unchanged");
+    check(loaded.at("bias").dtype() == at::kLong && at::equal(loaded.at("bias"), tensors.at("bias")),
+          "bias is unchanged");
     const safetensors_torch::File file(path);
     check(at::equal(file.get_slice("weight", {1}), weight[1]), "a slice is a row");
     check(file.metadata().at("format") == "pt", "metadata is kept");
     try {
         safetensors_torch::load_file("/nowhere/model.safetensors");
-        check(false, "a file that is not there is an error");
+        check(false, "a missing file is an error");
     } catch (const c10::Error& error) {
         check(std::string(error.what()).find("/nowhere/model.safetensors") != std::string::npos,
               "the error names the file");
@@ -51,7 +52,7 @@ int main(int argc, char** argv) {
     check(count == 2, "C counts two tensors");
     sft_file_free(handle);
 
-    // The torch that the library was compiled for is the one that this program was compiled with.
+    // The library was built for the torch of this program.
     const auto [version, torch] = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("safetensors_torch::_built_for", "")
                                       .typed<std::tuple<std::string, std::string>()>()
