@@ -254,6 +254,7 @@ lint: out/library.stamp out/core.stamp
 	clang-format --dry-run -Werror $(CPP_FILES)
 	tests/warnings.sh
 	$(PY) tests/tree.py
+	$(PY) tests/layers.py
 
 clean:
 	rm -rf target out build dist
