@@ -1,19 +1,20 @@
 # make demo      the main job, with real files, from Python and C++
-# make test      every test, in every language
+# make check     what to run before a commit: lint, the tests of the core, the tests of Python
+# make test      every test, in every language; each part also runs alone: make test-c
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
 # make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600, Miri
 # make fuzz      every fuzz target of the core, SECONDS=60 each
-# make miri      the core under Miri, where a nightly compiler has it
+# make miri      the core under Miri, if a nightly compiler with it is installed
 # make bench     every load and save beside the reference, torch and the bare machine, in one run
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
-# make clean     what was built; .venv stays
+# make clean     deletes what was built, except .venv
 #
-# Each does its own set-up, once: .venv with the pinned torch, the build, the package in .venv.
+# Each target sets up what it needs, once: .venv with the pinned torch, the build, the package in .venv.
 
 PYTHON ?= python3
 PREFIX ?= /usr/local
@@ -24,10 +25,10 @@ TORCH   ?= 1
 VENV    := .venv
 PY      := $(VENV)/bin/python
 STAGE   := out/prefix
-# Tools that pip installed (cmake, ninja, ruff, clang-format) are found before others.
+# Tools from .venv (cmake, ninja, ruff, clang-format) take precedence over those of the system.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# Messages of panics name source files: without this, by their paths on this machine.
+# Messages of panics name source files. This removes the paths of this machine from them.
 export CARGO_BUILD_RUSTFLAGS := \
     --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=safetensors-torch
 
@@ -36,11 +37,17 @@ LIBTORCH_NAMED := $(strip $(LIBTORCH) $(LIBTORCH_INCLUDE) $(LIBTORCH_LIB) $(LIBT
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 
+# The parts of make test. Those in SUITES run side by side, long ones first. test-python runs after them: it uses two
+# processors itself, and some of its tests measure time or memory.
+SUITES := test-accelerator test-install test-examples test-docs test-address test-thread test-torture test-faults \
+    test-tsan test-cpp test-rust test-c test-fuzz
+
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build demo test torture miri filesystems bench bench-header docs lint install clean wheel test-rust test-tsan test-c test-cpp test-sanitizers test-python test-accelerator test-docs test-examples test-install library fuzz test-fuzz
+.PHONY: build library demo install wheel bench bench-header docs clean fuzz torture miri filesystems \
+    check test test-sanitizers test-python $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
 
@@ -53,19 +60,19 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 
 library: out/prefix.stamp
 
-# The shared library with its torch layer, for the libtorch of LIBTORCH and its like, of which build.rs tells; where none
-# of them is set, for the torch of .venv.
+# The shared library with its torch layer, for the libtorch that LIBTORCH and similar variables name (see build.rs), or
+# for the torch of .venv if none of them is set.
 out/library.stamp: $(CORE_SOURCES) out/libtorch $(if $(LIBTORCH_NAMED),,$(VENV)/requirements.stamp)
 	cargo build --release --locked
 	mkdir -p out && touch $@
 
-# Changes when what names the libtorch does.
+# Changes when one of those variables does.
 out/libtorch: FORCE
 	@mkdir -p out && echo '$(LIBTORCH_NAMED)' | cmp -s - $@ || echo '$(LIBTORCH_NAMED)' >$@
 
 FORCE:
 
-# The core alone: a shared library for C, and the static one.
+# The core alone, as a shared and as a static library for C.
 out/core.stamp: $(CORE_SOURCES)
 	cargo build --release --locked --no-default-features --target-dir target/core
 	mkdir -p out && touch $@
@@ -79,10 +86,10 @@ out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
 LIB     = $(DESTDIR)$(PREFIX)/lib
 INCLUDE = $(DESTDIR)$(PREFIX)/include
 CORE   := target/core/release
-# What the static library needs.
+# The libraries that the static library needs.
 SYSTEM_LIBS := -lgcc_s -lutil -lrt -lpthread -lm -ldl
 
-# A C program can do without libtorch, so it gets the static library where the shared one needs libtorch.
+# C programs do not need libtorch, so they link the static library if the shared one needs libtorch.
 ifeq ($(TORCH),0)
 SHARED := $(CORE)/libsafetensors_torch.so
 PC_FILES := safetensors_torch-c
@@ -97,7 +104,7 @@ C_LIBS_PRIVATE :=
 install: out/library.stamp out/core.stamp
 endif
 
-# The library says itself what it was built for: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
+# The library contains a line that names its torch: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
 BUILT_FOR = $(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED))
 
 install:
@@ -134,13 +141,20 @@ demo: build
 
 # --- tests
 
-test: test-rust test-tsan test-fuzz test-c test-cpp test-sanitizers test-docs test-examples test-install test-python test-accelerator
+# Runs targets of this file side by side, see tests/suites.py.
+RUN_SUITES = MAKE="$(MAKE)" $(PYTHON) tests/suites.py
 
-# The core has no torch in it, so neither have its tests.
+test: build out/core.stamp filesystems
+	$(RUN_SUITES) $(SUITES) --alone test-python
+
+check: build out/core.stamp
+	$(RUN_SUITES) lint test-rust --alone test-python
+
+# The core does not use torch, so its tests do not either.
 test-rust: $(VENV)/requirements.stamp
 	cargo test --release --locked --no-default-features --target-dir target/core
 
-# The threads of the core, under ThreadSanitizer where the compiler has it.
+# The threads of the core under ThreadSanitizer, if the compiler has it.
 test-tsan:
 	tests/rust/tsan.sh
 
@@ -149,17 +163,22 @@ test-fuzz:
 	RUSTFLAGS="--cfg fuzzing" cargo test --quiet --locked --no-default-features --manifest-path fuzz/Cargo.toml \
 	    --target-dir target/fuzz-replay
 
-test-c: out/core.stamp filesystems
+test-c: out/core.stamp
 	tests/c/run.sh target/core/release
+
+# Makes every system call and every allocation of a save fail.
+test-faults: out/core.stamp
 	tests/faults/run.sh target/core/release
+
+test-torture: out/core.stamp filesystems
 	tests/torture/run.sh target/core/release quick
 
-# SECONDS: of the soak; KILLS: of each kind of target.
+# SECONDS is the length of the soak, KILLS the number of kills for each kind of target.
 torture: out/core.stamp out/python.stamp filesystems
 	PYTHON=$(CURDIR)/$(PY) SOAK=$(or $(SECONDS),600) KILLS=$(or $(KILLS),500) tests/torture/run.sh target/core/release
 	$(MAKE) --no-print-directory miri
 
-# The programs that make the filesystems of tests/torture/power.c, which skips those that are missing.
+# Installs the programs that make the filesystems of tests/torture/power.c, which skips those that are missing.
 filesystems:
 	export PATH="$$PATH:/usr/sbin:/sbin"; \
 	if command -v mkfs.xfs && command -v mkfs.btrfs; then exit; fi >/dev/null; \
@@ -179,36 +198,38 @@ test-cpp: library
 	cmake --build out/tests-cpp --parallel
 	ctest --test-dir out/tests-cpp --output-on-failure
 
-# C and C++ with everything of ours instrumented, where the compilers have the sanitizers. Two builds, side by side.
-SANITIZED := out/sanitizers/address.stamp out/sanitizers/thread.stamp
+# C and C++ with all of our code instrumented, if the compilers have the sanitizers.
+test-sanitizers: test-address test-thread
 
-test-sanitizers: library
-	$(MAKE) --no-print-directory -j2 $(SANITIZED)
-	tests/sanitizers/run.sh test address
-	tests/sanitizers/run.sh test thread
+test-address test-thread: test-%: out/sanitizers/%.stamp
+	tests/sanitizers/run.sh test $*
 
-$(SANITIZED): out/sanitizers/%.stamp: out/prefix.stamp $(wildcard tests/sanitizers/* tests/cpp/*)
+out/sanitizers/address.stamp out/sanitizers/thread.stamp: out/sanitizers/%.stamp: out/prefix.stamp \
+    $(wildcard tests/sanitizers/* tests/cpp/*)
 	tests/sanitizers/run.sh build $*
 
 test-examples: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \
 	    tests/examples.sh
 
-# The programs in the guides.
+# Runs the programs in the guides.
 test-docs: build
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c \
 	    WORK=$(CURDIR)/out/docs-programs tests/docs.sh
 
-# Installs the library in every way there is, and builds programs with it.
+# Installs the library in every supported way, and builds programs with it.
 test-install: out/library.stamp out/core.stamp
 	MAKE="$(MAKE)" PYTHON=$(CURDIR)/$(PY) WORK=$(CURDIR)/out/install tests/install/run.sh
 
+# Tests with the mark "alone" measure time or memory; the others share two processes.
+PYTEST := $(PY) -m pytest --quiet
 test-python: out/python.stamp
-	$(PY) -m pytest
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
+	$(PYTEST) -m alone
 
-# Transfers to and from devices, with one that does everything late. A process of its own: it changes torch.
+# Transfers to and from a simulated device that runs everything late. A separate process, because the device changes torch.
 test-accelerator: out/python.stamp
-	$(PY) -m pytest tests/accelerator tests/python/test_device.py
+	$(PYTEST) tests/accelerator tests/python/test_device.py
 	$(PY) tests/gpu/run.py --device testaccel --check --only 'names=|dtype=|tensors are loaded|late' --directory out/gpu-check
 
 # --- the rest
@@ -228,7 +249,7 @@ $(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
 bench: build $(VENV)/bench.stamp
 	$(PY) benches/bench.py $(BENCH)
 
-# Fails for a public name without documentation, and for a link to nowhere.
+# Fails if a public name has no documentation or a link has no target.
 docs:
 	command -v doxygen >/dev/null || if test "$$(id -u)" = 0; then \
 	    apt-get install -qq -y doxygen >/dev/null || { apt-get update -qq && apt-get install -qq -y doxygen >/dev/null; }; \
@@ -242,19 +263,40 @@ docs:
 bench-header:
 	cargo bench --locked --no-default-features --target-dir target/core --bench header
 
-lint: out/library.stamp out/core.stamp
+lint: lint-rust lint-python lint-cpp
+
+lint-rust: out/library.stamp
 	cargo fmt --check
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
-	cargo clippy --release --locked --all-targets -- -D warnings
-	cargo clippy --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings
-	RUSTFLAGS="--cfg fuzzing" cargo clippy --locked --all-targets --no-default-features --manifest-path fuzz/Cargo.toml \
-	    --target-dir target/fuzz-replay -- -D warnings
-	ruff check .
+	cargo clippy --quiet --release --locked --all-targets -- -D warnings
+	cargo clippy --quiet --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings
+	RUSTFLAGS="--cfg fuzzing" cargo clippy --quiet --locked --all-targets --no-default-features \
+	    --manifest-path fuzz/Cargo.toml --target-dir target/fuzz-replay -- -D warnings
+
+lint-python: $(VENV)/requirements.stamp
+	ruff check --quiet .
 	ruff format --check .
-	clang-format --dry-run -Werror $(CPP_FILES)
-	tests/warnings.sh
 	$(PY) tests/tree.py
 	$(PY) tests/layers.py
+
+# The compiler's warnings of each file of the C++ layer, and of one that includes the public header. layer.cpp includes
+# all other files.
+LAYER_SOURCES := $(filter-out cpp/layer.cpp,$(shell find cpp -name '*.cpp'))
+WARNINGS      := out/warnings/safetensors_torch.stamp $(LAYER_SOURCES:%.cpp=out/warnings/%.stamp)
+
+lint-cpp: $(VENV)/requirements.stamp
+	clang-format --dry-run -Werror $(CPP_FILES)
+	test "$$(grep -c '^#include' cpp/layer.cpp)" = $(words $(LAYER_SOURCES)) || \
+	    { echo "cpp/layer.cpp: does not include every other file of cpp/" >&2; exit 1; }
+	$(MAKE) --no-print-directory --silent -j2 $(WARNINGS)
+
+$(WARNINGS): tests/warnings.sh $(VENV)/requirements.stamp $(shell find src/bridge -type f) | out/library.stamp
+out/warnings/safetensors_torch.stamp:
+	echo '#include "safetensors_torch.hpp"' | tests/warnings.sh - $@
+out/warnings/%.stamp: %.cpp
+	tests/warnings.sh $< $@
+
+-include $(WARNINGS:.stamp=.d)
 
 clean:
 	rm -rf target out build dist

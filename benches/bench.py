@@ -37,12 +37,12 @@ QUICK_DATA = ("small", "gpt2")
 
 
 def is_quick(work: Work) -> bool:
-    """Whether --quick does it."""
+    """Returns whether --quick measures a work."""
     return work.data in QUICK_DATA and not work.cold and not work.durable and not work.as_found
 
 
 class Run:
-    """One run of the bench: which works, of whom, and what was found."""
+    """One run of the benchmark: its works, their subjects and the results."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
@@ -84,7 +84,7 @@ class Run:
         self._plan = [(work, subjects) for work, subjects in left if subjects]
 
     def _install_prerelease(self, directory: Path) -> None:
-        """Puts the pre-release into `directory`, or leaves it out where it cannot be had."""
+        """Installs the pre-release into `directory`, or excludes it if it cannot be downloaded."""
         if not self._has("prerelease") or list(directory.glob(f"safetensors-{works.PRERELEASE_VERSION}.dist-info")):
             return
         shutil.rmtree(directory, ignore_errors=True)
@@ -100,7 +100,7 @@ class Run:
             subprocess.run(["cc", "-O2", "-pthread", str(source), "-o", str(program)], check=True)
 
     def measure(self) -> dict:
-        """Measures all that was chosen, and returns it as it goes into the JSON file."""
+        """Measures the chosen works and returns the content of the JSON file."""
         OUT.mkdir(parents=True, exist_ok=True)
         prerelease, raw = OUT / "safetensors-pre", OUT / "raw"
         self._install_prerelease(prerelease)
@@ -125,7 +125,7 @@ class Run:
         }
 
     def _make(self, name: str, directory: Path) -> bool:
-        """Makes the files of a data set; False where the machine has no room for it."""
+        """Writes the files of a data set. Returns False if memory or disk are too small."""
         nbytes = DATA_SETS[name].nbytes()
         if machine.available_memory() < 3 * nbytes or machine.free_disk(directory) < 6 * nbytes:
             self._note(f"{name} left out: it takes {3 * nbytes / 1e9:.0f} GB of memory, {6 * nbytes / 1e9:.0f} of disk")
@@ -147,7 +147,7 @@ class Run:
 
 
 def shown_command() -> str:
-    """The command, without the options that name places on this machine."""
+    """Returns the command without the options that name paths of this machine."""
     hidden = ("--directory", "--json", "--docs")
     words = []
     skip = False
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    # As an exit like others, so that the files, which are large, do not stay behind.
+    # SIGTERM must run the cleanup too: the files are large.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     if arguments.reuse:

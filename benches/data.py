@@ -23,14 +23,14 @@ class DataSet:
     """A set of tensors of one dtype."""
 
     title: str
-    dtype: str  # as torch names it
+    dtype: str  # its name in torch
     element_bytes: int
     shapes: Callable[[], Shapes]
-    pickled: bool = True  # whether there is a .pt of it beside the .safetensors
-    most_rounds: int = 1000  # where a run takes seconds, few must do
+    pickled: bool = True  # whether a .pt exists beside the .safetensors
+    most_rounds: int = 1000  # fewer if a run takes seconds
 
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes().values()) * self.element_bytes
 
 
@@ -39,7 +39,7 @@ def _small(count: int) -> Shapes:
 
 
 def _gpt2() -> Shapes:
-    """GPT-2 small, as its checkpoint has it: 12 layers."""
+    """Returns the shapes of GPT-2 small, in the order of its checkpoint: 12 layers."""
     width = 768
 
     def both(name: str, *shape: int) -> Shapes:
@@ -58,7 +58,7 @@ def _gpt2() -> Shapes:
 
 
 def _shard() -> Shapes:
-    """The first shard of a large language model: a vocabulary of 64,000 and 8 layers of 9 tensors."""
+    """Returns the shapes of a large model's first shard: a vocabulary of 64,000 and 8 layers of 9 tensors."""
     width, inner = 4096, 11008
     shapes: Shapes = {"model.embed_tokens.weight": (64000, width)}
     for layer in range(8):
@@ -81,13 +81,13 @@ DATA_SETS = {
 
 
 def make(name: str, directory: Path) -> None:
-    """Writes the files of the data set `name`, always with the same numbers in it."""
+    """Writes the files of the data set `name`, with the same numbers each time."""
     import safetensors.torch
     import torch
 
     data = DATA_SETS[name]
     torch.manual_seed(0)
-    # Numbers enough that nothing can take the tensors for equal; drawing each anew would take a minute.
+    # Enough numbers that no two tensors are equal; new ones for each tensor would take a minute.
     numbers = torch.randn(1 << 24).to(getattr(torch, data.dtype))
     tensors = {}
     for index, (key, shape) in enumerate(data.shapes().items()):
@@ -103,7 +103,7 @@ def make(name: str, directory: Path) -> None:
 
 
 def read_header(path: Path) -> tuple[dict, int]:
-    """What the header of a safetensors file says of its tensors, and where the data begins."""
+    """Returns the tensors in the header of a safetensors file, and the offset of the data."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -112,7 +112,7 @@ def read_header(path: Path) -> tuple[dict, int]:
 
 
 def read_tensors(path: Path, names: set[str] | None = None) -> dict:
-    """The tensors of a file (those called `names`, if given), each in memory of its own."""
+    """Returns the tensors of a file (only `names`, if given), each in its own memory."""
     import torch
 
     header, start = read_header(path)

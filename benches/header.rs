@@ -1,16 +1,16 @@
-//! Micro-benchmarks of the header: parsing and checking one, and laying tensors out and encoding one.
+//! Micro-benchmarks of the header: parse and check one; lay out tensors and encode one.
 //!
-//! No file and no tensor data are involved; the times of whole files are measured by `bench.py`.
+//! No file and no tensor data are involved: `bench.py` measures whole files.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use safetensors_torch::{DEFAULT_ALIGNMENT, Dtype, Header, Layout, TensorSpec};
 
-/// A model of GPT-2's size, one of many small tensors, and more than any model has.
+/// The tensors of GPT-2, of a model of many small tensors, and more than any model has.
 const COUNTS: [usize; 3] = [148, 20_000, 1_000_000];
 
-/// The bytes before the JSON.
+/// The length of the field before the JSON.
 const LENGTH_BYTES: usize = 8;
 
 fn names(count: usize) -> Vec<String> {

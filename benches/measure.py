@@ -21,7 +21,7 @@ from data import DATA_SETS
 from process import Worker, WorkerError
 from works import Subject, Work
 
-# The memory that a run may need beside that for the data: for each tensor, and for all else.
+# Memory that a run may need besides its data: for each tensor, and for everything else.
 _TENSOR, _SPARE = 2 << 10, 64 << 20
 
 
@@ -31,13 +31,13 @@ _SETTLE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What all works of a run have in common."""
+    """What all works of a run share."""
 
-    directory: Path  # of the data sets and of the files that are saved
-    raw: Path  # the program made of raw.c
-    prerelease: Path  # what goes first on sys.path for the pre-release
+    directory: Path  # holds the data sets and the saved files
+    raw: Path  # the program compiled from raw.c
+    prerelease: Path  # goes first on sys.path for the pre-release
     rounds: int
-    quick: bool  # memory is measured only where a target speaks of it
+    quick: bool  # measures memory only for works with a memory target
 
 
 class Measurement:
@@ -49,7 +49,7 @@ class Measurement:
         shapes = DATA_SETS[work.data].shapes()
         self._nbytes = DATA_SETS[work.data].nbytes()
         copies = 2 if work.call in ("save", "save_file") else 0 if work.options.get("backend") == "mmap" else 1
-        # What is read from the disk goes into the page cache too.
+        # Data read from the disk fills the page cache too.
         copies += work.cold
         self._needed = copies * self._nbytes + len(shapes) * _TENSOR + _SPARE
         self._subjects = list(subjects)
@@ -58,7 +58,7 @@ class Measurement:
         self.failures: list[str] = []
 
     def run(self) -> dict:
-        """Measures time, then memory; what failed is in `failures`, and has no row in what is returned."""
+        """Measures time, then memory. Subjects that failed are in `failures` and have no row in the result."""
         self._heat()
         if self._work.as_found:
             self._time_fresh()
@@ -107,7 +107,7 @@ class Measurement:
         return self._setting.directory / f"target-{number}" / f"{self._work.data}{self._source(subject).suffix}"
 
     def _heat(self) -> None:
-        """Makes the page cache's state of what is read certain, where it is not made so before each run."""
+        """Puts the source files into the page cache, unless each run drops it."""
         if self._work.reads_file and not self._work.cold:
             for path in sorted({self._source(subject) for subject in self._subjects}):
                 machine.rewarm(path)
@@ -130,7 +130,7 @@ class Measurement:
                             self._seconds[subject.title].append(workers[subject.title].seconds())
 
     def _time_fresh(self) -> None:
-        """As `_time`, but each run has a process of its own, and nothing touches memory beforehand."""
+        """Like `_time`, but each run has its own process, and nothing touches memory before."""
         rounds = min(self._setting.rounds, DATA_SETS[self._work.data].most_rounds)
         for number in range(rounds + 1):
             turn = number % max(len(self._subjects), 1)
@@ -138,7 +138,7 @@ class Measurement:
                 with self._guard(subject), self._start(subject) as worker:
                     worker.ready()
                     self._prepare(subject)
-                    # What the process before freed is on its way to the hypervisor, if there is one that takes it.
+                    # A hypervisor may still be reclaiming the memory that the previous process freed.
                     time.sleep(_SETTLE_SECONDS)
                     seconds = worker.seconds("check" if number == 0 else "run")
                     if number > 0:
@@ -152,7 +152,7 @@ class Measurement:
 
     @contextlib.contextmanager
     def _guard(self, subject: Subject):
-        """Notes a failure, and leaves its subject out from then on."""
+        """Records a failure and drops its subject."""
         try:
             yield
         except WorkerError as error:
@@ -168,7 +168,7 @@ class Measurement:
                 target.unlink(missing_ok=True)
             elif not target.exists():
                 shutil.copyfile(self._neutral(), target)
-            os.sync()  # what earlier runs wrote shall not be written during this one
+            os.sync()  # writeback of earlier runs must not happen during this one
         if self._work.cold:
             machine.drop_caches()
         if not self._work.as_found:
@@ -182,7 +182,7 @@ class Measurement:
             command = [str(self._setting.raw), self._work.loop, str(self._source(subject)), str(target)]
             return Worker(what, command + (["sync"] if self._work.durable else []))
         prerelease = subject.library == "prerelease"
-        # torch has no backends; its options stand with the subject alone.
+        # torch has no backends: its options are those of the subject.
         options = subject.options if subject.library == "torch" else {**self._work.options, **subject.options}
         plan = {
             "library": subject.library,

@@ -1,4 +1,4 @@
-"""The plot of what was measured: speeds relative to the reference.
+"""The plot of the results: speeds relative to the reference.
 
 Owns the picture alone; the figures are report.py's.
 """
@@ -21,14 +21,14 @@ _OURS, _PRERELEASE, _TORCH = "#1b6ca8", "#e0a030", "#a9a9a9"
 
 
 def _color(subject: str) -> str | None:
-    """The color of a subject's bar; None: it has no bar."""
+    """Returns the color of a subject's bar, or None if it has no bar."""
     if subject.startswith("torch."):
         return _TORCH
     return {works.OURS: _OURS, works.PRERELEASE: _PRERELEASE}.get(subject)
 
 
 def draw(results: dict, picture: Path) -> None:
-    """Draws one group of bars a work; the raw limit is a mark on the bar of ours."""
+    """Draws a group of bars for each work. The raw limit is a mark on our bar."""
     shown = [work for work in results["works"] if report.relative(work, works.REFERENCE, works.OURS)]
     style = {"svg.hashsalt": "bench", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
@@ -39,7 +39,7 @@ def draw(results: dict, picture: Path) -> None:
             ticks.append((at + (len(bars) - 1) / 2, work["name"]))
             for subject in bars:
                 speed = report.relative(work, works.REFERENCE, subject)
-                # From 1 on: shorter than the reference goes left.
+                # Bars start at 1: slower than the reference goes left.
                 axes.barh(at, speed - 1, left=1, height=0.85, color=_color(subject))
                 limit = report.relative(work, works.REFERENCE, works.RAW) if subject == works.OURS else None
                 if limit:

@@ -19,11 +19,11 @@ _SAMPLE_SECONDS = 0.002
 
 
 class WorkerError(Exception):
-    """A worker that failed; the text says of which work and subject, and how."""
+    """A worker that failed. The text names the work, the subject and the failure."""
 
 
 class Worker:
-    """A process that does one work of one subject, and waits for a line in between."""
+    """A process that runs one work of one subject, once for each line it reads."""
 
     def __init__(self, what: str, command: list[str]) -> None:
         self._what = what
@@ -47,16 +47,16 @@ class Worker:
         self._process.stdout.close()
 
     def ready(self) -> str:
-        """Waits until the worker is set up; returns the version of what it imported."""
+        """Waits until the worker is set up. Returns the version of the library it imported."""
         return self._answer()["ready"]
 
     def seconds(self, request: str = "run") -> float:
-        """One run."""
+        """Requests one run and returns its time."""
         self._send(request)
         return self._answer()["seconds"]
 
     def memory(self) -> tuple[int, int]:
-        """One run, its result kept: how far its anonymous memory, and its resident memory, rose at the highest."""
+        """Requests one run that keeps its result. Returns the peak growth of its anonymous and resident memory."""
         pid = self._process.pid
         self._send("hold")
         self._answer()

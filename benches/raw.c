@@ -1,6 +1,6 @@
-/* The raw limit of a machine: bare loops that move the same bytes as the works, with no format and no tensors.
+/* The raw limit of a machine: bare loops that copy the same bytes as the works, without format or tensors.
  *
- * Owns the loops and their clock. What a loop stands beside, and how often it runs, is decided elsewhere.
+ * Owns the loops and their clock. works.py says which work a loop is compared with.
  *
  * raw LOOP SOURCE TARGET [sync]     answers each line "run" on stdin with the seconds of one run, in JSON.
  */
@@ -27,9 +27,9 @@ static const char* source;
 static const char* target;
 static bool synced;
 static size_t size;  /* of the source */
-static char* held;   /* the source's bytes, where a loop starts from memory */
-static char* result; /* what a run made, freed after the clock */
-static int leftover; /* a descriptor that is closed after the clock */
+static char* held;   /* the bytes of the source, for loops that start from memory */
+static char* result; /* the result of a run, freed after the clock stops */
+static int leftover; /* a descriptor, closed after the clock stops */
 
 static void fail(const char* what) {
     printf("{\"error\": \"%s: %s\"}\n", what, strerror(errno));
@@ -47,12 +47,12 @@ static double now(void) {
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-/* Fresh memory that may get huge pages, aligned to them. */
+/* Returns fresh memory that may get huge pages, aligned to them. */
 static char* new_memory(void) {
     char* start = mmap(NULL, size + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) fail("mmap");
     size_t before = -(uintptr_t)start % HUGE;
-    size_t after = HUGE - before; /* at least a page, as both are multiples of pages */
+    size_t after = HUGE - before; /* at least a page: both are multiples of pages */
     if (before) munmap(start, before);
     munmap(start + before + (size + PAGE - 1) / PAGE * PAGE, after);
     madvise(start + before, size, MADV_HUGEPAGE);
@@ -77,11 +77,11 @@ static void write_fully(int file) {
     }
 }
 
-/* --- loops over chunks, as many threads as cores */
+/* --- loops over chunks, one thread for each core */
 
 struct shared {
     atomic_size_t next;
-    int file; /* or -1: from memory */
+    int file; /* or -1 for memory */
     char* to;
 };
 
@@ -168,7 +168,7 @@ static void loop_write(void) {
     sync_directory();
 }
 
-/* Write and rename by hand. Reserves nothing: ext4 writes data that has no blocks when the rename replaces a file. */
+/* Writes and renames by hand. Preallocates nothing: ext4 writes delayed data when the rename replaces a file. */
 static void loop_replace(void) {
     char link[64], fresh[4096];
     snprintf(fresh, sizeof fresh, "%s.fresh", target);
@@ -187,7 +187,7 @@ static void loop_replace(void) {
 static const struct {
     const char* name;
     void (*run)(void);
-    bool holds; /* whether it starts from the bytes in memory, or reads into warm memory */
+    bool holds; /* whether it starts from bytes in memory, or reads into warm memory */
 } loops[] = {
     {"touch", loop_touch, false},    {"sequential", loop_sequential, false},
     {"read", loop_read, false},      {"read warm", loop_read_warm, true},

@@ -1,4 +1,4 @@
-"""Tables of what was measured: as text, and as Markdown for the documentation.
+"""Tables of the results: as text, and as Markdown for the documentation.
 
 Owns the derived figures (medians, ratios, copies, targets). Measures nothing; the plot is in plot.py.
 """
@@ -18,29 +18,29 @@ _COLUMNS = ("median", "min", "ratio", "GB/s", "copies")
 
 
 def median(row: dict | None) -> float | None:
-    """The median of a row, None where there is none."""
+    """Returns the median of a row, or None if it has no runs."""
     return statistics.median(row["seconds"]) if row and row["seconds"] else None
 
 
 def row_of(work: dict | None, subject: str) -> dict | None:
-    """A subject's row of a work, None where it was not measured."""
+    """Returns a subject's row of a work, or None if it was not measured."""
     return next((row for row in work["rows"] if row["subject"] == subject), None) if work else None
 
 
 def relative(work: dict | None, subject: str, other: str) -> float | None:
-    """How many times as long `subject` takes as `other`."""
+    """Returns the time of `subject` as a multiple of that of `other`."""
     mine, theirs = median(row_of(work, subject)), median(row_of(work, other))
     return mine / theirs if mine and theirs else None
 
 
 def copies(work: dict | None, subject: str) -> float | None:
-    """The extra anonymous memory of a subject, in copies of the data."""
+    """Returns the extra anonymous memory of a subject, in copies of the data."""
     row = row_of(work, subject)
     return row["extra_bytes"] / work["bytes"] if row and row["extra_bytes"] is not None else None
 
 
 def time_text(seconds: float) -> str:
-    """A time with three digits or more, in the unit that suits."""
+    """Formats a time with at least three digits."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:#.3g} {unit}".replace(". ", " ")
@@ -52,7 +52,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _cells(work: dict, row: dict) -> tuple[str, ...]:
-    """The figures of a row, in the order of the columns."""
+    """Formats the cells of a row, in the order of the columns."""
     speed = work["bytes"] / median(row) / 1e9 if work["moves"] else None
     return (
         time_text(median(row)),
@@ -64,7 +64,7 @@ def _cells(work: dict, row: dict) -> tuple[str, ...]:
 
 
 def text_table(entries: list[dict]) -> str:
-    """The works' rows for a terminal."""
+    """Returns the rows of the works for a terminal."""
     lines = []
     for work in entries:
         lines.append(f"\n{work['name']:<38}" + "".join(f"{column:>10}" for column in _COLUMNS))
@@ -75,7 +75,7 @@ def text_table(entries: list[dict]) -> str:
 
 
 def scales(results: dict) -> Iterator[tuple[str, float]]:
-    """The works of a million tensors, and their time as a multiple of 50 times that of 20,000."""
+    """Returns the works of a million tensors, with their time as a multiple of 50 times that of 20,000."""
     by_name = {work["name"]: work for work in results["works"]}
     for work in results["works"]:
         small = median(row_of(by_name.get(f"small {work['title']}"), works.OURS))
@@ -85,7 +85,7 @@ def scales(results: dict) -> Iterator[tuple[str, float]]:
 
 
 def judged(results: dict) -> Iterator[tuple[str, str, str, str]]:
-    """The targets whose works were measured: what of, target, measured, and whether it is met."""
+    """Returns the measured targets: work, target, result, and whether it is met."""
     by_name = {work["name"]: work for work in results["works"]}
     scale = dict(scales(results))
     for target in TARGETS:
@@ -111,7 +111,7 @@ def _measured(target: Target, work: dict | None, scale: dict[str, float]) -> flo
 
 
 def text_targets(results: dict) -> str:
-    """The targets for a terminal."""
+    """Returns the targets for a terminal."""
     lines = [f"\n{'targets':<72}{'target':>16}{'measured':>10}  met"]
     lines += [f"{what:<72}{target:>16}{value:>10}  {met}" for what, target, value, met in judged(results)]
     return "\n".join(lines)
@@ -123,7 +123,7 @@ def _markdown_rows(heads: tuple[str, ...], rows: list[tuple[str, ...]], left: in
 
 
 def markdown(results: dict, plot: str) -> str:
-    """What stands between the markers of a document."""
+    """Returns the text between the markers of a document."""
     few = ", ".join(f"{data.most_rounds} with {name}" for name, data in DATA_SETS.items() if data.most_rounds < 1000)
     rounds = f"{results['rounds']} timed runs of each, at most {few}"
     lines = [f"Measured on {results['date']} with `{results['command']}`: {rounds}.", ""]
@@ -148,7 +148,7 @@ def _first_line(failure: str) -> str:
 
 
 def write_docs(results: dict, document: Path) -> None:
-    """Replaces what stands between the markers of `document`, and draws the plot beside it."""
+    """Replaces the text between the markers of `document`, and draws the plot beside it."""
     import plot
 
     text = document.read_text(encoding="utf-8")

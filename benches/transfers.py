@@ -1,4 +1,4 @@
-"""What a transfer to a device costs the host before and beside the copies: small files, on every way there is.
+"""Measures what a transfer to a device costs the host besides the copies: small files, in every mode.
 
     python benches/transfers.py
 
@@ -35,7 +35,7 @@ WAYS = ("plain", "first", "warm")
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """Files of a few tensors each, and one of many small ones."""
+    """Writes files of a few tensors each, and one of many small tensors."""
     made = {}
     for size in (1, 10, 50, 100, 200):
         count = max(4, size // 2)
@@ -48,7 +48,7 @@ def files(directory: Path) -> dict[str, Path]:
 
 
 def seconds(path: Path, way: str) -> float:
-    """One load, until the device has everything."""
+    """Runs one load, until the device has all data."""
     st.set_transfer_options(pinned_pool_bytes=0 if way == "plain" else 64 << 20)
     if way == "first":
         st.release_transfer_memory()

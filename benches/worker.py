@@ -1,4 +1,4 @@
-"""A process in which one subject does one work, once for each line of stdin.
+"""A process that runs one work of one subject, once for each line of stdin.
 
 Owns the calls and their clock. When to run, the files, the page cache and the memory's measure are its parent's.
 
@@ -34,7 +34,7 @@ import data
 
 
 def torch_functions() -> SimpleNamespace:
-    """torch's own functions, in the roles of this library's."""
+    """torch's own functions under the names of this library's."""
     import torch
 
     def load_model(model: torch.nn.Module, path: str, mmap: bool) -> object:
@@ -47,7 +47,7 @@ def torch_functions() -> SimpleNamespace:
 
 
 def import_library(library: str, directory: str, version: str) -> tuple[Any, str]:
-    """The module (or what stands for it) of a subject, and its version; only the wanted version will do."""
+    """Returns the module of a subject, or its substitute, and its version. Fails for another version."""
     if library == "torch":
         import torch
 
@@ -69,7 +69,7 @@ def import_library(library: str, directory: str, version: str) -> tuple[Any, str
 
 
 def model_of(shapes: dict[str, tuple[int, ...]]) -> Any:
-    """A module with parameters of those names, its memory touched."""
+    """Returns a module with these parameters, its memory touched."""
     import torch
 
     root = torch.nn.Module()
@@ -85,7 +85,7 @@ def model_of(shapes: dict[str, tuple[int, ...]]) -> Any:
 
 
 def touched(tensors: dict, every_page: bool) -> dict:
-    """The tensors, after a byte of each of their pages was read if that is wanted."""
+    """Returns the tensors, after reading a byte of each of their pages if requested."""
     if every_page:
         import torch
 
@@ -105,7 +105,7 @@ def synchronize(path: str) -> None:
 
 
 def wait_for_threads() -> None:
-    """Waits until no other thread of this process does anything: a call may leave some at work when it returns."""
+    """Waits until no other thread of this process runs: a call may return before its threads end."""
     deadline = time.monotonic() + 60
     quiet = 0
     while quiet < 2:
@@ -121,13 +121,13 @@ def wait_for_threads() -> None:
 
 
 class Task:
-    """The work of this process: what it starts from, the call that is timed, and what its result must be."""
+    """The work of this process: its input, the timed call, and the expected result."""
 
     def __init__(self, plan: dict) -> None:
         self._module, self.version = import_library(plan["library"], plan["path"], plan["version"])
         self._plan = plan
-        self._source = Path(plan["source"])  # what the subject reads
-        self._neutral = Path(plan["neutral"])  # the .safetensors that the expectations come from
+        self._source = Path(plan["source"])  # the file that the subject reads
+        self._neutral = Path(plan["neutral"])  # the .safetensors with the expected values
         self._model: Any = None
         self._names: list[str] = []
         options = dict(plan["options"])
@@ -146,7 +146,7 @@ class Task:
         if plan["call"] == "load_model":
             self._model = model_of(data.DATA_SETS[plan["data"]].shapes())
             return lambda: function(self._model, source, **options)
-        if plan["call"] == "dict":  # what no load can do without
+        if plan["call"] == "dict":  # the minimum of every load
             values = [object() for _ in data.DATA_SETS[plan["data"]].shapes()]
             return lambda: dict(zip(self._names, values))
         tensors = data.read_tensors(self._neutral)
@@ -164,10 +164,10 @@ class Task:
         if self._plan["call"] == "dict":  # names whose hash is not known yet
             self._names = [name.encode().decode() for name in data.DATA_SETS[self._plan["data"]].shapes()]
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier runs left behind would be warm
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier runs freed would be warm
 
     def check(self, result: Any) -> None:
-        """Compares the result with the data set: the names, and the contents of some tensors."""
+        """Compares the names, and the contents of some tensors, with the data set."""
         if self._plan["call"] == "dict":
             if list(result) != self._names:
                 raise ValueError("the dict has not the names that it was made of")
@@ -206,7 +206,7 @@ class Task:
 
 
 def serve(task: Task, requests: io.TextIOBase, answer: Callable[[dict], None]) -> None:
-    """Does what the lines of `requests` say, until they end."""
+    """Runs the requests, one a line, until they end."""
     while line := requests.readline():
         request = line.strip()
         task.prepare()
@@ -222,14 +222,14 @@ def serve(task: Task, requests: io.TextIOBase, answer: Callable[[dict], None]) -
             answer({"held": True})
             requests.readline()
         del result
-        # Before the answer: nothing shall be left to do while another process runs.
+        # Before the answer, so that no work remains while another process runs.
         gc.collect()
         wait_for_threads()
         answer({"seconds": seconds})
 
 
 def main() -> None:
-    # The answers get a descriptor of their own: what libraries print goes to stderr.
+    # The answers have their own descriptor; output of libraries goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""What is timed, of whom, and what is aimed at: the works, their subjects and the targets.
+"""The works, their subjects and the targets.
 
 Owns these tables alone. How a subject does a work is in worker.py, how the runs take turns in bench.py.
 """
@@ -18,7 +18,7 @@ RAW = "raw limit"
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a work: who does it, and with which arguments of its own."""
+    """One row of a work: a library and its arguments."""
 
     title: str
     library: str  # "ours", "reference", "prerelease", "torch", "python" or "raw"
@@ -28,20 +28,20 @@ class Subject:
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to do, alike for all subjects."""
+    """One task, the same for all subjects."""
 
     title: str
     data: str  # the key of a data set
     call: str  # "load_file", "load", "load_model", "save", "save_file" or "dict"
     subjects: tuple[Subject, ...]
     options: dict[str, object] = field(default_factory=dict)
-    touch: bool = False  # every page of the result is read, within the time
-    cold: bool = False  # the page cache is dropped before every run
-    fresh: bool = False  # save_file: the target does not exist before
+    touch: bool = False  # the timed run reads every page of the result
+    cold: bool = False  # each run starts with an empty page cache
+    fresh: bool = False  # save_file: the target does not exist yet
     durable: bool = False  # save_file: file and directory are on the disk at the end
-    as_found: bool = False  # each run in a process of its own, with memory as that finds it
-    moves: bool = True  # whether the data's bytes are moved, so that bytes a second mean something
-    loop: str = ""  # the loop of raw.c that stands beside it
+    as_found: bool = False  # each run in a new process, without touching memory before
+    moves: bool = True  # whether the bytes of the data are copied, so that bytes per second have a meaning
+    loop: str = ""  # the loop of raw.c that it is compared with
 
     @property
     def name(self) -> str:
@@ -49,13 +49,13 @@ class Work:
 
     @property
     def reads_file(self) -> bool:
-        """Whether the page cache's state of the source matters."""
+        """Whether the source is read from a file."""
         return self.call in ("load_file", "load_model")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What ours shall reach in a work."""
+    """A goal for this library in a work."""
 
     work: str
     kind: str  # "times" the reference's speed, "raw" share of the limit, "copies" of the data, "scale" to a million
@@ -63,7 +63,7 @@ class Target:
 
     @property
     def at_most(self) -> bool:
-        """Whether less is better."""
+        """Whether smaller is better."""
         return self.kind in ("copies", "scale")
 
 

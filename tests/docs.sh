@@ -12,7 +12,7 @@ passed=0
 
 # begin PAGE: writes the programs of the page to a new directory, and enters it.
 begin() {
-    rm -rf "$WORK/$1"
+    rm -rf "$WORK/$1/run" "$WORK/$1/"*.expected
     mkdir -p "$WORK/$1/run"
     page=$PWD/docs/$1.md
     names=$("$PYTHON" tests/readme_block.py --programs "docs/$1.md" "$WORK/$1")
@@ -30,10 +30,14 @@ check() {
 begin cpp
 sources=$(grep '\.cpp$' <<<"$names")
 # shellcheck disable=SC2086 # names without spaces
-"$PYTHON" "$tests/one_program.py" $sources >all.cpp
-g++ -std=c++17 -Wall -Wextra -Werror all.cpp -I"$PREFIX/include" -isystem "$libtorch/include" \
-    -isystem "$libtorch/include/torch/csrc/api/include" -L"$PREFIX/lib" -Wl,--as-needed -lsafetensors_torch \
-    -L"$libtorch/lib" -ltorch_cpu -lc10 -pthread -Wl,-rpath,"$PREFIX/lib:$libtorch/lib" -o all
+"$PYTHON" "$tests/one_program.py" $sources >new.cpp
+# Compiled again only if the page or the installed tree has changed.
+if ! cmp -s new.cpp all.cpp || [ -n "$(find "$PREFIX/" -newer all 2>&1 | head -n 1)" ]; then
+    g++ -std=c++17 -Wall -Wextra -Werror new.cpp -I"$PREFIX/include" -isystem "$libtorch/include" \
+        -isystem "$libtorch/include/torch/csrc/api/include" -L"$PREFIX/lib" -Wl,--as-needed -lsafetensors_torch \
+        -L"$libtorch/lib" -ltorch_cpu -lc10 -pthread -Wl,-rpath,"$PREFIX/lib:$libtorch/lib" -o all
+    mv new.cpp all.cpp
+fi
 for source in $sources; do
     check "$source.expected" "$PWD/all" "${source%.cpp}"
 done
@@ -61,6 +65,7 @@ while read -r command; do
     check map.c.expected "$PWD/app"
 done <<<"$commands"
 cd - >/dev/null
+
 begin python
 for source in $names; do
     touch "$source.expected" # some programs print nothing

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Compiles our own C++ with -Wall -Wextra -Werror and throws the result away. Torch's headers are not ours.
-# Takes the generated bridge from the release build, which `make lint` makes first.
+# Compiles our own C++ with -Wall -Wextra -Werror and discards the result. Torch's headers are not checked.
+#
+#     tests/warnings.sh SOURCE STAMP    one file, or - for the standard input; touches STAMP, and writes beside it what
+#                                       it depends on, for make
+#     tests/warnings.sh                 every file of cpp/, and the public header
+#
+# Needs the bridge that the release build generates.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-torch=$(.venv/bin/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+torch=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
 bridge=$(ls -dt target/release/build/safetensors-torch-*/out/cxxbridge/include | head -n 1)
 
 check() {
@@ -12,13 +17,15 @@ check() {
         -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" "$@"
 }
 
-# Each by itself, so that each includes what it uses; layer.cpp has them all.
-for source in $(find cpp -name "*.cpp"); do
-    [ "$source" = cpp/layer.cpp ] || check "$source"
+if [ $# -gt 0 ]; then
+    mkdir -p "$(dirname "$2")"
+    check -MMD -MP -MF "${2%.stamp}.d" -MT "$2" -x c++ "$1"
+    touch "$2"
+    exit
+fi
+# Each by itself, so that each includes what it uses.
+find cpp -name '*.cpp' ! -name layer.cpp | while read -r source; do
+    check "$source"
 done
-[ "$(grep -c '^#include' cpp/layer.cpp)" = "$(($(find cpp -name "*.cpp" | wc -l) - 1))" ] || {
-    echo "cpp/layer.cpp does not include every other file of cpp/" >&2
-    exit 1
-}
 check -x c++ - <<<'#include "safetensors_torch.hpp"'
 echo "no warnings in cpp/ and include/"

@@ -32,8 +32,8 @@ pub const TARGETS: &[(&str, Body)] = &[
     ("differential", differential::run),
     ("edit", edit::run),
     ("header", header::run),
+    ("incremental_writer", incremental_writer::run),
     ("index", index::run),
     ("slice", slice::run),
-    ("incremental_writer", incremental_writer::run),
     ("writer", writer::run),
 ];

@@ -47,4 +47,4 @@ macro_rules! replays {
     };
 }
 
-replays! { capi differential edit header index slice stream writer }
+replays! { capi differential edit header incremental_writer index slice writer }

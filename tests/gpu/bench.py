@@ -1,4 +1,4 @@
-"""The benchmark: every file, every subject, in turns, each time in a process of its own.
+"""The benchmark: every file and every subject, in turns, each run in its own process.
 
 Owns the order, and what becomes of a subject that fails. The clock is in worker.py.
 """
@@ -16,31 +16,31 @@ import machine
 import processes
 import rivals
 
-# How long one process may take, beside what its bytes need at a very slow pace.
+# The time limit of a process, besides the time of its bytes at a very low speed.
 _SECONDS = 300.0
 _SLOWEST = 50e6  # bytes a second
 _GB = 10**9
 
 _SMALL = (1_000_000, 10_000_000, 100_000_000)
 _TINY = 20_000
-# Larger files are not saved: that takes long, and tells no more.
+# Larger files are not saved: that takes long and shows nothing more.
 _MOST_SAVED = 6 * _GB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, and where."""
+    """What to measure, and where."""
 
     device: str
-    device_bytes: int  # that are free on it
+    device_bytes: int  # free on the device
     directory: Path
     sizes: tuple[float, ...]  # GB
     rounds: int
-    prerelease: str  # the directory of a pre-release of the reference, or nothing
+    prerelease: str  # the directory of a pre-release of the reference, or empty
 
 
 def contents(sizes: tuple[float, ...]) -> list[tuple[data.Content, bool]]:
-    """The files, small ones first, and whether each is a large one."""
+    """Returns the files, small ones first, and whether each is large."""
     small = [data.model(f"{nbytes // 1_000_000} MB", nbytes) for nbytes in _SMALL]
     large = [data.model(f"{size:g} GB", round(size * _GB)) for size in sizes]
     return [*((content, False) for content in (data.tiny("5 MB", _TINY), *small)), *((one, True) for one in large)]
@@ -51,13 +51,13 @@ class Bench:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._missing: set[str] = set()  # the keys of those that are not installed
-        self._reasons: dict[str, list[str]] = {}  # why something was not measured, and what
-        self.failures: list[str] = []  # of this library's own
+        self._missing: set[str] = set()  # keys of subjects that are not installed
+        self._reasons: dict[str, list[str]] = {}  # reason: what was not measured
+        self.failures: list[str] = []  # of this library
 
     @property
     def notes(self) -> list[str]:
-        """What was not measured, and why."""
+        """Lists what was not measured, and why."""
         return [f"{why} ({', '.join(what)})" for why, what in self._reasons.items()]
 
     def _note(self, what: str, why: str) -> None:
@@ -65,7 +65,7 @@ class Bench:
         self._reasons.setdefault(why, []).append(what)
 
     def run(self) -> dict[str, Any]:
-        """Measures everything; gives the figures as they go into the JSON file."""
+        """Measures everything and returns the figures for the JSON file."""
         found: dict[str, Any] = {"loads": [], "saves": [], "ceilings": {}}
         for content, is_large in contents(self._plan.sizes):
             print(f"\n{content.name}: {content.title}, {content.nbytes() / 1e6:,.1f} MB", file=sys.stderr, flush=True)
@@ -85,7 +85,7 @@ class Bench:
         return found
 
     def _fits(self, content: data.Content) -> bool:
-        """Whether there is room for a file, beside a copy of it that is saved and one on the device."""
+        """Returns whether a file, a saved copy and a copy on the device fit."""
         nbytes = content.nbytes()
         for what, needed, there in (
             ("disk", 2 * nbytes, machine.free_disk(self._plan.directory)),
@@ -160,7 +160,7 @@ class Bench:
 
 
 def times(row: dict[str, Any]) -> dict[str, float]:
-    """The medians of a row, in seconds: of the first run in a process, of the second, and of all later ones."""
+    """Returns the medians of a row in seconds: of the first run in a process, of the second, and of all later ones."""
     runs = row["runs"]
     return {
         "first": statistics.median(run["first"] for run in runs),
@@ -170,7 +170,7 @@ def times(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _short(error: Exception) -> str:
-    """What happened, and the last that was printed."""
+    """Returns the first and the last line of an error."""
     lines = str(error).splitlines()
     return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
 

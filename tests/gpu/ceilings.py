@@ -1,4 +1,4 @@
-"""The machine's own limits: what copies over the bus, reads out of the page cache and writes into it can do at best.
+"""The limits of the machine: copies over the bus, reads from the page cache and writes to it.
 
 Owns these measurements alone. They use torch, and nothing of the library.
 """
@@ -27,13 +27,13 @@ _COPIES = 16
 _CHUNK = 2 * _MIB
 _THREADS = (1, 2, 4, 8)
 _TIMES = 3
-# Reads and writes stop here: more tells no more.
+# Reads and writes stop here: more bytes show nothing more.
 _MOST = 4 << 30
 _PINNED = (2, 16, 64, 256)  # MiB
 
 
 def _best(nbytes: int, work: Callable[[], None]) -> float:
-    """The bytes a second of the best of some runs, after one that does not count."""
+    """Returns the bytes per second of the best of some runs, after a warm-up."""
     seconds = []
     for _ in range(_TIMES + 1):
         start = time.perf_counter()
@@ -64,14 +64,14 @@ def _copies(device: devices.Device) -> dict[str, float]:
 
 
 def _pinning() -> dict[str, float]:
-    """The seconds that it takes to pin a MiB, by the MiB that are pinned with one call."""
+    """Returns the seconds to pin a MiB, by the MiB that one call pins."""
     found = {}
     kept = []
     for size in _PINNED:
         seconds = []
         for _ in range(_TIMES):
             start = time.perf_counter()
-            # Kept, as torch would give memory that was freed to the next.
+            # Kept, because torch would reuse freed memory.
             kept.append(torch.empty(size * _MIB, dtype=torch.uint8, pin_memory=True))
             seconds.append(time.perf_counter() - start)
         found[str(size)] = statistics.median(seconds) / size
@@ -79,7 +79,7 @@ def _pinning() -> dict[str, float]:
 
 
 def _reads(path: Path) -> dict[str, float]:
-    """The bytes a second out of the page cache, by the number of threads."""
+    """Returns the bytes per second read from the page cache, by the number of threads."""
     nbytes = min(path.stat().st_size, _MOST)
     machine.warm(path)
     descriptor = os.open(path, os.O_RDONLY)
@@ -89,7 +89,7 @@ def _reads(path: Path) -> dict[str, float]:
         os.close(descriptor)
 
 
-# One for each thread, in memory already.
+# One for each thread, touched already.
 _buffers = [mmap.mmap(-1, _CHUNK) for _ in range(max(_THREADS))]
 
 
@@ -105,7 +105,7 @@ def _read(descriptor: int, nbytes: int, threads: int) -> None:
                 if chunk * _CHUNK >= nbytes:
                     return
                 os.preadv(descriptor, [buffer], chunk * _CHUNK)
-        except BaseException as error:  # raised below, in the thread that waits
+        except BaseException as error:  # raised again in the waiting thread
             failures.append(error)
 
     workers = [threading.Thread(target=work, args=[buffer]) for buffer in _buffers[:threads]]
@@ -118,7 +118,7 @@ def _read(descriptor: int, nbytes: int, threads: int) -> None:
 
 
 def _writes(directory: Path, nbytes: int) -> float:
-    """The bytes a second into the page cache, with one thread, of a new file whose room is set aside first."""
+    """Returns the bytes per second that one thread writes to a new, preallocated file in the page cache."""
     nbytes = min(nbytes, _MOST)
     content = bytes(_CHUNK)
     target = directory / "ceiling"

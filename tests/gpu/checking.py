@@ -1,4 +1,4 @@
-"""What checks are made of: their list, what they start from, how they fail, and what they ask of tensors.
+"""The list of checks, their setting, their failures, and comparisons of tensors.
 
 Owns no check.
 """
@@ -22,16 +22,16 @@ Figures = dict[str, float] | None
 
 
 class Skip(Exception):
-    """A check that this machine cannot do; the text says why."""
+    """A check that this machine cannot run. The text says why."""
 
 
 class Wrong(Exception):
-    """What a check found; the text says what."""
+    """A failed check. The text says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a check starts from.
+    """The setting of a check.
 
     Attributes:
         device: the device, current, with nothing on it.
@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def large(self) -> int:
-        """The bytes of a file that is much larger than all that transfers may have."""
+        """The size of a file that is much larger than the memory of transfers."""
         return (192 if self.device.simulated else 1024) * MIB
 
     def path(self, name: str = "model") -> Path:
@@ -55,7 +55,7 @@ Work = Callable[[Setting], Figures]
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its name, and the function that does it, which may give figures for the report."""
+    """One check: its name and its function, which may return figures for the report."""
 
     name: str
     work: Work
@@ -65,7 +65,7 @@ CHECKS: list[Check] = []
 
 
 def check(name: str) -> Callable[[Work], Work]:
-    """Adds a function to the list of the checks."""
+    """Adds a function to the list of checks."""
 
     def add(work: Work) -> Work:
         CHECKS.append(Check(name, work))
@@ -75,7 +75,7 @@ def check(name: str) -> Callable[[Work], Work]:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """A CPU tensor of random bits, other ones for each seed."""
+    """Returns a CPU tensor of random bits, different for each seed."""
     itemsize = torch.empty((), dtype=dtype).element_size()
     count = itemsize * torch.Size(shape).numel()
     generator = torch.Generator().manual_seed(seed)
@@ -84,25 +84,25 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.T
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """A CPU tensor of random numbers, other ones for each seed."""
+    """Returns a CPU tensor of random numbers, different for each seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def demand(holds: bool, otherwise: str) -> None:
-    """Fails the check where something does not hold."""
+    """Fails the check unless ``holds``."""
     if not holds:
         raise Wrong(otherwise)
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors, wherever they are, have one dtype and shape, and the same bits."""
+    """Returns whether two tensors, on any devices, have the same dtype, shape and bits."""
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
         return False
     return torch.equal(*(data.raw(tensor.detach().contiguous().cpu()) for tensor in (found, expected)))
 
 
 def demand_same(found: data.Tensors, expected: data.Tensors, device: torch.device, when: str = "") -> None:
-    """Fails the check where tensors are not those that are expected, on the device."""
+    """Fails the check unless the tensors are the expected ones, on the device."""
     demand(set(found) == set(expected), f"{when}: other names came out: {sorted(set(found) ^ set(expected))[:5]}")
     for name, tensor in expected.items():
         there = found[name]

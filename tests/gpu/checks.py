@@ -1,4 +1,4 @@
-"""Runs the checks: whether loads and saves with a device do what they promise, each in a process of its own.
+"""Runs the checks of loads and saves with a device, each in its own process.
 
 Owns their order, and what becomes of one that fails, hangs or crashes. What a check is stands in checking.py.
 """
@@ -22,14 +22,14 @@ _SECONDS = 600.0
 
 
 def collect() -> list[checking.Check]:
-    """All checks, in order."""
+    """Returns all checks, in order."""
     for name in _MODULES:
         importlib.import_module(name)
     return checking.CHECKS
 
 
 def run_all(device: str, directory: Path, only: str) -> list[dict[str, Any]]:
-    """Runs every check whose name matches ``only``, and prints a line for each; gives their results."""
+    """Runs every check whose name matches ``only``, prints a line for each, and returns the results."""
     results = []
     for one in (one for one in collect() if re.search(only, one.name)):
         start = time.monotonic()
@@ -48,12 +48,12 @@ def run_all(device: str, directory: Path, only: str) -> list[dict[str, Any]]:
 
 
 def _work(request: dict[str, Any]) -> dict[str, Any]:
-    # Before the library: a simulated device must be there when it is imported.
+    # Before the library: a simulated device must exist when it is imported.
     device = devices.open_device(request["device"])
     one = next(one for one in collect() if one.name == request["name"])
     import safetensors_torch
 
-    # Whatever the environment says.
+    # Overrides the environment.
     safetensors_torch.set_transfer_options(pinned_pool_bytes=checking.RING, threads=0)
     try:
         figures = one.work(checking.Setting(device, Path(request["directory"])))

@@ -1,4 +1,4 @@
-"""Checks of what comes out: every dtype and size, whole files, tensors, slices and models, loaded and saved."""
+"""Checks of data: every dtype and size; files, tensors, slices and models; loaded and saved."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _LENGTHS = (0, 1, 2, 3, 7, 255, 256, 1021, 4096, 100_003)
 
 
 def _sample() -> data.Tensors:
-    """Of every dtype tensors that begin and end anywhere in a slab, and scalars, and some without elements."""
+    """Returns tensors of every dtype, at all positions in a slab, with scalars and empty tensors."""
     tensors = {}
     for number, (code, dtype) in enumerate(data.DTYPES.items()):
         itemsize = torch.empty((), dtype=dtype).element_size()
         shapes = [(length,) for length in _LENGTHS]
         shapes += [(3, 0, 2), (33, 5), (SLAB // itemsize,), (SLAB // itemsize - 1,), (SLAB * 3 // 2 // itemsize + 7,)]
-        if code != data.PACKED:  # torch has no scalar of two values
+        if code != data.PACKED:  # a packed scalar would hold two values
             shapes.append(())
         for index, shape in enumerate(shapes):
             tensors[f"{code}.{index:02}"] = random(shape, dtype, 100 * number + index)
-    # In the order in which files have them: by the size of an element, so that every tensor is aligned.
+    # In the order of a file: by the size of an element, so that every tensor is aligned.
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
 def _ways() -> Iterator[str]:
-    """Sets up each way that bytes can take, and says which."""
+    """Sets up each mode of transfer and yields its name."""
     for way, ring, reserved, threads in (
         ("the ring as it comes", RING, 0, 0),
         ("a warm ring", RING, RING, 0),
@@ -175,7 +175,7 @@ def conversions(setting: Setting) -> None:
             try:
                 expected = {name: tensor.to(device).to(dtype) for name, tensor in tensors.items() if name != "steps"}
             except (RuntimeError, NotImplementedError):
-                continue  # a dtype that this torch does not compute with there
+                continue  # this torch does not compute with the dtype on the device
             expected["steps"] = tensors["steps"]
             demand_same(load_file(path, device, dtype=dtype), expected, device, f"{dtype}, {way}")
     demand_same(
@@ -187,7 +187,7 @@ def conversions(setting: Setting) -> None:
 
 
 class _Net(nn.Module):
-    """A module with a buffer and with two names for one weight."""
+    """A module with a buffer and a tied weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class _Net(nn.Module):
         self.tie()
 
     def tie(self) -> _Net:
-        """Has both names mean one weight, which a move to another device can undo."""
+        """Ties the weight again, because moving to another device can untie it."""
         self.head.weight = self.first.weight
         return self
 

@@ -1,4 +1,4 @@
-"""Checks of what loads and saves cost and leave behind (memory, threads, files), and of how they end early."""
+"""Checks of the memory, threads and files of loads and saves, and of interrupts and errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from checking import MIB, RING, SLAB, Setting, Wrong, check, demand, demand_same
 from devices import limited_memory
 from safetensors_torch import load, load_file, load_model, safe_open, save, save_file
 
-# What a process may have more after many loads than after a few: freed memory that the allocator keeps.
+# The growth of a process that many loads may cause: freed memory that the allocator keeps.
 _SLACK = 16 * MIB
 _FEW, _MANY = 10, 100
 
 
 def _settled(measure: Callable[[], int], wanted: Callable[[int], bool], seconds: float = 10) -> int:
-    """What is measured once it is as wanted, or at last."""
+    """Returns the measure once it is as wanted, or when time is up."""
     deadline = time.monotonic() + seconds
     while not wanted(measure()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -61,7 +61,7 @@ def out_of_memory(setting: Setting) -> None:
 
 
 class _Turn:
-    """Everything that moves bytes to the device and back, some times."""
+    """Calls everything that copies bytes to the device and back."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -101,7 +101,7 @@ def leaks(setting: Setting) -> dict[str, float]:
         turn()
     gc.collect()
     device.synchronize()
-    time.sleep(0.5)  # threads that were done may take a moment to end
+    time.sleep(0.5)  # threads may take a moment to end
     before = {what: measure() for what, measure in measures.items()}
     for _ in range(_MANY):
         turn()
@@ -116,10 +116,10 @@ def leaks(setting: Setting) -> dict[str, float]:
 
 
 class _Interrupt:
-    """Ctrl-C for this process, some time from now."""
+    """Sends Ctrl-C to this process after some time."""
 
     def __init__(self, seconds: float) -> None:
-        # A shell that starts something in the background may have it ignore the signal.
+        # Shells may start background processes with the signal ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.sent = 0.0
         self._timer = threading.Timer(seconds, self._send)
@@ -134,7 +134,7 @@ class _Interrupt:
 
 
 def _interrupted(work: Callable[[], Any]) -> float:
-    """The seconds from the signal to the KeyboardInterrupt that ends the work."""
+    """Returns the seconds from the signal to the KeyboardInterrupt that ends the work."""
     interrupt = _Interrupt(0.5)
     try:
         work()
@@ -148,12 +148,12 @@ def _interrupted(work: Callable[[], Any]) -> float:
 @check("Ctrl-C ends a load and a save within a second, and nothing stays")
 def interrupts(setting: Setting) -> dict[str, float]:
     device = setting.device
-    # More than the ring, so that a load has to wait for the device.
+    # Larger than the pinned pool, so that a load has to wait for the device.
     tensors = {f"weights.{index}": numbers((8 * MIB,), seed=index) for index in range(5)}
     path = data.write(setting.path(), tensors)
     loaded = load_file(path, device.torch)
     save_file(loaded, setting.path("saved"))
-    device.keep_busy(device.current_stream(), 0.1)  # takes its clock
+    device.keep_busy(device.current_stream(), 0.1)  # measures its clock
     device.synchronize()
     before, files = device.allocated(), sorted(setting.directory.iterdir())
     slowest = 0.0
@@ -178,7 +178,7 @@ def interrupts(setting: Setting) -> dict[str, float]:
 
 
 class _Enough(Exception):
-    """What a progress function raises here."""
+    """Raised by a progress function."""
 
 
 @check("progress is told, and what it raises ends a load and a save")
@@ -213,7 +213,7 @@ def progress(setting: Setting) -> None:
 
 
 def _large(setting: Setting) -> data.Tensors:
-    """Tensors much larger than all that transfers may have."""
+    """Returns tensors much larger than the memory of transfers."""
     pieces = 16
     count = setting.large // pieces // 4
     tensors = {f"weights.{index:02}": numbers((count - index,), seed=index) for index in range(pieces)}
@@ -242,7 +242,7 @@ def device_memory(setting: Setting) -> dict[str, float]:
             own, most = device.allocated() - before, device.peak() - before
             del loaded
             part = 1 if dtype is None else 2
-            # Torch rounds up to 512 bytes, and may leave large blocks a MiB longer.
+            # Torch rounds up to 512 bytes, and may leave up to a MiB unused in large blocks.
             fitting = sum(-(-size // part // 512) * 512 + (MIB if size // part > MIB else 0) for size in sizes)
             demand(sum(sizes) // part <= own <= fitting, f"{what}: the tensors have {own / MIB:.1f} MiB")
             demand(most - own <= SLAB, f"{what}: {(most - own) / MIB:.2f} MiB more than the tensors")
@@ -265,7 +265,7 @@ def host_memory(setting: Setting) -> dict[str, float]:
         demand(watch.growth - also < 64 * MIB, f"{what}: {watch.growth / MIB:.1f} MiB")
         return result
 
-    # Whether pinned memory counts as the process's own depends on the driver.
+    # The driver decides whether pinned memory counts as memory of the process.
     measure("first_load_host_bytes", lambda: load_file(path, device.torch), RING)
     safetensors_torch.reserve_transfer_memory(RING)
     loaded = measure("load_host_bytes", lambda: load_file(path, device.torch))

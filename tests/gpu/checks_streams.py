@@ -1,4 +1,4 @@
-"""Checks of the order in which a device does things: loads and saves wait for what they must, and for nothing else."""
+"""Checks of the order of work on a device: loads and saves wait for what they must, and for nothing else."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import safetensors_torch
 from checking import MIB, RING, Setting, Skip, check, demand, demand_same, numbers, same_bits
 from safetensors_torch import load_file, load_model, save, save_file
 
-# How long streams are kept busy, in seconds: much longer than what is checked takes meanwhile.
+# How many seconds streams are kept busy: much longer than the checked call takes.
 _BUSY = 2.0
 _COUNT = 1 << 20
 
 
 def _tensors() -> data.Tensors:
-    """24 MiB, which the ring takes whole."""
+    """Returns 24 MiB of tensors, which fit in the pinned pool."""
     return {f"weights.{index}": numbers((_COUNT,), seed=index) for index in range(6)}
 
 
 def _warm_up(setting: Setting) -> data.Tensors:
-    """Writes the file, and has done everything once that is done but once; gives what is in the file."""
+    """Writes the file, runs all one-time setup, and returns the tensors of the file."""
     tensors = _tensors()
     path = data.write(setting.path(), tensors)
     safetensors_torch.set_transfer_options(pinned_pool_bytes=RING)
@@ -35,7 +35,7 @@ def _warm_up(setting: Setting) -> data.Tensors:
         loaded = load_file(path, setting.device.torch)
         save(loaded)
         del loaded
-    # So is the clock of what keeps a stream busy, and a kernel is there that fills memory.
+    # This measures the clock of `keep_busy` and loads the kernel that fills memory.
     torch.full((_COUNT,), 7.0, device=setting.device.torch)
     setting.device.keep_busy(setting.device.current_stream(), 0.1)
     setting.device.synchronize()
@@ -44,7 +44,7 @@ def _warm_up(setting: Setting) -> data.Tensors:
 
 @contextlib.contextmanager
 def _stream(setting: Setting, side: bool) -> Iterator[str]:
-    """Makes a stream beside the default one the current stream, or not."""
+    """Makes a new stream the current one, or keeps the default stream."""
     if not side:
         yield "the default stream"
         return
@@ -72,7 +72,7 @@ def used_at_once(setting: Setting) -> None:
                 doubled = {name: tensor * 2 for name, tensor in loaded.items()}
                 expected = {name: tensor * 2 for name, tensor in tensors.items()}
                 demand_same(doubled, expected, setting.device.torch, f"{what}, ring of {ring // MIB} MiB")
-                # The next load gets this memory while it is still being read.
+                # The next load reuses this memory while it is still being read.
                 copies = {name: tensor.clone() for name, tensor in loaded.items()}
                 del loaded
                 again = load_file(setting.path(), setting.device.torch, dtype=torch.float64)
@@ -89,9 +89,9 @@ def used_at_once(setting: Setting) -> None:
 def late_copies(setting: Setting) -> None:
     tensors, device = _warm_up(setting), setting.device
     for what in _both(setting):
-        load_file(setting.path(), device.torch)  # for memory of this stream's
+        load_file(setting.path(), device.torch)  # allocates memory of this stream
         device.synchronize()
-        # The copies are behind this, on whichever stream they are.
+        # The copies come after this, on any stream.
         device.keep_others_busy(_BUSY / 4)
         start = time.monotonic()
         loaded = load_file(setting.path(), device.torch)
@@ -178,7 +178,7 @@ def model_after_pending_work(setting: Setting) -> None:
             model.weight.fill_(7)
             model.bias.fill_(7)
         load_model(model, setting.path("linear"))
-        # On the same stream, so that nothing but the load can have been late.
+        # On the same stream, so that only the load can be late.
         found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         demand_same(found, dict(source.state_dict()), device.torch, what)
 
@@ -196,7 +196,7 @@ def threads(setting: Setting) -> None:
                     loaded = load_file(setting.path(), device.torch)
                     demand_same(loaded, tensors, device.torch, f"thread {number}, turn {turn}")
                     demand(save(loaded) == expected, f"thread {number}, turn {turn}: other bytes were saved")
-        except BaseException as error:  # raised below, in the thread that waits
+        except BaseException as error:  # raised again in the waiting thread
             failures.append(error)
 
     workers = [threading.Thread(target=work, args=[number]) for number in range(4)]

@@ -1,4 +1,4 @@
-"""Checks that other programs do: NVIDIA's compute-sanitizer, where it is installed."""
+"""Checks with other tools: NVIDIA's compute-sanitizer, if it is installed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from checking import Setting, Skip, Wrong, check
 
 _SECONDS = 500.0
-_STATUS = 86  # of the sanitizer, where it found something
+_STATUS = 86  # exit status of the sanitizer if it found an error
 
 
 def _sanitizer() -> str | None:
-    """Where compute-sanitizer is, on PATH or in the directories of CUDA."""
+    """Returns the path of compute-sanitizer, from PATH or the directories of CUDA."""
     directories = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/opt/cuda"]
     roots = [Path(directory) for directory in directories if directory]
     roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
-    # The wheels of CUDA, beside torch.
+    # In the wheels of CUDA, beside torch.
     roots += sorted((Path(torch.__file__).parent.parent / "nvidia").glob("*"))
     for root in roots:
         for place in ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"):
@@ -39,7 +39,7 @@ def _run(setting: Setting, tool: str) -> None:
     script = Path(__file__).resolve().with_name("sanitized.py")
     command = [program, "--tool", tool, "--error-exitcode", str(_STATUS)]
     command += [sys.executable, str(script), str(setting.device.torch), str(setting.directory)]
-    # Torch's cache of memory would hide what is used after it was freed.
+    # Torch's caching allocator would hide a use after free.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(

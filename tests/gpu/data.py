@@ -1,4 +1,4 @@
-"""The files that are loaded: what is in them, and how they are written and read without the library.
+"""The files that are loaded: their contents, written and read without the library.
 
 Owns the format's layout as far as the checks and the benchmark need it, and the checksum of everything in a file.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# As the format calls them, and as torch does. Not every torch has all of them.
+# The names of the format and of torch. Older torch versions lack some.
 _CODES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -40,35 +40,35 @@ _CODES = {
 }
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)}
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
-# Two values in each byte.
+# This dtype has two values in each byte.
 PACKED = "F4"
 
 Tensors = dict[str, torch.Tensor]
 
-# How much a checksum takes in at a time, an even number.
+# How many bytes a checksum adds at a time; even.
 _BUCKET = 16 << 20
-# No divisor of anything that data could be moved by.
+# A prime, so that no shift of the data by a block size goes unnoticed.
 _PRIME = 65521
 _MODULUS = (1 << 61) - 1
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file of the benchmark holds."""
+    """The content of a file of the benchmark."""
 
     name: str
     title: str
-    dtype: str  # as torch calls it
+    dtype: str  # its name in torch
     shapes: dict[str, tuple[int, ...]]
 
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """Returns the bytes of all tensors."""
         itemsize = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
         return itemsize * sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def model(name: str, nbytes: int) -> Content:
-    """The tensors of a language model of 32 layers, in bfloat16, about as many bytes as asked for."""
+    """Returns a language model of 32 layers in bfloat16, with about ``nbytes``."""
     # In squares of the width, an embedding and a head have 16 each, and a layer 13.
     width = max(8, round(math.sqrt(nbytes / 2 / (2 * 16 + 32 * 13)) / 8) * 8)
     inner, narrow = width * 7 // 2, width // 4
@@ -89,12 +89,12 @@ def model(name: str, nbytes: int) -> Content:
 
 
 def tiny(name: str, count: int) -> Content:
-    """That many tensors of 256 bytes."""
+    """Returns ``count`` tensors of 256 bytes."""
     return Content(name, f"{count:,} tensors of 256 bytes, float32", "float32", {f"t.{i}": (64,) for i in range(count)})
 
 
 def make(content: Content, path: Path) -> int:
-    """Writes a file with random bits in its tensors; returns the checksum of them all."""
+    """Writes a file with random bits in its tensors, and returns their checksum."""
     dtype = getattr(torch, content.dtype)
     pool = torch.randint(0, 256, ((32 << 20) + 4099,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     checksum = _Checksum()
@@ -114,7 +114,7 @@ def make(content: Content, path: Path) -> int:
 
 
 def write(path: Path, tensors: Tensors) -> Path:
-    """Writes tensors of the CPU in the order of the dict, also one in which some are not aligned to their dtype."""
+    """Writes CPU tensors in the order of the dict, even if that leaves some unaligned to their dtype."""
     with open(path, "wb") as file:
         file.write(_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}))
         for tensor in tensors.values():
@@ -128,7 +128,7 @@ def _header(entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     for name, (dtype, shape) in entries.items():
         begin, end = end, end + math.prod(shape) * torch.empty((), dtype=dtype).element_size()
         code = _CODE_OF[dtype]
-        # The format counts single values, torch's packed dtype the bytes that hold two.
+        # The format counts values; torch's packed dtype counts bytes of two values.
         dims = [*shape[:-1], 2 * shape[-1]] if code == PACKED else list(shape)
         found[name] = {"dtype": code, "shape": dims, "data_offsets": [begin, end]}
     text = json.dumps(found, separators=(",", ":")).encode()
@@ -137,18 +137,18 @@ def _header(entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor, sharing its memory."""
+    """Returns a contiguous tensor as bytes that share its memory."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """The memory of a one-dimensional CPU tensor of bytes, which must live longer. numpy is not needed for it."""
+    """Returns the memory of a one-dimensional CPU tensor of bytes, which must outlive it. Needs no numpy."""
     size = tensor.numel()
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()) if size else bytearray()).cast("B")
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a file says of its tensors, in the order of their data, and where the data begins."""
+    """Returns the header entries of a file in the order of their data, and the offset of the data."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -157,7 +157,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read(path: Path, order: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file, on the CPU, one after the other, in the order of their data or of the names given."""
+    """Yields the tensors of a file on the CPU, in the order of their data or of ``names``."""
     header, start = read_header(path)
     with open(path, "rb") as file:
         for name in header if order is None else order:
@@ -172,12 +172,12 @@ def read(path: Path, order: list[str] | None = None) -> Iterator[tuple[str, torc
 
 
 def names(path: Path) -> list[str]:
-    """The names of a file's tensors in the order of their data."""
+    """Returns the names of a file's tensors in the order of their data."""
     return list(read_header(path)[0])
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A number that every byte of the tensors has a part in, and its place, computed where the tensors are."""
+    """Returns a number that depends on every byte and its position, computed on the device of the tensors."""
     found = _Checksum()
     for tensor in tensors:
         found.add(raw(tensor))
@@ -185,7 +185,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class _Checksum:
-    """A checksum under way."""
+    """An incomplete checksum."""
 
     def __init__(self) -> None:
         self._pieces: list[torch.Tensor] = []
@@ -194,7 +194,7 @@ class _Checksum:
         self._weights = torch.empty(0)
 
     def add(self, data: torch.Tensor) -> None:
-        """Goes on with the bytes of a one-dimensional tensor."""
+        """Adds the bytes of a one-dimensional tensor."""
         while len(data) > 0:
             piece = data[: _BUCKET - self._filled]
             self._pieces.append(piece)
@@ -218,6 +218,6 @@ class _Checksum:
         self._pieces, self._filled = [], 0
 
     def result(self) -> int:
-        """The checksum of all that was added."""
+        """Returns the checksum of all bytes added."""
         self._take()
         return self._total

@@ -1,4 +1,4 @@
-"""The device that is checked and measured: CUDA, or the simulated one where there is no GPU.
+"""The device that is checked and measured: CUDA, or a simulation without a GPU.
 
 Owns what torch has no common words for: how much memory there is, a limit on it, and streams that are kept busy.
 """
@@ -20,14 +20,14 @@ import machine
 
 SIMULATED = "testaccel"
 
-# The longest that one kernel runs, in seconds: some systems end those that take longer.
+# The longest time of one kernel in seconds: some systems kill longer ones.
 _KERNEL_SECONDS = 0.05
-# Twice as many streams as torch has to lend: then it goes round again.
+# Twice the streams of torch's pool, which reuses them in turn.
 _LENT = 64
 
 
 class DeviceError(Exception):
-    """A device that is not there."""
+    """A device that does not exist."""
 
 
 class Device:
@@ -35,7 +35,7 @@ class Device:
 
     Attributes:
         torch: the device, with its index.
-        simulated: whether it is none, so that times mean nothing.
+        simulated: whether it is a simulation, whose times have no meaning.
     """
 
     simulated = False
@@ -45,19 +45,19 @@ class Device:
         self.synchronize()
 
     def describe(self) -> dict[str, str]:
-        """What figures depend on."""
+        """Returns what the figures depend on."""
         raise NotImplementedError
 
     def count(self) -> int:
-        """How many devices of this kind there are."""
+        """Returns the number of devices of this kind."""
         raise NotImplementedError
 
     def current(self) -> int:
-        """The index of the current device."""
+        """Returns the index of the current device."""
         raise NotImplementedError
 
     def synchronize(self) -> None:
-        """Waits for everything that is queued."""
+        """Waits for all queued work."""
         raise NotImplementedError
 
     def current_stream(self) -> Any:
@@ -71,11 +71,11 @@ class Device:
         raise NotImplementedError
 
     def keep_busy(self, stream: Any, seconds: float) -> None:
-        """Queues something on a stream that takes that long; returns at once."""
+        """Queues work of that length on a stream and returns at once."""
         raise NotImplementedError
 
     def keep_others_busy(self, seconds: float) -> None:
-        """Does so on every stream that torch lends, other than the current one."""
+        """Keeps every stream of torch's pool busy, except the current one."""
         streams = {stream.stream_id: stream for stream in (self.new_stream() for _ in range(_LENT))}
         streams.pop(self.current_stream().stream_id, None)
         for stream in streams.values():
@@ -85,30 +85,30 @@ class Device:
         return not stream.query()
 
     def allocated(self) -> int:
-        """The bytes of the tensors on the device, rounded as the allocator does."""
+        """Returns the bytes of the tensors on the device, rounded by the allocator."""
         raise NotImplementedError
 
     def peak(self) -> int:
-        """The most of them since `reset_peak`."""
+        """Returns the peak of `allocated` since `reset_peak`."""
         raise NotImplementedError
 
     def reset_peak(self) -> None:
         raise NotImplementedError
 
     def empty_cache(self) -> None:
-        """Gives memory back that no tensor has."""
+        """Frees cached memory that no tensor uses."""
         raise NotImplementedError
 
     def free_bytes(self) -> int:
-        """How much memory tensors could have."""
+        """Returns how much memory tensors could use."""
         raise NotImplementedError
 
     def limit_memory(self, more: int | None) -> None:
-        """Lets tensors have so many bytes more than now. None: as many as there are."""
+        """Limits tensors to ``more`` bytes above the present ones. None removes the limit."""
         raise NotImplementedError
 
     def host_bytes(self) -> int:
-        """The bytes of host memory that play the device's memory."""
+        """Returns the bytes of host memory that simulate device memory."""
         return 0
 
 
@@ -122,7 +122,7 @@ class Cuda(Device):
         if chosen >= torch.cuda.device_count():
             raise DeviceError(f"there is no device cuda:{chosen}, only {torch.cuda.device_count()} in all")
         torch.cuda.set_device(chosen)
-        self._cycles = 0.0  # of _sleep in a second
+        self._cycles = 0.0  # of _sleep per second
         super().__init__(torch.device("cuda", chosen))
         torch.zeros(1, device=self.torch).item()
 
@@ -138,7 +138,7 @@ class Cuda(Device):
         }
 
     def _ask_driver(self, what: str) -> str:
-        """What nvidia-smi says of this device; nothing where it says nothing."""
+        """Returns what nvidia-smi reports for this device, or an empty string."""
         command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
         uuid = getattr(torch.cuda.get_device_properties(self.torch), "uuid", None)
         if uuid is not None:
@@ -177,7 +177,7 @@ class Cuda(Device):
     def _measure_sleep(self) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cycles = 50_000_000
-        torch.cuda._sleep(cycles)  # the clocks rise
+        torch.cuda._sleep(cycles)  # raises the clock rate
         start.record()
         torch.cuda._sleep(cycles)
         end.record()
@@ -209,14 +209,14 @@ class Cuda(Device):
 
 
 class Simulated(Device):
-    """The accelerator of the tests, whose streams are threads and whose memory is the host's."""
+    """The accelerator of the tests: its streams are threads, its memory is host memory."""
 
     simulated = True
 
     def __init__(self, index: int | None) -> None:
         directory = Path(__file__).resolve().parent.parent / "accelerator"
         if not (directory / "accelerator.py").exists():
-            raise DeviceError(f"the simulated device is not there: put the directory tests/accelerator at {directory}")
+            raise DeviceError(f"{directory}: the simulated device is missing; copy tests/accelerator there")
         sys.path.insert(0, str(directory))
         import accelerator
 
@@ -228,7 +228,7 @@ class Simulated(Device):
         return {"device": f"none: {SIMULATED}, a simulation"}
 
     def hurry(self) -> None:
-        """Has streams do everything at once, instead of some time later."""
+        """Removes the delay of the streams."""
         self._accelerator.set_delay(0)
 
     def count(self) -> int:
@@ -251,7 +251,7 @@ class Simulated(Device):
 
     def keep_busy(self, stream: Any, seconds: float) -> None:
         self._accelerator.hold_stream(stream)
-        # A stream with nothing to do is idle, and has passed every event, though it is held.
+        # Without queued work a held stream is idle and has passed every event.
         with self.on(stream):
             torch.empty(1, device=self.torch).fill_(0)
         release = threading.Timer(seconds, self._accelerator.release_stream, [stream])
@@ -287,20 +287,20 @@ class Simulated(Device):
 
 
 def open_device(name: str) -> Device:
-    """The device called ``name``, such as "cuda", "cuda:1" or "testaccel".
+    """Opens the device ``name``, such as "cuda", "cuda:1" or "testaccel".
 
     Raises:
-        DeviceError: it is not there.
+        DeviceError: it does not exist.
     """
     kind, index = parse_name(name)
     return Simulated(index) if kind == SIMULATED else Cuda(index)
 
 
 def parse_name(name: str) -> tuple[str, int | None]:
-    """The kind and index in the name of a device.
+    """Returns the kind and index in the name of a device.
 
     Raises:
-        DeviceError: another kind than those that are known here.
+        DeviceError: the kind is unknown.
     """
     match = re.fullmatch(rf"(cuda|{SIMULATED})(?::(\d+))?", name)
     if match is None:
@@ -310,7 +310,7 @@ def parse_name(name: str) -> tuple[str, int | None]:
 
 @contextlib.contextmanager
 def limited_memory(device: Device, more: int) -> Iterator[None]:
-    """Lets tensors have so many bytes more than now, inside of the block."""
+    """Limits tensors to ``more`` bytes above the present ones inside the block."""
     device.limit_memory(more)
     try:
         yield

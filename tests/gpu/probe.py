@@ -1,4 +1,4 @@
-"""A process that looks at the device, so that the one that starts all others has none of its memory."""
+"""A process that opens the device, so that the parent of all processes uses none of its memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Processes of their own for checks and for timed runs: what hangs, crashes or leaks harms nothing else.
+"""Separate processes for checks and timed runs, so that a hang, crash or leak affects nothing else.
 
-Owns both sides of the one request and the one answer, which are JSON, and the end of the process.
+Owns both sides of the request and the answer, which are JSON, and the end of the process.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _HERE = Path(__file__).resolve().parent
 
 
 class ChildError(Exception):
-    """A process without an answer; the text says why."""
+    """A process that did not answer. The text says why."""
 
 
 def ask(script: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Runs a script of this directory, which calls `answer`, and gives what that says.
+    """Runs a script of this directory, which calls `answer`, and returns its answer.
 
-    Where the process does not end well after its answer, ``"ended"`` in it says how.
+    If the process fails after its answer, ``"ended"`` in the answer says how.
 
     Raises:
         ChildError: it failed, crashed, or took longer than ``seconds``.
     """
     command = [sys.executable, str(_HERE / script), json.dumps(request)]
     with tempfile.TemporaryFile() as errors:
-        # A session of its own, so that its children end with it, and a Ctrl-C meets it only through this process.
+        # A new session, so that its children end with it and Ctrl-C reaches only this process.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
@@ -69,8 +69,8 @@ def _tail(text: str, lines: int = 12) -> str:
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """The child's side: does ``work`` with the request, and answers with what it returns or raises."""
-    # The answer gets a descriptor of its own: what libraries print goes to stderr.
+    """Runs ``work`` with the request in the child, and answers with its result or error."""
+    # The answer has its own descriptor; output of libraries goes to stderr.
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
         try:

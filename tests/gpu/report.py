@@ -1,4 +1,4 @@
-"""The report: what was checked and measured, in Markdown.
+"""The report of checks and measurements, in Markdown.
 
 Owns the tables and their words. What they are made of is in the results, as run.py writes them.
 """
@@ -21,7 +21,7 @@ _WARNING = (
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The whole report."""
+    """Returns the whole report."""
     sections = [_head(results)]
     if "checks" in results:
         sections.append(_checks(results["checks"]))
@@ -44,7 +44,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -
 
 
 def time_text(seconds: float) -> str:
-    """A time with about three digits, in the unit that suits."""
+    """Formats a time with about three digits."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             value = seconds * factor

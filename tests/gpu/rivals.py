@@ -1,4 +1,4 @@
-"""Who is timed: this library in several ways, and the others that load safetensors files, as far as they are there.
+"""The timed subjects: this library in several modes, and other installed loaders of safetensors files.
 
 Owns how each is called. When and how often is the worker's business.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# The tensors by name, and whatever they must not outlive.
+# The tensors by name, and the owner that they must not outlive.
 Loaded = tuple[dict[str, torch.Tensor], Any]
 Load = Callable[[str], Loaded]
 Save = Callable[[dict[str, torch.Tensor], str], None]
@@ -34,20 +34,20 @@ STREAMER = "streamer"
 
 @dataclass(frozen=True)
 class Subject:
-    """One of those that are timed."""
+    """A timed library, in one mode."""
 
     key: str
     title: str
-    module: str  # what it imports
-    distribution: str  # what pip calls that
-    prerelease: bool = False  # whether the directory of the pre-release goes first on sys.path
+    module: str  # the module it imports
+    distribution: str  # its name for pip
+    prerelease: bool = False  # whether the directory of the pre-release is first on sys.path
 
 
 OURS_MODULE = "safetensors_torch"
 _OURS = (OURS_MODULE, "safetensors-torch")
 _REFERENCE = ("safetensors.torch", "safetensors")
 
-# Those of this library.
+# The keys of this library.
 OWN = (OURS, PLAIN, RESERVED)
 
 LOADS = (
@@ -69,12 +69,12 @@ SAVES = (
 
 
 class Missing(Exception):
-    """A subject that is not there; the text says what is missing."""
+    """A subject that is not installed. The text says what is missing."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A subject that has been imported and set up."""
+    """An imported subject, ready to run."""
 
     version: str
     call: Any  # Load or Save
@@ -118,7 +118,7 @@ def prepare_save(subject: Subject) -> Ready:
 
 
 def _set_up(module: Any, key: str) -> float:
-    """Chooses the way of the transfers; the seconds that it took."""
+    """Sets the transfer options of a subject, and returns the seconds that took."""
     start = time.perf_counter()
     if key == PLAIN:
         module.set_transfer_options(pinned_pool_bytes=0)
@@ -148,7 +148,7 @@ def _prefetch(module: Any, device: torch.device) -> Load:
 
 
 def _fastsafetensors(module: Any, device: torch.device) -> Load:
-    """Through its own buffers: what is in the page cache is not read by the device itself."""
+    """Loads through its own buffers: the device does not read the page cache itself."""
 
     def load(path: str) -> Loaded:
         loader = module.SafeTensorsFileLoader(module.SingleGroup(), str(device), nogds=True)
@@ -160,7 +160,7 @@ def _fastsafetensors(module: Any, device: torch.device) -> Load:
 
 
 def _instanttensor(module: Any, device: torch.device) -> Load:
-    """Reading through the page cache, where this version can be told to."""
+    """Loads through the page cache, if this version has the option."""
     policy = getattr(module, "BackendPolicy", None)
     options = {} if policy is None else {"backend": policy.BUFFERED}
 
@@ -172,7 +172,7 @@ def _instanttensor(module: Any, device: torch.device) -> Load:
 
 
 def _streamer(module: Any, device: torch.device) -> Load:
-    """To the device itself, where this version can; else each tensor is copied as soon as it is there."""
+    """Loads to the device directly if this version can, else copies each tensor when it arrives."""
     direct = "device" in inspect.signature(module.SafetensorsStreamer.stream_file).parameters
 
     def load(path: str) -> Loaded:

@@ -1,13 +1,13 @@
-"""Checks and measures loads and saves with a GPU, beside what else loads safetensors files.
+"""Checks and measures loads and saves with a GPU, beside other loaders of safetensors files.
 
     python tests/gpu/run.py                          # everything, on the first GPU
-    python tests/gpu/run.py --check                  # whether it is right, in some minutes
-    python tests/gpu/run.py --bench --sizes 1,5      # how fast it is
-    python tests/gpu/run.py --device testaccel       # without a GPU: that this suite runs, and no more
+    python tests/gpu/run.py --check                  # the checks, in some minutes
+    python tests/gpu/run.py --bench --sizes 1,5      # the benchmark
+    python tests/gpu/run.py --device testaccel       # a test of this suite without a GPU
 
-Needs torch and the package safetensors-torch. Others are measured as far as they are installed. The report goes to
-stdout, in Markdown, and what is under way to stderr. The exit status is 1 if a check failed, or if a load or save of
-this library could not be measured.
+Needs torch and the package safetensors-torch. Measures other loaders if they are installed. Writes the report in
+Markdown to stdout, and progress to stderr. The exit status is 1 if a check failed, or if a load or save of this library
+could not be measured.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _PROBE_SECONDS = 600.0  # the simulated device is compiled first
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or testaccel, a simulation; cuda unless given")
-    parser.add_argument("--check", action="store_true", help="the checks alone")
-    parser.add_argument("--bench", action="store_true", help="the benchmark alone")
-    parser.add_argument("--only", metavar="REGEX", default="", help="the checks whose name matches")
-    parser.add_argument("--sizes", metavar="GB,GB", help=f"of the large files; {_SIZES} unless given")
-    parser.add_argument("--rounds", type=int, default=_ROUNDS, help=f"processes a subject; {_ROUNDS} unless given")
-    parser.add_argument("--directory", type=Path, help="where files go, twice as much as the largest; a temporary one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the raw figures go")
-    parser.add_argument("--prerelease", metavar="DIR", default="", help="where pip put a pre-release of safetensors")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, or testaccel, a simulation")
+    parser.add_argument("--check", action="store_true", help="runs only the checks")
+    parser.add_argument("--bench", action="store_true", help="runs only the benchmark")
+    parser.add_argument("--only", metavar="REGEX", default="", help="runs only the checks whose name matches")
+    parser.add_argument("--sizes", metavar="GB,GB", help=f"sizes of the large files (default: {_SIZES})")
+    parser.add_argument("--rounds", type=int, default=_ROUNDS, help=f"processes for each subject (default: {_ROUNDS})")
+    parser.add_argument("--directory", type=Path, help="for files, twice the largest size (default: temporary)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the raw figures to FILE")
+    parser.add_argument("--prerelease", metavar="DIR", default="", help="directory with a pre-release of safetensors")
     arguments = parser.parse_args()
     try:
         kind, _ = devices.parse_name(arguments.device)
@@ -59,7 +59,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _shown_command() -> str:
-    """The command, without the options that name places on this machine."""
+    """Returns the command without the options that name paths of this machine."""
     hidden = ("--directory", "--json", "--prerelease")
     words = []
     skip = False
@@ -71,8 +71,8 @@ def _shown_command() -> str:
 
 
 def _run(arguments: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], bool]:
-    """Does what was asked for; gives the results, and whether this library did its part."""
-    # Here, as it compiles the library's layer where it must.
+    """Runs checks and benchmark. Returns the results, and whether this library passed."""
+    # Imported here first, because the import may have to compile the libtorch layer.
     try:
         import safetensors_torch  # noqa: F401
     except ImportError as error:
@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
 
 def main() -> None:
     arguments = _parse()
-    # As an exit like others, so that the files, which are large, do not stay behind.
+    # SIGTERM must run the cleanup too: the files are large.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if arguments.directory:
         arguments.directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{report.markdown(results)}")
     if not right:
-        sys.exit("run.py: not everything was right: see the lines with FAILED, and the notes")
+        sys.exit("run.py: checks or measurements failed; see the lines with FAILED and the notes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A few small loads and saves, for a tool that watches every access to memory.
+"""A few small loads and saves, for a tool that checks every memory access.
 
 Run: python sanitized.py DEVICE DIRECTORY
 """

@@ -1,4 +1,4 @@
-"""What is aimed at, and whether it was reached.
+"""The targets, and whether they were met.
 
 Owns the targets and the figures they are judged by. Measures nothing.
 """
@@ -20,7 +20,7 @@ PREFETCH_TIMES = 1.2
 CEILING_SHARE = 0.85
 SAVE_TIMES = 3.0
 HOST_BYTES = 64 * MIB
-# What two medians of the same thing may differ by, as a share and in seconds.
+# How much two medians of the same work may differ, as a share and in seconds.
 NOISE_SHARE, NOISE_SECONDS = 0.05, 100e-6
 
 _HOST_FIGURES = ("load_host_bytes", "pread_load_host_bytes", "converting_load_host_bytes", "save_host_bytes")
@@ -29,41 +29,41 @@ _DEVICE_FIGURES = ("load_device_bytes", "converting_load_device_bytes", "load_mo
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target, and what was found: nothing, where it was not measured."""
+    """One target and its result, which is empty if it was not measured."""
 
     what: str
     target: str
     found: str | None
-    first: str  # the same for the first run of a process, where there is such a thing
+    first: str  # the result of the first run of a process, if that exists
     met: bool
 
 
 def row_of(measured: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """A subject's row, None where it was not measured."""
+    """Returns a subject's row, or None if it was not measured."""
     return next((row for row in measured["rows"] if row["key"] == key), None)
 
 
 def seconds(measured: dict[str, Any], key: str, when: str) -> float | None:
-    """A subject's median: of the "first" run of a process, the "second" or all "later" ones."""
+    """Returns a subject's median: of the "first" run of a process, the "second" or all "later" ones."""
     row = row_of(measured, key)
     return None if row is None else bench.times(row)[when]
 
 
 def times_as_fast(measured: dict[str, Any], key: str, when: str) -> float | None:
-    """How many times as fast as a subject this library is."""
+    """Returns the speed of this library as a multiple of a subject's."""
     theirs, ours = seconds(measured, key, when), seconds(measured, rivals.OURS, when)
     return None if theirs is None or ours is None else theirs / ours
 
 
 def slower_ceiling(limits: dict[str, Any]) -> float | None:
-    """The bytes a second of the slower of a pinned copy to the device and of parallel reads."""
+    """Returns the bytes per second of a pinned copy to the device or of parallel reads, whichever is slower."""
     if not limits:
         return None
     return min(limits["copies"]["pinned to device"], max(limits["reads"].values()))
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """All targets."""
+    """Returns all targets."""
     found = results.get("bench", {"loads": [], "saves": [], "ceilings": {}})
     large = [measured for measured in found["loads"] if measured["name"] in found["ceilings"]]
     small = [measured for measured in found["loads"] if measured["name"] not in found["ceilings"]]

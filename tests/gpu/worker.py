@@ -1,6 +1,6 @@
-"""A process in which one subject loads one file, or saves one, some times.
+"""A process in which one subject loads or saves one file several times.
 
-Owns the clock and what happens between two runs. Who is timed is in rivals.py, whose turn it is in bench.py.
+Owns the clock, and the work between two runs. rivals.py lists the subjects, bench.py their order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import machine
 import processes
 import rivals
 
-# What a run is repeated for: at least once, but no longer than this, in seconds, or so often.
+# Runs are repeated for this many seconds, or this many times.
 _SECONDS, _MOST = 4.0, 20
 
 
 def _seconds(device: devices.Device, run: Callable[[], Any]) -> tuple[float, Any]:
-    """How long a run takes until the device has done everything, and its result."""
+    """Returns the seconds of a run until the device is idle, and its result."""
     gc.collect()
     device.synchronize()
     start = time.perf_counter()
@@ -33,7 +33,7 @@ def _seconds(device: devices.Device, run: Callable[[], Any]) -> tuple[float, Any
 
 
 def _repeat(device: devices.Device, run: Callable[[], Any], between: Callable[[], None]) -> list[float]:
-    """The seconds of the first run, of the second, and of some more."""
+    """Returns the seconds of the first run, of the second, and of some more."""
     seconds: list[float] = []
     while len(seconds) < 3 or (sum(seconds[2:]) < _SECONDS and len(seconds) < _MOST + 2):
         taken, result = _seconds(device, run)
@@ -101,7 +101,7 @@ def _answer(ready: rivals.Ready, seconds: list[float], watch: machine.MemoryWatc
 
 
 def _work(request: dict[str, Any]) -> dict[str, Any]:
-    """Times one subject; what is not installed is answered, too."""
+    """Times one subject. Answers "missing" if it is not installed."""
     if request["prerelease"]:
         sys.path.insert(0, request["prerelease"])
     device = devices.open_device(request["device"])

@@ -24,6 +24,14 @@ _REFERENCE = types.SimpleNamespace(
     safe_open=safetensors.safe_open,
 )
 
+# The modules that take longest.
+_LONG = ("test_native_library", "test_ops_compile", "test_fork", "test_types", "test_patch_huggingface")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves long modules to the front, so that processes that share the modules end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
 
 @pytest.fixture
 def reference() -> types.SimpleNamespace:

@@ -14,6 +14,8 @@ import torch
 from safetensors_torch import IncrementalWriter, edit_metadata, load, load_file, load_model, safe_open, save, save_file
 from support import entry, pack
 
+pytestmark = pytest.mark.alone
+
 BYTES = 300 * 2**20  # long enough for many turns of another thread
 COUNT = BYTES // 4
 CPU = torch.device("cpu")

@@ -6,10 +6,9 @@ holds objects of the first import.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
+
+import fresh
 
 PROGRAM = """
 import sys, torch, safetensors_torch as first
@@ -59,7 +58,6 @@ print("done")
 
 
 def test_the_package_can_be_imported_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "file")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = fresh.run(PROGRAM, tmp_path / "file")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["interrupted", "the error of the last import: True", "done"]

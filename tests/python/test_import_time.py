@@ -16,7 +16,10 @@ from safetensors_torch import _native_cache, _native_library
 
 PACKAGE = Path(safetensors_torch.__file__).parent
 SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
-pytestmark = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library"),
+]
 # Milliseconds. It takes about 10.
 LIMIT = 50
 TRIES = 8

@@ -7,13 +7,12 @@ import os
 import pwd
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import fresh
 import safetensors_torch
 from safetensors_torch import _native_cache, _native_library
 
@@ -91,10 +90,7 @@ def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path)
     if what == "home":
         del environment[_native_library.CACHE_VARIABLE]
         environment.pop("XDG_CACHE_HOME", None)
-    program = "import safetensors_torch"
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    result = fresh.run("import safetensors_torch", env=environment)
     assert result.returncode == 1
     spoiled = target if what == "library" else home
     assert f"{spoiled} belongs to another user" in result.stderr and result.stderr.count("Traceback") == 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fresh
 import safetensors_torch
 from safetensors_torch import _native_library
 
@@ -49,12 +50,22 @@ USE = """
 needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
 
 
-def start(program: str, prepare: Callable[[], None] | None = None, **environment: str | None) -> subprocess.Popen:
-    """A new Python that runs `program`, in the environment of this one but for what is named; None unsets."""
-    changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **environment}
+def variables(changes: dict[str, str | None]) -> dict[str, str]:
+    """Returns the environment of this process with some changes; None removes a variable."""
+    changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def start(program: str, **environment: str | None) -> fresh.Process:
+    """Starts a program in a Python that has imported torch."""
+    return fresh.Process(textwrap.dedent(program), env=variables(environment))
+
+
+def execute(program: str, prepare: Callable[[], None] | None = None, **environment: str | None) -> subprocess.Popen:
+    """Starts a program in a new Python, which calls `prepare` before it is executed."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
-        env={name: value for name, value in changed.items() if value is not None},
+        env=variables(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,7 +73,7 @@ def start(program: str, prepare: Callable[[], None] | None = None, **environment
     )
 
 
-def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
+def outcome(process: fresh.Process | subprocess.Popen) -> tuple[int, str, str]:
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 
@@ -91,7 +102,7 @@ def kill_while_compiling(directory: Path, environment: dict[str, str]) -> list[P
     compiler = make_compiler(
         directory, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
     )
-    process = start(USE, CXX=compiler, **environment)
+    process = execute(USE, CXX=compiler, **environment)
     cache = Path(environment[_native_library.CACHE_VARIABLE])
     deadline = time.monotonic() + 300
     while not list(cache.rglob("layer.o")):
@@ -184,11 +195,11 @@ def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: 
     import os
     assert not os.access({str(cache)!r}, os.W_OK)
     """
-    status, _, stderr = outcome(start(program, obey_permissions))
+    status, _, stderr = outcome(execute(program, obey_permissions))
     if status:
         pytest.skip(f"this user can write everywhere: {stderr}")
     environment = {**compiled["environment"], _native_library.CACHE_VARIABLE: str(cache)}
-    status, stdout, stderr = outcome(start(USE if has_library else REPORT, obey_permissions, **environment))
+    status, stdout, stderr = outcome(execute(USE if has_library else REPORT, obey_permissions, **environment))
     assert (status, stderr) == (0, "")
     if has_library:
         assert said(stdout, "mapped") == [str(path) for path in cache.rglob("*.so")]

@@ -286,7 +286,7 @@ def test_where_a_path_is_expected(function: str, value: Any) -> None:
     assert "save()" in text
 
 
-@pytest.mark.parametrize("value", [3, None, [1], io.StringIO("x")], ids=repr)
+@pytest.mark.parametrize("value", [3, None, [1], io.StringIO("x")], ids=lambda value: type(value).__name__)
 def test_what_is_neither_contents_nor_a_path(value: Any) -> None:
     with pytest.raises(TypeError, match="readinto.*rb"):
         load(value)

@@ -12,6 +12,8 @@ import torch
 from proc import eventually, mapped_bytes
 from safetensors_torch import SafetensorError, load_file, save_file
 
+pytestmark = pytest.mark.alone
+
 COUNT = 6
 BYTES = 5 * 2**20 + 4096 + 8  # of one tensor: together they are worth a thread
 

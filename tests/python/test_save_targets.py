@@ -215,6 +215,7 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("progress", [None, lambda done, total: None], ids=["silent", "progress"])
 def test_pipe_without_a_reader_hears_ctrl_c(progress: object, fifo: Path) -> None:
     with interrupted(lambda: fifo.read_bytes()):
@@ -222,6 +223,7 @@ def test_pipe_without_a_reader_hears_ctrl_c(progress: object, fifo: Path) -> Non
     assert entries(fifo.parent) == ["fifo"]
 
 
+@pytest.mark.alone
 def test_pipe_whose_reader_does_not_read_hears_ctrl_c(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -258,12 +260,14 @@ def locked(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.alone
 def test_save_that_waits_for_another_one_hears_ctrl_c(locked: Path) -> None:
     with interrupted(lambda: (locked / ".safetensors.lock").unlink()):
         save_sharded(ONES, locked)
     assert entries(locked) == [".safetensors.lock"]
 
 
+@pytest.mark.alone
 def test_load_that_waits_for_a_save_hears_ctrl_c(locked: Path) -> None:
     with interrupted(lambda: None):
         load_sharded(locked)

@@ -28,7 +28,7 @@ def _why_not() -> str:
     return "" if shutil.which("cc") else "no C compiler"
 
 
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
 
 Requests = Callable[[], tuple[int, int, int]]
 
