@@ -1,4 +1,4 @@
-"""A torch backend for tests, "testaccel": two devices whose streams do everything late, as a GPU's do.
+"""A torch backend for tests, "testaccel": two devices whose streams run everything late, like those of a GPU.
 
 A program that forgets to wait for a stream, or that reuses memory too early, gets wrong data from it. Memory of the
 devices cannot be read by the host. `load` compiles and registers it, for the whole process; the other functions set how
@@ -36,10 +36,10 @@ _BUILD = Path(__file__).resolve().parents[2] / "out" / "accelerator"
 
 
 def load() -> None:
-    """Compiles the backend, unless that is done, and registers it with this process. Again does nothing."""
+    """Compiles the backend if necessary and registers it with this process. A second call does nothing."""
     if hasattr(torch.ops.testaccel, "start"):
         return
-    # Torch takes pinned memory from CUDA where there is any.
+    # Torch uses pinned memory of CUDA if CUDA exists.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _compile()
     torch.utils.rename_privateuse1_backend(NAME)
@@ -53,7 +53,7 @@ def _compile() -> None:
     _BUILD.mkdir(parents=True, exist_ok=True)
     with open(_BUILD / "build.lock", "w") as lock, _ninja_on_path():
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Torch's own lock, which stays where a compilation was killed: the next one would wait for ever.
+        # Torch's own lock remains if a compilation is killed, and the next one would wait forever.
         (_BUILD / "lock").unlink(missing_ok=True)
         cpp_extension.load(
             name=NAME,
@@ -66,7 +66,7 @@ def _compile() -> None:
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """The ninja of the Python package, whose directory is not on PATH where the environment is not activated."""
+    """Puts the ninja of the Python package on PATH, in case the environment is not activated."""
     before = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         import ninja
@@ -79,7 +79,7 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def _device_module() -> types.ModuleType:
-    """What torch expects to find at ``torch.testaccel``."""
+    """Returns the module that torch expects at ``torch.testaccel``."""
     module = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True
     module.is_initialized = lambda: True
@@ -112,7 +112,7 @@ def device(index: int = 0) -> torch.device:
 
 
 def reset() -> None:
-    """Ends every fault, hold and limit, waits until all is done, and starts to count anew."""
+    """Removes every fault, hold and limit, waits for all work, and resets the counts."""
     torch.ops.testaccel.release_all()
     fail_copy_after(None)
     fail_pinning(False)
@@ -127,22 +127,22 @@ def reset() -> None:
 
 
 def set_delay(max_us: int, seed: int = 0) -> None:
-    """How long a stream hesitates at most before each copy, fill or computation. 0: not at all."""
+    """Sets the longest delay of a stream before each copy, fill or computation. 0 removes it."""
     torch.ops.testaccel.set_delay(max_us, seed)
 
 
 def set_patience(seconds: float) -> None:
-    """How long the host waits for a stream before it raises RuntimeError, as it must where a stream is held."""
+    """Sets how long the host waits for a stream before it raises RuntimeError, as for a held stream."""
     torch.ops.testaccel.set_patience(seconds)
 
 
 def set_memory_limit(device_index: int, limit: int | None) -> None:
-    """The bytes that a device has, for memory in use and cached together. None: no limit."""
+    """Sets the bytes of a device, for used and cached memory together. None removes the limit."""
     torch.ops.testaccel.set_memory_limit(device_index, -1 if limit is None else limit)
 
 
 def statistics() -> dict[str, Any]:
-    """Counts since `reset_statistics`, and bytes in use.
+    """Returns counts since `reset_statistics`, and bytes in use.
 
     - ``{to_device,to_host,on_device}_{copies,bytes}``; what the host computes for a device needs copies too
     - ``{stream,device,event}_waits``, ``blocking_copies``: when the host waited
@@ -162,7 +162,7 @@ def reset_statistics() -> None:
 
 
 def hold(device_index: int) -> None:
-    """Nothing that is queued on the default stream of a device starts until `release`."""
+    """Stops the default stream of a device until `release`."""
     torch.ops.testaccel.hold_stream(device_index, 0, True)
 
 
@@ -179,27 +179,27 @@ def release_stream(stream: torch.Stream) -> None:
 
 
 def fail_copy_after(count: int | None) -> None:
-    """The count-th copy between host and device from now on raises RuntimeError when it is launched. None: none."""
+    """Makes the count-th copy between host and device raise RuntimeError at its launch. None removes the fault."""
     torch.ops.testaccel.fail_copy_after(count or 0)
 
 
 def fail_pinning(fails: bool) -> None:
-    """Whether allocating pinned memory raises RuntimeError."""
+    """Sets whether allocating pinned memory raises RuntimeError."""
     torch.ops.testaccel.fail_pinning(fails)
 
 
 def no_streams(lacks: bool) -> None:
-    """Whether getting a stream and recording an event raise RuntimeError, as backends that have neither do."""
+    """Sets whether getting a stream and recording an event raise RuntimeError, as on backends without them."""
     torch.ops.testaccel.no_streams(lacks)
 
 
 def pinning_cost(us_per_mib: int) -> None:
-    """How long it takes to pin memory that is not cached."""
+    """Sets how long it takes to pin memory that is not cached."""
     torch.ops.testaccel.pinning_cost(us_per_mib)
 
 
 def empty_cache() -> None:
-    """Gives back cached memory of the devices and pinned memory, once all that is queued is done."""
+    """Waits for all queued work, then frees cached device and pinned memory."""
     torch.ops.testaccel.empty_cache()
 
 
@@ -215,7 +215,7 @@ def default_stream(device_index: int = 0) -> torch.Stream:
 
 @contextmanager
 def on_stream(stream: torch.Stream) -> Iterator[torch.Stream]:
-    """Makes a stream and its device current. From torch 2.7 on ``with stream`` does the same."""
+    """Makes a stream and its device current. ``with stream`` does the same since torch 2.7."""
     index = torch._C._accelerator_getDeviceIndex()
     before = torch.accelerator.current_stream(stream.device_index)
     torch.accelerator.set_stream(stream)

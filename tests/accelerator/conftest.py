@@ -1,4 +1,4 @@
-"""Registers the test accelerator. These tests are a pytest process of their own, as no other may have the backend."""
+"""Registers the test accelerator. These tests need their own pytest process: no other test may see the backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support_accelerator import MIB, reserve, sample, write  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Nothing that one test sets, holds or leaves queued reaches the next."""
+    """Resets the device, so that no setting, hold or queued work of a test reaches the next."""
     _reset()
     yield
     _reset()
@@ -34,8 +34,8 @@ def _reset() -> None:
 
 
 @pytest.fixture(params=["pinned", "few slabs", "one thread", "plain", "no streams", "no pinning"])
-def route(request: pytest.FixtureRequest) -> str:
-    """A way on which bytes can go to the device and back."""
+def mode(request: pytest.FixtureRequest) -> str:
+    """A mode in which bytes are copied to the device and back."""
     accelerator.set_delay(30)  # most tests wait for several hundred copies
     if request.param == "pinned":
         reserve(32)
@@ -55,9 +55,9 @@ def route(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def overlaps(route: str) -> bool:
-    """Whether copies run on a stream of their own on this route."""
-    return route in ("pinned", "few slabs", "one thread")
+def overlaps(mode: str) -> bool:
+    """Whether copies run on their own stream in this mode."""
+    return mode in ("pinned", "few slabs", "one thread")
 
 
 @pytest.fixture(scope="session")

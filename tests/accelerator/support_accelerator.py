@@ -1,4 +1,4 @@
-"""What the tests of transfers share: files, ways to transfer, and streams that stand still.
+"""Helpers of the tests of transfers: files, pinned pools of a fixed size, and stopped streams.
 
 Owns no test.
 """
@@ -20,13 +20,13 @@ MIB = 1 << 20
 
 
 def values(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random bits that are numbers of the dtype, and another sequence for each seed."""
+    """Returns random numbers of the dtype, a different sequence for each seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, generator=generator).to(dtype)
 
 
 def sample() -> dict[str, torch.Tensor]:
-    """Tensors that begin and end anywhere in a slab: larger than one, smaller, empty, of odd sizes; 30 MB in all."""
+    """Returns tensors at all positions in a slab: larger than one, smaller, empty, of odd sizes; 30 MB in total."""
     tensors = {f"small.{i:03}": values(i * 7 % 50 + 1, i) for i in range(60)}
     for i, count in enumerate((SLAB // 4, SLAB // 4 - 1, SLAB // 4 + 1, 3 * SLAB // 4 + 5, 1_000_003)):
         tensors[f"large.{i}"] = values(count, 1000 + i)
@@ -39,7 +39,7 @@ def sample() -> dict[str, torch.Tensor]:
 
 
 def reserve(slabs: int) -> None:
-    """Lets transfers have this many slabs, no more and no fewer."""
+    """Gives the pinned pool exactly this many slabs."""
     safetensors_torch.release_transfer_memory()
     safetensors_torch.set_transfer_options(pinned_pool_bytes=slabs * SLAB)
     assert safetensors_torch.reserve_transfer_memory(slabs * SLAB) == slabs * SLAB
@@ -51,7 +51,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], index: int = 0) -> None:
-    """Same names, dtypes and shapes, same bits, and all on the device."""
+    """Checks that names, dtypes, shapes and bits are equal, and all tensors are on the device."""
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert found[name].device == device(index), name
@@ -61,7 +61,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @contextlib.contextmanager
 def held_pool(index: int = 0) -> Iterator[None]:
-    """Nothing that is queued on a stream of the device's pool starts while the body runs."""
+    """Stops the streams of the device's pool while the body runs."""
     streams = {stream.stream_id: stream for stream in (torch.Stream(device=device(index)) for _ in range(16))}
     for stream in streams.values():
         hold_stream(stream)
@@ -74,7 +74,7 @@ def held_pool(index: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_waits() -> Iterator[None]:
-    """The body waits for neither a device nor a stream."""
+    """Checks that the body waits for neither a device nor a stream."""
     before = accelerator.statistics()
     yield
     after = accelerator.statistics()

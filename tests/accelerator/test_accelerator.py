@@ -1,4 +1,4 @@
-"""The test accelerator itself: what a program that does not wait gets from it, and that one which waits gets its data.
+"""The test accelerator itself: a program that does not wait gets wrong data, and one that waits gets its data.
 
 Streams are held where an order matters, so that no test depends on how long anything takes.
 """
@@ -43,7 +43,7 @@ def holds(tensor: torch.Tensor, value: float) -> bool:
     return torch.equal(tensor.cpu(), torch.full(tensor.shape, value))
 
 
-# What goes wrong without a wait, and goes right with it.
+# Wrong without a wait, right with it.
 
 
 def test_a_pinned_source_is_read_late() -> None:
@@ -349,7 +349,7 @@ def test_waits_and_threads_are_counted() -> None:
     assert statistics()["threads"] == 2
 
 
-# What tensors can do.
+# Operations on tensors.
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")

@@ -1,4 +1,4 @@
-"""What a process that is forked has of its parent's transfers: nothing."""
+"""A forked process inherits nothing of its parent's transfers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support_accelerator import SLAB, reserve
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_no_pinned_memory() -> None:
-    """What waits in the parent's ring is not the child's to use or to free."""
+    """The child must not use or free the slabs of the parent's pinned pool."""
     reserve(4)
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""What a load puts on a device, on every route there: the right values, and no memory beyond the tensors' own."""
+"""Loads to a device in every mode: the right values, and no memory besides that of the tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def allocated(index: int = 0) -> int:
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_load_file(path: Path, tensors: dict, route: str, backend: str, index: int, overlaps: bool) -> None:
+def test_load_file(path: Path, tensors: dict, mode: str, backend: str, index: int, overlaps: bool) -> None:
     for _ in range(3):
         accelerator.reset_statistics()
         assert_equal(load_file(path, device(index), backend=backend), tensors, index)
@@ -32,29 +32,29 @@ def test_load_file(path: Path, tensors: dict, route: str, backend: str, index: i
         assert seen["device_waits"] == seen["stream_waits"] == 0
 
 
-def test_the_copies_of_a_load_block_nobody(path: Path, route: str, overlaps: bool) -> None:
+def test_the_copies_of_a_load_do_not_block(path: Path, mode: str, overlaps: bool) -> None:
     before = accelerator.statistics()["blocking_copies"]
     load_file(path, device())
     blocked = accelerator.statistics()["blocking_copies"] - before
     assert (blocked == 0) == overlaps
 
 
-def test_load_of_bytes(path: Path, tensors: dict, route: str) -> None:
+def test_load_of_bytes(path: Path, tensors: dict, mode: str) -> None:
     data = bytearray(path.read_bytes())
     loaded = load(data, device())
-    data[:] = bytes(len(data))  # the tensors are independent of what they came from
+    data[:] = bytes(len(data))  # the tensors are independent of their source
     assert_equal(loaded, tensors)
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_open_files(path: Path, tensors: dict, route: str, backend: str) -> None:
+def test_open_files(path: Path, tensors: dict, mode: str, backend: str) -> None:
     with safe_open(path, device=device(), backend=backend) as file:
         assert_equal(file.get_tensors(), tensors)
         for name in ("large.3", "small.007", "empty", "step", "half"):
             assert_equal({name: file.get_tensor(name)}, {name: tensors[name]})
 
 
-def test_what_was_written_to_a_mapping_is_what_the_device_gets(path: Path, tensors: dict, route: str) -> None:
+def test_writes_to_a_mapping_reach_the_device(path: Path, tensors: dict, mode: str) -> None:
     with safe_open(path) as host, safe_open(path, device=device()) as _:
         host.get_tensor("large.0").fill_(7)
     file = torch.classes.safetensors_torch.File(str(path), "mmap")
@@ -77,7 +77,7 @@ def test_what_was_written_to_a_mapping_is_what_the_device_gets(path: Path, tenso
     ],
     ids=repr,
 )
-def test_slices(tmp_path: Path, route: str, backend: str, index: tuple) -> None:
+def test_slices(tmp_path: Path, mode: str, backend: str, index: tuple) -> None:
     whole = values(3000 * 701).reshape(3000, 701)
     path = write(tmp_path / "a", {"x": whole})
     with safe_open(path, device=device(), backend=backend) as file:
@@ -96,14 +96,14 @@ def test_every_dtype(tmp_path: Path, code: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
-def test_conversion(path: Path, tensors: dict, route: str, dtype: torch.dtype) -> None:
+def test_conversion(path: Path, tensors: dict, mode: str, dtype: torch.dtype) -> None:
     expected = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     assert_equal(load_file(path, device(), dtype=dtype), expected)
     assert_equal(load(path.read_bytes(), device(), dtype=dtype), expected)
     assert_equal(torch.ops.safetensors_torch.load_file(str(path), device=device(), dtype=dtype), expected)
 
 
-def test_names(path: Path, tensors: dict, route: str) -> None:
+def test_names(path: Path, tensors: dict, mode: str) -> None:
     wanted = ["step", "large.3", "small.050"]
     accelerator.reset_statistics()
     loaded = load_file(path, device(), names=wanted)
@@ -116,7 +116,7 @@ def test_names(path: Path, tensors: dict, route: str) -> None:
         load_file(path, device(), names=["absent"])
 
 
-def test_each_tensor_has_its_own_storage(path: Path, route: str) -> None:
+def test_each_tensor_has_its_own_storage(path: Path, mode: str) -> None:
     loaded = load_file(path, device())
     for tensor in loaded.values():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
@@ -139,14 +139,14 @@ def test_device_memory_is_that_of_the_tensors_and_one_slab(path: Path, dtype: to
     assert allocated() == before
 
 
-def test_a_load_for_the_meta_device_moves_nothing(path: Path, tensors: dict) -> None:
+def test_a_load_to_the_meta_device_copies_nothing(path: Path, tensors: dict) -> None:
     loaded = load_file(path, "meta", dtype=torch.float16)
     assert all(tensor.is_meta for tensor in loaded.values())
     assert loaded["large.0"].dtype == torch.float16 and loaded["step"].dtype == torch.int64
     assert accelerator.statistics()["to_device_copies"] == 0
 
 
-def test_without_an_index_the_current_device_is_meant(path: Path, tensors: dict) -> None:
+def test_a_device_without_an_index_is_the_current_one(path: Path, tensors: dict) -> None:
     reserve(4)
     before = torch.accelerator.current_device_index()
     try:
@@ -167,7 +167,7 @@ def test_no_other_thread_touches_the_device(path: Path, tensors: dict) -> None:
     assert accelerator.statistics()["threads"] == 1
 
 
-def test_progress(path: Path, tensors: dict, route: str) -> None:
+def test_progress(path: Path, tensors: dict, mode: str) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     told: list[tuple[int, int]] = []
     load_file(path, device(), progress=lambda done, all_: told.append((done, all_)))
@@ -191,7 +191,7 @@ def test_a_large_file_pins_memory_as_it_needs_it(tmp_path: Path) -> None:
     assert safetensors_torch.transfer_memory() >= first
 
 
-def test_a_small_file_pins_none_until_there_were_many(path: Path, tensors: dict) -> None:
+def test_only_many_small_files_pin_memory(path: Path, tensors: dict) -> None:
     accelerator.set_delay(0)
     assert_equal(load_file(path, device()), tensors)
     assert safetensors_torch.transfer_memory() == accelerator.statistics()["pinned_peak"] == 0

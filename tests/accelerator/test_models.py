@@ -1,4 +1,4 @@
-"""load_model and save_model of modules that live on a device, or on several."""
+"""load_model and save_model of modules on one device or several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_host(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_parameters_are_filled_where_they_are(tmp_path: Path, route: str, backend: str) -> None:
+def test_parameters_are_filled_where_they_are(tmp_path: Path, mode: str, backend: str) -> None:
     source, model = block(), block().to(device())
     with torch.no_grad():
         for parameter in source.parameters():
@@ -38,14 +38,14 @@ def test_parameters_are_filled_where_they_are(tmp_path: Path, route: str, backen
     accelerator.reset_statistics()
     allocated = accelerator.statistics()["devices"][0]["allocated"]
     assert load_model(model, tmp_path / "a", backend=backend) == (set(), [])
-    # Not one byte more on the device: no second copy of anything.
+    # No second copy of anything on the device.
     assert accelerator.statistics()["devices"][0]["peak"] == allocated
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == pointers
     assert all(tensor._version > versions[name] for name, tensor in model.state_dict().items() if tensor.numel())
     assert_equal(dict(model.state_dict()), on_host(source))
 
 
-def test_a_model_on_two_devices_and_the_host(tmp_path: Path, route: str) -> None:
+def test_a_model_on_two_devices_and_the_host(tmp_path: Path, mode: str) -> None:
     source, model = block(), block()
     with torch.no_grad():
         for parameter in source.parameters():
@@ -61,7 +61,7 @@ def test_a_model_on_two_devices_and_the_host(tmp_path: Path, route: str) -> None
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-def test_other_dtypes_are_converted_on_the_device_slab_by_slab(tmp_path: Path, route: str, overlaps: bool) -> None:
+def test_other_dtypes_are_converted_on_the_device_slab_by_slab(tmp_path: Path, mode: str, overlaps: bool) -> None:
     source, model = block(1500), block(1500).half().to(device())
     save_model(source, tmp_path / "a")
     gc.collect()
@@ -72,7 +72,7 @@ def test_other_dtypes_are_converted_on_the_device_slab_by_slab(tmp_path: Path, r
     assert_equal(dict(model.state_dict()), on_host(source.half()))
 
 
-def test_what_is_not_contiguous_on_the_device(tmp_path: Path, route: str) -> None:
+def test_parameters_that_are_not_contiguous(tmp_path: Path, mode: str) -> None:
     source = nn.Module()
     source.register_buffer("a", values(1200 * 900).reshape(1200, 900))
     source.register_buffer("b", values(MIB, 1))
@@ -84,7 +84,7 @@ def test_what_is_not_contiguous_on_the_device(tmp_path: Path, route: str) -> Non
     assert torch.equal(model.a.cpu(), source.a) and torch.equal(model.b.cpu(), source.b)
 
 
-def test_views_of_a_larger_memory(tmp_path: Path, route: str) -> None:
+def test_views_of_a_larger_memory(tmp_path: Path, mode: str) -> None:
     whole = torch.zeros(3 * MIB, device=device())
     model = nn.Module()
     model.register_buffer("a", whole[7 : 7 + MIB])
@@ -96,9 +96,9 @@ def test_views_of_a_larger_memory(tmp_path: Path, route: str) -> None:
     assert torch.equal(whole.cpu(), expected)
 
 
-def test_tied_weights(tmp_path: Path, route: str) -> None:
+def test_tied_weights(tmp_path: Path, mode: str) -> None:
     source, model = Tied(), Tied().to(device())
-    model.embedding.weight = model.head.weight  # the move gave each a parameter of its own
+    model.embedding.weight = model.head.weight  # moving the module untied them
     save_model(source, tmp_path / "a")
     assert load_model(model, tmp_path / "a") == (set(), [])
     assert model.embedding.weight is model.head.weight
@@ -107,7 +107,7 @@ def test_tied_weights(tmp_path: Path, route: str) -> None:
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-def test_a_module_with_hooks(tmp_path: Path, route: str) -> None:
+def test_a_module_with_hooks(tmp_path: Path, mode: str) -> None:
     source, model = block(), block().to(device())
     model.register_load_state_dict_pre_hook(lambda *arguments: None)
     save_model(source, tmp_path / "a")
@@ -135,7 +135,7 @@ def test_hooks_need_no_second_copy_on_the_device(tmp_path: Path, register: str, 
             load_model(model, tmp_path / "a")
     else:
         assert load_model(model, tmp_path / "a") == (set(), [])
-    # What is copied back goes one tensor at a time.
+    # Tensors are copied back one at a time.
     most = 2 * max(tensor.nbytes for tensor in before.values()) if fails else 0
     assert accelerator.statistics()["devices"][0]["peak"] <= allocated + most
     assert_equal(dict(model.state_dict()), before if fails else on_host(source))

@@ -1,4 +1,4 @@
-"""What a save of tensors on a device writes, on every route from there, and how little of it the host holds."""
+"""Saves of tensors on a device in every mode: the bytes in the file, and the memory of the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support import DTYPES, encode, sample
 from support_accelerator import MIB, SLAB, reserve, values
 
 
-def test_the_bytes_are_those_of_the_same_tensors_on_the_host(tmp_path: Path, tensors: dict, route: str) -> None:
+def test_the_bytes_are_those_of_the_same_tensors_on_the_host(tmp_path: Path, tensors: dict, mode: str) -> None:
     expected = save(tensors, {"format": "pt"})
     for index in (0, 1):
         moved = {name: tensor.to(device(index)) for name, tensor in tensors.items()}
@@ -31,7 +31,7 @@ def test_the_bytes_are_those_of_the_same_tensors_on_the_host(tmp_path: Path, ten
         assert bytes(torch.ops.safetensors_torch.save(moved, {"format": "pt"}).numpy()) == expected
 
 
-def test_tensors_of_all_devices_in_one_file(tmp_path: Path, tensors: dict, route: str) -> None:
+def test_tensors_of_all_devices_in_one_file(tmp_path: Path, tensors: dict, mode: str) -> None:
     places = ["cpu", device(0), device(1)]
     moved = {name: tensor.to(places[i % 3]) for i, (name, tensor) in enumerate(tensors.items())}
     save_file(moved, tmp_path / "a")
@@ -45,7 +45,7 @@ def test_every_dtype(code: str) -> None:
     assert save({name: tensor.to(device()) for name, tensor in state.items()}) == encode(state)
 
 
-def test_tensor_by_tensor(tmp_path: Path, tensors: dict, route: str) -> None:
+def test_tensor_by_tensor(tmp_path: Path, tensors: dict, mode: str) -> None:
     places = [device(0), "cpu", device(1)]
     accelerator.reset_statistics()
     with IncrementalWriter(tmp_path / "a", tensors, {"format": "pt"}) as writer:
@@ -56,7 +56,7 @@ def test_tensor_by_tensor(tmp_path: Path, tensors: dict, route: str) -> None:
     assert seen["device_waits"] == seen["stream_waits"] == 0
 
 
-def test_a_tensor_that_is_written_by_itself_takes_no_more_than_the_ring(tmp_path: Path) -> None:
+def test_writing_one_tensor_takes_no_more_than_the_pinned_pool(tmp_path: Path) -> None:
     reserve(2)
     accelerator.set_delay(0)
     state = {f"{i}": values(3 * MIB, i).to(device()) for i in range(4)}
@@ -68,7 +68,7 @@ def test_a_tensor_that_is_written_by_itself_takes_no_more_than_the_ring(tmp_path
     assert (tmp_path / "a").read_bytes() == save(state)
 
 
-def test_views_into_a_larger_memory(route: str) -> None:
+def test_views_into_a_larger_memory(mode: str) -> None:
     whole = values(3 * MIB)
     on_device = whole.to(device())
     parts = {"a": slice(5, MIB), "b": slice(MIB, MIB + 1), "c": slice(2 * MIB + 3, 3 * MIB)}
@@ -77,7 +77,7 @@ def test_views_into_a_larger_memory(route: str) -> None:
 
 
 @pytest.mark.parametrize("view", [torch.conj, torch._neg_view], ids=["conjugate", "negative"])
-def test_lazy_views_are_saved_with_their_values(route: str, view: object) -> None:
+def test_lazy_views_are_saved_with_their_values(mode: str, view: object) -> None:
     host = torch.complex(values(1000), values(1000, 1))
     expected = {"a": host, "b": view(host).resolve_conj().resolve_neg(), "c": host + 1}
     on_device = host.to(device())
@@ -85,7 +85,7 @@ def test_lazy_views_are_saved_with_their_values(route: str, view: object) -> Non
     assert save(moved) == save(expected)
 
 
-def test_what_is_not_contiguous_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_contiguous_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="non contiguous tensor: `x`"):
         save_file({"x": torch.zeros(4, 5, device=device()).t()}, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -97,7 +97,7 @@ def test_shared_memory_on_a_device_is_refused(tmp_path: Path) -> None:
         save_file({"a": x, "b": x[2:]}, tmp_path / "a")
 
 
-def test_the_host_holds_no_more_than_the_ring(tmp_path: Path) -> None:
+def test_the_host_uses_no_more_than_the_pinned_pool(tmp_path: Path) -> None:
     reserve(4)
     state = {f"{i}": values(MIB, i).to(device()) for i in range(16)}
     accelerator.set_delay(0)
@@ -106,8 +106,8 @@ def test_the_host_holds_no_more_than_the_ring(tmp_path: Path) -> None:
     assert safetensors_torch.transfer_memory() == accelerator.statistics()["pinned_peak"] == 4 * SLAB
 
 
-def test_no_more_is_written_than_is_there(tmp_path: Path) -> None:
-    """Half of the slabs are copied, then the device stands still: what is not there is not written as if it were."""
+def test_only_slabs_that_arrived_are_written(tmp_path: Path) -> None:
+    """Half of the slabs are copied, then the device stops: the other half must not be written."""
     reserve(8)
     state = {f"{i}": values(MIB // 2, i) for i in range(8)}
     moved = {name: tensor.to(device()) for name, tensor in state.items()}
@@ -126,7 +126,7 @@ def test_no_more_is_written_than_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == save(state) and told[-1] == len(save(state))
 
 
-def test_progress(tmp_path: Path, tensors: dict, route: str) -> None:
+def test_progress(tmp_path: Path, tensors: dict, mode: str) -> None:
     moved = {name: tensor.to(device()) for name, tensor in tensors.items()}
     told: list[tuple[int, int]] = []
     save_file(moved, tmp_path / "a", progress=lambda done, total: told.append((done, total)))
@@ -134,6 +134,6 @@ def test_progress(tmp_path: Path, tensors: dict, route: str) -> None:
     assert told[-1] == (size, size) and all(total == size and 0 <= done <= size for done, total in told)
 
 
-def test_a_dtype_that_the_format_has_not(tmp_path: Path) -> None:
+def test_a_dtype_without_a_code(tmp_path: Path) -> None:
     with pytest.raises(SafetensorError, match="'x' has dtype complex128"):
         save_file({"x": torch.zeros(3, dtype=torch.complex128, device=device())}, tmp_path / "a")

@@ -41,13 +41,13 @@ def directory(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_all_shards_come_to_the_device(directory: Path, tensors: dict, route: str, backend: str) -> None:
+def test_all_shards_come_to_the_device(directory: Path, tensors: dict, mode: str, backend: str) -> None:
     file = OPS._open_checkpoint(str(directory), backend, None, "error")
     names, loaded = finish(file.start_load(None, device(), None))
     assert_equal(dict(zip(names, loaded)), tensors)
 
 
-def test_shards_are_converted_and_selected(directory: Path, tensors: dict, route: str) -> None:
+def test_shards_are_converted_and_selected(directory: Path, tensors: dict, mode: str) -> None:
     chosen = ["large.3", "small.007", "half", "bytes", "empty"]
     names, loaded = finish(
         OPS._open_checkpoint(str(directory), "mmap", None, "error").start_load(chosen, device(1), torch.bfloat16)
@@ -58,7 +58,7 @@ def test_shards_are_converted_and_selected(directory: Path, tensors: dict, route
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_parameters_are_filled_from_shards(directory: Path, tensors: dict, route: str, backend: str) -> None:
+def test_parameters_are_filled_from_shards(directory: Path, tensors: dict, mode: str, backend: str) -> None:
     state = {name: torch.zeros_like(tensor, device=device()) for name, tensor in tensors.items()}
     on_host = {name: torch.zeros_like(tensors[name]) for name in ("large.1", "step")}
     gc.collect()
@@ -74,7 +74,7 @@ def test_parameters_are_filled_from_shards(directory: Path, tensors: dict, route
     assert_equal(state, {name: tensors[name] for name in state})
 
 
-def test_shards_are_saved_from_the_device(tmp_path: Path, directory: Path, tensors: dict, route: str) -> None:
+def test_shards_are_saved_from_the_device(tmp_path: Path, directory: Path, tensors: dict, mode: str) -> None:
     there = {name: tensor.to(device()) for name, tensor in tensors.items()}
     names = save(there, tmp_path / "again")
     assert sorted(path.name for path in directory.iterdir()) == sorted(names)
@@ -84,7 +84,7 @@ def test_shards_are_saved_from_the_device(tmp_path: Path, directory: Path, tenso
     assert found.keys() == tensors.keys()
 
 
-def test_a_cancelled_save_leaves_the_directory_alone(directory: Path, tensors: dict, route: str) -> None:
+def test_a_cancelled_save_leaves_the_directory_alone(directory: Path, tensors: dict, mode: str) -> None:
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     there = {name: tensor.to(device()) + 1 for name, tensor in tensors.items()}
     save = OPS._plan_sharded_save(there, None, str(directory), "model", MAX_SHARD_BYTES, False, "error")

@@ -1,4 +1,4 @@
-"""Order between streams, and between a stream and the host: who waits for whom, and who does not.
+"""The order between streams, and between a stream and the host: what waits, and what does not.
 
 Streams are held where an order matters. Each of these tests fails if one wait, or one event, is missing.
 """
@@ -72,15 +72,15 @@ def test_the_current_stream_sees_what_was_loaded(tmp_path: Path, read: Callable)
         with no_waits():
             loaded = read(path, device())
             seen = loaded.clone()
-        # Nothing was copied yet: the clone above is queued behind it.
+        # Nothing is copied yet: the clone above is queued behind the copies.
         assert not accelerator.default_stream().query()
     assert torch.equal(seen.cpu(), torch.ones(COUNT, dtype=seen.dtype))
 
 
 @every_reader
-def test_what_the_current_stream_has_queued_comes_first(tmp_path: Path, read: Callable) -> None:
+def test_queued_work_of_the_current_stream_comes_first(tmp_path: Path, read: Callable) -> None:
     path = single(tmp_path)
-    # Memory of tensors that are gone, to which a write is queued: the allocator gives it to the next tensor.
+    # Memory of freed tensors with a queued write: the allocator reuses it for the next tensor.
     old = [torch.zeros(COUNT, dtype=dtype, device=device()) for dtype in (torch.float32, torch.float64)]
     accelerator.synchronize()
     hold(0)
@@ -90,13 +90,13 @@ def test_what_the_current_stream_has_queued_comes_first(tmp_path: Path, read: Ca
     del old, tensor
     loaded = read(path, device())
     assert loaded.data_ptr() in addresses
-    time.sleep(0.02)  # what does not wait is done by now
+    time.sleep(0.02)  # work that does not wait is done by now
     release(0)
     assert torch.equal(loaded.cpu(), torch.ones(COUNT, dtype=loaded.dtype))
 
 
 @every_reader
-def test_tensors_may_go_before_they_are_there(tmp_path: Path, read: Callable) -> None:
+def test_tensors_may_be_freed_before_their_copies_are_done(tmp_path: Path, read: Callable) -> None:
     path = single(tmp_path)
     with held_pool():
         loaded = read(path, device())
@@ -132,14 +132,14 @@ def test_other_streams_are_not_held_up(tmp_path: Path) -> None:
         with on_stream(stream):
             x.fill_(1)
         events.append(stream.record_event())
-    # All but the one that the load has used, which waits for the current one.
+    # All except the stream of the load, which waits for the current one.
     assert eventually(lambda: sum(event.query() for event in events) == len(events) - 1)
     assert not all(event.query() for event in events)
     release(0)
 
 
 def test_slabs_are_not_reused_before_their_copies_are_done(tmp_path: Path) -> None:
-    # Many times the ring, so that each slab goes round often.
+    # Many times the pinned pool, so that each slab is reused often.
     state = {f"{i}": values(SLAB // 8 * 5, i) for i in range(20)}
     path = write(tmp_path / "a", state)
     reserve(3)
@@ -149,13 +149,13 @@ def test_slabs_are_not_reused_before_their_copies_are_done(tmp_path: Path) -> No
         assert_equal(load(path.read_bytes(), device(1)), state, 1)
 
 
-def test_the_next_load_leaves_slabs_alone_that_are_being_copied(tmp_path: Path) -> None:
+def test_the_next_load_does_not_reuse_slabs_that_are_being_copied(tmp_path: Path) -> None:
     first, second = single(tmp_path, 1.0), single(tmp_path, 2.0)
     reserve(2)
     found: list[dict] = []
     with held_pool():
         a = load_file(first, device())
-        # The second slab is free. For the third load there is none until the copies from one of them are done.
+        # The second slab is free. The third load has none until the copies from one of them are done.
         b = load_file(second, device())
         thread = threading.Thread(target=lambda: found.append(load_file(second, device())))
         thread.start()
@@ -167,7 +167,7 @@ def test_the_next_load_leaves_slabs_alone_that_are_being_copied(tmp_path: Path) 
     assert safetensors_torch.transfer_memory() == 2 * SLAB
 
 
-def test_slabs_of_a_save_that_failed_are_left_alone_while_they_are_written_to(tmp_path: Path) -> None:
+def test_slabs_of_a_failed_save_are_not_reused_while_they_are_written_to(tmp_path: Path) -> None:
     path = single(tmp_path)
     reserve(1)
     moved = {f"{i}": torch.full((1000,), 9.0, device=device()) for i in range(20)}
@@ -176,7 +176,7 @@ def test_slabs_of_a_save_that_failed_are_left_alone_while_they_are_written_to(tm
     accelerator.fail_copy_after(10)
     with pytest.raises(RuntimeError, match="injected"):
         save(moved)
-    # Nine copies to the slab wait for the current stream. A load on another one wants to read into it.
+    # Nine copies to the slab wait for the current stream. A load on another stream tries to read into it.
     stream = torch.Stream(device=device())
     accelerator.hold_stream(stream)
     found: list[dict] = []
@@ -187,7 +187,7 @@ def test_slabs_of_a_save_that_failed_are_left_alone_while_they_are_written_to(tm
 
     thread = threading.Thread(target=load_on_another_stream)
     thread.start()
-    thread.join(0.1)  # it is done, but for the copy, if it takes the slab
+    thread.join(0.1)  # it ends, except for the copy, if it reuses the slab
     release(0)
     accelerator.default_stream().synchronize()
     accelerator.release_stream(stream)
@@ -219,7 +219,7 @@ def writers(tmp_path: Path) -> dict[str, Callable[[dict], bytes]]:
 
 
 @pytest.mark.parametrize("how", ["save_file", "save"])
-def test_a_save_has_what_the_current_stream_has_queued(tmp_path: Path, how: str) -> None:
+def test_a_save_includes_queued_work_of_the_current_stream(tmp_path: Path, how: str) -> None:
     x = torch.zeros(COUNT, device=device())
     accelerator.synchronize()
     hold(0)

@@ -1,4 +1,4 @@
-"""Tensors of a device whose memory is missing, or changes while they are loaded or saved."""
+"""Tensors on a device whose memory is missing, or changes during a load or save."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model_of(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 @pytest.fixture(params=["freed", "shrunk", "an offset"])
 def bad(request: pytest.FixtureRequest) -> torch.Tensor:
-    """Forty numbers, which the storage cannot hold."""
+    """A tensor of forty numbers in a storage that is too small."""
     if request.param == "freed":
         return resized(torch.ones(40, device=device()), 0)
     if request.param == "shrunk":
@@ -68,7 +68,7 @@ def test_load_model_refuses_it(tmp_path: Path, bad: torch.Tensor, dtype: torch.d
 
 
 def test_memory_that_is_freed_during_a_load_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By copies that are under way: whoever has the memory next comes after them."""
+    """Queued copies run before the next use of the memory."""
     monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
     reserve(2)
     accelerator.set_delay(0)
@@ -78,13 +78,13 @@ def test_memory_that_is_freed_during_a_load_is_not_written_to(tmp_path: Path, mo
     address = model.t0.data_ptr()
 
     def progress(done: int, total: int) -> None:
-        # Not before the first copies are queued.
+        # Only after the first copies are queued.
         if others or done == 0:
             return
         resized(model.t0, 0)
         others.append(torch.full((COUNT,), 7.0, device=device()))
         assert others[0].data_ptr() == address
-        # If the number is there before the copies are, these come over it.
+        # If the number arrives before the copies, they overwrite it.
         deadline = time.monotonic() + 0.3
         while not accelerator.default_stream().query() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -95,7 +95,7 @@ def test_memory_that_is_freed_during_a_load_is_not_written_to(tmp_path: Path, mo
     assert others[0].cpu().eq(7).all()
 
 
-def test_a_tensor_that_is_freed_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+def test_a_tensor_that_is_freed_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
     tensors = {f"t{i:02}": values(COUNT, i).to(device()) for i in range(12)}
     (tmp_path / "f").write_bytes(b"old")

@@ -16,7 +16,7 @@ import devices
 
 MIB = 1 << 20
 SLAB = 2 * MIB
-RING = 64 * MIB
+POOL = 64 * MIB
 
 Figures = dict[str, float] | None
 

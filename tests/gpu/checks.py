@@ -54,7 +54,7 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     import safetensors_torch
 
     # Overrides the environment.
-    safetensors_torch.set_transfer_options(pinned_pool_bytes=checking.RING, threads=0)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=checking.POOL, threads=0)
     try:
         figures = one.work(checking.Setting(device, Path(request["directory"])))
         device.synchronize()

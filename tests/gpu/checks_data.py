@@ -10,7 +10,7 @@ from torch import nn
 
 import data
 import safetensors_torch
-from checking import MIB, RING, SLAB, Setting, Skip, check, demand, demand_same, numbers, random, same_bits
+from checking import MIB, POOL, SLAB, Setting, Skip, check, demand, demand_same, numbers, random, same_bits
 from safetensors_torch import load, load_file, load_model, safe_open, save, save_file, save_model
 
 _LENGTHS = (0, 1, 2, 3, 7, 255, 256, 1021, 4096, 100_003)
@@ -33,15 +33,15 @@ def _sample() -> data.Tensors:
 
 def _ways() -> Iterator[str]:
     """Sets up each mode of transfer and yields its name."""
-    for way, ring, reserved, threads in (
-        ("the ring as it comes", RING, 0, 0),
-        ("a warm ring", RING, RING, 0),
+    for way, pool, reserved, threads in (
+        ("the pool as it grows", POOL, 0, 0),
+        ("a warm pool", POOL, POOL, 0),
         ("two slabs", 2 * SLAB, 2 * SLAB, 0),
-        ("one thread", RING, RING, 1),
-        ("no ring", 0, 0, 0),
+        ("one thread", POOL, POOL, 1),
+        ("no pool", 0, 0, 0),
     ):
         safetensors_torch.release_transfer_memory()
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring, threads=threads)
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=pool, threads=threads)
         pinned = safetensors_torch.reserve_transfer_memory(reserved)
         demand(pinned == reserved, f"{reserved} bytes were reserved, and {pinned} pinned")
         yield way

@@ -16,7 +16,7 @@ from torch import nn
 import data
 import machine
 import safetensors_torch
-from checking import MIB, RING, SLAB, Setting, Wrong, check, demand, demand_same, numbers
+from checking import MIB, POOL, SLAB, Setting, Wrong, check, demand, demand_same, numbers
 from devices import limited_memory
 from safetensors_torch import load, load_file, load_model, safe_open, save, save_file
 
@@ -43,8 +43,8 @@ def out_of_memory(setting: Setting) -> None:
     device.synchronize()
     device.empty_cache()
     before = device.allocated()
-    for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
+    for pool in (POOL, 0):
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=pool)
         with limited_memory(device, 100 * MIB):
             try:
                 load_file(path, device.torch)
@@ -88,7 +88,7 @@ class _Turn:
 @check("nothing is left behind by 100 loads and saves")
 def leaks(setting: Setting) -> dict[str, float]:
     device = setting.device
-    safetensors_torch.reserve_transfer_memory(RING)
+    safetensors_torch.reserve_transfer_memory(POOL)
     turn = _Turn(setting)
     measures: dict[str, Callable[[], int]] = {
         "bytes of tensors on the device": device.allocated,
@@ -172,7 +172,7 @@ def interrupts(setting: Setting) -> dict[str, float]:
         demand(device.allocated() == before, f"{what}: {device.allocated() - before} bytes were left on the device")
         demand(sorted(setting.directory.iterdir()) == files, f"{what}: files were left behind")
         pinned = safetensors_torch.transfer_memory()
-        demand(pinned <= RING, f"{what}: {pinned} bytes are pinned, more than the {RING} that may be")
+        demand(pinned <= POOL, f"{what}: {pinned} bytes are pinned, more than the {POOL} that may be")
         demand_same(load_file(path, device.torch), tensors, device.torch, f"the load after {what}")
     return {"interrupt_seconds": slowest}
 
@@ -231,8 +231,8 @@ def device_memory(setting: Setting) -> dict[str, float]:
     del tensors
     found = {}
     for what, dtype in (("as it is", None), ("with dtype=", torch.float16)):
-        for ring in (RING, 0):
-            safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
+        for pool in (POOL, 0):
+            safetensors_torch.set_transfer_options(pinned_pool_bytes=pool)
             device.synchronize()
             device.empty_cache()
             device.reset_peak()
@@ -250,7 +250,7 @@ def device_memory(setting: Setting) -> dict[str, float]:
     return {"load_device_bytes": found["as it is"], "converting_load_device_bytes": found["with dtype="]}
 
 
-@check("loads and saves take less than 64 MiB of host memory beyond the ring")
+@check("loads and saves take less than 64 MiB of host memory beyond the pinned pool")
 def host_memory(setting: Setting) -> dict[str, float]:
     device = setting.device
     path = data.write(setting.path(), _large(setting))
@@ -266,8 +266,8 @@ def host_memory(setting: Setting) -> dict[str, float]:
         return result
 
     # The driver decides whether pinned memory counts as memory of the process.
-    measure("first_load_host_bytes", lambda: load_file(path, device.torch), RING)
-    safetensors_torch.reserve_transfer_memory(RING)
+    measure("first_load_host_bytes", lambda: load_file(path, device.torch), POOL)
+    safetensors_torch.reserve_transfer_memory(POOL)
     loaded = measure("load_host_bytes", lambda: load_file(path, device.torch))
     measure("pread_load_host_bytes", lambda: load_file(path, device.torch, backend="pread"))
     measure("converting_load_host_bytes", lambda: load_file(path, device.torch, dtype=torch.float16))
@@ -279,15 +279,15 @@ def host_memory(setting: Setting) -> dict[str, float]:
     return found
 
 
-@check("the ring is as large as it may be, and is given back")
-def ring(setting: Setting) -> None:
+@check("the pinned pool grows to its limit, and can be released")
+def pool(setting: Setting) -> None:
     device = setting.device
     small = data.write(setting.path("small"), {"t": numbers((MIB,))})
     large = data.write(setting.path("large"), {"t": numbers((40 * MIB,))})
     load_file(small, device.torch)
     pinned = safetensors_torch.transfer_memory()
     demand(pinned == 0, f"{pinned} bytes were pinned for a load of 4 MiB, which is not worth it")
-    for most in (8 * MIB, 3 * SLAB, RING):
+    for most in (8 * MIB, 3 * SLAB, POOL):
         safetensors_torch.set_transfer_options(pinned_pool_bytes=most)
         load_file(large, device.torch)
         pinned = safetensors_torch.transfer_memory()

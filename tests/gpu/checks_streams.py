@@ -12,7 +12,7 @@ from torch import nn
 
 import data
 import safetensors_torch
-from checking import MIB, RING, Setting, Skip, check, demand, demand_same, numbers, same_bits
+from checking import MIB, POOL, Setting, Skip, check, demand, demand_same, numbers, same_bits
 from safetensors_torch import load_file, load_model, save, save_file
 
 # How many seconds streams are kept busy: much longer than the checked call takes.
@@ -29,8 +29,8 @@ def _warm_up(setting: Setting) -> data.Tensors:
     """Writes the file, runs all one-time setup, and returns the tensors of the file."""
     tensors = _tensors()
     path = data.write(setting.path(), tensors)
-    safetensors_torch.set_transfer_options(pinned_pool_bytes=RING)
-    demand(safetensors_torch.reserve_transfer_memory(RING) == RING, "the ring could not be pinned")
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=POOL)
+    demand(safetensors_torch.reserve_transfer_memory(POOL) == POOL, "the pinned pool could not be reserved")
     for _ in range(2):
         loaded = load_file(path, setting.device.torch)
         save(loaded)
@@ -64,14 +64,14 @@ def _both(setting: Setting) -> Iterator[str]:
 @check("data that was loaded is right for the work that is queued next")
 def used_at_once(setting: Setting) -> None:
     tensors = _warm_up(setting)
-    for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
+    for pool in (POOL, 0):
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=pool)
         for what in _both(setting):
             for _ in range(10):
                 loaded = load_file(setting.path(), setting.device.torch)
                 doubled = {name: tensor * 2 for name, tensor in loaded.items()}
                 expected = {name: tensor * 2 for name, tensor in tensors.items()}
-                demand_same(doubled, expected, setting.device.torch, f"{what}, ring of {ring // MIB} MiB")
+                demand_same(doubled, expected, setting.device.torch, f"{what}, pool of {pool // MIB} MiB")
                 # The next load reuses this memory while it is still being read.
                 copies = {name: tensor.clone() for name, tensor in loaded.items()}
                 del loaded
@@ -95,7 +95,10 @@ def late_copies(setting: Setting) -> None:
         device.keep_others_busy(_BUSY / 4)
         start = time.monotonic()
         loaded = load_file(setting.path(), device.torch)
-        demand(time.monotonic() - start < _BUSY / 4, f"{what}: the load waited for its copies, which fit into the ring")
+        demand(
+            time.monotonic() - start < _BUSY / 4,
+            f"{what}: the load waited for copies that fit in the pool",
+        )
         copies = {name: loaded[name].clone() for name in reversed(list(loaded))}
         demand_same(copies, tensors, device.torch, what)
 
@@ -152,8 +155,8 @@ def held_up_by_nobody(setting: Setting) -> None:
 def saved_after_pending_work(setting: Setting) -> None:
     _warm_up(setting)
     device = setting.device
-    for ring in (RING, 0):
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
+    for pool in (POOL, 0):
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=pool)
         for number, what in enumerate(_both(setting)):
             tensor = torch.zeros(_COUNT + 3, device=device.torch)
             device.synchronize()
@@ -161,7 +164,7 @@ def saved_after_pending_work(setting: Setting) -> None:
             tensor.fill_(number + 3)
             expected = {"t": torch.full((_COUNT + 3,), float(number + 3))}
             save_file({"t": tensor}, setting.path("saved"))
-            demand(same_bits(dict(data.read(setting.path("saved")))["t"], expected["t"]), f"{what}, ring of {ring}")
+            demand(same_bits(dict(data.read(setting.path("saved")))["t"], expected["t"]), f"{what}, pool of {pool}")
 
 
 @check("a model is filled after what its stream was still to do with it")
@@ -207,4 +210,4 @@ def threads(setting: Setting) -> None:
     if failures:
         raise failures[0]
     pinned = safetensors_torch.transfer_memory()
-    demand(pinned <= RING, f"{pinned} bytes are pinned, more than the {RING} that may be")
+    demand(pinned <= POOL, f"{pinned} bytes are pinned, more than the {POOL} that may be")

@@ -152,13 +152,17 @@ def _small_costs(loads: list[dict[str, Any]]) -> str:
     if small is None:
         return ""
     parts = []
-    for key, what in ((rivals.RESERVED, "with the ring"), (rivals.PLAIN, "without one"), (rivals.OURS, "as it comes")):
+    for key, what in (
+        (rivals.RESERVED, "with the pool"),
+        (rivals.PLAIN, "without one"),
+        (rivals.OURS, "as it comes"),
+    ):
         taken = targets.seconds(small, key, "later")
         if taken is not None:
             parts.append(f"{time_text(taken)} {what}")
     reserved = next((run["setup"] for m in loads for run in _runs(m, rivals.RESERVED)), None)
     text = f"What a transfer costs before it moves anything: a load of 1 MB takes {', '.join(parts)}."
-    return text + ("" if reserved is None else f" Reserving the whole ring took {time_text(reserved)}.")
+    return text + ("" if reserved is None else f" Reserving the whole pinned pool took {time_text(reserved)}.")
 
 
 def _runs(measured: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ def main() -> None:
     tensors = {f"t.{index}": numbers((MIB // 2 + index,), seed=index) for index in range(4)}
     tensors.update((f"small.{index}", random((index,), torch.uint8, index)) for index in range(20))
     data.write(path, tensors)
-    for ring in (16 * MIB, 0):
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=ring)
-        safetensors_torch.reserve_transfer_memory(ring)
+    for pool in (16 * MIB, 0):
+        safetensors_torch.set_transfer_options(pinned_pool_bytes=pool)
+        safetensors_torch.reserve_transfer_memory(pool)
         loaded = safetensors_torch.load_file(path, device)
         demand_same(loaded, tensors, device, "load_file")
         demand(safetensors_torch.save(loaded) == safetensors_torch.save(tensors), "save: other bytes")

@@ -72,7 +72,7 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
         *_faster("load", large, rivals.PREFETCH, PREFETCH_TIMES),
         *_near_ceiling(large, found["ceilings"]),
         *_faster("save", found["saves"], rivals.REFERENCE, SAVE_TIMES),
-        _memory(results, "host memory beyond the ring", _HOST_FIGURES, HOST_BYTES),
+        _memory(results, "host memory beyond the pinned pool", _HOST_FIGURES, HOST_BYTES),
         _memory(results, "device memory beyond the tensors", _DEVICE_FIGURES, SLAB),
         *_small(small),
     ]
