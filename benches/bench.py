@@ -1,10 +1,10 @@
-"""Times this library beside the reference `safetensors`, torch's own files and the raw limit of the machine.
+"""Times this library, the reference `safetensors`, torch's own files, and the raw limit of the machine.
 
 Run: make bench    or    .venv/bin/python benches/bench.py [options]
 
-Owns the command line, the set-up and the order of the works. Each subject of a work has a process of its own; they
-take turns, in an order that rotates, and wait while another runs. Between two runs the process's freed memory goes
-back to the system, files are put back, and what was written is on the disk.
+Owns the command line, the setup and the order of the works. Each subject of a work has its own process. The subjects
+take turns in a rotating order, and wait while another runs. Between two runs the process returns freed memory to the
+system, files are restored, and all writes reach the disk.
 """
 
 from __future__ import annotations

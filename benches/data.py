@@ -1,9 +1,9 @@
 """The data sets: names, shapes and dtypes, and the files made of them.
 
-Owns what is in them and how they come to be on disk and in memory, without this library: the reference writes the
-files, and `read_tensors` reads them with plain Python. What is done with them is in works.py.
+Owns their contents, and how they are written and read without this library: the reference writes the files, and
+`read_tensors` reads them with plain Python. works.py uses them.
 
-Run: python data.py SET DIRECTORY    makes DIRECTORY/SET.safetensors and, but for `million`, DIRECTORY/SET.pt.
+Run: python data.py SET DIRECTORY    writes DIRECTORY/SET.safetensors and, except for `million`, DIRECTORY/SET.pt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Measures one work: its subjects take turns, each in a process of its own.
+"""Measures one work: its subjects take turns, each in its own process.
 
-Owns the order of the runs and what happens between them. The table of works is in works.py, the processes' side in
-worker.py and raw.c.
+Owns the order of the runs, and the work between them. works.py has the table of works, worker.py and raw.c run them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plot of the results: speeds relative to the reference.
 
-Owns the picture alone; the figures are report.py's.
+Owns only the picture: report.py computes the figures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The parent's side of a worker: starts it, asks it for runs one at a time, watches its memory, ends it.
+"""The parent's side of a worker: starts it, requests runs one at a time, samples its memory, ends it.
 
-Owns the line protocol and the life of the process. What the worker does in a run is in worker.py and raw.c.
+Owns the line protocol and the process. worker.py and raw.c run the work.
 """
 
 from __future__ import annotations

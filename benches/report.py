@@ -1,6 +1,6 @@
 """Tables of the results: as text, and as Markdown for the documentation.
 
-Owns the derived figures (medians, ratios, copies, targets). Measures nothing; the plot is in plot.py.
+Owns the derived figures (medians, ratios, copies, targets). Measures nothing. plot.py draws the plot.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benches/transfers.py
 
-Runs without a GPU, on the accelerator of the tests, with no delays and memory that takes a millisecond to pin for each
-MiB. Its copies are memory copies by one thread, so the times say nothing of a bus: only the ratios between
-the ways do, of what each does around the same copies. Each way takes its turn, and the medians of all rounds count.
+Runs without a GPU, on the accelerator of the tests, without delays, and with a millisecond to pin each MiB. One thread
+copies memory, so the times do not describe a bus. Compare the ratios between the modes only, which do different work
+around the same copies. The modes take turns, and the medians of all rounds count.
 
-- plain: no pinned memory at all
-- first: as in a process that loads for the first time
-- warm: with the pinned memory of the loads before
+- plain: no pinned memory
+- first: the first load of a process
+- warm: with the pinned memory of earlier loads
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """A process that runs one work of one subject, once for each line of stdin.
 
-Owns the calls and their clock. When to run, the files, the page cache and the memory's measure are its parent's.
+Owns the calls and their clock. The parent process owns the order, the files, the page cache and the memory figures.
 
-Run: python worker.py JSON    where JSON is what bench.py says of the work; it answers in lines of JSON:
-    {"ready": VERSION}        once everything that the work starts from is in memory
+Run: python worker.py JSON    where JSON is the plan of bench.py. Answers in lines of JSON:
+    {"ready": VERSION}        when the input of the work is in memory
     line "run"                one run:  {"seconds": S}
-    line "check"              the same, and the result is compared with the data set
-    line "hold"               one run, announced with {"about": "to run"} and begun at the next line; the result is kept
-                              until the line after that
-    {"error": TRACEBACK}      where one fails; the process ends
+    line "check"              the same, then compares the result with the data set
+    line "hold"               answers {"about": "to run"}, runs at the next line, and keeps the result until the line
+                              after that
+    {"error": TRACEBACK}      if a run fails; the process ends
 """
 
 from __future__ import annotations

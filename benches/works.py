@@ -1,6 +1,6 @@
 """The works, their subjects and the targets.
 
-Owns these tables alone. How a subject does a work is in worker.py, how the runs take turns in bench.py.
+Owns only these tables. worker.py runs the works, bench.py orders the runs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Makes one C++ program of several, whose `main` functions it calls by name: the headers of torch, most of what
-compiling each of them costs, are then parsed once.
+"""Combines several C++ programs into one, which calls their `main` functions by name. The headers of torch, which take
+most of the compiler's time, are then parsed once.
 
 Run: python tests/one_program.py SOURCE... >all.cpp
 
-Each source becomes a namespace, with its includes taken out to the top. The program takes the name of a source without
-its ending as its only argument.
+Each source becomes a namespace, and its includes move to the top. The only argument of the program is the name of a
+source without its suffix.
 """
 
 from __future__ import annotations

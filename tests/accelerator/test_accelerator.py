@@ -1,6 +1,6 @@
 """The test accelerator itself: a program that does not wait gets wrong data, and one that waits gets its data.
 
-Streams are held where an order matters, so that no test depends on how long anything takes.
+Tests hold streams to fix an order, so that no test depends on timing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The order between streams, and between a stream and the host: what waits, and what does not.
 
-Streams are held where an order matters. Each of these tests fails if one wait, or one event, is missing.
+Tests hold streams to fix an order. Each test fails if one wait or one event is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The benchmark: every file and every subject, in turns, each run in its own process.
 
-Owns the order, and what becomes of a subject that fails. The clock is in worker.py.
+Owns the order, and the result of a subject that fails. The clock is in worker.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The limits of the machine: copies over the bus, reads from the page cache and writes to it.
 
-Owns these measurements alone. They use torch, and nothing of the library.
+Owns only these measurements. They use torch and not the library.
 """
 
 from __future__ import annotations

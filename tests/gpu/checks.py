@@ -1,6 +1,6 @@
 """Runs the checks of loads and saves with a device, each in its own process.
 
-Owns their order, and what becomes of one that fails, hangs or crashes. What a check is stands in checking.py.
+Owns their order, and the result of one that fails, hangs or crashes. checking.py defines a check.
 """
 
 from __future__ import annotations

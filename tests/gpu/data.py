@@ -1,6 +1,6 @@
 """The files that are loaded: their contents, written and read without the library.
 
-Owns the format's layout as far as the checks and the benchmark need it, and the checksum of everything in a file.
+Owns the parts of the format that checks and benchmark need, and the checksum of a file's data.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The device that is checked and measured: CUDA, or a simulation without a GPU.
 
-Owns what torch has no common words for: how much memory there is, a limit on it, and streams that are kept busy.
+Owns what has no common interface in torch: the memory of a device, a limit on it, and busy streams.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The report of checks and measurements, in Markdown.
 
-Owns the tables and their words. What they are made of is in the results, as run.py writes them.
+Owns the tables and their text. run.py provides the results.
 """
 
 from __future__ import annotations

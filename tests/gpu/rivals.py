@@ -1,6 +1,6 @@
 """The timed subjects: this library in several modes, and other installed loaders of safetensors files.
 
-Owns how each is called. When and how often is the worker's business.
+Owns how each is called. worker.py decides when and how often.
 """
 
 from __future__ import annotations

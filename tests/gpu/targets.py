@@ -1,6 +1,6 @@
 """The targets, and whether they were met.
 
-Owns the targets and the figures they are judged by. Measures nothing.
+Owns the targets and the figures that they use. Measures nothing.
 """
 
 from __future__ import annotations
