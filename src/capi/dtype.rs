@@ -17,45 +17,10 @@ pub(super) fn require(dtype: sft_dtype) -> Result<Dtype> {
     })
 }
 
-macro_rules! codes {
-    ($( $variant:ident = $code:literal; )*) => {
-        fn c_code(dtype: Dtype) -> *const c_char {
-            match dtype {
-                $( Dtype::$variant => concat!($code, "\0").as_ptr().cast(), )*
-            }
-        }
-    };
-}
-
-codes! {
-    U64 = "U64";
-    I64 = "I64";
-    F64 = "F64";
-    C64 = "C64";
-    F32 = "F32";
-    U32 = "U32";
-    I32 = "I32";
-    BF16 = "BF16";
-    F16 = "F16";
-    U16 = "U16";
-    I16 = "I16";
-    F8E5M2FNUZ = "F8_E5M2FNUZ";
-    F8E4M3FNUZ = "F8_E4M3FNUZ";
-    F8E8M0 = "F8_E8M0";
-    F8E4M3 = "F8_E4M3";
-    F8E5M2 = "F8_E5M2";
-    I8 = "I8";
-    U8 = "U8";
-    F6E3M2 = "F6_E3M2";
-    F6E2M3 = "F6_E2M3";
-    F4 = "F4";
-    Bool = "BOOL";
-}
-
 /// Returns the code of a dtype, or NULL if the number is unknown.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_dtype_get_code(dtype: sft_dtype) -> *const c_char {
-    boundary!(std::ptr::null(); { Dtype::from_number(dtype).map_or(std::ptr::null(), c_code) })
+    boundary!(std::ptr::null(); { Dtype::from_number(dtype).map_or(std::ptr::null(), |dtype| dtype.c_code().as_ptr()) })
 }
 
 /// Returns the width of an element in bits, or 0 if the number is unknown.

@@ -1,15 +1,21 @@
 //! The element types of the format: their codes, their widths and their order in a file.
-//!
-//! Knows nothing of torch; which of these a tensor library can hold is that library's business.
 
+use std::ffi::CStr;
 use std::fmt;
 
 macro_rules! dtypes {
     ($( $(#[$doc:meta])* $variant:ident = $number:literal, $code:literal, $bits:literal; )*) => {
         /// An element type.
         ///
-        /// The discriminant is the number that the C ABI uses, fixed for ever. The order in which the format
-        /// lays tensors out is [`Dtype::layout_rank`], which is another thing.
+        /// The discriminant is the number in the C ABI and never changes. It differs from [`Dtype::layout_rank`], the
+        /// order of tensors in a file.
+        ///
+        /// ```
+        /// use safetensors_torch::Dtype;
+        ///
+        /// let dtype = Dtype::from_code("BF16").expect("a code of the format");
+        /// assert_eq!((dtype, dtype.bits()), (Dtype::BF16, 16));
+        /// ```
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum Dtype {
@@ -17,25 +23,34 @@ macro_rules! dtypes {
         }
 
         impl Dtype {
-            /// Every dtype, in the order in which a written file holds them.
+            /// Every dtype, in the order of tensors in a file.
             pub const ALL: &'static [Dtype] = &[ $( Dtype::$variant, )* ];
 
-            /// The code in the header, such as `F32`.
+            /// Returns the code in the header, such as `F32`.
             pub const fn code(self) -> &'static str {
                 match self { $( Dtype::$variant => $code, )* }
             }
 
-            /// The width of one element in bits: 4, 6, or a multiple of 8.
+            /// Returns the code as a C string.
+            pub(crate) const fn c_code(self) -> &'static CStr {
+                let bytes = match self { $( Dtype::$variant => concat!($code, "\0").as_bytes(), )* };
+                match CStr::from_bytes_with_nul(bytes) {
+                    Ok(code) => code,
+                    Err(_) => panic!("a code contains NUL"),
+                }
+            }
+
+            /// Returns the width of one element in bits: 4, 6, or a multiple of 8.
             pub const fn bits(self) -> u64 {
                 match self { $( Dtype::$variant => $bits, )* }
             }
 
-            /// The dtype of a header code; `None` for a code that the format does not know.
+            /// Returns the dtype of a header code, or `None` if the format does not define the code.
             pub fn from_code(code: &str) -> Option<Dtype> {
                 match code { $( $code => Some(Dtype::$variant), )* _ => None }
             }
 
-            /// The dtype of a C ABI number; `None` for a number that none has.
+            /// Returns the dtype of a C ABI number, or `None` if no dtype has the number.
             pub const fn from_number(number: u32) -> Option<Dtype> {
                 match number { $( $number => Some(Dtype::$variant), )* _ => None }
             }
@@ -43,7 +58,7 @@ macro_rules! dtypes {
     };
 }
 
-// In file order: the dtypes whose elements need the strictest alignment come first.
+// In file order: the strictest alignment comes first.
 dtypes! {
     /// Unsigned 64-bit integer.
     U64 = 21, "U64", 64;
@@ -71,7 +86,7 @@ dtypes! {
     F8E5M2FNUZ = 10, "F8_E5M2FNUZ", 8;
     /// 8-bit float, 4 exponent bits, no negative zero, no infinities.
     F8E4M3FNUZ = 9, "F8_E4M3FNUZ", 8;
-    /// 8-bit exponent without sign and mantissa: a scale.
+    /// 8-bit exponent without sign or mantissa: a scale.
     F8E8M0 = 8, "F8_E8M0", 8;
     /// 8-bit float, 4 exponent bits, no infinities (torch's `float8_e4m3fn`).
     F8E4M3 = 7, "F8_E4M3", 8;
@@ -92,7 +107,7 @@ dtypes! {
 }
 
 impl Dtype {
-    /// The place of this dtype in a file: tensors of a smaller rank come first.
+    /// Returns the position of this dtype in a file: tensors of a smaller rank come first.
     pub const fn layout_rank(self) -> usize {
         /// The rank of each dtype, by number.
         const RANKS: [usize; Dtype::ALL.len()] = {
@@ -123,6 +138,7 @@ mod tests {
         for &dtype in Dtype::ALL {
             assert_eq!(Dtype::from_code(dtype.code()), Some(dtype));
             assert_eq!(Dtype::from_number(dtype as u32), Some(dtype));
+            assert_eq!(dtype.c_code().to_str(), Ok(dtype.code()));
         }
         assert_eq!(Dtype::ALL.len(), 22);
         assert_eq!(Dtype::from_number(22), None);

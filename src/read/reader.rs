@@ -112,7 +112,7 @@ impl PendingRead {
     /// The bytes of all ranges.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
-        self.chunks.bytes()
+        self.chunks.total_bytes()
     }
 
     /// The bytes that are where they belong.
@@ -266,8 +266,8 @@ impl ReadStrategy {
         chunks: &Chunks,
         threads: ThreadLimit,
     ) -> ReadStrategy {
-        let wanted = parallel::thread_count(threads, chunks.bytes(), chunks.len());
-        ReadStrategy::of(method, chunks.bytes(), || extent(ranges), wanted, threads)
+        let wanted = parallel::thread_count(threads, chunks.total_bytes(), chunks.len());
+        ReadStrategy::of(method, chunks.total_bytes(), || extent(ranges), wanted, threads)
     }
 
     /// The strategy for `bytes` that lie in `extent`, where a source in memory would be read by `wanted` of `threads`.

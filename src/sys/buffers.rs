@@ -1,11 +1,8 @@
-//! Memory for tensors that are read: small neighbours in a file share a block, and so do large ones, whose memory is given
-//! back by pieces of the size of a huge page, each with its last tensor.
+//! Memory for tensors. Neighbours in a file share a block, because fresh pages are expensive ([`PagePopulator`]).
 //!
-//! Memory fresh from the kernel is paid for page by page ([`PagePopulator`]). Blocks make that cheap: many tensors share the
-//! pages of one. They are made so that a tensor that outlives its neighbours keeps little beside itself. Knows nothing of
-//! files.
+//! A tensor that outlives its neighbours keeps little memory beside its own: blocks of small tensors are small, and large
+//! tensors release their pages in pieces of the size of a huge page.
 
-use std::alloc;
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -17,16 +14,16 @@ use memmap2::{MmapMut, MmapRaw};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::populate::{HUGE_PAGE_BYTES, PagePopulator, discard};
 
-/// Where a tensor may begin: torch's own memory is aligned so too.
+/// The alignment of every tensor; torch's allocator has the same.
 const ALIGNMENT: usize = 64;
 
-/// Tensors of so many bytes give memory back when they die. Smaller ones are too many to count.
+/// Tensors of this size and more release their memory one by one. Smaller ones are too many to count.
 const LARGE_BYTES: usize = 64 << 10;
 
-/// The most bytes of a block of small tensors: what one of them can keep alive.
+/// The largest block of small tensors, and so the memory that one of them can keep allocated.
 const SMALL_BLOCK_BYTES: usize = HUGE_PAGE_BYTES;
 
-/// The most bytes of a block of several large tensors. What has more has a block of its own.
+/// The largest block that several large tensors share.
 const LARGE_BLOCK_BYTES: usize = 64 << 20;
 
 /// Uninitialized memory, freed with its last owner.
@@ -35,42 +32,48 @@ pub struct Block(Backing);
 
 #[derive(Debug)]
 enum Backing {
-    /// From the allocator.
-    Heap { start: NonNull<u8>, layout: alloc::Layout },
-    /// Anonymous pages; the block begins at the first whole huge page among them.
+    /// From the allocator. `start` points to the spare capacity of the vector, which stays empty.
+    Heap { start: NonNull<u8>, _lines: Vec<Line> },
+    /// Anonymous pages; the block begins at the first huge page boundary.
     Pages { map: MmapRaw, skipped: usize, fresh: PagePopulator, users: PieceUsers },
     /// A large tensor's part of a block of pages.
     Part { block: Arc<Block>, offset: usize, length: usize },
 }
 
-// SAFETY: a block owns its memory and gives out nothing but its address; whoever reads or writes there sees to the
-// order of accesses.
+/// The unit of allocation.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Line {
+    _bytes: [u8; ALIGNMENT],
+}
+
+// SAFETY: a block hands out only its address and never accesses the bytes, so no access here can race. It is freed, or its
+// pages are discarded, by the thread that drops the last `Arc`, after all other owners.
 unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// `length` bytes at a multiple of [`ALIGNMENT`]. Their contents are not defined.
+    /// Allocates `length` bytes, aligned to [`ALIGNMENT`].
     fn new(length: usize) -> Result<Block> {
-        let refused = || {
-            let detail =
-                format!("cannot allocate {length} bytes for the tensors: there is not enough memory");
+        let out_of_memory = || {
+            let detail = format!("cannot allocate {length} bytes for the tensors: not enough memory");
             Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
         };
-        // A block of small tensors is hardly ever quite full; it is worth a huge page.
+        // A block of small tensors is rarely full, but is worth a huge page.
         if length > HUGE_PAGE_BYTES - LARGE_BYTES {
             let length = length.max(HUGE_PAGE_BYTES);
-            // Room to begin at a huge page. What is never touched takes no memory.
-            let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE_BYTES).ok_or_else(refused)?);
-            let map = MmapRaw::from(map.map_err(|_| refused())?);
+            // Leaves room to align the start. Untouched pages use no memory.
+            let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE_BYTES).ok_or_else(out_of_memory)?);
+            let map = MmapRaw::from(map.map_err(|_| out_of_memory())?);
             let skipped = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
             let fresh = PagePopulator::new(map.as_mut_ptr().wrapping_add(skipped), length);
             return Ok(Block(Backing::Pages { map, skipped, fresh, users: PieceUsers::default() }));
         }
-        let layout = alloc::Layout::from_size_align(length.max(1), ALIGNMENT).map_err(|_| refused())?;
-        // SAFETY: the layout's size is not 0.
-        let start = NonNull::new(unsafe { alloc::alloc(layout) }).ok_or_else(refused)?;
-        Ok(Block(Backing::Heap { start, layout }))
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(length.max(1).div_ceil(ALIGNMENT)).map_err(|_| out_of_memory())?;
+        let start = NonNull::from(lines.spare_capacity_mut()).cast();
+        Ok(Block(Backing::Heap { start, _lines: lines }))
     }
 
     fn start(&self) -> *mut u8 {
@@ -81,13 +84,13 @@ impl Block {
         }
     }
 
-    /// Brings in the memory of `part`; returns the end of what was brought in with it, at least that of `part`.
-    fn populate(&self, part: Range<usize>) -> usize {
+    /// Populates the memory of `bytes`. Returns the end of the populated bytes, which is `bytes.end` or more.
+    fn populate(&self, bytes: Range<usize>) -> usize {
         match &self.0 {
             Backing::Heap { .. } => usize::MAX,
-            Backing::Pages { fresh, .. } => fresh.populate(part),
+            Backing::Pages { fresh, .. } => fresh.populate(bytes),
             Backing::Part { block, offset, .. } => {
-                block.populate(part.start + offset..part.end + offset) - offset
+                block.populate(bytes.start + offset..bytes.end + offset) - offset
             }
         }
     }
@@ -95,36 +98,29 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        match &self.0 {
-            Backing::Heap { start, layout } => {
-                // SAFETY: `new` allocated `start` with this very layout, and this is the only drop.
-                unsafe { alloc::dealloc(start.as_ptr(), *layout) }
-            }
-            // They unmap themselves.
-            Backing::Pages { .. } => {}
-            // The last of its block leaves all of it to that.
-            Backing::Part { block, .. } if Arc::strong_count(block) == 1 => {}
-            Backing::Part { block, offset, length } => {
-                if let Backing::Pages { users, fresh, .. } = &block.0 {
-                    for piece in users.remove(*offset, *length) {
-                        // The last piece of a block may be cut short.
-                        let piece = piece.start..piece.end.min(fresh.len());
-                        // SAFETY: every part that has bytes in these pieces is gone (`PieceUsers`), with its last owner.
-                        unsafe { discard(block.start().wrapping_add(piece.start), piece.len()) }
-                    }
-                }
-            }
+        let Backing::Part { block, offset, length } = &self.0 else { return };
+        // The last part leaves everything to the block, which unmaps it.
+        if Arc::strong_count(block) == 1 {
+            return;
+        }
+        let Backing::Pages { users, fresh, .. } = &block.0 else { return };
+        for pieces in users.remove(*offset, *length) {
+            // The last piece of a block may be shorter.
+            let bytes = pieces.start..pieces.end.min(fresh.len());
+            // SAFETY: nobody reads these bytes again. `PieceUsers` has counted every part with bytes in them, and each was
+            // removed by this drop, which runs after the part's last owner.
+            unsafe { discard(block.start().wrapping_add(bytes.start), bytes.len()) }
         }
     }
 }
 
-/// How many parts have bytes in each piece of a block. Pieces of the size of a huge page: giving back less would split
-/// one, which takes longer than reading into it.
+/// The number of parts that have bytes in each piece of a block. A piece has the size of a huge page: splitting one takes
+/// longer than reading into it.
 #[derive(Debug, Default)]
 struct PieceUsers(Box<[AtomicU32]>);
 
 impl PieceUsers {
-    /// For parts that begin at these offsets and have these lengths, none of them 0.
+    /// Counts the parts, given as non-empty (offset, length) pairs.
     fn new(parts: impl Iterator<Item = (usize, usize)>) -> PieceUsers {
         let mut users: Vec<AtomicU32> = Vec::new();
         for (offset, length) in parts {
@@ -137,11 +133,11 @@ impl PieceUsers {
         PieceUsers(users.into())
     }
 
-    /// Takes a part out; returns the bytes of the pieces that have no other, in runs.
+    /// Removes a part. Returns the bytes of the pieces that have no other part, neighbours merged.
     fn remove(&self, offset: usize, length: usize) -> Vec<Range<usize>> {
         let mut unused: Vec<Range<usize>> = Vec::new();
         for piece in pieces(offset, length) {
-            // Whoever takes the last part out sees what all others did before.
+            // AcqRel: the last removal happens after all accesses by the other parts' owners.
             if self.0[piece].fetch_sub(1, Ordering::AcqRel) == 1 {
                 let bytes = piece * HUGE_PAGE_BYTES..(piece + 1) * HUGE_PAGE_BYTES;
                 match unused.last_mut() {
@@ -154,12 +150,12 @@ impl PieceUsers {
     }
 }
 
-/// The pieces that bytes of a part lie in.
+/// Returns the pieces that contain bytes of a part.
 fn pieces(offset: usize, length: usize) -> Range<usize> {
     offset / HUGE_PAGE_BYTES..(offset + length).div_ceil(HUGE_PAGE_BYTES)
 }
 
-/// Memory for several tensors: a location for each, in blocks.
+/// A buffer for each of several tensors.
 #[derive(Debug, Default)]
 pub struct Buffers {
     blocks: Vec<Arc<Block>>,
@@ -173,85 +169,91 @@ struct Location {
 }
 
 impl Buffers {
-    /// A location for each of `sizes`, in their order.
+    /// Allocates a buffer for each of `sizes`, in their order.
+    ///
+    /// ```
+    /// let buffers = safetensors_torch::Buffers::new(&[12, 4096])?;
+    /// let (start, owner) = (buffers.start(1), buffers.owner(1));
+    /// drop(buffers);
+    /// // SAFETY: `owner` keeps the 4096 bytes at `start` allocated.
+    /// unsafe { start.write_bytes(0, 4096) };
+    /// drop(owner);
+    /// # Ok::<(), safetensors_torch::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`] with `ENOMEM` where there is not so much memory.
+    /// [`ErrorKind::Io`] with `ENOMEM` if there is not enough memory.
     pub fn new(sizes: &[usize]) -> Result<Buffers> {
-        let mut memory = Buffers { blocks: Vec::new(), locations: vec![Location::default(); sizes.len()] };
+        let mut buffers = Buffers { blocks: Vec::new(), locations: vec![Location::default(); sizes.len()] };
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..sizes.len()).partition(|&index| sizes[index] < LARGE_BYTES);
-        for (indices, most) in [(small, SMALL_BLOCK_BYTES), (large, LARGE_BLOCK_BYTES)] {
+        for (indices, max_bytes) in [(small, SMALL_BLOCK_BYTES), (large, LARGE_BLOCK_BYTES)] {
             let mut rest = &indices[..];
             while !rest.is_empty() {
-                rest = &rest[memory.add_block(sizes, rest, most)?..];
+                rest = &rest[buffers.add_block(sizes, rest, max_bytes)?..];
             }
         }
-        Ok(memory)
+        Ok(buffers)
     }
 
-    /// Adds a block of no more than `most` bytes for the first of the tensors at `indices`, and their locations; returns how
-    /// many of them have a location there, at least one.
-    fn add_block(&mut self, sizes: &[usize], indices: &[usize], most: usize) -> Result<usize> {
+    /// Adds a block of at most `max_bytes` for the first tensors of `indices`, or a larger one for the first alone.
+    /// Returns how many of them it holds.
+    fn add_block(&mut self, sizes: &[usize], indices: &[usize], max_bytes: usize) -> Result<usize> {
         let mut length = 0usize;
         let mut count = 0;
         for &index in indices {
-            if count > 0 && length.saturating_add(sizes[index]) > most {
+            if count > 0 && length.saturating_add(sizes[index]) > max_bytes {
                 break;
             }
             self.locations[index] = Location { block: self.blocks.len() as u32, offset: length };
-            // A file's tensors are together no larger than the file, so only the last rounding could overflow.
+            // The tensors of a file are smaller than the file together, so only the last rounding could overflow.
             length = length.saturating_add(sizes[index]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
             count += 1;
         }
         let mut block = Block::new(length)?;
-        let Backing::Pages { users, .. } = &mut block.0 else {
-            self.blocks.push(Arc::new(block));
-            return Ok(count);
-        };
-        if sizes[indices[0]] < LARGE_BYTES {
-            self.blocks.push(Arc::new(block));
-            return Ok(count);
+        match &mut block.0 {
+            Backing::Pages { users, .. } if sizes[indices[0]] >= LARGE_BYTES => {
+                let parts =
+                    indices[..count].iter().map(|&index| (self.locations[index].offset, sizes[index]));
+                *users = PieceUsers::new(parts);
+            }
+            _ => {
+                self.blocks.push(Arc::new(block));
+                return Ok(count);
+            }
         }
-        *users = PieceUsers::new(
-            indices[..count].iter().map(|&index| (self.locations[index].offset, sizes[index])),
-        );
         let block = Arc::new(block);
         for &index in &indices[..count] {
-            let part = Backing::Part {
-                block: Arc::clone(&block),
-                offset: self.locations[index].offset,
-                length: sizes[index],
-            };
+            let offset = self.locations[index].offset;
+            let part = Backing::Part { block: Arc::clone(&block), offset, length: sizes[index] };
             self.locations[index] = Location { block: self.blocks.len() as u32, offset: 0 };
             self.blocks.push(Arc::new(Block(part)));
         }
         Ok(count)
     }
 
-    /// Brings in the memory of parts that are about to be written to: the index of each one's location, and where the part
-    /// lies in that.
+    /// Populates memory that is about to be written. Each part is the index of a buffer and a range of its bytes.
     pub(crate) fn populate(&self, parts: impl Iterator<Item = (usize, Range<usize>)>) {
-        // Most parts lie in what was brought in with the one before.
-        let (mut block, mut done) = (u32::MAX, 0);
+        // Most parts lie in the memory that was populated with the previous one.
+        let (mut block, mut populated) = (u32::MAX, 0);
         for (index, part) in parts {
             let location = self.locations[index];
-            if location.block != block || location.offset + part.end > done {
+            let bytes = location.offset + part.start..location.offset + part.end;
+            if location.block != block || bytes.end > populated {
                 block = location.block;
-                done = self.blocks[block as usize]
-                    .populate(location.offset + part.start..location.offset + part.end);
+                populated = self.blocks[block as usize].populate(bytes);
             }
         }
     }
 
-    /// The first byte of the location at `index`, which the memory has.
+    /// Returns the first byte of the buffer at `index`.
     pub fn start(&self, index: usize) -> *mut u8 {
         let Location { block, offset } = self.locations[index];
         self.blocks[block as usize].start().wrapping_add(offset)
     }
 
-    /// What keeps the location at `index` alive.
+    /// Returns the block that keeps the buffer at `index` allocated.
     pub fn owner(&self, index: usize) -> Arc<Block> {
         Arc::clone(&self.blocks[self.locations[index].block as usize])
     }
@@ -264,7 +266,7 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn places_are_aligned_and_apart() {
+    fn buffers_are_aligned_and_disjoint() {
         let sizes = [
             1,
             0,
@@ -278,35 +280,35 @@ mod tests {
             LARGE_BLOCK_BYTES + 1,
             2,
         ];
-        let memory = Buffers::new(&sizes).expect("memory");
-        assert!(memory.blocks.len() > 1);
+        let buffers = Buffers::new(&sizes).expect("buffers");
+        assert!(buffers.blocks.len() > 1);
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for (index, &size) in sizes.iter().enumerate() {
-            let start = memory.start(index);
+            let start = buffers.start(index);
             assert_eq!(start.addr() % ALIGNMENT, 0);
-            // SAFETY: the location at `index` has `size` bytes, and `memory` is alive.
+            // SAFETY: the buffer at `index` has `size` bytes, and `buffers` is alive.
             unsafe { std::ptr::write_bytes(start, index as u8, size) };
             ranges.push((start.addr(), start.addr() + size));
         }
         for (index, &size) in sizes.iter().enumerate().filter(|&(_, &size)| size > 0) {
-            // SAFETY: as above; the bytes were written just now.
-            let bytes = unsafe { std::slice::from_raw_parts(memory.start(index), size) };
-            // Miri, which is slow, looks at both ends.
+            // SAFETY: as above, and the bytes are initialized.
+            let bytes = unsafe { std::slice::from_raw_parts(buffers.start(index), size) };
+            // Both ends are enough under Miri, which is slow.
             let end = if cfg!(miri) { size.min(64) } else { size };
-            let mut looked_at = bytes[..end].iter().chain(&bytes[size - end..]);
-            assert!(looked_at.all(|&byte| byte == index as u8));
+            let mut checked = bytes[..end].iter().chain(&bytes[size - end..]);
+            assert!(checked.all(|&byte| byte == index as u8));
         }
         ranges.sort_unstable();
         assert!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0));
     }
 
     #[test]
-    fn a_place_outlives_the_memory_through_its_owner() {
-        let memory = Buffers::new(&[8, 8]).expect("memory");
-        let (start, owner) = (memory.start(1), memory.owner(1));
-        drop(memory);
+    fn a_buffer_outlives_the_others_through_its_owner() {
+        let buffers = Buffers::new(&[8, 8]).expect("buffers");
+        let (start, owner) = (buffers.start(1), buffers.owner(1));
+        drop(buffers);
         assert_eq!(Arc::strong_count(&owner), 1);
-        // SAFETY: `owner` keeps the location's 8 bytes.
+        // SAFETY: `owner` keeps the 8 bytes allocated.
         unsafe { start.write(7) };
     }
 
@@ -314,42 +316,43 @@ mod tests {
     fn small_tensors_keep_little_alive() {
         let sizes: Vec<usize> =
             (0..4000).map(|index| if index % 2 == 0 { 5000 } else { LARGE_BYTES }).collect();
-        let memory = Buffers::new(&sizes).expect("memory");
-        let small: HashSet<u32> = (0..4000).step_by(2).map(|index| memory.locations[index].block).collect();
-        assert_eq!(small.len(), (2000 * 5000usize).div_ceil(SMALL_BLOCK_BYTES), "10 MB of small ones");
+        let buffers = Buffers::new(&sizes).expect("buffers");
+        let small: HashSet<u32> = (0..4000).step_by(2).map(|index| buffers.locations[index].block).collect();
+        assert_eq!(small.len(), (2000 * 5000usize).div_ceil(SMALL_BLOCK_BYTES), "10 MB of small tensors");
         for &block in &small {
-            let end = (0..4000).filter(|&index| memory.locations[index].block == block);
-            let end = end.map(|index| memory.locations[index].offset + sizes[index]).max().expect("a tensor");
-            assert!(end <= SMALL_BLOCK_BYTES, "a small one keeps {end} bytes");
+            let end = (0..4000).filter(|&index| buffers.locations[index].block == block);
+            let end =
+                end.map(|index| buffers.locations[index].offset + sizes[index]).max().expect("a tensor");
+            assert!(end <= SMALL_BLOCK_BYTES, "a small tensor keeps {end} bytes");
         }
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no pages")]
-    fn a_large_tensor_gives_its_memory_back() {
-        // Of odd sizes, so that neighbours share pages; all in one block, but for the last.
+    fn a_large_tensor_releases_its_memory() {
+        // Odd sizes, so that neighbours share pages. All except the last share a block.
         let sizes = [LARGE_BYTES + 999, 3 * HUGE_PAGE_BYTES + 77, 64 << 10, 1 << 20, LARGE_BLOCK_BYTES];
-        let memory = Buffers::new(&sizes).expect("memory");
+        let buffers = Buffers::new(&sizes).expect("buffers");
         let mut owners = Vec::new();
         for (index, &size) in sizes.iter().enumerate() {
-            memory.populate(std::iter::once((index, 0..size)));
-            // SAFETY: the location at `index` has `size` bytes, and `memory` is alive.
-            unsafe { std::ptr::write_bytes(memory.start(index), index as u8 + 1, size) };
-            owners.push(Some(memory.owner(index)));
+            buffers.populate(std::iter::once((index, 0..size)));
+            // SAFETY: the buffer at `index` has `size` bytes, and `buffers` is alive.
+            unsafe { std::ptr::write_bytes(buffers.start(index), index as u8 + 1, size) };
+            owners.push(Some(buffers.owner(index)));
         }
-        let locations: Vec<*mut u8> = (0..sizes.len()).map(|index| memory.start(index)).collect();
+        let locations: Vec<*mut u8> = (0..sizes.len()).map(|index| buffers.start(index)).collect();
         let resident_at = |index: usize| {
             let pages = (0..sizes[index]).step_by(4096);
             pages.filter(|&at| is_resident(locations[index].wrapping_add(at))).count() * 4096
         };
-        drop(memory);
+        drop(buffers);
         for dead in [1, 0, 3, 4] {
             assert!(resident_at(dead) >= sizes[dead].saturating_sub(HUGE_PAGE_BYTES));
             owners[dead] = None;
-            // The pieces at both ends have bytes of neighbours.
-            assert!(resident_at(dead) <= 2 * HUGE_PAGE_BYTES, "{} bytes are left", resident_at(dead));
+            // The pieces at both ends contain bytes of neighbours.
+            assert!(resident_at(dead) <= 2 * HUGE_PAGE_BYTES, "{} bytes remain", resident_at(dead));
             for (index, &size) in sizes.iter().enumerate().filter(|&(index, _)| owners[index].is_some()) {
-                // SAFETY: the owner keeps the location's bytes, which were written above.
+                // SAFETY: the owner keeps the bytes allocated, which were written above.
                 let bytes = unsafe { std::slice::from_raw_parts(locations[index], size) };
                 assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "{index} changed with {dead}");
             }
@@ -359,9 +362,9 @@ mod tests {
     }
 
     #[test]
-    fn too_much_is_an_error() {
+    fn too_large_a_size_is_an_error() {
         for size in [1 << 60, usize::MAX] {
-            let error = Buffers::new(&[size]).expect_err("no machine has that");
+            let error = Buffers::new(&[size]).expect_err("more than any machine has");
             assert_eq!((error.kind(), error.os_error()), (ErrorKind::Io, Some(libc::ENOMEM)));
         }
     }

@@ -1,39 +1,39 @@
-//! The process that something was begun in: one that is forked meanwhile has a copy of it, but none of its threads, and
-//! shares what the kernel keeps of its files.
+//! Detects use after fork: a child process has none of our threads, and shares our file descriptions with its parent.
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A process, by its number.
+/// The process that created an object, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OwnerProcess(u32);
 
 impl OwnerProcess {
-    /// The one that this runs in.
+    /// Returns the current process.
     pub fn current() -> OwnerProcess {
         OwnerProcess(std::process::id())
     }
 
-    /// Another one.
+    /// Returns another process.
     #[cfg(test)]
     pub fn other() -> OwnerProcess {
         OwnerProcess(std::process::id() ^ 1)
     }
 
-    /// Whether this runs in it, and in none that was forked from it.
+    /// Returns whether this is the current process, and not an ancestor of it.
     pub fn is_current(self) -> bool {
         self == OwnerProcess::current()
     }
 
-    /// Refuses to go on with `what` in another process.
+    /// Checks that `object` ("save", "edit") is used by the process that created it.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`].
-    pub fn check(self, what: &str) -> Result<()> {
+    /// [`ErrorKind::InvalidArgument`] after a fork.
+    pub fn check(self, object: &str) -> Result<()> {
         if self.is_current() {
             return Ok(());
         }
-        let detail = format!("this {what} was begun by process {}, before a fork: begin another one", self.0);
+        let detail =
+            format!("this {object} was begun by process {}, before a fork; begin another one", self.0);
         Err(Error::new(ErrorKind::InvalidArgument, detail))
     }
 }

@@ -1,4 +1,4 @@
-//! The machine: memory, pages, threads, directories, signals. Nothing here knows of tensors or headers.
+//! The machine: memory, pages, threads, directories, signals. Knows nothing about the format.
 
 pub mod buffers;
 pub(crate) mod copy;

@@ -1,48 +1,47 @@
-//! Data that several threads share under one lock, and wait for changes of.
+//! A mutex that cannot be poisoned, with a guard that can wait for a condition variable.
 //!
-//! A [`Mutex`] that nobody can poison: what is in it must be whole whenever the lock is let go, also by a panic. Under
-//! ThreadSanitizer (`--cfg tsan`, see `tests/rust/tsan.sh`) it says when it is taken and let go, as the standard library
-//! that comes with the compiler is not instrumented and does so in secret.
+//! The data must be consistent whenever the lock is released, also by a panic. Under ThreadSanitizer (`--cfg tsan`, see
+//! `tests/rust/tsan.sh`) the mutex announces its synchronization, because the standard library is not instrumented.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{self, Condvar, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The data and its lock.
+/// A lock and the data that it protects.
 #[derive(Debug)]
 pub struct Mutex<T> {
     data: sync::Mutex<T>,
 }
 
-/// The lock is held until this is dropped.
+/// Access to the data; releases the lock on drop.
 #[derive(Debug)]
 pub struct Guard<'a, T> {
-    monitor: &'a Mutex<T>,
-    /// None only while waiting.
+    mutex: &'a Mutex<T>,
+    /// `None` only during a wait.
     guard: Option<MutexGuard<'a, T>>,
 }
 
 impl<T> Mutex<T> {
-    /// Data that nobody has locked.
+    /// Returns an unlocked mutex.
     pub fn new(data: T) -> Mutex<T> {
         Mutex { data: sync::Mutex::new(data) }
     }
 
-    /// Waits for the lock.
+    /// Acquires the lock.
     pub fn lock(&self) -> Guard<'_, T> {
         let guard = self.data.lock().unwrap_or_else(PoisonError::into_inner);
         sanitizer::acquired(self);
-        Guard { monitor: self, guard: Some(guard) }
+        Guard { mutex: self, guard: Some(guard) }
     }
 }
 
 impl<T> Guard<'_, T> {
-    /// Lets go of the lock until `change` is notified, or for no reason at all.
+    /// Releases the lock until `change` is notified; may also return spuriously.
     pub fn wait(&mut self, change: &Condvar) {
         self.release_while(|guard| change.wait(guard).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// As [`Guard::wait`], for no longer than `timeout`.
+    /// As [`Guard::wait`], for at most `timeout`.
     pub fn wait_for(&mut self, change: &Condvar, timeout: Duration) {
         self.release_while(|guard| {
             change.wait_timeout(guard, timeout).unwrap_or_else(PoisonError::into_inner).0
@@ -53,9 +52,9 @@ impl<T> Guard<'_, T> {
 impl<'a, T> Guard<'a, T> {
     fn release_while(&mut self, wait: impl FnOnce(MutexGuard<'a, T>) -> MutexGuard<'a, T>) {
         if let Some(guard) = self.guard.take() {
-            sanitizer::releases(self.monitor);
+            sanitizer::releases(self.mutex);
             self.guard = Some(wait(guard));
-            sanitizer::acquired(self.monitor);
+            sanitizer::acquired(self.mutex);
         }
     }
 }
@@ -64,19 +63,19 @@ impl<T> Deref for Guard<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.guard.as_deref().expect("nobody has this while it waits")
+        self.guard.as_deref().expect("a wait borrows the guard")
     }
 }
 
 impl<T> DerefMut for Guard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        self.guard.as_deref_mut().expect("nobody has this while it waits")
+        self.guard.as_deref_mut().expect("a wait borrows the guard")
     }
 }
 
 impl<T> Drop for Guard<'_, T> {
     fn drop(&mut self) {
-        sanitizer::releases(self.monitor);
+        sanitizer::releases(self.mutex);
     }
 }
 
@@ -95,9 +94,9 @@ mod sanitizer {
         fn __tsan_release(address: *mut c_void);
     }
 
-    /// Everything before the last release of the same lock is before this.
+    /// Orders this thread after the last release of the lock.
     pub fn acquired<T>(lock: &T) {
-        // SAFETY: the sanitizer takes the address for a name and does not look there.
+        // SAFETY: the sanitizer uses the address as a key and does not access it.
         unsafe { __tsan_acquire((&raw const *lock).cast_mut().cast()) }
     }
 

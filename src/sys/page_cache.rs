@@ -1,20 +1,20 @@
-//! What of a file is in memory already, and how to read what is not.
+//! Which parts of a file are in the page cache, and how to read the others.
 
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-/// How many threads read a file that is not in the page cache; most of the time they wait.
+/// The number of threads that read a file outside the page cache; they mostly wait.
 pub const COLD_READERS: usize = 4;
 
-/// The bytes of one read of such a file. The disk is asked for more than that ahead, and goes on while these are copied.
+/// The bytes of one such read. The kernel reads further ahead, so the disk works during the copy.
 pub const COLD_READ_BYTES: usize = 1 << 20;
 
-/// In how many places [`residency`] looks, and at how many bytes in each.
+/// The number of samples that [`residency`] takes, and the bytes of each.
 const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 1 << 20;
 
-/// `cachestat(2)`, Linux 6.5 and later: one number on every architecture that Rust has a libc for.
+/// `cachestat(2)`, Linux 6.5 and later; the number is the same on every architecture of Rust's libc.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// The kernel's `struct cachestat_range`.
@@ -24,7 +24,7 @@ struct CachestatRange {
     length: u64,
 }
 
-/// The kernel's `struct cachestat`: numbers of pages.
+/// The kernel's `struct cachestat`; counts pages.
 #[repr(C)]
 #[derive(Default)]
 struct Cachestat {
@@ -35,28 +35,28 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// Where the bytes of a file are.
+/// Whether the bytes of a file are in the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residency {
-    /// In memory, as far as one looked.
+    /// All samples are.
     Cached,
-    /// Some of them on the disk alone.
+    /// A sample is not.
     Cold,
-    /// The kernel does not say: it is too old, the file belongs to somebody else, or lies on a filesystem over another.
+    /// The kernel is too old, the file belongs to another user, or its filesystem is stacked on another.
     Unknown,
 }
 
-/// Where the bytes in `range` of `file` are, of which the first page was read just now. Looks at a few places only, as
-/// asking about every page of a large file can take milliseconds.
+/// Samples whether `range` of `file` is cached; the first page of the file must have been read just now. Checking every
+/// page of a large file could take milliseconds.
 pub fn residency(file: &File, range: Range<u64>) -> Residency {
-    // Filesystems that keep their files in another one answer that nothing is ever cached.
+    // A stacked filesystem reports that nothing is cached, not even the first page.
     if cached_bytes(file, 0..1).is_none_or(|cached| cached == 0) {
         return Residency::Unknown;
     }
     let length = range.end.saturating_sub(range.start);
     let window = SAMPLE_BYTES.min(length);
     let cold = (0..SAMPLES).any(|sample| {
-        // From the start of the range to its end, both included.
+        // The first sample begins at the start of the range; the last one ends at its end.
         let start =
             range.start + (u128::from(length - window) * u128::from(sample) / u128::from(SAMPLES - 1)) as u64;
         !is_cached(file, start..start + window)
@@ -64,30 +64,31 @@ pub fn residency(file: &File, range: Range<u64>) -> Residency {
     if cold { Residency::Cold } else { Residency::Cached }
 }
 
-/// Whether all of `range` is in memory, of a file whose residency is known.
+/// Returns whether all of `range` is cached, if the residency of `file` is known.
 pub fn is_cached(file: &File, range: Range<u64>) -> bool {
     let length = range.end.saturating_sub(range.start);
     cached_bytes(file, range).is_none_or(|cached| cached >= length)
 }
 
-/// How many bytes of `range` of `file` are in the page cache, in whole pages; `None` where the kernel does not say.
+/// Returns how many bytes of `range` are cached, in whole pages; `None` if that is unknown.
 fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
-    // A length of 0 would mean all the rest of the file.
+    // The kernel takes a length of 0 for the rest of the file.
     if range.is_empty() {
         return Some(0);
     }
-    let asked = CachestatRange { offset: range.start, length: range.end - range.start };
-    let mut told = Cachestat::default();
-    // SAFETY: both structs are laid out as the kernel's, live across the call, and only `told` is written to.
+    let request = CachestatRange { offset: range.start, length: range.end - range.start };
+    let mut answer = Cachestat::default();
+    // SAFETY: `file` keeps the descriptor open. Both structs have the layout of linux/mman.h (`repr(C)`, integers of the
+    // same widths) and outlive the call, which reads the first and writes the second.
     let status = unsafe {
-        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const asked, &raw mut told, 0 as libc::c_uint)
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const request, &raw mut answer, 0 as libc::c_uint)
     };
-    (status == 0).then(|| told.cached.saturating_mul(page_size() as u64))
+    (status == 0).then(|| answer.cached.saturating_mul(page_size() as u64))
 }
 
-/// The size of a page.
+/// Returns the size of a page.
 pub fn page_size() -> usize {
-    // SAFETY: a call without pointers.
+    // SAFETY: sysconf takes no pointer and is defined for every argument.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(bytes).unwrap_or(4096)
 }
@@ -106,9 +107,8 @@ mod tests {
     }
 
     #[test]
-    fn what_was_just_written_is_cached() {
+    fn written_bytes_are_cached() {
         let file = written();
-        // Where the kernel says anything of this filesystem.
         if residency(&file, 0..LENGTH) != Residency::Unknown {
             assert_eq!(residency(&file, 0..LENGTH), Residency::Cached);
             let cached = cached_bytes(&file, 0..LENGTH).expect("known");
@@ -118,13 +118,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_dropped_from_memory_is_cold() {
+    fn dropped_bytes_are_cold() {
         let file = written();
         let page = page_size() as u64;
-        // All but the first page, as after a header was read.
-        // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+        // All except the first page, which holds the header.
+        // SAFETY: `file` keeps the descriptor open, and the call takes no pointer.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), page as i64, 0, libc::POSIX_FADV_DONTNEED) };
-        // A filesystem in memory drops nothing.
+        // tmpfs drops nothing.
         let dropped = cached_bytes(&file, LENGTH - page..LENGTH) == Some(0);
         if dropped && residency(&file, 0..LENGTH) != Residency::Unknown {
             assert_eq!(residency(&file, 0..LENGTH), Residency::Cold);
@@ -135,10 +135,9 @@ mod tests {
     }
 
     #[test]
-    fn where_the_kernel_says_nothing_is_cached_nothing_is_known() {
-        // As a filesystem over another has it: the first page is not there, though somebody must have read it.
+    fn residency_is_unknown_if_the_first_page_is_not_cached() {
         let file = written();
-        // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+        // SAFETY: `file` keeps the descriptor open, and the call takes no pointer.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         if cached_bytes(&file, 0..1) == Some(0) {
             assert_eq!(residency(&file, 0..LENGTH), Residency::Unknown);

@@ -1,6 +1,4 @@
-//! Several threads on one job: they pull its items from one counter, so that none waits for a slower one.
-//!
-//! Also cuts a job of many lengths into items of one size. Knows nothing of what the items are.
+//! Runs the items of a job on several threads, and cuts lengths into chunks of one size.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -10,37 +8,37 @@ use std::time::Instant;
 use crate::error::Result;
 use crate::sys::threads::ThreadLimit;
 
-/// Below this many bytes a second thread costs more than it saves.
+/// Below this size, a second thread costs more than it saves.
 pub const MIN_PARALLEL_BYTES: usize = 4 << 20;
 
-/// The bytes that a thread takes at a time: large enough for the call to be free, small enough to share evenly.
+/// The bytes of a chunk: large enough to make the overhead negligible, small enough to balance the threads.
 pub const CHUNK_BYTES: usize = 8 << 20;
 
-/// How many of `threads` are worth it for `bytes` in `items`, the calling one among them.
+/// Returns how many threads, including the calling one, to use for `bytes` in `items`.
 pub fn thread_count(threads: ThreadLimit, bytes: usize, items: usize) -> usize {
     if bytes < MIN_PARALLEL_BYTES {
         return 1;
     }
-    threads.most().min(items).max(1)
+    threads.max().min(items).max(1)
 }
 
-/// Calls `work` with every number below `items`, on `threads` threads including this one.
+/// Calls `work` with each number below `items`, on `threads` threads including the calling one.
 ///
 /// # Errors
 ///
-/// The first error that `work` returned; no more items are begun after it.
+/// Returns the first error of `work`; no items are started after it.
 pub fn for_each(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     for_each_until(None, 0..items, threads, work).map(|_| ())
 }
 
-/// As [`for_each`], for the numbers in `items`, of which none is begun after `until`; but the first always is. Gives the
-/// first number that was not begun: all below it are done.
+/// Calls `work` with the numbers in `items`, in order, and starts none after `deadline` except the first. Returns the first
+/// number that was not started; `work` has returned for all numbers below it.
 ///
 /// # Errors
 ///
 /// As [`for_each`].
 pub fn for_each_until(
-    until: Option<Instant>,
+    deadline: Option<Instant>,
     items: Range<usize>,
     threads: usize,
     work: impl Fn(usize) -> Result<()> + Sync,
@@ -50,7 +48,7 @@ pub fn for_each_until(
     let run = || {
         loop {
             let item = next.load(Ordering::Relaxed);
-            let late = item > items.start && until.is_some_and(|until| Instant::now() >= until);
+            let late = item > items.start && deadline.is_some_and(|deadline| Instant::now() >= deadline);
             if item >= items.end || late {
                 return;
             }
@@ -58,7 +56,7 @@ pub fn for_each_until(
                 continue;
             }
             if let Err(error) = work(item) {
-                // Leaves nothing to pull for the others.
+                // Stops the other threads.
                 next.store(items.end, Ordering::Relaxed);
                 failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
             }
@@ -69,7 +67,7 @@ pub fn for_each_until(
         for _ in 1..threads {
             match std::thread::Builder::new().spawn_scoped(scope, run) {
                 Ok(thread) => others.push(thread),
-                // A machine that gives no more threads still has this one.
+                // The calling thread does the work alone if no other can be started.
                 Err(_) => break,
             }
         }
@@ -84,15 +82,15 @@ pub fn for_each_until(
     failure.map_or(Ok(next.into_inner()), Err)
 }
 
-/// Lengths laid end to end and cut into chunks of [`CHUNK_BYTES`], whatever the lengths are.
+/// The concatenation of several lengths, cut into chunks of [`CHUNK_BYTES`].
 #[derive(Debug)]
 pub struct Chunks {
-    /// Where each length ends.
+    /// The end of each length in the concatenation.
     ends: Vec<usize>,
 }
 
 impl Chunks {
-    /// Cuts `lengths`, whose sum must fit.
+    /// Cuts `lengths`, whose sum must not overflow.
     pub fn new(lengths: impl Iterator<Item = usize>) -> Chunks {
         let mut end = 0;
         let ends = lengths.map(|length| {
@@ -102,25 +100,25 @@ impl Chunks {
         Chunks { ends: ends.collect() }
     }
 
-    /// The sum of the lengths.
-    pub fn bytes(&self) -> usize {
+    /// Returns the sum of the lengths.
+    pub fn total_bytes(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// The number of chunks.
+    /// Returns the number of chunks.
     pub fn len(&self) -> usize {
-        self.bytes().div_ceil(CHUNK_BYTES)
+        self.total_bytes().div_ceil(CHUNK_BYTES)
     }
 
-    /// The bytes of the first `chunks` of them.
-    pub fn bytes_before(&self, chunks: usize) -> usize {
-        (chunks * CHUNK_BYTES).min(self.bytes())
+    /// Returns the number of bytes in the chunks before number `chunk`.
+    pub fn bytes_before(&self, chunk: usize) -> usize {
+        (chunk * CHUNK_BYTES).min(self.total_bytes())
     }
 
-    /// What chunk number `chunk` holds: parts of lengths, none of them empty, each with the length's index.
+    /// Returns the non-empty parts of lengths in chunk number `chunk`: the index of each length, and a range inside it.
     pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + Clone + '_ {
         let from = chunk * CHUNK_BYTES;
-        let to = (from + CHUNK_BYTES).min(self.bytes());
+        let to = (from + CHUNK_BYTES).min(self.total_bytes());
         let first = self.ends.partition_point(|&end| end <= from);
         (first..self.ends.len())
             .map(move |index| {
@@ -139,7 +137,7 @@ mod tests {
     use crate::error::{Error, ErrorKind};
 
     #[test]
-    fn every_item_is_done_once() {
+    fn each_item_runs_once() {
         for threads in [1, 2, 5] {
             let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
             let done = for_each(seen.len(), threads, |item| {
@@ -152,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_begins_after_the_time_but_one_item() {
+    fn only_one_item_starts_after_the_deadline() {
         for threads in [1, 3] {
             let seen: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
             let mut first = 0;
@@ -161,7 +159,7 @@ mod tests {
                     seen[item].fetch_add(1, Ordering::Relaxed);
                     Ok(())
                 });
-                assert_eq!(next.expect("no error"), first + 1, "time was up at once");
+                assert_eq!(next.expect("no error"), first + 1, "the deadline had passed");
                 first += 1;
             }
             assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
@@ -169,21 +167,21 @@ mod tests {
     }
 
     #[test]
-    fn an_error_stops_the_rest() {
-        let begun = AtomicUsize::new(0);
+    fn an_error_stops_the_other_items() {
+        let started = AtomicUsize::new(0);
         let outcome = for_each(1_000_000, 2, |item| {
-            begun.fetch_add(1, Ordering::Relaxed);
+            started.fetch_add(1, Ordering::Relaxed);
             if item == 10 { Err(Error::new(ErrorKind::Io, "no")) } else { Ok(()) }
         });
         assert_eq!(outcome.expect_err("item 10").kind(), ErrorKind::Io);
-        assert!(begun.load(Ordering::Relaxed) < 1_000_000);
+        assert!(started.load(Ordering::Relaxed) < 1_000_000);
     }
 
     #[test]
-    fn chunks_hold_every_byte_once_and_are_of_one_size() {
+    fn chunks_partition_the_bytes_and_have_one_size() {
         let lengths = [0, 3, 0, CHUNK_BYTES, 1, 2 * CHUNK_BYTES - 4, 0, 5, 5, 0];
         let chunks = Chunks::new(lengths.into_iter());
-        assert_eq!((chunks.bytes(), chunks.len()), (lengths.iter().sum(), 4));
+        assert_eq!((chunks.total_bytes(), chunks.len()), (lengths.iter().sum(), 4));
         let mut next = [0; 10];
         for chunk in 0..chunks.len() {
             let mut bytes = 0;
@@ -201,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn little_stays_on_one_thread() {
+    fn small_jobs_run_on_one_thread() {
         for threads in [ThreadLimit::at_most(0), ThreadLimit::at_most(9)] {
             assert_eq!(thread_count(threads, MIN_PARALLEL_BYTES - 1, 100), 1);
             assert_eq!(thread_count(threads, usize::MAX, 1), 1);

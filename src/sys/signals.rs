@@ -1,55 +1,54 @@
-//! Keeps the signals of failed writes from ending the process: the error of the write says the same.
+//! Blocks SIGPIPE and SIGXFSZ during writes: by default they end the process, and the error of the write says the same.
 //!
-//! The kernel sends SIGPIPE to a thread that writes to a pipe without a reader, and SIGXFSZ to one that writes beyond the
-//! process's limit of a file's size. Both end a process that has not said otherwise. What a signal does belongs to the
-//! whole process and is the program's to choose, so they are blocked in the writing thread, for as long as it writes.
+//! The kernel sends SIGPIPE for a pipe without a reader, and SIGXFSZ beyond the file size limit of the process. The program
+//! chooses what a signal does in its whole process, so the signals are blocked only in the writing thread.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
 
-/// Calls `write` while SIGPIPE and SIGXFSZ are blocked in this thread, and discards those that it has caused.
+/// Calls `write` with SIGPIPE and SIGXFSZ blocked in this thread, and discards those that it caused.
 pub(crate) fn block_write_signals<T>(write: impl FnOnce() -> T) -> T {
     let _blocked = Blocked::new();
     write()
 }
 
-/// The two signals are blocked in this thread until this is dropped, on the same thread.
+/// Blocks the two signals in this thread until it is dropped.
 struct Blocked {
     before: libc::sigset_t,
     /// Those of the two that were not pending before.
-    ours: libc::sigset_t,
-    /// A raw pointer keeps this from another thread, which has a mask of its own.
+    caused: libc::sigset_t,
+    /// Makes the type `!Send`: each thread has its own mask.
     _thread: PhantomData<*const ()>,
 }
 
 impl Blocked {
     fn new() -> Blocked {
-        let mut ours = set_of(&[libc::SIGPIPE, libc::SIGXFSZ]);
+        let mut caused = set_of(&[libc::SIGPIPE, libc::SIGXFSZ]);
         let mut before = set_of(&[]);
-        // SAFETY: two sets that set_of() has initialized; the call fails only for an operation that is none.
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const ours, &raw mut before) };
+        // SAFETY: `set_of` has initialized both sets, and the operation is valid, so the call cannot fail.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const caused, &raw mut before) };
         for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
-            // SAFETY: the sets are initialized, and the signals have valid numbers.
+            // SAFETY: `set_of` has initialized the sets, and the signals have valid numbers.
             unsafe {
-                // A signal that was not blocked has been delivered: it cannot have been pending.
+                // An unblocked signal is delivered at once, so it was not pending.
                 if libc::sigismember(&raw const before, signal) == 1 && is_pending(signal) {
-                    libc::sigdelset(&raw mut ours, signal);
+                    libc::sigdelset(&raw mut caused, signal);
                 }
             }
         }
-        Blocked { before, ours, _thread: PhantomData }
+        Blocked { before, caused, _thread: PhantomData }
     }
 }
 
 impl Drop for Blocked {
     fn drop(&mut self) {
         let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the sets are initialized, the information about the signal is not asked for, and the time is valid. The
-        // type stays on its thread, whose mask this is.
+        // SAFETY: `Blocked::new` has initialized the sets, a null information pointer is allowed, and the time is valid. The
+        // type is `!Send`, so `before` is the mask of this thread.
         unsafe {
             // Both may be pending.
-            while libc::sigtimedwait(&raw const self.ours, ptr::null_mut(), &raw const now) > 0 {}
+            while libc::sigtimedwait(&raw const self.caused, ptr::null_mut(), &raw const now) > 0 {}
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, ptr::null_mut());
         }
     }
@@ -57,7 +56,7 @@ impl Drop for Blocked {
 
 fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset initializes the set; the signals have valid numbers.
+    // SAFETY: sigemptyset initializes the set before it is used, and the callers pass valid signal numbers.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for &signal in signals {
@@ -69,7 +68,7 @@ fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
 
 fn is_pending(signal: libc::c_int) -> bool {
     let mut pending = set_of(&[]);
-    // SAFETY: the set is initialized, and the signal has a valid number.
+    // SAFETY: `set_of` has initialized the set, and the callers pass valid signal numbers.
     unsafe { libc::sigpending(&raw mut pending) == 0 && libc::sigismember(&raw const pending, signal) == 1 }
 }
 
@@ -79,7 +78,7 @@ mod tests {
 
     fn is_blocked(signal: libc::c_int) -> bool {
         let mut mask = set_of(&[]);
-        // SAFETY: the set is initialized; without a new mask the old one is only looked at.
+        // SAFETY: `set_of` has initialized the set; with a null new mask the call only reads the old one.
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), &raw mut mask);
             libc::sigismember(&raw const mask, signal) == 1
@@ -87,10 +86,10 @@ mod tests {
     }
 
     #[test]
-    fn signals_of_the_write_are_discarded_and_the_mask_comes_back() {
+    fn signals_of_the_write_are_discarded_and_the_mask_is_restored() {
         let value = block_write_signals(|| {
             assert!(is_blocked(libc::SIGPIPE) && is_blocked(libc::SIGXFSZ) && !is_blocked(libc::SIGTERM));
-            // SAFETY: both are blocked in this thread, which is the one that raise() sends them to.
+            // SAFETY: both are blocked in this thread, to which raise() sends them.
             let raised = unsafe { libc::raise(libc::SIGXFSZ) + libc::raise(libc::SIGPIPE) };
             assert_eq!(raised, 0);
             7
@@ -100,9 +99,9 @@ mod tests {
     }
 
     #[test]
-    fn what_was_pending_stays() {
+    fn earlier_pending_signals_stay() {
         let xfsz = set_of(&[libc::SIGXFSZ]);
-        // SAFETY: an initialized set; the signal is blocked before it is raised.
+        // SAFETY: the set is initialized, and the signal is blocked before it is raised.
         unsafe {
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const xfsz, ptr::null_mut());
             libc::raise(libc::SIGXFSZ);
@@ -110,7 +109,7 @@ mod tests {
         block_write_signals(|| ());
         assert!(is_pending(libc::SIGXFSZ) && is_blocked(libc::SIGXFSZ));
         let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: an initialized set and a valid time. The signal is no longer pending when it is let through again.
+        // SAFETY: the set and the time are initialized. The signal is no longer pending when it is unblocked.
         unsafe {
             libc::sigtimedwait(&raw const xfsz, ptr::null_mut(), &raw const now);
             libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const xfsz, ptr::null_mut());
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_brings_the_mask_back() {
+    fn a_panic_restores_the_mask() {
         let caught = std::panic::catch_unwind(|| block_write_signals(|| panic!("in the write")));
         assert!(caught.is_err() && !is_blocked(libc::SIGPIPE));
     }
