@@ -148,7 +148,7 @@ class Task:
             return lambda: function(self._model, source, **options)
         if plan["call"] == "dict":  # the minimum of every load
             values = [object() for _ in data.DATA_SETS[plan["data"]].shapes()]
-            return lambda: dict(zip(self._names, values))
+            return lambda: dict(zip(self._names, values, strict=True))
         tensors = data.read_tensors(self._neutral)
         if plan["call"] == "save":
             return lambda: function(tensors, **options)

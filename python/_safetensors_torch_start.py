@@ -1,9 +1,8 @@
-"""Has SAFETENSORS_TORCH_PATCH=1 patch safetensors once a program has imported it and torch.
+"""Patches safetensors once a program has imported it and torch, if SAFETENSORS_TORCH_PATCH=1.
 
-Owns the reading of the variable and the import hook. safetensors_torch_patch.pth calls it when an interpreter starts in
-which the variable is set. It stands beside the package, not in it, because importing the package brings torch in, for
-which programs that never use safetensors, or use it without torch, shall not wait. What is patched, and how,
-safetensors_torch/patch.py knows.
+Owns the reading of the variable and the import hook; safetensors_torch/patch.py does the patching.
+safetensors_torch_patch.pth calls it when an interpreter starts with the variable set. It is outside the package,
+because importing the package imports torch, which takes seconds and which the program may never need.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 # The reference's names for torch.
 _FRAMEWORKS = ("pt", "torch", "pytorch")
 _REFERENCE = "safetensors"
-# Nothing is patched before the first two are imported, nor while one of the others is.
+# The patch waits until the first two are imported, and no import of the others is in progress.
 _WATCHED = ("torch", _REFERENCE, "safetensors.torch", "safetensors_torch")
 
 _finder = None
 
 
 def install() -> None:
-    """Patches safetensors if it and torch are imported, else has their imports do so. Whatever is wrong, it does not
-    raise. A second call, as of a second start file, does nothing."""
+    """Patches safetensors if it and torch are imported; otherwise installs a hook that does so after their imports.
+
+    It never raises. A second call, such as a second .pth file's, does nothing.
+    """
     global _finder
     if _finder is None and _value() not in _OFF:
         _finder = _Finder()
@@ -43,21 +44,21 @@ def _patch() -> None:
 
         patch_safetensors()
     except Exception as error:
-        # The program did not ask for the package by itself, and can do without.
+        # The program did not import the package itself, and works without it.
         reason = str(error).strip().partition("\n")[0]
-        _say(
+        _report(
             f"{VARIABLE}={os.environ.get(VARIABLE)}, but {_REFERENCE} stays as it is: {type(error).__name__}: {reason}"
             " (python -c 'import safetensors_torch' shows all of it)"
         )
 
 
-def _say(text: str) -> None:
-    if sys.stderr is not None:  # print would take the standard output in its place
+def _report(text: str) -> None:
+    if sys.stderr is not None:  # print(file=None) would write to the standard output
         print(f"safetensors_torch: {text}", file=sys.stderr, flush=True)
 
 
 class _Finder:
-    """Finds the modules above as the other finders do, and has safetensors patched once they are imported."""
+    """Finds the watched modules through the other finders, and patches safetensors after their imports."""
 
     def __init__(self) -> None:
         self._complete = {name for name in _WATCHED if name in sys.modules}
@@ -75,11 +76,11 @@ class _Finder:
         return None
 
     def imported(self, name: str) -> None:
-        """Patches safetensors if ``name`` was the last module that this waited for."""
+        """Records the import of ``name``, and patches safetensors if it was the last one to wait for."""
         self._complete.add(name)
         if name == _REFERENCE and _value() not in _ON:
             if self.remove():
-                _say(f"{VARIABLE}={os.environ.get(VARIABLE)!r} is neither 1 nor 0; {_REFERENCE} stays as it is")
+                _report(f"{VARIABLE}={os.environ.get(VARIABLE)!r} is neither 1 nor 0; {_REFERENCE} stays as it is")
         elif {"torch", _REFERENCE} <= self._complete:
             if all(other in self._complete for other in _WATCHED if other in sys.modules) and self.remove():
                 _patch()
@@ -87,7 +88,7 @@ class _Finder:
             _wait_for_torch(sys.modules[_REFERENCE], self)
 
     def remove(self) -> bool:
-        """Returns whether this was still installed, which is true once: threads may import two modules at a time."""
+        """Uninstalls this, and returns whether it was installed: only one of two threads may patch."""
         try:
             sys.meta_path.remove(self)
         except ValueError:
@@ -96,7 +97,7 @@ class _Finder:
 
 
 class _Loader:
-    """The loader of a module, with a call of ``imported`` after it. The module itself gets to see the loader alone."""
+    """Wraps the loader of a module and calls ``imported`` after it. The module's ``__loader__`` is the original one."""
 
     def __init__(self, loader, finder: _Finder) -> None:
         self._loader = loader
@@ -112,9 +113,9 @@ class _Loader:
 
 
 def _wait_for_torch(package, finder: _Finder) -> None:
-    """Replaces the reference's safe_open with one that patches first if it is asked for torch's tensors.
+    """Replaces the reference's safe_open with a class that patches first if a caller wants torch's tensors.
 
-    The reference's would import torch in the middle of its work, too late for the file that it opens.
+    The reference's own would import torch while it opens the file, too late to be patched for that file.
     """
     reference = getattr(package, "safe_open", None)
     if reference is None:
@@ -130,7 +131,7 @@ def _wait_for_torch(package, finder: _Finder) -> None:
 
     class safe_open(metaclass=Type):  # noqa: N801 - the reference's name
         __doc__ = reference.__doc__
-        # What patch_safetensors takes for the reference's.
+        # patch_safetensors takes this object for the reference's.
         _safetensors_torch_waits_for = reference
 
         def __new__(cls, filename, framework, *args, **kwargs):

@@ -63,7 +63,7 @@ def measure(call: Callable[[Any], Any], *libraries: Any) -> list[float]:
     after-effects affect all of them."""
     times: list[list[float]] = [[] for _ in libraries]
     for number in range(ROUNDS):
-        order = list(zip(libraries, times))
+        order = list(zip(libraries, times, strict=True))
         for library, own in order if number % 2 else reversed(order):
             start = time.perf_counter()
             result = call(library)

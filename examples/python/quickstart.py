@@ -23,7 +23,7 @@ with st.safe_open(path) as file:
     print("metadata", file.metadata())
     print("first row of weight", file.get_slice("weight")[0])
 
-# The same file through the operator library, as TorchScript and compiled programs call it.
+# The same file through an operator, as TorchScript and compiled programs call it.
 bias = torch.ops.safetensors_torch.get_tensor(path, "bias")
 assert torch.equal(bias, tensors["bias"])
 

@@ -1,7 +1,7 @@
 """safetensors for torch: the functions of ``safetensors.torch``, over a native library.
 
-Owns the public names. Importing it loads the native operators (``torch.ops.safetensors_torch``), and compiles their
-thin libtorch layer first where the installed torch has not been met before.
+Owns the public names. Its import loads the native operators (``torch.ops.safetensors_torch``), and first compiles their
+thin libtorch layer if there is none for the installed torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ __version__: str = _version("safetensors-torch")
 
 
 def _is_shell_command() -> bool:
-    """Whether Python imports the package for ``python -m safetensors_torch``: it looks for the module to run then."""
+    """Returns whether Python imports the package for ``python -m safetensors_torch``."""
     argv = getattr(_sys, "argv", [])
     original = getattr(_sys, "orig_argv", [])[-len(argv) :]  # Python 3.10
     return argv[:1] == ["-m"] and original[:1] in ([__name__], [f"-m{__name__}"])
 
 
-# The command loads torch and the operators itself, if it needs them.
+# The shell command loads torch and the operators itself, if it needs them.
 if not _is_shell_command():
     from . import _native_library
 
@@ -45,8 +45,7 @@ if not _is_shell_command():
         transfer_options,
     )
 
-    # For C and C++ programs: what CMAKE_PREFIX_PATH needs for find_package(SafetensorsTorch), and where the headers
-    # are.
+    # For C and C++ programs: the entry of CMAKE_PREFIX_PATH for find_package(SafetensorsTorch), and the headers.
     cmake_prefix_path: str = str(_native_library.NATIVE)
     include_path: str = str(_native_library.NATIVE / "include")
 

@@ -1,4 +1,4 @@
-"""``python -m safetensors_torch``: see the package cli."""
+"""``python -m safetensors_torch``: runs the shell command of the package cli."""
 
 from __future__ import annotations
 

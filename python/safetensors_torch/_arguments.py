@@ -1,7 +1,7 @@
-"""What Python callers pass, as the operators take it: paths, devices by number, backends, flags, dtypes.
+"""Checks of the arguments of Python callers, and their conversion for the operators.
 
-Owns the types of these arguments, and the errors for what is none of them. What only the native library can judge is
-left to it.
+Owns the types of paths, devices, keywords, flags, dtypes and text, and the errors for wrong ones. Checks that need the
+file or the tensors are left to the native library.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from ._errors import short_repr
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Device = str | int | torch.device | None
+Metadata = dict[str, str] | None
+
+_OTHER_FUNCTIONS = (
+    'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
+)
 
 
 def encode_path(filename: Path) -> bytes:
-    """``filename`` as the bytes that the operating system takes.
+    """Returns ``filename`` as the bytes that the operating system takes.
 
     Raises:
-        TypeError: ``filename`` is no path.
+        TypeError: ``filename`` is not a path.
         ValueError: it contains a null byte.
     """
     if not isinstance(filename, (str, bytes, os.PathLike)):
@@ -34,45 +39,40 @@ def encode_path(filename: Path) -> bytes:
     return path
 
 
-_OTHER_FUNCTIONS = (
-    'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
-)
-
-
 def to_device(device: Device) -> torch.device:
-    """``device`` as a torch.device: a number is an index of the current accelerator, None the CPU.
+    """Returns ``device`` as a torch.device: a number is an index of the current accelerator, None the CPU.
 
-    torch's default device plays no part: the functions take "cpu" where the caller names none.
+    torch's default device is ignored.
 
     Raises:
-        TypeError: ``device`` is of another type.
-        ValueError: a negative number.
-        RuntimeError: a name that torch does not know, or a number where torch has no accelerator.
+        TypeError: ``device`` has another type.
+        ValueError: the number is negative.
+        RuntimeError: torch does not know the name, or there is no accelerator for a number.
     """
     if isinstance(device, (str, torch.device)):
         return torch.device(device)
     if device is None:
         return torch.device("cpu")
-    if not isinstance(device, int) or isinstance(device, bool):
+    if not _is_int(device):
         raise TypeError(f"device must be a str, an int, a torch.device or None, not {type(device).__name__}")
     if device < 0:
         raise ValueError(f"device {device} is invalid: the index of an accelerator is not negative")
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
-        raise RuntimeError(f"device {device} is invalid: this torch has no accelerator that a number could mean")
+        raise RuntimeError(f"device {device} is invalid: torch has no accelerator here; pass a name, such as 'cpu'")
     return torch.device(accelerator.type, device)
 
 
 def to_keyword(value: Any) -> str:
-    """Returns ``value`` as text for an operator, which refuses unknown keywords with an error that lists its own.
+    """Returns ``value`` as text for an operator, which refuses an unknown keyword with an error that lists its own.
 
-    What is not an ASCII str is escaped: a lone surrogate has no UTF-8, and no operator would take it.
+    Everything except an ASCII str is escaped: a lone surrogate has no UTF-8, so no operator would take it.
     """
     return value if isinstance(value, str) and value.isascii() else ascii(value)
 
 
 def check_variant(variant: Any) -> str | None:
-    """``variant`` if it is text or None.
+    """Returns ``variant`` if it is text or None.
 
     Raises:
         TypeError: it is not.
@@ -86,7 +86,7 @@ def check_variant(variant: Any) -> str | None:
 
 
 def check_bool(value: Any, name: str) -> bool:
-    """``value`` if it is a bool.
+    """Returns ``value`` if it is a bool.
 
     Raises:
         TypeError: it is not.
@@ -96,12 +96,27 @@ def check_bool(value: Any, name: str) -> bool:
     return value
 
 
-def check_dtype(dtype: Any) -> torch.dtype | None:
-    """``dtype`` if it is one that floating-point tensors can be converted to.
+def check_int(value: Any, name: str) -> int:
+    """Returns ``value`` if it is an int, limited to what an operator's int can hold.
 
     Raises:
-        TypeError: it is no dtype.
-        ValueError: one of integers, bools or complex numbers.
+        TypeError: it is not an int, or is a bool.
+    """
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    return max(min(value, 1 << 62), -(1 << 62))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_dtype(dtype: Any) -> torch.dtype | None:
+    """Returns ``dtype`` if floating-point tensors can be converted to it.
+
+    Raises:
+        TypeError: it is not a dtype.
+        ValueError: it is a dtype of integers, bools or complex numbers.
     """
     if dtype is None:
         return None
@@ -113,14 +128,38 @@ def check_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def check_metadata(metadata: Any) -> None:
+    """Checks that ``metadata`` is None or a dict of text.
+
+    Raises:
+        TypeError: it is not.
+        UnicodeEncodeError: a key or value has a lone surrogate.
+    """
+    if metadata is None:
+        return
     if not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict of str to str or None, not {type(metadata).__name__}")
     for key, value in metadata.items():
-        check_text(key, f"the metadata key {short_repr(key)}")
-        check_text(value, f"the metadata value of {short_repr(key)}")
+        check_metadata_entry(key, value)
+
+
+def check_metadata_entry(key: Any, value: Any) -> None:
+    """Checks that a key and a value of metadata are text."""
+    check_text(key, f"the metadata key {short_repr(key)}")
+    check_text(value, f"the metadata value of {short_repr(key)}")
+
+
+def check_name(name: Any) -> None:
+    """Checks that the key of a tensor is text."""
+    check_text(name, f"the key {short_repr(name)}")
 
 
 def check_text(text: Any, what: str) -> None:
+    """Checks that ``text`` is a str that has UTF-8.
+
+    Raises:
+        TypeError: it is not a str; the error calls it ``what``.
+        UnicodeEncodeError: it has a lone surrogate.
+    """
     if not isinstance(text, str):
         raise TypeError(f"{what} must be a str, not {type(text).__name__}")
     text.encode()

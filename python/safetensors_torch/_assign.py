@@ -1,7 +1,7 @@
-"""load_model with assign=True: the tensors of a module are replaced by those of a file.
+"""load_model with assign=True: replaces the tensors of a module by those of a file.
 
-Owns what the new tensors have of the old ones: the class of a parameter and its attributes, requires_grad, and which
-of them are one. load_state_dict puts them in place.
+Owns what the new tensors inherit: the class of a parameter, its attributes, requires_grad, and which names are tied.
+load_state_dict assigns them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn.parameter import is_lazy
 def replacements(
     state: dict[str, Any], tensors: dict[str, torch.Tensor], dropped: dict[str, str], metadata: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """What takes the place of the tensors of a module.
+    """Returns the new tensors of a module, by their names in the file.
 
     Args:
         state: the module's own parameters and buffers, by their names in the file.
-        tensors: what the file has; taken as it is where the module has no tensor of the name.
-        dropped: of names that share memory in the module, those that are not kept, each with the one that is.
-        metadata: that of the file, which has for each name that was dropped when it was saved the one that was kept.
+        tensors: the file's tensors; those that the module has no tensor for are returned as they are.
+        dropped: for each name that is tied to a kept one in the module, the kept name.
+        metadata: the file's, which has for each name that was dropped by the save the name that was kept.
 
     Returns:
-        The new tensors by name; names that share memory with one that the file has are among them.
+        The tensors of the file, and one for each name that is tied to one of them.
 
     Raises:
-        RuntimeError: an integer tensor for a parameter that requires a gradient, or a part of a tensor whose layout the
-            file cannot have.
+        RuntimeError: an integer tensor for a parameter that requires a gradient, or a tied part of a tensor that is not
+            contiguous.
     """
-    # Of several names of one tensor that the file has, the last in the module's order counts, as in a copy.
+    # If the file has several names of one tensor, the last in the module's order counts, as in a copy.
     sources = {dropped.get(name, name): name for name in state if name in tensors}
     new = {name: _like(name, state[name], tensors[source]) for name, source in sources.items()}
     for name, kept in dropped.items():
@@ -51,7 +51,7 @@ def _shape(old: Any) -> Any:
 
 
 def _like(name: str, old: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as a parameter of the class of ``old``, if that is one. Others load_state_dict makes what they are."""
+    """Returns ``tensor`` as a parameter of the class of ``old``, or unchanged if ``old`` is not one."""
     if nn.Parameter not in type(old).__mro__ or is_lazy(old):
         return tensor
     if old.requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
@@ -65,7 +65,7 @@ def _like(name: str, old: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tied(name: str, old: Any, kept: str, old_kept: Any, new_kept: torch.Tensor) -> torch.Tensor:
-    """What ``old`` becomes, which has its memory in common with ``old_kept``, of which it may be a part."""
+    """Returns the new tensor for ``old``, which shares the memory of ``old_kept`` and may be a part of it."""
     if old is old_kept:
         return new_kept
     base = new_kept.detach()
@@ -77,14 +77,14 @@ def _tied(name: str, old: Any, kept: str, old_kept: Any, new_kept: torch.Tensor)
         return _like(name, old, base)
     if not old_kept.is_contiguous():
         raise RuntimeError(
-            f"Cannot assign to `{name}`: it is a part of `{kept}`, which is not contiguous, as a loaded tensor is. Load"
-            " without assign"
+            f"Cannot assign to `{name}`: it is a part of `{kept}`, which is not contiguous, and a loaded tensor is."
+            " Load without assign"
         )
     return _like(name, old, base.as_strided(old.shape, old.stride(), base.storage_offset() + old.storage_offset()))
 
 
 def warn_of_meta(model: nn.Module) -> None:
-    """Warns of buffers that no file has, and that are on the meta device still."""
+    """Warns of non-persistent buffers on the meta device, which no file has."""
     left = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -94,6 +94,6 @@ def warn_of_meta(model: nn.Module) -> None:
     if left:
         warnings.warn(
             f"buffers of {type(model).__name__} are not part of its state_dict (persistent=False) and stay on the meta"
-            f" device: {', '.join(left)}. Compute them anew, or make them on their device",
+            f" device: {', '.join(left)}. Compute them again, or create them on another device",
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""Tensors over memory that Python objects own, without a copy, and over what open files hold.
+"""Tensors over the memory of Python buffers, without a copy, and over the contents of open files.
 
-Owns the dealings with the buffer protocol and with ``readinto``: torch.frombuffer alone warns about a read-only buffer
-and does not keep a growable one (a bytearray) from moving. It knows nothing of the format.
+Owns the use of the buffer protocol and of ``readinto``. torch.frombuffer alone warns about a read-only buffer, and does
+not keep a bytearray from being resized.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _PyBuffer(ctypes.Structure):
 _PYBUF_SIMPLE = 0
 _PYBUF_WRITE = 0x200
 
-# An own handle: the prototypes of ctypes.pythonapi are shared with every other module of the process.
+# Not ctypes.pythonapi: every module of the process shares its prototypes.
 _python = ctypes.PyDLL(None)
 _get_buffer = _python.PyObject_GetBuffer
 _get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int]
@@ -63,7 +63,7 @@ def _tensor_over(address: int, size: int) -> torch.Tensor:
 
 
 def _memoryview(data: Any) -> memoryview:
-    """The bytes of an object with the buffer protocol where they are, or what is left of an open file, read."""
+    """Returns a view of an object with the buffer protocol, or of the rest of an open file, which is read."""
     try:
         return memoryview(data)
     except TypeError:
@@ -76,13 +76,13 @@ def _memoryview(data: Any) -> memoryview:
 
 
 def _read(file: Any) -> memoryview:
-    # One byte more than is left, so that the end is found before there is need of more memory.
-    memory, filled = _new_memory(_left(file) + 1), 0
+    # One byte more than expected, so that the end is found before the memory has to grow.
+    memory, filled = _new_memory(_remaining_bytes(file) + 1), 0
     while True:
         with memory[filled:] as rest:
             count = file.readinto(rest)
             if count is None:
-                raise BlockingIOError(f"{type(file).__name__} has nothing to read yet; make the file a blocking one")
+                raise BlockingIOError(f"{type(file).__name__} has no data yet; open the file in blocking mode")
             if not 0 <= count <= len(rest):
                 raise OSError(f"{type(file).__name__}.readinto returned {count} for a buffer of {len(rest)} bytes")
         if count == 0:
@@ -95,15 +95,15 @@ def _read(file: Any) -> memoryview:
 
 
 def _new_memory(size: int) -> memoryview:
-    """Memory that is not touched yet, unlike that of a new bytearray."""
+    """Returns memory whose pages are untouched, unlike those of a new bytearray."""
     try:
         return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError as error:
-        raise MemoryError(f"{size} bytes to read a file into: {error}") from None
+        raise MemoryError(f"cannot allocate {size} bytes for the contents of the file: {error}") from None
 
 
-def _left(file: Any) -> int:
-    """A guess at the bytes of a file that were not read yet."""
+def _remaining_bytes(file: Any) -> int:
+    """Returns an estimate of the bytes between a file's position and its end."""
     try:
         if hasattr(file, "getbuffer"):
             return max(file.getbuffer().nbytes - file.tell(), 0)
@@ -113,15 +113,15 @@ def _left(file: Any) -> int:
 
 
 def exported(data: Any) -> tuple[torch.Tensor, memoryview]:
-    """The bytes of ``data`` as a tensor, and the view that keeps them where they are: the tensor alone does not.
+    """Returns the bytes of ``data`` as a tensor, and the view that keeps the memory alive: the tensor alone does not.
 
     Args:
-        data: any object with the buffer protocol, of which what is not C-contiguous is copied first; or an open file,
-            which is read from where it stands to its end.
+        data: an object with the buffer protocol, which is copied if it is not C-contiguous; or an open file, which is
+            read from its position to its end.
 
     Returns:
-        A uint8 CPU tensor of shape (number of bytes,), not to be written to, and a view to be kept for as long as the
-        tensor is used.
+        A uint8 CPU tensor of shape (number of bytes,), to be read only, and a view to keep as long as the tensor is
+        used.
 
     Raises:
         TypeError: ``data`` is neither.
@@ -131,30 +131,23 @@ def exported(data: Any) -> tuple[torch.Tensor, memoryview]:
         view = memoryview(view.tobytes())
     buffer = _PyBuffer()
     _get_buffer(view, ctypes.byref(buffer), _PYBUF_SIMPLE)
-    _release_buffer(ctypes.byref(buffer))  # the view has the memory too
+    _release_buffer(ctypes.byref(buffer))  # the view exports the memory too
     return _tensor_over(buffer.buf, buffer.len), view
 
 
 @contextmanager
 def borrowed(data: Any) -> Iterator[torch.Tensor]:
-    """The bytes of ``data``, as exported() takes it, for as long as the with block lasts.
-
-    Yields:
-        A uint8 CPU tensor of shape (number of bytes,), not to be written to, and not to be kept.
-
-    Raises:
-        TypeError: ``data`` is nothing that exported() takes.
-    """
+    """Yields the tensor of exported(data), which is valid within the with block."""
     tensor, view = exported(data)
     with view:
         yield tensor
 
 
 def shared(data: Any) -> torch.Tensor:
-    """The bytes of ``data`` as a tensor that keeps the buffer exported, so that it can be neither freed nor resized.
+    """Returns the bytes of ``data`` as a tensor that keeps the buffer exported: it can be neither freed nor resized.
 
     Args:
-        data: any object with the buffer protocol, writable and C-contiguous; or an open file, which is read.
+        data: a writable, C-contiguous object with the buffer protocol; or an open file, which is read.
 
     Returns:
         A uint8 CPU tensor of shape (number of bytes,) over the memory of ``data``.
@@ -166,8 +159,8 @@ def shared(data: Any) -> torch.Tensor:
     view = _memoryview(data)
     if view.readonly:
         raise ValueError(
-            f"copy=False needs a writable buffer, and this {type(data).__name__} is read-only: tensors over it could"
-            " change what Python takes for constant. Pass copy=True, or the bytes in a bytearray"
+            f"copy=False needs a writable buffer, and this {type(data).__name__} is read-only: writing to a"
+            " tensor would change immutable data. Pass copy=True, or the bytes in a bytearray"
         )
     if not view.c_contiguous:
         raise ValueError("copy=False needs a contiguous buffer. Pass copy=True, or a contiguous copy of the buffer")
@@ -177,12 +170,12 @@ def shared(data: Any) -> torch.Tensor:
 
 
 def new_bytes(size: int, fill: Callable[[torch.Tensor], Any]) -> bytes:
-    """A bytes object of ``size`` bytes that ``fill`` writes in place.
+    """Returns a bytes object of ``size`` bytes that ``fill`` has written in place.
 
     Args:
-        size: number of bytes.
-        fill: called once with a uint8 CPU tensor of shape (size,) over the new object's memory; nobody else has
-            seen the object yet, which is what makes writing into it sound.
+        size: the number of bytes.
+        fill: called once with a uint8 CPU tensor of shape (size,) over the memory of the new object. Writing there is
+            sound because there is no other reference to the object yet.
     """
     data = _new_bytes(None, size)
     fill(_tensor_over(_address_of_bytes(data), size))

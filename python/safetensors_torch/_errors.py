@@ -1,8 +1,7 @@
-"""The translation of what the operators throw into the exceptions of the package, and how values look in their texts.
+"""Translates errors of the native library into Python exceptions, and formats values for error texts.
 
-Owns the one place where a RuntimeError out of torch becomes the exception that the
-caller is promised. It decides nothing about when something is an error: the native library does, and says so
-through the operator ``_last_error``.
+Owns the one place where a RuntimeError from torch becomes the documented exception. The native library decides what is
+an error; its operator ``_last_error`` reports the kind.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._exceptions import SafetensorError
+from ._exceptions import SafetensorError, os_error
 from ._tracing import dynamo_disable
 
 _BUILTIN: dict[str, type[Exception]] = {
@@ -22,42 +21,41 @@ _BUILTIN: dict[str, type[Exception]] = {
     "MemoryError": MemoryError,
 }
 
-
-# The most characters of a name, or of another value, that a message shows.
-_MOST_SHOWN = 200
+# The most characters of a name or other value in an error text.
+_MAX_LENGTH = 200
 
 
 def truncate(text: str) -> str:
-    """``text`` for a message: of a long one the beginning, and how long it is."""
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
+    """Returns ``text``, or the beginning and the length of a long one, for an error text."""
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}... ({len(text)} characters)"
 
 
 def short_repr(value: Any) -> str:
-    """``repr(value)`` for a message, shortened: callers pass the contents of a file for its name."""
-    if isinstance(value, (str, bytes, bytearray)) and len(value) > _MOST_SHOWN:
+    """Returns ``repr(value)``, truncated: callers pass the contents of a file in place of its name."""
+    if isinstance(value, (str, bytes, bytearray)):
+        if len(value) <= _MAX_LENGTH:
+            return repr(value)
         unit = "characters" if isinstance(value, str) else "bytes"
-        return f"{value[:_MOST_SHOWN]!r}... ({len(value)} {unit})"
-    text = repr(value)
-    # What is short enough may need escapes.
-    return text if isinstance(value, (str, bytes, bytearray)) else truncate(text)
+        return f"{value[:_MAX_LENGTH]!r}... ({len(value)} {unit})"
+    return truncate(repr(value))
 
 
 def translate(error: RuntimeError) -> Exception:
-    """The exception that ``error``, thrown by an operator or a method of File, stands for.
+    """Returns the exception that ``error``, raised by an operator or a native class, stands for.
 
     Args:
-        error: the RuntimeError in which torch hands the native text to Python. The text is UTF-8: file names that
-            are not are in it with U+FFFD in place of the odd bytes.
+        error: the RuntimeError in which torch wraps the native text. The text is UTF-8, with U+FFFD for the invalid
+            bytes of file names.
 
     Returns:
-        An exception of the promised class, or ``error`` itself where it did not come from this library.
+        An exception of the documented class, or ``error`` itself if it is not this library's.
     """
     try:
-        kind, code, os_error, message = torch.ops.safetensors_torch._last_error()
+        kind, code, number, message = torch.ops.safetensors_torch._last_error()
     except UnicodeDecodeError:
-        # The last error is an older one, of an operator that somebody called with names that are not UTF-8.
+        # The last error is an older one, of an operator that was called with names that are not UTF-8.
         return error
-    # A backtrace may follow the message (TORCH_SHOW_CPP_STACKTRACES); another text is another error.
+    # A backtrace may follow the message (TORCH_SHOW_CPP_STACKTRACES). Another text is another error.
     if not message or not str(error).startswith(message):
         return error
     if kind == "SafetensorError":
@@ -65,19 +63,14 @@ def translate(error: RuntimeError) -> Exception:
         refused._code = code
         return refused
     if kind == "OSError":
-        # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
-        translated = type(OSError(os_error, ""))(message)
-        translated.errno = os_error
-        # Where pickle finds it: of an OSError it takes the arguments, of which the number is none, and this dict.
-        vars(translated)["errno"] = os_error
-        return translated
+        return os_error(number, message)
     builtin = _BUILTIN.get(kind)
     return error if builtin is None else builtin(message)
 
 
 @dynamo_disable
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)`` for an operator or a method of File, with its errors translated."""
+    """Calls an operator or a method of a native class, and translates its errors."""
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:

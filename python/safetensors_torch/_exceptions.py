@@ -1,14 +1,23 @@
-"""The exception class of the package, without torch: the shell command raises it too, before torch is imported."""
+"""The exceptions of the package, without torch: the shell command raises them before torch is imported."""
 
 from __future__ import annotations
 
 
 class _Base(Exception):
-    """Lets patch_safetensors give SafetensorError another base: Python refuses that where Exception is the only one."""
+    """Lets patch_safetensors change the bases of SafetensorError: Python refuses that if Exception is the only base."""
 
 
 class SafetensorError(_Base):
     """A file or buffer that is not valid safetensors, a tensor that the format cannot hold, or a wrong request."""
 
     _code: int = 0
-    """The number of the error in the C header, or 0 for one that was raised in Python."""
+    """The number of the error in the C header; 0 if it was raised in Python."""
+
+
+def os_error(number: int, message: str) -> OSError:
+    """Returns an OSError of the subclass for the error ``number``; its str() is ``message`` alone."""
+    error = type(OSError(number, ""))(message)
+    error.errno = number
+    # Pickle keeps an OSError's arguments and this dict; the number is not among the arguments.
+    vars(error)["errno"] = number
+    return error

@@ -1,10 +1,10 @@
-"""Fake kernels: what each operator returns, without the data, for torch.compile, torch.export and FakeTensorMode.
+"""Fake kernels of the operators, for torch.compile, torch.export and FakeTensorMode.
 
-Owns the registrations with torch.library, and what differs between versions of torch there. The shapes come from
-the native library, which reads a file's header for them.
+Owns the registrations with torch.library, and the differences between versions of torch there. The shapes come from
+the native library, which reads the header of the file.
 
-``load`` and its variants can have no such kernel: how many tensors they return, and of which shapes, stands in the
-bytes, which a fake tensor has not. Theirs says so, and a compiler then runs the real one outside of its graph.
+``load`` and its variants cannot have one: the number and shapes of their tensors are in the bytes, which a fake tensor
+lacks. Their kernels say so, and a compiler then runs the real operator outside of its graph.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _NAMESPACE = "safetensors_torch"
 
 
 def _open(filename: str):
-    # The header alone is read; with this backend no data is mapped or read.
+    # With this backend only the header is read, and nothing is mapped.
     return call(torch.classes.safetensors_torch.File, os.fsencode(filename), "pread")
 
 
 def _like(file, name: str, device: torch.device) -> torch.Tensor:
     with _disable_current_modes():
         real = call(file.get_tensor, name, torch.device("meta"))
-    # Outside of the block: the mode that asks makes it a tensor of its own kind.
+    # Outside of the block, so that the active mode makes it a tensor of its own kind.
     return torch.empty(real.shape, dtype=real.dtype, device=device)
 
 
@@ -80,7 +80,7 @@ def _load_file(
             convert = dtype is not None and tensor.dtype.is_floating_point
             tensors[name] = tensor.to(dtype) if convert else tensor
     for name in names or ():
-        call(file.dtype, name)  # which fails for a name that is not there
+        call(file.dtype, name)  # raises if there is no such name
     return tensors
 
 
@@ -101,7 +101,7 @@ def _depends_on_data(op: torch._ops.OpOverload) -> Callable[..., NoReturn]:
 
 
 def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> torch.Tensor:
-    # The size depends on names and shapes, and only the native library knows how; to a tracer it is a new symbol.
+    # The size depends on names and shapes in a way that only the native library knows. A tracer gets a new symbol.
     size = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
@@ -125,27 +125,27 @@ def _save_tensors(
     durable: bool = False,
 ) -> None:
     if any(type(tensor) is torch.Tensor and tensor.is_meta for tensor in tensors):
-        # No tracer asks: torch takes this kernel for tensors on the meta device, which the real one refuses.
-        call(torch.ops.safetensors_torch._check_save, dict(zip(names, tensors)))
+        # Not a tracer: torch calls this kernel for tensors on the meta device too, which the real one refuses.
+        call(torch.ops.safetensors_torch._check_save, dict(zip(names, tensors, strict=True)))
 
 
 def _keep_in_graphs(op: torch._ops.OpOverload) -> None:
-    """Marks an operator as one that reads or writes what others do, so that no compiler drops or reorders it."""
+    """Marks an operator as having side effects, so that no compiler drops or reorders its calls."""
     torch.fx.node.has_side_effect(op)
     try:
         from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
         _register_effectful_op(op, _EffectType.ORDERED)
     except (ImportError, AttributeError, TypeError):
-        # An interface of torch's own that may change; the mark above keeps the call in a graph of torch.fx.
+        # These are private to torch and may change. The mark above still keeps the call in a graph of torch.fx.
         return
 
 
 def register() -> None:
-    """Makes the fake kernels and effects known to torch, after the operators are there.
+    """Registers the fake kernels and effects with torch, after the operators.
 
-    Torch takes one kernel for each operator in a process, and the package may be imported again (after its removal from
-    sys.modules, or after an import that was interrupted). So torch gets functions that call the latest kernels.
+    torch accepts one kernel for each operator and process, but the package may be imported again (after its removal
+    from sys.modules, or after an interrupted import). So torch gets functions that call the latest kernels.
     """
     ops = torch.ops.safetensors_torch
     kernels: dict[str, Callable[..., object]] = vars(ops).setdefault("_fake_kernels", {})

@@ -1,6 +1,6 @@
-"""The headers of files and checkpoints, out of the core's C library: without torch, which takes seconds to import.
+"""Reads the headers of files and checkpoints through the core's C library, without the seconds of importing torch.
 
-Owns the ctypes declarations of the few C functions that it calls; include/safetensors_torch.h says what they mean.
+Owns the ctypes declarations of the C functions that it calls; include/safetensors_torch.h documents them.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._exceptions import SafetensorError
+from ._exceptions import SafetensorError, os_error
 
 LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_core.so"
 _IO = 2
 
 
 class Tensor(NamedTuple):
-    """What a header has of a tensor."""
+    """A tensor's entry in a header."""
 
     name: str
     dtype: str
     shape: list[int]
     nbytes: int
     file: str
-    """The path of its file from the directory of the checkpoint."""
+    """The path of its file, relative to the directory of the checkpoint."""
     begin: int
-    """Where its bytes begin, from the start of its file."""
+    """The offset of its bytes in the file."""
 
 
 class Headers(NamedTuple):
-    """What the headers of a checkpoint have, which may be one file."""
+    """The headers of a checkpoint of one or several files."""
 
     files: list[str]
     metadata: dict[str, str] | None
     tensors: list[Tensor]
-    """In the order of the files, and of the data in each."""
+    """File after file, in the order of their data."""
 
 
 class _Str(ctypes.Structure):
@@ -95,23 +95,19 @@ def _library() -> Any:
 
 
 def _check(status: int, function: Any, arguments: Any) -> int:
-    """Raises what a function of the library reports."""
+    """Raises the error that a function of the library reports."""
     if status == 0:
         return status
     message = _library().sft_last_error_get_message().decode(errors="replace")
     if status == _IO:
-        number = _library().sft_last_error_get_os_error()
-        # OSError picks the subclass from the number; built from the text alone, str() shows just the text.
-        refused = type(OSError(number, ""))(message)
-        refused.errno = number
-        raise refused
+        raise os_error(_library().sft_last_error_get_os_error(), message)
     error = SafetensorError(message)
     error._code = status
     raise error
 
 
 def read_headers(path: str) -> Headers:
-    """The headers of the checkpoint at ``path``: a file, an index, or a directory with either.
+    """Reads the headers of the checkpoint at ``path``: a file, an index, or a directory with either.
 
     Raises:
         SafetensorError: a file is not valid safetensors, or does not fit the index.
@@ -128,7 +124,7 @@ def read_headers(path: str) -> Headers:
             headers.tensors.extend(_tensors(library, file, headers.files[-1]))
             metadata = _metadata(library, file)
             if metadata is not None:
-                # Of a key that several files have, the first counts, as for safe_open.
+                # The first file that has a key counts, as for safe_open.
                 headers = headers._replace(metadata={**metadata, **(headers.metadata or {})})
         return headers
     finally:

@@ -21,7 +21,7 @@ from ._errors import call, short_repr
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable, is_traced
 
-# Which tensors of a file: all, those of these names, or those for whose name the function is true.
+# The tensors to load: all of them, those of these names, or those for whose name the function is true.
 Names = Iterable[str] | Callable[[str], Any] | None
 
 _ops = torch.ops.safetensors_torch
@@ -31,17 +31,16 @@ _load_shared = _ops._load_shared_lists.default
 _open_bytes = _ops._open_bytes.default
 _File = torch.classes.safetensors_torch.File
 
-# Loads of less than this, in bytes, are over before anybody could interrupt them.
+# Smaller loads finish before anybody could interrupt them.
 _LARGE_BYTES = 256 << 20
 
 
 @contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Keeps the cycle collector from running, as from Python 3.12 on it never does inside of one call into C.
+    """Pauses the cycle collector before Python 3.12, from which on it never runs inside of a call into C.
 
-    A load makes as many objects as the file has tensors and drops none, so that before 3.12 the collector looks
-    through all of them again and again, for nothing. The switch is the whole process's: other threads collect nothing
-    meanwhile either, and one that turns the collector off at this very moment finds it on again.
+    A load makes one object for each tensor and frees none, so the collector would traverse all of them repeatedly. It
+    pauses for the whole process. If another thread disables it during that time, it is enabled again afterwards.
     """
     global _is_gc_paused
     if sys.version_info >= (3, 12) or not gc.isenabled():
@@ -56,12 +55,12 @@ def _gc_paused() -> Iterator[None]:
         _is_gc_paused = False
 
 
-# Whether some thread is in the block above with the collector off.
+# Whether a thread has paused the collector.
 _is_gc_paused = False
 
 
 def _resume_gc() -> None:
-    """In a process that was forked meanwhile, and in which that thread is not."""
+    """Enables the collector in a forked child, which lacks the thread that paused it."""
     global _is_gc_paused
     if _is_gc_paused:
         gc.enable()
@@ -72,20 +71,20 @@ os.register_at_fork(after_in_child=_resume_gc)
 
 
 def open_file(filename: Path, backend: str) -> Any:
-    """The native File for ``filename``."""
+    """Opens the native File for ``filename``."""
     return call(_File, encode_path(filename), to_keyword(backend))
 
 
 def open_bytes(data: torch.Tensor) -> Any:
-    """The native File over the bytes of ``data``, which must stay where they are."""
+    """Opens the native File over the bytes of ``data``, which the caller keeps alive."""
     return call(_open_bytes, data)
 
 
 def select(file: Any, names: Names) -> list[str] | None:
-    """The names to load, for the operators; None means all.
+    """Returns the names to load, for the operators; None means all.
 
     Raises:
-        TypeError: a str alone, or what is neither iterable nor callable, or a name that is no str.
+        TypeError: ``names`` is a single str, or neither iterable nor callable, or a name is not a str.
     """
     if names is None:
         return None
@@ -100,7 +99,7 @@ def select(file: Any, names: Names) -> list[str] | None:
 
 
 def _is_small(path: bytes) -> bool:
-    """Whether a file is no large one. One that is not there is not either, which whoever opens it finds out."""
+    """Returns whether a file is small. A missing file counts as small; opening it reports the error."""
     try:
         return os.stat(path).st_size < _LARGE_BYTES
     except OSError:
@@ -108,10 +107,10 @@ def _is_small(path: bytes) -> bool:
 
 
 def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """The dict of the names and tensors that ``op`` gives as two lists."""
+    """Returns the names and tensors, which ``op`` returns as two lists, as a dict."""
     with _gc_paused():
         names, tensors = call(op, *args, **kwargs)
-        return dict(zip(names, tensors))
+        return dict(zip(names, tensors, strict=True))
 
 
 def bring_in(file: Any, device: torch.device, backend: str, prefault: bool | None, names: Names) -> None:
@@ -143,31 +142,29 @@ def load_file(
 
     Args:
         filename: the file; str, bytes or os.PathLike.
-        device: where the tensors shall be; a name, a torch.device, the index of an accelerator, or None for the CPU.
-            Where the device has streams, work that is queued on its current stream after this call sees the tensors.
-        backend: "mmap" maps the file: CPU tensors are read when they are touched, and writing to one changes memory
-            only. A file that another process cuts short meanwhile ends this one with SIGBUS. "pread" reads the
-            file into memory that the tensors own. What goes to a device is read with either.
-        prefault: what becomes of mapped pages before they are touched. None lets threads in the background bring the
-            file in while the caller goes on, if it loads all of it; what is not in memory yet is read with large reads,
-            unless the file takes more than half of the memory that is available. True has the whole file in when the
-            call returns. False leaves every page to the first touch. No matter with "pread", for other devices than the
-            CPU, or before Linux 5.14.
-        dtype: a floating-point dtype that floating-point tensors are converted to, on the device, some MiB at a time;
-            others stay as they are. None converts nothing.
-        names: the tensors to load, by name, or a function that is true for the names of those; others are not read.
-        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the load. A load that maps the file reads
-            nothing: there is no bar, and the function is called once, with 0 and 0. Under a mode of torch's that looks
-            at operators it is not called.
+        device: the device of the tensors: a name, a torch.device, the index of an accelerator, or None for the CPU.
+            Work that is queued later on the device's current stream sees the loaded data.
+        backend: "mmap" maps the file: pages of CPU tensors are read on first access, and writing to a tensor changes
+            memory only. If another process truncates the file, an access ends this process (SIGBUS). "pread" reads the
+            file into memory that the tensors own. Loads to another device read with both.
+        prefault: whether to bring the pages of a mapped file into memory. None: background threads do so after the call
+            returns, if all tensors are loaded; they skip a file that is not in the page cache and larger than half of
+            the available memory. True: all pages are in memory when the call returns. False: on first access. Ignored
+            with "pread", for other devices, and before Linux 5.14.
+        dtype: a floating-point dtype to convert floating-point tensors to, on the device, in pieces of a few MiB. None
+            converts nothing.
+        names: the names of the tensors to load, or a function that returns whether to load a name.
+        progress: True shows a bar of tqdm. A function is called with the bytes done and the total, about ten times a
+            second and at the end; an exception from it ends the load. A load that maps the file reads nothing: there is
+            no bar, and the function is called once, with 0 and 0. It is not called under torch's dispatch modes.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the shape in the header.
 
     Raises:
-        SafetensorError: the file is not valid safetensors, or holds a dtype that torch has not; another backend; a name
-            that the file does not have; a dtype that cannot be converted.
-        OSError: it cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
+        SafetensorError: the file is not valid safetensors; torch lacks a dtype, or cannot convert it; an unknown
+            backend; a name that the file lacks.
+        OSError: the file cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
         MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors, or to map the file.
         ValueError: a negative device, a dtype that is not floating-point, or a null byte in the file name.
         TypeError: an argument of another type.
@@ -211,27 +208,27 @@ def load(
     """Loads the tensors of a safetensors file that is in memory.
 
     Args:
-        data: the contents of the file, in bytes or any other object with the buffer protocol (bytearray, memoryview,
-            mmap, an array), of any item type; or an object with ``readinto`` (a file opened with "rb", a BytesIO, a
-            member of a zip, what ``socket.makefile("rb")`` returns), which is read from where it stands to its end.
-        device: where the tensors shall be, as for load_file.
-        copy: False lets the tensors share the memory of ``data``, which must be writable and contiguous and stays
-            exported while one of them lives; tensors whose data is not aligned to their dtype are copied all the
-            same. Only for the CPU, and for all tensors as they are.
-        dtype: what floating-point tensors are converted to, as for load_file.
-        names: which tensors to load, as for load_file.
-        progress: who is told how far it is, as for load_file.
+        data: the contents of the file: bytes or another object with the buffer protocol (bytearray, memoryview, mmap,
+            an array), of any item type; or an object with ``readinto`` (a file opened with "rb", a BytesIO, a member of
+            a zip, ``socket.makefile("rb")``), which is read from its position to its end.
+        device: the device of the tensors, as for load_file.
+        copy: False makes the tensors share the memory of ``data``, which must be writable and contiguous and stays
+            exported as long as one of them lives. Tensors whose data is not aligned to their dtype are still copied.
+            Only for the CPU, without dtype and names.
+        dtype: the dtype to convert floating-point tensors to, as for load_file.
+        names: the tensors to load, as for load_file.
+        progress: a bar or a function, as for load_file.
 
     Returns:
         The tensors by name, in the order of their data, each with the shape in the header.
 
     Raises:
-        SafetensorError: the bytes are not valid safetensors, or hold a dtype that torch has not; a name that is not in
-            there; a dtype that cannot be converted.
+        SafetensorError: the bytes are not valid safetensors; torch lacks a dtype, or cannot convert it; a name that the
+            data lacks.
         MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors.
         TypeError: ``data`` has neither the buffer protocol nor ``readinto``, or an argument of another type.
-        OSError: what reading ``data`` raises.
-        ValueError: copy=False with a read-only or scattered buffer, another device than the CPU, dtype or names; a
+        OSError: reading ``data`` failed.
+        ValueError: copy=False with a read-only or non-contiguous buffer, another device, dtype or names; a
             dtype that is not floating-point.
         ImportError: progress=True without tqdm.
 
@@ -259,5 +256,7 @@ def load(
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
     if dtype is not None or names is not None:
-        raise ValueError("copy=False gives all tensors of the buffer as they are there. Pass copy=True, or neither")
+        raise ValueError(
+            "copy=False returns all tensors of the buffer as they are. Pass copy=True, or neither dtype nor names"
+        )
     return _load_with(_load_shared, _buffer.shared(data))

@@ -32,7 +32,7 @@ class StateDictLoad:
         self._in_file = names.state_in_file(state)
 
     def check(self, file: Any) -> tuple[list[str], list[str]]:
-        """Missing and unexpected names of a module that can be checked; what else is wrong with it is raised."""
+        """Returns the missing and the unexpected names; raises the other errors. For modules with a direct load."""
         detached = {name: value.detach() for name, value in self._in_file.items()}
         optional = list(map(self._names.in_file, optional_names(self._model)))
         class_name = type(self._model).__name__
@@ -41,28 +41,28 @@ class StateDictLoad:
         pending.cancel()
         return result
 
-    def copy(self, tensors: dict[str, torch.Tensor], with_backup: bool) -> tuple[set[str], list[str]]:
-        """Has ``tensors`` copied to those of the module."""
+    def copy(self, tensors: dict[str, torch.Tensor], with_values: bool) -> tuple[set[str], list[str]]:
+        """Copies ``tensors`` into those of the module."""
         dropped = call(_tied, dense_tensors(self._in_file), list(tensors))
-        return self._load(tensors, dropped, set(), _Backup(self._model, with_values=with_backup), assign=False)
+        return self._load(tensors, dropped, set(), _Backup(self._model, with_values=with_values), assign=False)
 
     def assign(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[set[str], list[str]]:
-        """Has ``tensors`` take the place of those of the module."""
+        """Replaces the tensors of the module by ``tensors``."""
         dropped = call(_tied, dense_tensors(self._in_file), list(tensors))
         new = replacements(self._in_file, tensors, dropped, metadata)
-        snapshot = _Backup(self._model, with_values=False)
-        return self._load(new, dropped, new.keys() - tensors.keys(), snapshot, assign=True)
+        backup = _Backup(self._model, with_values=False)
+        return self._load(new, dropped, new.keys() - tensors.keys(), backup, assign=True)
 
     def _load(
         self,
         tensors: dict[str, torch.Tensor],
         dropped: dict[str, str],
         tied: set[str],
-        snapshot: _Backup,
+        backup: _Backup,
         assign: bool,
     ) -> tuple[set[str], list[str]]:
-        """``tied`` are names that the file does not have."""
-        # With assign, the state is that of tensors alone; a module may have other entries too.
+        """Runs load_state_dict. ``tied`` are names that the file lacks."""
+        # With assign the state has only tensors; the module may have other entries.
         known = {**self._model.state_dict(), **self._state} if assign else self._state
         in_module = self._names.to_module(known, tensors)
         in_file = {name: given for given, name in in_module.items()}
@@ -73,22 +73,22 @@ class StateDictLoad:
             missing = set(map(self._names.in_file, result.missing_keys))
             unexpected = {in_file.get(name) or self._names.in_file(name) for name in result.unexpected_keys}
             unexpected.update(name for name in tensors if name not in in_module)
-            # A file with a tied name beside the kept one was not made from such a model.
+            # The file of such a model does not have both tied names.
             unexpected.update(name for name in dropped if name not in missing and name not in tied)
             missing.difference_update(dropped)
             faults = sorted(missing), sorted(unexpected)
             if self._strict:
                 call(_check_names, type(self._model).__name__, *faults, self._names.prefix)
         except BaseException as error:
-            failures = snapshot.restore()
+            failures = backup.restore()
             if failures and hasattr(error, "add_note"):  # Python 3.11
-                error.add_note("Not all of the module is as it was before the load: " + "; ".join(map(str, failures)))
+                error.add_note("The module could not be restored entirely: " + "; ".join(map(str, failures)))
             raise
         return missing, faults[1]
 
 
 class _Backup:
-    """The tensors and extra state of a module at one moment: which objects they are, and perhaps their values."""
+    """A backup of a module: which objects its tensors are, its extra state and, if asked for, the tensors' values."""
 
     def __init__(self, model: nn.Module, with_values: bool) -> None:
         self._tables = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
@@ -100,8 +100,8 @@ class _Backup:
         except (MemoryError, RuntimeError) as error:
             nbytes = sum(tensor.nbytes for tensor in copied)
             raise MemoryError(
-                f"Cannot copy the {nbytes} bytes of {type(model).__name__}, which are put back if the load fails"
-                f" ({error}): pass backup=False to load without a copy"
+                f"Cannot back up the {nbytes} bytes of {type(model).__name__} ({error}): pass backup=False to load"
+                " without a backup"
             ) from error
         self._extra = [
             (module, copy.deepcopy(module.get_extra_state()))
@@ -110,7 +110,7 @@ class _Backup:
         ]
 
     def restore(self) -> list[Exception]:
-        """Puts back as much as can be, and gives what went wrong with the rest."""
+        """Restores the module, and returns the errors of the parts that could not be restored."""
         faults = []
         for table, values in self._tables:
             table.clear()
@@ -131,17 +131,17 @@ class _Backup:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, as a device may have no room for two; of tensors of other kinds where they are."""
+    """Returns a copy, in host memory if the tensor is plain: a device may have no room for two."""
     detached = tensor.detach()
     return detached.to("cpu", copy=True) if is_plain_tensor(detached) else detached.clone()
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether nothing has to be copied. The version of a tensor does not tell: a change through ``.data`` keeps it."""
+    """Returns whether the bits are equal. A tensor's version does not show it: changes through ``.data`` keep it."""
     try:
         right = right.to(left.device)
         return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
-    except Exception:  # a layout or class of tensor that has no bytes to look at
+    except Exception:  # the layout or class has no view of bytes
         return False
 
 

@@ -16,18 +16,18 @@ _METHODS = ("load_state_dict", "get_extra_state", "set_extra_state")
 
 
 def own_state(model: nn.Module) -> dict[str, Any]:
-    """What load_state_dict looks for in a module and fills, by name; whatever state_dict makes of it."""
+    """Returns the parameters and persistent buffers of a module by name, past any override of state_dict."""
     return {
         f"{prefix}.{name}" if prefix else name: value
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for table, left_out in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set))
+        for table, excluded in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set))
         for name, value in table.items()
-        if value is not None and name not in left_out
+        if value is not None and name not in excluded
     }
 
 
 def allows_direct_load(model: nn.Module) -> bool:
-    """Whether all that load_state_dict does before its last hooks is to write into the tensors of the module."""
+    """Returns whether load_state_dict, before its post hooks, would only copy into the tensors of the module."""
     return all(map(_is_plain_module, model.modules())) and all(
         not is_lazy(value) and _has_default_torch_function(type(value)) and is_plain_tensor(value.detach())
         for value in own_state(model).values()
@@ -35,7 +35,7 @@ def allows_direct_load(model: nn.Module) -> bool:
 
 
 def _has_default_torch_function(kind: type[torch.Tensor]) -> bool:
-    """Whether tensors of this class are copied to as others are: no ``__torch_function__`` of its own looks on."""
+    """Returns whether a copy into tensors of this class calls no ``__torch_function__`` of its own."""
     return kind is torch.Tensor or kind.__torch_function__ is nn.Parameter.__torch_function__
 
 
@@ -67,7 +67,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def optional_names(model: nn.Module) -> list[str]:
-    """Names that files from before torch 0.4.1 lack, and that BatchNorm therefore does not miss."""
+    """Returns names that BatchNorm does not require, because files from before torch 0.4.1 lack them."""
     return [
         f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
         for prefix, module in model.named_modules(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""The names that a module's tensors have in a file: ``prefix`` and ``rename`` of load_model and save_model."""
+"""Maps the names of a module's tensors to those in a file: ``prefix`` and ``rename`` of load_model and save_model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 class NameMapping:
-    """A tensor ``name`` of the module is called ``prefix + rename(name)`` in the file.
+    """The mapping of a tensor ``name`` of the module to ``prefix + rename(name)`` in the file.
 
     Args:
-        class_name: what errors call the module.
-        prefix: what the names in the file begin with.
+        class_name: the module's class, for error texts.
+        prefix: the beginning of the names in the file.
         rename: a function from the module's names to those in the file; None means the same names.
 
     Raises:
-        TypeError: a prefix that is no str, or a rename that is not callable.
+        TypeError: ``prefix`` is not a str, or ``rename`` is not callable.
     """
 
     def __init__(self, class_name: str, prefix: str, rename: Rename) -> None:
@@ -31,7 +31,7 @@ class NameMapping:
         self._class_name, self.prefix, self._rename = class_name, prefix, rename
 
     def in_file(self, name: str) -> str:
-        """The name in the file."""
+        """Returns the name in the file."""
         if self._rename is not None:
             renamed = self._rename(name)
             check_text(renamed, f"the name that `rename` returns for {short_repr(name)}")
@@ -39,10 +39,10 @@ class NameMapping:
         return self.prefix + name
 
     def state_in_file(self, state: dict[str, T]) -> dict[str, T]:
-        """``state`` under the names in the file.
+        """Returns ``state`` under the names in the file.
 
         Raises:
-            ValueError: two names of the module have one name in the file.
+            ValueError: two names map to one.
         """
         result: dict[str, T] = {}
         for name, value in state.items():
@@ -56,14 +56,14 @@ class NameMapping:
         return result
 
     def select(self, names: Iterable[str]) -> list[str] | None:
-        """Of the ``names`` of a file those that may be the module's; None means all."""
+        """Returns those of a file's ``names`` that may be the module's; None means all."""
         return [name for name in names if name.startswith(self.prefix)] if self.prefix else None
 
     def to_module(self, state: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-        """For each of the ``names`` of a file the one in the module, whose state is ``state``.
+        """Maps each of a file's ``names`` to the name in the module, whose state is ``state``.
 
-        A name that the module's state does not have is handed on without the prefix: a hook may know it. None is
-        handed on that is another tensor's name.
+        A name that the state lacks maps to itself without the prefix, because a hook may know it, unless the state has
+        another tensor of that name.
         """
         known = {self.in_file(name): name for name in state}
         result = {name: known[name] for name in names if name in known}

@@ -1,7 +1,7 @@
-"""Where a libtorch layer that was compiled at import is kept, and whether what is found there may be loaded.
+"""The cache of libtorch layers that were compiled at import, and the checks that make them safe to load.
 
-Owns the cache directory: its place, the names in it, its permissions and its lock. A library that is loaded runs with
-the rights of this process, so nobody else may be able to put one there.
+Owns the cache directory: its path, the names in it, its permissions and its lock. A loaded library runs with the rights
+of this process, so no other user may be able to put one there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from ._native_library import CACHE_VARIABLE, FINGERPRINT, NATIVE, library_name
 
 
-def root() -> Path:
-    """The cache directory, which holds one directory for each build of the package and each system."""
+def cache_directory() -> Path:
+    """Returns the cache directory, which has a directory for each build of the package and each system."""
     named = os.environ.get(CACHE_VARIABLE)
     try:
         if named:
@@ -29,22 +29,22 @@ def root() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "safetensors_torch"
     except RuntimeError:
         raise ImportError(
-            "safetensors_torch does not find its cache directory: this user has no home directory; name a directory in"
+            "safetensors_torch finds no cache directory: this user has no home directory; name a directory in"
             f" the environment variable {CACHE_VARIABLE}"
         ) from None
 
 
 def library() -> Path:
-    """The real path of the layer for this build of the package, this system and the installed torch.
+    """Returns the real path of the layer for this build of the package, this system and the installed torch.
 
-    The layer may be missing. If it is there, it is safe from other users until it is loaded.
+    The layer may be missing. If it exists, no other user can replace it before it is loaded.
 
     Raises:
         ImportError: another user could put a library there; the text names the path, its owner and the remedy.
     """
     fingerprint = (NATIVE / FINGERPRINT).read_text(encoding="ascii").strip()
-    path = Path(os.path.realpath(root())) / f"{fingerprint}-{_system()}" / library_name()
-    _walk(path.parent, create=False)
+    path = Path(os.path.realpath(cache_directory())) / f"{fingerprint}-{_system()}" / library_name()
+    _check_directories(path.parent, create=False)
     with suppress(FileNotFoundError):
         _check(path, os.lstat(path))
     return path
@@ -52,57 +52,59 @@ def library() -> Path:
 
 @contextmanager
 def lock(library: Path) -> Iterator[bool]:
-    """One process at a time, for the directory of ``library``, which is created, and its parents, if it is missing.
+    """Creates the directory of ``library`` with its parents, and locks it against other processes.
 
-    The kernel drops the lock with the process, so none is left behind by a kill.
+    The kernel releases the lock when the process ends, even if it is killed.
 
-    Yields False if the filesystem has no locks: two processes may compile then, each in a directory of its own.
+    Yields:
+        Whether the lock is held. If the filesystem has no locks, two processes may compile at once, each in a directory
+        of its own.
     """
-    _walk(library.parent, create=True)
+    _check_directories(library.parent, create=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(library.with_suffix(".lock"), flags, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
+            is_locked = True
         except BlockingIOError:
             print("safetensors_torch: waiting for another process that compiles it ...", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            alone = True
+            is_locked = True
         except OSError:
-            alone = False
-        yield alone
+            is_locked = False
+        yield is_locked
     finally:
         os.close(descriptor)
 
 
-def put(built: Path, library: Path) -> None:
-    """Moves a new layer to its place, where it appears complete or not at all, also if the power fails."""
-    os.chmod(built, 0o755)  # whatever the umask: one that others can write would be refused at the next import
+def install(built: Path, library: Path) -> None:
+    """Moves a new layer to its path, where it appears complete or not at all, even if the power fails."""
+    os.chmod(built, 0o755)  # regardless of the umask: the next import would refuse a library that others can write
     with open(built, "rb") as file:
         os.fsync(file.fileno())
     os.replace(built, library)
 
 
 def _system() -> str:
-    """What a layer depends on beside torch: the machine, the C library and the C++ library of this process.
+    """Returns what a layer depends on besides torch: the machine, the C library and the C++ library of this process.
 
-    Machines that share a home directory, and containers with different systems, get a layer each.
+    So machines that share a home directory, and containers with different systems, do not share a layer.
     """
     parts = [os.uname().machine]
-    with suppress(ValueError, OSError):  # of a C library other than glibc
+    with suppress(ValueError, OSError):  # the C library is not glibc
         parts.append((os.confstr("CS_GNU_LIBC_VERSION") or "").replace(" ", ""))
     with suppress(OSError), open("/proc/self/maps", errors="surrogateescape") as maps:
-        # torch has brought the library in. The name of its file ends in its version: libstdc++.so.6.0.30.
+        # torch has loaded the library. Its file name ends in the version: libstdc++.so.6.0.30.
         found = (line.rstrip("\n").rpartition("/")[2] for line in maps if "/libstdc++.so" in line)
         parts.append(next(found, "").replace(".so", ""))
     return "-".join(filter(None, parts))
 
 
-def _walk(directory: Path, *, create: bool) -> None:
-    """Checks every directory on the way to ``directory``, a real path, and that one; creates those that are missing.
+def _check_directories(directory: Path, *, create: bool) -> None:
+    """Checks ``directory``, a real path, and its parents; with ``create``, creates the missing ones.
 
-    From the root on, so that what was checked cannot be replaced by others any more.
+    It begins at the root, so that no other user can replace a directory after its check.
     """
     for path in [*reversed(directory.parents), directory]:
         try:
@@ -117,9 +119,9 @@ def _walk(directory: Path, *, create: bool) -> None:
 
 
 def _check(path: Path, status: os.stat_result, *, sticky: bool = False) -> None:
-    """Raises ImportError if somebody other than root and this user could change what is at ``path``.
+    """Raises ImportError if a user other than root and this one could change the file or directory at ``path``.
 
-    With ``sticky``, others may add to a sticky directory, such as /tmp: they cannot replace what is not theirs.
+    With ``sticky``, others may write to a sticky directory, such as /tmp: they cannot replace this user's files there.
     """
     remedy = ""
     if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
@@ -128,23 +130,23 @@ def _check(path: Path, status: os.stat_result, *, sticky: bool = False) -> None:
         fault = "belongs to another user, who could put any library there"
     elif not (sticky and status.st_mode & stat.S_ISVTX) and _others_can_write(path, status):
         fault = "can be written by other users, who could put any library there"
-        remedy = f"take that right away (chmod go-w {shlex.quote(str(path))}), or "
+        remedy = f"remove that permission (chmod go-w {shlex.quote(str(path))}), or "
     else:
         return
     raise ImportError(
-        f"safetensors_torch does not use its cache directory {root()}: {path} {fault} (owner {_name(status.st_uid)},"
-        f" mode {stat.S_IMODE(status.st_mode):04o}); {remedy}name a directory of your own in the environment variable"
-        f" {CACHE_VARIABLE}"
+        f"safetensors_torch does not use its cache directory {cache_directory()}: {path} {fault} (owner"
+        f" {_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o}); {remedy}name a directory of your own in"
+        f" the environment variable {CACHE_VARIABLE}"
     )
 
 
 def _is_trusted(uid: int) -> bool:
-    """Whether ``uid`` is root or the user of this process."""
+    """Returns whether ``uid`` is root or the user of this process."""
     if uid in (0, os.geteuid()):
         return True
     try:
         mapped = [line.split()[0] for line in Path("/proc/self/uid_map").read_text().splitlines()]
-        # In a user namespace without root, as sandboxes have, root's files seem to belong to nobody.
+        # In a user namespace without root, as in sandboxes, the owner of root's files shows as nobody.
         return "0" not in mapped and uid == int(Path("/proc/sys/kernel/overflowuid").read_text())
     except OSError:
         return False
@@ -156,13 +158,13 @@ def _others_can_write(path: Path, status: os.stat_result) -> bool:
 
 
 def _is_private_group(path: Path, gid: int) -> bool:
-    """Whether the group's rights are those of this user alone: many systems make a group for each user."""
+    """Returns whether this user is the group's only member: many systems create a group for each user."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
     with suppress(OSError):  # a filesystem without ACLs
-        # In a file with an ACL, what looks like the group's rights is the most that anybody named there has.
+        # With an ACL, the group bits are the mask: the most that any entry of the ACL grants.
         if "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False):
             return False
     is_own = (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name)

@@ -1,8 +1,8 @@
-"""Makes the native operators available in this process, whatever torch is installed.
+"""Loads the native operators for whatever torch is installed.
 
-Owns finding, compiling and loading the libtorch layer: the library that the package was built with where it fits
-the installed torch, else one compiled here, once for each torch, from the sources and the static core that the package
-carries in ``native/``. The sources' meaning is not its business. setup.py uses the names and flags below too.
+Owns finding, compiling and loading the libtorch layer: the library that the package was built with if it fits the
+installed torch, otherwise one compiled here, once for each torch, from the sources and the static core in ``native/``.
+setup.py uses the names and flags below too.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ import torch
 
 PROJECT = "safetensors-torch"
 NATIVE = Path(__file__).resolve().parent / "native"
-# Written last by setup.py: a digest of all that goes into the compilation.
+# A digest of everything that is compiled, which setup.py writes last.
 FINGERPRINT = "fingerprint"
 CACHE_VARIABLE = "SAFETENSORS_TORCH_CACHE"
 OLDEST_TORCH = (2, 6)
-# No -std: torch.utils.cpp_extension asks for the standard that its headers need.
+# No -std: torch.utils.cpp_extension passes the standard that torch's headers need.
 COMPILE_FLAGS = ["-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 
 def library_name() -> str:
-    """The file name of a libtorch layer for the installed torch: its version and C++ ABI are in it."""
+    """Returns the file name of the layer for the installed torch, which contains its version and C++ ABI."""
     abi = "cxx11" if torch.compiled_with_cxx11_abi() else "precxx11"
     return f"libsafetensors_torch_py-torch{torch.__version__}-{abi}.so"
 
 
 def sources(native: Path) -> list[str]:
-    """The C++ files to compile."""
+    """Returns the C++ files to compile."""
     return [str(path) for pattern in ("cpp/layer.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]
 
 
 def include_dirs(native: Path) -> list[str]:
-    """Where the sources find each other and the generated bridge."""
+    """Returns the include directories of the sources and of the generated bridge."""
     return [str(native), str(native / "bridge" / "include"), str(native / "include")]
 
 
 def link_flags(native: Path) -> list[str]:
-    """The linker's inputs and options.
+    """Returns the linker's inputs and options.
 
     The library exports no symbol: torch finds its operators by name, and programs link another build of the same code.
-    It depends on no library that it does not use, and is never unloaded: torch has its operators, and its threads may
-    be running.
+    It is never unloaded: torch keeps its operators, and threads may run its code.
     """
     archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
     return [
@@ -69,10 +68,10 @@ def link_flags(native: Path) -> list[str]:
 
 
 def ensure_loaded() -> None:
-    """Loads the operators, unless the process has them already; compiles them first where it must.
+    """Loads the operators, unless the process has them already. Compiles the layer first if there is none that fits.
 
     Raises:
-        ImportError: they cannot be had; the text lists the likely causes and what to do about each.
+        ImportError: they cannot be loaded; the text has the likely causes and their remedies.
     """
     if _registered():
         return
@@ -83,8 +82,8 @@ def ensure_loaded() -> None:
         )
     if not (NATIVE / FINGERPRINT).exists():
         raise ImportError(
-            f"this safetensors_torch was not built: {NATIVE} has not what setup.py puts there. Install the package (pip"
-            " install safetensors-torch, or in a checkout pip install . or pip install -e .)"
+            f"safetensors_torch is not built: setup.py has not filled {NATIVE}. Install the package (pip install"
+            " safetensors-torch, or in a checkout pip install . or pip install -e .)"
         )
     if not _load(NATIVE / "lib" / library_name()):
         _load_compiled()
@@ -95,10 +94,10 @@ def _torch_version() -> tuple[int, ...]:
 
 
 def _registered() -> bool:
-    """Whether a library of this project is loaded, as by a C++ extension; its operators serve this package too.
+    """Returns whether another library of this project, such as a C++ extension's, has registered the operators.
 
     Raises:
-        ImportError: it is of another version.
+        ImportError: it has another version.
     """
     namespace = torch.ops.safetensors_torch
     if not hasattr(namespace, "load_file"):
@@ -113,10 +112,10 @@ def _registered() -> bool:
 
 
 def _load(library: Path) -> bool:
-    """Loads ``library``, and returns whether it did. Says why if the library is there but does not load."""
+    """Loads ``library`` and returns True, or False if it is missing or does not load, which is printed."""
     try:
         if not _is_complete(library):
-            raise OSError("it is cut short, or damaged")
+            raise OSError("it is truncated or damaged")
         torch.ops.load_library(str(library))
     except FileNotFoundError:
         return False
@@ -127,19 +126,19 @@ def _load(library: Path) -> bool:
 
 
 def _is_complete(library: Path) -> bool:
-    """Whether an ELF file is as long as its header says. Loading one that was cut short may end the process."""
+    """Returns whether an ELF file has the length that its header implies. Loading a truncated one may crash."""
     with open(library, "rb") as file:
         header = file.read(64)
         size = os.fstat(file.fileno()).st_size
     if len(header) < 64 or not header.startswith(b"\x7fELF"):
         return False
-    # The table of the sections, which linkers write last: where it begins, the size of an entry, and their number.
+    # The section table, which linkers write last: its offset, the size of an entry, and the number of entries.
     (start,), (entry, count) = struct.unpack_from("=Q", header, 0x28), struct.unpack_from("=HH", header, 0x3A)
     return size >= start + entry * count
 
 
 def _load_compiled() -> None:
-    """Loads the layer in the cache, after compiling it if there is none that loads."""
+    """Loads the layer of the cache; compiles it first if it is missing or does not load."""
     from . import _native_cache  # not above: setup.py loads this file by itself
 
     try:
@@ -148,10 +147,10 @@ def _load_compiled() -> None:
             return
         before = _identity(library)
         _refuse_missing_tools()
-        with _native_cache.lock(library) as alone:
+        with _native_cache.lock(library) as is_locked:
             # Another process may have compiled it while this one waited.
             if _identity(library) == before or not _load(library):
-                _compile(library, alone)
+                _compile(library, is_locked)
     except (OSError, RuntimeError) as error:
         raise ImportError(_report(error)) from None
 
@@ -164,21 +163,21 @@ def _identity(path: Path) -> tuple[int, ...]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _compile(library: Path, alone: bool) -> None:
-    """Compiles and loads the libtorch layer, and leaves it at ``library``, which appears complete or not at all."""
+def _compile(library: Path, is_locked: bool) -> None:
+    """Compiles and loads the libtorch layer, and installs it at ``library``."""
     from torch.utils import cpp_extension
 
     from . import _native_cache
 
     print(
-        f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} (once, some 20 seconds of one"
-        f" core), to be kept in {library.parent} ...",
+        f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} into {library.parent} (once,"
+        " some 20 seconds of one core) ...",
         file=sys.stderr,
         flush=True,
     )
     prefix = f"{library.stem}-build-"
-    if alone:
-        for leftover in library.parent.glob(f"{prefix}*"):  # of a process that was killed
+    if is_locked:
+        for leftover in library.parent.glob(f"{prefix}*"):  # left by a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=library.parent) as directory, ninja_on_path():
         cpp_extension.load(
@@ -190,13 +189,13 @@ def _compile(library: Path, alone: bool) -> None:
             build_directory=directory,
             is_python_module=False,
         )
-        # By pattern: torch adds a counter to the name when it has compiled before in this process.
-        _native_cache.put(next(Path(directory).glob("safetensors_torch_native*.so")), library)
+        # A pattern, because torch adds a counter to the name if it compiled before in this process.
+        _native_cache.install(next(Path(directory).glob("safetensors_torch_native*.so")), library)
 
 
 @contextmanager
 def ninja_on_path() -> Iterator[None]:
-    """The ninja of the Python package, whose directory is not on PATH where the environment is not activated."""
+    """Adds the ninja of the Python package to PATH, which lacks it if the environment is not activated."""
     before = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         try:
@@ -212,7 +211,7 @@ def ninja_on_path() -> Iterator[None]:
 
 
 def _refuse_missing_tools() -> None:
-    """Raises ImportError if what compiling needs is missing, before torch's build tools find out in their own words."""
+    """Raises ImportError, with the remedies, if a tool for compiling is missing."""
     words = shlex.split(os.environ.get("CXX", "c++"))
     compiler = words[0] if words else "c++"
     headers = Path(torch.__file__).parent / "include" / "torch" / "library.h"
@@ -230,7 +229,7 @@ def _refuse_missing_tools() -> None:
     found = {what: remedy for what, (is_missing, remedy) in missing.items() if is_missing}
     if found:
         raise ImportError(
-            f"safetensors_torch has to compile its libtorch layer for torch {torch.__version__} once, and lacks"
+            f"safetensors_torch must compile its libtorch layer for torch {torch.__version__} once, and lacks"
             f" {', '.join(found)}.\n"
             f"What to do: {'; '.join(found.values())}.\n"
             f"Or compile it on another machine of this kind, and set {CACHE_VARIABLE} to a copy of its cache directory."
@@ -238,20 +237,20 @@ def _refuse_missing_tools() -> None:
 
 
 def _report(error: Exception) -> str:
-    """Says what failed and what to do about it, with the compiler's first errors."""
+    """Returns the error's text: what failed, the likely causes, and the compiler's first errors."""
     what = f"safetensors_torch could not compile its libtorch layer for torch {torch.__version__}"
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"{what}: {error.filename} cannot be used ({error.strerror}); name another cache directory in the"
             f" environment variable {CACHE_VARIABLE}"
         )
-    said = str(error).splitlines()
-    # A compiler goes on after the first error, with more and more that follows from it.
-    errors = [line for line in said if "error: " in line][:10]
+    output = str(error).splitlines()
+    # A compiler continues after the first error, and reports ever more consequences of it.
+    errors = [line for line in output if "error: " in line][:10]
     lines = [
         f"{what}. Likely causes: a compiler too old for torch's headers (C++17, since torch 2.14 C++20), or a torch"
-        " that this package does not know yet.",
+        " newer than this package.",
         f"{type(error).__name__}, the {'first errors' if errors else 'last lines'} of which are:",
-        *(line if len(line) <= 200 else f"{line[:200]} ..." for line in errors or said[-30:]),
+        *(line if len(line) <= 200 else f"{line[:200]} ..." for line in errors or output[-30:]),
     ]
     return "\n".join(lines)

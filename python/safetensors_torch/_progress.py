@@ -1,7 +1,6 @@
-"""Native loads and saves in steps: between two of them Python looks after signals, and the caller's progress is told.
+"""Runs native loads and saves in steps: between two steps Python handles signals, and reports the progress.
 
-Owns the loop and the meaning of ``progress``. What a step does is the native object's business; its threads go on
-meanwhile.
+Owns the loop and the meaning of ``progress``. The threads of the native object work during the steps and between them.
 """
 
 from __future__ import annotations
@@ -9,27 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# What ``progress`` may be: nothing, a bar of tqdm's, or a function of the bytes done and the bytes in all.
+# No progress, a bar of tqdm, or a function of the bytes done and the total.
 Progress = bool | Callable[[int, int], Any] | None
 
-# Seconds that a step takes. A signal waits this long at most, and then for the reads that are under way.
+# The duration of a step. A signal waits at most this long, and for the reads in progress.
 STEP_SECONDS = 0.1
 
 
 def check_progress(progress: Any) -> Progress:
-    """``progress`` if it is one.
+    """Returns ``progress`` if it is valid.
 
     Raises:
-        TypeError: it is neither a bool nor callable.
-        ImportError: a bar was asked for, and tqdm is not installed.
+        TypeError: it is neither None, a bool nor callable.
+        ImportError: it is True, and tqdm is not installed.
     """
     if progress is True:
         try:
             import tqdm  # noqa: F401
         except ImportError:
             raise ImportError(
-                "progress=True shows a bar of tqdm's, which is not installed: pip install tqdm, or pass a function of"
-                " (bytes done, bytes in all)"
+                "progress=True needs tqdm, which is not installed: pip install tqdm, or pass a function of (bytes"
+                " done, bytes in all)"
             ) from None
     elif progress is not None and progress is not False and not callable(progress):
         raise TypeError(f"progress must be a bool or a function, not {type(progress).__name__}")
@@ -37,7 +36,7 @@ def check_progress(progress: Any) -> Progress:
 
 
 class ProgressBar:
-    """A progress function that draws, if there is anything to move: a load that maps the file moves nothing."""
+    """A progress function that draws a bar, unless the total is 0, as in a load that maps the file."""
 
     def __init__(self, title: str) -> None:
         self._title = title

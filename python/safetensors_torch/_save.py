@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _buffer
-from ._arguments import Path, check_bool, encode_path, to_keyword
+from ._arguments import Metadata, Path, check_bool, encode_path, to_keyword
 from ._errors import call
 from ._progress import STEP_SECONDS, Progress, check_progress, run
-from ._save_checks import DisableTorchFunction, Metadata, Tensors, check_tensors
+from ._save_checks import DisableTorchFunction, Tensors, check_tensors
 from ._tracing import dynamo_disable
 
 _PendingSave = torch.classes.safetensors_torch.PendingSave
@@ -35,30 +35,28 @@ def save_file(
     """Saves tensors into a safetensors file, which appears complete or not at all.
 
     Args:
-        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Those of a subclass of
-            Tensor are saved as tensors, without a call of its ``__torch_function__``.
-        filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced, and what it
-            leads to stays as it is.
-        metadata: text to store in the header; None stores none, an empty dict an empty object.
-        force_contiguous: True writes tensors that are not contiguous as if they were, one copy at a time; False refuses
-            them.
-        shared: what becomes of tensors that share memory. "error" refuses them. "keep_one" writes of each group the
-            first name, alphabetically, whose tensor covers the whole memory. The others are left out, and added to the
-            file's metadata with the name that was kept, as save_model does; the caller's dicts stay as they are.
-        durable: whether to return only once the file is on the disk, so that it survives a loss of power (fsync of
-            the file and its directory). Otherwise the kernel brings it there within half a minute or so.
-        progress: True shows a bar, if tqdm is installed; a function is called with the bytes done and the bytes in all,
-            some ten times a second, and at the end. What it raises ends the save: no file is written, unless it was
-            complete already.
+        tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Subclasses of Tensor are
+            saved as tensors, without a call of their ``__torch_function__``.
+        filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced; the file that
+            it points to stays as it is.
+        metadata: text to store in the header. None stores none, an empty dict an empty object.
+        force_contiguous: True copies tensors that are not contiguous, one at a time; False refuses them.
+        shared: the treatment of tensors that share memory. "error" refuses them. "keep_one" writes one name of each
+            group, the first alphabetically whose tensor covers the whole memory, and records the other names in the
+            file's metadata, as save_model does. The caller's dicts do not change.
+        durable: whether to return only after the file is on disk and survives a power cut (fsync of the file and its
+            directory). Otherwise the kernel writes it within about half a minute.
+        progress: True shows a bar of tqdm. A function is called with the bytes done and the total, about ten times a
+            second and at the end. An exception from it ends the save without writing the file, unless it was complete.
 
     Raises:
-        ValueError: not a dict of tensors, a tensor that is sparse, nested, not contiguous, or without a shape (lazy
-            modules); another word for ``shared``.
-        RuntimeError: tensors that share memory, with "keep_one" if none of them covers it; a tensor on the meta device
-            or a fake one; one whose storage is too small for it, or is resized during the save.
-        TypeError: a key, or a metadata key or value, that is no str.
-        UnicodeEncodeError: one of those with a lone surrogate.
-        SafetensorError: a dtype that the format has not, a tensor without memory of its own (a wrapper subclass such as
+        ValueError: not a dict of tensors; a tensor that is sparse, nested, not contiguous, or without a shape (lazy
+            modules); an unknown ``shared``.
+        RuntimeError: tensors share memory, and with "keep_one" none of them covers it; a meta or fake tensor; a storage
+            that is too small for its tensor, or is resized during the save.
+        TypeError: a key, or a metadata key or value, is not a str.
+        UnicodeEncodeError: one of those has a lone surrogate.
+        SafetensorError: a dtype that the format lacks, a tensor without memory of its own (a wrapper subclass such as
             DTensor), or one called ``__metadata__``.
         OSError: the file cannot be written.
 
@@ -99,10 +97,10 @@ def save(
         progress: as for save_file.
 
     Returns:
-        The bytes, which save_file would write.
+        The bytes that save_file would write.
 
     Raises:
-        What save_file raises, but for OSError.
+        What save_file raises, except OSError.
 
     Example:
         >>> load(save({"x": torch.arange(3)}))
@@ -116,7 +114,7 @@ def save(
 
 
 def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
-    """Has ``plan`` written, beginning with ``start``. Most saves are over with the first step."""
+    """Writes ``plan``, beginning with ``start``. Most saves finish in the first step."""
     try:
         if not call(start, *args, 0.0 if progress else STEP_SECONDS) or progress:
             run(plan, plan.size, progress, "save")
@@ -126,11 +124,11 @@ def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any)
 
 
 def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:
-    """What a save takes beside tensors that are contiguous and share no memory, for the native library."""
+    """Returns the rules for tensors that are not contiguous or share memory, for the native library."""
     return {"force_contiguous": check_bool(force_contiguous, "force_contiguous"), "shared": to_keyword(shared)}
 
 
 def _plan(tensors: Tensors, metadata: Metadata, path: bytes, *, force_contiguous: bool, shared: str) -> Any:
-    """The save of ``tensors``, checked and laid out. ``path`` is for the errors."""
+    """Returns the save of ``tensors``, checked and laid out. ``path`` is for the error texts."""
     with DisableTorchFunction():
         return call(_PendingSave, list(tensors), list(tensors.values()), metadata, path, force_contiguous, shared)

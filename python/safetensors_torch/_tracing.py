@@ -1,6 +1,7 @@
-"""How torch.compile meets the package's Python functions: it leaves them alone, and breaks the graph around them.
+"""Dealings with torch.compile and with dispatch modes.
 
-Owns that mark. The operators themselves can be in a graph; see _fake_kernels.
+Owns the mark that makes torch.compile break its graph around the package's functions. Operators may be in a graph: see
+_fake_kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def dynamo_disable(function: Function) -> Function:
-    """``function``, marked as torch.compiler.disable would, without the second that importing torch._dynamo takes."""
+    """Marks ``function`` as torch.compiler.disable would, without importing torch._dynamo, which takes a second."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "it works on files and memory outside of any graph"  # type: ignore[attr-defined]
     native = torch._C._dynamo.eval_frame
@@ -27,5 +28,5 @@ def dynamo_disable(function: Function) -> Function:
 
 
 def is_traced() -> bool:
-    """Whether a mode, such as FakeTensorMode, wants to see operators, instead of what they do."""
+    """Returns whether a dispatch mode is active, such as FakeTensorMode, which must see operators."""
     return torch._C._len_torch_dispatch_stack() > 0

@@ -1,7 +1,6 @@
-"""IncrementalWriter: a safetensors file that is written tensor by tensor.
+"""IncrementalWriter: writes a safetensors file tensor by tensor.
 
-Owns the Python face of the native class of that name, and what a declaration may look like. Which tensors were given,
-and where they go, is the native library's business.
+Owns the declarations of the tensors; the native class of the same name writes the file.
 """
 
 from __future__ import annotations
@@ -16,67 +15,66 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._arguments import Path, check_bool, check_metadata, check_text, encode_path
+from ._arguments import Path, check_bool, check_metadata, check_name, encode_path
 from ._errors import SafetensorError, call, short_repr
 from ._progress import STEP_SECONDS, run
 from ._save_checks import DisableTorchFunction, check_tensors
 from ._tracing import is_traced
 
-# How a tensor is declared: by dtype and shape, or by one that has them.
+# The declaration of a tensor: a dtype and a shape, or a tensor that has them.
 Spec = torch.Tensor | tuple[torch.dtype, Iterable[int]]
 
 
-def _empty(name: str, spec: Any) -> torch.Tensor:
-    """A tensor without data that has the dtype and the shape of ``spec``."""
-    dtype, shape = _of_tensor(name, spec) if isinstance(spec, torch.Tensor) else _pair(name, spec)
+def _meta_tensor(name: str, spec: Any) -> torch.Tensor:
+    """Returns a meta tensor with the dtype and the shape of ``spec``."""
+    dtype, shape = _from_tensor(name, spec) if isinstance(spec, torch.Tensor) else _from_pair(name, spec)
     try:
         sizes = (index(shape),) if isinstance(shape, Integral) else tuple(map(index, shape))
-    except (TypeError, AttributeError):  # the latter of a nested tensor's shape
-        raise TypeError(f"tensor {short_repr(name)}: a shape is made of ints, not {short_repr(shape)}") from None
+    except (TypeError, AttributeError):  # AttributeError: a nested tensor's shape
+        raise TypeError(f"tensor {short_repr(name)}: a shape consists of ints, not {short_repr(shape)}") from None
     if any(size < 0 for size in sizes):
         raise ValueError(f"tensor {short_repr(name)}: the shape {short_repr(shape)} has a negative size")
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
-def _of_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+def _from_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
     with DisableTorchFunction():
         if spec.is_nested:
             raise ValueError(
-                f"tensor {short_repr(name)}: a nested tensor has no one shape; declare one as (dtype, shape)"
+                f"tensor {short_repr(name)}: a nested tensor has no single shape; declare it as (dtype, shape)"
             )
         return spec.dtype, spec.shape
 
 
-def _pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
+def _from_pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
     if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
         return spec[0], spec[1]
     raise TypeError(
-        f"tensor {short_repr(name)}: declare it as (dtype, shape), or by a tensor, not by {short_repr(spec)}"
+        f"tensor {short_repr(name)}: declare it as (dtype, shape) or by a tensor, not by {short_repr(spec)}"
     )
 
 
 class IncrementalWriter:
-    """A safetensors file that is written tensor by tensor, so that no more than one has to be in memory.
+    """A writer of a safetensors file, tensor by tensor, so that only one of them has to be in memory.
 
-    A context manager. Leaving it commits: the file appears, complete, under its name. Leaving it by an exception, or
-    without all tensors, discards: what was there before stays as it was, and nothing is left beside it. The bytes are
-    those that save_file writes for the same tensors, in whatever order they are given.
+    It is a context manager. Its end commits: the file appears, complete, under its name. An exception, or a missing
+    tensor, discards the file: an older file of that name stays as it was. The bytes are those of save_file for the same
+    tensors, in whatever order they are written.
 
     Several threads may write different tensors at once.
 
     Args:
         filename: the file, replaced if it exists, as by save_file; str, bytes or os.PathLike.
-        tensors: for each name the dtype and the shape, as a pair or as a tensor that has them, which may be one on the
-            meta device.
+        tensors: for each name the dtype and the shape, as a pair or as a tensor, which may be on the meta device.
         metadata: as for save_file.
         durable: as for save_file.
 
     Raises:
         OSError: the file cannot be written, or there is no space for all of it.
-        SafetensorError: a dtype that the format has not, or a tensor called ``__metadata__``.
+        SafetensorError: a dtype that the format lacks, or a tensor called ``__metadata__``.
         ValueError: a negative size.
-        TypeError: a name that is no str, a declaration that is none, or another argument of another type.
-        UnicodeEncodeError: a name, or an entry of the metadata, with a lone surrogate.
+        TypeError: a name that is not a str, an invalid declaration, or an argument of another type.
+        UnicodeEncodeError: a name, or metadata, with a lone surrogate.
 
     Example:
         >>> with IncrementalWriter(path, {"a": (torch.float32, (2,)), "b": torch.empty(3, device="meta")}) as writer:
@@ -102,12 +100,11 @@ class IncrementalWriter:
         if not isinstance(tensors, Mapping):
             raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
         for name in tensors:
-            check_text(name, f"the key {short_repr(name)}")
-        if metadata is not None:
-            check_metadata(metadata)
+            check_name(name)
+        check_metadata(metadata)
         path = encode_path(filename)
         with _disable_current_modes():
-            specs = [_empty(name, spec) for name, spec in tensors.items()]
+            specs = [_meta_tensor(name, spec) for name, spec in tensors.items()]
             native = torch.classes.safetensors_torch.IncrementalWriter
             self._open = call(native, path, list(tensors), specs, metadata, durable)
 
@@ -134,8 +131,8 @@ class IncrementalWriter:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses to be pickled or copied: the file has one writer."""
         raise TypeError(
-            f"cannot pickle or copy {self!r}: threads may share it, but only the process that began the file can write"
-            " it; send the tensors to that process"
+            f"cannot pickle or copy {self!r}: threads may share it, but only the process that created the file can"
+            " write it; send the tensors to that process"
         )
 
     def __repr__(self) -> str:
@@ -148,15 +145,16 @@ class IncrementalWriter:
         return native
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor, which has the dtype and the shape that were declared, from whatever device.
+        """Writes one tensor, from any device. If this fails, or is interrupted, it can be called again.
 
-        If this fails, or is interrupted, the tensor may be given again.
+        Args:
+            name: the declared name.
+            tensor: a tensor of the declared dtype and shape.
 
         Raises:
-            SafetensorError: a name that was not declared, another dtype or shape than was declared, a tensor that was
-                given before, or the file is closed.
-            ValueError, RuntimeError, TypeError: as for save_file, for what it refuses of a tensor. That tensors share
-                memory is not found out: each is written by itself.
+            SafetensorError: the name was not declared, the dtype or shape is not the declared one, the tensor was
+                written before, or the file is closed.
+            ValueError, RuntimeError, TypeError: save_file refuses such a tensor. Shared memory is not detected.
             OSError: the file cannot be written.
         """
         native = self._native()
@@ -168,15 +166,15 @@ class IncrementalWriter:
                 run(pending, pending.size, None, "save")
 
     def missing(self) -> list[str]:
-        """The names of the tensors that were not given yet, in the order of their data in the file."""
+        """Returns the names of the tensors not written yet, in the order of their data in the file."""
         return call(self._native().missing)
 
     def commit(self) -> None:
-        """Puts the file under its name, and closes this; no tensor may be missing.
+        """Makes the file appear under its name, and closes the writer.
 
         Raises:
-            SafetensorError: tensors are missing, which it lists, or another thread is still writing one: this stays
-                open. Or the file is closed.
+            SafetensorError: tensors are missing (the text lists them), or another thread is writing one: the writer
+                stays open. Or the file is closed.
             OSError: the file cannot be written.
         """
         native = self._native()
@@ -187,7 +185,7 @@ class IncrementalWriter:
                 self._open = None
 
     def discard(self) -> None:
-        """Gives the file up, and closes this; what was there before stays as it was. Does nothing once it is closed."""
+        """Discards the file, and closes the writer; an older file stays as it was. Does nothing if it is closed."""
         native, self._open = self._open, None
         if native is not None:
             native.discard()

@@ -1,4 +1,4 @@
-"""edit_metadata: changes the text in a file's header, and no tensor.
+"""edit_metadata: changes the metadata in a file's header.
 
 Checks the argument types; the native library does the rest.
 """
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ._arguments import Path, check_bool, check_text, encode_path
-from ._errors import call, short_repr
+from ._arguments import Path, check_bool, check_int, check_metadata_entry, encode_path
+from ._errors import call
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable
 
@@ -25,7 +25,7 @@ def edit_metadata(
     durable: bool = False,
     progress: Progress = None,
 ) -> dict[str, str]:
-    """Changes the metadata of a safetensors file; its tensors, and where they lie, stay as they are.
+    """Changes the metadata of a safetensors file. The tensors do not change.
 
     Args:
         filename: the file, whose header is validated first; str, bytes or os.PathLike. A symbolic link is replaced by
@@ -59,18 +59,13 @@ def edit_metadata(
     if not isinstance(changes, Mapping):
         raise TypeError(f"changes must map keys to str or None, not {type(changes).__name__}")
     for key, value in changes.items():
-        check_text(key, f"the metadata key {short_repr(key)}")
-        if value is not None:
-            check_text(value, f"the metadata value of {short_repr(key)}")
+        check_metadata_entry(key, "" if value is None else value)
     check_bool(in_place, "in_place")
-    if not isinstance(reserve, int) or isinstance(reserve, bool):
-        raise TypeError(f"reserve must be an int, not {type(reserve).__name__}")
+    reserve = check_int(reserve, "reserve")
     check_bool(durable, "durable")
     progress, path = check_progress(progress), encode_path(filename)
     kept = {key: value for key, value in changes.items() if value is not None}
     removed = [key for key, value in changes.items() if value is None]
-    # More than a header may have, whatever it is, and still an int of the operators.
-    reserve = min(reserve, 1 << 62)
     edit = call(torch.classes.safetensors_torch.PendingEdit, path, kept, removed, in_place, reserve, durable)
     run(edit, edit.size, progress, "edit")
     return call(edit.metadata)

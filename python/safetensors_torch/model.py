@@ -1,8 +1,7 @@
 """load_model and save_model: modules whose parameters may share memory.
 
-Owns the choice between reading straight into a module's tensors and going through its load_state_dict, and the
-rollback of the latter. Which names are kept for shared memory, and what counts as missing or unexpected, the native
-library decides. _module_names has prefix and rename, _module_assign what takes the place of tensors.
+Owns the choice between reading straight into a module's tensors and going through its load_state_dict. The native
+library decides which of several tied names is kept, and which names are missing or unexpected.
 """
 
 from __future__ import annotations
@@ -43,50 +42,48 @@ def load_model(
     extra: str = "error",
     progress: Progress = None,
 ) -> tuple[set[str], list[str]]:
-    """Loads a safetensors file, or a checkpoint of several, into a module, in place.
+    """Loads a safetensors file, or a checkpoint of several files, into a module, in place.
 
-    The data is read straight into the memory of the module's parameters and buffers, whatever their device. Modules
-    with load hooks, or methods of their own in the way of load_state_dict, get a load_file and a load_state_dict
-    instead. If loading fails, the module is as it was. The exceptions: lazy modules, which load_state_dict gives their
-    shape for good; an exception of a hook that runs after the load; and a load straight into the parameters that ends
-    half-way, as by Ctrl-C, a broken disk, or a file that is cut short meanwhile.
+    The data is read straight into the memory of the module's parameters and buffers, on any device. Modules with load
+    hooks or loading methods of their own get a load_file and a load_state_dict instead. If the load fails, the module
+    is as it was, with three exceptions: lazy modules keep the shape that load_state_dict gave them; a hook that runs
+    after the load raises; and a direct load stops half-way (Ctrl-C, a disk error, a file truncated during the load).
 
     Args:
-        model: the module; none of its tensors may be on the meta device, unless assign is true.
+        model: the module. Its tensors may be on the meta device only with assign.
         filename: the file, or a directory or an index as for load_sharded; str, bytes or os.PathLike.
         strict: whether a missing or unexpected name is an error.
-        device: where a load_state_dict finds the tensors of the file, and where assign puts them. Not where the
-            module's own tensors go.
-        backend: how the file is read, as for load_file.
-        prefix: what the module's names in the file begin with, such as "transformer."; what the file has of other names
-            is passed over. So a module can be filled from the file of a larger one.
-        rename: a function from the module's names to those in the file, before which prefix is then put. None means
+        device: the device to load the tensors of the file to, for a load_state_dict or assign. A direct load leaves
+            the module's tensors on their devices.
+        backend: "mmap" or "pread", as for load_file.
+        prefix: the beginning of the module's names in the file, such as "transformer."; other names of the file are
+            ignored. So a module can load its part of a larger model's file.
+        rename: a function from the module's names to those in the file, to which prefix is then prepended. None means
             the same names.
-        assign: whether the module's parameters and buffers are replaced by the tensors of the file, with their dtype,
-            as by load_state_dict(assign=True); for modules on the meta device. The class of a parameter, its attributes
-            and requires_grad are kept. Names that share a tensor share the new one: those that do so in the module, and
-            those of which the metadata of the file says that one was dropped.
-        backup: whether the values of a module are first copied, to the host's memory, if it has hooks or methods that
-            may fail in the middle of the load. False needs no memory for that; if the load fails, the module may then
-            be changed in part. Modules without such hooks and methods never need a copy.
-        variant: which checkpoint of a directory, as for load_sharded.
-        extra: what is done about tensors that an index does not list, as for load_sharded.
-        progress: who is told how far it is, as for load_file.
+        assign: whether to replace the module's parameters and buffers by the tensors of the file, with their dtype, as
+            load_state_dict(assign=True) does; for modules on the meta device. Parameters keep their class, attributes
+            and requires_grad. Names that are tied in the module, or by the file's metadata, share one new tensor.
+        backup: whether to copy the module's values to host memory first, if it has hooks or methods that may fail
+            during the load. False saves that memory; a failed load may then leave the module partly changed. Other
+            modules need no copy.
+        variant: the variant to load from a directory, as for load_sharded.
+        extra: the treatment of tensors that an index does not list, as for load_sharded.
+        progress: a bar or a function, as for load_file.
 
     Returns:
-        The names of the module that the file does not have, and the names of the file that the module does not have;
-        both as they are, or would be, in the file. Of names that share memory one suffices.
+        The names of the module that the file lacks, and the names of the file that the module lacks, both as in the
+        file. One of several tied names suffices.
 
     Warns:
-        UserWarning: with assign, of buffers that are not part of the state_dict and stay on the meta device.
+        UserWarning: with assign, non-persistent buffers stay on the meta device.
 
     Raises:
-        RuntimeError: a shape that does not fit; missing or unexpected names with strict; a tensor on the meta
-            device; one whose storage is too small for it, or is resized during the load; an inference tensor, outside
-            of inference mode; shared memory that none of its names covers.
-        ValueError: two tensors for which rename returns one name.
+        RuntimeError: a shape does not fit; strict and names are missing or unexpected; a tensor on the meta device; a
+            storage that is too small for its tensor, or is resized during the load; an inference tensor outside of
+            inference mode; shared memory that none of its names covers.
+        ValueError: rename returns one name for two tensors.
         MemoryError: not enough memory for the backup.
-        SafetensorError, OSError, ValueError: what load_file raises, and load_sharded.
+        SafetensorError, OSError, ValueError: as load_file and load_sharded.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -113,7 +110,7 @@ def load_model(
             result = load.assign(tensors, call(file.metadata) or {})
             warn_of_meta(model)
             return result
-        # Hooks that run after the load may change which names are at fault, and nothing else.
+        # Hooks that run after the load can only change which names are missing or unexpected.
         needs_backup = not is_direct or (any(load.check(file)) and strict)
         return load.copy(tensors, backup and needs_backup)
     detached = {name: value.detach() for name, value in names.state_in_file(state).items()}
@@ -137,26 +134,26 @@ def save_model(
     durable: bool = False,
     progress: Progress = None,
 ) -> None:
-    """Saves the state of a module into a safetensors file, or a directory. Of names that share memory one is written.
+    """Saves the state of a module into a safetensors file or a directory. Writes one of several tied names.
 
     Args:
         model: the module.
-        filename: the file, or a directory, into which the module goes as by save_sharded; str, bytes or os.PathLike. It
-            is a directory if it is there as one, or if max_shard_size is given.
-        metadata: text to store in the header. Each name that is left out is added to the file's metadata, with the
-            name that was kept in its place, unless the caller's metadata has it; the caller's dict stays as it is.
-        force_contiguous: whether tensors that are not contiguous are copied, or refused.
+        filename: the file, or the directory for save_sharded; str, bytes or os.PathLike. It is a directory if one
+            exists there, or if max_shard_size is given.
+        metadata: text to store in the header. The file's metadata also maps each name that was dropped to the name that
+            was kept, unless the caller's metadata has that key. The caller's dict does not change.
+        force_contiguous: whether to copy tensors that are not contiguous; False refuses them.
         max_shard_size: the most bytes of tensors in one file of a directory, as for save_sharded; None means "5GB".
-        prefix: what the names in the file begin with, as for load_model.
+        prefix: the beginning of the names in the file, as for load_model.
         rename: a function from the module's names to those in the file, as for load_model.
-        durable: whether to return only once the file is on the disk, as for save_file.
-        progress: who is told how far it is, as for save_file.
+        durable: whether to return only after the file is on disk, as for save_file.
+        progress: a bar or a function, as for save_file.
 
     Raises:
         RuntimeError: shared memory that none of its names covers.
-        ValueError: a tensor that is not contiguous, with force_contiguous=False; two tensors for which rename returns
-            one name.
-        And what save_file raises, or save_sharded.
+        ValueError: a tensor that is not contiguous, with force_contiguous=False; rename returns one name for two
+            tensors.
+        And what save_file or save_sharded raises.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
@@ -194,5 +191,5 @@ def _refuse_meta(model: nn.Module, state: dict[str, Any]) -> None:
         if is_meta:
             raise RuntimeError(
                 f"Cannot load into {type(model).__name__}: its tensor `{truncate(name)}` is on the meta device and"
-                " has no memory. Pass assign=True, which makes its parameters and buffers from the tensors of the file"
+                " has no memory. Pass assign=True, which replaces its parameters and buffers by the tensors of the file"
             )

@@ -1,8 +1,7 @@
-"""patch_safetensors: has programs that use the package ``safetensors`` with torch use this library.
+"""patch_safetensors: makes programs that use the package ``safetensors`` with torch use this library.
 
-Owns the objects that stand in for those of the reference, and the search through the loaded modules that puts them in
-its place and takes them out again. What they do, the rest of the package does; the environment variable is the business
-of ``_safetensors_torch_start``, beside the package.
+Owns the replacements of the reference's functions and classes, and the search through the loaded modules that installs
+and removes them. ``_safetensors_torch_start``, beside the package, reads the environment variable.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from .safe_open import _FRAMEWORKS, safe_open
 
 _package = sys.modules[__package__]
 
-# Of the reference's modules those alone: the others serve other frameworks.
+# The other modules of the reference serve other frameworks.
 _PATCHED_MODULES = ("safetensors", "safetensors.torch")
-# The names in ``safetensors.torch`` that are replaced, beside safe_open.
+# The names in ``safetensors.torch`` that are replaced, besides safe_open.
 _FUNCTIONS = ("load", "load_file", "load_model", "save", "save_file", "save_model")
 
 _ERROR_BASES = SafetensorError.__bases__
 
-# What the reference says of a header, by the numbers of our errors in the C header: programs that fetch a damaged file
-# again look for it. Most files of other formats have a first byte that makes their length too large.
+# The reference's texts for errors of a header, by our error numbers in the C header. Programs recognise damaged files
+# by them. Most files of other formats begin with bytes that make the header's length too large.
 _PHRASES = {
     3: "header too small",
     4: "header too large",
@@ -48,20 +47,20 @@ _PHRASES = {
     14: "incomplete metadata, file not fully covered",
 }
 
-# Serialises patching and unpatching. Reentrant, as what patching imports may itself patch.
+# Serialises patching and unpatching. Reentrant, because an import during patching may itself patch.
 _lock = threading.RLock()
-# A fork waits for it: in the child, a thread that is not there could hold it for ever, with half of the names replaced.
+# A fork waits for it. Otherwise it could stay locked in the child, with half of the names replaced.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _depth = 0
-# The reference's objects by name, as they were when they were last replaced.
+# The reference's objects by name, from the last patch.
 _reference: dict[str, Any] = {}
-# The namespaces of modules in which something was replaced: sys.modules may lose some of them meanwhile.
+# The namespaces of modules in which a name was replaced. sys.modules may lose some of them before the restore.
 _namespaces: list[dict[str, Any]] = []
 
 
 @contextmanager
 def _with_reference_wording() -> Iterator[None]:
-    """Has errors about a header begin as the reference's do."""
+    """Makes errors about a header begin as the reference's do."""
     try:
         yield
     except SafetensorError as error:
@@ -72,10 +71,10 @@ def _with_reference_wording() -> Iterator[None]:
 
 
 def _replacement(name: str) -> Callable[..., Any]:
-    """A function that does what ours called ``name`` does.
+    """Returns a function that calls ours of the same ``name``.
 
-    Not ours itself: unpatching has to tell a module that took a name from safetensors from one that took it from here.
-    It gives the reference's module as its own, so that another process, patched or not, can unpickle it.
+    It is not ours itself, because unpatching must distinguish modules that imported the name from safetensors from
+    those that imported it from here. Its ``__module__`` is the reference's, so that any process can unpickle it.
     """
 
     @dynamo_disable
@@ -91,16 +90,16 @@ def _replacement(name: str) -> Callable[..., Any]:
 
 
 class _SafeOpenType(type):
-    """isinstance(file, safe_open), as programs ask it, is true of both libraries' files."""
+    """Makes isinstance(file, safe_open) true for the files of both libraries."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if cls is not _SafeOpen:  # a class derived from it
+        if cls is not _SafeOpen:  # a derived class
             return super().__instancecheck__(instance)
         return isinstance(instance, (safe_open, _reference["safe_open"]))
 
 
 class _SafeOpen(safe_open, metaclass=_SafeOpenType):
-    """An open safetensors file: for torch one of this library, for other frameworks the reference's.
+    """An open safetensors file: this library's for torch, the reference's for other frameworks.
 
     See safetensors_torch.safe_open.
     """
@@ -108,7 +107,7 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
     def __new__(cls, filename: Any, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> Any:
         if framework in _FRAMEWORKS:
             return super().__new__(cls)
-        # Which refuses what is no framework in its own words. Older ones know no backend.
+        # The reference refuses unknown frameworks itself. Its older versions have no backend.
         options = {} if backend == "mmap" else {"backend": backend}
         return _reference["safe_open"](filename, framework, device, **options)
 
@@ -117,7 +116,7 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
             super().__init__(*args, **kwargs)
 
     def __bool__(self) -> bool:
-        return True  # as the reference's, which has no length
+        return True  # like the reference's, which has no length
 
 
 _SafeOpen.__module__, _SafeOpen.__name__, _SafeOpen.__qualname__ = "safetensors", "safe_open", "safe_open"
@@ -126,14 +125,14 @@ _replacements: dict[str, Any] = {**{name: _replacement(name) for name in _FUNCTI
 
 
 class _Patch(AbstractContextManager):
-    """One call of patch_safetensors, which the end of a with block takes back."""
+    """One call of patch_safetensors, which the end of a with block undoes."""
 
     def __init__(self) -> None:
         self._is_active = True
 
     def __enter__(self) -> None:
         if not self._is_active:
-            raise RuntimeError("this patch was taken back already. Call patch_safetensors() again")
+            raise RuntimeError("this patch was undone already: call patch_safetensors() again")
 
     def __exit__(
         self,
@@ -147,18 +146,18 @@ class _Patch(AbstractContextManager):
 
 
 def patch_safetensors() -> AbstractContextManager[None]:
-    """Has ``safetensors`` and ``safetensors.torch`` use this library, also where their names were imported before.
+    """Makes ``safetensors`` and ``safetensors.torch`` use this library, even in modules that imported them before.
 
-    Replaced are safe_open, for torch, and the six functions of safetensors.torch, as attributes of those two modules
-    and as globals of every other loaded module, under whatever name. SafetensorError stays the reference's, and that
-    of this library derives from it meanwhile. Modules for other frameworks are left alone.
+    It replaces safe_open, for torch, and the six functions of safetensors.torch, as attributes of those two modules and
+    as globals of every other loaded module, under any name. SafetensorError stays the reference's; this library's
+    derives from it while patched. Modules for other frameworks are unchanged.
 
-    Patches nest: each call wants an unpatch_safetensors(), or the end of a with block, and the last one restores what
-    was there. Calls from several threads come one after the other; a module that another thread is importing meanwhile
-    may keep what it had.
+    Patches nest: each call needs an unpatch_safetensors(), or the end of a with block, and the last one restores the
+    original objects. Threads may call it at any time, but a module that another thread is importing at that time may
+    keep the originals.
 
     Returns:
-        A context manager that takes this call back. Without a with block the patch stays.
+        A context manager that undoes this call. Without a with block the patch stays.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -174,7 +173,7 @@ def patch_safetensors() -> AbstractContextManager[None]:
     """
     global _depth
     try:
-        # Before the lock, which a thread that waits for the lock of this import may hold.
+        # Before the lock: a thread that holds it may wait for the lock of this import.
         for name in _PATCHED_MODULES:
             importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -191,10 +190,9 @@ def patch_safetensors() -> AbstractContextManager[None]:
 
 
 def unpatch_safetensors() -> None:
-    """Takes one call of patch_safetensors() back. With the last, every module has what it had before.
+    """Undoes one call of patch_safetensors(). Undoing the last one restores the original objects in every module.
 
-    So have modules that were imported in between, and took names from safetensors. Does nothing where nothing is
-    patched.
+    Modules that were imported while patched get the originals too. Does nothing if nothing is patched.
 
     Example:
         >>> import safetensors
@@ -215,17 +213,17 @@ def unpatch_safetensors() -> None:
 
 def _apply() -> None:
     package, functions = (sys.modules[name] for name in _PATCHED_MODULES)
-    found = []  # kept, so that no other object gets the id of one
-    for name, stand_in in _replacements.items():
+    found = []  # kept alive, so that no other object gets one of their ids
+    for name, replacement in _replacements.items():
         current = getattr(package if name == "safe_open" else functions, name)
-        if current is not stand_in:  # which somebody may have put back there
-            # Or that of _safetensors_torch_start, which waits for torch.
+        if current is not replacement:  # a program may have assigned ours again
+            # The class of _safetensors_torch_start, which waits for torch, knows the original.
             _reference[name] = getattr(current, "_safetensors_torch_waits_for", current)
-            found.append((current, stand_in))
-        found.append((_reference[name], stand_in))
-    # First, because it alone can fail: where a class derives from both errors, and names the reference's first.
+            found.append((current, replacement))
+        found.append((_reference[name], replacement))
+    # First, because only this can fail: if a class derives from both errors and names the reference's first.
     SafetensorError.__bases__ = (*_ERROR_BASES, package.SafetensorError)
-    _namespaces[:] = _replace(_loaded_namespaces(), {id(current): stand_in for current, stand_in in found})
+    _namespaces[:] = _replace(_loaded_namespaces(), {id(current): replacement for current, replacement in found})
 
 
 def _restore() -> None:
@@ -235,26 +233,26 @@ def _restore() -> None:
 
 
 def _loaded_namespaces() -> list[dict[str, Any]]:
-    """The globals of every loaded module but for ours, and the reference's for other frameworks."""
+    """Returns the globals of every loaded module except ours and the reference's for other frameworks."""
     result = []
     for name, module in sys.modules.copy().items():
         package = name.partition(".")[0]
         if package == __package__ or (package == "safetensors" and name not in _PATCHED_MODULES):
             continue
         try:
-            # Past whatever the class of a module makes of attributes: lazy ones would be imported.
+            # Past __getattr__ and properties of lazy modules, which would import them.
             namespace = object.__getattribute__(module, "__dict__")
         except AttributeError:
             continue
-        if isinstance(namespace, dict):  # not that of a class
+        if isinstance(namespace, dict):  # not a class's mappingproxy
             result.append(namespace)
     return result
 
 
 def _replace(namespaces: list[dict[str, Any]], by_id: dict[int, Any]) -> list[dict[str, Any]]:
-    """Puts a value of ``by_id`` wherever an object with its key as id has a name; gives the namespaces with such names.
+    """Replaces objects by the values for their ids in ``by_id``. Returns the namespaces that changed.
 
-    The objects themselves must be alive, so that no other has their id.
+    The replaced objects must be alive, so that no other object has their id.
     """
     changed = []
     for namespace in namespaces:

@@ -1,7 +1,7 @@
-"""safe_open: an open safetensors file, or one in memory, read tensor by tensor or slice by slice.
+"""safe_open: reads a safetensors file, or one in memory, tensor by tensor or slice by slice.
 
-Owns the Python face of the native class File and of a slice. It reads nothing itself and computes no offset: _index
-makes one range for each dimension of an index, and File knows the bytes behind those.
+Owns the Python classes over the native File. _slice_index turns an index into one range for each dimension, and File
+reads the bytes of those ranges.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FRAMEWORKS = ("pt", "torch", "pytorch")
 
 
 def _is_contents(filename: Any) -> bool:
-    """Whether this is not the name of a file, but what one holds, or an open file."""
+    """Returns whether this is the contents of a file, or an open file, instead of a file name."""
     if isinstance(filename, bytes):
-        # Either may be bytes: every file has a null byte among its first eight, and no name has one.
+        # Both may be bytes: every file has a null byte among its first eight, and no file name has one.
         return b"\0" in filename[:8]
     if isinstance(filename, (str, os.PathLike)):
         return False
@@ -37,31 +37,31 @@ def _is_contents(filename: Any) -> bool:
     return True
 
 
-def _name(name: Any) -> str:
+def _check_tensor_name(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"the name of a tensor is a str, not {type(name).__name__}")
-    if not _is_unicode(name):
-        raise _absent(name.encode("utf-8", "backslashreplace").decode())
+        raise TypeError(f"the name of a tensor must be a str, not {type(name).__name__}")
+    if not _has_utf8(name):
+        raise _missing_tensor(name.encode("utf-8", "backslashreplace").decode())
     return name
 
 
-def _absent(name: str) -> SafetensorError:
-    """The text by which programs know the error: without the file, which the native one names."""
+def _missing_tensor(name: str) -> SafetensorError:
+    """Returns the error with the reference's text, which programs look for. The native text also names the file."""
     return SafetensorError(f"File does not contain tensor {truncate(name)}")
 
 
-def _of(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
-    """What ``get`` makes of a tensor of ``file``, which may not be there."""
+def _get_existing(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
+    """Returns ``get(file, name)``, and raises the reference's error if there is no such tensor."""
     try:
         return get(file, name)
     except SafetensorError:
         if not call(file.contains, name):
-            raise _absent(name) from None
+            raise _missing_tensor(name) from None
         raise
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a file can have this name. A lone surrogate has no UTF-8, and the operators do not take it for a str."""
+def _has_utf8(text: str) -> bool:
+    """Returns whether a file can have this name: a lone surrogate has no UTF-8, and no operator accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -70,19 +70,19 @@ def _is_unicode(text: str) -> bool:
 
 
 class safe_open:  # noqa: N801 - the name that users of safetensors know
-    """A safetensors file, open for reading. A context manager; leaving it closes the file.
+    """A safetensors file, open for reading. It is a context manager, whose end closes the file.
 
-    Tensors and slices that were taken before go on working after that. Threads may share it, and processes that are
-    forked from this one; to pickle or copy it is a TypeError.
+    Tensors and slices remain valid after that. Threads and forked processes may share it; it cannot be pickled or
+    copied.
 
     Args:
-        filename: the file; str, bytes or os.PathLike. Or the contents of one, as load takes them: bytes, another object
-            with the buffer protocol, which stays exported while this is open or a slice of it is there, or an open
-            file, which is read to its end. Tensors are then copies.
+        filename: the file; str, bytes or os.PathLike. Or contents, as for load: bytes, another object with the buffer
+            protocol, which stays exported as long as this is open or a slice of it exists, or an open file, which is
+            read to its end. Tensors are then copies.
         framework: "pt", "torch" or "pytorch", which all mean torch.
-        device: where tensors shall be, as for load_file.
-        backend: "mmap" or "pread", as for load_file. With "mmap", two reads of one tensor share memory; with
-            "pread" never. No matter for contents.
+        device: the device of the tensors, as for load_file.
+        backend: "mmap" or "pread", as for load_file. Two reads of one tensor share memory with "mmap", and do not with
+            "pread". Ignored for contents.
 
     Raises:
         SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend.
@@ -106,7 +106,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         self._title = type(filename).__name__ if is_contents else short_repr(filename)
         # Whether tensors are views of a mapping.
         self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
-        # What keeps contents in memory where they are.
+        # Keeps the memory of contents alive.
         self._view: memoryview | None = None
         self._open: Any | None = None
         if is_contents:
@@ -133,9 +133,9 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         self._open = self._view = None
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled or copied: another process may find another file at the path."""
+        """Refuses to be pickled or copied: in another process, the path may lead to another file."""
         raise TypeError(
-            f"cannot pickle or copy {self!r}: threads and forked processes may share it; any other process has to open"
+            f"cannot pickle or copy {self!r}: threads and forked processes may share it; any other process must open"
             f" the file itself: safe_open({self._title})"
         )
 
@@ -150,50 +150,52 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         return file
 
     def keys(self) -> list[str]:
-        """The names of the tensors, sorted."""
+        """Returns the names of the tensors, sorted."""
         return call(self._file().keys)
 
     def offset_keys(self) -> list[str]:
-        """The names of the tensors in the order of their data in the file."""
+        """Returns the names of the tensors in the order of their data in the file."""
         return call(self._file().offset_keys)
 
     def metadata(self) -> dict[str, str] | None:
-        """The text in the header, or None where it has none."""
+        """Returns the metadata in the header, or None if it has none."""
         return call(self._file().metadata)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """The tensor called ``name``, on the device of this handle, with the dtype and shape in the header.
+        """Returns the tensor called ``name``, on the device of this handle, with the dtype and shape in the header.
 
         Raises:
-            SafetensorError: no such tensor, the file is closed, or torch has no such dtype.
+            SafetensorError: there is no such tensor, the file is closed, or torch lacks the dtype.
         """
-        return _of(self._file(), _name(name), lambda file, name: _get_tensor(file, name, self._device))
+        return _get_existing(
+            self._file(), _check_tensor_name(name), lambda file, name: _get_tensor(file, name, self._device)
+        )
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, in the order of their data in the file, on the device of this handle.
+        """Returns all tensors by name, in the order of their data in the file, on the device of this handle.
 
         Raises:
-            SafetensorError: the file is closed, or torch has not the dtype of one of them.
+            SafetensorError: the file is closed, or torch lacks a dtype.
         """
         pending = call(self._file().start_load, None, self._device, None)
         run(pending, pending.total, None, "load")
         names, tensors = call(pending.result)
-        return dict(zip(names, tensors))
+        return dict(zip(names, tensors, strict=True))
 
     def get_slice(self, name: str) -> PySafeSlice:
-        """The tensor called ``name``, not read yet: index the result to read a part of it.
+        """Returns the tensor called ``name``, unread: index the result to read a part of it.
 
         Raises:
-            SafetensorError: no such tensor, or the file is closed.
+            SafetensorError: there is no such tensor, or the file is closed.
         """
-        return _of(self._file(), _name(name), self._slice)
+        return _get_existing(self._file(), _check_tensor_name(name), self._slice)
 
     def _slice(self, file: Any, name: str) -> PySafeSlice:
         return PySafeSlice(file, name, self._device, self._is_mapped, self._view)
 
     def __contains__(self, name: object) -> bool:
         file = self._file()
-        return isinstance(name, str) and _is_unicode(name) and call(file.contains, name)
+        return isinstance(name, str) and _has_utf8(name) and call(file.contains, name)
 
     def __len__(self) -> int:
         return call(self._file().size)
@@ -202,16 +204,16 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         return iter(self.keys())
 
 
-# Less than this comes with the page that is touched.
+# The kernel reads a smaller part together with the first page.
 _READ_AHEAD_BYTES = 128 << 10
 
 
 class PySafeSlice:
-    """A tensor in an open file, to be read in part: ``[index]`` gives what the tensor itself would give.
+    """A tensor in an open file, to read in part: ``[index]`` returns what ``tensor[index]`` returns.
 
-    With the backend "pread", from memory, and on other devices than the CPU, an index of ints, slices, ``...``, None
-    and bools reads only the bytes that it selects. A list of ints or a tensor beside those takes its dimensions whole;
-    the other items still narrow theirs. Any other index (a list of lists, an array) reads the whole tensor first.
+    With "pread", from memory, and to other devices than the CPU, an index of ints, slices, ``...``, None and bools
+    reads only the bytes that it selects. A list of ints or a tensor among them reads all of its dimensions; the other
+    items still limit theirs. Any other index (a list of lists, an array) reads the whole tensor first.
     """
 
     def __init__(
@@ -227,9 +229,9 @@ class PySafeSlice:
         self._shape, self._dtype = call(file.shape_and_dtype, name)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled or copied, as the handle does."""
+        """Refuses to be pickled or copied, like the handle."""
         raise TypeError(
-            f"cannot pickle or copy {self!r}: send the tensors that it gives, or open the file in the other process:"
+            f"cannot pickle or copy {self!r}: send the tensors, or open the file in the other process:"
             f" safe_open(path).get_slice({short_repr(self._name)})"
         )
 
@@ -237,22 +239,22 @@ class PySafeSlice:
         return f"<slice of {short_repr(self._name)}: {self._dtype} {self._shape}>"
 
     def get_shape(self) -> list[int]:
-        """The shape in the header, in elements. For F4 the last dimension is twice that of torch's packed dtype."""
+        """Returns the shape in the header. For F4 the last dimension is twice that of torch's packed dtype."""
         return self._shape.copy()
 
     def get_dtype(self) -> str:
-        """The dtype's code in the header, such as "F32"."""
+        """Returns the dtype's code in the header, such as "F32"."""
         return self._dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The part that ``index`` selects, on the device of the handle that this slice was taken from.
+        """Returns the part that ``index`` selects, on the device of the handle.
 
         Raises:
-            IndexError, ValueError, TypeError: what torch raises for this index and shape.
-            SafetensorError: torch has no such dtype, or the file shrank meanwhile.
+            IndexError, ValueError, TypeError: torch refuses the index for this shape.
+            SafetensorError: torch lacks the dtype, or the file was truncated.
         """
         if self._is_mapped:
-            # A view of the mapping: only the pages that it touches are read.
+            # A view of the mapping: only the pages that are accessed are read.
             part = call(self._file.view, self._name)[index]
             if part.nbytes >= _READ_AHEAD_BYTES:
                 call(self._file.read_ahead, self._name, part)
@@ -261,16 +263,16 @@ class PySafeSlice:
         items = index if isinstance(index, tuple) else (index,)
         box = bounding_box(items, like.shape, is_packed=list(like.shape) != self._shape)
         if box is None:
-            # Torch refuses here what it refuses, before anything is read: this has the shape, and no memory.
+            # A tensor of this shape without memory: torch refuses a wrong index before anything is read.
             torch.empty((), dtype=like.dtype, device=self._device).expand(like.shape)[index]
             return _get_tensor(self._file, self._name, self._device)[index]
         pending = call(self._file.start_slice, self._name, box.starts, box.stops, box.steps, self._device)
         run(pending, pending.total, None, "load")
-        return call(pending.result)[box.rest]
+        return call(pending.result)[box.index]
 
 
 def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
-    """One tensor, in steps where it goes to a device."""
+    """Returns one tensor; loads to another device than the CPU in steps."""
     if device.type == "cpu":
         return call(file.get_tensor, name, device)
     pending = call(file.start_load, [name], device, None)

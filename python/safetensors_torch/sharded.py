@@ -1,7 +1,6 @@
-"""load_sharded and save_sharded: checkpoints of several files and their index, as Hugging Face's tools have them.
+"""load_sharded and save_sharded: checkpoints of several files and their index, in the layout of Hugging Face's tools.
 
-Owns the arguments of Python. What a path means, how tensors are divided, what the files are called, and whether an
-index fits its files, the native library decides.
+Owns the arguments. The native library resolves paths, divides the tensors into files, and checks an index.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GI
 
 
 def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra: str = "error") -> Any:
-    """The native File over the files of the checkpoint at ``path``; the arguments are those of load_sharded."""
+    """Opens the native File over the checkpoint at ``path``; the arguments are those of load_sharded."""
     arguments = (encode_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
     pending = call(_PendingFile, *arguments)
     while not call(pending.advance, STEP_SECONDS):
@@ -60,34 +59,33 @@ def load_sharded(
     extra: str = "error",
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
-    """Loads the tensors of a checkpoint: of one file, or of several that an index lists.
+    """Loads the tensors of a checkpoint of one file, or of several files with an index.
 
-    The index is checked against its files before a tensor is read: they hold the tensors that it lists, where it says
-    so, and no others unless ``extra`` allows them, and it names no file outside its directory.
+    The index is checked before a tensor is read: each file holds the tensors that the index lists for it, and no others
+    unless ``extra`` allows them, and no file is outside the directory.
 
     Args:
-        path: a directory, an index (a name that ends in ``.json``), or a file; str, bytes or os.PathLike. In a
-            directory ``model.safetensors`` counts first, then ``model.safetensors.index.json``, as in transformers,
-            then the only checkpoint of another name.
-        device: where the tensors shall be, as for load_file.
-        backend: how the files are read, as for load_file.
-        prefault: what becomes of mapped pages before they are touched, as for load_file.
-        dtype: what floating-point tensors are converted to, as for load_file.
-        names: which tensors to load, as for load_file; files that have none of them are not read.
-        variant: which checkpoint of a directory: "fp16" loads ``model.fp16.safetensors``,
+        path: a directory, an index (its name ends in ``.json``), or a file; str, bytes or os.PathLike. A directory
+            means its ``model.safetensors``, then ``model.safetensors.index.json``, as in transformers, then its only
+            checkpoint of another name.
+        device: the device of the tensors, as for load_file.
+        backend: "mmap" or "pread", as for load_file.
+        prefault: whether to bring mapped pages into memory, as for load_file.
+        dtype: the dtype to convert floating-point tensors to, as for load_file.
+        names: the tensors to load, as for load_file; files that have none of them are not read.
+        variant: the variant to load from a directory: "fp16" means ``model.fp16.safetensors``,
             ``model.safetensors.index.fp16.json`` and the other names that diffusers and transformers use.
-        extra: what is done about tensors that the files hold and the index does not list: "error" refuses the
-            checkpoint, "ignore" leaves them out.
-        progress: who is told how far it is, as for load_file.
+        extra: the treatment of tensors that the index does not list: "error" refuses the checkpoint, "ignore" skips
+            them.
+        progress: a bar or a function, as for load_file.
 
     Returns:
-        The tensors by name, file after file, each in the order of its data.
+        The tensors by name, file after file, in the order of their data.
 
     Raises:
         SafetensorError: an index that is malformed, names a file outside its directory, or does not fit its files; a
-            directory without a checkpoint, or with several; a variant of a path that is a file; and what load_file
-            raises, for each file.
-        OSError: a file that is missing, or cannot be read.
+            directory without a checkpoint, or with several; a variant of a file; and what load_file raises.
+        OSError: a file is missing or cannot be read.
         MemoryError, torch.OutOfMemoryError, ValueError, TypeError, RuntimeError, ImportError: as load_file.
 
     Example:
@@ -114,7 +112,7 @@ def load_opened(
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
-    """load_sharded of a checkpoint that is open, of the native File over what is at ``path``."""
+    """Loads from ``file``, the open checkpoint at ``path``, as load_sharded does."""
     if is_traced():
         return _load_file_by_file(file, encode_path(path), select(file, names), device, backend, prefault, dtype)
     bring_in(file, device, backend, prefault, names)
@@ -130,7 +128,7 @@ def _load_file_by_file(
     prefault: bool | None,
     dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
-    """The same by operators that a mode of torch's can see."""
+    """Loads through operators, which a dispatch mode sees."""
     directory = path if os.path.isdir(path) else os.path.dirname(path)
     wanted = call(file.offset_keys) if names is None else names
     tensors: dict[str, torch.Tensor] = {}
@@ -157,32 +155,30 @@ def save_sharded(
 ) -> list[str]:
     """Saves tensors as a checkpoint in a directory: one file, or several and their index.
 
-    Names, index and division are those of Hugging Face's tools: tensors go into the files in their order, and a new
-    file begins before the tensor with which it would pass the size. A checkpoint of the same stem that is there is
-    replaced as a whole; docs/saving.md says how, and what a process that is killed leaves.
+    File names, index and division are those of Hugging Face's tools: tensors go into the files in their order, and a
+    tensor that would exceed the size begins a new file. A checkpoint of the same stem is replaced as a whole;
+    docs/saving.md describes the steps, and what a killed process leaves behind. Nothing is written if a check fails.
 
     Args:
         tensors: the tensors by name, as for save_file.
-        directory: where the files go; made if it is not there. str, bytes or os.PathLike.
-        metadata: text to store in the header of each file. ``format`` = ``pt``, which Hugging Face's tools want, is
-            added unless it is there.
-        max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"); a
-            tensor that is larger has a file of its own.
-        stem: what the names of the files begin with.
-        force_contiguous: what becomes of tensors that are not contiguous, as for save_file.
-        shared: what becomes of tensors that share memory, as for save_file.
-        durable: whether to return only once everything is on the disk, as for save_file.
-        progress: who is told how far it is, as for save_file.
+        directory: the directory for the files, created if missing; str, bytes or os.PathLike.
+        metadata: text to store in the header of each file. ``format`` = ``pt``, which Hugging Face's tools require, is
+            added if missing.
+        max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"). A
+            larger tensor gets a file of its own.
+        stem: the beginning of the file names.
+        force_contiguous: whether to copy tensors that are not contiguous, as for save_file.
+        shared: the treatment of tensors that share memory, as for save_file.
+        durable: whether to return only after all files are on disk, as for save_file.
+        progress: a bar or a function, as for save_file.
 
     Returns:
         The names of the files, the index last.
 
     Raises:
-        ValueError: a size that is none, or less than 1; and what save_file raises.
-        SafetensorError: a stem that no file name can begin with; and what save_file raises.
+        ValueError: an invalid size; and what save_file raises.
+        SafetensorError: a stem that cannot begin a file name; and what save_file raises.
         RuntimeError, TypeError, UnicodeEncodeError, OSError: as save_file.
-
-    Nothing is written if a check fails, and a directory keeps its checkpoint until all new files are complete.
 
     Example:
         >>> save_sharded({"a": torch.zeros(3)}, directory)
@@ -202,11 +198,11 @@ def save_sharded(
 
 
 def parse_size(size: int | str) -> int:
-    """A number of bytes, given as one or as text with a unit: powers of 1000 ("5GB") or of 1024 ("5GiB").
+    """Returns a number of bytes, from a number or text with a unit: powers of 1000 ("5GB") or 1024 ("5GiB").
 
     Raises:
-        ValueError: text that is no such size, or less than 1 byte.
-        TypeError: neither.
+        ValueError: the text is not a size, or the size is less than 1 byte or too large.
+        TypeError: it is neither a number nor text.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise TypeError(f"a size is a number of bytes or a str such as '5GB', not {type(size).__name__}")
@@ -217,9 +213,9 @@ def parse_size(size: int | str) -> int:
         factor = _UNITS.get(match[2].upper() or "B") if match else None
         if match is None or factor is None:
             raise ValueError(
-                f"{short_repr(size)} is no size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'"
+                f"{short_repr(size)} is not a size: give bytes as a number, or with a unit, such as '5GB' or '500MiB'"
             )
         parsed = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
     if not 1 <= parsed < 1 << 63:
-        raise ValueError(f"{short_repr(size)} is no size that a file can have: give 1 byte or more, such as '5GB'")
+        raise ValueError(f"{short_repr(size)} is out of range for a size: give 1 byte or more, such as '5GB'")
     return parsed

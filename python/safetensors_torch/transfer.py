@@ -1,14 +1,12 @@
-"""What loads and saves may use: threads, and pinned host memory for devices.
-
-Owns the Python names of these settings, which are the process's.
-"""
+"""The settings of a process for loads and saves: threads, and pinned host memory for transfers to devices."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from ._arguments import check_int
 from ._errors import call
 
 _ops = torch.ops.safetensors_torch
@@ -18,16 +16,16 @@ class TransferOptions(NamedTuple):
     """The settings of the process."""
 
     pinned_pool_bytes: int
-    """Pinned host memory for all transfers together, in bytes."""
+    """The most pinned host memory that all transfers together keep, in bytes."""
     threads: int
-    """The most threads that one load or save uses; 0 means as many as suit the machine."""
+    """The most threads that one load or save uses; 0 means a number that suits the machine."""
 
 
 def transfer_options() -> TransferOptions:
-    """The settings as they are.
+    """Returns the current settings.
 
-    Until they are set, they are those of the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES (64
-    MiB if unset) and SAFETENSORS_TORCH_THREADS (otherwise 0).
+    Their defaults are the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES, or 64 MiB, and
+    SAFETENSORS_TORCH_THREADS, or 0.
 
     Example:
         >>> transfer_options()
@@ -37,21 +35,18 @@ def transfer_options() -> TransferOptions:
 
 
 def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int | None = None) -> None:
-    """Changes the settings, from the next load or save on.
+    """Changes the settings for later loads and saves. None keeps a setting.
 
     Args:
-        pinned_pool_bytes: the most pinned host memory that transfers to and from devices keep, in bytes; it is taken
-            in slabs of 2 MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
-        threads: the most threads that one load or save uses, to the CPU or a device: the calling one, those that read
-            and copy, and those that go on in the background (``prefault``). 1 means the calling one alone; 0 as many
-            as suit the machine and the work. torch's own threads, which convert tensors on the CPU (``dtype``), are
-            those of torch.set_num_threads.
-
-    What is None stays as it is.
+        pinned_pool_bytes: the most pinned host memory that transfers to and from devices keep, in bytes. It is
+            allocated on demand, in slabs of 2 MiB. With 0, copies go through memory that is not pinned.
+        threads: the most threads that one load or save uses: the calling thread, those that read and copy, and those
+            that prefault in the background. 1 means the calling thread only; 0 a number that suits the machine.
+            torch.set_num_threads sets the number of torch's own threads, which convert tensors on the CPU (``dtype``).
 
     Raises:
-        TypeError: what is not an int.
-        ValueError: a negative number.
+        TypeError: a setting is not an int.
+        ValueError: a setting is negative.
 
     Example:
         >>> set_transfer_options(threads=4)
@@ -59,44 +54,40 @@ def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int |
         4
         >>> set_transfer_options(threads=0)
     """
-    for name, value in (("pinned_pool_bytes", pinned_pool_bytes), ("threads", threads)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    call(_ops._set_transfer_options, _fitting(pinned_pool_bytes), _fitting(threads))
-
-
-def _fitting(value: Any) -> Any:
-    """What an operator's int can hold; more than this is without end anyway."""
-    return None if value is None else max(min(value, 2**62), -1)
+    if pinned_pool_bytes is not None:
+        pinned_pool_bytes = check_int(pinned_pool_bytes, "pinned_pool_bytes")
+    if threads is not None:
+        threads = check_int(threads, "threads")
+    call(_ops._set_transfer_options, pinned_pool_bytes, threads)
 
 
 def reserve_transfer_memory(nbytes: int) -> int:
-    """Pins host memory for the transfers to come, so that the first of them need not. It takes about a millisecond for
-    each MiB, and is done by the current device: make that the one to be loaded to first.
+    """Pins host memory in advance, so that the first transfer does not have to.
+
+    Pinning takes about a millisecond for each MiB. It belongs to the current device: set that to the target device
+    first.
 
     Args:
-        nbytes: how much there shall be. No more than ``pinned_pool_bytes`` is pinned.
+        nbytes: how many bytes to have pinned, up to ``pinned_pool_bytes``.
 
     Returns:
-        How many bytes there are now: 0 where there is no accelerator that has such memory.
+        The number of pinned bytes now, which is 0 without an accelerator that supports pinned memory.
 
     Raises:
-        TypeError: ``nbytes`` is no int.
+        TypeError: ``nbytes`` is not an int.
 
     Example:
         >>> reserve_transfer_memory(32 << 20) in (0, 32 << 20)
         True
     """
-    if not isinstance(nbytes, int) or isinstance(nbytes, bool):
-        raise TypeError(f"nbytes must be an int, not {type(nbytes).__name__}")
-    return call(_ops._reserve_transfer_memory, _fitting(nbytes))
+    return call(_ops._reserve_transfer_memory, check_int(nbytes, "nbytes"))
 
 
 def release_transfer_memory() -> int:
-    """Frees the pinned host memory that waits for the next transfer. What one uses at this moment stays.
+    """Frees the pinned host memory that no transfer is using.
 
     Returns:
-        How many bytes that was.
+        The number of bytes freed.
 
     Example:
         >>> release_transfer_memory() >= 0
@@ -106,7 +97,7 @@ def release_transfer_memory() -> int:
 
 
 def transfer_memory() -> int:
-    """How many bytes of pinned host memory transfers have now, in use or waiting for the next one.
+    """Returns the bytes of pinned host memory that are in use by transfers or kept for the next one.
 
     Example:
         >>> transfer_memory() <= transfer_options().pinned_pool_bytes

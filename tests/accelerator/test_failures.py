@@ -19,7 +19,7 @@ from torch import nn
 import accelerator
 import safetensors_torch
 from accelerator import device, hold, release
-from proc import ctrl_c_is_heard, eventually
+from proc import ctrl_c_interrupts, eventually
 from safetensors_torch import SafetensorError, load, load_file, load_model, safe_open, save, save_file
 from support import entries
 from support_accelerator import MIB, SLAB, assert_equal, held_pool, reserve, values, write
@@ -204,7 +204,7 @@ def interrupted(seconds: float = 0.3) -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGINT)
 
     timer = threading.Timer(seconds, send)
-    with ctrl_c_is_heard(), pytest.raises(KeyboardInterrupt):
+    with ctrl_c_interrupts(), pytest.raises(KeyboardInterrupt):
         timer.start()
         yield
     assert time.monotonic() - sent[0] < 1

@@ -44,7 +44,7 @@ def directory(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def test_all_shards_come_to_the_device(directory: Path, tensors: dict, mode: str, backend: str) -> None:
     file = OPS._open_checkpoint(str(directory), backend, None, "error")
     names, loaded = finish(file.start_load(None, device(), None))
-    assert_equal(dict(zip(names, loaded)), tensors)
+    assert_equal(dict(zip(names, loaded, strict=True)), tensors)
 
 
 def test_shards_are_converted_and_selected(directory: Path, tensors: dict, mode: str) -> None:
@@ -54,7 +54,7 @@ def test_shards_are_converted_and_selected(directory: Path, tensors: dict, mode:
     )
     expected = {name: tensors[name] for name in chosen}
     expected = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in expected.items()}
-    assert_equal(dict(zip(names, loaded)), expected, 1)
+    assert_equal(dict(zip(names, loaded, strict=True)), expected, 1)
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])

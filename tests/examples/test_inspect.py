@@ -153,9 +153,9 @@ def sharded(tmp_path: Path) -> list[Path]:
     contents = [{"b": ("F32", [2], 8), "d": ("I8", [3], 3)}, {"a": ("F32", [1], 4), "c": ("BF16", [0], 0)}]
     index = directory / "model.safetensors.index.json"
     files = [directory / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for file, content, metadata in zip(files, contents, ({"format": "pt"}, None)):
+    for file, content, metadata in zip(files, contents, ({"format": "pt"}, None), strict=True):
         write(file, content, metadata)
-    weight_map = {name: file.name for file, content in zip(files, contents) for name in content}
+    weight_map = {name: file.name for file, content in zip(files, contents, strict=True) for name in content}
     index.write_text(json.dumps({"metadata": {"total_size": 15}, "weight_map": weight_map}))
     return [directory, index, *files]
 

@@ -21,5 +21,5 @@ ERROR_MRO = safetensors_torch.SafetensorError.__mro__
 def is_unpatched() -> bool:
     return safetensors_torch.SafetensorError.__mro__ == ERROR_MRO and all(
         list(vars(module)) == list(before) and all(vars(module)[name] is before[name] for name in before)
-        for module, before in zip(MODULES, BEFORE)
+        for module, before in zip(MODULES, BEFORE, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Errors that the system or a program is the cause of, not the file: each says the cause and the way out."""
+"""Errors that the system or a program causes, not the file: each text has the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 import safetensors_torch
+from proc import run_python
 from safetensors_torch import load_file, safe_open, save, save_file
 from support import entry, pack
 
@@ -24,11 +24,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
-def said_by(program: str, *args: object, **variables: str) -> str:
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
-    done = subprocess.run(
-        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=180, check=False
-    )
+def output_of(program: str, *args: object, **variables: str) -> str:
+    if variables:  # LD_PRELOAD needs a fresh Python
+        command = [sys.executable, "-c", program, *map(str, args)]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    else:
+        done = run_python(program, *args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -69,7 +71,7 @@ def test_a_full_map_count(path: Path) -> None:
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
     if most > 1 << 17:
         pytest.skip(f"vm.max_map_count is {most}: it would take long to make so many mappings")
-    mapped, read = said_by(FILLS_THE_MAP_COUNT, path).splitlines()
+    mapped, read = output_of(FILLS_THE_MAP_COUNT, path).splitlines()
     assert f"MemoryError: cannot map {path}" in mapped and f"vm.max_map_count is {most}" in mapped, mapped
     assert 'the backend "pread"' in mapped and "sysctl" in mapped, mapped
     assert read == "['a']", "the remedy works"
@@ -80,7 +82,7 @@ def test_too_little_address_space(tmp_path: Path) -> None:
     with (tmp_path / "f").open("wb") as file:
         file.write(pack({"a": entry("U8", [size], 0, size)}, b""))
         file.truncate(file.tell() + size)
-    said = said_by(
+    said = output_of(
         "import resource, sys\nimport torch, safetensors_torch\n"
         + SAYS
         + "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
@@ -116,7 +118,7 @@ def test_a_filesystem_without_mappings(path: Path, tmp_path: Path) -> None:
     (tmp_path / "shim.c").write_text(NO_MAPPINGS)
     shim = tmp_path / "shim.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
-    said = said_by(
+    said = output_of(
         "import sys\nimport torch, safetensors_torch\n"
         + SAYS
         + "print(says(sys.argv[1]))\nprint(says(sys.argv[1], backend='pread'))\n",

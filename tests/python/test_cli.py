@@ -278,7 +278,7 @@ def test_checksums(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", "model.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 1
     assert f"not {digest}: the data is damaged" in capsys.readouterr().out
     assert run("verify", "other.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 1
-    assert "does not have it" in capsys.readouterr().out
+    assert "the list of checksums lacks it" in capsys.readouterr().out
     Path("checkpoint/SHA256SUMS").write_text("not a checksum\n")
     assert run("verify", "model.safetensors", "--checksums", "checkpoint/SHA256SUMS") == 2
     assert "SHA256SUMS, line 1" in capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_convert_divides_joins_and_casts(here: Path, capsys: pytest.CaptureFixtu
     for target in ("joined.safetensors", "parts"):
         before = {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")}
         assert run("convert", "other.safetensors", target) == 2
-        assert f"{target} is there already" in capsys.readouterr().err
+        assert f"{target} exists already" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")} == before
         assert run("convert", "other.safetensors", target, "--force") == 0
         assert torch.equal(load_sharded(target)["layer.weight"], load_file("other.safetensors")["layer.weight"])

@@ -119,7 +119,7 @@ def test_an_index_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture[st
     refused({"a": "pytorch_model-00003-of-00002.bin"}, "No such file", "00003-of-00002")
     refused({}, "steps", INDEX, "--skip", without="steps")
     assert run("old", "a.safetensors", "--skip") == 0
-    assert f"left out  steps (old/{second}: not in the index)" in capsys.readouterr().out
+    assert f"skipped   steps (old/{second}: not in the index)" in capsys.readouterr().out
     assert "steps" not in load_file("a.safetensors") and "z" in load_file("a.safetensors")
     Path("old", INDEX).write_text("{}")
     assert run(f"old/{INDEX}", "b.safetensors") == 2
@@ -166,7 +166,7 @@ def test_what_is_no_tensor_is_left_out_if_asked_for(here: Path, capsys: pytest.C
     assert "epoch (int)" in error and "--skip" in error and not os.path.exists("a.safetensors")
     assert run("trained.pt", "a.safetensors", "--skip") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["left out  epoch (int)", "left out  config\\x1b[31m (dict)"]
+    assert lines[:2] == ["skipped   epoch (int)", "skipped   config\\x1b[31m (dict)"]
     assert load_file("a.safetensors").keys() == {"w"}
     assert run("trained.pt", "b.safetensors", "--skip", "--json") == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == ["epoch (int)", "config\x1b[31m (dict)"]
@@ -174,7 +174,7 @@ def test_what_is_no_tensor_is_left_out_if_asked_for(here: Path, capsys: pytest.C
     assert "--skip" in capsys.readouterr().err
     torch.save({1: torch.ones(1), "1": torch.ones(1)}, "twice.pt")
     assert run("twice.pt", "d.safetensors") == 2
-    assert "one as text" in capsys.readouterr().err
+    assert "equal as text" in capsys.readouterr().err
 
 
 def test_a_file_that_is_cut_short(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

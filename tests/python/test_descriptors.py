@@ -1,16 +1,15 @@
-"""Open handles keep no descriptor of a mapped file, and stay with the file that was opened, whatever is at its path."""
+"""Handles keep no descriptor of a mapped file open, and keep the opened file, even if its path changes."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+from proc import run_python
 from safetensors_torch import load_file, safe_open, save_file, save_sharded
 from support import entry, pack
 
@@ -18,10 +17,9 @@ HANDLES = 3000
 
 
 def run(program: str, *args: object, files: int = 1024) -> str:
-    """What a Python prints that may have so many files open."""
+    """Returns what ``program`` prints with a limit on open files."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))\n"
-    command = [sys.executable, "-c", limit + textwrap.dedent(program), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    done = run_python(limit + textwrap.dedent(program), *args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -118,7 +116,7 @@ def test_a_handle_stays_with_the_file_that_it_opened(
     state = file._open.start_load(None, torch.device("cpu"), torch.float64)
     while not state.advance(1.0):
         pass
-    converted = dict(zip(*state.result()))
+    converted = dict(zip(*state.result(), strict=True))
     assert converted["small"].tolist() == [1, 1] and converted["small"].dtype == torch.float64
     for tensors in (file.get_tensors(), converted):
         assert tensors["small"].tolist() == [1, 1]

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proc import ctrl_c_is_heard
+from proc import ctrl_c_interrupts
 from safetensors_torch import SafetensorError, edit_metadata, load_file, safe_open, save_file
 from support import bits, encode, entries, mode, unpack, unprivileged
 
@@ -239,7 +239,7 @@ def test_progress_and_interrupts(large: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    with ctrl_c_is_heard():
+    with ctrl_c_interrupts():
         with pytest.raises(KeyboardInterrupt):
             try:
                 thread.start()

@@ -1,6 +1,6 @@
-"""Processes that are forked after, and during, loads and saves: the child loads, saves and ends; the parent goes on.
+"""Forks after and during loads and saves: the child loads, saves and ends; the parent continues.
 
-Each scenario is a Python of its own, with a time limit, as what it would find is a child that waits for ever.
+Each scenario is a process of its own with a time limit, because a bug would show as a child that waits forever.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,17 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from proc import run_python
 from safetensors_torch import _load
 
 SECONDS = 180
 
-# What all scenarios share.
+# The beginning of every scenario.
 SHARED = """
 import os, sys, threading, time
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors_torch import IncrementalWriter, load, load_file, load_model, safe_open, save, save_file
+from safetensors_torch import IncrementalWriter, _progress, load, load_file, load_model, safe_open, save, save_file
 
 directory = Path(sys.argv[1])
 tensors = {"large": torch.arange(6 << 20, dtype=torch.int32), "small": torch.arange(5.0)}  # worth threads
@@ -36,11 +36,11 @@ save_file(tensors, path)
 def same(loaded, expected=tensors):
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
-        # torch's own operators on large tensors wait for threads that a child has not.
+        # torch's own operators on large tensors would wait for threads that the child lacks.
         assert np.array_equal(loaded[name].numpy(), tensor.numpy()), name
 
 def all_works(name):
-    "Loads, saves, slices; in a file of its own"
+    "Loads, saves and slices, in a file of its own"
     own = directory / name
     for backend in ("mmap", "pread"):
         same(load_file(path, backend=backend))
@@ -54,7 +54,7 @@ def all_works(name):
     own.unlink()
 
 def fork(work, *args, end=os._exit):
-    "The child's number; the child does its work and ends as multiprocessing's would, or else in order"
+    "Returns the child's pid. The child runs ``work`` and ends as those of multiprocessing do, or with ``end``"
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -167,7 +167,7 @@ all_works("parent")
 """
 
 WHILE_A_LOCK_IS_TAKEN = """
-# Without what holds the lock at a fork, one in some sixty children waits for ever.
+# If a fork did not take the lock first, about one child in sixty would wait forever.
 lock = torch.ops.safetensors_torch._transfer_memory.default
 over = False
 
@@ -202,10 +202,10 @@ def patches():
             pass
 
 def child_patches():
-    signal.alarm(20)  # which ends a child that waits
+    signal.alarm(20)  # ends a child that waits
     with patch_safetensors():
         same(safetensors.torch.load_file(path))
-    while safetensors.torch.load_file is not reference:  # the parent's was forked too
+    while safetensors.torch.load_file is not reference:  # the parent's patch was forked too
         safetensors_torch.unpatch_safetensors()
 
 import safetensors_torch
@@ -228,7 +228,8 @@ for turn in range(4):
 """
 
 FROM_INSIDE_OF_A_LOAD = """
-large = {"large": torch.zeros(100 << 20)}  # takes several steps of 0.1 s
+_progress.STEP_SECONDS = 0.0  # so that the load takes several steps
+large = {"large": torch.zeros(32 << 20)}
 save_file(large, directory / "float")
 children = []
 
@@ -239,19 +240,20 @@ def forks(done, total):
 try:
     loaded = load_file(directory / "float", dtype=torch.float64, progress=forks)
 except Exception as error:
-    # The child has not the threads that the load is made of.
+    # The child lacks the threads of the load.
     assert children == [0] and "before a fork" in str(error), error
     torch.set_num_threads(1)
     same(load_file(path))
-    assert load_file(directory / "float", dtype=torch.float64)["large"].shape == (100 << 20,)
+    assert load_file(directory / "float", dtype=torch.float64)["large"].shape == (32 << 20,)
     os._exit(0)
 assert children and children[0] > 0
 wait(children[0])
-assert loaded["large"].shape == (100 << 20,) and not loaded["large"].numpy()[::4096].any()
+assert loaded["large"].shape == (32 << 20,) and not loaded["large"].numpy()[::4096].any()
 """
 
 FROM_INSIDE_OF_A_SAVE = """
-large = {f"t{i}": torch.full((20 << 20,), float(i)) for i in range(4)}  # in steps of 64 MiB
+_progress.STEP_SECONDS = 0.0  # so that the save takes several steps
+large = {f"t{i}": torch.full((20 << 20,), float(i)) for i in range(4)}
 children = []
 
 def forks(done, total):
@@ -280,7 +282,7 @@ def refused(work, *args):
     except Exception as error:
         assert "before a fork" in str(error), error
     else:
-        raise AssertionError("the child was let go on")
+        raise AssertionError("the child was not refused")
 
 for order in ("child first", "parent first"):
     writer = IncrementalWriter(directory / "streamed", tensors)
@@ -355,20 +357,11 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_fork(scenario: str, tmp_path: Path) -> None:
-    program = textwrap.dedent(SHARED) + textwrap.dedent(scenario)
-    command = [sys.executable, "-W", "ignore:.*fork.*:DeprecationWarning", "-c", program, str(tmp_path)]
-    # A session of its own, so that children that wait for ever end too.
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        said, _ = running.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        said, _ = running.communicate()
-        pytest.fail(f"not over after {SECONDS} s: a child, or its parent, waits for ever. {said}")
-    assert running.returncode == 0, said
-    assert "Traceback" not in said and "Error" not in said, said
+    done = run_python(SHARED + textwrap.dedent(scenario), tmp_path, seconds=SECONDS)
+    output = done.stdout + done.stderr
+    assert done.returncode != -signal.SIGKILL, f"not finished after {SECONDS} s: a process waits forever. {output}"
+    assert done.returncode == 0, output
+    assert "Traceback" not in output and "Error" not in output, output
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="from Python 3.12 on loads need not pause the collector")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from proc import ctrl_c_is_heard, peak_growth
+from proc import ctrl_c_interrupts, peak_growth
 from random_state import random_state
 from safetensors_torch import IncrementalWriter, SafetensorError, load_file, save, save_file
 from support import CODES, DTYPES, encode, entries, mode, sample
@@ -101,12 +101,12 @@ def test_declarations(target: Path) -> None:
         ([], TypeError, "tensors must map names to dtypes and shapes, not list"),
         ({3: ONES}, TypeError, "the key 3 must be a str"),
         ({"\ud800": ONES}, UnicodeEncodeError, None),
-        ({"a": torch.float32}, TypeError, "tensor 'a': declare it as .dtype, shape., or by a tensor"),
+        ({"a": torch.float32}, TypeError, "tensor 'a': declare it as .dtype, shape. or by a tensor"),
         ({"a": ("F32", (1,))}, TypeError, "tensor 'a': declare it as"),
         ({"a": (torch.float32,)}, TypeError, "tensor 'a': declare it as"),
-        ({"a": (torch.float32, "12")}, TypeError, "tensor 'a': a shape is made of ints, not '12'"),
-        ({"a": (torch.float32, (1.5,))}, TypeError, "tensor 'a': a shape is made of ints"),
-        ({"a": (torch.float32, None)}, TypeError, "tensor 'a': a shape is made of ints"),
+        ({"a": (torch.float32, "12")}, TypeError, "tensor 'a': a shape consists of ints, not '12'"),
+        ({"a": (torch.float32, (1.5,))}, TypeError, "tensor 'a': a shape consists of ints"),
+        ({"a": (torch.float32, None)}, TypeError, "tensor 'a': a shape consists of ints"),
         ({"a": (torch.float32, (2, -1))}, ValueError, "tensor 'a': the shape .2, -1. has a negative size"),
         ({"a": (torch.complex128, (2,))}, SafetensorError, "tensor 'a' has dtype complex128"),
         ({"__metadata__": ONES}, SafetensorError, 'new.safetensors: a tensor is named "__metadata__"'),
@@ -308,7 +308,7 @@ def test_an_interrupt_leaves_the_tensor_to_be_given_again(target: Path) -> None:
 
     thread = threading.Thread(target=interrupt)
     with IncrementalWriter(target, {"a": tensor}) as writer:
-        with ctrl_c_is_heard():
+        with ctrl_c_interrupts():
             with pytest.raises(KeyboardInterrupt):
                 try:
                     thread.start()

@@ -131,7 +131,7 @@ def load_refused(model: nn.Module, given: Path, strict: bool, backend: str) -> s
     with pytest.raises(RuntimeError) as caught:
         load_model(model, given, strict=strict, backend=backend)
     assert difference(snapshot(model), before) is None
-    assert all(now is then for now, then in zip([*model.parameters(), *model.buffers()], held))
+    assert all(now is then for now, then in zip([*model.parameters(), *model.buffers()], held, strict=True))
     return str(caught.value)
 
 

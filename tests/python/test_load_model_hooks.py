@@ -320,7 +320,7 @@ def test_a_copy_can_be_declined(make: Callable, write: Callable[..., Path], back
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_model(model, write({**state, "0.bias": torch.ones(3)}), backend=backend, backup=False)
     assert model[0].weight.tolist() == [[4, 4], [4, 4]]
-    assert all(now is then for now, then in zip(model.parameters(), held))
+    assert all(now is then for now, then in zip(model.parameters(), held, strict=True))
 
 
 def test_no_memory_for_a_copy(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_no_memory_for_a_copy(write: Callable[..., Path], monkeypatch: pytest.Mo
     monkeypatch.setattr(_load_state_dict, "_copied", refuse)
     model = with_pre_hook()
     before = snapshot(model)
-    with pytest.raises(MemoryError, match=r"the 32 bytes of Sequential, .*tried to allocate.*: pass backup=False"):
+    with pytest.raises(MemoryError, match=r"the 32 bytes of Sequential \(.*tried to allocate.*\): pass backup=False"):
         load_model(model, write(STATE))
     assert difference(snapshot(model), before) is None
     assert load_model(model, write(STATE), backup=False) == (set(), [])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 import safetensors_torch
 from malformed_files import MALFORMED, VALID, Malformed, entry, one
 from odd_files import ODDITIES, Oddity
+from proc import run_python
 from random_state import difference, flat_bytes, random_state
 from safetensors_torch import SafetensorError
 
@@ -101,7 +99,7 @@ def test_the_reference_refuses_it_too(case: Malformed) -> None:
 
 
 def test_none_ends_the_process(tmp_path: Path) -> None:
-    """One fresh process reads them all: an abort, a stack overflow or a signal would show in its exit status."""
+    """A process of its own reads them all: an abort, a stack overflow or a signal would show in its exit status."""
     for case in MALFORMED:
         (tmp_path / f"{case.id}.safetensors").write_bytes(case.data)
     program = """
@@ -123,13 +121,7 @@ def test_none_ends_the_process(tmp_path: Path) -> None:
                     refused += 1
         print(refused)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_python(program, tmp_path, seconds=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 6 * len(MALFORMED)
 

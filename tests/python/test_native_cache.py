@@ -159,8 +159,8 @@ def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, mo
     library = _native_cache.library()
     before = os.umask(0)
     try:
-        with _native_cache.lock(library) as alone:
-            assert alone
+        with _native_cache.lock(library) as is_locked:
+            assert is_locked
     finally:
         os.umask(before)
     made = [library.parent, *library.parents[1:3]]
@@ -181,7 +181,7 @@ def test_directories_are_private_and_the_lock_follows_no_link(tmp_path: Path, mo
 def test_a_new_library_can_be_written_by_its_owner_alone(tmp_path: Path) -> None:
     (tmp_path / "built").write_bytes(b"library")
     (tmp_path / "built").chmod(0o777)
-    _native_cache.put(tmp_path / "built", tmp_path / "library")
+    _native_cache.install(tmp_path / "built", tmp_path / "library")
     assert stat.S_IMODE((tmp_path / "library").stat().st_mode) == 0o755
 
 

@@ -133,7 +133,7 @@ def test_load(path: str, state: dict[str, torch.Tensor]) -> None:
     data.zero_()
     assert difference(loaded, state) is None
     names, tensors = ops._load_shared_lists(as_tensor(Path(path).read_bytes()))
-    assert difference(dict(zip(names, tensors)), state) is None
+    assert difference(dict(zip(names, tensors, strict=True)), state) is None
 
 
 def test_load_wants_plain_bytes(path: str) -> None:
@@ -208,7 +208,7 @@ def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> 
     assert load.total() == sum(tensor.nbytes for tensor in state.values()) and load.done() == 0
     assert load.advance(60.0) and load.done() == load.total()
     names, tensors = load.result()
-    assert difference(dict(zip(names, tensors)), state) is None
+    assert difference(dict(zip(names, tensors, strict=True)), state) is None
     load.cancel()
     for method in (lambda: load.advance(1.0), load.total, load.done, load.result):
         with pytest.raises(RuntimeError, match="has failed, or was cancelled"):
@@ -259,7 +259,7 @@ def test_file(backend: str, path: str, state: dict[str, torch.Tensor]) -> None:
     assert not file.contains("stop")
     assert (file.shape("weight"), file.tensor_shape("weight"), file.dtype("weight")) == ([3, 4], [3, 4], "F32")
     assert (file.shape("step"), file.dtype("step"), file.dtype("bias")) == ([], "I64", "BOOL")
-    several = dict(zip(["step", "bias", "weight"], file.get_tensors(["step", "bias", "weight"], CPU)))
+    several = dict(zip(["step", "bias", "weight"], file.get_tensors(["step", "bias", "weight"], CPU), strict=True))
     assert difference(several, state) is None
     part = file.get_slice("weight", [0, 1], [3, 3], [2, 1], CPU)
     assert torch.equal(part, state["weight"][::2, 1:3])

@@ -111,7 +111,7 @@ def test_load_tensors(backend: str, path: str, state: dict[str, torch.Tensor]) -
     for names in (["step", "weight", "mask"], ["weight"], []):
         loaded = ops.load_tensors(path, names, backend=backend)
         assert type(loaded) is list and len(loaded) == len(names)
-        assert difference(dict(zip(names, loaded)), {name: state[name] for name in names}) is None
+        assert difference(dict(zip(names, loaded, strict=True)), {name: state[name] for name in names}) is None
     first, second = ops.load_tensors(path, ["weight", "weight"], backend=backend)
     first.zero_()
     assert torch.equal(second, first) == (backend == "mmap")

@@ -71,7 +71,7 @@ def expect_ours(module: types.ModuleType) -> None:
 def test_these_names_and_no_others_are_replaced(patched: None) -> None:
     changed = [
         {name for name in vars(module) if vars(module)[name] is not before.get(name)}
-        for module, before in zip(MODULES, BEFORE)
+        for module, before in zip(MODULES, BEFORE, strict=True)
     ]
     assert changed == [{"safe_open"}, {"safe_open", *FUNCTIONS}, set(), set()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import struct
@@ -115,7 +116,7 @@ def test_data_has_no_gaps() -> None:
     header, data = unpack(save(tensors))
     offsets = [value["data_offsets"] for value in json.loads(header).values()]
     assert offsets[0][0] == 0
-    assert all(left[1] == right[0] for left, right in zip(offsets, offsets[1:]))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(offsets))
     assert offsets[-1][1] == len(data) == 6 + 15
 
 
@@ -123,7 +124,7 @@ def test_data_has_no_gaps() -> None:
 def test_dtypes_are_in_order(seed: int) -> None:
     names = [f"{rank:02}" for rank in range(len(DTYPES))]
     random.Random(seed).shuffle(names)
-    tensors = {name: sample(dtype) for name, dtype in zip(names, DTYPES.values())}
+    tensors = {name: sample(dtype) for name, dtype in zip(names, DTYPES.values(), strict=True)}
     shuffled = list(tensors.items())
     random.Random(seed + 9).shuffle(shuffled)
     header = json.loads(unpack(save(dict(shuffled)))[0])

@@ -122,10 +122,14 @@ for value in (1.0, 2.0):
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     calls = [line.split(" ", 1) for line in log.read_text().splitlines() if str(directory) in line]
     names = [Path(name.removesuffix(" (deleted)")) for _, name in calls]
-    saved = [what for (what, _), name in zip(calls, names) if what != "fsync" and name == directory / "saved"]
+    saved = [
+        what for (what, _), name in zip(calls, names, strict=True) if what != "fsync" and name == directory / "saved"
+    ]
     # The second save finds the name taken, and renames over it.
     assert saved == ["linkat", "linkat", "renameat"]
-    synced = [(index, name) for index, ((what, _), name) in enumerate(zip(calls, names)) if what == "fsync"]
+    synced = [
+        (index, name) for index, ((what, _), name) in enumerate(zip(calls, names, strict=True)) if what == "fsync"
+    ]
     if not durable:
         assert synced == []
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proc import ctrl_c_is_heard
+from proc import ctrl_c_interrupts
 from safetensors_torch import (
     IncrementalWriter,
     _save,
@@ -194,7 +194,7 @@ def interrupted(unblock: Callable[[], object]) -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGINT)
 
     timers = [threading.Timer(0.3, interrupt), threading.Timer(20, unblock)]
-    with ctrl_c_is_heard():
+    with ctrl_c_interrupts():
         for timer in timers:
             timer.daemon = True
             timer.start()

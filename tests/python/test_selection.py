@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import safetensors_torch
-from proc import ctrl_c_is_heard
+from proc import ctrl_c_interrupts, run_python
 from random_state import difference
 from safetensors_torch import SafetensorError, load, load_file, load_model, save, save_file, save_model
 from support import entries, entry, pack
@@ -122,7 +122,7 @@ def test_only_what_is_named_is_read(write: Callable[..., Path]) -> None:
 
 def test_sharing_memory_takes_everything_as_it_is(path: Path) -> None:
     for options in ({"dtype": torch.float16}, {"names": ["bias"]}):
-        with pytest.raises(ValueError, match="copy=False gives all tensors of the buffer as they are"):
+        with pytest.raises(ValueError, match="copy=False returns all tensors of the buffer as they are"):
             load(bytearray(path.read_bytes()), copy=False, **options)
 
 
@@ -209,7 +209,7 @@ def test_an_interrupt_ends_a_long_save(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    with ctrl_c_is_heard():
+    with ctrl_c_interrupts():
         with pytest.raises(KeyboardInterrupt):
             thread.start()
             try:
@@ -243,11 +243,9 @@ def test_transfer_options() -> None:
 
 
 def test_transfer_options_of_the_environment() -> None:
-    source = "import safetensors_torch as s; print(*s.transfer_options())"
-
-    def run(**variables: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, **{f"SAFETENSORS_TORCH_{name}": value for name, value in variables.items()}}
-        return subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        program = "import safetensors_torch as s; print(*s.transfer_options())"
+        return run_python(program, **{f"SAFETENSORS_TORCH_{name}": value for name, value in variables.items()})
 
     assert run().stdout.split() == [str(64 * MIB), "0"]
     assert run(PINNED_POOL_BYTES="1048576", THREADS="5").stdout.split() == ["1048576", "5"]

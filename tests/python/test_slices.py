@@ -281,5 +281,5 @@ def test_shape_and_dtype_take_no_longer_than_the_reference(reference: Any, path:
         for name in ("get_shape", "get_dtype"):
             methods = [getattr(part, name) for part in slices]
             rounds = [[timeit.timeit(method, number=2000) for method in methods] for _ in range(25)]
-            mine, reference_s = (min(times) for times in zip(*rounds))
+            mine, reference_s = (min(times) for times in zip(*rounds, strict=True))
             assert mine < 1.5 * reference_s, f"{name}: {mine / reference_s:.2f}"

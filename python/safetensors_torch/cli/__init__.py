@@ -1,10 +1,10 @@
 """The command line: ``python -m safetensors_torch ls``, ``verify``, ``diff`` and ``convert``.
 
-Owns the parser, the exit status and how errors are told; each command has a module of its own. Status: 0 all is well, 1
-a file is damaged or differs, 2 the command could not be carried out.
+Owns the parser, the exit status and the output of errors; each command has a module of its own. The status is 0 for
+success, 1 if a file is damaged or differs, and 2 if the command failed.
 
-Torch, which takes seconds to import, and the libtorch layer are loaded only for the work that needs them: convert, and
-the comparison of values in diff. Headers come from the core's C library.
+torch, which takes seconds to import, and the libtorch layer are loaded only for convert and for the values in diff. The
+core's C library reads headers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser, with a subparser for each command."""
+    """Returns the parser, with a subparser for each command."""
     root = _Parser(
         prog="python -m safetensors_torch",
-        description="Looks at, checks, compares and converts safetensors files and checkpoints of several files.",
+        description="Lists, verifies, compares and converts safetensors files and checkpoints of several files.",
     )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
     for module in _COMMANDS:
@@ -49,19 +49,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command that ``arguments`` (by default those of the process) say, and returns the exit status."""
+    """Runs the command in ``arguments``, by default those of the process, and returns the exit status."""
     options = parser().parse_args(arguments)
     try:
         status = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has seen enough. What is left in the buffer has nowhere to go.
+        # The reader of the output has closed it. Discard the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
-        # Names of files and tensors may hold anything, escape sequences for the terminal too.
+        # Names of files and tensors may contain escape sequences for the terminal.
         lines = [printable(line) for line in str(error).split("\n")]
         print(f"{options.run.__module__.rpartition('.')[2]}:", "\n".join(lines), file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
-"""Converts a checkpoint: from torch.save's format, one file into several, several into one, to another dtype.
+"""Converts a checkpoint: from the format of torch.save, one file into several, several into one, to another dtype.
 
 The source is a safetensors file, an index, or a directory with either; or a file of torch.save (.pt, .pth, .bin,
 .ckpt), an index of several (pytorch_model.bin.index.json), or a directory with either. Those are loaded with
 weights_only=True, so that they cannot run code. A target that ends in .safetensors is a file; any other target is a
-directory, which save_sharded writes to. Of tensors that share memory
-one is kept, as by save_model. A few tensors at a time are in memory.
+directory, written as by save_sharded. One of several tied tensors is kept, as by save_model. Only a few tensors at a
+time are in memory.
 """
 
 from __future__ import annotations
@@ -27,23 +27,27 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", help="a safetensors file, a file of torch.save's, an index (.json), or a directory")
+    command.add_argument("source", help="a safetensors file, a file of torch.save, an index (.json), or a directory")
     command.add_argument("target", help="a file that ends in .safetensors, or a directory")
-    command.add_argument("--dtype", choices=_DTYPES, help="what floating-point tensors are converted to")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="for a directory: 5GB (the default), 500MiB")
+    command.add_argument("--dtype", choices=_DTYPES, help="the dtype to convert floating-point tensors to")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", help="the most bytes of a file in a directory: 5GB (the default), 500MiB"
+    )
     command.add_argument(
         "--key", metavar="NAME", help="the entry of a torch.save file that has the tensors: model, a.b"
     )
-    command.add_argument("--skip", action="store_true", help="leave out what is not a tensor, or not in the index")
-    command.add_argument("--force", action="store_true", help="replace a target that is there")
-    command.add_argument("--durable", action="store_true", help="return once the target is on the disk")
+    command.add_argument(
+        "--skip", action="store_true", help="skip entries that are not tensors, and tensors that are not in the index"
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing target")
+    command.add_argument("--durable", action="store_true", help="return only after the target is on disk")
     add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
     is_file = options.target.endswith(".safetensors")
     if is_file and options.max_shard_size:
-        raise ValueError(f"{options.target} is one file: --max-shard-size is for a directory")
+        raise ValueError(f"{options.target} is one file: --max-shard-size needs a directory")
     _refuse_replacing(options)
     from .._native_library import ensure_loaded
 
@@ -69,7 +73,7 @@ def _refuse_replacing(options: argparse.Namespace) -> None:
     if options.force or not os.path.lexists(options.target):
         return
     if not os.path.isdir(options.target) or any(name.endswith(".safetensors") for name in os.listdir(options.target)):
-        raise ValueError(f"{options.target} is there already: give another target, or --force to replace it")
+        raise ValueError(f"{options.target} exists already: give another target, or --force to replace it")
 
 
 def _report(count: int, nbytes: int, skipped: list[str], written: list[str], as_json: bool) -> None:
@@ -78,7 +82,7 @@ def _report(count: int, nbytes: int, skipped: list[str], written: list[str], as_
         print(json.dumps(result, indent=2))
         return
     for what in skipped:
-        print(f"left out  {printable(what)}")
+        print(f"skipped   {printable(what)}")
     for path in written:
         print(f"{size_text(os.path.getsize(path)):>10}  {printable(path)}")
     print(f"{count} tensor(s), {size_text(nbytes)}")

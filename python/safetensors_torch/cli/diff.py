@@ -1,7 +1,7 @@
-"""Compares two files or checkpoints: names, dtypes, shapes, metadata and values, whatever the division into files. The
+"""Compares two files or checkpoints: names, dtypes, shapes, metadata and values, but not the division into files. The
 status is 1 if they differ.
 
-Values are equal if their bits are, or, with a tolerance, if |a - b| <= atol + rtol * |b|; NaN then equals NaN.
+Values are equal if their bits are or, with a tolerance, if |a - b| <= atol + rtol * |b|; NaN then equals NaN.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ EXAMPLES = """examples:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("left", help="a file, an index (.json), or a directory with either")
-    command.add_argument("right", help="what it is compared with")
-    command.add_argument("--no-values", action="store_true", help="compare names, dtypes, shapes and metadata alone")
-    command.add_argument("--rtol", type=float, default=0.0, help="relative tolerance of values (%(default)s)")
-    command.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of values (%(default)s)")
+    command.add_argument("right", help="the file, index or directory to compare it with")
+    command.add_argument("--no-values", action="store_true", help="compare only names, dtypes, shapes and metadata")
+    command.add_argument("--rtol", type=float, default=0.0, help="relative tolerance of values (default: %(default)s)")
+    command.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of values (default: %(default)s)")
     add_quiet(command)
 
 
 @dataclass
 class Differences:
-    """What the two sides do not have in common."""
+    """The differences between the two sides."""
 
     left_only: list[str] = field(default_factory=list)
     right_only: list[str] = field(default_factory=list)
     kinds: list[dict[str, str]] = field(default_factory=list)
-    """Tensors of other dtypes or shapes."""
+    """Tensors whose dtypes or shapes differ."""
     values: list[dict[str, Any]] = field(default_factory=list)
     metadata: list[dict[str, str | None]] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class Differences:
 
 def run(options: argparse.Namespace) -> int:
     if options.rtol < 0 or options.atol < 0:
-        raise ValueError("--rtol and --atol are not negative")
+        raise ValueError("--rtol and --atol must not be negative")
     left, right = Listing(options.left), Listing(options.right)
     found = Differences(
         left_only=[name for name in left.entries if name not in right.entries],
@@ -83,7 +83,7 @@ def _compare_values(
 ) -> None:
     if not entries:
         return
-    from .._native_library import ensure_loaded  # not above: it brings torch in
+    from .._native_library import ensure_loaded  # not above: it imports torch
 
     ensure_loaded()
     from . import values

@@ -1,7 +1,4 @@
-"""What a path holds, for the commands: tensors with dtype, shape and place, metadata, files. Reads headers only.
-
-Owns how sizes and shapes are printed too.
-"""
+"""The tensors, metadata and files of a path, from its headers, and the output of sizes, shapes and names."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from .._headers import Tensor, read_headers
 
 
 class Listing:
-    """What the headers of a file or a checkpoint have."""
+    """The contents of the headers of a file or a checkpoint."""
 
     def __init__(self, path: str) -> None:
         """Reads the headers of ``path``: a file, an index, or a directory with either."""
@@ -23,26 +20,26 @@ class Listing:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """The total bytes of the tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def directory(self) -> str:
-        """The directory in which the files are."""
+        """Returns the directory of the files."""
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
 
 
 def kind_text(tensor: Tensor) -> str:
-    """The dtype and the shape of a tensor in one word."""
+    """Returns the dtype and the shape of a tensor as text."""
     return f"{tensor.dtype} {shape_text(tensor.shape)}"
 
 
 def shape_text(shape: list[int]) -> str:
-    """A shape as ``[3, 4]``."""
+    """Returns a shape as ``[3, 4]``."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def size_text(nbytes: int) -> str:
-    """A number of bytes for a person."""
+    """Returns a number of bytes with a unit."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -52,14 +49,14 @@ def size_text(nbytes: int) -> str:
 
 
 def printable(text: str) -> str:
-    """A name for one line of a terminal: control characters, and what the output cannot encode, as escapes."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Returns ``text`` with escapes for control characters and for characters that the output cannot encode."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def wants_bar(options: Any) -> bool:
-    """Whether long work shows a bar: on a terminal, where tqdm is installed, unless --quiet says no."""
+    """Returns whether to show a bar: on a terminal, if tqdm is installed, without --quiet."""
     if options.quiet or not sys.stderr.isatty():
         return False
     try:
@@ -70,5 +67,5 @@ def wants_bar(options: Any) -> bool:
 
 
 def add_quiet(command: Any) -> None:
-    """The option that wants_bar asks for."""
+    """Adds the option --quiet for wants_bar."""
     command.add_argument("-q", "--quiet", action="store_true", help="show no progress bar on a terminal")

@@ -24,8 +24,12 @@ _ORDERS = {
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", nargs="+", help="a file, an index (.json), or a directory with either")
-    command.add_argument("--sort", choices=_ORDERS, default="offset", help="the order of the tensors (%(default)s)")
-    command.add_argument("--match", metavar="GLOB", default="*", help="only tensors whose names match: '*.bias'")
+    command.add_argument(
+        "--sort", choices=_ORDERS, default="offset", help="the order of the tensors (default: %(default)s)"
+    )
+    command.add_argument(
+        "--match", metavar="GLOB", default="*", help="list only tensors whose names match, such as '*.bias'"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

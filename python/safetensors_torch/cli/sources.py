@@ -1,7 +1,7 @@
-"""What convert reads: safetensors, and what torch.save wrote, in one file or several. Tensors come a few at a time.
+"""The sources of convert: safetensors and files of torch.save, one or several. A few tensors are read at a time.
 
-Owns how files of torch.save's are found, opened and looked through. They are loaded with weights_only=True, so that
-they cannot run code, and mapped if their format allows; of several files one at a time is in memory.
+Owns the search for files of torch.save and their contents. They are loaded with weights_only=True, so that they cannot
+run code, and mapped if their format allows. One file at a time is in memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FIRST = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Options(NamedTuple):
-    """What the command line says of the source."""
+    """The options of the command line for the source."""
 
     dtype: torch.dtype | None
-    """What floating-point tensors are converted to."""
+    """The dtype to convert floating-point tensors to."""
     key: str | None
-    """The entry with the tensors, in each file of torch.save's."""
+    """The entry that has the tensors, in each file of torch.save."""
     skip: bool
-    """Whether what cannot be converted is left out."""
+    """Whether to skip entries that cannot be converted."""
 
 
 class _Source:
@@ -40,13 +40,13 @@ class _Source:
 
     def __init__(self) -> None:
         self.specs: dict[str, torch.Tensor] = {}
-        """On the meta device, with the dtype that they are converted to."""
+        """Meta tensors with the dtype of the target."""
         self.metadata: dict[str, str] = {}
         self.skipped: list[str] = []
-        """What is left out, each in a few words."""
+        """Descriptions of the entries that were skipped."""
 
     def read(self, names: list[str]) -> list[torch.Tensor]:
-        """The tensors of these names, contiguous, on the CPU."""
+        """Returns the tensors of these names, contiguous, on the CPU."""
         raise NotImplementedError
 
     def _declare(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -55,18 +55,18 @@ class _Source:
 
 
 def open_source(path: str, options: Options) -> _Source:
-    """The source at ``path``.
+    """Opens the source at ``path``.
 
     Raises:
-        ValueError: files of torch.save's that are missing, do not fit their index, or hold more than tensors; several
-            checkpoints in one directory; an option that does not fit.
-        SafetensorError, OSError: what load_sharded raises.
+        ValueError: files of torch.save are missing, do not fit their index, or hold more than tensors; a directory has
+            several checkpoints; an option does not fit the source.
+        SafetensorError, OSError: as load_sharded.
     """
     found = _find(path)
     if found is not None:
-        return _Pickles(found, options)
+        return _TorchSource(found, options)
     if options.key or options.skip:
-        raise ValueError(f"--key and --skip are for files of torch.save's: {path} is none")
+        raise ValueError(f"--key and --skip are for files of torch.save, which {path} is not")
     return _Safetensors(path, options.dtype)
 
 
@@ -83,14 +83,14 @@ class _Safetensors(_Source):
         return [tensors[name] for name in names]
 
 
-class _Pickles(_Source):
-    def __init__(self, found: _Found, options: Options) -> None:
+class _TorchSource(_Source):
+    def __init__(self, found: _TorchFiles, options: Options) -> None:
         super().__init__()
         self._found, self._options = found, options
         self._current: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
         self._file_of: dict[str, str] = {}
         for file in found.files:
-            os.stat(file)  # all are there, or nothing is read
+            os.stat(file)  # raises if one is missing, before any is read
         for file in found.files:
             state = self._load(file, self.skipped)
             if found.index is not None:
@@ -116,7 +116,7 @@ class _Pickles(_Source):
         return [read[name] for name in names]
 
     def _load(self, file: str, skipped: list[str]) -> dict[str, torch.Tensor]:
-        """The tensors of one file, which stays in memory until the next one is loaded."""
+        """Returns the tensors of one file, which stays in memory until the next one is loaded."""
         if self._current[0] != file:
             self._current = (None, {})
             loaded = _entry(file, _load(file), self._options.key)
@@ -124,42 +124,44 @@ class _Pickles(_Source):
         return self._current[1]
 
     def _listed(self, file: str, state: dict[str, torch.Tensor], index: dict[str, str]) -> dict[str, torch.Tensor]:
-        """Of ``state`` what the index has in ``file``."""
+        """Returns the part of ``state`` that the index lists for ``file``."""
         path = self._found.path
         missing = [name for name, where in index.items() if where == file and name not in state]
         if missing:
-            raise ValueError(f"{path} puts {_few(missing)} into {file}, which does not hold it: fetch both again")
+            raise ValueError(
+                f"{path} puts {_abbreviated(missing)} into {file}, which does not hold it: fetch both again"
+            )
         others = [name for name in state if index.get(name) != file]
         if others and not self._options.skip:
             raise ValueError(
-                f"{file} holds {_few(others)}, which {path} does not have there: fetch both again, or leave it out with"
+                f"{file} holds {_abbreviated(others)}, which {path} lists elsewhere: fetch both again, or skip it with"
                 " --skip"
             )
         self.skipped += [f"{name} ({file}: not in the index)" for name in others]
         return {name: tensor for name, tensor in state.items() if index.get(name) == file}
 
 
-class _Found(NamedTuple):
-    """What a path means that stands for files of torch.save's."""
+class _TorchFiles(NamedTuple):
+    """The files of torch.save at a path."""
 
     path: str
-    """Of the file, the index, or the directory."""
+    """The path of the file, the index, or the directory."""
     files: list[str]
     index: dict[str, str] | None = None
-    """The file of each tensor, if an index says so."""
+    """The file of each tensor, if there is an index."""
 
 
-def _find(path: str) -> _Found | None:
-    """The files of torch.save's at ``path``; None if it is something else."""
+def _find(path: str) -> _TorchFiles | None:
+    """Returns the files of torch.save at ``path``, or None if there are none."""
     if os.path.isdir(path):
         return _find_in_directory(path)
     if path.endswith(".json"):
         index = _read_index(path)
-        return None if index is None else _Found(path, sorted(set(index.values())), index)
-    return _Found(path, [path]) if path.lower().endswith(_SUFFIXES) else None
+        return None if index is None else _TorchFiles(path, sorted(set(index.values())), index)
+    return _TorchFiles(path, [path]) if path.lower().endswith(_SUFFIXES) else None
 
 
-def _find_in_directory(path: str) -> _Found | None:
+def _find_in_directory(path: str) -> _TorchFiles | None:
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     if any(name.endswith(".safetensors") or ".safetensors." in name for name in names):
         return None
@@ -184,18 +186,18 @@ def _find_in_directory(path: str) -> _Found | None:
     for (_, count), found in shards.items():
         if len(found) != count:
             raise ValueError(f"{path} holds {len(found)} of {count} files: fetch the others, beside {found[0]}")
-        return _Found(path, [os.path.join(path, name) for name in found])
+        return _TorchFiles(path, [os.path.join(path, name) for name in found])
     return None
 
 
 def _read_index(path: str) -> dict[str, str] | None:
-    """The file of each tensor, or None if it is an index of other files."""
+    """Returns the file of each tensor, or None if it is not an index of files of torch.save."""
     with open(path, encoding="utf-8") as file:
         try:
             weight_map = json.load(file)["weight_map"]
             files = set(weight_map.values())
         except (ValueError, KeyError, TypeError, AttributeError):
-            return None  # which opening it as an index of safetensors files has the words for
+            return None  # opening it as an index of safetensors files reports the error
     if not files or not all(isinstance(name, str) and name.lower().endswith(_SUFFIXES) for name in files):
         return None
     for name in files:
@@ -219,11 +221,11 @@ def _load(path: str) -> Any:
         ) from None
     except RuntimeError as error:
         (reason, *_) = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is damaged, or not a file of torch.save's ({reason}): fetch it again") from None
+        raise ValueError(f"{path} is damaged, or not a file of torch.save ({reason}): fetch it again") from None
 
 
 def _entry(path: str, loaded: Any, key: str | None) -> Any:
-    """The entry ``key``: a name, or names with dots between them, of which one may have dots itself."""
+    """Returns the entry ``key``: a name, or names joined by dots. A name may itself contain dots."""
     if key is None:
         return loaded
     found = _descend(loaded, key)
@@ -252,26 +254,26 @@ def _state(path: str, loaded: Any, skip: bool, skipped: list[str]) -> dict[str, 
     if others and not skip:
         raise ValueError(
             f"{path} holds other things than tensors: {_entries(others)}. Name the entry that has the tensors with"
-            " --key, or leave these out with --skip"
+            " --key, or skip the others with --skip"
         )
     skipped += [f"{name} ({type(value).__name__})" for name, value in others.items()]
     state = {str(name): tensor.detach() for name, tensor in loaded.items() if name not in others}
     if len(state) + len(others) != len(loaded):
-        raise ValueError(f"{path} holds several tensors under names that are one as text: rename them before")
+        raise ValueError(f"{path} holds several tensors whose names are equal as text: rename them first")
     return state
 
 
 def _entries(loaded: Any) -> str:
     if not isinstance(loaded, dict):
         return f"it is {type(loaded).__name__}"
-    return f"it has {_few([f'{name} ({_kind(value)})' for name, value in loaded.items()])}"
+    return f"it has {_abbreviated([f'{name} ({_kind(value)})' for name, value in loaded.items()])}"
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-        return f"{type(value).__name__} of {_few(list(value), 3)}"
+        return f"{type(value).__name__} of {_abbreviated(list(value), 3)}"
     return type(value).__name__
 
 
-def _few(names: list[str], most: int = 10) -> str:
+def _abbreviated(names: list[str], most: int = 10) -> str:
     return f"{', '.join(names[:most])}{', ...' if len(names) > most else ''}"

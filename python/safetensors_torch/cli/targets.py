@@ -1,4 +1,4 @@
-"""What convert writes: a file, or a checkpoint of several, a few tensors at a time."""
+"""The targets of convert: a file, or a checkpoint of several files. A few tensors are written at a time."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..sharded import parse_size
 Specs = dict[str, torch.Tensor]
 Read = Callable[[list[str]], list[torch.Tensor]]
 
-# Bytes of tensors that are read, and converted, at once.
+# The bytes of tensors that are read and converted at a time.
 _BATCH = 64 << 20
 
 
 class Options(NamedTuple):
-    """How files are written."""
+    """The options of the command line for the target."""
 
     metadata: dict[str, str]
     durable: bool
     bar: bool
-    """Whether a bar shows how far it is."""
+    """Whether to show a bar."""
 
 
 def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[str]:
-    """Writes the tensors that ``specs`` declares, and ``read`` gives, into a file. Returns its path in a list."""
+    """Writes the tensors that ``specs`` declares and ``read`` returns into a file. Returns its path in a list."""
     bar, done, total = ProgressBar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
     try:
         with IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer:
             for names in _batches(specs):
-                for name, tensor in zip(names, read(names)):
+                for name, tensor in zip(names, read(names), strict=True):
                     writer.write(name, tensor)
                     done += tensor.nbytes
                     if bar is not None:
@@ -50,7 +50,7 @@ def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[st
 def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | str, options: Options) -> list[str]:
     """Writes them as a checkpoint, as save_sharded does, and returns the paths of the files.
 
-    No more than one of its files has to be in memory.
+    At most one of its files is in memory at a time.
     """
     native = torch.classes.safetensors_torch.ShardedWriter
     size = parse_size(max_shard_size)

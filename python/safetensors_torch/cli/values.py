@@ -1,5 +1,4 @@
-"""The values of two tensors, compared for diff. Needs torch and the operators, which the other half of
-diff does without."""
+"""Compares the values of two tensors for diff. Needs torch and the operators, unlike the rest of diff."""
 
 from __future__ import annotations
 
@@ -11,25 +10,27 @@ import torch
 from .._errors import call
 from ..sharded import open_checkpoint
 
-# Elements that are compared at a time, so that the memory for it is some hundred MiB whatever the tensor.
+# The elements to compare at a time, which needs a few hundred MiB of memory.
 _PIECE = 1 << 23
 
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 def open_side(path: str) -> Any:
-    """The native File over the checkpoint at ``path``."""
+    """Opens the native File over the checkpoint at ``path``."""
     return open_checkpoint(path, "mmap")
 
 
 def flat(side: Any, name: str) -> torch.Tensor:
-    """A tensor of what open_side returned, in one dimension."""
+    """Returns a tensor of an opened side, in one dimension."""
     return call(side.get_tensor, name, torch.device("cpu")).reshape(-1)
 
 
 def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> dict[str, Any] | None:
-    """How many elements of two flat tensors differ, and by how much at most (None where that is no finite number);
-    None if none does."""
+    """Compares two flat tensors. Returns None if they are equal.
+
+    Otherwise returns how many elements differ, and by how much at most, which is None if it is not finite.
+    """
     differing = 0
     distances: list[float | None] = [0.0]
     for start in range(0, left.numel(), _PIECE):
@@ -47,15 +48,15 @@ def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a flat tensor, a row for each element."""
+    """Returns the bytes of a flat tensor, a row for each element."""
     return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
 
 
 def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, float | None]:
-    # By bits, exactly, also where a double holds less.
+    # By bits: a double cannot hold every value.
     different = (_bytes(left) != _bytes(right)).any(dim=1)
     if left.dtype == _FLOAT4:
-        return int(different.sum()), None  # two values in each, which torch does not convert
+        return int(different.sum()), None  # each holds two values, which torch cannot convert
     wide = torch.complex128 if left.is_complex() else torch.float64
     ours, theirs = left[different].to(wide), right[different].to(wide)
     if rtol or atol:

@@ -1,7 +1,7 @@
-"""Checks files or checkpoints: the header of each, the index against its files, that every byte can be read, and, where
-they are given, checksums. Prints what is wrong; the status is 1 then, or 2 if a path does not exist.
+"""Verifies files or checkpoints: each header, the index against its files, that every byte can be read, and checksums
+if a list is given. Prints the faults; the status is then 1, or 2 if a path does not exist.
 
-Checksums are SHA-256 of whole files, in the format of sha256sum, with names from the directory of the list.
+Checksums are SHA-256 of whole files, in the format of sha256sum, with names relative to the directory of the list.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", nargs="+", help="a file, an index (.json), or a directory with either")
     command.add_argument("--header-only", action="store_true", help="do not read the data")
     command.add_argument("--checksums", metavar="FILE", help="a list that sha256sum or --write-checksums made")
-    command.add_argument("--write-checksums", metavar="FILE", help="make such a list of the files, which are then read")
+    command.add_argument("--write-checksums", metavar="FILE", help="write such a list of the files")
     add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.header_only and (options.checksums or options.write_checksums):
-        raise ValueError("checksums are of all bytes: leave --header-only away")
+        raise ValueError("checksums need all bytes: leave --header-only out")
     expected = _read_list(options.checksums) if options.checksums else None
     digests = bool(options.checksums or options.write_checksums)
     bar = ProgressBar("verify") if wants_bar(options) else None
@@ -49,12 +49,12 @@ def run(options: argparse.Namespace) -> int:
             fault, digest = None, None
             if not options.header_only:
 
-                def tell(count: int, before: int = done) -> None:
+                def report_progress(count: int, before: int = done) -> None:
                     if bar is not None:
                         bar(before + count, total)
 
                 try:
-                    digest = _read(file, tell, digests)
+                    digest = _read(file, report_progress, digests)
                 except OSError as error:
                     fault = f"cannot be read: {error}"
             if digest is not None:
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace) -> int:
     _report(results, options.json)
     if all(result["ok"] for result in results):
         return 0
-    # What is not there is not damaged.
+    # A missing path is not a damaged file.
     return 1 if all(os.path.exists(path) for path in options.path) else 2
 
 
 def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
-    """The files behind ``paths`` whose headers are in order, each once; what is wrong with the others is put down."""
+    """Returns the files of ``paths`` with valid headers, each once; adds the faults of the others to ``results``."""
     files: dict[str, None] = {}
     for path in paths:
         try:
@@ -90,15 +90,15 @@ def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
     return list(files)
 
 
-def _read(file: str, tell: Callable[[int], None], with_digest: bool) -> str | None:
-    """Reads all of ``file``, and gives its checksum if that is wanted."""
+def _read(file: str, report_progress: Callable[[int], None], with_digest: bool) -> str | None:
+    """Reads all of ``file``, and returns its checksum if ``with_digest``."""
     digest, piece, done = hashlib.sha256(), memoryview(bytearray(_PIECE)), 0
     with open(file, "rb", buffering=0) as stream:
         while count := stream.readinto(piece):
             if with_digest:
                 digest.update(piece[:count])
             done += count
-            tell(done)
+            report_progress(done)
     return digest.hexdigest() if with_digest else None
 
 
@@ -107,14 +107,16 @@ def _compare(file: str, digest: str, expected: dict[str, str] | None) -> str | N
         return None
     wanted = expected.get(os.path.realpath(file))
     if wanted is None:
-        return "the list of checksums does not have it"
+        return "the list of checksums lacks it"
     return (
-        None if wanted == digest else f"its checksum is {digest}, not {wanted}: the data is damaged, or another file's"
+        None
+        if wanted == digest
+        else f"its checksum is {digest}, not {wanted}: the data is damaged, or belongs to another file"
     )
 
 
 def _read_list(path: str) -> dict[str, str]:
-    """The checksums of a list, by the real paths of their files."""
+    """Returns the checksums of a list, by the real paths of the files."""
     directory, sums = os.path.dirname(path), {}
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
