@@ -17,7 +17,7 @@ use crate::format::header::Metadata;
 use crate::format::layout::{self, Layout, TensorSpec};
 use crate::sys::directory::Directory;
 use crate::sys::fork::OwnerProcess;
-use crate::write::atomic::{AtomicFile, set_aside};
+use crate::write::atomic::{AtomicFile, rename_to_backup};
 use crate::write::save::{self, SaveOptions};
 
 /// How a checkpoint is divided and written.
@@ -379,7 +379,7 @@ struct Aside {
 
 impl Aside {
     fn add(&mut self, target: &TargetDirectory, name: &str) -> Result<()> {
-        let hidden = set_aside(&target.directory, name.as_ref());
+        let hidden = rename_to_backup(&target.directory, name.as_ref());
         let hidden = hidden.map_err(|source| Error::io("rename", &target.path.join(name), source))?;
         self.names.push((name.into(), hidden));
         Ok(())

@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
 
 /// As much is handed to the disk at a time. A power of two, so that blocks end where pages end, large ones too.
@@ -24,6 +24,21 @@ pub(crate) fn finish(file: &File) -> io::Result<()> {
         // A kernel or a sandbox without this call.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => file.sync_data(),
         outcome => outcome,
+    }
+}
+
+/// Returns the errors of earlier writes that the filesystem has kept until now. Network filesystems return them when a
+/// descriptor is closed; a copy is closed here, because the file still needs its own.
+pub(crate) fn check_deferred_errors(file: &File) -> io::Result<()> {
+    let descriptor = file.try_clone()?.into_raw_fd();
+    // SAFETY: `close` requires a descriptor that nothing else owns; `into_raw_fd` gave up the one that was cloned above.
+    match unsafe { libc::close(descriptor) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // The descriptor is closed, and nothing was reported about the data.
+            error if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
+            error => Err(error),
+        },
     }
 }
 

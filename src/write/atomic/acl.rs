@@ -20,7 +20,7 @@ const GROUP_OBJ: u16 = 0x04;
 const MASK: u16 = 0x10;
 const OTHER: u16 = 0x20;
 
-/// Who has which rights.
+/// An access control list.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Acl(Vec<Entry>);
 
@@ -32,26 +32,27 @@ struct Entry {
 }
 
 impl Acl {
-    /// The list of an open file; `None` if it has none, or its filesystem knows none.
+    /// Returns the list of an open file; `None` if it has none, or its filesystem supports none.
     pub(crate) fn of(file: &File) -> io::Result<Option<Acl>> {
-        // SAFETY: a descriptor that `file` keeps open, a string that ends in NUL, and a buffer of `length` bytes.
+        // SAFETY: `fgetxattr` requires a C string, which `NAME` is, and a buffer of `length` bytes, which `read` passes.
         read(|buffer, length| unsafe { libc::fgetxattr(file.as_raw_fd(), NAME.as_ptr(), buffer, length) })
     }
 
-    /// The same of one that was opened only to be looked at (`O_PATH`); an error if /proc is not there for that.
+    /// Returns the list of a file that is open as `O_PATH`; an error if /proc is not mounted.
     pub(crate) fn of_entry(entry: &File) -> io::Result<Option<Acl>> {
         let path = CString::new(proc_path(entry))?;
-        // SAFETY: two strings that end in NUL, and a buffer of `length` bytes.
+        // SAFETY: `getxattr` requires two C strings, which `path` and `NAME` are, and a buffer of `length` bytes, which
+        // `read` passes.
         read(|buffer, length| unsafe { libc::getxattr(path.as_ptr(), NAME.as_ptr(), buffer, length) })
     }
 
-    /// Gives `file` this list, and the permissions that come with it.
+    /// Sets the list of `file`, and with it its permissions.
     pub(crate) fn set(&self, file: &File) -> io::Result<()> {
         let mut bytes = VERSION.to_le_bytes().to_vec();
         for Entry { tag, rights, id } in &self.0 {
             bytes.extend(tag.to_le_bytes().into_iter().chain(rights.to_le_bytes()).chain(id.to_le_bytes()));
         }
-        // SAFETY: a descriptor that `file` keeps open, a string that ends in NUL, and as many bytes as the call is told.
+        // SAFETY: `fsetxattr` requires a C string, which `NAME` is, and readable bytes, which `bytes` has `len()` of.
         let status = unsafe {
             libc::fsetxattr(file.as_raw_fd(), NAME.as_ptr(), bytes.as_ptr().cast(), bytes.len(), 0)
         };
@@ -60,35 +61,34 @@ impl Acl {
 
     /// Removes the list of `file`, if it has one.
     pub(crate) fn remove(file: &File) -> io::Result<()> {
-        // SAFETY: a descriptor that `file` keeps open, and a string that ends in NUL.
+        // SAFETY: `fremovexattr` requires a C string, which `NAME` is.
         if unsafe { libc::fremovexattr(file.as_raw_fd(), NAME.as_ptr()) } == 0 {
             return Ok(());
         }
         none_if_unknown(io::Error::last_os_error()).map(|_| ())
     }
 
-    /// What the group of the file may do, which the permissions do not tell: there the mask stands in its place.
+    /// Returns the rights of the file's group. The group bits of its mode are the mask's instead.
     pub(crate) fn group_rights(&self) -> u32 {
         self.rights(GROUP_OBJ) & self.rights(MASK)
     }
 
-    /// The same list for a group that may do no more than all others may, and others that may do no more than the group
-    /// of before.
+    /// Returns the same list in which the group and all others have only the rights that both had.
     pub(crate) fn for_another_group(&self) -> Acl {
         let both = (self.group_rights() & self.rights(OTHER)) as u16;
         self.map(|entry| if matches!(entry.tag, GROUP_OBJ | OTHER) { both } else { entry.rights })
     }
 
-    /// The same list in which whoever may write may also read, and nobody else may do anything.
-    pub(crate) fn for_writers(&self) -> Acl {
-        self.map(|entry| super::attributes::for_writers(u32::from(entry.rights)) as u16)
+    /// Returns the same list with [`writers_only`] rights.
+    pub(crate) fn writers_only(&self) -> Acl {
+        self.map(|entry| writers_only(u32::from(entry.rights)) as u16)
     }
 
     fn map(&self, rights: impl Fn(&Entry) -> u16) -> Acl {
         Acl(self.0.iter().map(|entry| Entry { rights: rights(entry), ..*entry }).collect())
     }
 
-    /// The rights of the one entry with this tag; all of them where it may be left out, and is.
+    /// Returns the rights of the entry with this tag; all rights if there is none (the mask is optional).
     fn rights(&self, tag: u16) -> u32 {
         self.0.iter().find(|entry| entry.tag == tag).map_or(0o7, |entry| u32::from(entry.rights))
     }
@@ -107,7 +107,12 @@ impl Acl {
     }
 }
 
-/// Reads the list with a call of the family of `getxattr`.
+/// Returns the right to read and write if `rights` allow writing, otherwise none.
+pub(crate) fn writers_only(rights: u32) -> u32 {
+    if rights & 0o2 == 0 { 0 } else { 0o6 }
+}
+
+/// Reads the list with `get`, a call of the `getxattr` family.
 fn read(get: impl Fn(*mut c_void, usize) -> isize) -> io::Result<Option<Acl>> {
     let mut bytes = vec![0u8; MOST_BYTES];
     let length = get(bytes.as_mut_ptr().cast(), bytes.len());
@@ -117,7 +122,7 @@ fn read(get: impl Fn(*mut c_void, usize) -> isize) -> io::Result<Option<Acl>> {
     Acl::parse(&bytes[..length]).map(Some).ok_or_else(invalid)
 }
 
-/// What a file without a list, and a filesystem without such lists, answer.
+/// Returns `None` for the errors of a file without a list and of a filesystem without lists.
 fn none_if_unknown(error: io::Error) -> io::Result<Option<Acl>> {
     match error.raw_os_error() {
         Some(libc::ENODATA | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => Ok(None),
@@ -144,16 +149,16 @@ mod tests {
     }
 
     #[test]
-    fn the_mask_is_not_what_the_group_may_do() {
+    fn the_groups_rights_are_not_the_mask() {
         assert_eq!(list(0, 6, 0).group_rights(), 0);
         assert_eq!(list(6, 4, 0).group_rights(), 4);
         let changed = list(6, 4, 5).for_another_group();
         assert_eq!(changed, Acl(list(4, 4, 4).0));
-        assert_eq!(list(5, 7, 0).for_writers(), list(0, 6, 0));
+        assert_eq!(list(5, 7, 0).writers_only(), list(0, 6, 0));
     }
 
     #[test]
-    fn what_is_set_is_read_again() {
+    fn a_list_that_is_set_is_read_again() {
         let file = tempfile::tempfile().expect("a file");
         assert_eq!(Acl::of(&file).expect("read"), None);
         Acl::remove(&file).expect("nothing to remove");
@@ -172,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_another_kind_are_refused() {
+    fn malformed_lists_are_refused() {
         assert_eq!(Acl::parse(&[2, 0, 0, 0]), Some(Acl(Vec::new())));
         for bytes in [&[][..], &[2, 0, 0], &[1, 0, 0, 0], &[2, 0, 0, 0, 1]] {
             assert_eq!(Acl::parse(bytes), None, "{bytes:?}");

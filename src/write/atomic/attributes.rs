@@ -1,15 +1,14 @@
-//! What a new file takes over from the one that it replaces: owner, group and permissions. And its space.
+//! What a new file inherits from the one that it replaces: owner, group and permissions.
 
 use std::ffi::OsStr;
 use std::fs::{File, Metadata, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 
-use super::acl::Acl;
+use super::acl::{Acl, writers_only};
 use crate::sys::directory::Directory;
 
-/// Who owns a file, and who may do what with it.
+/// Owner, group, mode and access control list of a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Attributes {
     uid: u32,
@@ -19,28 +18,28 @@ pub(crate) struct Attributes {
 }
 
 impl Attributes {
-    /// Those of the regular file `name`, or of the one that a symbolic link of this name leads to; `None` if there is no
-    /// such file.
+    /// Returns those of the regular file `name`, or of the one that a symbolic link of this name leads to; `None` if
+    /// there is none.
     pub(crate) fn at(directory: &Directory, name: &OsStr) -> io::Result<Option<Attributes>> {
         let Some(entry) = directory.open_link_target(name)? else { return Ok(None) };
-        let told = entry.metadata()?;
-        if told.is_file() { Attributes::of(&entry, &told).map(Some) } else { Ok(None) }
+        let metadata = entry.metadata()?;
+        if metadata.is_file() { Attributes::of(&entry, &metadata).map(Some) } else { Ok(None) }
     }
 
-    /// Those of a file that locks `directory`: whoever may write there may open the file, and nobody else.
+    /// Returns those of a file that locks `directory`: only users who may write there may open it.
     pub(crate) fn for_lock(directory: &Directory) -> io::Result<Attributes> {
         let of = Attributes::of(directory.file(), &directory.metadata()?)?;
-        let class = |shift: u32| for_writers(of.mode >> shift & 0o7) << shift;
-        // The owner has made the file, whatever their rights in the directory.
+        let class = |shift: u32| writers_only(of.mode >> shift & 0o7) << shift;
+        // The owner created the file, whatever their rights in the directory.
         let mode = 0o600 | class(3) | class(0);
-        Ok(Attributes { mode, acl: of.acl.map(|acl| acl.for_writers()), ..of })
+        Ok(Attributes { mode, acl: of.acl.map(|acl| acl.writers_only()), ..of })
     }
 
-    /// Those of what was opened as `entry` (`O_PATH`).
-    fn of(entry: &File, told: &Metadata) -> io::Result<Attributes> {
-        let mut mode = told.mode() & 0o7777;
+    /// Returns those of `entry`, which may be open as `O_PATH`.
+    fn of(entry: &File, metadata: &Metadata) -> io::Result<Attributes> {
+        let mut mode = metadata.mode() & 0o7777;
         let acl = match Acl::of_entry(entry) {
-            // Without /proc to ask, the rights of the group may be those of a mask.
+            // Without /proc the list is unknown, and the group bits of the mode may be its mask.
             Err(error)
                 if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::EACCES)) =>
             {
@@ -49,15 +48,14 @@ impl Attributes {
             }
             acl => acl?,
         };
-        Ok(Attributes { uid: told.uid(), gid: told.gid(), mode, acl })
+        Ok(Attributes { uid: metadata.uid(), gid: metadata.gid(), mode, acl })
     }
 
-    /// Gives `file` these, as far as this process may; returns whether that has changed the file.
+    /// Gives `file` these attributes, as far as this process may set them; returns whether the file has changed.
     ///
-    /// Only root may give a file away, and only to an owner that its user namespace knows; everyone may give one to a
-    /// group that they are in. If the group cannot be kept, the new one gets no more rights than all others have. If
-    /// the access control list cannot, the group gets the rights that it had by that. Nobody gets a right that they did
-    /// not have, not even for a moment.
+    /// Only root may change the owner, and only to one that its user namespace knows; everyone may set a group that they
+    /// are in. If the group cannot be set, the actual group gets no more rights than others have. If the access control
+    /// list cannot be set, the group gets the rights that the list gave it. Nobody gets a new right, even for a moment.
     pub(crate) fn inherit(&self, file: &File) -> io::Result<bool> {
         let own = file.metadata()?;
         if (own.uid(), own.gid()) != (self.uid, self.gid)
@@ -74,7 +72,7 @@ impl Attributes {
         }
         let mut group = acl.as_ref().map_or(mode >> 3 & 0o7, Acl::group_rights);
         if now.gid() != self.gid {
-            // Members of the group of before are among all others now.
+            // Members of the old group are others now.
             group &= mode;
             mode = mode & !0o7 | group & 0o7;
             acl = acl.map(|acl| acl.for_another_group());
@@ -83,13 +81,13 @@ impl Attributes {
         if let Some(wanted) = acl.take_if(|acl| before.as_ref() != Some(acl)) {
             match wanted.set(file) {
                 Ok(()) => acl = Some(wanted),
-                // Another filesystem than the old file's, or users that the namespace does not know.
+                // The old file is on another filesystem, or the namespace does not know some users.
                 Err(error) if cannot(&error) => {}
                 Err(error) => return Err(error),
             }
         }
         if acl.is_none() {
-            // One that the directory hands down to new files would have other users read this one.
+            // A default list of the directory would let other users read this file.
             if before.is_some() {
                 Acl::remove(file)?;
             }
@@ -104,17 +102,12 @@ impl Attributes {
     }
 }
 
-/// The permissions `mode` with these of the group.
+/// Returns `mode` with these rights for the group.
 fn with_group(mode: u32, group: u32) -> u32 {
     mode & !0o070 | (group & 0o7) << 3
 }
 
-/// The rights to open a file of those who have these in a directory.
-pub(crate) fn for_writers(rights: u32) -> u32 {
-    if rights & 0o2 == 0 { 0 } else { 0o6 }
-}
-
-/// Returns whether the owner could be changed: not if this process may not, or the filesystem has no owners.
+/// Returns `false` if this process may not change the owner, or the filesystem has no owners.
 fn try_chown(file: &File, uid: Option<u32>, gid: Option<u32>) -> io::Result<bool> {
     match fchown(file, uid, gid) {
         Ok(()) => Ok(true),
@@ -123,47 +116,7 @@ fn try_chown(file: &File, uid: Option<u32>, gid: Option<u32>) -> io::Result<bool
     }
 }
 
-/// Whether an attribute was refused that this process may not give, or the filesystem does not have.
+/// Whether the process may not set an attribute, or the filesystem does not have it.
 fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EPERM | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
-}
-
-/// Reserves the blocks of a new file of `length` bytes, so that a full disk is found before the first one is written.
-///
-/// The length of the file grows with what is written, where the filesystem can do that: then a loss of power leaves a
-/// file that is too short, which readers refuse, rather than zeros.
-pub(crate) fn reserve(file: &File, length: u64) -> io::Result<()> {
-    // NFS can only reserve space and set the length at once.
-    if !preallocate(file, libc::FALLOC_FL_KEEP_SIZE, length)? {
-        preallocate(file, 0, length)?;
-    }
-    Ok(())
-}
-
-/// The same for a file that keeps its contents and its length until they are written over.
-pub(crate) fn reserve_beyond(file: &File, length: u64) -> io::Result<()> {
-    preallocate(file, libc::FALLOC_FL_KEEP_SIZE, length)?;
-    Ok(())
-}
-
-/// Returns `false` if the filesystem cannot do this: the writes will find the space, or report that there is none.
-fn preallocate(file: &File, mode: libc::c_int, length: u64) -> io::Result<bool> {
-    let length = libc::off_t::try_from(length).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-    if length == 0 {
-        return Ok(true);
-    }
-    loop {
-        // SAFETY: a call without pointers on a descriptor that `file` keeps open.
-        if unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, length) } == 0 {
-            return Ok(true);
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EINTR) => {}
-            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV | libc::ESPIPE) => {
-                return Ok(false);
-            }
-            _ => return Err(error),
-        }
-    }
 }

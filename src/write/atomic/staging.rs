@@ -1,94 +1,211 @@
-//! The file beside the target: how it is made, how it gets a name.
+//! The file beside the target: how it is created, named, and removed if it is dropped.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::attributes::Attributes;
 use super::leftovers;
+use crate::error::{Error, Result};
 use crate::sys::directory::{Directory, proc_path};
+use crate::sys::fork::OwnerProcess;
+use crate::write::write_back;
 
-/// Where the bytes are until the commit.
+/// A file that will replace its target. Removed if it still has a hidden name when it is dropped.
 #[derive(Debug)]
-pub(crate) enum Staging {
-    /// A file without a name (`O_TMPFILE`), which vanishes with the process.
-    Unnamed,
-    /// A file of this name beside the target.
-    Named(OsString),
-    /// The target itself: the file was put in place.
-    InPlace,
+pub(crate) struct StagedFile {
+    pub(crate) file: File,
+    /// The target's path as the caller gave it; errors name it.
+    pub(crate) path: PathBuf,
+    pub(crate) directory: Arc<Directory>,
+    /// The target's name in the directory.
+    pub(crate) name: OsString,
+    pub(crate) location: Location,
+    /// The target's attributes at the creation, used if the target is gone at the commit.
+    pub(crate) attributes: Option<Attributes>,
+    pub(crate) process: OwnerProcess,
+    /// Whether the contents were synchronized. A copy of them must be, then.
+    pub(crate) is_synchronized: AtomicBool,
+    /// Whether the target was overwritten in part, so that its old contents are lost.
+    pub(crate) has_overwritten: bool,
 }
 
-/// What a fresh name is for, which its ending tells.
+/// Where a staged file is.
+#[derive(Debug)]
+pub(crate) enum Location {
+    /// Nowhere (`O_TMPFILE`): it vanishes with the process.
+    Unnamed,
+    /// Beside the target, under this hidden name.
+    Named(OsString),
+    /// In the target's place.
+    Target,
+}
+
+impl StagedFile {
+    pub(crate) fn create(directory: Arc<Directory>, name: OsString, path: &Path) -> io::Result<StagedFile> {
+        let attributes = Attributes::at(&directory, &name)?;
+        let (file, location) = create_beside(&directory, creation_mode(attributes.is_some()))?;
+        Ok(StagedFile {
+            file,
+            path: path.to_path_buf(),
+            directory,
+            name,
+            location,
+            attributes,
+            process: OwnerProcess::current(),
+            is_synchronized: AtomicBool::default(),
+            has_overwritten: false,
+        })
+    }
+
+    /// The error of a failed write.
+    pub(crate) fn fail(&self, source: io::Error) -> Error {
+        Error::io("write", &self.path, source)
+    }
+
+    /// Refuses use in a child that was forked after the creation.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        self.process.check("save").map_err(|error| error.in_file(&self.path))
+    }
+
+    /// Gives the file the target's present attributes, or its earlier ones if it is gone; returns whether the file has
+    /// changed.
+    fn inherit_attributes(&self) -> io::Result<bool> {
+        let now = Attributes::at(&self.directory, &self.name)?;
+        let attributes = now.as_ref().or(self.attributes.as_ref());
+        attributes.map_or(Ok(false), |attributes| attributes.inherit(&self.file))
+    }
+
+    /// Inherits the attributes, synchronizes the change if the file was synchronized, then calls `check`.
+    pub(crate) fn inherit_attributes_if(&self, check: impl Fn() -> Result<()>) -> Result<()> {
+        let fail = |source| self.fail(source);
+        if self.inherit_attributes().map_err(fail)? && self.is_synchronized.load(Ordering::Relaxed) {
+            self.file.sync_all().map_err(fail)?;
+        }
+        check()
+    }
+
+    /// Writes the data to the disk, unless the file was synchronized.
+    pub(crate) fn write_back(&self) -> Result<()> {
+        if self.is_synchronized.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        write_back::finish(&self.file).map_err(|source| self.fail(source))
+    }
+
+    /// Writes data and attributes to the disk.
+    pub(crate) fn synchronize(&self) -> io::Result<()> {
+        self.inherit_attributes()?;
+        self.file.sync_all()?;
+        self.is_synchronized.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes the target's directory entry to the disk.
+    pub(crate) fn synchronize_directory(&self) -> Result<()> {
+        self.directory.synchronize().map_err(|source| {
+            Error::io("synchronize the directory of", &self.path, source).with_remedy(
+                "the new file is in place and complete, but after a loss of power what was there before may be back: save it \
+                 again",
+            )
+        })
+    }
+}
+
+impl Drop for StagedFile {
+    fn drop(&mut self) {
+        let Location::Named(name) = &self.location else { return };
+        if self.process.is_current() {
+            // A failure cannot be reported; the error that led here is already returned.
+            let _ = self.directory.remove(name);
+        }
+    }
+}
+
+/// The purpose of a hidden name, which its ending shows.
 #[derive(Clone, Copy)]
 pub(crate) enum Purpose {
-    /// A file that is being written: removed by a later save should its process be killed.
+    /// A staged file. A later save removes it if its process was killed.
     Staged,
-    /// The one whole copy of what a file in place is being overwritten with.
-    Whole,
-    /// What something new is about to take the place of.
-    Old,
+    /// The only complete copy of a file that is being overwritten in place.
+    Complete,
+    /// A file that is about to be replaced.
+    Backup,
 }
 
 impl Purpose {
     fn suffix(self) -> &'static str {
         match self {
             Purpose::Staged => leftovers::SUFFIX,
-            Purpose::Whole => ".whole",
-            Purpose::Old => ".old",
+            Purpose::Complete => ".whole",
+            Purpose::Backup => ".old",
         }
     }
 }
 
-/// The permissions that a file is made with: those of every new file, which the kernel settles, or, if it is `private`,
-/// none for anybody else until it gets those of a file that it replaces.
-pub(crate) fn mode_of(private: bool) -> libc::mode_t {
+/// The mode to create a file with: the kernel's choice for every new file, or, if it is `private`, none for others until
+/// it inherits the attributes of the file that it replaces.
+pub(crate) fn creation_mode(private: bool) -> libc::mode_t {
     if private { 0o600 } else { 0o666 }
 }
 
-/// Makes a new file in `directory`: without a name if the filesystem can, else under a fresh one.
-pub(crate) fn stage(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, Staging)> {
+/// Creates a file in `directory`: without a name if the filesystem can, otherwise under a hidden one.
+fn create_beside(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, Location)> {
     match directory.open_at(OsStr::new("."), libc::O_TMPFILE | libc::O_RDWR, mode) {
-        // Without /proc an unnamed file could never be given a name.
-        Ok(file) if Path::new(&proc_path(&file)).exists() => return Ok((file, Staging::Unnamed)),
-        // Kernels and filesystems without O_TMPFILE answer this or that, and some in words that mislead (of a directory
-        // that was removed ext4 says EPERM). What is wrong with the directory itself, a file with a name will hear.
+        // Without /proc an unnamed file could never get a name.
+        Ok(file) if Path::new(&proc_path(&file)).exists() => return Ok((file, Location::Unnamed)),
+        // Filesystems without O_TMPFILE return various errors, some of them misleading (ext4 says EPERM if the directory
+        // was removed). Creating a named file returns the right error.
         Ok(_) | Err(_) => {}
     }
-    stage_named(directory, mode).map(|(file, name)| (file, Staging::Named(name)))
+    create_named(directory, mode).map(|(file, name)| (file, Location::Named(name)))
 }
 
-/// Makes a new file under a fresh name, which is returned too. It can be read: should the target have to be overwritten
-/// in place, the bytes come from there.
-pub(crate) fn stage_named(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, OsString)> {
+/// Creates a file under a hidden name, and returns both. The file is readable, because it is the source if the target
+/// must be overwritten in place.
+pub(crate) fn create_named(directory: &Directory, mode: libc::mode_t) -> io::Result<(File, OsString)> {
     let flags = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR;
-    let (file, name) = with_fresh_name(Purpose::Staged, |name| directory.open_at(name, flags, mode))?;
-    leftovers::claim(&file);
+    let (file, name) = with_hidden_name(Purpose::Staged, |name| directory.open_at(name, flags, mode))?;
+    leftovers::lock(&file);
     Ok((file, name))
 }
 
-/// Gives an unnamed file a fresh name.
+/// Links an unnamed file to a hidden name.
 pub(crate) fn link_beside(file: &File, directory: &Directory) -> io::Result<OsString> {
-    leftovers::claim(file);
-    with_fresh_name(Purpose::Staged, |name| directory.link(file, name)).map(|((), name)| name)
+    leftovers::lock(file);
+    with_hidden_name(Purpose::Staged, |name| directory.link(file, name)).map(|((), name)| name)
 }
 
-/// Renames the file `name` to a fresh name, and returns that.
-pub(crate) fn set_aside(directory: &Directory, name: &OsStr, purpose: Purpose) -> io::Result<OsString> {
-    let rename = |fresh: &OsStr| match directory.open_entry(fresh) {
+/// Renames the file `name` to a hidden name, and returns that.
+pub(crate) fn rename_to_backup(directory: &Directory, name: &OsStr) -> io::Result<OsString> {
+    rename_to_hidden(directory, name, Purpose::Backup)
+}
+
+/// Renames the file `name` to a hidden name with this purpose, and returns that.
+pub(crate) fn rename_to_hidden(
+    directory: &Directory,
+    name: &OsStr,
+    purpose: Purpose,
+) -> io::Result<OsString> {
+    let rename = |hidden: &OsStr| match directory.open_entry(hidden) {
         Ok(Some(_)) => Err(io::ErrorKind::AlreadyExists.into()),
-        Ok(None) | Err(_) => directory.rename(name, fresh),
+        Ok(None) | Err(_) => directory.rename(name, hidden),
     };
-    with_fresh_name(purpose, rename).map(|((), name)| name)
+    with_hidden_name(purpose, rename).map(|((), name)| name)
 }
 
-/// Calls `make` with names until one is free.
-fn with_fresh_name<T>(purpose: Purpose, make: impl Fn(&OsStr) -> io::Result<T>) -> io::Result<(T, OsString)> {
+/// Calls `make` with new hidden names until one does not exist yet.
+fn with_hidden_name<T>(
+    purpose: Purpose,
+    make: impl Fn(&OsStr) -> io::Result<T>,
+) -> io::Result<(T, OsString)> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        // Short whatever the target's name: a long one with a suffix could pass the filesystem's limit.
+        // Not derived from the target's name: with a suffix that could exceed the filesystem's limit.
         let name: OsString =
             format!("{}{}-{number}{}", leftovers::PREFIX, std::process::id(), purpose.suffix()).into();
         match make(&name) {
