@@ -1,4 +1,4 @@
-// Parts of a tensor's memory as tensors, in a tenth of the time that views take.
+// Tensors over parts of a storage, made in a tenth of the time of a view.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,8 @@
 
 namespace safetensors_torch::layer {
 
-// `count` elements of `type`, one behind the other, from element `first` of the storage on. Which must have them, and
-// begin at a multiple of their size.
+// Returns `count` contiguous elements of `type`, from element `first` of the storage on. The storage must contain them
+// and be aligned to their size.
 inline at::Tensor alias(const c10::Storage& storage, c10::ScalarType type, int64_t first, int64_t count) {
     auto tensor = at::detail::make_tensor<c10::TensorImpl>(
         c10::Storage(storage), c10::DispatchKeySet(c10::computeDispatchKey(type, c10::kStrided, storage.device())),

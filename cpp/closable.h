@@ -1,4 +1,4 @@
-// An object that one thread closes while others use it.
+// An object that one thread may close while others use it.
 #pragma once
 
 #include <atomic>
@@ -8,20 +8,20 @@
 
 namespace safetensors_torch::layer {
 
-// A shared object until close(); it goes with the last of those who have taken it before.
+// A shared object until close(). It is destroyed with the last pointer that was taken before.
 //
-// Without a lock: in a process that is forked, a thread that is not there may hold it for ever. What the standard
-// library has for this, std::atomic_load of a shared_ptr, locks one of a few mutexes.
+// Lock-free: after a fork, a thread that the child does not have may hold a lock. std::atomic_load of a shared_ptr
+// locks one of a few mutexes.
 template <typename T>
 class Closable {
   public:
     explicit Closable(std::shared_ptr<T> object) : object_(std::move(object)) {}
 
-    // The object; null once it is closed.
+    // Returns the object; null once it is closed.
     std::shared_ptr<T> take() {
         std::shared_ptr<T> taken;
         if ((state_.fetch_add(kTaker) & kClosed) == 0) {
-            // It stays for as long as this thread counts.
+            // Not released while this thread is counted.
             taken = object_;
         }
         if (state_.fetch_sub(kTaker) - kTaker == kClosed) {
@@ -40,11 +40,11 @@ class Closable {
   private:
     static constexpr uint64_t kClosed = 1;
     static constexpr uint64_t kReleased = 2;
-    // Of each thread that is taking it at the moment. In a forked process some may count that are not there: then the
-    // object stays until this is destroyed.
+    // Added by each thread that is in take(). A forked child may count threads that it does not have: then the object
+    // lives until this is destroyed.
     static constexpr uint64_t kTaker = 4;
 
-    // Lets the object go if it is closed, nobody is taking it, and nobody else does this.
+    // Releases the object if it is closed, no thread is in take(), and no other thread releases it.
     void release() {
         uint64_t idle = kClosed;
         if (state_.compare_exchange_strong(idle, kClosed | kReleased)) {

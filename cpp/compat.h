@@ -1,4 +1,4 @@
-// What differs between the versions of torch that are supported (2.6 and later). Nothing else asks for the version.
+// The differences between the supported versions of torch, 2.6 and later. No other file tests the version.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -19,7 +19,7 @@
 
 namespace safetensors_torch::layer {
 
-// How Python calls a dtype, without "torch.". torch's own answer was a std::string first, and is a string_view in 2.15.
+// Returns Python's name of a dtype, without "torch.". torch returns a std::string, since 2.15 a string_view.
 inline std::string dtype_name(c10::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
 }  // namespace safetensors_torch::layer

@@ -1,4 +1,4 @@
-// Until when a step of a longer piece of work may take.
+// The time at which a step of pending work returns.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace safetensors_torch::layer {
 
 class Deadline {
   public:
-    // `seconds` from now; without end where that is infinite.
+    // `seconds` from now; an infinite number never passes.
     static Deadline in(double seconds) {
         constexpr double kAge = 1e9;
         const auto duration = std::chrono::duration<double>(std::clamp(seconds, 0.0, kAge));

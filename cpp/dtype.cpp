@@ -48,7 +48,7 @@ constexpr Pair kPairs[] = {
 #endif
 };
 
-// Dtype numbers are small: a table each way, made at the first use.
+// Dtype numbers are small: one table for each direction.
 constexpr size_t kTableSize = 256;
 
 struct Tables {
@@ -83,7 +83,7 @@ std::string_view as_view(rust::Str text) { return {text.data(), text.size()}; }
 c10::ScalarType to_torch(uint8_t dtype, rust::Str tensor) {
     const auto type = tables.to_torch[dtype];
     if (!type) {
-        fail(Kind::safetensor,
+        fail(ErrorCategory::safetensor,
              "tensor " + repr(as_view(tensor)) + " has dtype " + std::string(core::dtype_code(dtype)) +
                  ", which this version of torch has no dtype for; its bytes can be read through the C API",
              SFT_ERROR_UNSUPPORTED_DTYPE);
@@ -98,10 +98,10 @@ c10::DimVector to_torch_shape(uint8_t dtype, rust::Slice<const uint64_t> shape, 
     c10::DimVector out(shape.begin(), shape.end());
     if (packs_two(to_torch(dtype, tensor))) {
         if (out.empty() || out.back() % 2 != 0) {
-            fail(Kind::safetensor,
+            fail(ErrorCategory::safetensor,
                  "tensor " + repr(as_view(tensor)) +
-                     " is F4 with a last dimension that is not even: torch packs two values into each "
-                     "element of it, so it has no tensor for this");
+                     " is F4 and its last dimension is odd: torch packs two values into an element, so it has no "
+                     "such tensor");
         }
         out.back() /= 2;
     }
@@ -113,16 +113,17 @@ void append_header_shape(std::vector<uint64_t>& out, c10::ScalarType type, c10::
     out.insert(out.end(), shape.begin(), shape.end());
     if (packs_two(type)) {
         if (shape.empty()) {
-            fail(Kind::safetensor, "tensor " + repr(tensor) +
-                                       " is a scalar of float4_e2m1fn_x2, two values without a dimension, which the "
-                                       "format cannot hold: save it as `.reshape(1)`");
+            fail(ErrorCategory::safetensor,
+                 "tensor " + repr(tensor) +
+                     " is a scalar of float4_e2m1fn_x2, two values without a dimension, which the "
+                     "format cannot hold: save it as `.reshape(1)`");
         }
         out.back() *= 2;
     }
 }
 
-// Tried on one element on the CPU, as torch has no other way to ask; the last answer is kept, as most questions are the
-// same as the one before.
+// Converts one element on the CPU, because torch has no query for this. Most calls repeat the previous one, so its
+// result is kept.
 std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::ScalarType to) {
     thread_local std::pair<c10::ScalarType, c10::ScalarType> known{at::kFloat, at::kFloat};
     if (from == to || known == std::pair(from, to)) {
@@ -141,7 +142,7 @@ std::optional<std::string> why_not_convertible(c10::ScalarType from, c10::Scalar
 
 void check_conversion(c10::ScalarType from, c10::ScalarType to, rust::Str tensor) {
     if (const auto reason = why_not_convertible(from, to)) {
-        fail(Kind::safetensor,
+        fail(ErrorCategory::safetensor,
              "tensor " + repr(std::string(tensor)) + " of " + dtype_name(from) + " cannot be converted to " +
                  dtype_name(to) + ": " + *reason,
              SFT_ERROR_UNSUPPORTED_DTYPE);

@@ -25,10 +25,10 @@ std::string_view beginning(std::string_view text) {
     return text.substr(0, end);
 }
 
-// What follows the beginning of a text of `size` bytes.
+// Returns what follows the beginning of a text of `size` bytes.
 std::string rest_of(size_t size) { return size <= kMostShown ? "" : "... (" + std::to_string(size) + " bytes)"; }
 
-// Thrown by fail(), so that rethrow_clean() leaves what fail() noted alone.
+// An error that is recorded already, for rethrow_clean().
 class NotedError : public c10::Error {
   public:
     using c10::Error::Error;
@@ -39,24 +39,24 @@ LastError& last() {
     return error;
 }
 
-const char* name_of(Kind kind) {
-    switch (kind) {
-        case Kind::os:
+const char* name_of(ErrorCategory category) {
+    switch (category) {
+        case ErrorCategory::os:
             return "OSError";
-        case Kind::value:
+        case ErrorCategory::value:
             return "ValueError";
-        case Kind::runtime:
+        case ErrorCategory::runtime:
             return "RuntimeError";
-        case Kind::memory:
+        case ErrorCategory::memory:
             return "MemoryError";
-        case Kind::safetensor:
+        case ErrorCategory::safetensor:
             break;
     }
     return "SafetensorError";
 }
 
-[[noreturn]] void note_and_throw(Kind kind, int64_t code, int64_t os_error, const std::string& message) {
-    last() = {name_of(kind), code, os_error, message};
+[[noreturn]] void note_and_throw(ErrorCategory category, int64_t code, int64_t os_error, const std::string& message) {
+    last() = {name_of(category), code, os_error, message};
     throw NotedError(message, nullptr);
 }
 
@@ -66,18 +66,20 @@ const char* name_of(Kind kind) {
     const int64_t code = std::strtoll(text, &end, 10);
     const int64_t os_error = std::strtoll(end, &end, 10);
     const std::string message = *end == ' ' ? end + 1 : end;
-    Kind kind = Kind::safetensor;
+    ErrorCategory category = ErrorCategory::safetensor;
     if (code == SFT_ERROR_IO && os_error != 0) {
-        kind = os_error == ENOMEM ? Kind::memory : Kind::os;
+        category = os_error == ENOMEM ? ErrorCategory::memory : ErrorCategory::os;
     }
-    note_and_throw(kind, code, os_error, message);
+    note_and_throw(category, code, os_error, message);
 }
 
 }  // namespace
 
 LastError last_error() { return last(); }
 
-void fail(Kind kind, const std::string& message, int64_t code) { note_and_throw(kind, code, 0, message); }
+void fail(ErrorCategory category, const std::string& message, int64_t code) {
+    note_and_throw(category, code, 0, message);
+}
 
 void rethrow_clean() {
     try {
@@ -87,21 +89,22 @@ void rethrow_clean() {
     } catch (const rust::Error& error) {
         throw_core_error(error.what());
     } catch (const c10::OutOfMemoryError&) {
-        // Has an exception of its own in Python, and callers that free memory and try again.
+        // Python has an exception class for it, and callers that free memory and retry.
         throw;
     } catch (const c10::Error& error) {
-        note_and_throw(kind_of(error), 0, 0, error.what_without_backtrace());
+        note_and_throw(category_of(error), 0, 0, error.what_without_backtrace());
     } catch (const std::bad_alloc&) {
-        note_and_throw(Kind::memory, 0, 0, "there is not enough memory");
+        note_and_throw(ErrorCategory::memory, 0, 0, "there is not enough memory");
     } catch (const std::exception& error) {
-        note_and_throw(Kind::runtime, 0, 0, error.what());
+        note_and_throw(ErrorCategory::runtime, 0, 0, error.what());
     }
 }
 
-Kind kind_of(const c10::Error& error) {
-    // torch has no class of errors for this: its allocator for the CPU says it in words.
+ErrorCategory category_of(const c10::Error& error) {
+    // torch has no error class for this, only a text of its CPU allocator.
     const std::string_view text = error.what_without_backtrace();
-    return text.find("DefaultCPUAllocator: ") == std::string_view::npos ? Kind::runtime : Kind::memory;
+    return text.find("DefaultCPUAllocator: ") == std::string_view::npos ? ErrorCategory::runtime
+                                                                        : ErrorCategory::memory;
 }
 
 std::string shortened(std::string_view text) { return std::string(beginning(text)) + rest_of(text.size()); }

@@ -1,4 +1,4 @@
-// Errors of the C++ layer: which exception of the caller's language each is to be, and a text without a backtrace.
+// Errors of the layer: the exception class in Python, and a text without a backtrace.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -13,20 +13,21 @@
 
 namespace safetensors_torch::layer {
 
-// The exception that Python raises. C++ callers get c10::Error for each.
-enum class Kind { safetensor, os, value, runtime, memory };
+// The exception class in Python. C++ programs catch a c10::Error; the header makes a safetensors_torch::Error of it.
+enum class ErrorCategory { safetensor, os, value, runtime, memory };
 
-// What the calling thread's last failure was: kind, number in the C header (0 if it began here), errno, message.
+// The last failure of the calling thread: Python's exception class, number in the C header (0 for errors of this
+// layer), errno, message.
 using LastError = std::tuple<std::string, int64_t, int64_t, std::string>;
 LastError last_error();
 
-// Throws a c10::Error that says `message`. `code` is its SFT_ERROR_ number in the C header, 0 if it has none.
-[[noreturn]] void fail(Kind kind, const std::string& message, int64_t code = 0);
+// Throws a c10::Error with `message`. `code` is its SFT_ERROR_ number in the C header, 0 if it has none.
+[[noreturn]] void fail(ErrorCategory category, const std::string& message, int64_t code = 0);
 
-// Throws the error in flight again, as a c10::Error without a backtrace, once it is noted as the last one.
+// Records the current exception as the last error, and throws it as a c10::Error without a backtrace.
 [[noreturn]] void rethrow_clean();
 
-// Calls `body`; whatever it throws leaves with a clean text. Every op and every method of File runs inside one.
+// Returns body(); its exceptions become c10::Errors without a backtrace. Every op and every method is guarded.
 template <typename Body>
 auto guarded(Body&& body) -> decltype(body()) {
     try {
@@ -36,13 +37,13 @@ auto guarded(Body&& body) -> decltype(body()) {
     }
 }
 
-// Whether torch's `error` says that there is not enough host memory, or anything else.
-Kind kind_of(const c10::Error& error);
+// Returns ErrorCategory::memory if torch's `error` is about host memory, otherwise ErrorCategory::runtime.
+ErrorCategory category_of(const c10::Error& error);
 
-// `text` for a message: of a long one the beginning, and how long it is.
+// Returns `text` for a message: if it is long, its beginning and its length.
 std::string shortened(std::string_view text);
 
-// A string for a person, as Python's repr() gives it: names in messages look the same in both languages. Shortened.
+// Returns Python's repr() of a string, shortened: messages quote names the same way in both languages.
 std::string repr(std::string_view text);
 
 }  // namespace safetensors_torch::layer

@@ -1,4 +1,4 @@
-// What the threads of a process share, in a process that is forked from it: locked by nobody there, and whole.
+// Locks of process-wide state that are unlocked, and whose state is consistent, in a forked child.
 #pragma once
 
 #include <pthread.h>
@@ -7,9 +7,9 @@
 
 namespace safetensors_torch::layer {
 
-// Has forks wait for the lock of State::of_process() from now on: before_fork() takes it, after_fork() lets it go, in
-// the parent and, with true, in the child. Called when the library is loaded, as what of_process() returns is made
-// then: of a local static that a thread is making in the moment of a fork, the child would wait for the end for ever.
+// Makes forks wait for the lock of State::of_process(): before_fork() locks it; after_fork() unlocks it in the parent
+// and, called with true, in the child. Call it when the library is loaded, which also creates the state: a child waits
+// forever for a local static that another thread was initializing at the fork.
 template <typename State>
 bool for_all_forks() {
     const int status =

@@ -1,6 +1,5 @@
-// The whole libtorch layer as one translation unit: most of the time of compiling any file of it goes into torch's
-// headers, so that one for all takes a quarter of the time of each by itself. Every build compiles this file and the
-// bridge.
+// The whole libtorch layer as one translation unit, which takes a quarter of the time: most of compiling a file is
+// parsing torch's headers. Every build compiles this file and the bridge.
 #include "cpp/built_for.cpp"
 #include "cpp/device/device_copy_stream.cpp"
 #include "cpp/device/download.cpp"
@@ -8,17 +7,21 @@
 #include "cpp/device/upload.cpp"
 #include "cpp/dtype.cpp"
 #include "cpp/error.cpp"
+#include "cpp/file.cpp"
+#include "cpp/metadata.cpp"
 #include "cpp/model/mismatch.cpp"
 #include "cpp/model/model.cpp"
 #include "cpp/ops.cpp"
 #include "cpp/read/checkpoint.cpp"
-#include "cpp/read/file.cpp"
+#include "cpp/read/checkpoint_loader.cpp"
 #include "cpp/read/load.cpp"
 #include "cpp/read/open_file.cpp"
 #include "cpp/read/pending_load.cpp"
 #include "cpp/tensor_memory.cpp"
+#include "cpp/tensors.cpp"
 #include "cpp/write/aliasing.cpp"
 #include "cpp/write/edit.cpp"
 #include "cpp/write/incremental_writer.cpp"
 #include "cpp/write/save.cpp"
+#include "cpp/write/save_checks.cpp"
 #include "cpp/write/save_sharded.cpp"

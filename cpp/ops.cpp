@@ -1,6 +1,7 @@
-// The ops: their schemas in one block, their kernels above it. The schemas are the C++ ABI of this library.
+// The ops: kernels first, then schemas, one block for each concept. The schemas are the C++ ABI of this library.
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cstdio>
@@ -8,12 +9,12 @@
 #include <optional>
 
 #include "cpp/built_for.h"
+#include "cpp/bytes.h"
 #include "cpp/device/pinned_pool.h"
 #include "cpp/error.h"
+#include "cpp/file.h"
 #include "cpp/model/mismatch.h"
-#include "cpp/read/checkpoint.h"
-#include "cpp/read/file.h"
-#include "cpp/read/load.h"
+#include "cpp/read/checkpoint_loader.h"
 #include "cpp/read/pending_load.h"
 #include "cpp/tensor_memory.h"
 #include "cpp/write/aliasing.h"
@@ -26,45 +27,52 @@ namespace safetensors_torch::layer {
 namespace {
 
 using Names = std::vector<std::string>;
-
 using MaybeNames = std::optional<Names>;
 using MaybeDtype = std::optional<c10::ScalarType>;
+
+CheckpointLoader load_path(const std::string& filename, Target target, const std::string& backend,
+                           const Selection& selection) {
+    return load_all(Checkpoint(open_file(filename, backend)), {backend == "mmap", {}}, target, selection);
+}
+
+CheckpointLoader load_bytes(const at::Tensor& data, Target target, const MaybeNames& names = {}) {
+    return load_all(Checkpoint(open_bytes(data)), {}, target, {names, {}});
+}
 
 Tensors load_file_op(const std::string& filename, c10::Device device, const std::string& backend,
                      std::optional<bool> prefault, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        CheckpointLoader loads = load_file(filename, Target{device, dtype}, backend, prefault, names);
-        return dict_of(loads);
+        CheckpointLoader loader = load_path(filename, {device, dtype}, backend, {names, prefault});
+        return dict_of(loader);
     });
 }
 
 Tensors load_op(const at::Tensor& data, c10::Device device, MaybeDtype dtype, const MaybeNames& names) {
     return guarded([&] {
-        CheckpointLoader loads = load_all(Checkpoint(open_bytes(data)), StorageSharing{}, Target{device, dtype}, names);
-        return dict_of(loads);
+        CheckpointLoader loader = load_bytes(data, {device, dtype}, names);
+        return dict_of(loader);
     });
 }
 
 Lists load_file_lists_op(const std::string& filename, c10::Device device, const std::string& backend,
                          std::optional<bool> prefault) {
     return guarded([&] {
-        CheckpointLoader loads = load_file(filename, Target{device, {}}, backend, prefault, {});
-        return lists_of(loads);
+        CheckpointLoader loader = load_path(filename, {device, {}}, backend, {{}, prefault});
+        return lists_of(loader);
     });
 }
 
 Lists load_lists_op(const at::Tensor& data, c10::Device device) {
     return guarded([&] {
-        CheckpointLoader loads = load_all(Checkpoint(open_bytes(data)), StorageSharing{}, Target{device, {}}, {});
-        return lists_of(loads);
+        CheckpointLoader loader = load_bytes(data, {device, {}});
+        return lists_of(loader);
     });
 }
 
 Lists load_shared_op(const at::Tensor& data) {
     return guarded([&] {
-        CheckpointLoader loads =
-            load_all(Checkpoint(open_bytes(data)), StorageSharing{true, data}, Target{}, {});
-        return lists_of(loads);
+        CheckpointLoader loader = load_all(Checkpoint(open_bytes(data)), {true, data}, {}, {});
+        return lists_of(loader);
     });
 }
 
@@ -79,7 +87,7 @@ at::Tensor get_tensor_op(const std::string& filename, const std::string& name, c
     });
 }
 
-// Reads only the bytes that the slice needs, and maps nothing for them.
+// Reads only the bytes of the slice.
 at::Tensor get_slice_op(const std::string& filename, const std::string& name, const std::vector<int64_t>& starts,
                         const std::vector<int64_t>& stops, const std::optional<std::vector<int64_t>>& steps,
                         c10::Device device) {
@@ -95,55 +103,37 @@ std::vector<at::Tensor> load_tensors_op(const std::string& filename, const Names
     return guarded([&] { return file->get_tensors(names, device); });
 }
 
+void write_file(NamedTensors tensors, const std::optional<Metadata>& metadata, const std::string& filename,
+                bool durable) {
+    PendingSave save(std::move(tensors), metadata, filename);
+    save.set_file(filename, durable);
+    save.finish();
+}
+
 void save_file_op(const Tensors& tensors, const std::string& filename, const std::optional<Metadata>& metadata,
                   bool durable) {
-    guarded([&] { PendingSave(named(tensors), metadata, filename).write_file(filename, durable); });
+    guarded([&] { write_file(to_pairs(tensors), metadata, filename, durable); });
 }
 
 void save_tensors_op(const std::string& filename, Names names, std::vector<at::Tensor> tensors,
                      const std::optional<Metadata>& metadata, bool durable) {
-    guarded([&] {
-        PendingSave(named(std::move(names), std::move(tensors)), metadata, filename).write_file(filename, durable);
-    });
+    guarded([&] { write_file(to_pairs(std::move(names), std::move(tensors)), metadata, filename, durable); });
 }
 
 at::Tensor save_op(const Tensors& tensors, const std::optional<Metadata>& metadata) {
-    return guarded([&] { return PendingSave(named(tensors), metadata, "").write(); });
-}
-
-c10::intrusive_ptr<PendingSave> plan_save_op(const Tensors& tensors, const std::optional<Metadata>& metadata,
-                                             const std::string& path, bool force_contiguous,
-                                             const std::string& shared) {
     return guarded([&] {
-        return c10::make_intrusive<PendingSave>(named(tensors), metadata, path, save_rules(force_contiguous, shared));
+        PendingSave save(to_pairs(tensors), metadata, "");
+        const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCPU).requires_grad(false);
+        at::Tensor out = at::empty({static_cast<int64_t>(save.total())}, options);
+        save.set_memory(out);
+        save.finish();
+        return out;
     });
-}
-
-c10::intrusive_ptr<PendingShardedSave> plan_sharded_save_op(const Tensors& tensors,
-                                                            const std::optional<Metadata>& metadata,
-                                                            const std::string& directory, const std::string& stem,
-                                                            int64_t max_shard_size, bool force_contiguous,
-                                                            const std::string& shared) {
-    return guarded([&] {
-        return c10::make_intrusive<PendingShardedSave>(named(tensors), metadata, directory, stem, max_shard_size,
-                                                       save_rules(force_contiguous, shared));
-    });
-}
-
-c10::intrusive_ptr<IncrementalWriter> create_incremental_writer_op(const std::string& path, const Tensors& specs,
-                                                                   const std::optional<Metadata>& metadata,
-                                                                   bool durable) {
-    return guarded([&] { return c10::make_intrusive<IncrementalWriter>(path, named(specs), metadata, durable); });
-}
-
-c10::intrusive_ptr<PendingEdit> begin_edit_op(const std::string& path, const Metadata& set, const Names& removed,
-                                              bool in_place, int64_t reserve, bool durable) {
-    return guarded([&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
 }
 
 void check_save_op(const Tensors& tensors, bool force_contiguous, const std::string& shared) {
     guarded([&] {
-        NamedTensors checked = named(tensors);
+        NamedTensors checked = to_pairs(tensors);
         std::optional<Metadata> metadata;
         check_saveable(checked, metadata, save_rules(force_contiguous, shared));
     });
@@ -151,8 +141,8 @@ void check_save_op(const Tensors& tensors, bool force_contiguous, const std::str
 
 c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names& preferred) {
     return guarded([&] {
-        const NamedTensors all = named(tensors);
-        // Before the caller copies, or loads into, what is not contiguous, or has hooks.
+        const NamedTensors all = to_pairs(tensors);
+        // Before the caller copies tensors, or loads into them.
         for (const auto& [name, tensor] : all) {
             check_whole(name, tensor);
         }
@@ -167,19 +157,6 @@ c10::Dict<std::string, std::string> tied_op(const Tensors& tensors, const Names&
 void check_names_op(const std::string& class_name, const Names& missing, const Names& unexpected,
                     const std::string& prefix) {
     guarded([&] { check_names({missing, unexpected}, class_name, prefix); });
-}
-
-c10::intrusive_ptr<File> open_op(const std::string& filename, const std::string& backend) {
-    return c10::make_intrusive<File>(filename, backend);
-}
-
-c10::intrusive_ptr<File> open_checkpoint_op(const std::string& path, const std::string& backend,
-                                            const std::optional<std::string>& variant, const std::string& extra) {
-    return guarded([&] {
-        PendingFile pending(path, backend, variant, extra);
-        pending.advance(Deadline::never());
-        return pending.result();
-    });
 }
 
 c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
@@ -204,7 +181,8 @@ int64_t release_transfer_memory_op() {
 }
 
 std::tuple<std::string, std::string> built_for_op() {
-    // Without the volatile the compiler may put the text into instructions, and a search of the file does not find it.
+    // volatile keeps the compiler from splitting the text into instructions: the CMake package searches the file for
+    // it.
     const char* const volatile whole = built_for;
     const std::string text = whole;
     const auto between = [&text](const std::string& before, const std::string& after) {
@@ -216,102 +194,92 @@ std::tuple<std::string, std::string> built_for_op() {
 
 int64_t transfer_memory_op() { return PinnedPool::of_process().bytes(); }
 
-// An op that reads or writes files: TorchScript must neither drop, move nor fold it.
+// Returns the schema of an op that reads or writes files: TorchScript must not drop, move or fold it.
 c10::FunctionSchema effectful(const char* schema) {
     return torch::schema(schema, c10::AliasAnalysisKind::CONSERVATIVE);
 }
 
-// Kernels stand under CompositeExplicitAutograd: ops without a tensor argument have no other key to be found by.
-void define(torch::Library& library) {
-    const auto key = c10::DispatchKey::CompositeExplicitAutograd;
-    // Before File, whose methods return them.
+// Ops without a tensor argument have no other dispatch key to be found by.
+constexpr auto kOpKey = c10::DispatchKey::CompositeExplicitAutograd;
+
+// In the order of their results: File's methods return the pending loads.
+void define_classes(torch::Library& library) {
     register_pending_loads(library);
+    register_file(library);
     register_pending_save(library);
     register_sharded_saves(library);
     register_incremental_writer(library);
     register_pending_edit(library);
-    register_file(library);
+}
 
+void define_loads(torch::Library& library) {
     library.def(effectful(R"(load_file(str filename, *, Device device="cpu", str backend="mmap", bool? prefault=None, )"
                           "ScalarType? dtype=None, str[]? names=None) -> Dict(str, Tensor)"),
-                torch::dispatch(key, load_file_op));
+                torch::dispatch(kOpKey, load_file_op));
     library.def(R"(load(Tensor data, *, Device device="cpu", ScalarType? dtype=None, str[]? names=None) -> )"
                 "Dict(str, Tensor)",
-                torch::dispatch(key, load_op));
-    library.def(effectful("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None, *, "
-                          "bool durable=False) -> ()"),
-                torch::dispatch(key, save_file_op));
-    library.def("save(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> Tensor",
-                torch::dispatch(key, save_op));
+                torch::dispatch(kOpKey, load_op));
     library.def(effectful(R"(get_tensor(str filename, str name, *, Device device="cpu") -> Tensor)"),
-                torch::dispatch(key, get_tensor_op));
+                torch::dispatch(kOpKey, get_tensor_op));
     // One range for each dimension of torch's shape: 0 <= start <= stop <= size, and a step of 1 or more.
     library.def(effectful("get_slice(str filename, str name, int[] starts, int[] stops, int[]? steps=None, *, "
                           R"(Device device="cpu") -> Tensor)"),
-                torch::dispatch(key, get_slice_op));
-    // The same as load_file and save_file without a dict of tensors, which not every compiler takes.
+                torch::dispatch(kOpKey, get_slice_op));
+    // load_file without a dict of tensors, which not every compiler takes.
     library.def(effectful(R"(load_tensors(str filename, str[] names, *, Device device="cpu", str backend="mmap") -> )"
                           "Tensor[]"),
-                torch::dispatch(key, load_tensors_op));
-    library.def(effectful("save_tensors(str filename, str[] names, Tensor[] tensors, Dict(str, str)? metadata=None, "
-                          "*, bool durable=False) -> ()"),
-                torch::dispatch(key, save_tensors_op));
-
-    // What the Python package and the C++ header are made of; no promise to anyone else.
-    library.def(effectful("_load_file_lists(str filename, *, Device device, str backend, bool? prefault) -> "
-                          "(str[] names, Tensor[] tensors)"),
-                torch::dispatch(key, load_file_lists_op));
-    library.def("_load_lists(Tensor data, *, Device device) -> (str[] names, Tensor[] tensors)",
-                torch::dispatch(key, load_lists_op));
-    library.def("_load_shared_lists(Tensor data) -> (str[] names, Tensor[] tensors)",
-                torch::dispatch(key, load_shared_op));
-    library.def(
-        "_plan_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str path, bool force_contiguous, str shared) "
-        "-> __torch__.torch.classes.safetensors_torch.PendingSave",
-        torch::dispatch(key, plan_save_op));
-    library.def(
-        "_plan_sharded_save(Dict(str, Tensor) tensors, Dict(str, str)? metadata, str directory, str stem, "
-        "int max_shard_size, bool force_contiguous, str shared) -> "
-        "__torch__.torch.classes.safetensors_torch.PendingShardedSave",
-        torch::dispatch(key, plan_sharded_save_op));
-    library.def(
-        effectful(
-            "_create_incremental_writer(str path, Dict(str, Tensor) specs, Dict(str, str)? metadata, bool durable) -> "
-            "__torch__.torch.classes.safetensors_torch.IncrementalWriter"),
-        torch::dispatch(key, create_incremental_writer_op));
-    library.def(effectful("_begin_edit(str path, Dict(str, str) set, str[] removed, bool in_place, int reserve, "
-                          "bool durable) -> __torch__.torch.classes.safetensors_torch.PendingEdit"),
-                torch::dispatch(key, begin_edit_op));
-    library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "
-                          R"(str shared="error") -> ())"),
-                torch::dispatch(key, check_save_op));
-    library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)", torch::dispatch(key, tied_op));
-    library.def(effectful("_check_names(str class_name, str[] missing, str[] unexpected, str prefix) -> ()"),
-                torch::dispatch(key, check_names_op));
-    library.def(effectful("_open(str filename, str backend) -> __torch__.torch.classes.safetensors_torch.File"),
-                torch::dispatch(key, open_op));
-    library.def(effectful("_open_checkpoint(str path, str backend, str? variant, str extra) -> "
-                          "__torch__.torch.classes.safetensors_torch.File"),
-                torch::dispatch(key, open_checkpoint_op));
-    library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
-                torch::dispatch(key, open_bytes_op));
-    library.def(effectful("_transfer_options() -> (int pinned_pool_bytes, int threads)"),
-                torch::dispatch(key, transfer_options_op));
-    library.def(effectful("_set_transfer_options(int? pinned_pool_bytes, int? threads) -> ()"),
-                torch::dispatch(key, set_transfer_options_op));
-    library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
-                torch::dispatch(key, reserve_transfer_memory_op));
-    library.def(effectful("_release_transfer_memory() -> int"), torch::dispatch(key, release_transfer_memory_op));
-    library.def(effectful("_transfer_memory() -> int"), torch::dispatch(key, transfer_memory_op));
-    library.def("_built_for() -> (str version, str torch)", torch::dispatch(key, built_for_op));
-    library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
-                torch::dispatch(key, last_error));
+                torch::dispatch(kOpKey, load_tensors_op));
 }
 
-// Registers the ops with torch, when the library is loaded, unless another copy of it has: the Python package's layer
-// in a program that is linked to libsafetensors_torch.so, say. All copies use those of the first one; whether they are
-// of the same version, the C++ header and the Python package ask at their first call. In place of TORCH_LIBRARY, which
-// ends the process then.
+void define_saves(torch::Library& library) {
+    library.def(effectful("save_file(Dict(str, Tensor) tensors, str filename, Dict(str, str)? metadata=None, *, "
+                          "bool durable=False) -> ()"),
+                torch::dispatch(kOpKey, save_file_op));
+    library.def("save(Dict(str, Tensor) tensors, Dict(str, str)? metadata=None) -> Tensor",
+                torch::dispatch(kOpKey, save_op));
+    // save_file without a dict of tensors.
+    library.def(effectful("save_tensors(str filename, str[] names, Tensor[] tensors, Dict(str, str)? metadata=None, "
+                          "*, bool durable=False) -> ()"),
+                torch::dispatch(kOpKey, save_tensors_op));
+}
+
+// Internals of the Python package and the C++ header; they may change.
+void define_internals(torch::Library& library) {
+    library.def(effectful("_load_file_lists(str filename, *, Device device, str backend, bool? prefault) -> "
+                          "(str[] names, Tensor[] tensors)"),
+                torch::dispatch(kOpKey, load_file_lists_op));
+    library.def("_load_lists(Tensor data, *, Device device) -> (str[] names, Tensor[] tensors)",
+                torch::dispatch(kOpKey, load_lists_op));
+    library.def("_load_shared_lists(Tensor data) -> (str[] names, Tensor[] tensors)",
+                torch::dispatch(kOpKey, load_shared_op));
+    library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
+                torch::dispatch(kOpKey, open_bytes_op));
+    library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "
+                          R"(str shared="error") -> ())"),
+                torch::dispatch(kOpKey, check_save_op));
+    library.def("_tied(Dict(str, Tensor) tensors, str[] preferred) -> Dict(str, str)",
+                torch::dispatch(kOpKey, tied_op));
+    library.def(effectful("_check_names(str class_name, str[] missing, str[] unexpected, str prefix) -> ()"),
+                torch::dispatch(kOpKey, check_names_op));
+    library.def("_built_for() -> (str version, str torch)", torch::dispatch(kOpKey, built_for_op));
+    library.def(effectful("_last_error() -> (str kind, int code, int os_error, str message)"),
+                torch::dispatch(kOpKey, last_error));
+}
+
+void define_transfers(torch::Library& library) {
+    library.def(effectful("_transfer_options() -> (int pinned_pool_bytes, int threads)"),
+                torch::dispatch(kOpKey, transfer_options_op));
+    library.def(effectful("_set_transfer_options(int? pinned_pool_bytes, int? threads) -> ()"),
+                torch::dispatch(kOpKey, set_transfer_options_op));
+    library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
+                torch::dispatch(kOpKey, reserve_transfer_memory_op));
+    library.def(effectful("_release_transfer_memory() -> int"), torch::dispatch(kOpKey, release_transfer_memory_op));
+    library.def(effectful("_transfer_memory() -> int"), torch::dispatch(kOpKey, transfer_memory_op));
+}
+
+// Registers the ops with torch when the library is loaded, unless another copy of it has, such as the Python package's
+// layer in a program that is linked to libsafetensors_torch.so. All copies use the ops of the first; the C++ header and
+// the Python package check its version at their first call. TORCH_LIBRARY would end the process instead.
 torch::Library* register_ops() noexcept {
     try {
         if (c10::Dispatcher::singleton().findSchema({"safetensors_torch::load_file", ""})) {
@@ -319,7 +287,9 @@ torch::Library* register_ops() noexcept {
         }
         // Never destroyed: when the process ends, threads may still be in an op.
         auto* library = new torch::Library(torch::Library::DEF, "safetensors_torch", std::nullopt, __FILE__, __LINE__);
-        define(*library);
+        for (const auto define : {define_classes, define_loads, define_saves, define_internals, define_transfers}) {
+            define(*library);
+        }
         return library;
     } catch (const std::exception& error) {
         // The first call says which operator is missing.
@@ -328,7 +298,7 @@ torch::Library* register_ops() noexcept {
     }
 }
 
-// Kept, or a search for leaks finds what the operators have.
+// Kept reachable for leak checkers.
 [[gnu::used]] torch::Library* const registered = register_ops();
 
 }  // namespace

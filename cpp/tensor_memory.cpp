@@ -5,7 +5,7 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// Whether sizes and strides say where in a storage the elements are.
+// Returns whether sizes and strides determine where the elements are in a storage.
 bool is_strided(const at::Tensor& tensor) {
     return tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_meta() &&
            tensor.has_storage() && !tensor.storage().device().is_meta();
@@ -50,10 +50,11 @@ void check_whole(const std::string& name, const at::Tensor& tensor) {
     if (!is_strided(tensor) || is_wrapper(tensor) || is_whole(tensor)) {
         return;
     }
-    fail(Kind::runtime, "tensor " + repr(name) + ": its storage has " + std::to_string(tensor.storage().nbytes()) +
-                            " bytes, and its elements need " + std::to_string(needed_bytes(tensor)) +
-                            ", so the memory was freed or shrunk, as FSDP does with sharded parameters; gather them "
-                            "first, or resize the storage");
+    fail(ErrorCategory::runtime,
+         "tensor " + repr(name) + ": its storage has " + std::to_string(tensor.storage().nbytes()) +
+             " bytes, and its elements need " + std::to_string(needed_bytes(tensor)) +
+             ", so the memory was freed or shrunk, as FSDP does with sharded parameters; gather them "
+             "first, or resize the storage");
 }
 
 TensorMemory::TensorMemory(const at::Tensor& tensor) {
@@ -73,9 +74,10 @@ void TensorMemory::check(const std::string& name, const at::Tensor& tensor) cons
         tensor.has_storage() && tensor.storage().unsafeGetStorageImpl() == storage_.unsafeGetStorageImpl() &&
         storage_data(tensor).get() == data_ && storage_.nbytes() == nbytes_ && tensor.storage_offset() == offset_;
     if (!is_same) {
-        fail(Kind::runtime, "tensor " + repr(name) +
-                                ": its memory was freed, resized or replaced while it was loaded or saved; leave the "
-                                "tensors as they are until that is over, also in a progress function");
+        fail(ErrorCategory::runtime,
+             "tensor " + repr(name) +
+                 ": its memory was freed, resized or replaced while it was loaded or saved; leave the "
+                 "tensors as they are until that is over, also in a progress function");
     }
 }
 

@@ -1,4 +1,4 @@
-// Whether a tensor has the memory that its elements lie in, and whether it has kept it since a load or save looked.
+// Whether a tensor has memory for its elements, and whether it still has the same memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,35 +10,34 @@
 
 namespace safetensors_torch::layer {
 
-// What a tensor's storage, which it must have, points to. Unlike Storage::data(), this refuses no tensor, and leaves
-// copy-on-write memory shared.
+// Returns the data pointer of the storage, which the tensor must have. Unlike Storage::data(), it accepts every tensor,
+// and does not copy copy-on-write memory.
 const c10::DataPtr& storage_data(const at::Tensor& tensor);
 
-// The bytes from the first element of a strided tensor to behind the last; 0 if it has none.
+// Returns the bytes from the first element of a strided tensor to the end of the last; 0 if it has none.
 uint64_t span_bytes(const at::Tensor& tensor);
 
-// Whether the elements lie at an address: not those of meta and zero tensors, nor of tensors that stand for others.
+// Returns whether the elements have an address: those of meta tensors, zero tensors and wrappers have none.
 bool has_memory(const at::Tensor& tensor);
 
-// Whether the tensor stands for others, which have the memory: a wrapper subclass, or a tensor in a transform of
-// torch.func.
+// Returns whether other tensors have the memory: this is a wrapper subclass, or in a transform of torch.func.
 bool is_wrapper(const at::Tensor& tensor);
 
-// Whether the storage of a strided tensor with memory is as large as its elements need.
+// Returns whether the storage of a strided tensor with memory is large enough for its elements.
 bool is_whole(const at::Tensor& tensor);
 
-// Fails, naming the tensor, if it has a storage that is too small for its elements.
+// Fails, naming the tensor, if its storage is too small for its elements.
 void check_whole(const std::string& name, const at::Tensor& tensor);
 
-// The memory that a tensor had when a load or save began, which has pointers into it.
+// The memory of a tensor at the start of a load or save, which has pointers into it.
 //
-// The storage lives as long as this. But it can still be resized: check() before the pointers are used again, if other
-// code has run.
+// Keeps the storage alive. Other code can still resize it: after such code has run, call check() before the pointers
+// are used.
 class TensorMemory {
   public:
     explicit TensorMemory(const at::Tensor& tensor);
 
-    // Fails if `tensor`, of which this was made, has other memory now.
+    // Fails if `tensor`, from which this was made, has other memory now.
     void check(const std::string& name, const at::Tensor& tensor) const;
 
   private:

@@ -1,6 +1,6 @@
 /// @file
-/// safetensors for LibTorch: load and save tensors, modules and parts of files from C++17. A guide with whole programs
-/// is docs/cpp.md.
+/// safetensors for LibTorch: loads and saves tensors, modules and slices from C++17. docs/cpp.md is a guide with
+/// complete programs.
 ///
 ///     #include <safetensors_torch.hpp>
 ///
@@ -17,22 +17,21 @@
 ///
 ///     auto gpt = safetensors_torch::load_sharded("gpt/");             // model.safetensors.index.json and its files
 ///
-/// Link libsafetensors_torch.so and libtorch (CMake: SafetensorsTorch::safetensors_torch). This header holds no
-/// format knowledge and keeps no state: it finds the operators that the library registers and calls them, so no C++
-/// symbol crosses the library's boundary.
+/// Link libsafetensors_torch.so and libtorch (CMake: SafetensorsTorch::safetensors_torch). This header knows nothing of
+/// the format. It calls the operators and classes that the library registers with torch, so no C++ symbol crosses the
+/// library's boundary.
 ///
-/// Threads: every function may be called from several threads at once, and so may the methods of one File or
-/// Checkpoint, close() too; tensors and modules are read, or filled, as torch's own functions do it: one thread at a
-/// time may write to a tensor.
+/// Threads: all functions, and all methods of a File or Checkpoint, including close(), are thread-safe. As with torch's
+/// own functions, only one thread at a time may write to a tensor or fill a module.
 ///
-/// Errors: each function throws Error, a c10::Error with a text for a person, and no backtrace, in what(), and with
-/// numbers for a program. What a filter, a Rename or a Progress throws comes through as it is. Paths are bytes, as the
-/// operating system takes them.
+/// Errors: every function throws Error, a c10::Error whose what() has no backtrace, with an error code for programs.
+/// Exceptions of a filter, a Rename or a Progress pass through unchanged. Paths are bytes, as the operating system
+/// takes them.
 ///
-/// Where to look: files and checkpoints that stay open are in safetensors_torch/file.hpp, saving in save.hpp, tensor by
-/// tensor in incremental_writer.hpp, changing metadata in metadata.hpp, checkpoints of several files in sharded.hpp,
-/// modules in model.hpp, other maps of tensors in maps.hpp, memory for devices in transfer.hpp, all options in
-/// types.hpp, errors in error.hpp. This header includes them.
+/// This header includes all others: file.hpp (open files and checkpoints), save.hpp, incremental_writer.hpp (files that
+/// are written tensor by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files),
+/// model.hpp (modules), maps.hpp (other maps of tensors), transfer.hpp (threads, pinned memory), types.hpp (all
+/// options) and error.hpp.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -59,19 +58,17 @@
 
 namespace safetensors_torch {
 
-/// Every tensor of the file at `path`, on `device`, in file order. Of a checkpoint of several files: load_sharded.
+/// Loads all tensors of the file at `path` to `device`, in file order. For a checkpoint of several files, see
+/// load_sharded.
 ///
-/// A tensor owns its storage, is writable and needs no grad. Two calls never give tensors that share memory.
-/// On the meta device: shapes and dtypes, nothing is read but the header.
+/// Each tensor owns its storage, is writable and requires no grad. Tensors of two calls never share memory. On the meta
+/// device, tensors have shapes and dtypes, and only the header is read.
 ///
-/// `prefault` is about Backend::mmap, whose tensors cost a page fault every few pages where they are touched first, and
-/// a wait for the disk where the file is not in memory. Without a value, threads in the background bring the file in
-/// while the caller goes on (a cold one only if it takes no more than half of the memory available); true has that done
-/// when the call returns, false leaves it to the touch.
+/// `prefault` applies to Backend::mmap: see LoadOptions.
 ///
 /// Throws Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
-/// cut short; a dtype that torch does not have; c10::OutOfMemoryError that names the tensor for which the device has no
-/// memory.
+/// truncated; torch does not have a dtype. Throws c10::OutOfMemoryError, which names the tensor, if the device has too
+/// little memory.
 inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
                          std::optional<bool> prefault = std::nullopt) {
     using Names = std::optional<std::vector<std::string>>;
@@ -81,21 +78,20 @@ inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, 
     return detail::call(op, path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
 }
 
-/// The tensors of the file at `path` that `options` select, on `device`, in file order.
+/// Loads the tensors of the file at `path` that `options` select to `device`, in file order.
 ///
-/// Where the device has streams, what its current stream does after this call sees the tensors.
+/// If the device has streams, later work of its current stream sees the tensors.
 ///
-/// Throws Error: as the other load_file; a dtype that is not floating-point, or cannot be converted to.
+/// Throws Error: as the other load_file; `options.dtype` is not floating-point, or a tensor cannot be converted to it.
 inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
     return detail::load(detail::open(path, options.backend), device, options);
 }
 
-/// Every tensor of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may go away.
+/// Loads all tensors of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may be freed.
 ///
-/// A `const char*` converts to a view that ends at the first zero byte, which is not what is wanted here: pass a
-/// std::string, or a pointer and a length.
+/// Pass a std::string, or a pointer and a length: a `const char*` converts to a view that ends at the first zero byte.
 ///
-/// Throws Error as load_file does of the contents.
+/// Throws Error as load_file does for the contents.
 inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
     using Names = std::optional<std::vector<std::string>>;
     using Signature = Tensors(const at::Tensor&, at::Device, std::optional<at::ScalarType>, const Names&);
@@ -106,17 +102,15 @@ inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
     return detail::call(op, data, device, std::nullopt, std::nullopt);
 }
 
-/// The tensors that `options` select of a safetensors file whose bytes are in memory; its backend and prefault are of
-/// no concern. The tensors are copies: `bytes` may go away.
+/// Loads the tensors that `options` select of a safetensors file whose bytes are in memory; ignores backend and
+/// prefault. The tensors are copies: `bytes` may be freed.
 ///
-/// Throws Error as load_file does of the contents and the options.
+/// Throws Error as load_file does for the contents and the options.
 inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions& options) {
     const auto op = detail::find_op("safetensors_torch::_open_bytes");
     const at::Tensor data =
         at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
-    LoadOptions copies = options;
-    copies.backend = Backend::pread;
-    return detail::load(detail::call_boxed(op, data).toObject(), device, copies);
+    return detail::load(detail::call_boxed(op, data).toObject(), device, options);
 }
 
 }  // namespace safetensors_torch

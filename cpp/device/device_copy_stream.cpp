@@ -18,25 +18,25 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// With fewer slabs, either reading or copying would always wait for the other.
+// With fewer slabs, reading and copying wait for each other.
 constexpr size_t kFewestSlabs = 2;
 
-// How many are pinned to begin with.
+// How many are pinned first.
 constexpr size_t kFirstSlabs = 4;
 
-// Plain memory is no faster for being more.
+// More pageable memory is not faster.
 constexpr size_t kMostPlainSlabs = 8;
 
-// What parts of a slab are aligned to, and more than the gaps between the parts of a small file take.
+// The alignment of parts in a slab; larger than the gaps between the parts of a small file.
 constexpr uint64_t kAlignment = 4096;
 
-// Streams and pinned memory belong to torch's accelerator; what else there may be goes without.
+// Only torch's current accelerator has streams and pinned memory.
 bool is_accelerator(c10::DeviceType type) { return at::getAccelerator() == type; }
 
-// Streams that transfers have used, for the next ones: a device has few, which it hands out in turn to everybody.
+// Streams of earlier transfers: a device has a few, which torch hands out round robin.
 class Streams {
   public:
-    // Fails where the device has no streams.
+    // Fails if the device has no streams.
     c10::Stream take(c10::Device device) {
         const std::lock_guard<std::mutex> lock(mutex_);
         auto& waiting = waiting_[device.str()];
@@ -101,14 +101,14 @@ DeviceCopyStream::~DeviceCopyStream() {
             Streams::of_process().give(*stream_);
         }
     } catch (const std::exception& error) {
-        // The device has failed, and told whoever used it.
+        // The device has failed, which its user has seen.
         TORCH_WARN("safetensors_torch: a transfer could not be ended in order: ", error.what());
         abandon(slabs_);
         abandon(busy_);
     }
 }
 
-// Sets up the stream of the copies; false where the device has no such thing.
+// Sets up the stream of the copies; returns false if the device has none.
 bool DeviceCopyStream::begin_async() {
     if (bytes_ == 0 || device_.is_cpu() || !is_accelerator(device_.type()) ||
         transfer_options().pinned_pool_bytes == 0) {
@@ -118,11 +118,10 @@ bool DeviceCopyStream::begin_async() {
         current_ = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
         c10::Event ready(device_.type());
         ready.record(*current_);
-        // Fails while the stream is being captured into a graph, before another one is drawn into that.
+        // Fails while the stream is captured into a graph, before the copy stream joins the capture.
         ready.query();
         const c10::Stream stream = Streams::of_process().take(device_);
-        // What the caller has queued may still use the memory of tensors that were freed, and that the destinations
-        // got, or write the tensors that are the sources.
+        // Queued work of the caller may still use freed memory that the destinations now have, or write the sources.
         ready.block(stream);
         stream_ = stream;
         return true;
@@ -142,11 +141,11 @@ void DeviceCopyStream::begin_plain() {
         before.record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
         before_ = std::move(before);
     } catch (const c10::Error&) {
-        // A device without events: the first copy waits.
+        // Without events, the first copy waits.
     }
 }
 
-// Whether there are, or will be, enough pinned slabs for a beginning.
+// Takes pinned slabs; returns whether there are, or will be, enough.
 bool DeviceCopyStream::take_pinned() {
     const size_t wanted = std::min<uint64_t>((bytes_ + kSlabBytes - 1) / kSlabBytes, most_slabs_);
     PinnedPool& pool = PinnedPool::of_process();
@@ -202,7 +201,6 @@ bool DeviceCopyStream::grow() {
         return false;
     }
     const c10::DeviceGuard on_device(device_);
-    // Not asked for again once it was refused, which takes long.
     may_pin_ = add(pool.pin());
     return may_pin_;
 }
@@ -220,7 +218,7 @@ void DeviceCopyStream::record_if_possible(size_t slab) noexcept {
     try {
         record(slab);
     } catch (const std::exception&) {
-        // What went wrong before is what counts, and is on its way.
+        // The first error is being thrown.
         std::vector<Slab> lost;
         lost.push_back(std::move(slabs_[slab]));
         slabs_[slab] = Slab{};
@@ -228,7 +226,7 @@ void DeviceCopyStream::record_if_possible(size_t slab) noexcept {
     }
 }
 
-// Gives up slabs that a device which has failed may use at any time: they are nobody's any more, and never freed.
+// Leaks slabs that a failed device may still use.
 void DeviceCopyStream::abandon(std::vector<Slab>& slabs) noexcept {
     if (stream_) {
         const auto lost =

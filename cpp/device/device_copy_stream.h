@@ -1,4 +1,4 @@
-// The way between host memory and one device: slabs, and the stream on which copies from and to them run.
+// Transfers between host memory and one device: slabs, and the stream of the copies from and to them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,19 +18,18 @@
 
 namespace safetensors_torch::layer {
 
-// One transfer's slabs and stream.
+// The slabs and the stream of one transfer.
 //
-// Where the device has streams and events, and the host pinned memory, copies run on a stream of their own while the
-// host goes on, and each slab has an event that passes when its copies are done. That stream waits for what the
-// caller's stream has to do when the copy stream is made, and the caller's for it when the copy stream ends: what
-// either does after that sees what was copied. Nobody else waits, the host least of all. The destinations of copies may
-// be freed once the caller's stream has been told to wait, so no allocator has to be told of the other stream.
+// If the device has streams and events, and the host pinned memory, copies run asynchronously on a stream of their own,
+// and each slab has an event that completes with its copies. The copy stream waits for the work that is queued on the
+// caller's stream when this is made, and the caller's stream waits for the copies in finish(). The host does not wait.
+// The destinations may be freed once the caller's stream waits, so the allocator need not know the copy stream.
 //
-// Elsewhere, and for transfers so small that pinning memory would take longer than it saves, copies are done when the
-// call returns, on the caller's stream, and the slabs are plain memory.
+// Otherwise, and for transfers so small that pinning takes longer than it saves, copies are synchronous, on the
+// caller's stream, and the slabs are pageable memory.
 class DeviceCopyStream {
   public:
-    // For `bytes` to or from `device`, which has an index where it is no CPU, through `most_slabs` at most.
+    // For `bytes` to or from `device`, which has an index unless it is the CPU, through at most `most_slabs`.
     DeviceCopyStream(c10::Device device, uint64_t bytes, size_t most_slabs = std::numeric_limits<size_t>::max());
     ~DeviceCopyStream();
     DeviceCopyStream(const DeviceCopyStream&) = delete;
@@ -38,17 +37,17 @@ class DeviceCopyStream {
 
     c10::Device device() const { return device_; }
 
-    // Whether copies run while the host goes on.
+    // Returns whether copies are asynchronous.
     bool is_async() const { return stream_.has_value(); }
 
     size_t slab_bytes() const { return slab_bytes_; }
 
-    // The slabs; their numbers stay what they are.
+    // The slabs; their numbers do not change.
     size_t size() const { return slabs_.size(); }
     uint8_t* data(size_t slab) const { return static_cast<uint8_t*>(slabs_[slab].memory.mutable_data_ptr()); }
     const c10::Storage& storage(size_t slab) const { return slabs_[slab].memory.storage(); }
 
-    // Adds a slab, if this transfer is worth another; whether it did.
+    // Adds a slab if the transfer is worth another; returns whether it did.
     bool grow();
 
     // Calls `copies`, which copies from or to a slab, with the copy stream as the current one; after that, the slab
@@ -64,22 +63,22 @@ class DeviceCopyStream {
             std::forward<Copies>(copies)();
             record(slab);
         } catch (...) {
-            // The copies before what failed are under way.
+            // The copies before the one that failed are running.
             record_if_possible(slab);
             throw;
         }
     }
 
-    // Whether copies can begin: on the caller's stream, each would have the host wait for all that is queued there.
+    // Returns whether copies can start. On the caller's stream, the host waits for the work that is queued there.
     bool is_ready() const { return !before_ || before_->query(); }
 
-    // Whether the slab may be written to.
+    // Returns whether the slab may be written to.
     bool is_idle(size_t slab) const { return slabs_[slab].is_idle(); }
 
-    // From here on, what the caller's stream has to do comes after the copies that are under way.
+    // Makes the caller's stream wait for the running copies.
     void join();
 
-    // The same; there are no more copies.
+    // The same, after the last copy.
     void finish();
 
   private:
@@ -96,16 +95,15 @@ class DeviceCopyStream {
     uint64_t bytes_;
     size_t most_slabs_;
     size_t slab_bytes_ = kSlabBytes;
-    // Where copies run on the caller's stream: passes once what is queued there is done; none where there are no
-    // events.
+    // For copies on the caller's stream: completes with the work that is queued there; none without events.
     std::optional<c10::Event> before_;
-    // The caller's stream, and the one of the copies; none where copies are done at once.
+    // The caller's stream, and that of the copies; none if copies are synchronous.
     std::optional<c10::Stream> current_;
     std::optional<c10::Stream> stream_;
     std::vector<Slab> slabs_;
-    // Slabs to come, once the copies of earlier transfers are done.
+    // Slabs that become usable once the copies of earlier transfers are done.
     std::vector<Slab> busy_;
-    // Whether there may be more to be had.
+    // False once pinning was refused, which takes long.
     bool may_pin_ = true;
 };
 

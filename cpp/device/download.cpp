@@ -16,28 +16,28 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// The most bytes of host memory that are written with one call: some hundredths of a second's work.
+// The most bytes of host memory that are written by one call: some hundredths of a second.
 constexpr uint64_t kWriteBytes = uint64_t(64) << 20;
 
-// Writing is slower than any bus: more slabs than this would only leave the processor's caches before they are written.
+// Writing is slower than any bus: with more slabs, each leaves the processor's caches before it is written.
 constexpr size_t kMostSlabs = 8;
 
-// How long to sleep where the device has not come so far yet.
+// How long to sleep before the device is polled again.
 constexpr auto kPoll = std::chrono::microseconds(20);
 
-// Whether the bytes to be written are in memory somewhere, one behind the other.
+// Returns whether the bytes to write are contiguous in some memory.
 bool is_verbatim(const at::Tensor& tensor) {
     return !tensor.is_conj() && !tensor.is_neg() && !tensor._is_zerotensor() && tensor.is_contiguous();
 }
 
-// Whether the bytes to be written are those that the tensor has in host memory.
+// Returns whether the bytes to write are the tensor's bytes in host memory.
 bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbatim(tensor); }
 
-// Whether they are those that it has in a device's memory.
+// Returns whether they are its bytes in a device's memory.
 bool is_on_device(const at::Tensor& tensor) { return !tensor.is_cpu() && is_verbatim(tensor) && has_memory(tensor); }
 
-// The values of a tensor, copied to host memory. A clone gives a zero tensor memory. A subclass of Tensor in Python
-// does not see this.
+// Copies the values of a tensor to host memory. Zero tensors need a clone, which has memory. Python subclasses of
+// Tensor do not see the calls.
 at::Tensor to_host(const at::Tensor& tensor) {
     const c10::impl::ExcludeDispatchKeyGuard no_python(c10::python_ks);
     const at::Tensor source = tensor._is_zerotensor() ? tensor.clone() : tensor;
@@ -50,18 +50,10 @@ at::Tensor to_host(const at::Tensor& tensor) {
     if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
         throw c10::OutOfMemoryError(text, nullptr);
     }
-    fail(kind_of(error), text);
+    fail(category_of(error), text);
 }
 
 }  // namespace
-
-uint64_t bytes_of(const std::vector<core::Piece>& pieces) {
-    uint64_t bytes = 0;
-    for (const core::Piece& piece : pieces) {
-        bytes += piece.bytes.size();
-    }
-    return bytes;
-}
 
 Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, std::unique_ptr<Sink> sink)
     : tensors_(tensors), layout_(layout), sink_(std::move(sink)) {
@@ -104,7 +96,7 @@ bool Download::advance(Deadline until) {
     return true;
 }
 
-// Plans the next tensor, or part of it, or several; false where there is none, or no room.
+// Plans the next tensor, part of it, or several; returns false if there is none, or no room.
 bool Download::plan_more() {
     if (place_ == tensors_.size()) {
         return false;
@@ -125,7 +117,7 @@ bool Download::plan_more() {
         plan_host(tensor, name, nbytes, std::min(nbytes - offset_, kWriteBytes - host_bytes_));
         return true;
     }
-    // A copy of the whole tensor, of which there is one at a time.
+    // A copy of the whole tensor, one at a time.
     if (copy_.defined()) {
         return false;
     }
@@ -138,20 +130,21 @@ bool Download::plan_more() {
     return true;
 }
 
-// Plans the next `length` bytes of a tensor in host memory, which has `nbytes`.
+// Plans the next `length` bytes of a tensor of `nbytes` in host memory.
 void Download::plan_host(const at::Tensor& host, const std::string& name, uint64_t nbytes, uint64_t length) {
     const auto* data = static_cast<const uint8_t*>(host.const_data_ptr());
     if (data == nullptr || host.nbytes() != nbytes) {
-        fail(Kind::safetensor, "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
+        fail(ErrorCategory::safetensor,
+             "tensor " + repr(name) + " has no data that can be read: materialize it before saving");
     }
     spans_.push_back({data + offset_, length, nullptr, 0});
     host_bytes_ += length;
     move_on(length, nbytes);
 }
 
-// Lets the device fill a slab, with parts of one tensor or of as many as fit.
+// Queues copies of the next tensors, or of part of one, into a slab.
 bool Download::plan_slab(Source& source, c10::Device device) {
-    // Where nothing is under way, a slab has to come from elsewhere: all may be busy with an earlier transfer.
+    // If everything is written and no slab is free, all slabs are busy with earlier transfers: another is needed.
     const bool has_slab = !source.free.empty() || (is_all_written() && grow(source));
     if (!has_slab || !source.copy_stream->is_ready()) {
         return false;
@@ -193,7 +186,7 @@ void Download::move_on(uint64_t length, uint64_t nbytes) {
     }
 }
 
-// Writes what is there at the front of what is planned; whether anything was.
+// Writes the complete spans at the front of the plan; returns whether there were any.
 bool Download::write_some(Deadline until) {
     std::vector<core::Piece> pieces;
     pieces.reserve(spans_.size() - next_span_);
@@ -235,7 +228,7 @@ bool Download::write_some(Deadline until) {
     return true;
 }
 
-// Adds a slab; whether there is one more now.
+// Adds a slab; returns whether it did.
 bool Download::grow(Source& source) {
     if (!source.copy_stream->grow()) {
         return false;
@@ -244,7 +237,7 @@ bool Download::grow(Source& source) {
     return true;
 }
 
-// The same where writing waits for a device that has no slab to fill meanwhile.
+// The same, if the next span waits for a device that has no free slab.
 bool Download::grow_where_waiting() {
     Source* source = spans_[next_span_].source;
     return source != nullptr && source->free.empty() && grow(*source);

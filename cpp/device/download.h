@@ -1,4 +1,4 @@
-// From tensors, wherever they are, to the bytes of a file, in its order.
+// From tensors on any device to the bytes of a file, in file order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,50 +9,47 @@
 #include <string>
 #include <vector>
 
+#include "cpp/bytes.h"
 #include "cpp/deadline.h"
 #include "cpp/device/device_copy_stream.h"
-#include "cpp/read/load.h"
+#include "cpp/tensors.h"
 
 namespace safetensors_torch::layer {
 
-// Where the bytes go.
+// The target of the bytes.
 class Sink {
   public:
     virtual ~Sink() = default;
-    // Returns how many of the bytes were written, from their start on: all, unless a pipe has taken no more until then.
+    // Writes the bytes, and returns how many were written: all, unless a pipe has accepted no more before the deadline.
     virtual uint64_t write(const std::vector<core::Piece>& pieces, Deadline until) = 0;
-    // After the last byte.
+    // Called after the last byte.
     virtual void finish() = 0;
 };
 
-// For a sink that takes all of them.
-uint64_t bytes_of(const std::vector<core::Piece>& pieces);
-
-// The bytes of tensors on their way to a sink: those in host memory straight from there, those on a device through
-// slabs, which the device fills while earlier ones are being written. So the host never holds more of a device's
-// tensors than the slabs do.
+// A transfer of tensors to a sink. Host memory is written directly; tensors on a device go through slabs, which the
+// device fills while earlier ones are written. So the host never holds more of them than the slabs.
 class Download {
   public:
-    // The header first, then the tensors in the order of `layout`. All of these must live as long as this.
+    // Writes the header, then the tensors in the order of `layout`. `tensors` and `layout` must outlive this.
     Download(const NamedTensors& tensors, const core::SavePlan& layout, std::unique_ptr<Sink> sink);
 
-    // Goes on until all is written, or the time is up; whether it is.
+    // Writes until everything is written or the deadline has passed; returns whether everything is.
     bool advance(Deadline until);
 
     uint64_t done_bytes() const { return done_; }
 
   private:
-    // One device, and its slabs that are not in use.
+    // One device, and its slabs that are free.
     struct Source {
         std::unique_ptr<DeviceCopyStream> copy_stream;
         std::vector<size_t> free;
     };
 
-    // Bytes that are, or will be, in host memory.
+    // Bytes in host memory, now or once the device has copied them.
     struct Span {
         const uint8_t* data;
         uint64_t length;
-        // Whose slab they are in; null for other memory.
+        // The device whose slab they are in; null for other memory.
         Source* source;
         size_t slab;
         bool is_header = false;
@@ -74,15 +71,15 @@ class Download {
     std::unique_ptr<Sink> sink_;
     // By the device's name.
     std::map<std::string, Source> sources_;
-    // The next tensor to be planned, as a place in the file, and how much of it is planned already.
+    // The next tensor to plan, as a position in the file, and how many of its bytes are planned.
     size_t place_ = 0;
     uint64_t offset_ = 0;
-    // What is planned, in the order of the file; what of it is not written begins at `next_span_`. And how much of that
-    // no slab bounds, the header aside.
+    // The planned spans, in file order; those from `next_span_` on are not written. `host_bytes_` counts their bytes
+    // outside of slabs, except the header.
     std::vector<Span> spans_;
     size_t next_span_ = 0;
     uint64_t host_bytes_ = 0;
-    // A tensor that had to come to the host as a whole, while it is planned.
+    // A tensor that was copied to the host as a whole, until it is written.
     at::Tensor copy_;
     uint64_t done_ = 0;
     bool finished_ = false;

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <exception>
 #include <limits>
 #include <string>
@@ -18,37 +17,16 @@ namespace {
 
 constexpr uint64_t kDefaultPoolBytes = uint64_t(64) << 20;
 
-// More than this is without end anyway.
+// The largest value that the ops can return.
 constexpr uint64_t kMostPoolBytes = std::numeric_limits<int64_t>::max();
 
-// A transfer may pin one part in so many of what it moves, which it earns back itself.
+// One transfer may pin this fraction of its bytes, which pays off within the transfer.
 constexpr uint64_t kPartOfOne = 16;
 
-// Or all of them together one part in so many of what they have moved, which costs each next to nothing.
+// All together may pin this fraction of the bytes that they have moved, which costs each almost nothing.
 constexpr uint64_t kPartOfAll = 64;
 
-// What was set, or what the environment says; negative until either was asked for. No local static, for the reason that
-// cpp/fork.h gives.
-std::atomic<int64_t> chosen_pool_bytes{-1};
-
-int64_t pinned_pool_bytes() {
-    int64_t chosen = chosen_pool_bytes;
-    if (chosen < 0) {
-        const uint64_t from_environment =
-            core::env_number("SAFETENSORS_TORCH_PINNED_POOL_BYTES", kDefaultPoolBytes);
-        const int64_t wanted = static_cast<int64_t>(std::min(from_environment, kMostPoolBytes));
-        // Unless another thread was faster, which `chosen` tells then.
-        if (chosen_pool_bytes.compare_exchange_strong(chosen, wanted)) {
-            chosen = wanted;
-        }
-    }
-    return chosen;
-}
-
-size_t most_slabs() { return static_cast<size_t>(pinned_pool_bytes()) / kSlabBytes; }
-
-// Waits for the copies that are under way: not every allocator of pinned memory does that before it gives it to the
-// next.
+// Waits for running copies: not every allocator of pinned memory does so before it reuses memory.
 void wait_for(const Slab& slab) {
     if (slab.copied) {
         slab.copied->synchronize();
@@ -59,21 +37,20 @@ void wait_for(const Slab& slab) {
 
 TransferOptions transfer_options() {
     const uint64_t threads = core::threads();
-    return {pinned_pool_bytes(), static_cast<int64_t>(std::min(threads, kMostPoolBytes))};
+    return {PinnedPool::of_process().capacity(), static_cast<int64_t>(std::min(threads, kMostPoolBytes))};
 }
 
 void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads) {
     if (pinned_pool_bytes.value_or(0) < 0 || threads.value_or(0) < 0) {
-        fail(Kind::value, "pinned_pool_bytes and threads must not be negative, but are " +
-                              std::to_string(pinned_pool_bytes.value_or(0)) + " and " +
-                              std::to_string(threads.value_or(0)));
+        fail(ErrorCategory::value, "pinned_pool_bytes and threads must not be negative, but are " +
+                                       std::to_string(pinned_pool_bytes.value_or(0)) + " and " +
+                                       std::to_string(threads.value_or(0)));
     }
     if (threads) {
         core::set_threads(static_cast<size_t>(*threads));
     }
     if (pinned_pool_bytes) {
-        chosen_pool_bytes = *pinned_pool_bytes;
-        PinnedPool::of_process().trim();
+        PinnedPool::of_process().set_capacity(*pinned_pool_bytes);
     }
 }
 
@@ -87,7 +64,7 @@ bool Slab::is_surely_idle() const noexcept {
 
 namespace {
 
-// Never destroyed: when a process ends, the device's driver may be gone before its static objects are.
+// Never destroyed: the device's driver may be unloaded before the static objects of the process.
 PinnedPool& pool = *new PinnedPool;
 [[maybe_unused]] const bool pool_is_for_all_forks = for_all_forks<PinnedPool>();
 
@@ -99,7 +76,7 @@ void PinnedPool::before_fork() { mutex_.lock(); }
 
 void PinnedPool::after_fork(bool is_child) noexcept {
     if (is_child) {
-        // The memory is the parent's to free, and so are the places of slabs that its other threads were pinning.
+        // The memory belongs to the parent, and no thread of this process pins slabs.
         count_ -= waiting_.size() + pinning_;
         static_cast<void>(new std::vector<Slab>(std::move(waiting_)));
         waiting_.clear();
@@ -108,6 +85,25 @@ void PinnedPool::after_fork(bool is_child) noexcept {
     }
     mutex_.unlock();
 }
+
+int64_t PinnedPool::capacity() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!capacity_) {
+        const uint64_t bytes = core::env_number("SAFETENSORS_TORCH_PINNED_POOL_BYTES", kDefaultPoolBytes);
+        capacity_ = static_cast<int64_t>(std::min(bytes, kMostPoolBytes));
+    }
+    return *capacity_;
+}
+
+void PinnedPool::set_capacity(int64_t bytes) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        capacity_ = bytes;
+    }
+    trim();
+}
+
+size_t PinnedPool::most_slabs() { return static_cast<size_t>(capacity()) / kSlabBytes; }
 
 std::vector<Slab> PinnedPool::take_where(bool idle, size_t most) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -150,7 +146,7 @@ std::optional<Slab> PinnedPool::pin() {
             slab = Slab{std::move(memory), std::nullopt};
         }
     } catch (const std::exception&) {
-        // No pinned memory, or no more of it: transfers go without.
+        // Pinned memory is not available or used up: transfers work without it.
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     --pinning_;

@@ -1,4 +1,4 @@
-// Pinned host memory that transfers to and from a device take turns with, kept from one transfer to the next.
+// Pinned host memory for transfers to and from devices, kept from one transfer to the next.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,91 +15,95 @@ namespace safetensors_torch::layer {
 // Long enough that a copy to a device runs at the bus's speed, short enough that a few of them keep many threads busy.
 constexpr size_t kSlabBytes = size_t(2) << 20;
 
-// A piece of host memory, and when it may be written to again.
+// A piece of host memory, and the event after which it may be written to again.
 struct Slab {
     // One-dimensional, uint8.
     at::Tensor memory;
-    // Passes once the last copy from or to this slab is done; none where there was no such copy.
+    // Completes with the last copy from or to this slab; none if there was no copy.
     std::optional<c10::Event> copied;
 
-    // Whether no copy is under way.
+    // Returns whether no copy is running.
     bool is_idle() const { return !copied || copied->query(); }
 
-    // The same of a slab of somebody else's device, whose errors are none of ours: then it is not.
+    // The same for a slab that another device may use: returns false if that device has failed.
     bool is_surely_idle() const noexcept;
 };
 
-// What this process has set.
+// The settings of the process.
 struct TransferOptions {
-    // Pinned memory, in bytes, for all transfers at a time; with 0 they go without.
+    // The most pinned memory, in bytes, of all transfers together; with 0 they use none.
     int64_t pinned_pool_bytes;
-    // The most threads that a load or save uses; with 0 as many as suit the machine.
+    // The most threads that a load or save uses; 0 chooses by machine and work.
     int64_t threads;
 };
 
-// Those of SAFETENSORS_TORCH_PINNED_POOL_BYTES and SAFETENSORS_TORCH_THREADS until others are set.
+// Returns the settings; until they are set, SAFETENSORS_TORCH_PINNED_POOL_BYTES and SAFETENSORS_TORCH_THREADS.
 TransferOptions transfer_options();
 
-// Sets what is given, from the next load or save on. Fails for negative numbers, and sets nothing then.
+// Sets those with a value, from the next load or save on. Fails for negative numbers, and then sets nothing.
 void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads);
 
-// The slabs of the process: those in use, and those that wait for the next transfer.
+// The slabs of the process, in use or waiting for the next transfer.
 //
-// Pinning memory takes the system about a millisecond for each MiB, thirty times as long as copying as much over the
-// bus. So no more is pinned than a part of what transfers have moved.
+// Pinning takes about a millisecond for each MiB, thirty times as long as copying as much over the bus. So only a
+// fraction of the bytes that transfers have moved is pinned.
 class PinnedPool {
   public:
     static PinnedPool& of_process();
 
-    // For for_all_forks(). A child has no slab to begin with.
+    // For for_all_forks(). A child begins without slabs.
     void before_fork();
     void after_fork(bool is_child) noexcept;
 
-    // Up to `most` of the slabs that wait and are idle.
+    // The most bytes of all slabs: SAFETENSORS_TORCH_PINNED_POOL_BYTES until it is set, which frees idle slabs beyond
+    // it.
+    int64_t capacity();
+    void set_capacity(int64_t bytes);
+
+    // Takes up to `most` waiting slabs that are idle.
     std::vector<Slab> take(size_t most);
 
-    // Up to `most` of those in which a copy of an earlier transfer is still under way.
+    // Takes up to `most` waiting slabs in which a copy of an earlier transfer is still running.
     std::vector<Slab> take_busy(size_t most);
 
-    // Whether a transfer of `bytes` is worth `more` slabs.
+    // Returns whether a transfer of `bytes` is worth `more` slabs.
     bool is_worth(size_t more, uint64_t bytes);
 
-    // A new slab, pinned for the current accelerator; none where the pool has all that it may have, or where there is
-    // no such memory to be had.
+    // Pins a new slab for the current accelerator; none if the pool is full, or pinned memory is not available.
     std::optional<Slab> pin();
 
-    // Lets the slab wait for the next transfer; where the pool may not have so many any more, until it is idle.
+    // Returns a slab to the pool, which frees idle slabs beyond its capacity.
     void give(Slab slab);
 
-    // What was taken and will not be given back.
+    // Stops counting slabs that were taken and are never returned.
     void forget(size_t slabs);
 
     // Counts what a transfer has moved.
     void note_moved(uint64_t bytes);
 
-    // Frees idle slabs that are more than the pool may have.
-    void trim();
-
-    // Pins slabs for the current accelerator until there are `bytes`, or as many as may be; gives the bytes of all
-    // slabs.
+    // Pins slabs for the current accelerator up to `bytes`, or to capacity; returns the bytes of all slabs.
     int64_t reserve(int64_t bytes);
 
-    // Frees the slabs that wait; gives their bytes.
+    // Frees the waiting slabs, and returns their bytes.
     int64_t release();
 
-    // The bytes of all slabs, those in use among them.
+    // Returns the bytes of all slabs, including those in use.
     int64_t bytes();
 
   private:
     std::vector<Slab> take_where(bool idle, size_t most);
+    size_t most_slabs();
+    void trim();
 
     std::mutex mutex_;
+    // None until it is needed.
+    std::optional<int64_t> capacity_;
     std::vector<Slab> waiting_;
-    // Of all slabs, and of the places of those that are being pinned.
+    // Slabs that exist or are being pinned.
     size_t count_ = 0;
-    // Of the latter, which may yet be refused.
+    // Slabs that are being pinned, which may fail.
     size_t pinning_ = 0;
-    // By all transfers since memory was released last.
+    // Bytes, by all transfers since memory was last released.
     uint64_t moved_ = 0;
 };
 

@@ -16,10 +16,10 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// How long to wait for the next slab before looking whether copies are done.
+// How long to wait for the next slab before copies are polled.
 constexpr uint64_t kPollMicroseconds = 50;
 
-// How long where no copy is under way. Long enough to cost nothing, and no end of waiting depends on it.
+// How long if no copy is running: long enough to cost nothing, and a filled slab ends it.
 constexpr uint64_t kWaitMicroseconds = 100'000;
 
 uint64_t destination_bytes(const std::vector<Destination>& destinations) {
@@ -34,7 +34,7 @@ c10::Device device_of(const std::vector<Destination>& destinations) {
     return destinations.empty() ? c10::Device(c10::kCPU) : destinations.front().tensor.device();
 }
 
-// Device memory for the bytes of one part; undefined where nothing has to be converted on a device.
+// Allocates device memory for the bytes of one part; undefined if nothing is converted on a device.
 at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
     const auto keeps_dtype = [](const Destination& one) { return one.tensor.scalar_type() == one.stored; };
     const c10::Device device = device_of(destinations);
@@ -71,7 +71,7 @@ Upload::Upload(SharedFile file, std::vector<Destination> destinations, core::Rea
       unconverted_(conversion_memory(destinations_)),
       copy_stream_(device_of(destinations_), total_) {}
 
-// Lets threads begin to read.
+// Starts the threads that read.
 void Upload::start() {
     std::vector<core::Slab> slabs;
     for (size_t slab = 0; slab < copy_stream_.size(); ++slab) {
@@ -94,7 +94,7 @@ void Upload::start() {
 bool Upload::advance(Deadline until) {
     const bool is_done = copy_until(until);
     if (!is_done) {
-        // The caller may free a destination before the next step: whoever gets that memory comes after the copies.
+        // The caller may free a destination before the next step; later work of its stream must wait for the copies.
         copy_stream_.join();
     }
     return is_done;
@@ -138,7 +138,7 @@ bool Upload::copy_until(Deadline until) {
     return true;
 }
 
-// Slabs whose copies are done go round again.
+// Returns slabs whose copies are done to the prefetcher.
 void Upload::take_back() {
     while (!copying_.empty() && copy_stream_.is_idle(copying_.front())) {
         (*prefetcher_)->release_slab(copying_.front());
@@ -195,7 +195,7 @@ void Upload::explain(const std::exception& error, size_t request) const {
     if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
         throw c10::OutOfMemoryError(text, nullptr);
     }
-    fail(Kind::runtime, text);
+    fail(ErrorCategory::runtime, text);
 }
 
 }  // namespace safetensors_torch::layer

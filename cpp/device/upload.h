@@ -1,4 +1,4 @@
-// From a file into tensors that are there: to a device, or to another dtype.
+// From a file into existing tensors: to a device, or to another dtype.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,17 +14,16 @@
 
 namespace safetensors_torch::layer {
 
-// A tensor that is to be filled, and what with.
+// A tensor to fill, and the tensor of the file that it is filled from.
 struct Destination {
-    // Of the tensor in the file.
+    // Index and dtype of the tensor in the file.
     size_t index;
     c10::ScalarType stored;
-    // Contiguous, with a storage of its device, and as many elements as are read.
+    // Contiguous, with a storage on its device, and as many elements as are read.
     at::Tensor tensor;
 };
 
-// Copies that are under way from a file to tensors of one device, whose dtypes may be others than the file's: then the
-// device converts, slab by slab.
+// A transfer from a file to tensors of one device. If a dtype is not the file's, the device converts, slab by slab.
 class Upload {
   public:
     // Whole tensors of a file.
@@ -33,8 +32,8 @@ class Upload {
     // A slice of one.
     Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges);
 
-    // Goes on until everything is under way to the device, or the time is up; whether it is. What the caller's stream
-    // does after that sees it; for a device without streams, it is there.
+    // Copies until everything is queued on the device or the deadline has passed; returns whether everything is. Later
+    // work of the caller's stream sees the tensors; on a device without streams, they are complete.
     bool advance(Deadline until);
 
     uint64_t total_bytes() const { return total_; }
@@ -60,14 +59,14 @@ class Upload {
     uint64_t total_;
     uint64_t done_ = 0;
     bool finished_ = false;
-    // On the device: the bytes of one part, before they are converted. Made on the caller's stream, so before the
-    // copy_stream, whose stream then waits for whoever had the memory before, and gone after it.
+    // On the device: the bytes of one part, before they are converted. Allocated on the caller's stream before
+    // copy_stream_ is made, whose stream then waits for earlier users of the memory; freed after it.
     at::Tensor unconverted_;
-    // Before the prefetch, whose threads write to its slabs.
+    // Declared before the prefetcher, whose threads write to its slabs.
     DeviceCopyStream copy_stream_;
-    // None before the first step.
+    // From the first step on.
     std::optional<rust::Box<core::Prefetcher>> prefetcher_;
-    // Slabs whose copies are under way, the oldest first.
+    // Slabs whose copies are running, the oldest first.
     std::deque<size_t> copying_;
 };
 

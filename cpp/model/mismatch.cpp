@@ -9,7 +9,7 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// What torch.compile puts before the names of a module, at every level; what DataParallel puts before all of them.
+// The prefix of torch.compile, which can be at every level of a name, and that of DataParallel, which is at the start.
 constexpr std::string_view compiled = "_orig_mod.";
 constexpr std::string_view parallel = "module.";
 
@@ -27,7 +27,7 @@ bool ends_with(std::string_view text, std::string_view end) {
     return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
 }
 
-// The name that the tensor has in the module inside of the wrappers.
+// Returns the name of the tensor in the wrapped module.
 std::string unwrapped(std::string name) {
     for (size_t at = name.find(compiled); at != std::string::npos; at = name.find(compiled, at)) {
         if (at == 0 || name[at - 1] == '.') {
@@ -42,7 +42,7 @@ std::string unwrapped(std::string name) {
     return name;
 }
 
-// Which wrappers are in `name`, in words.
+// Returns the wrappers that made `name`, for a person.
 std::string wrappers_of(std::string_view name) {
     const bool is_compiled = name.find(compiled) != std::string_view::npos;
     const bool is_parallel = name.find(parallel) != std::string_view::npos;
@@ -51,7 +51,7 @@ std::string wrappers_of(std::string_view name) {
                                       : "DataParallel or DistributedDataParallel";
 }
 
-// What to do, if a name that is missing and one that is unexpected differ in wrappers alone.
+// Returns what to do if a missing name and an unexpected one differ only by wrappers.
 std::string advice(const Mismatch& mismatch, const std::string& prefix) {
     const auto inside = [&](const std::string& name) {
         return name.substr(begins_with(name, prefix) ? prefix.size() : 0);
@@ -100,7 +100,7 @@ void check_names(const Mismatch& mismatch, const std::string& class_name, const 
     if (!unexpected.empty()) {
         text += "\n    Unexpected key(s) in state_dict: " + quoted_list(unexpected);
     }
-    fail(Kind::runtime, text + advice(mismatch, prefix));
+    fail(ErrorCategory::runtime, text + advice(mismatch, prefix));
 }
 
 }  // namespace safetensors_torch::layer

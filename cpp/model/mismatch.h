@@ -1,4 +1,4 @@
-// The names that a module and a checkpoint do not have in common, and the error about them.
+// Names that only the module or only the checkpoint has, and the error about them.
 #pragma once
 
 #include <string>
@@ -7,14 +7,14 @@
 
 namespace safetensors_torch::layer {
 
-// Names in a state dict that a load left alone, and names in a file that it had no use for; both sorted.
+// Missing names, which only the state dict has, and unexpected ones, which only the file has; both sorted.
 using Mismatch = std::pair<std::vector<std::string>, std::vector<std::string>>;
 
-// How an error of load_state_dict begins.
+// Returns the first line of an error of load_state_dict.
 std::string heading(const std::string& class_name);
 
-// Fails unless both lists are empty. Says what to do about names that torch.compile or DataParallel has changed.
-// `prefix` is what the names of the module begin with in the file.
+// Fails unless both lists are empty. The error explains names that torch.compile or DataParallel has changed. In the
+// file, the names of the module begin with `prefix`.
 void check_names(const Mismatch& mismatch, const std::string& class_name, const std::string& prefix);
 
 }  // namespace safetensors_torch::layer

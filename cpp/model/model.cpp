@@ -26,7 +26,7 @@ std::string torch_size(c10::IntArrayRef shape) {
     return "torch.Size([" + out + "])";
 }
 
-// load_state_dict takes a 1-D tensor of one element for a scalar, as files from torch 0.3 need it.
+// load_state_dict accepts a 1-D tensor of one element for a scalar, for files from torch 0.3.
 bool is_old_scalar(c10::IntArrayRef source, c10::IntArrayRef destination) {
     return destination.empty() && source.size() == 1 && source[0] == 1;
 }
@@ -44,27 +44,28 @@ void check_shapes(const Checkpoint& checkpoint, const Matches& matches, const st
         }
     }
     if (!faults.empty()) {
-        fail(Kind::runtime, heading(class_name) + faults);
+        fail(ErrorCategory::runtime, heading(class_name) + faults);
     }
 }
 
 void check_on_device(const NamedTensors& state) {
     for (const auto& [name, tensor] : state) {
         if (tensor.is_meta()) {
-            fail(Kind::runtime, "Cannot load into " + repr(name) +
-                                    ": it is on the meta device and has no memory. Give the model memory first (in "
-                                    "Python load it with assign=True)");
+            fail(ErrorCategory::runtime,
+                 "Cannot load into " + repr(name) +
+                     ": it is on the meta device and has no memory. Give the model memory first (in "
+                     "Python load it with assign=True)");
         }
     }
 }
 
-// What torch refuses to copy into, and storages that are too small, which it does not look at.
+// Fails for tensors that torch refuses to copy into, and for storages that are too small, which torch does not check.
 template <typename Matches>
 void check_destinations(const Matches& matches, const std::string& class_name) {
     for (const auto& match : matches) {
         const at::Tensor& tensor = match.destination;
         const auto refuse = [&](const char* why) {
-            fail(Kind::runtime, heading(class_name) + "\n\t" + shortened(match.name) + " " + why);
+            fail(ErrorCategory::runtime, heading(class_name) + "\n\t" + shortened(match.name) + " " + why);
         };
         if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
             refuse(
@@ -89,24 +90,25 @@ void check_conversions(const Checkpoint& checkpoint, const Matches& matches, con
         const auto from = describe(checkpoint.file(match.place), match.place.index).first;
         const auto to = match.destination.scalar_type();
         if (const auto reason = why_not_convertible(from, to)) {
-            fail(Kind::runtime, heading(class_name) + "\n\tdtype mismatch for " + shortened(match.name) +
-                                    ": a param of " + dtype_name(from) + " from checkpoint cannot be copied into the " +
-                                    dtype_name(to) + " of the current model: " + *reason);
+            fail(ErrorCategory::runtime, heading(class_name) + "\n\tdtype mismatch for " + shortened(match.name) +
+                                             ": a param of " + dtype_name(from) +
+                                             " from checkpoint cannot be copied into the " + dtype_name(to) +
+                                             " of the current model: " + *reason);
         }
     }
 }
 
-// Autograd must learn that values which it may have saved are stale.
+// Tells autograd that saved values are stale.
 void note_write(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
 
 }  // namespace
 
-StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing lender, const Tensors& state,
+StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing sharing, const Tensors& state,
                          const std::vector<std::string>& optional, const std::string& class_name, bool strict,
                          const std::string& prefix)
-    : checkpoint_(std::move(shared_checkpoint)), lender_(std::move(lender)) {
+    : checkpoint_(std::move(shared_checkpoint)), sharing_(std::move(sharing)) {
     const Checkpoint& checkpoint = *checkpoint_;
-    const NamedTensors tensors = named(state);
+    const NamedTensors tensors = to_pairs(state);
     check_on_device(tensors);
     std::unordered_set<std::string> in_file;
     for (const core::Place& place : checkpoint.in_file_order()) {
@@ -127,7 +129,7 @@ StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing lend
             }
             continue;
         }
-        // A file with a tied name beside the kept one was not made from such a model.
+        // A file with both of two tied names was not saved from a model in which they are tied.
         if (is_dropped) {
             mismatch_.second.push_back(name);
             aliased = true;
@@ -148,8 +150,8 @@ StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing lend
     plan(aliased);
 }
 
-// Which tensor is filled in which way. With `aliased`, some share memory, and the file has both: one after the other
-// then, so that the last one counts.
+// Decides how each tensor is filled. With `aliased`, the file has several tensors for one memory: they are copied one
+// after the other, so that the last one counts.
 void StateLoader::plan(bool aliased) {
     const auto& files = checkpoint_->files();
     std::vector<std::vector<core::Request>> requests(files.size());
@@ -161,7 +163,7 @@ void StateLoader::plan(bool aliased) {
         const uint64_t nbytes = file.nbytes(index);
         total_ += nbytes;
         if (has_memory(tensor)) {
-            // Memory that is shared until it is written to is parted here, on the caller's stream.
+            // Copies copy-on-write memory here, on the caller's stream.
             tensor.mutable_data_ptr();
         }
         memory_.emplace_back(tensor);
@@ -181,7 +183,7 @@ void StateLoader::plan(bool aliased) {
     }
 }
 
-// Whether the file's bytes can be copied to where the tensor's elements are, one behind the other.
+// Returns whether the file's bytes can be copied directly to the tensor's memory.
 bool StateLoader::takes_bytes(const Match& match) const {
     const auto [type, shape] = describe(checkpoint_->file(match.place), match.place.index);
     const at::Tensor& tensor = match.destination;
@@ -209,7 +211,7 @@ bool StateLoader::advance(Deadline until) {
         if (upload_ == nullptr) {
             const Group& group = groups_[next_group_];
             upload_ =
-                std::make_unique<Upload>(checkpoint_->files()[group.shard], group.destinations, lender_.read_from);
+                std::make_unique<Upload>(checkpoint_->files()[group.shard], group.destinations, sharing_.read_from);
         }
         if (!upload_->advance(until)) {
             return false;
@@ -225,12 +227,12 @@ bool StateLoader::advance(Deadline until) {
     return true;
 }
 
-// Loads a tensor to where the destination is, and copies that; false where the time is up before.
+// Loads a tensor to the device of the destination and copies it; returns false if the deadline has passed before.
 bool StateLoader::load_and_copy(const Match& match, Deadline until) {
     if (loader_ == nullptr) {
         const Target target{match.destination.device(), {}};
         const SharedFile& file = checkpoint_->files()[match.place.shard];
-        loader_ = std::make_unique<Loader>(file, lender_, std::vector<size_t>{match.place.index}, target);
+        loader_ = std::make_unique<Loader>(file, sharing_, std::vector<size_t>{match.place.index}, target);
     }
     if (!loader_->advance(until)) {
         return false;

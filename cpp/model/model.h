@@ -13,24 +13,24 @@
 #include "cpp/read/checkpoint.h"
 #include "cpp/read/load.h"
 #include "cpp/tensor_memory.h"
+#include "cpp/tensors.h"
 
 namespace safetensors_torch::layer {
 
-// A load of a checkpoint's tensors into those of a state dict, by name, whatever their device. Tied names count once.
+// A load of a checkpoint's tensors into those of a state dict, by name, on any device. Tied names count once.
 //
-// What the bytes of a file fit into gets them straight: CPU tensors by reads, those of a device through slabs, which
-// convert other dtypes on the way. What is not contiguous, and tensors that share memory with each other, are loaded
-// and copied one by one.
+// Contiguous tensors are filled directly: those on the CPU by reads, those on a device through slabs, which also
+// convert dtypes. Tensors that are not contiguous, or share memory with each other, are loaded and copied one by one.
 class StateLoader {
   public:
-    // Checks everything, before the first tensor changes. `optional` holds names whose absence from the checkpoint is
-    // no fault; what it has whose name does not begin with `prefix` is passed over. Fails where `strict` and the names
-    // differ, where a shape does not fit, and for a tensor on the meta device.
-    StateLoader(SharedCheckpoint checkpoint, StorageSharing lender, const Tensors& state,
+    // Checks everything before the first tensor changes. The checkpoint may lack names of `optional`; its names that do
+    // not begin with `prefix` are ignored. Fails if `strict` and the names differ, if a shape does not fit, and for a
+    // tensor on the meta device.
+    StateLoader(SharedCheckpoint checkpoint, StorageSharing sharing, const Tensors& state,
                 const std::vector<std::string>& optional, const std::string& class_name, bool strict,
                 const std::string& prefix);
 
-    // Goes on until all tensors are filled, or the time is up; whether they are.
+    // Loads until all tensors are filled or the deadline has passed; returns whether they are.
     bool advance(Deadline until);
 
     uint64_t total_bytes() const { return total_; }
@@ -39,7 +39,7 @@ class StateLoader {
     const Mismatch& mismatch() const { return mismatch_; }
 
   private:
-    // A tensor of a file and the one of the model that it goes into.
+    // A tensor of a file, and the tensor of the model that it fills.
     struct Match {
         core::Place place;
         std::string name;
@@ -57,17 +57,16 @@ class StateLoader {
     };
 
     SharedCheckpoint checkpoint_;
-    StorageSharing lender_;
+    StorageSharing sharing_;
     Mismatch mismatch_;
     std::vector<Match> matches_;
     // Of each destination.
     std::vector<TensorMemory> memory_;
     uint64_t total_ = 0;
-    // By what is over.
+    // Bytes of finished uploads and copies.
     uint64_t done_ = 0;
     bool started_ = false;
-    // Straight into CPU tensors, file by file; then group by group, through one upload at a time; and the rest, one by
-    // one.
+    // First reads into CPU tensors, file by file; then uploads, group by group; then the rest, one by one.
     std::vector<rust::Box<core::PendingRead>> reading_;
     size_t next_reading_ = 0;
     std::vector<Group> groups_;

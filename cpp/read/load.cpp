@@ -15,8 +15,8 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// In Loader::places_: a tensor over the file's own memory.
-constexpr size_t kLent = std::numeric_limits<size_t>::max();
+// In Loader::places_: the storage points into the file's memory.
+constexpr size_t kShared = std::numeric_limits<size_t>::max();
 
 void release_mapping(void* context) { core::release_mapping(static_cast<const core::Mapping*>(context)); }
 
@@ -24,28 +24,28 @@ void release_block(void* context) { core::release_block(static_cast<const core::
 
 void release_tensor(void* context) { delete static_cast<at::Tensor*>(context); }
 
-// What a DataPtr gives back to its deleter.
+// What a DataPtr passes to its deleter.
 template <typename T>
 void* as_context(const T* owner) {
     return const_cast<T*>(owner);
 }
 
-// Where the file's memory can be lent to the tensor at `index`, its address, else null. Kernels want elements at
-// multiples of their size: torch's complex64 at 8, where C's is content with 4.
-uint8_t* lendable(const core::File& file, const StorageSharing& lender, size_t index, c10::ScalarType type) {
-    uint8_t* data = lender.lends && file.nbytes(index) != 0 ? file.data(index) : nullptr;
+// Returns the address of the tensor at `index` in the file's memory, or null if its storage cannot point there. Kernels
+// want elements at multiples of their size: torch's complex64 at 8, although C's needs only 4.
+uint8_t* shareable_data(const core::File& file, const StorageSharing& sharing, size_t index, c10::ScalarType type) {
+    uint8_t* data = sharing.is_enabled && file.nbytes(index) != 0 ? file.data(index) : nullptr;
     return reinterpret_cast<uintptr_t>(data) % c10::elementSize(type) == 0 ? data : nullptr;
 }
 
-// A pointer into the file's memory, which keeps that memory alive.
-c10::DataPtr lend(const core::File& file, const StorageSharing& lender, uint8_t* data) {
-    if (lender.data.defined()) {
-        return {data, new at::Tensor(lender.data), &release_tensor, c10::kCPU};
+// Returns a pointer into the file's memory that keeps that memory alive.
+c10::DataPtr share(const core::File& file, const StorageSharing& sharing, uint8_t* data) {
+    if (sharing.owner.defined()) {
+        return {data, new at::Tensor(sharing.owner), &release_tensor, c10::kCPU};
     }
     return {data, as_context(file.share_mapping()), &release_mapping, c10::kCPU};
 }
 
-// A contiguous CPU tensor over `data`, with a storage of exactly its bytes. With an allocator it can be resized.
+// Returns a contiguous CPU tensor over `data` whose storage has exactly its bytes. With an allocator it can be resized.
 at::Tensor over(c10::DataPtr data, size_t nbytes, c10::ScalarType type, c10::IntArrayRef shape,
                 c10::Allocator* allocator) {
     c10::Storage storage(c10::Storage::use_byte_size_t(), nbytes, std::move(data), allocator,
@@ -56,12 +56,12 @@ at::Tensor over(c10::DataPtr data, size_t nbytes, c10::ScalarType type, c10::Int
     return tensor;
 }
 
-// Layout, device and pinning are given, so torch's default device has no say.
+// All options are explicit, so torch's default device is ignored.
 at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
     return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
 }
 
-// The same for `what`, which the error names if there is not enough memory.
+// The same; the error about too little memory names `what`.
 at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what) {
     try {
         return empty_on(device, type, shape);
@@ -72,14 +72,14 @@ at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
         if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
             throw c10::OutOfMemoryError(text, nullptr);
         }
-        fail(kind_of(error), text);
+        fail(category_of(error), text);
     }
 }
 
-// Whether the tensor's elements lie in a storage that copies can be made to.
+// Returns whether the tensor has a storage that can be copied to.
 bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
 
-// The device, with the index of the current one where there was none.
+// Returns the device, with the index of the current one if it has none.
 c10::Device with_index(c10::Device device) {
     if (device.has_index() || device.is_cpu() || device.is_meta()) {
         return device;
@@ -87,40 +87,18 @@ c10::Device with_index(c10::Device device) {
     return c10::impl::VirtualGuardImpl(device.type()).getDevice();
 }
 
-// The dtype that a tensor is to have: of floating-point tensors the one asked for, of others their own.
+// Returns the dtype of a loaded tensor: only floating-point ones are converted.
 c10::ScalarType converted(c10::ScalarType stored, std::optional<c10::ScalarType> wanted) {
     return wanted && c10::isFloatingType(stored) ? *wanted : stored;
 }
 
 }  // namespace
 
-NamedTensors named(const Tensors& tensors) {
-    NamedTensors result;
-    result.reserve(tensors.size());
-    for (const auto& entry : tensors) {
-        result.emplace_back(entry.key(), entry.value());
-    }
-    return result;
-}
-
-NamedTensors named(std::vector<std::string> names, std::vector<at::Tensor> tensors) {
-    if (names.size() != tensors.size()) {
-        fail(Kind::value, "a save takes as many names as tensors, not " + std::to_string(names.size()) + " and " +
-                              std::to_string(tensors.size()));
-    }
-    NamedTensors result;
-    result.reserve(names.size());
-    for (size_t i = 0; i < names.size(); ++i) {
-        result.emplace_back(std::move(names[i]), std::move(tensors[i]));
-    }
-    return result;
-}
-
-Loader::Loader(SharedFile file, StorageSharing lender, std::vector<size_t> indices, Target target)
-    : file_(std::move(file)), lender_(std::move(lender)), indices_(std::move(indices)), target_(target) {
+Loader::Loader(SharedFile file, StorageSharing sharing, std::vector<size_t> indices, Target target)
+    : file_(std::move(file)), sharing_(std::move(sharing)), indices_(std::move(indices)), target_(target) {
     target_.device = with_index(target_.device);
     if (target_.dtype && !c10::isFloatingType(*target_.dtype)) {
-        fail(Kind::value, "dtype must be a floating-point one, not " + dtype_name(*target_.dtype));
+        fail(ErrorCategory::value, "dtype must be a floating-point one, not " + dtype_name(*target_.dtype));
     }
     const core::File& core_file = **file_;
     std::vector<size_t> to_read;
@@ -132,9 +110,10 @@ Loader::Loader(SharedFile file, StorageSharing lender, std::vector<size_t> indic
             continue;
         }
         if (!target_.device.is_cpu() || type != stored) {
-            set_aside(i, stored, type, shape);
-        } else if (core_file.nbytes(indices_[i]) != 0 && lendable(core_file, lender_, indices_[i], stored) == nullptr) {
-            places_.resize(indices_.size(), kLent);
+            allocate_destination(i, stored, type, shape);
+        } else if (core_file.nbytes(indices_[i]) != 0 &&
+                   shareable_data(core_file, sharing_, indices_[i], stored) == nullptr) {
+            places_.resize(indices_.size(), kShared);
             places_[i] = to_read.size();
             to_read.push_back(indices_[i]);
         }
@@ -144,20 +123,20 @@ Loader::Loader(SharedFile file, StorageSharing lender, std::vector<size_t> indic
     }
 }
 
-// Memory for number `i` on the device, which the upload is to fill.
-void Loader::set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape) {
-    aside_.resize(indices_.size());
+// Allocates tensor `i` on the device; the upload fills it.
+void Loader::allocate_destination(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape) {
+    allocated_.resize(indices_.size());
     check_conversion(stored, type, (*file_)->name(indices_[i]));
-    aside_[i] = allocate(target_.device, type, shape, "tensor " + repr(name(i)));
+    allocated_[i] = allocate(target_.device, type, shape, "tensor " + repr(name(i)));
     if ((*file_)->nbytes(indices_[i]) == 0) {
         return;
     }
-    if (is_allocated(aside_[i])) {
-        destinations_.push_back({indices_[i], stored, aside_[i]});
+    if (is_allocated(allocated_[i])) {
+        destinations_.push_back({indices_[i], stored, allocated_[i]});
         upload_bytes_ += (*file_)->nbytes(indices_[i]);
     } else {
-        // Of a device that keeps to itself where its bytes are.
-        aside_[i].reset();
+        // The device does not say where its bytes are: tensor() copies.
+        allocated_[i].reset();
     }
 }
 
@@ -171,14 +150,14 @@ bool Loader::advance(Deadline until) {
     return upload(until);
 }
 
-// What uploads hold is taken when the first copy is due and given back after the last, as several loaders may be
-// waiting for their turns.
+// Several loaders may be waiting for their turns: slabs and a stream are taken for the first copy and returned after
+// the last.
 bool Loader::upload(Deadline until) {
     if (is_uploaded_ || upload_bytes_ == 0) {
         return true;
     }
     if (upload_ == nullptr) {
-        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), lender_.read_from);
+        upload_ = std::make_unique<Upload>(file_, std::move(destinations_), sharing_.read_from);
     }
     is_uploaded_ = upload_->advance(until);
     if (is_uploaded_) {
@@ -199,8 +178,8 @@ std::string Loader::name(size_t i) const { return std::string((*file_)->name(ind
 at::Tensor Loader::tensor(size_t i) const {
     const core::File& file = **file_;
     const size_t index = indices_[i];
-    if (!aside_.empty() && aside_[i].defined()) {
-        return aside_[i];
+    if (!allocated_.empty() && allocated_[i].defined()) {
+        return allocated_[i];
     }
     const auto [stored, shape] = describe(file, index);
     const auto type = converted(stored, target_.dtype);
@@ -209,18 +188,18 @@ at::Tensor Loader::tensor(size_t i) const {
         return empty_on(target_.device, type, shape);
     }
     if (!target_.device.is_cpu()) {
-        return load_tensor(file_, lender_, index, at::kCPU).to(target_.device).to(type);
+        return load_tensor(file_, sharing_, index, at::kCPU).to(target_.device).to(type);
     }
-    if (places_.empty() || places_[i] == kLent) {
-        return over(lend(file, lender_, lendable(file, lender_, index, stored)), nbytes, type, shape, nullptr);
+    if (places_.empty() || places_[i] == kShared) {
+        return over(share(file, sharing_, shareable_data(file, sharing_, index, stored)), nbytes, type, shape, nullptr);
     }
     const core::PendingRead& loading = **loading_;
     c10::DataPtr data(loading.data(places_[i]), as_context(loading.share_block(places_[i])), &release_block, c10::kCPU);
     return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
 }
 
-at::Tensor load_tensor(SharedFile file, const StorageSharing& lender, size_t index, c10::Device device) {
-    Loader loader(std::move(file), lender, {index}, Target{device, {}});
+at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t index, c10::Device device) {
+    Loader loader(std::move(file), sharing, {index}, Target{device, {}});
     loader.advance(Deadline::never());
     return loader.tensor(0);
 }
@@ -235,7 +214,7 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
     if (!ranges.empty() && !torch_shape.empty() && file.shape(index).back() != uint64_t(torch_shape.back())) {
         core::Range& last = ranges.back();
         if (last.step != 1) {
-            fail(Kind::safetensor,
+            fail(ErrorCategory::safetensor,
                  "slice of tensor " + repr(std::string(name)) +
                      ": values packed in bytes can be taken with step 1 along the last dimension only; "
                      "load the whole tensor and index that");

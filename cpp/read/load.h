@@ -1,7 +1,6 @@
 // From the bytes of an open file to tensors on a device.
 #pragma once
 
-#include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
@@ -9,7 +8,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpp/deadline.h"
@@ -18,81 +16,72 @@
 
 namespace safetensors_torch::layer {
 
-using Tensors = c10::Dict<std::string, at::Tensor>;
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
-
-// The tensors of a dict, in its order.
-NamedTensors named(const Tensors& tensors);
-
-// Each tensor under the name of its place. Fails where there are not as many of both.
-NamedTensors named(std::vector<std::string> names, std::vector<at::Tensor> tensors);
-
-// What lends tensors their memory, for files whose bytes are in memory.
+// Whether the storages of CPU tensors point into the memory of their file.
 struct StorageSharing {
-    // Whether tensors may use the file's memory: it is a mapping, or bytes that `data` owns.
-    bool lends = false;
+    // Whether they may: the file is a mapping, or bytes that `owner` owns.
+    bool is_enabled = false;
     // The owner of bytes in memory; undefined for a mapping.
-    at::Tensor data;
+    at::Tensor owner;
     // The mapping once tensors over it exist: they may have been written to.
     core::ReadFrom read_from = core::ReadFrom::File;
 };
 
-// Where tensors are to be, and what.
+// The device and the dtype of loaded tensors.
 struct Target {
     c10::Device device = c10::kCPU;
-    // Of the tensors that the file has in another floating-point dtype.
+    // Floating-point tensors are converted to this dtype.
     std::optional<c10::ScalarType> dtype;
 };
 
-// The tensors at some places of a file, each with a storage of its own, without grad.
+// A load of some tensors of a file, each with a storage of its own, without grad.
 //
-// Where they are on a device, or of another dtype than in the file, their memory is set aside when the loader is made.
+// Tensors on a device, and those that are converted, are allocated by the constructor.
 class Loader {
   public:
-    // Checks everything and sets memory aside; nothing is read yet.
-    Loader(SharedFile file, StorageSharing lender, std::vector<size_t> indices, Target target);
+    // Checks everything and allocates; reads nothing.
+    Loader(SharedFile file, StorageSharing sharing, std::vector<size_t> indices, Target target);
 
-    // Goes on reading until all is there, or the time is up; whether all is. On a device with streams, it is there for
-    // what the caller's stream does from then on.
+    // Reads until everything is loaded or the deadline has passed; returns whether everything is loaded. On a device
+    // with streams, later work of the caller's stream sees the tensors.
     bool advance(Deadline until);
 
-    // What has to be read, and how much of that is.
+    // The bytes to read, and those that are read.
     uint64_t total_bytes() const;
     uint64_t done_bytes() const;
 
-    // How many tensors there are.
+    // The number of tensors.
     size_t size() const { return indices_.size(); }
 
-    // The name of number `i` below size().
+    // Returns the name of tensor `i`.
     std::string name(size_t i) const;
 
-    // Number `i` below size(), once advance() is done. To be called once for each.
+    // Returns tensor `i`, once advance() has returned true. Call it once for each.
     at::Tensor tensor(size_t i) const;
 
   private:
     bool upload(Deadline until);
-    void set_aside(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape);
+    void allocate_destination(size_t i, c10::ScalarType stored, c10::ScalarType type, c10::IntArrayRef shape);
 
     SharedFile file_;
-    StorageSharing lender_;
+    StorageSharing sharing_;
     std::vector<size_t> indices_;
     Target target_;
-    // Reads into host memory, and for each tensor its place there or kLent; both empty where nothing is read so.
+    // Reads into host memory, and for each tensor its place there or kShared; both empty if nothing is read that way.
     std::optional<rust::Box<core::PendingRead>> loading_;
     std::vector<size_t> places_;
-    // Tensors that were set aside, undefined or empty where there are none; what is to be copied into them, and the
-    // copying, from its beginning to its end.
-    std::vector<at::Tensor> aside_;
+    // The tensors that the constructor has allocated: undefined for others, empty if there are none.
+    std::vector<at::Tensor> allocated_;
+    // What is copied into them; moved into the upload when that starts.
     std::vector<Destination> destinations_;
     std::unique_ptr<Upload> upload_;
     uint64_t upload_bytes_ = 0;
     bool is_uploaded_ = false;
 };
 
-// One tensor of a file.
-at::Tensor load_tensor(SharedFile file, const StorageSharing& lender, size_t index, c10::Device device);
+// Loads one tensor of a file.
+at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t index, c10::Device device);
 
-// Part of a tensor, one range a dimension of torch's shape; only the bytes that it needs are read.
+// A load of part of a tensor: one range for each dimension of torch's shape. Reads only the bytes of the slice.
 class SliceLoader {
   public:
     SliceLoader(SharedFile file, size_t index, std::vector<core::Range> ranges, c10::Device device);
@@ -101,7 +90,7 @@ class SliceLoader {
     uint64_t total_bytes() const { return upload_ ? upload_->total_bytes() : 0; }
     uint64_t done_bytes() const { return upload_ ? upload_->done_bytes() : 0; }
 
-    // The slice, once advance() is done.
+    // Returns the slice, once advance() has returned true.
     const at::Tensor& tensor() const { return tensor_; }
 
   private:

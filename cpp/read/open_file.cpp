@@ -1,5 +1,6 @@
 #include "cpp/read/open_file.h"
 
+#include "cpp/bytes.h"
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "cpp/tensor_memory.h"
@@ -13,7 +14,8 @@ SharedFile open_file(const std::string& path, const std::string& backend) {
 SharedFile open_bytes(const at::Tensor& data) {
     if (data.scalar_type() != at::kByte || data.dim() != 1 || !data.is_cpu() || !data.is_contiguous() ||
         (data.numel() != 0 && !has_memory(data))) {
-        fail(Kind::value, "load takes the bytes of a file as a contiguous one-dimensional uint8 tensor on the CPU");
+        fail(ErrorCategory::value,
+             "load takes the bytes of a file as a contiguous one-dimensional uint8 tensor on the CPU");
     }
     check_whole("data", data);
     struct Owner {

@@ -1,4 +1,4 @@
-// Open files as the C++ layer passes them around.
+// Open files.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,20 +13,15 @@
 
 namespace safetensors_torch::layer {
 
-// A file of the core that many can hold: the open file, and what is being read from it.
+// A file of the core, shared by the objects that read from it.
 using SharedFile = std::shared_ptr<const rust::Box<core::File>>;
 
 SharedFile open_file(const std::string& path, const std::string& backend);
 
-// A file over the bytes of `data` (uint8, 1-D, contiguous, on the CPU), which lives as long as the result.
+// Opens the bytes of `data` (uint8, 1-D, contiguous, on the CPU), and keeps `data` alive.
 SharedFile open_bytes(const at::Tensor& data);
 
-// torch's dtype and shape of the tensor at `index`.
+// Returns torch's dtype and shape of the tensor at `index`.
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index);
-
-// A name for the core, as bytes: whether it is UTF-8 is for the core to say.
-inline rust::Slice<const uint8_t> as_bytes(const std::string& text) {
-    return {reinterpret_cast<const uint8_t*>(text.data()), text.size()};
-}
 
 }  // namespace safetensors_torch::layer

@@ -1,51 +1,45 @@
-// CheckpointLoader that Python runs in steps: `torch.classes.safetensors_torch.PendingLoad` and `PendingState`.
-//
-// Between two steps the interpreter looks after signals, and the caller after its progress. No call goes from here to
-// Python. An object is for one thread at a time.
+// Loads in steps: `torch.classes.safetensors_torch.PendingLoad`, `PendingSlice` and `PendingState`.
 #pragma once
 
 #include <torch/custom_class.h>
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "cpp/deadline.h"
 #include "cpp/error.h"
 #include "cpp/model/model.h"
-#include "cpp/read/checkpoint.h"
+#include "cpp/read/checkpoint_loader.h"
 #include "cpp/read/load.h"
 
 namespace safetensors_torch::layer {
 
-// Something that is loaded in steps; `Work` is a loader.
+// A load that can be cancelled; `Work` is a loader.
 template <typename Work>
 class Pending : public torch::CustomClassHolder {
   public:
     explicit Pending(std::unique_ptr<Work> work) : work_(std::move(work)) {}
 
-    // Goes on for about `seconds`; whether all is done.
-    bool advance(double seconds) {
-        Work& work = under_way();
+    // Loads until everything is loaded or the deadline has passed; returns whether everything is loaded.
+    bool advance(Deadline until) {
+        Work& work = loader();
         try {
-            return work.advance(Deadline::in(seconds));
+            return work.advance(until);
         } catch (...) {
             cancel();
             throw;
         }
     }
 
-    int64_t total() const { return static_cast<int64_t>(under_way().total_bytes()); }
-    int64_t done() const { return static_cast<int64_t>(under_way().done_bytes()); }
-
-    // Lets go of everything: threads, slabs, and tensors that nobody has.
+    uint64_t total() const { return loader().total_bytes(); }
+    uint64_t done() const { return loader().done_bytes(); }
     void cancel() { work_.reset(); }
 
-    Work& under_way() const {
+    // Fails after cancel().
+    Work& loader() const {
         if (work_ == nullptr) {
-            fail(Kind::value, "this load has failed, or was cancelled");
+            fail(ErrorCategory::value, "this load has failed, or was cancelled");
         }
         return *work_;
     }
@@ -58,7 +52,6 @@ using PendingLoad = Pending<CheckpointLoader>;
 using PendingSlice = Pending<SliceLoader>;
 using PendingState = Pending<StateLoader>;
 
-// Tells torch of the classes.
 void register_pending_loads(torch::Library& library);
 
 }  // namespace safetensors_torch::layer

@@ -12,18 +12,18 @@
 namespace safetensors_torch::layer {
 namespace {
 
-// What tells memories of one address from each other. It means something else on each device.
+// Distinguishes storages of one address: each device has its own addresses.
 using StorageKey = std::tuple<c10::DeviceType, c10::DeviceIndex, size_t>;
 
-// The bytes that a tensor's elements lie in; `index` is a place among the caller's tensors.
+// The address range of a tensor's elements; `index` is that of the tensor.
 struct Extent {
     uintptr_t begin;
     uintptr_t end;
     size_t index;
 };
 
-// What two tensors have in common that share memory: an address, but for a lazy copy, which has its original's until
-// one of them is written to.
+// Returns what tensors that share memory have in common: the address, or for copy-on-write memory, whose address lazy
+// copies have too, the storage.
 const void* identity(const at::Tensor& tensor) {
     const c10::DataPtr& data = storage_data(tensor);
     const bool has_no_address = tensor.is_meta() || c10::impl::cow::is_cow_data_ptr(data);
@@ -36,12 +36,12 @@ Extent extent_of(const at::Tensor& tensor, size_t index) {
     return {begin, begin + span_bytes(tensor), index};
 }
 
-// Whether every byte of the storage belongs to exactly one element; an expanded tensor has as many, but not all.
+// Returns whether every byte of the storage belongs to exactly one element.
 bool covers_storage(const at::Tensor& tensor) {
     return tensor.is_non_overlapping_and_dense() && tensor.numel() * tensor.itemsize() == tensor.storage().nbytes();
 }
 
-// Splits the extents of one storage into runs that overlap, and adds those with more than one tensor.
+// Splits the extents of one storage into runs that overlap, and adds the runs of more than one tensor.
 void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors,
               std::vector<std::vector<std::string>>& groups) {
     std::sort(extents.begin(), extents.end(),
@@ -68,7 +68,7 @@ void add_runs(std::vector<Extent>& extents, const NamedTensors& tensors,
     finish();
 }
 
-// Adds the groups among `members`, places among `tensors` whose storages have one address.
+// Adds the groups among `members`, indices of tensors whose storages have one address.
 void add_groups(const std::vector<size_t>& members, const NamedTensors& tensors,
                 std::vector<std::vector<std::string>>& groups) {
     std::map<StorageKey, std::vector<Extent>> by_storage;
@@ -130,10 +130,11 @@ std::map<std::string, std::string> tied_names(const NamedTensors& tensors,
             }
         }
         if (kept == nullptr) {
-            fail(Kind::runtime, "No tensor among " + repr_set(group) +
-                                    " covers the entire storage that they share, so none can stand for the others in a "
-                                    "file. Give each its own memory with `.clone()`, or keep the "
-                                    "whole tensor and take the views of it after loading");
+            fail(ErrorCategory::runtime,
+                 "No tensor among " + repr_set(group) +
+                     " covers the entire storage that they share, so none can stand for the others in a "
+                     "file. Give each its own memory with `.clone()`, or keep the "
+                     "whole tensor and take the views of it after loading");
         }
         for (const std::string& name : group) {
             if (&name != kept) {

@@ -1,6 +1,8 @@
 #include "cpp/write/edit.h"
 
+#include "cpp/bytes.h"
 #include "cpp/error.h"
+#include "cpp/pending.h"
 
 namespace safetensors_torch::layer {
 namespace {
@@ -9,15 +11,11 @@ rust::Box<core::MetadataEdit> begin(const std::string& path, const Metadata& set
                                     const std::vector<std::string>& removed, bool in_place, int64_t reserve,
                                     bool durable) {
     if (reserve < 0) {
-        fail(Kind::value, "reserve is " + std::to_string(reserve) +
-                              ": give the bytes that are to be left for later edits, 0 or more");
+        fail(ErrorCategory::value, "reserve is " + std::to_string(reserve) +
+                                       ": give the bytes that are to be left for later edits, 0 or more");
     }
     const auto entries = entries_of(set);
-    std::vector<core::Piece> keys;
-    keys.reserve(removed.size());
-    for (const std::string& key : removed) {
-        keys.push_back({as_bytes(key)});
-    }
+    const auto keys = as_pieces(removed);
     return core::begin_edit(as_bytes(path), {entries.data(), entries.size()}, {keys.data(), keys.size()}, in_place,
                             static_cast<uint64_t>(reserve), durable);
 }
@@ -28,15 +26,15 @@ PendingEdit::PendingEdit(const std::string& path, const Metadata& set, const std
                          bool in_place, int64_t reserve, bool durable)
     : edit_(begin(path, set, removed, in_place, reserve, durable)) {}
 
-const rust::Box<core::MetadataEdit>& PendingEdit::under_way() const {
+const core::MetadataEdit& PendingEdit::edit() const {
     if (!edit_) {
-        fail(Kind::value, "this edit has failed, or was cancelled");
+        fail(ErrorCategory::value, "this edit has failed, or was cancelled");
     }
-    return *edit_;
+    return **edit_;
 }
 
 bool PendingEdit::advance(Deadline until) {
-    under_way();
+    edit();
     try {
         return (*edit_)->advance(until.milliseconds_left());
     } catch (...) {
@@ -45,29 +43,21 @@ bool PendingEdit::advance(Deadline until) {
     }
 }
 
-Metadata PendingEdit::metadata() const {
+Metadata PendingEdit::result() const {
     Metadata metadata;
-    for (const auto& entry : under_way()->metadata()) {
-        metadata.insert(std::string(entry.key.begin(), entry.key.end()),
-                        std::string(entry.value.begin(), entry.value.end()));
-    }
+    add_entries(metadata, edit().metadata());
     return metadata;
 }
 
 void register_pending_edit(torch::Library& library) {
     using Self = c10::intrusive_ptr<PendingEdit>;
-    library.class_<PendingEdit>("PendingEdit")
+    register_pending<PendingEdit>(library, "PendingEdit")
         .def(torch::init([](const std::string& path, const Metadata& set, const std::vector<std::string>& removed,
                             bool in_place, int64_t reserve, bool durable) {
             return guarded(
                 [&] { return c10::make_intrusive<PendingEdit>(path, set, removed, in_place, reserve, durable); });
         }))
-        .def("size", [](const Self& self) { return guarded([&] { return self->size(); }); })
-        .def("advance", [](const Self& self,
-                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
-        .def("done", [](const Self& self) { return guarded([&] { return self->done(); }); })
-        .def("cancel", [](const Self& self) { self->cancel(); })
-        .def("metadata", [](const Self& self) { return guarded([&] { return self->metadata(); }); });
+        .def("result", [](const Self& self) { return guarded([&] { return self->result(); }); });
 }
 
 }  // namespace safetensors_torch::layer

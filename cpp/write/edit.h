@@ -2,18 +2,19 @@
 #pragma once
 
 #include <torch/custom_class.h>
+#include <torch/library.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpp/write/save.h"
+#include "cpp/deadline.h"
+#include "cpp/metadata.h"
 
 namespace safetensors_torch::layer {
 
-// An edit that has been checked, and that is done in steps: `torch.classes.safetensors_torch.PendingEdit`. Cancelled
-// before it is done, it leaves the file as it was.
+// An edit that is checked: `torch.classes.safetensors_torch.PendingEdit`.
 class PendingEdit : public torch::CustomClassHolder {
   public:
     // `set` holds new entries, `removed` the keys to remove. `in_place` overwrites the header instead of rewriting the
@@ -21,25 +22,26 @@ class PendingEdit : public torch::CustomClassHolder {
     PendingEdit(const std::string& path, const Metadata& set, const std::vector<std::string>& removed, bool in_place,
                 int64_t reserve, bool durable);
 
-    // The bytes that are to be written, and those that are.
-    int64_t size() const { return static_cast<int64_t>(under_way()->total_bytes()); }
-    int64_t done() const { return static_cast<int64_t>(under_way()->done_bytes()); }
-
-    // Goes on until the file is changed, or the time is up; whether it is.
+    // Writes until the file is changed or the deadline has passed; returns whether it is changed.
     bool advance(Deadline until);
 
+    // The bytes to write, and those that are written.
+    uint64_t total() const { return edit().total_bytes(); }
+    uint64_t done() const { return edit().done_bytes(); }
+
+    // Leaves the file as it was, if advance() has not returned true.
     void cancel() { edit_.reset(); }
 
-    // What the file has once advance() is done; empty where it has none.
-    Metadata metadata() const;
+    // Returns the metadata of the file, once advance() has returned true; empty if it has none.
+    Metadata result() const;
 
   private:
-    const rust::Box<core::MetadataEdit>& under_way() const;
+    // Fails after cancel().
+    const core::MetadataEdit& edit() const;
 
     std::optional<rust::Box<core::MetadataEdit>> edit_;
 };
 
-// Tells torch of the class.
 void register_pending_edit(torch::Library& library);
 
 }  // namespace safetensors_torch::layer

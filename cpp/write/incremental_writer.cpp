@@ -3,13 +3,14 @@
 #include <memory>
 #include <utility>
 
+#include "cpp/bytes.h"
 #include "cpp/error.h"
 
 namespace safetensors_torch::layer {
 namespace {
 
-// One tensor's bytes in its place. The save of it, which is of a file with this tensor alone, begins with a header that
-// the file has already.
+// Writes one tensor to its place. The save is that of a file with this tensor alone, so its header, the first piece, is
+// skipped.
 class TensorSink final : public Sink {
   public:
     explicit TensorSink(rust::Box<core::TensorWriter> writer) : writer_(std::move(writer)) {}
@@ -44,16 +45,15 @@ IncrementalWriter::IncrementalWriter(std::string path, const NamedTensors& specs
                                      const std::optional<Metadata>& metadata, bool durable)
     : path_(std::move(path)), writer_(create(path_, specs, metadata, durable)) {}
 
-std::optional<c10::intrusive_ptr<PendingSave>> IncrementalWriter::write(const std::string& name,
-                                                                        const at::Tensor& tensor,
-                                                                        Deadline until) const {
+c10::intrusive_ptr<PendingSave> IncrementalWriter::start_write(const std::string& name,
+                                                               const at::Tensor& tensor) const {
     const NamedTensors one{{name, tensor}};
     auto save = c10::make_intrusive<PendingSave>(one, std::nullopt, path_);
     const Specs specs(one);
-    save->start(std::make_unique<TensorSink>(writer_->begin(specs.slice()[0])));
-    if (save->advance(until)) {
-        return std::nullopt;
-    }
+    // Now: the tensor must have been declared, and no other thread may be writing it.
+    const auto writer =
+        std::make_shared<std::optional<rust::Box<core::TensorWriter>>>(writer_->begin(specs.slice()[0]));
+    save->set_sink([writer] { return std::make_unique<TensorSink>(std::move(**writer)); });
     return save;
 }
 
@@ -71,20 +71,13 @@ void register_incremental_writer(torch::Library& library) {
         .def(torch::init([](const std::string& path, std::vector<std::string> names, std::vector<at::Tensor> specs,
                             const std::optional<Metadata>& metadata, bool durable) {
             return guarded([&] {
-                if (names.size() != specs.size()) {
-                    fail(Kind::value, "a file takes as many names as tensors");
-                }
-                NamedTensors named;
-                named.reserve(names.size());
-                for (size_t i = 0; i < names.size(); ++i) {
-                    named.emplace_back(std::move(names[i]), std::move(specs[i]));
-                }
-                return c10::make_intrusive<IncrementalWriter>(path, named, metadata, durable);
+                return c10::make_intrusive<IncrementalWriter>(path, to_pairs(std::move(names), std::move(specs)),
+                                                              metadata, durable);
             });
         }))
-        .def("write",
-             [](const Self& self, const std::string& name, const at::Tensor& tensor, double seconds) {
-                 return guarded([&] { return self->write(name, tensor, Deadline::in(seconds)); });
+        .def("start_write",
+             [](const Self& self, const std::string& name, const at::Tensor& tensor) {
+                 return guarded([&] { return self->start_write(name, tensor); });
              })
         .def("missing", [](const Self& self) { return guarded([&] { return self->missing(); }); })
         .def("is_open", [](const Self& self) { return self->is_open(); })

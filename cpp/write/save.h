@@ -1,49 +1,30 @@
 // From tensors to the bytes of a file.
 #pragma once
 
-#include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
+#include <torch/library.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpp/deadline.h"
 #include "cpp/device/download.h"
-#include "cpp/read/load.h"
+#include "cpp/metadata.h"
 #include "cpp/tensor_memory.h"
-#include "cpp/write/aliasing.h"
+#include "cpp/tensors.h"
+#include "cpp/write/save_checks.h"
 
 namespace safetensors_torch::layer {
 
-using Metadata = c10::Dict<std::string, std::string>;
-
-// What a save takes beside tensors that are contiguous and share no memory.
-struct SaveRules {
-    // Whether tensors that are not contiguous are written as if they were, or refused.
-    bool force_contiguous = false;
-    // Whether one name of each group of tensors that share memory is written, or the group refused.
-    bool keep_one = false;
-};
-
-// The rules for `shared`, "error" or "keep_one". Fails for another word.
-SaveRules save_rules(bool force_contiguous, const std::string& shared);
-
-// Fails where a tensor cannot be saved: not strided, shared memory, not contiguous, without data - in this order, so
-// that the error is the same whichever function is asked.
-//
-// With `keep_one`, removes all names but one of each group that shares memory from `tensors`, and adds those to
-// `metadata`, each with the name that is kept, unless it has them.
-void check_saveable(NamedTensors& tensors, std::optional<Metadata>& metadata, const SaveRules& rules);
-
-// What the core is to know of tensors: names, dtypes and shapes. Their names must live as long as this.
+// Names, dtypes and shapes of tensors for the core. The names must outlive this.
 class Specs {
   public:
-    // Fails, naming the tensor, for a dtype or a shape that the format has not.
+    // Fails, naming the tensor, for a dtype or a shape that the format does not have.
     explicit Specs(const NamedTensors& tensors);
     Specs(const Specs&) = delete;
     Specs& operator=(const Specs&) = delete;
@@ -56,58 +37,52 @@ class Specs {
     std::vector<core::Spec> specs_;
 };
 
-// Text entries for the core; none where there is no metadata.
-rust::Vec<core::Entry> entries_of(const std::optional<Metadata>& metadata);
-
-// A save that has been checked and laid out, and that can be written: `torch.classes.safetensors_torch.PendingSave`.
+// A save that is checked and laid out: `torch.classes.safetensors_torch.PendingSave`.
+//
+// It is written by advance() once it has a target. The tensors' values are read then.
 class PendingSave : public torch::CustomClassHolder {
   public:
-    // Checks everything and settles the layout; nothing is written yet. `path` is for the errors, empty if there is
-    // none. The tensors' values are read when they are written.
+    using SinkMaker = std::function<std::unique_ptr<Sink>()>;
+
+    // Checks everything and settles the layout; writes nothing. `path` is for the errors, empty if there is none.
     PendingSave(NamedTensors tensors, std::optional<Metadata> metadata, const std::string& path,
                 const SaveRules& rules = {});
 
-    // The bytes of the file.
-    int64_t size() const;
+    // Sets the target: the file at `path`, replaced at the end or not at all. With `durable`, advance() returns true
+    // only once it is on the disk.
+    void set_file(const std::string& path, bool durable);
 
-    // Begins the file at `path`, of which all will be there or nothing. With `durable` it is on the disk once advance()
-    // is done.
-    void start_file(const std::string& path, bool durable);
+    // Sets the target: `out`, a contiguous uint8 tensor on the CPU of exactly total() elements.
+    void set_memory(const at::Tensor& out);
 
-    // Begins to write into `out`, a contiguous uint8 tensor on the CPU of exactly size() elements.
-    void start_into(const at::Tensor& out);
+    // Sets the target: a sink, which the first step makes.
+    void set_sink(SinkMaker make_sink);
 
-    // Begins to write into whatever `sink` is.
-    void start(std::unique_ptr<Sink> sink);
-
-    // Goes on with what was begun until all is written, or the time is up; whether it is.
+    // Writes until everything is written or the deadline has passed; returns whether everything is.
     bool advance(Deadline until);
 
-    // The bytes that are written.
-    int64_t done() const;
+    // The bytes of the file, and those that are written.
+    uint64_t total() const { return plan_->total_bytes(); }
+    uint64_t done() const;
 
-    // Leaves what was begun undone: no file is written, nor anything left beside it.
+    // Undoes what is not finished: no file is left, neither the target nor another. Forgets the target.
     void cancel();
 
-    // All of the above in one.
-    void write_file(const std::string& path, bool durable);
-    void write_into(const at::Tensor& out);
-
-    // The bytes of the file, as a one-dimensional uint8 tensor.
-    at::Tensor write();
+    // Writes everything, and forgets the target.
+    void finish();
 
   private:
     void check_memory() const;
 
     NamedTensors tensors_;
-    rust::Box<core::SavePlan> layout_;
+    rust::Box<core::SavePlan> plan_;
     // Of each tensor.
     std::vector<TensorMemory> memory_;
-    // What is under way.
+    SinkMaker make_sink_;
+    // From the first step on.
     std::unique_ptr<Download> download_;
 };
 
-// Tells torch of the class.
 void register_pending_save(torch::Library& library);
 
 }  // namespace safetensors_torch::layer

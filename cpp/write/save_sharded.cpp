@@ -2,16 +2,18 @@
 
 #include <utility>
 
+#include "cpp/bytes.h"
 #include "cpp/error.h"
+#include "cpp/pending.h"
 
 namespace safetensors_torch::layer {
 namespace {
 
-// `tensors` may be without data.
+// Divides tensors, which may have no data, into files.
 rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_size) {
     if (max_shard_size <= 0) {
-        fail(Kind::value, "max_shard_size is " + std::to_string(max_shard_size) +
-                              ": give the most bytes of tensors that one file may have, 1 or more");
+        fail(ErrorCategory::value, "max_shard_size is " + std::to_string(max_shard_size) +
+                                       ": give the most bytes of tensors that one file may have, 1 or more");
     }
     std::vector<uint64_t> sizes;
     sizes.reserve(tensors.size());
@@ -29,15 +31,11 @@ rust::Box<core::ShardPlan> plan(NamedTensors& tensors, std::optional<Metadata>& 
 
 rust::Box<core::ShardedWriter> begin(const std::string& directory, const core::ShardPlan& plan,
                                      const std::vector<std::string>& names) {
-    std::vector<core::Piece> pieces;
-    pieces.reserve(names.size());
-    for (const std::string& name : names) {
-        pieces.push_back({as_bytes(name)});
-    }
+    const auto pieces = as_pieces(names);
     return core::create_shards(as_bytes(directory), plan, {pieces.data(), pieces.size()});
 }
 
-// The file of one shard, which its checkpoint keeps until all are complete.
+// The file of one shard; the checkpoint keeps it until all shards are complete.
 class ShardSink final : public Sink {
   public:
     ShardSink(core::ShardedWriter& checkpoint, size_t shard, uint64_t length)
@@ -57,11 +55,23 @@ class ShardSink final : public Sink {
     std::optional<rust::Box<core::FileWriter>> writer_;
 };
 
+std::vector<std::string> file_names_of(const std::optional<rust::Box<core::ShardedWriter>>& writer, bool is_committed) {
+    if (!writer || !is_committed) {
+        fail(ErrorCategory::value, "this checkpoint is not written");
+    }
+    std::vector<std::string> names;
+    for (const auto& name : (*writer)->file_names()) {
+        names.emplace_back(name);
+    }
+    return names;
+}
+
 }  // namespace
 
 PendingShardedSave::PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string directory,
-                                       const std::string& stem, int64_t max_shard_size, const SaveRules& rules)
-    : directory_(std::move(directory)), plan_(plan(tensors, metadata, stem, max_shard_size, rules)) {
+                                       const std::string& stem, int64_t max_shard_size, const SaveRules& rules,
+                                       bool durable)
+    : directory_(std::move(directory)), durable_(durable), plan_(plan(tensors, metadata, stem, max_shard_size, rules)) {
     std::vector<NamedTensors> members(plan_->count());
     const auto shard_of = plan_->shard_of();
     names_.reserve(tensors.size());
@@ -74,65 +84,56 @@ PendingShardedSave::PendingShardedSave(NamedTensors tensors, std::optional<Metad
     }
 }
 
-int64_t PendingShardedSave::size() const {
-    int64_t bytes = 0;
+uint64_t PendingShardedSave::total() const {
+    uint64_t bytes = 0;
     for (const auto& shard : shards_) {
-        bytes += shard->size();
+        bytes += shard->total();
     }
     return bytes;
 }
 
-void PendingShardedSave::start(bool durable) {
-    writer_ = begin(directory_, *plan_, names_);
-    durable_ = durable;
-    next_ = 0;
-    done_ = 0;
-    has_begun_next_ = false;
-}
-
 bool PendingShardedSave::advance(Deadline until) {
-    if (!writer_) {
-        fail(Kind::value, "nothing was begun that could be gone on with");
+    if (is_cancelled_) {
+        fail(ErrorCategory::value, "this save has failed, or was cancelled");
     }
     try {
-        for (; next_ < shards_.size(); ++next_) {
-            PendingSave& shard = *shards_[next_];
-            if (!std::exchange(has_begun_next_, true)) {
-                shard.start(std::make_unique<ShardSink>(**writer_, next_, static_cast<uint64_t>(shard.size())));
+        if (!writer_) {
+            writer_ = begin(directory_, *plan_, names_);
+            for (size_t i = 0; i < shards_.size(); ++i) {
+                shards_[i]->set_sink([this, i, length = shards_[i]->total()] {
+                    return std::make_unique<ShardSink>(**writer_, i, length);
+                });
             }
-            if (!shard.advance(until)) {
+        }
+        for (; next_ < shards_.size(); ++next_) {
+            if (!shards_[next_]->advance(until)) {
                 return false;
             }
-            done_ += shard.done();
-            shard.cancel();
-            has_begun_next_ = false;
+            done_ += shards_[next_]->done();
+            shards_[next_]->cancel();
         }
-        if (!(*writer_)->commit(durable_, until.milliseconds_left())) {
-            return false;
+        if (!is_committed_) {
+            is_committed_ = (*writer_)->commit(durable_, until.milliseconds_left());
         }
-        for (const auto& name : (*writer_)->file_names()) {
-            file_names_.emplace_back(name);
-        }
-        writer_.reset();
-        return true;
+        return is_committed_;
     } catch (...) {
         cancel();
         throw;
     }
 }
 
-int64_t PendingShardedSave::done() const {
-    return done_ + (has_begun_next_ && next_ < shards_.size() ? shards_[next_]->done() : 0);
-}
+uint64_t PendingShardedSave::done() const { return done_ + (next_ < shards_.size() ? shards_[next_]->done() : 0); }
 
 void PendingShardedSave::cancel() {
     // The sink of a shard refers to the writer.
     for (const auto& shard : shards_) {
         shard->cancel();
     }
-    has_begun_next_ = false;
     writer_.reset();
+    is_cancelled_ = true;
 }
+
+std::vector<std::string> PendingShardedSave::result() const { return file_names_of(writer_, is_committed_); }
 
 ShardedWriter::ShardedWriter(NamedTensors specs, std::optional<Metadata> metadata, std::string directory,
                              const std::string& stem, int64_t max_shard_size)
@@ -160,30 +161,45 @@ std::vector<std::vector<std::string>> ShardedWriter::members() const {
 
 void ShardedWriter::start(const std::vector<at::Tensor>& tensors) {
     if (!writer_ || current_ || next_ == members_.size()) {
-        fail(Kind::value, "this checkpoint waits for no other file");
+        fail(ErrorCategory::value, "all files of this checkpoint are written, or one is being written");
     }
     const std::vector<size_t>& members = members_[next_];
     if (tensors.size() != members.size()) {
-        fail(Kind::value, "file " + std::to_string(next_ + 1) + " of the checkpoint takes " +
-                              std::to_string(members.size()) + " tensors, not " + std::to_string(tensors.size()));
+        fail(ErrorCategory::value, "file " + std::to_string(next_ + 1) + " of the checkpoint takes " +
+                                       std::to_string(members.size()) + " tensors, not " +
+                                       std::to_string(tensors.size()));
     }
-    NamedTensors named;
+    NamedTensors pairs;
     for (size_t i = 0; i < members.size(); ++i) {
         const auto& [name, spec] = specs_[members[i]];
         if (tensors[i].scalar_type() != spec.scalar_type() || tensors[i].sizes() != spec.sizes()) {
-            fail(Kind::value, "tensor " + repr(name) + " is not of the dtype and the shape that were declared");
+            fail(ErrorCategory::value,
+                 "tensor " + repr(name) + " does not have the dtype and the shape that were declared");
         }
-        named.emplace_back(name, tensors[i]);
+        pairs.emplace_back(name, tensors[i]);
     }
-    auto file = std::make_unique<PendingSave>(std::move(named), metadata_, directory_);
-    size_ = file->size();
-    file->start(std::make_unique<ShardSink>(**writer_, next_, static_cast<uint64_t>(size_)));
+    auto file = std::make_unique<PendingSave>(std::move(pairs), metadata_, directory_);
+    total_ = file->total();
+    file->set_sink(
+        [this, shard = next_, length = total_] { return std::make_unique<ShardSink>(**writer_, shard, length); });
     current_ = std::move(file);
 }
 
+void ShardedWriter::start_commit(bool durable) {
+    if (!writer_ || current_ || next_ < members_.size()) {
+        fail(ErrorCategory::value, "not all files of this checkpoint are written");
+    }
+    commit_durable_ = durable;
+    total_ = 0;
+}
+
 bool ShardedWriter::advance(Deadline until) {
+    if (commit_durable_ && writer_) {
+        is_committed_ = is_committed_ || (*writer_)->commit(*commit_durable_, until.milliseconds_left());
+        return is_committed_;
+    }
     if (!current_) {
-        fail(Kind::value, "no file of this checkpoint was begun");
+        fail(ErrorCategory::value, "no file of this checkpoint is being written");
     }
     if (!current_->advance(until)) {
         return false;
@@ -193,51 +209,31 @@ bool ShardedWriter::advance(Deadline until) {
     return true;
 }
 
-bool ShardedWriter::commit(bool durable, Deadline until) {
-    if (!writer_ || next_ < members_.size()) {
-        fail(Kind::value, "not all files of this checkpoint are written");
-    }
-    if (!(*writer_)->commit(durable, until.milliseconds_left())) {
-        return false;
-    }
-    for (const auto& name : (*writer_)->file_names()) {
-        file_names_.emplace_back(name);
-    }
-    writer_.reset();
-    return true;
-}
-
 void ShardedWriter::cancel() {
     current_.reset();
     writer_.reset();
 }
 
+std::vector<std::string> ShardedWriter::result() const { return file_names_of(writer_, is_committed_); }
+
 namespace {
 
 void register_sharded_writer(torch::Library& library) {
     using Self = c10::intrusive_ptr<ShardedWriter>;
-    library.class_<ShardedWriter>("ShardedWriter")
+    register_pending<ShardedWriter>(library, "ShardedWriter")
         .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> specs,
                             const std::optional<Metadata>& metadata, const std::string& directory,
                             const std::string& stem, int64_t max_shard_size) {
             return guarded([&] {
-                return c10::make_intrusive<ShardedWriter>(named(std::move(names), std::move(specs)), metadata,
+                return c10::make_intrusive<ShardedWriter>(to_pairs(std::move(names), std::move(specs)), metadata,
                                                           directory, stem, max_shard_size);
             });
         }))
         .def("members", [](const Self& self) { return self->members(); })
         .def("start",
              [](const Self& self, const std::vector<at::Tensor>& tensors) { guarded([&] { self->start(tensors); }); })
-        .def("advance", [](const Self& self,
-                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
-        .def("size", [](const Self& self) { return self->size(); })
-        .def("done", [](const Self& self) { return self->done(); })
-        .def("commit",
-             [](const Self& self, bool durable, double seconds) {
-                 return guarded([&] { return self->commit(durable, Deadline::in(seconds)); });
-             })
-        .def("file_names", [](const Self& self) { return self->file_names(); })
-        .def("cancel", [](const Self& self) { self->cancel(); });
+        .def("start_commit", [](const Self& self, bool durable) { guarded([&] { self->start_commit(durable); }); })
+        .def("result", [](const Self& self) { return guarded([&] { return self->result(); }); });
 }
 
 }  // namespace
@@ -245,20 +241,18 @@ void register_sharded_writer(torch::Library& library) {
 void register_sharded_saves(torch::Library& library) {
     register_sharded_writer(library);
     using Self = c10::intrusive_ptr<PendingShardedSave>;
-    library.class_<PendingShardedSave>("PendingShardedSave")
-        .def("size", [](const Self& self) { return self->size(); })
-        .def("start",
-             [](const Self& self, bool durable, double seconds) {
-                 return guarded([&] {
-                     self->start(durable);
-                     return self->advance(Deadline::in(seconds));
-                 });
-             })
-        .def("advance", [](const Self& self,
-                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
-        .def("done", [](const Self& self) { return self->done(); })
-        .def("cancel", [](const Self& self) { self->cancel(); })
-        .def("file_names", [](const Self& self) { return self->file_names(); });
+    register_pending<PendingShardedSave>(library, "PendingShardedSave")
+        .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> tensors,
+                            const std::optional<Metadata>& metadata, const std::string& directory,
+                            const std::string& stem, int64_t max_shard_size, bool force_contiguous,
+                            const std::string& shared, bool durable) {
+            return guarded([&] {
+                return c10::make_intrusive<PendingShardedSave>(to_pairs(std::move(names), std::move(tensors)), metadata,
+                                                               directory, stem, max_shard_size,
+                                                               save_rules(force_contiguous, shared), durable);
+            });
+        }))
+        .def("result", [](const Self& self) { return guarded([&] { return self->result(); }); });
 }
 
 }  // namespace safetensors_torch::layer

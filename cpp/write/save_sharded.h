@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/custom_class.h>
+#include <torch/library.h>
 
 #include <cstdint>
 #include <memory>
@@ -13,97 +14,91 @@
 
 namespace safetensors_torch::layer {
 
-// A save into one file or several that has been checked and laid out, and that can be written:
-// `torch.classes.safetensors_torch.PendingShardedSave`.
+// A save into one file or several that is checked and laid out: `torch.classes.safetensors_torch.PendingShardedSave`.
 class PendingShardedSave : public torch::CustomClassHolder {
   public:
-    // Checks everything and settles which tensor goes into which file, and where; nothing is written yet, and
-    // `directory` is not looked at.
+    // Checks everything, and settles which file each tensor is written to, and where; does not open `directory`.
     PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string directory,
-                       const std::string& stem, int64_t max_shard_size, const SaveRules& rules = {});
+                       const std::string& stem, int64_t max_shard_size, const SaveRules& rules, bool durable);
 
-    // The bytes of all files but the index.
-    int64_t size() const;
-
-    // Begins to write. With `durable`, all is on the disk once advance() is done.
-    void start(bool durable);
-
-    // Goes on until all files are in place, or the time is up; whether they are.
+    // Writes until all files are in place or the deadline has passed; returns whether they are.
     bool advance(Deadline until);
 
-    // The bytes that are written.
-    int64_t done() const;
+    // The bytes of all files except the index, and those that are written.
+    uint64_t total() const;
+    uint64_t done() const;
 
-    // Leaves what was begun undone: the directory is as it was.
+    // Leaves the directory as it was, if advance() has not returned true.
     void cancel();
 
-    // The names of the files, the index last, once advance() is done.
-    const std::vector<std::string>& file_names() const { return file_names_; }
+    // Returns the names of the files, the index last, once advance() has returned true.
+    std::vector<std::string> result() const;
 
   private:
     std::string directory_;
+    bool durable_;
     std::vector<std::string> names_;
     rust::Box<core::ShardPlan> plan_;
     std::vector<c10::intrusive_ptr<PendingSave>> shards_;
-    // What is under way.
+    // From the first step on.
     std::optional<rust::Box<core::ShardedWriter>> writer_;
-    bool durable_ = false;
     size_t next_ = 0;
-    bool has_begun_next_ = false;
-    int64_t done_ = 0;
-    std::vector<std::string> file_names_;
+    uint64_t done_ = 0;
+    bool is_committed_ = false;
+    bool is_cancelled_ = false;
 };
 
-// A checkpoint that is written file by file, each of tensors that are given only then, so that no more than those of
-// one file have to be in memory: `torch.classes.safetensors_torch.ShardedWriter`.
+// A checkpoint that is written file by file: only the tensors of one file have to be in memory.
+// `torch.classes.safetensors_torch.ShardedWriter`. A file is written by advance() after start(), and the checkpoint is
+// put in place by advance() after start_commit().
 class ShardedWriter : public torch::CustomClassHolder {
   public:
-    // `specs` have the names, dtypes and shapes of all tensors. Begins to write; the directory stays as it is until
-    // commit().
+    // `specs` have the names, dtypes and shapes of all tensors.
     ShardedWriter(NamedTensors specs, std::optional<Metadata> metadata, std::string directory, const std::string& stem,
                   int64_t max_shard_size);
     ~ShardedWriter() override { cancel(); }
     ShardedWriter(const ShardedWriter&) = delete;
     ShardedWriter& operator=(const ShardedWriter&) = delete;
 
-    // The names of the tensors in each file.
+    // Returns the names of the tensors in each file.
     std::vector<std::vector<std::string>> members() const;
 
-    // Begins the next file; `tensors` are those of its names, in their order.
+    // Starts the next file. `tensors` are those of its names, in their order.
     void start(const std::vector<at::Tensor>& tensors);
 
-    // Goes on with that file until it is written, or the time is up; whether it is. Lets go of its tensors then.
+    // Starts to put the files in place, once all are written.
+    void start_commit(bool durable);
+
+    // Writes the file, or waits for another save of the directory and commits, until that is done or the deadline has
+    // passed; returns whether it is done.
     bool advance(Deadline until);
 
-    // The bytes of that file, and those of it that are written.
-    int64_t size() const { return size_; }
-    int64_t done() const { return current_ ? current_->done() : size_; }
+    // The bytes of the file, and those that are written.
+    uint64_t total() const { return total_; }
+    uint64_t done() const { return current_ ? current_->done() : total_; }
 
-    // Gives the files their names, once all are written. Returns false if another save had the directory locked until
-    // the time was up: call it again.
-    bool commit(bool durable, Deadline until);
-
-    // The names that commit() gave, the index last.
-    const std::vector<std::string>& file_names() const { return file_names_; }
-
-    // Leaves what was begun undone: the directory is as it was.
+    // Leaves the directory as it was, if it is not committed.
     void cancel();
+
+    // Returns the names of the files, the index last, once they are in place.
+    std::vector<std::string> result() const;
 
   private:
     NamedTensors specs_;
     std::optional<Metadata> metadata_;
     std::string directory_;
-    // Places among the specs, of each file.
+    // Indices of the specs, of each file.
     std::vector<std::vector<size_t>> members_;
     std::optional<rust::Box<core::ShardedWriter>> writer_;
-    // The file that is being written, whose sink refers to the writer.
+    // The file that is being written; its sink refers to the writer.
     std::unique_ptr<PendingSave> current_;
-    int64_t size_ = 0;
+    uint64_t total_ = 0;
     size_t next_ = 0;
-    std::vector<std::string> file_names_;
+    // From start_commit() on.
+    std::optional<bool> commit_durable_;
+    bool is_committed_ = false;
 };
 
-// Tells torch of the classes.
 void register_sharded_saves(torch::Library& library);
 
 }  // namespace safetensors_torch::layer

@@ -1,4 +1,4 @@
-// How safetensors_torch.hpp, which includes this, reaches the library: operators by name, objects by method.
+// Internal part of safetensors_torch.hpp, which includes it: calls the library's operators and objects by name.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function.h>
 #include <ATen/core/stack.h>
+#include <torch/custom_class.h>
 #include <torch/version.h>
 
 #include <atomic>
@@ -29,20 +30,19 @@ namespace safetensors_torch::detail {
 using Strings = c10::Dict<std::string, std::string>;
 using OptionalStrings = std::optional<Strings>;
 
-[[noreturn]] inline void fail(std::string message, ErrorCategory kind, sft_status code = 0) {
-    throw Error(std::move(message), kind, code, 0);
+[[noreturn]] inline void fail(std::string message, ErrorCategory category, sft_status code = 0) {
+    throw Error(std::move(message), category, code, 0);
 }
 
-// Fails if the operators are not those of the library that the program is linked to, or of another torch.
+// Fails if the operators are of another version of the library, or were built for another torch.
 //
-// Of several copies of the library in a process, the first one has the operators. And objects of torch's classes pass
-// between the program and the library, so both must be compiled for one torch: the CMake package sees to that, and this
-// is for those who build without it.
+// If a process has several copies of the library, the first registers the operators. Objects of torch's classes pass
+// between program and library, so both must be compiled for one torch. The CMake package checks that too.
 inline void check_library() {
     using BuiltFor = std::tuple<std::string, std::string>();
     const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_built_for", ""});
     if (!op) {
-        return;  // a library that has no operators at all: find_op says so
+        return;  // find_op reports it
     }
     const auto [version, built_for] = op->typed<BuiltFor>().call();
     if (version != sft_get_version()) {
@@ -60,9 +60,9 @@ inline void check_library() {
     }
 }
 
-// The one reference to a symbol of the library: it keeps the library among those needed under --as-needed. Looked for
-// each time: what a local static keeps, another thread may be making when the process is forked, and the child would
-// wait for ever for that to end.
+// Finds the operator at each call: with a local static, a child forked while another thread initializes it would wait
+// forever. sft_get_version, called here, is the only symbol of the library that the header uses: it keeps the library
+// linked under --as-needed.
 inline c10::OperatorHandle find_op(const char* name) {
     static std::atomic<bool> is_checked{false};
     if (!is_checked.load(std::memory_order_relaxed)) {
@@ -78,7 +78,7 @@ inline c10::OperatorHandle find_op(const char* name) {
     return *op;
 }
 
-inline ErrorCategory kind_of(const std::string& name) {
+inline ErrorCategory category_of(const std::string& name) {
     return name == "OSError"        ? ErrorCategory::os
            : name == "ValueError"   ? ErrorCategory::value
            : name == "MemoryError"  ? ErrorCategory::memory
@@ -86,7 +86,7 @@ inline ErrorCategory kind_of(const std::string& name) {
                                     : ErrorCategory::safetensor;
 }
 
-// Calls `body`, which calls the library; what that has noted of an error is thrown with it.
+// Returns body(); turns an error that the library has recorded into an Error.
 template <typename Body>
 auto with_errors(Body&& body) -> decltype(body()) {
     using LastError = std::tuple<std::string, int64_t, int64_t, std::string>();
@@ -100,17 +100,17 @@ auto with_errors(Body&& body) -> decltype(body()) {
         if (message != error.what_without_backtrace()) {
             throw;  // torch's own
         }
-        throw Error(message, kind_of(kind), static_cast<sft_status>(code), static_cast<int>(os_error));
+        throw Error(message, category_of(kind), static_cast<sft_status>(code), static_cast<int>(os_error));
     }
 }
 
-// Calls an operator that torch can call with types.
+// Calls an operator with types.
 template <typename Result, typename... Parameters, typename... Args>
 Result call(const c10::TypedOperatorHandle<Result(Parameters...)>& op, const Args&... args) {
     return with_errors([&] { return op.call(args...); });
 }
 
-// Calls one whose arguments or result are objects of the library's classes.
+// Calls an operator whose arguments or result are objects of the library's classes.
 template <typename... Args>
 c10::IValue call_boxed(const c10::OperatorHandle& op, const Args&... args) {
     torch::jit::Stack stack{c10::IValue(args)...};
@@ -122,6 +122,7 @@ inline std::string name_of(Backend backend) { return backend == Backend::pread ?
 
 inline std::string name_of(Shared shared) { return shared == Shared::keep_one ? "keep_one" : "error"; }
 
+// Returns the metadata for the library; none if it is empty.
 inline OptionalStrings to_dict(const Metadata& metadata) {
     if (metadata.empty()) {
         return std::nullopt;
@@ -131,6 +132,31 @@ inline OptionalStrings to_dict(const Metadata& metadata) {
         dict.insert(key, value);
     }
     return dict;
+}
+
+inline Metadata to_metadata(const Strings& dict) {
+    Metadata metadata;
+    for (const auto& entry : dict) {
+        metadata.emplace(entry.key(), entry.value());
+    }
+    return metadata;
+}
+
+// Names and tensors as two lists, which the library's classes take.
+struct Lists {
+    std::vector<std::string> names;
+    std::vector<at::Tensor> tensors;
+};
+
+inline Lists to_lists(const Tensors& tensors) {
+    Lists lists;
+    lists.names.reserve(tensors.size());
+    lists.tensors.reserve(tensors.size());
+    for (const auto& entry : tensors) {
+        lists.names.push_back(entry.key());
+        lists.tensors.push_back(entry.value());
+    }
+    return lists;
 }
 
 // An object of a class that the library registers with torch.
@@ -143,29 +169,27 @@ c10::IValue call_method(const Object& object, const char* method, const Args&...
     return std::move(stack.back());
 }
 
-// Opens the file at `path`.
-inline Object open(const std::string& path, Backend backend) {
-    const auto op = find_op("safetensors_torch::_open");
-    return call_boxed(op, path, name_of(backend)).toObject();
+// Makes an object of one of the library's classes.
+template <typename... Args>
+Object make(const char* name, const Args&... args) {
+    find_op("safetensors_torch::_built_for");  // checks the library
+    const auto type = torch::getCustomClass(std::string("__torch__.torch.classes.safetensors_torch.") + name);
+    const Object object = c10::ivalue::Object::create(type, /*numSlots=*/1);
+    call_method(object, "__init__", args...);
+    return object;
 }
 
-// Opens the checkpoint at `path`.
-inline Object open_checkpoint(const std::string& path, Backend backend, const CheckpointOptions& options) {
-    const auto op = find_op("safetensors_torch::_open_checkpoint");
-    const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
-    return call_boxed(op, path, name_of(backend), options.variant, extra).toObject();
-}
-
-// Has an object of the library do its work in steps, and tells `progress` between them.
-inline void run(const Object& work, int64_t total, const Progress& progress) {
+// Does pending work in steps, and calls `progress` between them.
+inline void run(const Object& work, const Progress& progress = {}) {
     const double seconds = progress ? 0.1 : std::numeric_limits<double>::infinity();
     try {
         while (!call_method(work, "advance", seconds).toBool()) {
             if (progress) {
-                progress(call_method(work, "done").toInt(), total);
+                progress(call_method(work, "done").toInt(), call_method(work, "total").toInt());
             }
         }
         if (progress) {
+            const int64_t total = call_method(work, "total").toInt();
             progress(total, total);
         }
     } catch (...) {
@@ -174,7 +198,18 @@ inline void run(const Object& work, int64_t total, const Progress& progress) {
     }
 }
 
-// The names of `file` that `filter` takes; none where that takes all.
+// Opens the file at `path`.
+inline Object open(const std::string& path, Backend backend) { return make("File", path, name_of(backend)); }
+
+// Opens the checkpoint at `path`.
+inline Object open_checkpoint(const std::string& path, Backend backend, const CheckpointOptions& options) {
+    const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
+    const Object pending = make("PendingFile", path, name_of(backend), options.variant, extra);
+    run(pending);
+    return call_method(pending, "result").toObject();
+}
+
+// Returns the names in `file` that `filter` accepts; no value if it is empty.
 inline std::optional<std::vector<std::string>> select(const Object& file, const NameFilter& filter) {
     if (!filter) {
         return std::nullopt;
@@ -188,21 +223,19 @@ inline std::optional<std::vector<std::string>> select(const Object& file, const 
     return names;
 }
 
-// A save that is checked and laid out. `path` is for the errors.
+// Checks and lays out a save. `path` is for the errors.
 inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path,
                         const SaveOptions& options) {
-    const auto op = find_op("safetensors_torch::_plan_save");
-    return call_boxed(op, tensors, to_dict(metadata), path, options.force_contiguous, name_of(options.shared))
-        .toObject();
+    const auto [names, list] = to_lists(tensors);
+    return make("PendingSave", names, list, to_dict(metadata), path, options.force_contiguous, name_of(options.shared));
 }
 
-// The tensors of an open file or checkpoint that `options` select.
+// Loads the tensors of an open file or checkpoint that `options` select.
 inline Tensors load(const Object& file, at::Device device, const LoadOptions& options) {
-    if (options.backend == Backend::mmap && device.is_cpu() && options.prefault.value_or(!options.names)) {
-        call_method(file, "prefault", options.prefault.has_value());
-    }
-    const auto pending = call_method(file, "start_load", select(file, options.names), device, options.dtype).toObject();
-    run(pending, call_method(pending, "total").toInt(), options.progress);
+    const auto pending =
+        call_method(file, "start_load", select(file, options.names), device, options.dtype, options.prefault)
+            .toObject();
+    run(pending, options.progress);
     const auto result = call_method(pending, "result").toTuple();
     auto names = result->elements()[0].to<std::vector<std::string>>();
     const auto tensors = result->elements()[1].to<std::vector<at::Tensor>>();

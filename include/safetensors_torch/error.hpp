@@ -1,5 +1,5 @@
 /// @file
-/// The error that the functions of safetensors_torch.hpp throw. Part of it: it includes this.
+/// The exception of safetensors_torch.hpp, which includes this.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -12,24 +12,23 @@
 
 namespace safetensors_torch {
 
-/// Whose fault an error is, roughly; in Python each is an exception class.
+/// The category of an error; each is an exception class in Python.
 enum class ErrorCategory {
-    /// The file is not valid safetensors, a checkpoint does not fit its index, there is no such tensor, a file is
+    /// The file is not valid safetensors, a checkpoint does not match its index, a tensor does not exist, a file is
     /// closed, or a dtype has no counterpart. SafetensorError in Python.
     safetensor,
-    /// The operating system refused; os_error() is its errno. OSError in Python.
+    /// A call of the operating system failed; os_error() is its errno. OSError in Python.
     os,
-    /// An argument that cannot be meant so, such as a tensor that is sparse or not contiguous. ValueError in Python.
+    /// An argument is invalid, such as a tensor that is sparse or not contiguous. ValueError in Python.
     value,
-    /// The arguments are valid one by one, but not together: tensors that share memory, a module and a checkpoint that
-    /// do not fit. RuntimeError in Python.
+    /// The arguments are valid, but not together: tensors share memory, or a checkpoint does not fit a module.
+    /// RuntimeError in Python.
     runtime,
-    /// No host memory is left. MemoryError in Python.
+    /// Host memory is exhausted. MemoryError in Python.
     memory,
 };
 
-/// What the functions of this library throw: a c10::Error whose what() is a text for a person, without a backtrace, and
-/// that a program can tell apart.
+/// The exception of this library: a c10::Error whose what() has no backtrace, with a category and an error code.
 ///
 ///     try {
 ///         file.get_tensor("bias");
@@ -38,18 +37,18 @@ enum class ErrorCategory {
 ///     }
 class Error : public c10::Error {
   public:
-    /// An error as the library noted it.
+    /// Constructed by this library.
     Error(std::string message, ErrorCategory category, sft_status code, int os_error)
         : c10::Error(std::move(message), nullptr), category_(category), code_(code), os_error_(os_error) {}
 
-    /// Whose fault it is.
+    /// Returns the category.
     ErrorCategory category() const { return category_; }
 
-    /// The SFT_ERROR_ number of safetensors_torch.h, for what the format and its files are about; otherwise 0, such as
+    /// Returns the SFT_ERROR_ number of safetensors_torch.h, for errors of files and the format; otherwise 0, such as
     /// for a module that does not fit.
     sft_status code() const { return code_; }
 
-    /// The errno of an error of ErrorCategory::os (ENOENT, ENOSPC, ...), ENOMEM of ErrorCategory::memory; otherwise 0.
+    /// Returns the errno for ErrorCategory::os (ENOENT, ENOSPC, ...), ENOMEM for ErrorCategory::memory; otherwise 0.
     int os_error() const { return os_error_; }
 
   private:

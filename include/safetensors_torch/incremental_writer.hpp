@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 
-#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,63 +13,62 @@
 
 namespace safetensors_torch {
 
-/// A file that is written tensor by tensor, so that no more than one of them has to be in memory: all are declared
-/// first, then given in any order. The bytes are those that save_file writes for the same tensors.
+/// A file that is written tensor by tensor, so that only one has to be in memory. All tensors are declared first, then
+/// written in any order. The bytes are those that save_file writes for the same tensors.
 ///
 ///     safetensors_torch::IncrementalWriter writer("model.safetensors", {{"weight", {at::kFloat, {3, 4}}}});
 ///     writer.write("weight", tensor);
 ///     writer.commit();
 ///
-/// The file is there under its name only once it was committed. When the last copy of a writer is gone without that,
-/// what was there before stays as it was, and nothing is left beside it.
+/// The commit puts the file in place. Without one, the file that was there before stays as it was, and nothing else is
+/// left.
 ///
-/// An IncrementalWriter is a handle: copies share one file. All methods may be called from several threads at once, so
-/// that they may write different tensors at once.
+/// An IncrementalWriter is a handle: copies share one file. All methods are thread-safe: threads may write different
+/// tensors at once.
 class IncrementalWriter {
   public:
-    /// Begins the file at `path` with these tensors: sets its space aside, and writes its header.
+    /// Begins the file at `path`: allocates its space, and writes its header.
     ///
-    /// Throws Error: a dtype that the format does not have; the name `__metadata__`; names or metadata that are not
-    /// UTF-8; when the operating system refuses, also where there is no space for all of the file.
+    /// Throws Error: the format does not have a dtype; a tensor is called `__metadata__`; names or metadata are not
+    /// UTF-8; the file cannot be written, or the disk has too little space.
     IncrementalWriter(const std::string& path, const TensorSpecs& specs, const Metadata& metadata = {},
                       const IncrementalWriterOptions& options = {})
         : IncrementalWriter(path, empty(specs), metadata, options) {}
 
-    /// The same with the dtypes and the shapes of `tensors`, which may be on the meta device, and are not written.
+    /// The same with the dtypes and shapes of `tensors`, which may be on the meta device. Their values are not written.
     IncrementalWriter(const std::string& path, const Tensors& tensors, const Metadata& metadata = {},
                       const IncrementalWriterOptions& options = {}) {
-        const auto op = detail::find_op("safetensors_torch::_create_incremental_writer");
-        object_ = detail::call_boxed(op, path, tensors, detail::to_dict(metadata), options.durable).toObject();
+        const auto [names, list] = detail::to_lists(tensors);
+        object_ = detail::make("IncrementalWriter", path, names, list, detail::to_dict(metadata), options.durable);
     }
 
-    /// Writes one tensor, from whatever device, of the dtype and the shape that were declared. If this fails, the
-    /// tensor may be given again.
+    /// Writes one tensor, from any device, with the declared dtype and shape. If this fails, it may be called again.
     ///
-    /// Throws Error: a name that was not declared; another dtype or shape; a tensor that was given already; what
-    /// save_file refuses of a tensor by itself; after the commit; when the operating system refuses. That tensors
-    /// share memory is not found out: each is written by itself.
+    /// Throws Error: the name was not declared; the dtype or the shape differs; the tensor is written already;
+    /// save_file refuses the tensor; the writer is committed; the file cannot be written. Does not check whether
+    /// tensors share memory.
     void write(const std::string& name, const at::Tensor& tensor) {
-        call("write", name, tensor, std::numeric_limits<double>::infinity());
+        detail::run(call("start_write", name, tensor).toObject());
     }
 
-    /// The names of the tensors that were not given yet, in the order of the data in the file.
+    /// Returns the names of the tensors that are not written yet, in file order.
     /// Throws Error in a process that was forked from the one that began the file; so do write and commit.
     std::vector<std::string> missing() const { return call("missing").to<std::vector<std::string>>(); }
 
-    /// Puts the file under its name, as save_file does.
+    /// Puts the file in place, as save_file does.
     ///
-    /// Throws Error: tensors are missing, which it lists, or another thread is writing one, after both of which the
-    /// writer is still open; after an earlier commit; when the operating system refuses.
+    /// Throws Error: tensors are missing, or another thread is writing one (the writer stays open then); the writer is
+    /// committed already; the file cannot be written.
     void commit() { call("commit"); }
 
-    /// Gives the file up: what was there before stays as it was. Does nothing once it was committed.
+    /// Discards the file: the one that was there before stays as it was. Does nothing after a commit.
     void discard() { call("discard"); }
 
-    /// Whether tensors can be given: by this process, and it was neither committed nor discarded.
+    /// Returns whether this process can write tensors: the file is neither committed nor discarded.
     bool is_open() const { return object_ && call("is_open").toBool(); }
 
   private:
-    // Tensors without data, to declare others by.
+    // Returns meta tensors of these dtypes and shapes.
     static Tensors empty(const TensorSpecs& specs) {
         Tensors tensors;
         for (const auto& [name, spec] : specs) {

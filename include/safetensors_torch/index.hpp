@@ -1,6 +1,6 @@
-// From an index, as at::Tensor::index takes it, to the part of a tensor that has to be read for it.
+// From an index, as at::Tensor::index takes it, to the slice of a tensor that has to be read for it.
 //
-// Part of safetensors_torch.hpp, which includes it. Nothing in here is for users.
+// Internal part of safetensors_torch.hpp, which includes it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace detail {
 
 using Index = std::vector<at::indexing::TensorIndex>;
 
-// The bounding box of an index: one range for each dimension, and what is left to do inside the box.
+// The bounding box of an index: one range for each dimension, and the index to apply to the box.
 struct Box {
     std::vector<int64_t> starts, stops, steps;
     Index rest;
@@ -36,7 +36,7 @@ inline void add_range(Box& box, int64_t start, int64_t stop, int64_t step) {
     box.steps.push_back(step);
 }
 
-// For the end of an error.
+// The end of an error.
 inline std::string of(const std::string& name) { return " of tensor \"" + name + "\""; }
 
 inline void add_integer(Box& box, int64_t index, int64_t size, const std::string& name) {

@@ -1,7 +1,7 @@
 /// @file
-/// From and to the maps in which LibTorch programs keep tensors. Part of safetensors_torch.hpp, which includes it.
+/// Conversions from and to other maps of tensors. Part of safetensors_torch.hpp, which includes it.
 ///
-/// Only handles of tensors are copied: both sides share memory.
+/// Copies handles of tensors only: both maps share memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +16,7 @@
 
 namespace safetensors_torch {
 
-/// The tensors of a torch::OrderedDict, such as module.named_parameters(), in its order.
+/// Returns the tensors of a torch::OrderedDict, such as module.named_parameters(), in its order.
 inline Tensors to_tensors(const torch::OrderedDict<std::string, at::Tensor>& dict) {
     Tensors tensors;
     tensors.reserve(dict.size());
@@ -26,7 +26,7 @@ inline Tensors to_tensors(const torch::OrderedDict<std::string, at::Tensor>& dic
     return tensors;
 }
 
-/// The tensors of a std::unordered_map, std::map or another map from std::string to at::Tensor, sorted by name.
+/// Returns the tensors of a map from std::string to at::Tensor, such as a std::unordered_map, sorted by name.
 template <typename Map, typename = typename Map::mapped_type>
 Tensors to_tensors(const Map& map) {
     std::vector<std::string> names;
@@ -43,7 +43,7 @@ Tensors to_tensors(const Map& map) {
     return tensors;
 }
 
-/// The same tensors as a torch::OrderedDict, in the same order.
+/// Returns the tensors as a torch::OrderedDict, in the same order.
 inline torch::OrderedDict<std::string, at::Tensor> to_ordered_dict(const Tensors& tensors) {
     torch::OrderedDict<std::string, at::Tensor> dict;
     dict.reserve(tensors.size());
@@ -53,7 +53,7 @@ inline torch::OrderedDict<std::string, at::Tensor> to_ordered_dict(const Tensors
     return dict;
 }
 
-/// The same tensors as a std::unordered_map, which has no order.
+/// Returns the tensors as a std::unordered_map, which has no order.
 inline std::unordered_map<std::string, at::Tensor> to_unordered_map(const Tensors& tensors) {
     std::unordered_map<std::string, at::Tensor> map;
     map.reserve(tensors.size());

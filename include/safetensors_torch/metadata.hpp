@@ -20,7 +20,6 @@ namespace safetensors_torch {
 /// was, unless the text says otherwise.
 inline Metadata edit_metadata(const std::string& path, const MetadataChanges& changes,
                               const EditOptions& options = {}) {
-    const auto op = detail::find_op("safetensors_torch::_begin_edit");
     detail::Strings set;
     std::vector<std::string> removed;
     for (const auto& [key, value] : changes) {
@@ -31,13 +30,9 @@ inline Metadata edit_metadata(const std::string& path, const MetadataChanges& ch
         }
     }
     const detail::Object edit =
-        detail::call_boxed(op, path, set, removed, options.in_place, options.reserve, options.durable).toObject();
-    detail::run(edit, detail::call_method(edit, "size").toInt(), options.progress);
-    Metadata result;
-    for (const auto& entry : detail::call_method(edit, "metadata").to<detail::Strings>()) {
-        result.emplace(entry.key(), entry.value());
-    }
-    return result;
+        detail::make("PendingEdit", path, set, removed, options.in_place, options.reserve, options.durable);
+    detail::run(edit, options.progress);
+    return detail::to_metadata(detail::call_method(edit, "result").to<detail::Strings>());
 }
 
 }  // namespace safetensors_torch

@@ -26,13 +26,13 @@
 namespace safetensors_torch {
 namespace detail {
 
-// The tensors of a module under their names in Python's state_dict, in its order, and the names that a file may lack.
+// The tensors of a module under the names and in the order of Python's state_dict, and the names that a file may lack.
 struct State {
     Tensors tensors;
     std::vector<std::string> optional;
 };
 
-// The counter of the normalisation layers came late: files written before it do without, in Python too.
+// Old files lack the counter of normalisation layers, which Python accepts too.
 inline void note_counter(const std::string& prefix, bool has_counter, bool has_mean, State& state) {
     if (has_counter && has_mean) {
         state.optional.push_back(prefix + "num_batches_tracked");
@@ -83,7 +83,7 @@ inline std::string class_of(const torch::jit::Module& module) {
     return name ? name->name() : "ScriptModule";
 }
 
-// The state of a module under the names that its tensors have in a checkpoint.
+// Returns the state of a module under the names in a checkpoint.
 template <typename Module>
 State state_of(const Module& module, const std::string& prefix, const Rename& rename) {
     State state;
@@ -115,7 +115,7 @@ LoadResult load_model(const Module& module, const std::string& path, const LoadM
     const Object pending = call_method(files, "start_state", state.tensors, state.optional, class_of(module),
                                        options.strict, options.prefix)
                                .toObject();
-    run(pending, call_method(pending, "total").toInt(), options.progress);
+    run(pending, options.progress);
     const auto result = call_method(pending, "result").toTuple();
     return {result->elements()[0].to<std::vector<std::string>>(), result->elements()[1].to<std::vector<std::string>>()};
 }
@@ -146,16 +146,16 @@ void save_model(const Module& module, const std::string& path, const Metadata& m
 
 }  // namespace detail
 
-/// A module, however the program holds it: by reference, in a holder such as torch::nn::Linear, or in a
-/// std::shared_ptr. Not for keeping: it refers to the module.
+/// A module, by reference, in a holder such as torch::nn::Linear, or in a std::shared_ptr. Do not store it: it refers
+/// to the module.
 class ModuleRef {
   public:
-    /// By reference; being const does not reach a module's tensors.
+    /// A module by reference. Its tensors are mutable even if it is const.
     ModuleRef(const torch::nn::Module& module) : module_(module) {}
-    /// The module in a holder. Throws c10::Error for a holder that is empty.
+    /// The module in a holder. Throws c10::Error if the holder is empty.
     template <typename Contained>
     ModuleRef(const torch::nn::ModuleHolder<Contained>& holder) : module_(*holder) {}
-    /// The module that a pointer points to. Throws Error for a null pointer.
+    /// The module of a pointer. Throws Error for a null pointer.
     template <typename Contained, typename = std::enable_if_t<std::is_base_of_v<torch::nn::Module, Contained>>>
     ModuleRef(const std::shared_ptr<Contained>& pointer) : module_(checked(pointer.get())) {}
 
@@ -165,7 +165,7 @@ class ModuleRef {
   private:
     static const torch::nn::Module& checked(const torch::nn::Module* module) {
         if (module == nullptr) {
-            detail::fail("a null pointer is no module", ErrorCategory::value);
+            detail::fail("module pointer is null: pass a module", ErrorCategory::value);
         }
         return *module;
     }
@@ -173,24 +173,23 @@ class ModuleRef {
     const torch::nn::Module& module_;
 };
 
-/// Fills the parameters and buffers of `module` from the checkpoint at `path`, in place, on the devices where they are.
-/// `path` is a file, an index or a directory, as for Checkpoint.
+/// Loads the parameters and buffers of `module` from the checkpoint at `path`, in place, on their devices. `path` is a
+/// file, an index or a directory, as for Checkpoint.
 ///
-/// Bytes are read straight into a tensor's own memory where its dtype and layout allow, and are converted or copied to
-/// it otherwise; no second copy of the module is made. Of tied tensors the checkpoint needs to have one. The counter
-/// `num_batches_tracked` may be absent. Everything is checked before the first tensor changes: if a check fails the
-/// module is as it was. If reading fails later, or Progress throws, it is filled in part. No gradient is recorded.
+/// Reads directly into a tensor's memory if its dtype and layout allow, and converts or copies otherwise, without a
+/// second copy of the module. The checkpoint needs only one of several tied tensors. The counter `num_batches_tracked`
+/// may be absent. If a check fails, the module is unchanged. If reading fails later, or Progress throws, it is loaded
+/// in part. Records no gradient.
 ///
-/// Throws Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` when `strict` and a name is
-/// missing or unexpected, and, strict or not, for a shape or a dtype that does not fit; a parameter on the meta device,
-/// whose tensors a load cannot replace as Python's `assign` does, because the module has them in its members too, or
-/// with a storage that is too small for it; an inference tensor, outside of InferenceMode; two tensors for which
-/// `rename` gives one name.
+/// Throws Error: as Checkpoint does; `Error(s) in loading state_dict for CLASS:` if a name is missing or unexpected and
+/// `strict` is true, or if a shape or a dtype does not fit; a parameter is on the meta device (members of the module
+/// refer to it, so it cannot be replaced as by Python's `assign`), or its storage is too small; a tensor is an
+/// inference tensor, outside of InferenceMode; `rename` returns one name for two tensors.
 inline LoadResult load_model(ModuleRef module, const std::string& path, const LoadModelOptions& options = {}) {
     return detail::load_model(*module, path, options);
 }
 
-/// The same with what many calls need. Nothing but a bool is taken for `strict`.
+/// The same with the most common options. Only a bool converts to `strict`.
 template <typename Strict, typename = std::enable_if_t<std::is_same_v<Strict, bool>>>
 LoadResult load_model(ModuleRef module, const std::string& path, Strict strict, Backend backend = Backend::mmap,
                       const Progress& progress = {}) {
@@ -201,7 +200,7 @@ LoadResult load_model(ModuleRef module, const std::string& path, Strict strict, 
     return detail::load_model(*module, path, options);
 }
 
-/// The same for a TorchScript module, whose every buffer counts: TorchScript does not tell which ones Python left out
+/// The same for a TorchScript module, with all of its buffers: TorchScript does not record which ones Python left out
 /// of the state_dict.
 inline LoadResult load_model(torch::jit::Module& module, const std::string& path,
                              const LoadModelOptions& options = {}) {
@@ -211,19 +210,18 @@ inline LoadResult load_model(torch::jit::Module& module, const std::string& path
 /// Saves the parameters and buffers of `module` under the names of Python's state_dict, to a file at `path`, or, with
 /// `max_shard_size`, into the directory `path` as save_sharded does.
 ///
-/// Of tied tensors the first name, alphabetically, whose tensor covers the whole memory is kept; the others are dropped
-/// and recorded as `metadata[dropped] = kept`, unless `metadata` has that key. Tensors that are not contiguous are
-/// written as if they were; with `force_contiguous` false they are refused. Like save_file, it adds no `format` to the
-/// metadata; with `max_shard_size` it does, like save_sharded.
+/// Tied tensors are saved as by Shared::keep_one. Tensors that are not contiguous are written as if they were; with
+/// `force_contiguous` false they are refused. With `max_shard_size` the metadata gets `format` = `pt`, as by
+/// save_sharded.
 ///
-/// Throws Error: as save_file does; tied tensors of which none covers the memory; two tensors for which `rename`
-/// gives one name.
+/// Throws Error: as save_file does; none of several tied tensors covers their memory; `rename` returns one name for two
+/// tensors.
 inline void save_model(ModuleRef module, const std::string& path, const Metadata& metadata = {},
                        const SaveModelOptions& options = {}) {
     detail::save_model(*module, path, metadata, options);
 }
 
-/// The same with what many calls need. Nothing but a bool is taken for `force_contiguous`.
+/// The same with the most common options. Only a bool converts to `force_contiguous`.
 template <typename Force, typename = std::enable_if_t<std::is_same_v<Force, bool>>>
 void save_model(ModuleRef module, const std::string& path, const Metadata& metadata, Force force_contiguous,
                 const SaveOptions& options = {}) {
@@ -234,7 +232,7 @@ void save_model(ModuleRef module, const std::string& path, const Metadata& metad
     detail::save_model(*module, path, metadata, all);
 }
 
-/// The same for a TorchScript module, with every buffer.
+/// The same for a TorchScript module, with all of its buffers.
 inline void save_model(const torch::jit::Module& module, const std::string& path, const Metadata& metadata = {},
                        const SaveModelOptions& options = {}) {
     detail::save_model(module, path, metadata, options);

@@ -13,34 +13,32 @@
 
 namespace safetensors_torch {
 
-/// Writes `tensors`, from whatever device, and `metadata` to a file at `path`.
+/// Writes `tensors`, from any device, and `metadata` to a file at `path`.
 ///
-/// A file that is there is replaced as a whole, or stays as it was: readers and tensors mapped from it never see half
-/// of the new one (docs/saving.md says how, and when not). A symbolic link is replaced, and what it leads to stays as
-/// it is. The tensors may be mapped from the file that is replaced. The values of conjugate and negative views are
-/// written. Tensors are written by dtype, then by name, whatever their order. Nothing is added to `metadata`, except by
-/// Shared::keep_one.
+/// An existing file is replaced atomically: readers, and tensors mapped from it, never see part of the new file
+/// (docs/saving.md has the exceptions). A symbolic link is replaced; its target stays as it is. The tensors may be
+/// mapped from the file that is replaced. For conjugate and negative views, their values are written. The file has the
+/// tensors by dtype, then by name. Only Shared::keep_one adds to `metadata`.
 ///
-/// Throws Error before anything is written: a sparse tensor; tensors that share memory, and one that is not
-/// contiguous, unless `options` say otherwise; a meta tensor; a storage that is too small for its tensor; a dtype that
-/// the format does not have; the name `__metadata__`; names or metadata that are not UTF-8. And when the operating
-/// system refuses.
+/// Throws Error, before anything is written: a tensor is sparse, or on the meta device; tensors share memory, or one is
+/// not contiguous, unless `options` allow it; a storage is too small for its tensor; the format does not have a dtype;
+/// a tensor is called `__metadata__`; names or metadata are not UTF-8. Also throws Error if the file cannot be written.
 inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
                       const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, path, options);
-    detail::call_method(plan, "start_file", path, options.durable, 0.0);
-    detail::run(plan, detail::call_method(plan, "size").toInt(), options.progress);
+    detail::call_method(plan, "set_file", path, options.durable);
+    detail::run(plan, options.progress);
 }
 
-/// The bytes that save_file would write; SaveOptions::durable does nothing here.
+/// Returns the bytes that save_file would write; ignores SaveOptions::durable.
 ///
-/// Throws Error for the tensors and the metadata that save_file refuses.
+/// Throws Error for tensors and metadata that save_file refuses.
 inline std::string save(const Tensors& tensors, const Metadata& metadata = {}, const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, "", options);
-    std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "size").toInt()), '\0');
+    std::string bytes(static_cast<std::size_t>(detail::call_method(plan, "total").toInt()), '\0');
     const auto size = static_cast<int64_t>(bytes.size());
-    detail::call_method(plan, "start_into", at::from_blob(bytes.data(), {size}, at::kByte), 0.0);
-    detail::run(plan, size, options.progress);
+    detail::call_method(plan, "set_memory", at::from_blob(bytes.data(), {size}, at::kByte));
+    detail::run(plan, options.progress);
     return bytes;
 }
 

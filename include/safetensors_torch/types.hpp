@@ -1,5 +1,5 @@
 /// @file
-/// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and what can be asked for.
+/// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and all options.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,91 +12,91 @@
 #include <string>
 #include <vector>
 
-/// Tensors, modules and parts of files, from and to safetensors.
+/// Loads and saves of safetensors files.
 namespace safetensors_torch {
 
 /// Tensors by name. A loaded one iterates in the order of the data in the file.
 using Tensors = c10::Dict<std::string, at::Tensor>;
 
-/// The free-form text beside the tensors. Empty means none: no `__metadata__` is written, or there was none.
+/// Text in the header of a file. Empty means that the file has no `__metadata__`.
 using Metadata = std::map<std::string, std::string>;
 
-/// How the bytes of a file become host memory.
+/// How the bytes of a file are loaded into host memory.
 enum class Backend {
-    /// One private copy-on-write mapping and no copy; it lives until the last tensor over it dies. Writing to a tensor
-    /// never changes the file. The file must not be cut short meanwhile: touching a lost page is a SIGBUS.
+    /// One private copy-on-write mapping and no copy; it lives until the last tensor over it is destroyed. Writing to a
+    /// tensor never changes the file. The file must not be truncated: touching a lost page raises SIGBUS.
     mmap,
-    /// Parallel reads into memory that the tensors own. A file that is cut short meanwhile is an error; one that is
-    /// changed in place gives whatever it holds when it is read.
+    /// Parallel reads into memory that the tensors own. A file that is truncated during the load is an error; of one
+    /// that
+    /// is changed in place, the load returns old or new bytes.
     pread,
 };
 
-/// Is told of the bytes that are done and the bytes in all, some ten times a second and at the end, on the thread that
-/// loads or saves. What is mapped is no work: a load that maps everything tells (0, 0). What it throws ends the load or
-/// save, and reaches the caller; when `done` is `total`, the file is complete already. It must not free or resize the
-/// memory of the tensors: the load or save fails then.
+/// Called about ten times a second and at the end, with bytes done and total, on the thread that loads or saves. A load
+/// that maps everything calls it with (0, 0). An exception ends the load or save, and reaches the caller; if `done` is
+/// `total`, the file is complete already. It must not free or resize the memory of the tensors: the load or save fails
+/// then.
 using Progress = std::function<void(int64_t done, int64_t total)>;
 
-/// Whether a tensor of this name is wanted.
+/// Returns whether to load the tensor of this name.
 using NameFilter = std::function<bool(const std::string& name)>;
 
 /// Which tensors are loaded, and how.
 struct LoadOptions {
-    /// How the bytes become host memory; to a device they are read, whatever this says.
+    /// How the bytes are loaded into host memory. Tensors for a device are always read.
     Backend backend = Backend::mmap;
-    /// About Backend::mmap on the CPU, whose tensors cost a page fault every few pages where they are touched first,
-    /// and a wait for the disk where the file is not in memory. Without a value, threads in the background bring the
-    /// file in while the caller goes on, if it loads all of it (a cold file only if it takes no more than half of the
-    /// memory available); true has that done when the call returns, false leaves it to the touch.
+    /// When the pages of Backend::mmap are brought into memory, on the CPU. True: before the call returns. False: when
+    /// they are touched, with page faults and waits for the disk. Without a value: by background threads, if all
+    /// tensors are loaded (a cold file only if it takes at most half of the available memory).
     std::optional<bool> prefault = std::nullopt;
-    /// A floating-point dtype that floating-point tensors are converted to, on their device, some MiB at a time.
+    /// A floating-point dtype to which floating-point tensors are converted, on their device, a few MiB at a time.
     std::optional<at::ScalarType> dtype = std::nullopt;
     /// Loads the tensors whose names it accepts; others are not read. Empty means all.
     NameFilter names = {};
-    /// Is told how far the load is, if there is one.
+    /// Called with the progress of the load, if it is not empty.
     Progress progress = {};
 };
 
-/// What is done about tensors that the files of a checkpoint hold, and its index does not list.
+/// The treatment of tensors that the files of a checkpoint contain and its index does not list.
 enum class Extra {
-    /// The checkpoint is refused: index and files may be of two checkpoints.
+    /// Opening fails: index and files may belong to two checkpoints.
     error,
-    /// They are left out.
+    /// They are ignored.
     ignore,
 };
 
-/// Which checkpoint of a directory is opened, and how its index is checked.
+/// The choice of a checkpoint in a directory, and the check of its index.
 struct CheckpointOptions {
-    /// With a value, the checkpoint of this variant: "fp16" opens `model.fp16.safetensors`,
-    /// `model.safetensors.index.fp16.json` and the other names that diffusers and transformers use.
+    /// The variant to open: "fp16" opens `model.fp16.safetensors`, `model.safetensors.index.fp16.json` and the other
+    /// names that diffusers and transformers use.
     std::optional<std::string> variant = std::nullopt;
-    /// What is done about tensors that the index does not list.
+    /// The treatment of tensors that the index does not list.
     Extra extra = Extra::error;
 };
 
-/// What becomes of tensors that share memory when they are saved.
+/// The treatment of tensors that share memory when they are saved.
 enum class Shared {
-    /// They are refused.
+    /// The save fails.
     error,
-    /// Of each group the first name, alphabetically, whose tensor covers the whole memory is written; the others are
-    /// left out, and noted in the metadata as `metadata[left out] = written` unless it has that key.
+    /// Writes one name of each group: the first, alphabetically, whose tensor covers the whole memory. The others are
+    /// dropped and recorded as `metadata[dropped] = kept`, unless the metadata has that key.
     keep_one,
 };
 
 /// How a file is written.
 struct SaveOptions {
-    /// Whether the file is on the disk when the call returns, so that it survives a loss of power (fsync of the file
-    /// and its directory). Otherwise the kernel writes it there within half a minute or so.
+    /// Whether the file is on the disk when the call returns, so that it survives a power cut (fsync of the file and
+    /// its directory). Otherwise the kernel writes it to the disk within about half a minute.
     bool durable = false;
-    /// Is told how far the save is, if there is one; its bytes are those of the file.
+    /// Called with the progress of the save, in bytes of the file, if it is not empty.
     Progress progress = {};
-    /// Whether tensors that are not contiguous are written as if they were, one copy at a time, or refused.
+    /// True writes tensors that are not contiguous as if they were, one copy at a time; false refuses them.
     bool force_contiguous = false;
-    /// What becomes of tensors that share memory.
+    /// The treatment of tensors that share memory.
     Shared shared = Shared::error;
 };
 
-/// A tensor that is to be written, without its data.
+/// The dtype and the shape of a tensor.
 struct TensorSpec {
     /// Its dtype.
     at::ScalarType dtype = at::kFloat;
@@ -104,16 +104,16 @@ struct TensorSpec {
     std::vector<int64_t> shape = {};
 };
 
-/// Such tensors by name.
+/// Dtypes and shapes by name.
 using TensorSpecs = std::map<std::string, TensorSpec>;
 
 /// How a file is written tensor by tensor.
 struct IncrementalWriterOptions {
-    /// As in SaveOptions, of the commit.
+    /// As in SaveOptions, for the commit.
     bool durable = false;
 };
 
-/// New text for keys of the metadata; without a value, the key is removed.
+/// New values of metadata keys; a key without a value is removed.
 using MetadataChanges = std::map<std::string, std::optional<std::string>>;
 
 /// How metadata is changed.
@@ -132,13 +132,13 @@ struct EditOptions {
 
 /// How a checkpoint is divided into files, and written.
 struct ShardedSaveOptions {
-    /// The most bytes of tensors in one file, 1 or more; a tensor that is larger has a file of its own.
+    /// The most bytes of tensors in one file, 1 or more; a larger tensor has a file of its own.
     int64_t max_shard_size = int64_t(5'000'000'000);
-    /// What the names of the files begin with.
+    /// The prefix of the files' names.
     std::string stem = "model";
-    /// As in SaveOptions, of all files.
+    /// As in SaveOptions, for all files.
     bool durable = false;
-    /// As in SaveOptions, of all files together.
+    /// As in SaveOptions, for all files together.
     Progress progress = {};
     /// As in SaveOptions.
     bool force_contiguous = false;
@@ -146,22 +146,21 @@ struct ShardedSaveOptions {
     Shared shared = Shared::error;
 };
 
-/// Gives the name that a tensor of a module has in a file.
+/// Returns the name in a file of a tensor of a module.
 using Rename = std::function<std::string(const std::string& name)>;
 
 /// How a module is loaded.
 struct LoadModelOptions {
-    /// Whether it is an error if a name of the module is not in the checkpoint, or the other way round.
+    /// Whether names that only the module or only the checkpoint has are an error.
     bool strict = true;
-    /// How the bytes become host memory.
+    /// How the bytes are loaded into host memory.
     Backend backend = Backend::mmap;
-    /// What the module's names in the checkpoint begin with, such as "transformer."; what it has of other names is
-    /// passed over. So a module can be filled from the checkpoint of a larger one.
+    /// The prefix of the module's names in the checkpoint, such as "transformer."; other names are ignored. So a module
+    /// can be loaded from the checkpoint of a larger one.
     std::string prefix = {};
-    /// From the module's names to those in the checkpoint, which `prefix` is then put before. Empty means the same
-    /// names.
+    /// Maps the module's names to those in the checkpoint, before `prefix` is added. Empty means the same names.
     Rename rename = {};
-    /// Is told how far the load is, if there is one.
+    /// Called with the progress of the load, if it is not empty.
     Progress progress = {};
     /// As in CheckpointOptions.
     std::optional<std::string> variant = std::nullopt;
@@ -181,29 +180,28 @@ struct SaveModelOptions {
     Rename rename = {};
     /// As in SaveOptions.
     Progress progress = {};
-    /// With a value, the path is a directory, and the module is divided as by save_sharded.
+    /// With a value, the path is a directory, and the module is saved as by save_sharded.
     std::optional<int64_t> max_shard_size = std::nullopt;
-    /// As in ShardedSaveOptions, where the path is a directory.
+    /// As in ShardedSaveOptions, if the path is a directory.
     std::string stem = "model";
 };
 
-/// What load_model found, in names of the checkpoint: those that the module has and the checkpoint has not, and the
-/// other way round. Both sorted.
+/// The result of load_model: names in the checkpoint, sorted.
 struct LoadResult {
-    /// What the module has and the checkpoint has not.
+    /// Names that only the module has.
     std::vector<std::string> missing;
-    /// What the checkpoint has, under the prefix, and the module has not.
+    /// Names under the prefix that only the checkpoint has.
     std::vector<std::string> unexpected;
 };
 
-/// What loads and saves may use.
+/// Resources of loads and saves.
 struct TransferOptions {
-    /// The most pinned host memory that all transfers between files and devices keep, in bytes; taken in slabs of 2
-    /// MiB, as it is needed. 0 means none: copies then go through memory that is not pinned.
+    /// The most pinned host memory of all transfers between files and devices, in bytes; allocated in slabs of 2 MiB
+    /// when it is needed. With 0, copies go through pageable memory.
     int64_t pinned_pool_bytes = int64_t(64) << 20;
-    /// The most threads that one load or save uses, to the CPU or a device: the calling one, those that read and copy,
-    /// and those that go on in the background (prefault). 1 means the calling one alone; 0 as many as suit the machine
-    /// and the work. torch's own threads, which convert tensors on the CPU, are at::set_num_threads'.
+    /// The most threads that one load or save uses: the calling thread, those that read and copy, and background
+    /// threads (prefault). 1 means the calling thread only; 0 chooses by machine and work. torch's own threads, which
+    /// convert tensors on the CPU, are set by at::set_num_threads.
     int64_t threads = 0;
 };
 

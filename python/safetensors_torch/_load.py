@@ -113,17 +113,16 @@ def _load_with(op: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, tensors, strict=True))
 
 
-def bring_in(file: Any, device: torch.device, backend: str, prefault: bool | None, names: Names) -> None:
-    """Has a mapping's pages brought in where ``prefault`` asks for it, or where nothing is said and all is loaded."""
-    if device.type == "cpu" and backend == "mmap" and (prefault or (prefault is None and names is None)):
-        call(file.prefault, prefault is not None)
-
-
 def load_in_steps(
-    file: Any, device: torch.device, dtype: torch.dtype | None, names: Names, progress: Progress
+    file: Any,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    names: Names,
+    progress: Progress,
+    prefault: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    pending = call(file.start_load, select(file, names), device, dtype)
-    run(pending, pending.total, progress, "load")
+    pending = call(file.start_load, select(file, names), device, dtype, prefault)
+    run(pending, progress, "load")
     return _load_with(pending.result)
 
 
@@ -191,8 +190,7 @@ def load_file(
     if is_traced():
         chosen = select(file, names)
         return call(_ops.load_file, path, device=target, backend=backend, prefault=prefault, dtype=dtype, names=chosen)
-    bring_in(file, target, backend, prefault, names)
-    return load_in_steps(file, target, dtype, names, progress)
+    return load_in_steps(file, target, dtype, names, progress, prefault)
 
 
 @dynamo_disable

@@ -55,14 +55,13 @@ class ProgressBar:
             self._bar.close()
 
 
-def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> None:
-    """Has ``work`` done, in steps. Where that fails, or is interrupted, nothing of it stays.
+def run(work: Any, progress: Progress, title: str) -> None:
+    """Does pending work in steps. If it fails, or is interrupted, nothing of it stays.
 
     Args:
-        work: a native object with ``advance``, ``done`` and ``cancel``.
-        total: gives the bytes that it has to move.
-        progress: who is told; whatever it raises ends the work.
-        title: what a bar is called.
+        work: a native object with ``advance``, ``total``, ``done`` and ``cancel``.
+        progress: what is called between steps; whatever it raises ends the work.
+        title: the title of a bar.
 
     Raises:
         What the work raises, translated; KeyboardInterrupt; what ``progress`` raises.
@@ -76,9 +75,9 @@ def run(work: Any, total: Callable[[], int], progress: Progress, title: str) -> 
         tell = bar or progress
         while not call(work.advance, STEP_SECONDS):
             if tell:
-                tell(call(work.done), call(total))
+                tell(call(work.done), call(work.total))
         if tell:
-            tell(call(total), call(total))
+            tell(call(work.total), call(work.total))
     except BaseException:
         work.cancel()
         raise

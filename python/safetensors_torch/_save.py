@@ -5,7 +5,6 @@ Owns the order of the checks and the steps of a save. The native library lays th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _buffer
 from ._arguments import Metadata, Path, check_bool, encode_path, to_keyword
 from ._errors import call
-from ._progress import STEP_SECONDS, Progress, check_progress, run
+from ._progress import Progress, check_progress, run
 from ._save_checks import DisableTorchFunction, Tensors, check_tensors
 from ._tracing import dynamo_disable
 
@@ -75,7 +74,8 @@ def save_file(
     path = encode_path(filename)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, path, **rules)
-        write(plan, progress, plan.start_file, path, durable)
+        call(plan.set_file, path, durable)
+        run(plan, progress, "save")
 
 
 @dynamo_disable
@@ -110,17 +110,12 @@ def save(
     tensors, metadata = check_tensors(tensors, metadata, **rules)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"", **rules)
-        return _buffer.new_bytes(call(plan.size), lambda out: write(plan, progress, plan.start_into, out))
 
+        def write(out: torch.Tensor) -> None:
+            call(plan.set_memory, out)
+            run(plan, progress, "save")
 
-def write(plan: Any, progress: Progress, start: Callable[..., bool], *args: Any) -> None:
-    """Writes ``plan``, beginning with ``start``. Most saves finish in the first step."""
-    try:
-        if not call(start, *args, 0.0 if progress else STEP_SECONDS) or progress:
-            run(plan, plan.size, progress, "save")
-    except BaseException:
-        plan.cancel()
-        raise
+        return _buffer.new_bytes(call(plan.total), write)
 
 
 def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:

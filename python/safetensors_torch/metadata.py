@@ -67,5 +67,5 @@ def edit_metadata(
     kept = {key: value for key, value in changes.items() if value is not None}
     removed = [key for key, value in changes.items() if value is None]
     edit = call(torch.classes.safetensors_torch.PendingEdit, path, kept, removed, in_place, reserve, durable)
-    run(edit, edit.size, progress, "edit")
-    return call(edit.metadata)
+    run(edit, progress, "edit")
+    return call(edit.result)

@@ -116,7 +116,7 @@ def load_model(
     detached = {name: value.detach() for name, value in names.state_in_file(state).items()}
     optional = list(map(names.in_file, optional_names(model)))
     pending = call(file.start_state, detached, optional, type(model).__name__, strict, prefix)
-    run(pending, pending.total, progress, "load")
+    run(pending, progress, "load")
     missing, unexpected = call(pending.result)
     return set(missing), unexpected
 

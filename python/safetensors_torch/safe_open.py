@@ -177,8 +177,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: the file is closed, or torch lacks a dtype.
         """
-        pending = call(self._file().start_load, None, self._device, None)
-        run(pending, pending.total, None, "load")
+        pending = call(self._file().start_load, None, self._device, None, False)
+        run(pending, None, "load")
         names, tensors = call(pending.result)
         return dict(zip(names, tensors, strict=True))
 
@@ -267,7 +267,7 @@ class PySafeSlice:
             torch.empty((), dtype=like.dtype, device=self._device).expand(like.shape)[index]
             return _get_tensor(self._file, self._name, self._device)[index]
         pending = call(self._file.start_slice, self._name, box.starts, box.stops, box.steps, self._device)
-        run(pending, pending.total, None, "load")
+        run(pending, None, "load")
         return call(pending.result)[box.index]
 
 
@@ -275,7 +275,7 @@ def _get_tensor(file: Any, name: str, device: torch.device) -> torch.Tensor:
     """Returns one tensor; loads to another device than the CPU in steps."""
     if device.type == "cpu":
         return call(file.get_tensor, name, device)
-    pending = call(file.start_load, [name], device, None)
-    run(pending, pending.total, None, "load")
+    pending = call(file.start_load, [name], device, None, False)
+    run(pending, None, "load")
     _, (tensor,) = call(pending.result)
     return tensor

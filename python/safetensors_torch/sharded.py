@@ -23,15 +23,14 @@ from ._arguments import (
     to_keyword,
 )
 from ._errors import call, short_repr
-from ._load import Names, bring_in, load_file, load_in_steps, select
-from ._progress import STEP_SECONDS, Progress, check_progress
-from ._save import check_rules, write
+from ._load import Names, load_file, load_in_steps, select
+from ._progress import Progress, check_progress, run
+from ._save import check_rules
 from ._save_checks import DisableTorchFunction, check_tensors
 from ._tracing import dynamo_disable, is_traced
 
-_ops = torch.ops.safetensors_torch
-_plan_sharded_save = _ops._plan_sharded_save.default
 _PendingFile = torch.classes.safetensors_torch.PendingFile
+_PendingShardedSave = torch.classes.safetensors_torch.PendingShardedSave
 
 _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
@@ -41,8 +40,7 @@ def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra:
     """Opens the native File over the checkpoint at ``path``; the arguments are those of load_sharded."""
     arguments = (encode_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
     pending = call(_PendingFile, *arguments)
-    while not call(pending.advance, STEP_SECONDS):
-        pass
+    run(pending, None, "open")
     return call(pending.result)
 
 
@@ -115,8 +113,7 @@ def load_opened(
     """Loads from ``file``, the open checkpoint at ``path``, as load_sharded does."""
     if is_traced():
         return _load_file_by_file(file, encode_path(path), select(file, names), device, backend, prefault, dtype)
-    bring_in(file, device, backend, prefault, names)
-    return load_in_steps(file, device, dtype, names, progress)
+    return load_in_steps(file, device, dtype, names, progress, prefault)
 
 
 def _load_file_by_file(
@@ -192,9 +189,10 @@ def save_sharded(
     entries = {"format": "pt", **(metadata or {})}
     with _disable_current_modes():
         with DisableTorchFunction():
-            plan = call(_plan_sharded_save, tensors, entries, encode_path(directory), stem, size, **rules)
-        write(plan, progress, plan.start, durable)
-        return call(plan.file_names)
+            arguments = (list(tensors), list(tensors.values()), entries, encode_path(directory), stem, size)
+            save = call(_PendingShardedSave, *arguments, *rules.values(), durable)
+        run(save, progress, "save")
+        return call(save.result)
 
 
 def parse_size(size: int | str) -> int:

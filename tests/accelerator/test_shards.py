@@ -1,9 +1,10 @@
-"""Checkpoints of several files, from and to a device: the same routes as for one, file after file."""
+"""Checkpoints of several files, from and to a device: the same modes as for one, file after file."""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from accelerator import device
 from safetensors_torch import load_file
 from support_accelerator import assert_equal
 
-OPS = torch.ops.safetensors_torch
+CLASSES = torch.classes.safetensors_torch
 MAX_SHARD_BYTES = 5_000_000
 
 
@@ -25,13 +26,19 @@ def finish(pending: object) -> object:
 
 
 def save(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size: int = MAX_SHARD_BYTES) -> list[str]:
-    save = OPS._plan_sharded_save(tensors, {"format": "pt"}, str(directory), "model", max_shard_size, False, "error")
-    done = save.start(False, 0.0)
-    while not done:
-        assert 0 <= save.done() <= save.size()
-        done = save.advance(0.05)
-    assert save.done() == save.size()
-    return save.file_names()
+    return finish(pending_save(tensors, directory, max_shard_size))
+
+
+def pending_save(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size: int = MAX_SHARD_BYTES) -> Any:
+    names, values = list(tensors), list(tensors.values())
+    arguments = (names, values, {"format": "pt"}, str(directory), "model", max_shard_size)
+    return CLASSES.PendingShardedSave(*arguments, False, "error", False)
+
+
+def opened(directory: Path, backend: str) -> Any:
+    pending = CLASSES.PendingFile(str(directory), backend, None, "error")
+    assert pending.advance(60.0)
+    return pending.result()
 
 
 @pytest.fixture
@@ -42,16 +49,14 @@ def directory(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_all_shards_come_to_the_device(directory: Path, tensors: dict, mode: str, backend: str) -> None:
-    file = OPS._open_checkpoint(str(directory), backend, None, "error")
-    names, loaded = finish(file.start_load(None, device(), None))
+    file = opened(directory, backend)
+    names, loaded = finish(file.start_load(None, device(), None, None))
     assert_equal(dict(zip(names, loaded, strict=True)), tensors)
 
 
 def test_shards_are_converted_and_selected(directory: Path, tensors: dict, mode: str) -> None:
     chosen = ["large.3", "small.007", "half", "bytes", "empty"]
-    names, loaded = finish(
-        OPS._open_checkpoint(str(directory), "mmap", None, "error").start_load(chosen, device(1), torch.bfloat16)
-    )
+    names, loaded = finish(opened(directory, "mmap").start_load(chosen, device(1), torch.bfloat16, None))
     expected = {name: tensors[name] for name in chosen}
     expected = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in expected.items()}
     assert_equal(dict(zip(names, loaded, strict=True)), expected, 1)
@@ -64,7 +69,7 @@ def test_parameters_are_filled_from_shards(directory: Path, tensors: dict, mode:
     gc.collect()
     accelerator.reset_statistics()
     allocated = accelerator.statistics()["devices"][0]["allocated"]
-    file = OPS._open_checkpoint(str(directory), backend, None, "error")
+    file = opened(directory, backend)
     missing, unexpected = finish(file.start_state({**state, **on_host}, [], "Net", True, ""))
     assert (missing, unexpected) == ([], [])
     assert accelerator.statistics()["devices"][0]["peak"] == allocated
@@ -87,7 +92,7 @@ def test_shards_are_saved_from_the_device(tmp_path: Path, directory: Path, tenso
 def test_a_cancelled_save_leaves_the_directory_alone(directory: Path, tensors: dict, mode: str) -> None:
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     there = {name: tensor.to(device()) + 1 for name, tensor in tensors.items()}
-    save = OPS._plan_sharded_save(there, None, str(directory), "model", MAX_SHARD_BYTES, False, "error")
-    save.start(False, 0.0)
+    save = pending_save(there, directory)
+    assert not save.advance(0.0)
     save.cancel()
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

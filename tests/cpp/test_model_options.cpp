@@ -61,7 +61,7 @@ TEST(modules_however_they_are_held) {
     EXPECT(same(*source, *pointer));
     st::save_model(pointer, dir.file("p"), {}, st::SaveModelOptions());
     EXPECT_EQ(read_file(dir.file("p")), read_file(dir.file("m")));
-    EXPECT_HAS(ERROR_OF(st::load_model(std::shared_ptr<torch::nn::Module>(), dir.file("m"))), "null pointer");
+    EXPECT_HAS(ERROR_OF(st::load_model(std::shared_ptr<torch::nn::Module>(), dir.file("m"))), "module pointer is null");
 }
 
 TEST(braces_mean_the_defaults) {

@@ -37,7 +37,7 @@ def test_more_handles_are_open_than_descriptors_may_be(tmp_path: Path) -> None:
             assert file.get_tensor("a")[5] == 5 and file.get_slice("a")[1:3].tolist() == [1, 2]
         # Read from the file, with a descriptor for as long as that takes.
         for file in handles[:20]:
-            state = file._open.start_load(None, torch.device("cpu"), torch.float64)
+            state = file._open.start_load(None, torch.device("cpu"), torch.float64, False)
             while not state.advance(1.0):
                 pass
             assert state.result()[1][1].sum() == 1 << 20
@@ -113,7 +113,7 @@ def test_a_handle_stays_with_the_file_that_it_opened(
         written(path, 2)
     if relative:
         monkeypatch.chdir("/")
-    state = file._open.start_load(None, torch.device("cpu"), torch.float64)
+    state = file._open.start_load(None, torch.device("cpu"), torch.float64, False)
     while not state.advance(1.0):
         pass
     converted = dict(zip(*state.result(), strict=True))
@@ -121,7 +121,7 @@ def test_a_handle_stays_with_the_file_that_it_opened(
     for tensors in (file.get_tensors(), converted):
         assert tensors["small"].tolist() == [1, 1]
         assert tensors["large"].min() == tensors["large"].max() == tensors["odd"] == 1
-    file._open.prefault(True)
+    file._open.start_load(None, torch.device("cpu"), None, True)
 
 
 def test_what_was_written_to_a_tensor_shows_whether_the_file_is_there_or_not(tmp_path: Path) -> None:

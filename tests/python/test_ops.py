@@ -6,6 +6,7 @@ TorchScript, compilers and error messages have files of their own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch as reference
@@ -155,6 +156,11 @@ def test_get_tensor(path: str, state: dict[str, torch.Tensor]) -> None:
         assert difference({name: ops.get_tensor(path, name, device="cpu")}, {name: tensor}) is None
 
 
+def pending_save(state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Any:
+    tensors = list(state.values())
+    return torch.classes.safetensors_torch.PendingSave(list(state), tensors, metadata, "", False, "error")
+
+
 def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for metadata in (None, {"format": "pt"}, {}):
         expected = reference.save(state, metadata)
@@ -162,49 +168,46 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
         assert (data.dtype, data.dim(), data.device) == (torch.uint8, 1, CPU)
         assert as_bytes(data) == expected
         out = torch.zeros(len(expected), dtype=torch.uint8)
-        for plan in (
-            ops._plan_save(state, metadata, "", False, "error"),
-            torch.classes.safetensors_torch.PendingSave(
-                list(state), list(state.values()), metadata, "", False, "error"
-            ),
-        ):
-            assert plan.size() == len(expected)
-            assert plan.start_into(out.zero_(), 60.0) and plan.done() == len(expected)
-            assert as_bytes(out) == expected
-            plan.start_file(str(tmp_path / "planned"), False, 0.0)
-            assert plan.advance(60.0)
-            assert (tmp_path / "planned").read_bytes() == expected
+        plan = pending_save(state, metadata)
+        assert plan.total() == len(expected)
+        plan.set_memory(out)
+        assert plan.advance(60.0) and plan.done() == len(expected)
+        assert as_bytes(out) == expected
+        plan.set_file(str(tmp_path / "planned"), False)
+        assert plan.advance(60.0)
+        assert (tmp_path / "planned").read_bytes() == expected
         assert ops.save_file(state, str(tmp_path / "saved"), metadata) is None
         assert (tmp_path / "saved").read_bytes() == expected
 
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
-    plan = ops._plan_save(state, None, "", False, "error")
-    out = torch.full((plan.size() + change,), 7, dtype=torch.uint8)
+    plan = pending_save(state)
+    out = torch.full((plan.total() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
-        plan.start_into(out, 60.0)
+        plan.set_memory(out)
     assert bool((out == 7).all()), "the buffer was written to"
 
 
 def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"old")
-    plan = ops._plan_save(state, None, "", False, "error")
-    with pytest.raises(RuntimeError, match="nothing was begun"):
+    plan = pending_save(state)
+    with pytest.raises(RuntimeError, match="the save has no target"):
         plan.advance(60.0)
     large = {f"{i}": torch.zeros(16 << 20) for i in range(3)}  # no step writes all of it
-    plan = ops._plan_save(large, None, "", False, "error")
-    assert not plan.start_file(str(target), False, 0.0)
+    plan = pending_save(large)
+    plan.set_file(str(target), False)
+    assert not plan.advance(0.0)
     plan.cancel()
     assert target.read_bytes() == b"old"
-    with pytest.raises(RuntimeError, match="nothing was begun"):
+    with pytest.raises(RuntimeError, match="the save has no target"):
         plan.advance(60.0)
 
 
 def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> None:
     file = torch.classes.safetensors_torch.File(path, "pread")
-    load = file.start_load(None, CPU, None)
+    load = file.start_load(None, CPU, None, None)
     assert load.total() == sum(tensor.nbytes for tensor in state.values()) and load.done() == 0
     assert load.advance(60.0) and load.done() == load.total()
     names, tensors = load.result()

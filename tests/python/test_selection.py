@@ -251,7 +251,9 @@ def test_transfer_options_of_the_environment() -> None:
     assert run(PINNED_POOL_BYTES="1048576", THREADS="5").stdout.split() == ["1048576", "5"]
     for name, value in (("PINNED_POOL_BYTES", "64MB"), ("THREADS", "-1")):
         said = run(**{name: value}).stderr
-        assert f'SafetensorError: environment variable SAFETENSORS_TORCH_{name}: "{value}" is not a number; set it' in said, said
+        assert (
+            f'SafetensorError: environment variable SAFETENSORS_TORCH_{name}: "{value}" is not a number; set it' in said
+        ), said
 
 
 def test_without_an_accelerator_there_is_no_transfer_memory() -> None:

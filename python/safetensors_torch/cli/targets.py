@@ -10,7 +10,7 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
-from .._progress import STEP_SECONDS, ProgressBar, run
+from .._progress import ProgressBar, run
 from ..incremental_writer import IncrementalWriter
 from ..sharded import parse_size
 
@@ -59,13 +59,13 @@ def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | s
     try:
         for names in call(writer.members):
             call(writer.start, read(names))
-            run(writer, writer.size, None, "save")
+            run(writer, None, "save")
             done += sum(specs[name].nbytes for name in names)
             if bar is not None:
                 bar(done, total)
-        while not call(writer.commit, options.durable, STEP_SECONDS):
-            pass
-        return [os.path.join(path, name) for name in call(writer.file_names)]
+        call(writer.start_commit, options.durable)
+        run(writer, None, "save")
+        return [os.path.join(path, name) for name in call(writer.result)]
     finally:
         writer.cancel()
         if bar is not None:

@@ -1,7 +1,8 @@
-#include "cpp/read/file.h"
+#include "cpp/file.h"
 
-#include "cpp/dtype.h"
+#include "cpp/bytes.h"
 #include "cpp/error.h"
+#include "cpp/pending.h"
 #include "include/safetensors_torch.h"
 
 namespace safetensors_torch::layer {
@@ -9,7 +10,7 @@ namespace {
 
 uint64_t not_negative(int64_t value) {
     if (value < 0) {
-        fail(Kind::value, "a slice is given by starts, stops and steps that are not negative");
+        fail(ErrorCategory::value, "a slice is given by starts, stops and steps that are not negative");
     }
     return static_cast<uint64_t>(value);
 }
@@ -20,25 +21,23 @@ File::File(const std::string& path, const std::string& backend)
     : File(guarded([&] { return std::make_shared<const Checkpoint>(open_file(path, backend)); }), backend == "mmap") {}
 
 File::File(const at::Tensor& data)
-    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_bytes(data)); }), /*lends=*/false) {}
+    : File(guarded([&] { return std::make_shared<const Checkpoint>(open_bytes(data)); }), /*is_mapped=*/false) {}
 
-File::File(SharedCheckpoint checkpoint, bool lends) : checkpoint_(std::move(checkpoint)) { lender_.lends = lends; }
+File::File(SharedCheckpoint checkpoint, bool is_mapped) : checkpoint_(std::move(checkpoint)), is_mapped_(is_mapped) {}
 
 SharedCheckpoint File::opened() const {
     SharedCheckpoint checkpoint = checkpoint_.take();
     if (checkpoint == nullptr) {
-        fail(Kind::safetensor, "File is closed", SFT_ERROR_CLOSED);
+        fail(ErrorCategory::safetensor, "File is closed", SFT_ERROR_CLOSED);
     }
     return checkpoint;
 }
 
-StorageSharing File::lender_for(c10::Device device) const {
-    StorageSharing lender = lender_;
-    if (lender.lends && device.is_cpu()) {
-        is_lent_ = true;
+StorageSharing File::sharing_for(c10::Device device) const {
+    if (is_mapped_ && device.is_cpu()) {
+        is_shared_ = true;
     }
-    lender.read_from = is_lent_ ? core::ReadFrom::Mapping : core::ReadFrom::File;
-    return lender;
+    return {is_mapped_, {}, is_shared_ ? core::ReadFrom::Mapping : core::ReadFrom::File};
 }
 
 namespace {
@@ -64,7 +63,7 @@ std::vector<std::string> File::offset_keys() const {
     return names_at(*checkpoint, checkpoint->in_file_order());
 }
 
-// Of what several files say of one key, the first counts.
+// If several files have a key, the first counts.
 std::optional<Metadata> File::metadata() const {
     const auto checkpoint = opened();
     std::optional<Metadata> metadata;
@@ -75,10 +74,7 @@ std::optional<Metadata> File::metadata() const {
         if (!metadata) {
             metadata.emplace();
         }
-        for (const auto& entry : (*file)->metadata()) {
-            metadata->insert(std::string(entry.key.begin(), entry.key.end()),
-                             std::string(entry.value.begin(), entry.value.end()));
-        }
+        add_entries(*metadata, (*file)->metadata());
     }
     return metadata;
 }
@@ -144,13 +140,13 @@ at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
     if (device.is_cpu()) {
         checkpoint->file(place).read_ahead(place.index);
     }
-    return load_tensor(checkpoint->files()[place.shard], lender_for(device), place.index, device);
+    return load_tensor(checkpoint->files()[place.shard], sharing_for(device), place.index, device);
 }
 
 at::Tensor File::view(const std::string& name) const {
     const auto checkpoint = opened();
     const core::Place place = checkpoint->find(name);
-    return load_tensor(checkpoint->files()[place.shard], lender_for(c10::kCPU), place.index, c10::kCPU);
+    return load_tensor(checkpoint->files()[place.shard], sharing_for(c10::kCPU), place.index, c10::kCPU);
 }
 
 void File::read_ahead(const std::string& name, const at::Tensor& part) const {
@@ -174,7 +170,7 @@ std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names,
     for (const std::string& name : names) {
         places.push_back(checkpoint->find(name));
     }
-    CheckpointLoader loads(*checkpoint, lender_for(device), places, Target{device, {}});
+    CheckpointLoader loads(*checkpoint, sharing_for(device), places, Target{device, {}});
     return tensors_of(loads);
 }
 
@@ -183,7 +179,7 @@ namespace {
 SliceLoader slice_loader(const Checkpoint& checkpoint, const std::string& name, const std::vector<int64_t>& starts,
                          const std::vector<int64_t>& stops, const std::vector<int64_t>& steps, c10::Device device) {
     if (starts.size() != stops.size() || starts.size() != steps.size()) {
-        fail(Kind::value, "a slice takes one start, one stop and one step a dimension");
+        fail(ErrorCategory::value, "a slice takes one start, one stop and one step a dimension");
     }
     std::vector<core::Range> ranges;
     for (size_t axis = 0; axis < starts.size(); ++axis) {
@@ -204,10 +200,10 @@ at::Tensor File::get_slice(const std::string& name, const std::vector<int64_t>& 
 }
 
 c10::intrusive_ptr<PendingLoad> File::start_load(const std::optional<std::vector<std::string>>& names,
-                                                 c10::Device device, std::optional<c10::ScalarType> dtype) const {
-    auto loads =
-        std::make_unique<CheckpointLoader>(load_all(*opened(), lender_for(device), Target{device, dtype}, names));
-    return c10::make_intrusive<PendingLoad>(std::move(loads));
+                                                 c10::Device device, std::optional<c10::ScalarType> dtype,
+                                                 std::optional<bool> prefault) const {
+    auto loader = load_all(*opened(), sharing_for(device), Target{device, dtype}, {names, prefault});
+    return c10::make_intrusive<PendingLoad>(std::make_unique<CheckpointLoader>(std::move(loader)));
 }
 
 c10::intrusive_ptr<PendingSlice> File::start_slice(const std::string& name, const std::vector<int64_t>& starts,
@@ -221,11 +217,9 @@ c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const s
                                                    const std::string& class_name, bool strict,
                                                    const std::string& prefix) const {
     auto loader =
-        std::make_unique<StateLoader>(opened(), lender_for(c10::kMeta), state, optional, class_name, strict, prefix);
+        std::make_unique<StateLoader>(opened(), sharing_for(c10::kMeta), state, optional, class_name, strict, prefix);
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
-
-void File::prefault(bool wait) const { opened()->prefault(wait); }
 
 void File::close() { checkpoint_.close(); }
 
@@ -233,7 +227,7 @@ bool File::is_open() const { return checkpoint_.is_open(); }
 
 namespace {
 
-// A method that torch can call, with clean errors.
+// Returns a method for torch, with errors without backtraces.
 template <typename Result, typename... Args>
 auto clean(Result (File::*method)(Args...) const) {
     return [method](const c10::intrusive_ptr<File>& self, Args... args) -> Result {
@@ -247,11 +241,20 @@ PendingFile::PendingFile(const std::string& path, const std::string& backend, co
                          const std::string& extra)
     : pending_(core::begin_open(as_bytes(path), as_bytes(backend), variant.has_value(), as_bytes(variant.value_or("")),
                                 as_bytes(extra))),
-      lends_(backend == "mmap") {}
+      is_mapped_(backend == "mmap") {}
+
+core::PendingOpen& PendingFile::pending() {
+    if (!pending_) {
+        fail(ErrorCategory::value, "this opening was cancelled");
+    }
+    return **pending_;
+}
+
+bool PendingFile::advance(Deadline until) { return pending().advance(until.milliseconds_left()); }
 
 c10::intrusive_ptr<File> PendingFile::result() {
-    auto checkpoint = std::make_shared<const Checkpoint>(core::finish_open(*pending_));
-    return c10::make_intrusive<File>(std::move(checkpoint), lends_);
+    auto checkpoint = std::make_shared<const Checkpoint>(core::finish_open(pending()));
+    return c10::make_intrusive<File>(std::move(checkpoint), is_mapped_);
 }
 
 void register_file(torch::Library& library) {
@@ -278,19 +281,16 @@ void register_file(torch::Library& library) {
         .def("start_load", clean(&File::start_load))
         .def("start_slice", clean(&File::start_slice))
         .def("start_state", clean(&File::start_state))
-        .def("prefault", clean(&File::prefault))
         .def("close", &File::close)
         .def("is_open", &File::is_open);
-    // After File, which its result is.
-    using Pending = c10::intrusive_ptr<PendingFile>;
-    library.class_<PendingFile>("PendingFile")
+    // After File, the type of its result.
+    register_pending<PendingFile>(library, "PendingFile")
         .def(torch::init([](const std::string& path, const std::string& backend,
                             const std::optional<std::string>& variant, const std::string& extra) {
             return guarded([&] { return c10::make_intrusive<PendingFile>(path, backend, variant, extra); });
         }))
-        .def("advance", [](const Pending& self,
-                           double seconds) { return guarded([&] { return self->advance(Deadline::in(seconds)); }); })
-        .def("result", [](const Pending& self) { return guarded([&] { return self->result(); }); });
+        .def("result",
+             [](const c10::intrusive_ptr<PendingFile>& self) { return guarded([&] { return self->result(); }); });
 }
 
 }  // namespace safetensors_torch::layer

@@ -1,7 +1,8 @@
-// The open file, or checkpoint, that Python and C++ hold: `torch.classes.safetensors_torch.File`.
+// The open file or checkpoint of Python and C++ programs: `torch.classes.safetensors_torch.File`.
 #pragma once
 
 #include <torch/custom_class.h>
+#include <torch/library.h>
 
 #include <atomic>
 #include <optional>
@@ -10,23 +11,23 @@
 #include <vector>
 
 #include "cpp/closable.h"
+#include "cpp/metadata.h"
 #include "cpp/model/model.h"
 #include "cpp/read/checkpoint.h"
-#include "cpp/read/load.h"
 #include "cpp/read/pending_load.h"
-#include "cpp/write/save.h"
+#include "cpp/tensors.h"
 
 namespace safetensors_torch::layer {
 
-// A file that is open until close(); after that, every method but is_open() fails with "File is closed".
+// A file that is open until close(). After that every method except is_open() fails with "File is closed".
 class File : public torch::CustomClassHolder {
   public:
     File(const std::string& path, const std::string& backend);
 
-    // Over several files, or one, whose tensors may have the memory of its mapping if it `lends`.
-    File(SharedCheckpoint checkpoint, bool lends);
+    // `is_mapped`: the storages of its tensors may point into the mapping.
+    File(SharedCheckpoint checkpoint, bool is_mapped);
 
-    // Over the bytes of `data`, as open_bytes() takes them; nothing of it is lent.
+    // Over the bytes of `data`, as open_bytes() takes them; tensors are copies.
     explicit File(const at::Tensor& data);
 
     std::vector<std::string> keys() const;
@@ -39,71 +40,76 @@ class File : public torch::CustomClassHolder {
     // The shape and the dtype's code in the header.
     std::vector<int64_t> shape(const std::string& name) const;
     std::string dtype(const std::string& name) const;
-    // Both with one look-up.
+    // Both with one search.
     std::tuple<std::vector<int64_t>, std::string> shape_and_dtype(const std::string& name) const;
-    // Where the tensor's bytes begin and end, from the start of its file.
+    // The range of the tensor's bytes, begin and end, from the start of its file.
     std::tuple<int64_t, int64_t> byte_range(const std::string& name) const;
-    // The names of the files of a checkpoint, and of the one that holds a tensor; nothing for a file by itself.
+    // The names of the files of a checkpoint, and of the one that holds a tensor; empty for a single file.
     std::vector<std::string> shards() const;
     std::string shard_of(const std::string& name) const;
     at::Tensor get_tensor(const std::string& name, c10::Device device) const;
-    // As get_tensor on the CPU, but none of it is read ahead.
+    // Returns what get_tensor returns on the CPU, without reading ahead.
     at::Tensor view(const std::string& name) const;
-    // Has the kernel read what of `part`, a part of a view of the tensor `name`, is not in memory.
+    // Has the kernel read the pages of `part`, a part of a view of the tensor `name`, that are not in memory.
     void read_ahead(const std::string& name, const at::Tensor& part) const;
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names, c10::Device device) const;
     at::Tensor get_slice(const std::string& name, const std::vector<int64_t>& starts, const std::vector<int64_t>& stops,
                          const std::vector<int64_t>& steps, c10::Device device) const;
 
-    // The same in steps. Tensors come in file order; without `names`, all of them.
+    // The same in steps. Loads the tensors of `names`, or all, in file order; `prefault` is that of Selection.
     c10::intrusive_ptr<PendingLoad> start_load(const std::optional<std::vector<std::string>>& names, c10::Device device,
-                                               std::optional<c10::ScalarType> dtype) const;
+                                               std::optional<c10::ScalarType> dtype,
+                                               std::optional<bool> prefault) const;
     c10::intrusive_ptr<PendingSlice> start_slice(const std::string& name, const std::vector<int64_t>& starts,
                                                  const std::vector<int64_t>& stops, const std::vector<int64_t>& steps,
                                                  c10::Device device) const;
     c10::intrusive_ptr<PendingState> start_state(const Tensors& state, const std::vector<std::string>& optional,
                                                  const std::string& class_name, bool strict,
                                                  const std::string& prefix) const;
-    // Brings the pages of a mapping in: before this returns, or in the background.
-    void prefault(bool wait) const;
 
     void close();
     bool is_open() const;
 
   private:
-    // What is open; held by the caller for as long as it uses it, so that close() on another thread is harmless.
+    // Returns the checkpoint, which the caller keeps while it uses it: close() on another thread does not free it.
     SharedCheckpoint opened() const;
 
-    // What lends memory to tensors for `device`; from then on, copies show what was written to those.
-    StorageSharing lender_for(c10::Device device) const;
+    // Returns the sharing for a load to `device`. Once CPU tensors share the mapping, later copies are read from that.
+    StorageSharing sharing_for(c10::Device device) const;
 
     mutable Closable<const Checkpoint> checkpoint_;
-    StorageSharing lender_;
-    // Whether tensors have the mapping's memory, or may have.
-    mutable std::atomic<bool> is_lent_{false};
+    bool is_mapped_;
+    // Whether tensors may share the mapping.
+    mutable std::atomic<bool> is_shared_{false};
 };
 
-// A checkpoint that is being opened, which waits for a save that is about to put it there:
+// The opening of a checkpoint, which waits for a save that is replacing it:
 // `torch.classes.safetensors_torch.PendingFile`.
 class PendingFile : public torch::CustomClassHolder {
   public:
-    // For the file, the index or the directory at `path`. `variant` is one of the checkpoints of a directory, `extra`
-    // what is done about tensors that an index does not list.
+    // `path` is a file, an index or a directory. `variant` selects one of the checkpoints of a directory; `extra` is
+    // "error" or "ignore", for tensors that the index does not list.
     PendingFile(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
                 const std::string& extra);
 
-    // Goes on until the checkpoint is open, or the time is up; whether it is open.
-    bool advance(Deadline until) { return pending_->advance(until.milliseconds_left()); }
+    // Returns whether the checkpoint is open; false if the deadline has passed before.
+    bool advance(Deadline until);
 
-    // What advance() has opened; once.
+    // No tensor is read.
+    uint64_t total() const { return 0; }
+    uint64_t done() const { return 0; }
+    void cancel() { pending_.reset(); }
+
+    // Returns the file, once advance() has returned true. Call it once.
     c10::intrusive_ptr<File> result();
 
   private:
-    rust::Box<core::PendingOpen> pending_;
-    bool lends_;
+    core::PendingOpen& pending();
+
+    std::optional<rust::Box<core::PendingOpen>> pending_;
+    bool is_mapped_;
 };
 
-// Tells torch of the classes.
 void register_file(torch::Library& library);
 
 }  // namespace safetensors_torch::layer
