@@ -1,11 +1,11 @@
-//! Changes of the metadata of a file.
+//! Edits of metadata.
 
 use super::ffi::{Entry, Piece};
 use super::save::{as_metadata, until};
 use super::{Result, as_path, as_text};
 use crate::write::edit::{self, EditOptions};
 
-/// An edit that is under way, as C++ sees it.
+/// An edit in steps.
 pub struct MetadataEdit(edit::MetadataEdit);
 
 pub fn begin_edit(

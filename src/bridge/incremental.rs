@@ -1,4 +1,4 @@
-//! Files that are written tensor by tensor.
+//! The incremental writer.
 
 use super::ffi::{Entry, Piece, Spec};
 use super::save::{as_metadata, as_spec};
@@ -8,7 +8,7 @@ use crate::format::layout::{DEFAULT_ALIGNMENT, TensorSpec};
 use crate::write::incremental;
 use crate::write::save::SaveOptions;
 
-/// A file that is being written, as C++ sees it.
+/// A file that is written tensor by tensor.
 pub struct IncrementalWriter(incremental::IncrementalWriter);
 
 pub fn create_incremental_writer(
@@ -52,7 +52,7 @@ impl IncrementalWriter {
     }
 }
 
-/// A tensor that is being written, as C++ sees it.
+/// One tensor of it that is being written.
 pub struct TensorWriter(incremental::TensorWriter);
 
 impl TensorWriter {
@@ -61,7 +61,7 @@ impl TensorWriter {
     }
 }
 
-// By value, as the bridge hands over a Box: the writer is gone afterwards.
+// By value, because the bridge transfers ownership of a Box.
 #[allow(clippy::boxed_local)]
 pub fn finish_tensor(writer: Box<TensorWriter>) -> Result<()> {
     Ok(writer.0.finish()?)

@@ -10,9 +10,9 @@ use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::sys::populate::PagePopulator;
 use crate::write::output::Output;
-use crate::write::save::Filler;
+use crate::write::save;
 
-/// A settled layout as C++ sees it.
+/// The layout of a file to save.
 pub struct SavePlan(Layout);
 
 pub fn plan_save(
@@ -28,7 +28,7 @@ pub fn plan_save(
     Ok(Box::new(SavePlan(layout.map_err(in_file)?)))
 }
 
-/// A tensor as the core describes it.
+/// Returns the core's description of a tensor.
 pub(super) fn as_spec<'a>(spec: &Spec<'a>) -> Result<TensorSpec<'a>> {
     let name = as_text("tensor name", spec.name)?;
     let dtype = Dtype::from_number(u32::from(spec.dtype)).expect("cpp/ takes numbers from dtype_number");
@@ -63,7 +63,7 @@ impl SavePlan {
     }
 }
 
-/// A file that is being written, as C++ sees it.
+/// A file that is being saved.
 pub struct FileWriter(pub(super) Output);
 
 pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
@@ -76,29 +76,30 @@ impl FileWriter {
     }
 }
 
-// By value, as the bridge hands over a Box: the writer is gone afterwards.
+// By value, because the bridge transfers ownership of a Box.
 #[allow(clippy::boxed_local)]
 pub fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()> {
     Ok(writer.0.commit(durable)?)
 }
 
-/// The end of a step of so many milliseconds from now; `None`, no end, if the clock cannot tell it.
+/// Returns the time that is so many milliseconds from now; `None`, which means no deadline, if the clock cannot hold it.
 pub(super) fn until(milliseconds: u64) -> Option<Instant> {
     Instant::now().checked_add(Duration::from_millis(milliseconds))
 }
 
-/// Memory that is being written, as C++ sees it.
-pub struct MemoryWriter(Filler);
+/// Memory that a save fills.
+pub struct MemoryWriter(save::MemoryWriter);
 
-/// Of memory that was allocated for this, and that nobody has written to.
+/// Returns a writer of newly allocated memory that nobody has written to.
 ///
 /// # Safety
 ///
-/// As for [`Filler::new`].
+/// As for `save::MemoryWriter::new`.
 pub unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
     let fresh = PagePopulator::new(start, length);
-    // SAFETY: the C++ caller keeps the tensor that owns the bytes, to which nobody else writes, until it is done.
-    Box::new(MemoryWriter(unsafe { Filler::new(start, length, Some(fresh)) }))
+    // SAFETY: `new` requires `length` writable bytes that nobody else uses until the last write; cpp/write/save.cpp keeps
+    // the tensor that owns them as long as the writer, and has given it to nobody yet.
+    Box::new(MemoryWriter(unsafe { save::MemoryWriter::new(start, length, Some(fresh)) }))
 }
 
 impl MemoryWriter {

@@ -1,5 +1,5 @@
-//! Targets that nothing can be renamed over: pipes, devices, and descriptors of the process. Their bytes go where those of
-//! every other program go, and what was written cannot be taken back.
+//! Targets that cannot be replaced: pipes, devices, and descriptors of the process. Bytes that were written to one cannot
+//! be taken back.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,7 +15,7 @@ use crate::sys::directory::Directory;
 use crate::sys::fork::OwnerProcess;
 use crate::sys::signals::block_write_signals;
 
-/// How long to wait until a pipe without a reader is tried again.
+/// The pause between two attempts to open a pipe without a reader.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// A pipe, a device or a descriptor that is written to.
@@ -28,26 +28,26 @@ pub(crate) struct Direct {
 
 #[derive(Debug)]
 enum State {
-    /// Not open yet: a pipe may have no reader, and nobody is to wait for one before the first write.
+    /// Not open yet: a pipe may have no reader, and only the first write waits for one.
     Found { directory: Directory, name: OsString, entry: File },
-    /// Open. Writes to a pipe or a device do not wait.
+    /// Open, without blocking for a pipe or a device.
     Open(File),
 }
 
 impl Direct {
-    /// For the pipe or the device that was looked at as `entry`.
+    /// Returns the pipe or device `entry` (`O_PATH`) as a target.
     pub(crate) fn special(path: &Path, directory: Directory, name: OsString, entry: File) -> Direct {
         Direct::new(path, State::Found { directory, name, entry })
     }
 
-    /// For a file that the process has open: the bytes go to where the descriptor stands.
+    /// Returns an open descriptor of the process as a target. Writes begin at its position.
     pub(crate) fn descriptor(path: &Path, number: RawFd) -> Result<Direct> {
-        // SAFETY: a call without pointers; the descriptor may be closed by now, which it says.
+        // SAFETY: `fcntl` with F_DUPFD_CLOEXEC takes no pointer, and returns an error for a closed descriptor.
         let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
         if copy < 0 {
             return Err(Error::io("write", path, io::Error::last_os_error()));
         }
-        // SAFETY: the kernel has just made this descriptor, and nothing else has it.
+        // SAFETY: `from_raw_fd` requires an open descriptor that nothing else owns; the kernel has just created `copy`.
         let file = unsafe { File::from_raw_fd(copy) };
         mapped::refuse(&file, path)?;
         Ok(Direct::new(path, State::Open(file)))
@@ -57,7 +57,7 @@ impl Direct {
         Direct { path: path.to_path_buf(), process: OwnerProcess::current(), state }
     }
 
-    /// Writes what of `pieces` is taken before `until`, from their start on; returns how many bytes.
+    /// Writes as much of `pieces` as the target accepts before `until`; returns the number of bytes.
     pub(crate) fn write<'a>(
         &mut self,
         pieces: impl Iterator<Item = &'a [u8]>,
@@ -70,7 +70,7 @@ impl Direct {
             let is_pipe = entry.metadata().map_err(fail)?.file_type().is_fifo();
             let opened = loop {
                 match directory.reopen(entry, name, flags) {
-                    // It has no reader yet.
+                    // The pipe has no reader yet.
                     Err(error) if is_pipe && error.raw_os_error() == Some(libc::ENXIO) => {}
                     opened => break opened.map_err(fail)?,
                 }
@@ -82,14 +82,14 @@ impl Direct {
             self.state = State::Open(opened);
         }
         let State::Open(file) = &self.state else { unreachable!("opened above") };
-        let mut patient = Patient { file, until, written: 0 };
-        match block_write_signals(|| vectored::write_all(&mut patient, pieces)) {
+        let mut writer = PollingWriter { file, until, written: 0 };
+        match block_write_signals(|| vectored::write_all(&mut writer, pieces)) {
             Err(error) if error.kind() != io::ErrorKind::TimedOut => Err(fail(error)),
-            Ok(()) | Err(_) => Ok(patient.written),
+            Ok(()) | Err(_) => Ok(writer.written),
         }
     }
 
-    /// Nothing is left to do but to have the bytes put on the disk, with `durable`, if they are those of a file.
+    /// Synchronizes a descriptor of a file with `durable`; otherwise does nothing.
     pub(crate) fn commit(self, durable: bool) -> Result<()> {
         self.check_process()?;
         match self.state {
@@ -107,14 +107,14 @@ impl Direct {
     }
 }
 
-/// Waits where a pipe takes nothing more, but not beyond a moment: `TimedOut` is that then.
-struct Patient<'f> {
+/// A writer that waits while a pipe is full; `TimedOut` after `until`.
+struct PollingWriter<'f> {
     file: &'f File,
     until: Option<Instant>,
     written: u64,
 }
 
-impl Write for Patient<'_> {
+impl Write for PollingWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.write_vectored(&[IoSlice::new(bytes)])
     }
@@ -140,17 +140,17 @@ impl Write for Patient<'_> {
     }
 }
 
-/// Whether `file` takes bytes, or has an error to tell, before `until`.
+/// Waits until `file` accepts bytes or has an error; returns `false` at `until`.
 fn wait_until_writable(file: &File, until: Option<Instant>) -> io::Result<bool> {
     let left = until.map(|until| until.saturating_duration_since(Instant::now()).as_millis());
     let left = left.map_or(-1, |left| libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX));
     let mut asked = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one description of a descriptor that `file` keeps open.
+    // SAFETY: `poll` requires as many `pollfd` as the count says: one.
     match unsafe { libc::poll(&raw mut asked, 1, left) } {
         0 => Ok(false),
         1.. => Ok(true),
         _ => match io::Error::last_os_error() {
-            // A signal: the next write says whether it takes bytes.
+            // Interrupted by a signal: the next write finds out.
             error if error.kind() == io::ErrorKind::Interrupted => Ok(left != 0),
             error => Err(error),
         },

@@ -1,5 +1,5 @@
-//! Whether this process has a file mapped, which must then not be overwritten in place: what is mapped would change, or
-//! end the process (SIGBUS) where the file becomes shorter.
+//! Finds out whether this process has mapped a file. Such a file must not be overwritten in place: the mapping would
+//! change, or end the process (SIGBUS) if the file becomes shorter.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::sys::directory::identity;
 
-/// Refuses to overwrite `file`, which was opened by `path`, if this process has mapped it, whoever in it has.
+/// Refuses to overwrite `file`, which is at `path`, if any part of this process has mapped it.
 pub(crate) fn refuse(file: &File, path: &Path) -> Result<()> {
     let is_mapped = is_mapped(file).map_err(|source| {
         Error::io("overwrite", path, source)
@@ -36,14 +36,14 @@ fn is_mapped(file: &File) -> io::Result<bool> {
         if (mapping.device, mapping.inode) == (told.dev(), told.ino()) {
             return true;
         }
-        // Btrfs and overlayfs tell another device there, or another number, than of the file: ask the path itself.
-        // Neighbours are mostly parts of one file.
+        // Btrfs and overlayfs show another device or inode in /proc than `fstat` returns, so the path is compared too.
+        // Neighbouring lines are often parts of one file.
         std::mem::replace(&mut last, mapping.path) != mapping.path
             && unescaped(mapping.path).metadata().is_ok_and(|there| identity(&there) == identity(&told))
     }))
 }
 
-/// A line of /proc/self/maps that is about a file.
+/// A line of /proc/self/maps that describes a mapped file.
 struct Mapping<'l> {
     device: u64,
     inode: u64,
@@ -51,7 +51,7 @@ struct Mapping<'l> {
 }
 
 impl Mapping<'_> {
-    /// Of `55d4a7c0b000-55d4a7c0d000 r--p 00000000 fe:00 1234     /path of the file`.
+    /// Parses `55d4a7c0b000-55d4a7c0d000 r--p 00000000 fe:00 1234     /path of the file`.
     fn parse(line: &[u8]) -> Option<Mapping<'_>> {
         let path = &line[line.iter().position(|&byte| byte == b'/')?..];
         let fields = str::from_utf8(&line[..line.len() - path.len()]).ok()?;
@@ -63,7 +63,7 @@ impl Mapping<'_> {
     }
 }
 
-/// The path that the kernel has written so that it has no line break.
+/// Decodes a path in which the kernel has escaped line breaks.
 fn unescaped(path: &[u8]) -> std::path::PathBuf {
     let mut plain = Vec::with_capacity(path.len());
     let mut rest = path;

@@ -1,4 +1,4 @@
-//! From memory into a file.
+//! Writes tensors from memory to files.
 
 pub mod atomic;
 mod direct;

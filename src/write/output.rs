@@ -1,4 +1,4 @@
-//! Where a file of tensors is saved to: a file that is put in place at the end, or a pipe, a device or a descriptor.
+//! The output of a save: a file that is replaced at the end, or a pipe, a device or a descriptor.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::target::Target;
 use crate::error::{Error, Result};
 use crate::sys::directory::open_parent;
 
-/// A save that is under way.
+/// A save that has been started.
 #[derive(Debug)]
 pub(crate) enum Output {
     Atomic(AtomicFile),
@@ -18,9 +18,8 @@ pub(crate) enum Output {
 }
 
 impl Output {
-    /// Begins a save of exactly `length` bytes to `path`, as [`AtomicFile::create`] does, or to the pipe, the character
-    /// device or the descriptor of this process that is there, perhaps behind a symbolic link. A pipe without a reader is
-    /// not waited for yet.
+    /// Starts a save of exactly `length` bytes to `path`: as [`AtomicFile::create`] does, or to a pipe, a character device
+    /// or a descriptor, perhaps behind a symbolic link. Does not wait for a pipe's reader.
     pub(crate) fn create(path: &Path, length: u64) -> Result<Output> {
         let (directory, name) = open_parent(path, "create")?;
         match Target::find(&directory, &name).map_err(|source| Error::io("create", path, source))? {
@@ -32,8 +31,7 @@ impl Output {
         }
     }
 
-    /// Appends `pieces`, or, if a pipe does not take all of them before `until`, a part; returns how many bytes. A file
-    /// takes all of them.
+    /// Appends `pieces`; returns the number of bytes, which is smaller only if a pipe is full until `until`.
     pub(crate) fn write_until<'a>(
         &mut self,
         pieces: impl Iterator<Item = &'a [u8]>,
@@ -49,7 +47,7 @@ impl Output {
         }
     }
 
-    /// Puts a file in place, as [`AtomicFile::commit`] does. With `durable`, returns once the bytes are on the disk.
+    /// Ends the save, as [`AtomicFile::commit`] does. With `durable`, returns once the bytes are on the disk.
     pub(crate) fn commit(self, durable: bool) -> Result<()> {
         match self {
             Output::Direct(direct) => direct.commit(durable),

@@ -1,4 +1,4 @@
-//! Tensors in memory to a file, or to a buffer: the layout's header, then every tensor's bytes in its place.
+//! Writes tensors in memory to a file or a buffer: the header, then the bytes of every tensor in layout order.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use crate::sys::copy::{self, CopyRange};
 use crate::sys::populate::PagePopulator;
 use crate::write::output::Output;
 
-/// How a file is written.
+/// Options of a save.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveOptions {
-    /// Where the data begins: at a multiple of this many bytes, a power of two from 8 on.
+    /// The alignment of the data in the file, a power of two from 8 on.
     pub alignment: u64,
     /// Whether to return only once the bytes are on the disk.
     pub durable: bool,
@@ -28,8 +28,8 @@ impl Default for SaveOptions {
 ///
 /// # Errors
 ///
-/// Those of [`Layout::plan`]; [`ErrorKind::BufferSize`] where a tensor's bytes are not as many as its dtype and shape
-/// need; those of [`AtomicFile`](crate::AtomicFile).
+/// Those of [`Layout::plan`] and [`AtomicFile`](crate::AtomicFile); [`ErrorKind::BufferSize`] if a tensor has more or
+/// fewer bytes than its dtype and shape need.
 ///
 /// ```
 /// # fn main() -> safetensors_torch::Result<()> {
@@ -40,7 +40,7 @@ impl Default for SaveOptions {
 /// save_file(&[spec], &[&[1, 2, 3]], None, &path, SaveOptions::default())?;
 /// let file = TensorFile::open(&path, Backend::Pread)?;
 /// assert_eq!(file.header().get(0).map(|tensor| tensor.nbytes()), Some(3));
-/// # std::fs::remove_file(&path).expect("it was written");
+/// # std::fs::remove_file(&path).expect("removed");
 /// # Ok(())
 /// # }
 /// ```
@@ -58,7 +58,7 @@ pub fn save_file(
     file.commit(options.durable)
 }
 
-/// Writes `tensors` to `buffer`, which must have exactly the layout's [`Layout::total_bytes`].
+/// Writes `tensors` to `buffer`, which must have exactly [`Layout::total_bytes`].
 ///
 /// # Errors
 ///
@@ -70,11 +70,11 @@ pub fn save_into(
     buffer: &mut [u8],
     alignment: u64,
 ) -> Result<()> {
-    // SAFETY: a slice is valid for writes of its length, and no other reference to it can be among `data`.
+    // SAFETY: `save_into_raw` requires writable memory that does not overlap `data`: a `&mut` slice is both.
     unsafe { save_into_raw(tensors, data, metadata, buffer.as_mut_ptr(), buffer.len(), alignment) }
 }
 
-/// As [`save_into`], for memory that may hold nothing yet.
+/// As [`save_into`], for memory that may be uninitialized.
 ///
 /// # Safety
 ///
@@ -93,55 +93,56 @@ pub(crate) unsafe fn save_into_raw(
         return Err(Error::new(ErrorKind::BufferSize, detail));
     }
     let pieces = layout.order().iter().map(|place| data[place.index]);
-    // SAFETY: the places follow one another without gaps up to `total_bytes`, which is `length`, and `plan` has checked
-    // that every tensor's bytes are as many as its place has; the rest is the caller's promise.
-    let mut filler = unsafe { Filler::new(buffer, length, None) };
-    filler.write(std::iter::once(layout.header()).chain(pieces))
+    // SAFETY: `MemoryWriter::new` requires `length` writable bytes that nobody else uses; this function's contract promises
+    // them.
+    let mut writer = unsafe { MemoryWriter::new(buffer, length, None) };
+    writer.write(std::iter::once(layout.header()).chain(pieces))
 }
 
-/// Memory that is written from its start to its end, in parallel where it pays.
+/// A writer that fills memory from start to end, on several threads if that is faster.
 #[derive(Debug)]
-pub(crate) struct Filler {
+pub(crate) struct MemoryWriter {
     next: *mut u8,
     left: usize,
-    /// All of the memory, if nobody has written to it yet.
+    /// The pages of all of the memory, if nobody has written to it yet.
     fresh: Option<PagePopulator>,
 }
 
-impl Filler {
-    /// Fills `length` bytes from `start` on; `fresh` are the pages of all of them, if they are.
+impl MemoryWriter {
+    /// Returns a writer of `length` bytes from `start` on; `fresh` are their pages if nobody has written to them yet.
     ///
     /// # Safety
     ///
-    /// They must be valid for writes, and nobody else may use them, until the last write has returned.
-    pub(crate) unsafe fn new(start: *mut u8, length: usize, fresh: Option<PagePopulator>) -> Filler {
-        Filler { next: start, left: length, fresh }
+    /// The bytes must be valid for writes, and unused by others, until the last write has returned.
+    pub(crate) unsafe fn new(start: *mut u8, length: usize, fresh: Option<PagePopulator>) -> MemoryWriter {
+        MemoryWriter { next: start, left: length, fresh }
     }
 
-    /// Appends `pieces`, none of which may lie in the memory that is written.
+    /// Appends `pieces`.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BufferSize`] where they are more than is left; nothing is written then.
+    /// [`ErrorKind::BufferSize`] if they are more than is left; nothing is written then.
     pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = &'a [u8]>) -> Result<()> {
-        let mut moves = Vec::with_capacity(pieces.size_hint().0);
+        let mut ranges = Vec::with_capacity(pieces.size_hint().0);
         let (mut next, mut left) = (self.next, self.left);
         for piece in pieces {
             let Some(rest) = left.checked_sub(piece.len()) else {
                 let detail = "more bytes were given than the layout has room for";
                 return Err(Error::new(ErrorKind::BufferSize, detail));
             };
-            moves.push(CopyRange { source: piece.as_ptr(), destination: next, length: piece.len() });
+            ranges.push(CopyRange { source: piece.as_ptr(), destination: next, length: piece.len() });
             (next, left) = (next.wrapping_add(piece.len()), rest);
         }
-        // SAFETY: the pieces are borrowed, their destinations follow one another in the memory that `new` was promised.
-        unsafe { copy::copy_ranges(&moves, self.fresh.as_ref()) }?;
+        // SAFETY: `copy_ranges` requires readable sources, which the borrowed pieces are, and writable destinations that
+        // overlap nothing: each is a range of its own within the `left` bytes that the contract of `new` promises.
+        unsafe { copy::copy_ranges(&ranges, self.fresh.as_ref()) }?;
         (self.next, self.left) = (next, left);
         Ok(())
     }
 }
 
-/// The layout of `tensors`, whose bytes are as many as it has room for.
+/// Returns the layout of `tensors`, after checking that `data` has as many bytes as each needs.
 pub(crate) fn plan(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],

@@ -1,4 +1,4 @@
-//! What is at the place that a file is to be saved to.
+//! Finds out what exists at the path of a save.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -10,35 +10,37 @@ use std::path::Path;
 use crate::sys::directory::Directory;
 use crate::sys::filesystem::is_proc;
 
-/// As many symbolic links as the kernel follows in one path.
-const MOST_LINKS: usize = 40;
+/// How many symbolic links the kernel follows in one path.
+const MAX_LINKS: usize = 40;
 
 /// What a save does with a target.
 #[derive(Debug)]
 pub(crate) enum Target {
-    /// Puts a file there: there is nothing, a regular file, or a symbolic link, which is replaced whatever it leads to.
+    /// Replace it: nothing, a regular file, or a symbolic link, whatever it leads to.
     Replaced,
-    /// Writes to it: a pipe or a character device, perhaps behind symbolic links. The descriptor is only good for
-    /// looking (`O_PATH`).
+    /// Write to it: a pipe or a character device, perhaps behind symbolic links. The file is open as `O_PATH`.
     Special(File),
-    /// Writes to this descriptor of the process, which the name stands for: /dev/stdout, /dev/fd/3, /proc/self/fd/3.
+    /// Write to this descriptor of the process: /dev/stdout, /dev/fd/3, /proc/self/fd/3.
     Descriptor(RawFd),
-    /// Refuses it: a file that another process has open, under /proc.
+    /// Refuse it: a file under /proc that another process has open.
     Foreign,
-    /// Refuses it, with this error: a directory, a socket or a block device.
+    /// Refuse it with this error: a directory, a socket or a block device.
     Refused(libc::c_int),
 }
 
 impl Target {
-    /// Looks at `name`.
+    /// Returns what `name` is.
     pub(crate) fn find(directory: &Directory, name: &OsStr) -> io::Result<Target> {
         let Some(entry) = directory.open_entry(name)? else { return Ok(Target::Replaced) };
         let kind = entry.metadata()?.file_type();
         if kind.is_symlink() {
-            // A link that cannot be followed is replaced like every other one.
+            // A link that cannot be followed is replaced like any other.
             let leads_to = directory.open_link_target(name).unwrap_or(None);
-            let kind =
-                leads_to.as_ref().map(|file| file.metadata()).transpose()?.map(|told| told.file_type());
+            let kind = leads_to
+                .as_ref()
+                .map(|file| file.metadata())
+                .transpose()?
+                .map(|metadata| metadata.file_type());
             return match (leads_to, kind) {
                 (Some(file), Some(kind)) if kind.is_fifo() || kind.is_char_device() => {
                     Ok(Target::Special(file))
@@ -56,11 +58,11 @@ impl Target {
     }
 }
 
-/// What the symbolic link `name` means: a descriptor, be it one that is closed, if it is, or leads to, a name under /proc,
-/// where nothing can be replaced.
+/// Resolves the symbolic link `name`. If it is under /proc, or leads there, it means a descriptor, even a closed one,
+/// because nothing can be replaced there.
 fn descriptor(directory: &Directory, name: &OsStr) -> io::Result<Target> {
     let mut place: (Option<Directory>, OsString) = (None, name.to_os_string());
-    for _ in 0..MOST_LINKS {
+    for _ in 0..MAX_LINKS {
         let (at, name) = (place.0.as_ref().unwrap_or(directory), &place.1);
         if is_proc(at.file()) {
             let own = Directory::open(Path::new("/proc/self/fd"))?.identity()?;
@@ -70,7 +72,7 @@ fn descriptor(directory: &Directory, name: &OsStr) -> io::Result<Target> {
         }
         place = match at.read_link(name).and_then(|to| at.open_parent_at(&to)) {
             Ok((next, name)) => (Some(next), name),
-            // No link, or one to nowhere.
+            // Not a link, or a dangling one.
             Err(_) => return Ok(Target::Replaced),
         };
     }
@@ -85,7 +87,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn links_are_replaced_but_for_pipes_devices_and_descriptors() {
+    fn links_are_replaced_except_those_to_pipes_devices_and_descriptors() {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
         let find = |path: &Path| {
@@ -110,7 +112,7 @@ mod tests {
         for foreign in ["/proc/self/exe".to_string(), format!("/proc/{parent}/exe")] {
             assert!(matches!(find(Path::new(&foreign)), Target::Foreign), "{foreign}");
         }
-        // One that is closed is not replaced either: /dev/stdout may lead to it.
+        // Nor is a closed descriptor replaced: /dev/stdout may lead to it.
         let closed = format!("/proc/self/fd/{}", libc::c_int::MAX);
         symlink(&closed, at("closed")).expect("linked");
         assert!(matches!(find(&at("closed")), Target::Descriptor(libc::c_int::MAX)));

@@ -2,10 +2,10 @@
 
 use std::io::{self, IoSlice, Write};
 
-/// The most pieces in one call: what Linux allows.
+/// The most pieces in one call (`IOV_MAX` of Linux).
 const MAX_PIECES: usize = 1024;
 
-/// Writes every byte of `pieces` to `file`, in their order.
+/// Writes all of `pieces` to `file`, in order.
 pub(crate) fn write_all<'a>(
     file: &mut impl Write,
     pieces: impl IntoIterator<Item = &'a [u8]>,

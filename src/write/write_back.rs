@@ -1,11 +1,11 @@
-//! Puts a file's data on the disk before the file takes the place of another one.
+//! Writes a file's data to the disk before the file replaces another one.
 //!
-//! A filesystem may write a rename to the disk before the data of the renamed file, and a loss of power between the two
-//! leaves neither file. ext4 starts to write the data itself if a rename replaces a file, but only data without blocks:
-//! the blocks of a staged file are reserved. And what has only been started can still be overtaken.
+//! A filesystem may write a rename to the disk before the data of the renamed file; a power cut between the two leaves
+//! neither file. ext4 itself starts to write the data if a rename replaces a file, but only data without allocated blocks,
+//! and the blocks of a staged file are allocated. The rename can also overtake a write that has only been started.
 //!
-//! The disk is given the data block by block while the rest is being written, so that little is left to wait for. Unlike
-//! `fsync`, this neither flushes the disk's cache nor writes the filesystem's journal: both come with the rename.
+//! Writing starts block by block as the file is filled, so that the commit waits little. Unlike `fsync`, this flushes
+//! neither the disk's cache nor the filesystem's journal: both follow with the rename.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
@@ -13,15 +13,15 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
 
-/// As much is handed to the disk at a time. A power of two, so that blocks end where pages end, large ones too.
+/// The bytes that are written to the disk at a time: a power of two, so that blocks end where (huge) pages end.
 const BLOCK_BYTES: u64 = 8 << 20;
 
-/// Returns once the data of `file` is on the disk, though a disk may still have it in its cache.
+/// Returns once the data of `file` is on the disk, or in the disk's cache.
 pub(crate) fn finish(file: &File) -> io::Result<()> {
     let all =
         libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     match sync_file_range(file, 0..0, all) {
-        // A kernel or a sandbox without this call.
+        // The kernel or a sandbox does not have this call.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => file.sync_data(),
         outcome => outcome,
     }
@@ -42,11 +42,11 @@ pub(crate) fn check_deferred_errors(file: &File) -> io::Result<()> {
     }
 }
 
-/// Begins to put the blocks on the disk that end in `written`.
+/// Starts writing the blocks that end in `written` to the disk.
 fn start(file: &File, written: Range<u64>) {
     let blocks = floor(written.start)..floor(written.end);
     if !blocks.is_empty() {
-        // An error of the disk is reported by `finish`; without this call it has more to do.
+        // `finish` reports errors of the disk, and writes whatever was not started.
         let _ = sync_file_range(file, blocks, libc::SYNC_FILE_RANGE_WRITE);
     }
 }
@@ -55,16 +55,16 @@ fn floor(offset: u64) -> u64 {
     offset - offset % BLOCK_BYTES
 }
 
-/// The bytes from `offset` to the end of its block, but no more than `length`.
+/// Returns the number of bytes from `offset` to the end of its block, at most `length`.
 fn in_block(offset: u64, length: usize) -> usize {
     length.min((BLOCK_BYTES - offset % BLOCK_BYTES) as usize)
 }
 
-/// With an empty range: of the whole file.
+/// Calls `sync_file_range`; an empty range means the whole file.
 fn sync_file_range(file: &File, range: Range<u64>, flags: libc::c_uint) -> io::Result<()> {
     let offset = |offset: u64| libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput);
     let (begin, length) = (offset(range.start)?, offset(range.end - range.start)?);
-    // SAFETY: a call without pointers on a descriptor that `file` keeps open.
+    // SAFETY: `sync_file_range` takes no pointer, and requires an open descriptor, which `file` owns during the call.
     match unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, flags) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -83,19 +83,19 @@ pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io
     Ok(())
 }
 
-/// Appends to a file.
+/// A writer that appends to a file, and starts writing each full block to the disk.
 pub(crate) struct Appender<'a> {
     file: &'a mut File,
     length: &'a mut u64,
 }
 
 impl<'a> Appender<'a> {
-    /// For `file`, which has `length` bytes; counts those that are appended.
+    /// Returns a writer for `file`, which has `length` bytes; `length` is updated.
     pub(crate) fn new(file: &'a mut File, length: &'a mut u64) -> Appender<'a> {
         Appender { file, length }
     }
 
-    /// Notes that `count` bytes were appended.
+    /// Records that `count` bytes were appended.
     pub(crate) fn appended(&mut self, count: u64) {
         let end = *self.length + count;
         start(self.file, *self.length..end);

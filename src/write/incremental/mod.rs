@@ -1,7 +1,6 @@
-//! A file that is written tensor by tensor: all of them are declared first, then given in any order, from any thread.
+//! A file that is written tensor by tensor: all are declared first, then written in any order, from any thread.
 //!
-//! Owns what of the file was given. Where tensors go is the layout's business, how the file appears under its name the
-//! writer's.
+//! Keeps track of the written bytes. `format::layout` places the tensors, and `atomic` replaces the target.
 
 mod ranges;
 
@@ -20,24 +19,24 @@ use crate::write::atomic::AtomicFile;
 use crate::write::save::SaveOptions;
 use ranges::Ranges;
 
-/// As many names as an error lists.
-const LISTED: usize = 20;
+/// How many names an error lists.
+const MAX_LISTED: usize = 20;
 
-/// A file whose tensors are given one by one. It is there under its name only once [`IncrementalWriter::commit`] has returned;
-/// dropped before that, it leaves the target as it was and nothing beside it.
+/// A writer of one file, tensor by tensor. The file appears under its name only once [`IncrementalWriter::commit`] has
+/// returned; dropped before that, the writer leaves the target as it was and nothing beside it.
 ///
 /// ```
 /// # fn main() -> safetensors_torch::Result<()> {
 /// use safetensors_torch::{Dtype, SaveOptions, IncrementalWriter, TensorSpec};
 ///
-/// let path = std::env::temp_dir().join(format!("doc-stream-{}.safetensors", std::process::id()));
+/// let path = std::env::temp_dir().join(format!("doc-incremental-{}.safetensors", std::process::id()));
 /// let first = TensorSpec { name: "first", dtype: Dtype::U8, shape: &[3] };
 /// let second = TensorSpec { name: "second", dtype: Dtype::U8, shape: &[2] };
 /// let writer = IncrementalWriter::create(&[first, second], None, &path, SaveOptions::default())?;
 /// writer.write("second", &[4, 5])?;
 /// writer.write("first", &[1, 2, 3])?;
 /// writer.commit()?;
-/// # std::fs::remove_file(&path).expect("it was written");
+/// # std::fs::remove_file(&path).expect("removed");
 /// # Ok(())
 /// # }
 /// ```
@@ -46,10 +45,10 @@ pub struct IncrementalWriter {
     shared: Arc<Shared>,
 }
 
-/// What a writer and those that write a tensor for it have in common.
+/// The state that a writer shares with its tensor writers.
 #[derive(Debug)]
 struct Shared {
-    /// What the caller named; for the errors.
+    /// The caller's path, for errors.
     path: PathBuf,
     /// In file order.
     tensors: Vec<Declared>,
@@ -60,7 +59,7 @@ struct Shared {
     state: Mutex<State>,
 }
 
-/// One tensor that is to be given.
+/// A declared tensor.
 #[derive(Debug)]
 struct Declared {
     name: String,
@@ -73,23 +72,23 @@ struct Declared {
 
 #[derive(Debug)]
 struct State {
-    /// None once the writer is closed.
+    /// `None` once the writer is closed.
     file: Option<Arc<AtomicFile>>,
-    /// What was given of each tensor, or is being written.
+    /// The bytes of each tensor that were written, or are being written.
     given: Vec<Given>,
 }
 
 #[derive(Debug, Default)]
 struct Given {
     bytes: Ranges,
-    /// Writes that are under way.
+    /// The number of writes in progress.
     under_way: usize,
-    /// Of a tensor without bytes, whether it was given.
+    /// Whether a tensor without bytes was written.
     is_given: bool,
 }
 
 impl IncrementalWriter {
-    /// Begins a file with `tensors` and `metadata` that will be at `path`: its space is set aside, its header written.
+    /// Creates a file with `tensors` and `metadata` that will be at `path`. Reserves its space and writes its header.
     ///
     /// # Errors
     ///
@@ -129,8 +128,8 @@ impl IncrementalWriter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::TensorNotFound`], [`ErrorKind::Duplicate`] for one that was given before, [`ErrorKind::BufferSize`],
-    /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be given again.
+    /// [`ErrorKind::TensorNotFound`]; [`ErrorKind::Duplicate`] if it was written before; [`ErrorKind::BufferSize`];
+    /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be written again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let index = self.require(name)?;
         let tensor = &self.shared.tensors[index];
@@ -142,7 +141,7 @@ impl IncrementalWriter {
         self.write_range(index, 0, bytes)
     }
 
-    /// Writes some bytes of the tensor `name`, from its byte `offset` on. Parts come in any order; none may overlap.
+    /// Writes a part of the tensor `name`, from its byte `offset` on. Parts may arrive in any order, and must not overlap.
     ///
     /// # Errors
     ///
@@ -169,11 +168,11 @@ impl IncrementalWriter {
         Ok(())
     }
 
-    /// Begins to write the tensor that `spec` describes, whose bytes will be appended one after the other.
+    /// Returns a writer for the tensor `spec`, to which its bytes are appended.
     ///
     /// # Errors
     ///
-    /// As [`IncrementalWriter::write`], and [`ErrorKind::InvalidArgument`] where the tensor was declared with another dtype or
+    /// As [`IncrementalWriter::write`]; [`ErrorKind::InvalidArgument`] if the tensor was declared with another dtype or
     /// shape.
     pub fn begin(&self, spec: TensorSpec<'_>) -> Result<TensorWriter> {
         let index = self.require(spec.name)?;
@@ -197,7 +196,7 @@ impl IncrementalWriter {
         })
     }
 
-    /// The tensors of which bytes are missing, in file order.
+    /// Returns the tensors that are incomplete, in file order.
     ///
     /// # Errors
     ///
@@ -207,18 +206,18 @@ impl IncrementalWriter {
         Ok(self.shared.missing(&state).into_iter().map(|tensor| tensor.name.as_str()).collect())
     }
 
-    /// Whether tensors can be given: by this process, and it was neither committed nor discarded.
+    /// Whether tensors can be written: the writer belongs to this process, and was neither committed nor discarded.
     pub fn is_open(&self) -> bool {
         self.shared.lock().is_ok_and(|state| state.file.is_some())
     }
 
-    /// Puts the file where the target was.
+    /// Replaces the target by the file.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLength`] that lists what is missing, and [`ErrorKind::InvalidArgument`] where another thread is
-    /// still writing: the writer then stays open. That too in another process. [`ErrorKind::Closed`]; those of
-    /// [`AtomicFile::commit`].
+    /// [`ErrorKind::DataLength`] lists the tensors that are missing, and [`ErrorKind::InvalidArgument`] says that another
+    /// thread is still writing; the writer then stays open. [`ErrorKind::InvalidArgument`] in another process;
+    /// [`ErrorKind::Closed`]; those of [`AtomicFile::commit`].
     pub fn commit(&self) -> Result<()> {
         let shared = &self.shared;
         let file = {
@@ -232,24 +231,24 @@ impl IncrementalWriter {
                 return Err(shared.fail(ErrorKind::InvalidArgument, detail));
             }
             shared.check_complete(&state)?;
-            // Whoever writes has a claim, under the lock, and lets go of the file before that: this one is the last.
+            // A thread that writes is counted in `under_way`, and drops its `Arc` before it is uncounted: this is the last.
             state.file.take().and_then(Arc::into_inner).expect("no claim is left")
         };
         file.commit(shared.durable)
     }
 
-    /// Gives the file up: the target stays as it was. What other threads are writing goes nowhere. Does nothing in
-    /// another process.
+    /// Discards the file: the target stays as it was, and writes in progress have no effect. Does nothing in another
+    /// process.
     pub fn discard(&self) {
-        // Dropped once the lock is free: to remove a file takes a while.
+        // Dropped after the lock is released, because removing a file takes a while.
         let file = self.shared.lock().ok().and_then(|mut state| state.file.take());
         drop(file);
     }
 }
 
 impl Shared {
-    /// Locks the state, which is for the process that began the file: in one that was forked from it, a thread that is
-    /// not there may have locked it for ever.
+    /// Locks the state, in the process that created the file only: in a forked child, a thread that does not exist there
+    /// may hold the lock forever.
     fn lock(&self) -> Result<Guard<'_, State>> {
         self.process.check("save").map_err(|error| error.in_file(&self.path))?;
         Ok(self.state.lock())
@@ -277,8 +276,8 @@ impl Shared {
             return Ok(());
         }
         let names: Vec<String> =
-            missing.iter().take(LISTED).map(|tensor| format!("{:?}", tensor.name)).collect();
-        let more = missing.len().saturating_sub(LISTED);
+            missing.iter().take(MAX_LISTED).map(|tensor| format!("{:?}", tensor.name)).collect();
+        let more = missing.len().saturating_sub(MAX_LISTED);
         let more = if more > 0 { format!(", and {more} more") } else { String::new() };
         let detail = format!(
             "{} of {} tensors are missing, or parts of them: {}{more}; write them before the commit",
@@ -296,11 +295,11 @@ impl Given {
     }
 }
 
-/// Bytes of a tensor that somebody is writing; nobody else can until it is dropped. They count as given once it is kept.
+/// An exclusive right to write some bytes of a tensor, until it is dropped. The bytes count as written once it is kept.
 #[derive(Debug)]
 struct Claim {
     shared: Arc<Shared>,
-    /// None only while it is dropped.
+    /// `None` only during the drop.
     file: Option<Arc<AtomicFile>>,
     index: usize,
     bytes: Range<u64>,
@@ -331,7 +330,7 @@ impl Claim {
         Ok(Claim { shared: Arc::clone(shared), file: Some(file), index, bytes, is_kept: false })
     }
 
-    /// Writes at `offset` of the tensor, inside of what is claimed.
+    /// Writes at `offset` of the tensor, within the claimed bytes.
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let file = self.file.as_ref().expect("there until the claim is dropped");
         file.write_at(bytes, self.shared.tensors[self.index].begin + offset)
@@ -344,7 +343,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // In another process nothing can be given any more.
+        // In another process nothing can be written any more.
         let Ok(mut state) = self.shared.lock() else { return };
         self.file = None;
         let given = &mut state.given[self.index];
@@ -356,8 +355,8 @@ impl Drop for Claim {
     }
 }
 
-/// A tensor whose bytes are appended one after the other. It counts as given once [`TensorWriter::finish`] has returned;
-/// dropped before that, it can be given again.
+/// A writer to which the bytes of one tensor are appended. The tensor counts as written once [`TensorWriter::finish`] has
+/// returned; dropped before that, it can be written again.
 #[derive(Debug)]
 pub struct TensorWriter {
     claim: Claim,
@@ -370,7 +369,7 @@ impl TensorWriter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BufferSize`] where they are more than the tensor has; [`ErrorKind::Io`].
+    /// [`ErrorKind::BufferSize`] if they are more than the tensor has; [`ErrorKind::Io`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let end = self.next + bytes.len() as u64;
         if end > self.nbytes {
@@ -381,11 +380,11 @@ impl TensorWriter {
         Ok(())
     }
 
-    /// The tensor is complete.
+    /// Declares the tensor complete.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BufferSize`] where it is not.
+    /// [`ErrorKind::BufferSize`] if it is not.
     pub fn finish(self) -> Result<()> {
         if self.next != self.nbytes {
             return Err(self.wrong_size(self.next));

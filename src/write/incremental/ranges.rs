@@ -1,14 +1,14 @@
-//! Which bytes of a tensor were given: ranges that come in any order, and do not overlap.
+//! The written bytes of a tensor: ranges that arrive in any order, and do not overlap.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// A set of bytes, as the fewest ranges: by their starts, apart from each other, none of them empty.
+/// A set of bytes as disjoint, non-adjacent, non-empty ranges, sorted by their starts.
 #[derive(Debug, Default)]
 pub(crate) struct Ranges(BTreeMap<u64, u64>);
 
 impl Ranges {
-    /// Adds `range`, unless some of it is there already; whether it did.
+    /// Adds `range`; returns `false`, without a change, if it overlaps the set.
     pub(crate) fn insert(&mut self, range: Range<u64>) -> bool {
         if range.is_empty() {
             return true;
@@ -24,7 +24,7 @@ impl Ranges {
         true
     }
 
-    /// Takes away `range`, all of which was added before.
+    /// Removes `range`, all of which was added before.
     pub(crate) fn remove(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
@@ -40,7 +40,7 @@ impl Ranges {
         }
     }
 
-    /// Whether every byte from 0 to `end` is there.
+    /// Whether the set has every byte from 0 to `end`.
     pub(crate) fn reach(&self, end: u64) -> bool {
         end == 0 || self.0.get(&0) == Some(&end)
     }
