@@ -152,7 +152,7 @@ check: build out/core.stamp
 
 # The core does not use torch, so its tests do not either.
 test-rust: $(VENV)/requirements.stamp
-	cargo test --release --locked --no-default-features --target-dir target/core
+	cargo test --profile tests --locked --no-default-features --target-dir target/core
 
 # The threads of the core under ThreadSanitizer, if the compiler has it.
 test-tsan:

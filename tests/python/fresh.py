@@ -16,22 +16,30 @@ import socket
 import subprocess
 import sys
 import tempfile
-from typing import IO
+import textwrap
+import threading
+import warnings
 
 
 class Process:
-    """A program that runs in a fork of the server, with the arguments in ``sys.argv``."""
+    """A program in a fork of the server.
 
-    def __init__(self, program: str, *arguments: object, env: dict[str, str] | None = None) -> None:
-        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    Args:
+        program: the source.
+        arguments: sys.argv[1:].
+        variables: changes of the environment; None removes a variable.
+    """
+
+    def __init__(self, program: str, *arguments: object, **variables: str | None) -> None:
+        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self._channel, theirs = socket.socketpair()
         with theirs:
             files = [theirs.fileno(), self._output.fileno(), self._errors.fileno()]
             socket.send_fds(_server()[0], [b"."], files)
         request = {
-            "program": program,
-            "arguments": list(map(str, arguments)),
-            "env": dict(os.environ if env is None else env),
+            "program": textwrap.dedent(program),
+            "arguments": [*map(str, arguments)],
+            "variables": {name: value for name, value in {**os.environ, **variables}.items() if value is not None},
             "directory": os.getcwd(),
         }
         self._channel.sendall(json.dumps(request).encode() + b"\n")
@@ -39,37 +47,29 @@ class Process:
         self._id = int(self._answers.readline())
         self.returncode: int | None = None
 
-    def communicate(self, timeout: float = 180) -> tuple[str, str]:
-        """Waits until the program ends, and returns what it wrote to stdout and stderr.
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Waits until the program ends, and returns its standard output and standard error.
 
-        Raises:
-            subprocess.TimeoutExpired: the program, which is killed now with its children, took longer.
+        After the timeout, in seconds, the program and its children are killed.
         """
+        timer = threading.Timer(timeout, os.killpg, (self._id, signal.SIGKILL))
+        timer.start()
         with self._channel, self._answers, self._output, self._errors:
-            self._channel.settimeout(timeout)
             try:
                 self.returncode = int(self._answers.readline())
-            except TimeoutError:
-                os.killpg(self._id, signal.SIGKILL)
-                raise subprocess.TimeoutExpired("a program", timeout, *map(_text, self._files())) from None
-            output, errors = map(_text, self._files())
-            return output, errors
-
-    def _files(self) -> tuple[IO[bytes], IO[bytes]]:
-        return self._output, self._errors
+            finally:
+                timer.cancel()
+            self._output.seek(0)
+            self._errors.seek(0)
+            return self._output.read(), self._errors.read()
 
 
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode()
-
-
-def run(
-    program: str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 180
+def run_python(
+    program: str, *arguments: object, seconds: float = 180, **variables: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end."""
-    process = Process(program, *arguments, env=env)
-    output, errors = process.communicate(timeout)
+    """Runs a program to its end. Its status is -SIGKILL if it takes longer than ``seconds``."""
+    process = Process(program, *arguments, **variables)
+    output, errors = process.communicate(seconds)
     return subprocess.CompletedProcess(program, process.returncode, output, errors)
 
 
@@ -106,18 +106,17 @@ def _keep(channel: int, output: int, errors: int) -> str | None:
         request = json.loads(connection.makefile("r").readline())
         process_id = os.fork()
         if process_id != 0:
-            os.setpgid(process_id, process_id)
             connection.sendall(f"{process_id}\n".encode())
             status = os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
             with contextlib.suppress(BrokenPipeError):
                 connection.sendall(f"{status}\n".encode())
             return None
-    os.setpgid(0, 0)
+    os.setsid()
     for file, number in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(request["variables"])
     os.chdir(request["directory"])
     sys.argv = ["-c", *request["arguments"]]
     sys.path[0:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -127,4 +126,5 @@ def _keep(channel: int, output: int, errors: int) -> str | None:
 if __name__ == "__main__":
     import torch  # noqa: F401
 
+    warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
     exec(compile(_serve(socket.socket(fileno=int(sys.argv[1]))), "<string>", "exec"), {"__name__": "__main__"})

@@ -1,22 +1,16 @@
-"""Processes for the tests: programs in processes of their own, memory, and Ctrl-C."""
+"""Memory of processes, waiting, and Ctrl-C, for the tests."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from fresh import run_python
 
 PAGE = 4096
 
@@ -48,84 +42,6 @@ def ctrl_c_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# Imports torch and the package, then runs each program that it reads, as a line of JSON, in a child of its own. Prints
-# the child's process id, and later its exit status.
-_SERVER = """
-import json, os, sys, traceback, warnings
-import gc, pathlib, threading, torch, safetensors_torch
-
-def run(job):
-    os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(os.open(job["output"], os.O_WRONLY), 1)
-    os.dup2(os.open(job["errors"], os.O_WRONLY), 2)
-    os.chdir(job["directory"])
-    os.environ.update(job["variables"])
-    sys.argv = ["-c", *job["arguments"]]
-    try:
-        exec(compile(job["program"], "<program>", "exec"), {"__name__": "__main__"})
-        return 0
-    except SystemExit as end:
-        return end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        status = run(job)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _SERVER]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.stdin.close)
-    return server
-
-
-def run_python(
-    program: str, *arguments: object, seconds: float = 180, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs ``program`` in a process that has imported torch and the package, but has not used them.
-
-    Each program has a process and a session of its own, forked from one server: a fresh Python would take seconds for
-    the imports. Use a fresh Python for what concerns imports, the end of a process, or LD_PRELOAD.
-
-    Args:
-        program: the source.
-        arguments: sys.argv[1:].
-        seconds: the time limit, after which the session is killed.
-        variables: added to the environment.
-
-    Returns:
-        The exit status, the standard output and the standard error.
-    """
-    server, program = _server(), textwrap.dedent(program)
-    with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
-        job = {"program": program, "arguments": [*map(str, arguments)], "directory": os.getcwd()}
-        job.update(variables=variables, output=output.name, errors=errors.name)
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
-        timer = threading.Timer(seconds, os.killpg, (child, signal.SIGKILL))
-        timer.start()
-        try:
-            status = int(server.stdout.readline())
-        finally:
-            timer.cancel()
-        return subprocess.CompletedProcess(program, status, output.read(), errors.read())
 
 
 _ANONYMOUS = """

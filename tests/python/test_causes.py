@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import safetensors_torch
-from proc import run_python
+from fresh import run_python
 from safetensors_torch import load_file, safe_open, save, save_file
 from support import entry, pack
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proc import run_python
+from fresh import run_python
 from safetensors_torch import load_file, safe_open, save_file, save_sharded
 from support import entry, pack
 

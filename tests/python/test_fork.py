@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from proc import run_python
+from fresh import run_python
 from safetensors_torch import _load
 
 SECONDS = 180

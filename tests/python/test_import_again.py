@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fresh
+from fresh import run_python
 
 PROGRAM = """
 import sys, torch, safetensors_torch as first
@@ -58,6 +58,6 @@ print("done")
 
 
 def test_the_package_can_be_imported_again(tmp_path: Path) -> None:
-    result = fresh.run(PROGRAM, tmp_path / "file")
+    result = run_python(PROGRAM, tmp_path / "file")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["interrupted", "the error of the last import: True", "done"]

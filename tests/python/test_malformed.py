@@ -11,9 +11,9 @@ import safetensors.torch as reference
 import torch
 
 import safetensors_torch
+from fresh import run_python
 from malformed_files import MALFORMED, VALID, Malformed, entry, one
 from odd_files import ODDITIES, Oddity
-from proc import run_python
 from random_state import difference, flat_bytes, random_state
 from safetensors_torch import SafetensorError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import fresh
 import safetensors_torch
+from fresh import run_python
 from safetensors_torch import _native_cache, _native_library
 
 PACKAGE = Path(safetensors_torch.__file__).parent
@@ -86,11 +86,10 @@ def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path)
     shutil.copy(SHIPPED, target)
     give_away(layer if what == "library" else home)
     shutil.copytree(PACKAGE, tmp_path / "site" / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent/c++", "HOME": str(home)}
+    variables = {"PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent/c++", "HOME": str(home)}
     if what == "home":
-        del environment[_native_library.CACHE_VARIABLE]
-        environment.pop("XDG_CACHE_HOME", None)
-    result = fresh.run("import safetensors_torch", env=environment)
+        variables |= {_native_library.CACHE_VARIABLE: None, "XDG_CACHE_HOME": None}
+    result = run_python("import safetensors_torch", **variables)
     assert result.returncode == 1
     spoiled = target if what == "library" else home
     assert f"{spoiled} belongs to another user" in result.stderr and result.stderr.count("Traceback") == 1

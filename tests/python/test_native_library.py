@@ -50,22 +50,16 @@ USE = """
 needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
 
 
-def variables(changes: dict[str, str | None]) -> dict[str, str]:
-    """Returns the environment of this process with some changes; None removes a variable."""
-    changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **changes}
-    return {name: value for name, value in changed.items() if value is not None}
+def start(program: str, **variables: str | None) -> fresh.Process:
+    """Starts a program in a Python that has imported torch, without a cache unless one is named."""
+    return fresh.Process(program, **{_native_library.CACHE_VARIABLE: "/proc/none", **variables})
 
 
-def start(program: str, **environment: str | None) -> fresh.Process:
-    """Starts a program in a Python that has imported torch."""
-    return fresh.Process(textwrap.dedent(program), env=variables(environment))
-
-
-def execute(program: str, prepare: Callable[[], None] | None = None, **environment: str | None) -> subprocess.Popen:
+def execute(program: str, prepare: Callable[[], None] | None = None, **variables: str) -> subprocess.Popen:
     """Starts a program in a new Python, which calls `prepare` before it is executed."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
-        env=variables(environment),
+        env={**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import safetensors_torch
-from proc import ctrl_c_interrupts, run_python
+from fresh import run_python
+from proc import ctrl_c_interrupts
 from random_state import difference
 from safetensors_torch import SafetensorError, load, load_file, load_model, save, save_file, save_model
 from support import entries, entry, pack
