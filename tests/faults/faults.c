@@ -60,11 +60,12 @@ static const struct {
          "linkat, look at a hidden name, look at a name, mkdir, open, open a directory, open to list, open unnamed, "
          "readdir, rename, rename to a hidden name, rmdir, statx of /proc, statx of a file, sync_file_range, unlink, "
          "unlink of a hidden name, unlink of the lock, writev"},
-    [STREAMS] = {"streams",
-                 "close, close of a duplicate, fallocate, fchmod, fcntl, fdopendir, fgetxattr, flock, fsync, getxattr, "
-                 "linkat, look at a name, open, open a directory, open to list, open unnamed, pwrite, readdir, rename, "
-                 "statx of "
-                 "/proc, statx of a file, unlink of a hidden name"},
+    [INCREMENTAL_WRITERS] =
+        {"incremental writers",
+         "close, close of a duplicate, fallocate, fchmod, fcntl, fdopendir, fgetxattr, flock, fsync, getxattr, "
+         "linkat, look at a name, open, open a directory, open to list, open unnamed, pwrite, readdir, rename, "
+         "statx of "
+         "/proc, statx of a file, unlink of a hidden name"},
     [EDITS] = {"edits",
                "close, close of a duplicate, copy_file_range, fallocate, fchmod, fcntl, fgetxattr, flock, "
                "fsync, getxattr, linkat, look at a name, open, open a directory, open unnamed, pread, pwrite, rename, "
@@ -178,7 +179,7 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
         inject_always(what->missing[i].name, what->missing[i].error);
     }
     inject_arm(call, kind, error, after);
-    const sft_status status = save_anew(what);
+    const sft_status status = run_save(what);
     const long calls = inject_disarm();
     inject_always(NULL, 0);
     char said[4096];
@@ -214,10 +215,10 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
         /* After an error once the new one is there, files of the old one may be too. */
         expect(value == 1 ? files == old_files : files == new_files || status != SFT_OK,
                "files are left in the directory", what->name, call, error);
-        expect(strays(path_of("target")) == 0, "something hidden is left in the directory", what->name, call, error);
+        expect(leftovers(path_of("target")) == 0, "something hidden is left in the directory", what->name, call, error);
     }
     expect(are_open(open_before), "a descriptor is open", what->name, call, error);
-    expect(save_anew(what) == SFT_OK && value_of(path_of("target")) == 2, "the next save fails", what->name, call,
+    expect(run_save(what) == SFT_OK && value_of(path_of("target")) == 2, "the next save fails", what->name, call,
            error);
     return calls;
 }

@@ -56,8 +56,8 @@ const scenario scenarios[] = {
     {.name = "an incremental writer to a new file", .durable = true, .how = INCREMENTAL},
     {.name = "an incremental writer over an old file", .exists = true, .durable = true, .how = INCREMENTAL},
     {.name = "an edit in place", .exists = true, .durable = true, .twice = true, .how = EDIT, .in_place = true},
-    {.name = "an edit anew", .exists = true, .durable = true, .how = EDIT},
-    {.name = "an edit anew, copied by hand",
+    {.name = "a rewriting edit", .exists = true, .durable = true, .how = EDIT},
+    {.name = "a rewriting edit, copied through memory",
      .exists = true,
      .durable = true,
      .missing = {{"copy_file_range", EXDEV}},
@@ -82,13 +82,13 @@ const scenario scenarios[] = {
      .missing = {{"open unnamed", EOPNOTSUPP}},
      .old_shard = BYTES,
      .new_shard = BYTES},
-    {.name = "a stream, no unnamed files",
+    {.name = "an incremental writer, no unnamed files",
      .exists = true,
      .durable = true,
      .twice = true,
      .missing = {{"open unnamed", EOPNOTSUPP}},
      .how = INCREMENTAL},
-    {.name = "an edit anew, no unnamed files",
+    {.name = "a rewriting edit, no unnamed files",
      .exists = true,
      .durable = true,
      .twice = true,
@@ -124,7 +124,10 @@ const scenario scenarios[] = {
 };
 
 scenario_kind kind_of(const scenario* what) {
-    return what->how == EDIT ? EDITS : what->how == INCREMENTAL ? STREAMS : what->new_shard > 0 ? CHECKPOINTS : FILES;
+    return what->how == EDIT          ? EDITS
+           : what->how == INCREMENTAL ? INCREMENTAL_WRITERS
+           : what->new_shard > 0      ? CHECKPOINTS
+                                      : FILES;
 }
 
 static char directory[3000];
@@ -165,7 +168,7 @@ void scenarios_end(void) {
     free(zeros);
 }
 
-static sft_status stream(const sft_writer* writer, const sft_save_options* options) {
+static sft_status write_incrementally(const sft_writer* writer, const sft_save_options* options) {
     sft_incremental_writer* opened = NULL;
     sft_status status = sft_incremental_writer_create(writer, path_of("target"), options, &opened);
     if (status == SFT_OK) status = sft_incremental_writer_commit(opened);
@@ -193,12 +196,12 @@ static sft_status save(const scenario* what, const sft_writer* writer, uint64_t 
     return sft_writer_write_sharded(writer, path_of("target"), &options);
 }
 
-sft_status save_anew(const scenario* what) {
+sft_status run_save(const scenario* what) {
     if (what->how == EDIT) return edit(what);
     if (what->how == AT_ONCE) return save(what, fresh, what->new_shard);
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
     options.durable = what->durable;
-    return stream(fresh, &options);
+    return write_incrementally(fresh, &options);
 }
 
 /* User 12345 may do as much as the group; the permissions are 0640. */
@@ -216,7 +219,7 @@ static bool list(const char* path, const char* name) {
 bool has_lists(void) { return list(directory, "system.posix_acl_access"); }
 
 void prepare(const scenario* what) {
-    /* One that no save has looked through for strays yet. */
+    /* One that no save has looked through for leftovers yet. */
     static long number;
     if (number > 0) remove_all(path_of(""));
     char own[3072];

@@ -32,10 +32,10 @@ typedef struct scenario {
 extern const scenario scenarios[];
 
 /* Kinds of scenarios. */
-typedef enum scenario_kind { FILES, CHECKPOINTS, STREAMS, EDITS, KINDS } scenario_kind;
+typedef enum scenario_kind { FILES, CHECKPOINTS, INCREMENTAL_WRITERS, EDITS, KINDS } scenario_kind;
 scenario_kind kind_of(const scenario* what);
 
-/* Makes the tensors that are saved, and lets go of them. */
+/* Makes the tensors that are saved, and frees them. */
 void scenarios_begin(const char* directory);
 void scenarios_end(void);
 
@@ -43,7 +43,7 @@ void scenarios_end(void);
 void prepare(const scenario* what);
 
 /* The save that is tested, over what is there, to path_of("target"). */
-sft_status save_anew(const scenario* what);
+sft_status run_save(const scenario* what);
 
 /* The byte that all tensors of the checkpoint at `path` are full of: 1 for the old ones, 2 for the new ones, or if the
  * metadata were edited; 0 if they are not, or if it cannot be read. */

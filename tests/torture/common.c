@@ -85,9 +85,9 @@ void save_content(const content* what, const char* path) {
     sft_writer_free(writer);
 }
 
-sft_status content_stream(const content* what, const char* path, const sft_save_options* options) {
+sft_status content_write_incrementally(const content* what, const char* path, const sft_save_options* options) {
     sft_writer* writer = NULL;
-    sft_incremental_writer* stream = NULL;
+    sft_incremental_writer* writing = NULL;
     if (sft_writer_new(&writer) != SFT_OK) die("sft_writer_new");
     const uint64_t shape[] = {what->words};
     const size_t nbytes = what->words * 8, half = nbytes / 2;
@@ -96,19 +96,19 @@ sft_status content_stream(const content* what, const char* path, const sft_save_
         const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
         if (sft_writer_declare_tensor(writer, name, length, SFT_DTYPE_U64, shape, 1) != SFT_OK) die("declare");
     }
-    sft_status status = sft_incremental_writer_create(writer, path, options, &stream);
+    sft_status status = sft_incremental_writer_create(writer, path, options, &writing);
     for (size_t t = what->tensors; status == SFT_OK && t-- > 0;) {
         const size_t length = (size_t)snprintf(name, sizeof name, "t%04zu", t);
         const unsigned char* bytes = (const unsigned char*)(what->data + t * what->words);
         if (t + 1 < what->tensors) {
-            status = sft_incremental_writer_write_tensor(stream, name, length, bytes, nbytes);
+            status = sft_incremental_writer_write_tensor(writing, name, length, bytes, nbytes);
             continue;
         }
-        status = sft_incremental_writer_write_part(stream, name, length, half, bytes + half, nbytes - half);
-        if (status == SFT_OK) status = sft_incremental_writer_write_part(stream, name, length, 0, bytes, half);
+        status = sft_incremental_writer_write_part(writing, name, length, half, bytes + half, nbytes - half);
+        if (status == SFT_OK) status = sft_incremental_writer_write_part(writing, name, length, 0, bytes, half);
     }
-    if (status == SFT_OK) status = sft_incremental_writer_commit(stream);
-    sft_incremental_writer_free(stream);
+    if (status == SFT_OK) status = sft_incremental_writer_commit(writing);
+    sft_incremental_writer_free(writing);
     sft_writer_free(writer);
     return status;
 }
@@ -213,7 +213,7 @@ static int count_of(const char* directory, const char* beginning) {
 
 int entries(const char* directory) { return count_of(directory, ""); }
 
-int strays(const char* directory) { return count_of(directory, ".safetensors-"); }
+int leftovers(const char* directory) { return count_of(directory, ".safetensors-"); }
 
 static int remove_one(const char* path, const struct stat* told, int kind, struct FTW* place) {
     (void)told, (void)kind, (void)place;

@@ -38,7 +38,7 @@ uint64_t checkpoint_open_version(const char* path, sft_status* status);
 void save_content(const content* what, const char* path);
 
 /* Writes the content tensor by tensor, the last one first and in two parts. */
-sft_status content_stream(const content* what, const char* path, const sft_save_options* options);
+sft_status content_write_incrementally(const content* what, const char* path, const sft_save_options* options);
 
 /* Prints what does not hold, and counts it. For any thread. */
 #define EXPECT(condition, ...) held((condition) || does_not_hold(#condition, __FILE__, __LINE__, __VA_ARGS__))
@@ -55,7 +55,7 @@ const char* path_of(const char* name);
 
 /* How many entries a directory has, and how many of them begin with ".safetensors-"; -1 if it is not there. */
 int entries(const char* directory);
-int strays(const char* directory);
+int leftovers(const char* directory);
 
 /* Removes a file, or a directory with all that is in it; nothing if it is not there. */
 void remove_all(const char* path);

@@ -1,5 +1,5 @@
-/* How saves, streams and edits behave on a small disk that has no space left, and over a file that is a mount point: a
- * part of the program "manners". Skipped where this process may not mount. */
+/* How saves, incremental writers and edits behave on a small disk that has no space left, and over a file that is a
+ * mount point: a part of the program "manners". Skipped where this process may not mount. */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -33,9 +33,9 @@ static bool may_mount(void) {
            mount("tmpfs", path_of("disk"), "tmpfs", 0, "size=1m") == 0;
 }
 
-static sft_status stream_version(uint64_t version, size_t words, const char* path) {
+static sft_status write_version_incrementally(uint64_t version, size_t words, const char* path) {
     content what = content_new(version, 2, words);
-    const sft_status status = content_stream(&what, path, NULL);
+    const sft_status status = content_write_incrementally(&what, path, NULL);
     content_free(&what);
     return status;
 }
@@ -58,7 +58,7 @@ static bool metadata_is(const char* path, const char* value) {
     return same;
 }
 
-/* Edits and streams where there is no byte left: what needs no space works. */
+/* Edits and incremental writers where there is no byte left: what needs no space works. */
 static void on_a_full_disk(const char* a, const char* disk) {
     EXPECT(edit(a, "first", false) == SFT_OK, "%s", sft_last_error_get_message());
     static const char page[4096];
@@ -68,10 +68,10 @@ static void on_a_full_disk(const char* a, const char* disk) {
     EXPECT(fill >= 0 && errno == ENOSPC, "%s", strerror(errno));
     close(fill);
     const int before = entries(disk);
-    is_refused("an edit anew", edit(a, "second", false), a, ENOSPC, 1, disk, before);
-    is_refused("a stream", stream_version(99, 10000, a), a, ENOSPC, 1, disk, before);
-    is_refused("a stream to a new file", stream_version(99, 10000, path_of("disk/b")), path_of("disk/b"), ENOSPC, 0,
-               disk, before);
+    is_refused("a rewriting edit", edit(a, "second", false), a, ENOSPC, 1, disk, before);
+    is_refused("an incremental writer", write_version_incrementally(99, 10000, a), a, ENOSPC, 1, disk, before);
+    is_refused("an incremental writer to a new file", write_version_incrementally(99, 10000, path_of("disk/b")),
+               path_of("disk/b"), ENOSPC, 0, disk, before);
     EXPECT(metadata_is(a, "first"), "%s", sft_last_error_get_message());
     EXPECT(edit(a, "third", true) == SFT_OK && metadata_is(a, "third"), "%s", sft_last_error_get_message());
     EXPECT(file_version(a, SFT_BACKEND_PREAD) == 1, "%s", sft_last_error_get_message());

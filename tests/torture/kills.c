@@ -1,6 +1,6 @@
 /* Saves that are killed: at any moment, just when a commit has begun, and between any two system calls.
  *
- * A child saves two contents, a large one and a tiny one, in turn to one file, at once or as a stream, or to one
+ * A child saves two contents, a large one and a tiny one, in turn to one file, at once or incrementally, or to one
  * checkpoint; or it changes the metadata of a file. After each kill the file must be one of those that it can be,
  * whole; the checkpoint too, or have no index, with the error that says so; a file that had to be overwritten in place
  * may be torn, with a whole one beside it; and the next child's saves must work. The system calls of the library come
@@ -151,7 +151,9 @@ static const char* directory_of_file(const char* path) {
 }
 
 /* The last tensor first. */
-static sft_status save_stream(const content* what, const char* path) { return content_stream(what, path, NULL); }
+static sft_status save_incrementally(const content* what, const char* path) {
+    return content_write_incrementally(what, path, NULL);
+}
 
 /* Where a file cannot be renamed over, it may be torn, if the new one is whole beside it; it is put in its place then.
  */
@@ -199,7 +201,7 @@ static sft_status edit(const content* what, const char* path, bool in_place) {
     options.in_place = in_place;
     return sft_edit_metadata(path, &change, 1, &options);
 }
-static sft_status edit_anew(const content* what, const char* path) { return edit(what, path, false); }
+static sft_status edit_by_rewrite(const content* what, const char* path) { return edit(what, path, false); }
 static sft_status edit_in_place(const content* what, const char* path) { return edit(what, path, true); }
 static uint64_t version_of_metadata(const char* path) {
     if (version_of_file(path) != 1) return WRONG;
@@ -242,13 +244,13 @@ static const char* itself(const char* path) { return path; }
 static const target targets[] = {
     {"file", true, save_file, version_of_file, never, directory_of_file},
     {"checkpoint", true, save_checkpoint, checkpoint_version, has_no_index, itself},
-    {"stream", true, save_stream, version_of_file, never, directory_of_file},
-    {"file edited anew", true, edit_anew, version_of_metadata, never, directory_of_file},
+    {"incremental writer", true, save_incrementally, version_of_file, never, directory_of_file},
+    {"file edited by a rewrite", true, edit_by_rewrite, version_of_metadata, never, directory_of_file},
     {"file edited in place", true, edit_in_place, version_of_metadata, never, directory_of_file},
     {"file that is overwritten", true, save_file, version_of_overwritten, never, directory_of_file},
     {"file without unnamed files", false, save_file, version_of_file, never, directory_of_file},
     {"checkpoint without unnamed files", false, save_checkpoint, checkpoint_version, has_no_index, itself},
-    {"stream without unnamed files", false, save_stream, version_of_file, never, directory_of_file},
+    {"incremental writer without unnamed files", false, save_incrementally, version_of_file, never, directory_of_file},
 };
 
 /* Saves for ever; the contents are those of this number. */
@@ -280,7 +282,7 @@ static void wait_for_saves(long count) {
     }
 }
 
-static void remove_strays(const char* directory) {
+static void remove_leftovers(const char* directory) {
     DIR* opened = opendir(directory);
     if (opened == NULL) return;
     for (const struct dirent* entry; (entry = readdir(opened)) != NULL;) {
@@ -351,11 +353,11 @@ static void run(const target* what, long kills) {
             whole++;
         }
         before = version;
-        const int count = strays(what->directory(path));
+        const int count = leftovers(what->directory(path));
         /* The moment between two names: of a file, and of the index. Without unnamed files, all that was begun. */
-        EXPECT(count <= (what->unnamed ? 2 : 5), "%s, kill %ld: %d strays", what->name, kill_number, count);
+        EXPECT(count <= (what->unnamed ? 2 : 5), "%s, kill %ld: %d leftovers", what->name, kill_number, count);
         left += count;
-        remove_strays(what->directory(path));
+        remove_leftovers(what->directory(path));
         content_free(&both[0]);
         content_free(&both[1]);
     }
@@ -364,13 +366,13 @@ static void run(const target* what, long kills) {
     content_free(&last);
     printf(
         "kills of a %s: %ld (%ld anywhere, %ld in the commit, %ld between calls), whole: %ld, no index: %ld, "
-        "overwritten in part: %ld, strays: %ld\n",
+        "overwritten in part: %ld, leftovers: %ld\n",
         what->name, kills, in_save, at_commit, at_call, whole, absent, recovered, left);
     recovered = 0;
 }
 
 /* What kills have left, a save removes that comes an hour later, whatever process makes it. */
-static void the_next_save_removes_strays(const target* what) {
+static void the_next_save_removes_leftovers(const target* what) {
     enum { WANTED = 5, TRIES = 200, SOON = 50 * 60, LATE = 70 * 60 };
     char path[4096];
     snprintf(path, sizeof path, "%s", path_of("file/model.safetensors"));
@@ -379,7 +381,7 @@ static void the_next_save_removes_strays(const target* what) {
     remove_all(what->directory(path));
     if (mkdir(what->directory(path), 0777) != 0) abort();
     content both[] = {content_new(2, 6, 131072), content_new(3, 6, 131072)};
-    for (int i = 0; i < TRIES && strays(what->directory(path)) < WANTED; i++) {
+    for (int i = 0; i < TRIES && leftovers(what->directory(path)) < WANTED; i++) {
         *common = (shared){0};
         fflush(stdout);
         const pid_t parent = getpid(), pid = fork();
@@ -389,16 +391,16 @@ static void the_next_save_removes_strays(const target* what) {
         kill(pid, SIGKILL);
         if (waitpid(pid, NULL, 0) != pid) abort();
     }
-    const int left = strays(what->directory(path));
-    EXPECT(left >= WANTED, "%d strays to be removed", left);
+    const int left = leftovers(what->directory(path));
+    EXPECT(left >= WANTED, "%d leftovers to be removed", left);
     ahead = SOON;
-    EXPECT(what->save(&both[0], path) == SFT_OK && strays(what->directory(path)) == left, "too early");
+    EXPECT(what->save(&both[0], path) == SFT_OK && leftovers(what->directory(path)) == left, "too early");
     ahead = LATE;
     EXPECT(what->save(&both[0], path) == SFT_OK && what->version(path) == 2, "%s", sft_last_error_get_message());
     ahead = 0;
-    const int still = strays(what->directory(path));
-    EXPECT(still == 0, "%d strays stay", still);
-    printf("strays that a save an hour later removes: %d of %d\n", left - still, left);
+    const int still = leftovers(what->directory(path));
+    EXPECT(still == 0, "%d leftovers stay", still);
+    printf("leftovers that a save an hour later removes: %d of %d\n", left - still, left);
     content_free(&both[0]);
     content_free(&both[1]);
 }
@@ -412,6 +414,6 @@ int main(int count, char** arguments) {
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
         run(&targets[i], targets[i].unnamed ? kills : (kills + 4) / 5);
     }
-    the_next_save_removes_strays(&targets[0]);
+    the_next_save_removes_leftovers(&targets[0]);
     return failures() == 0 ? 0 : 1;
 }

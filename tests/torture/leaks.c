@@ -1,5 +1,5 @@
-/* Ten thousand rounds of loads, saves, streams and edits, failures among them: memory, descriptors, mappings and
- * threads stay what they were after a thousand others. Run with a directory. */
+/* Ten thousand rounds of loads, saves, incremental writers and edits, failures among them: memory, descriptors,
+ * mappings and threads stay what they were after a thousand others. Run with a directory. */
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,24 +12,25 @@
 /* And how many bytes may be more at the end: 13 a round, so that no leak in each of them passes. */
 enum { WARM_UP = 1000, ROUNDS = WARM_UP + 10000, SLACK = 128 << 10 };
 
-/* A stream that is committed, one that is given up, and one that is not complete; edits in place and anew, and such as
- * are refused. */
+/* A writer that is committed, one that is given up, and one that is not complete; edits in place and by a rewrite, and
+ * such as are refused. */
 static void changes_of(long round, const content* what) {
-    const char *streamed = path_of("stream.safetensors"), *edited = path_of("edited.safetensors");
-    EXPECT(content_stream(what, streamed, NULL) == SFT_OK, "%s", sft_last_error_get_message());
-    EXPECT(content_stream(what, path_of("no/directory"), NULL) == SFT_ERROR_IO, "no directory");
+    const char *written = path_of("written.safetensors"), *edited = path_of("edited.safetensors");
+    EXPECT(content_write_incrementally(what, written, NULL) == SFT_OK, "%s", sft_last_error_get_message());
+    EXPECT(content_write_incrementally(what, path_of("no/directory"), NULL) == SFT_ERROR_IO, "no directory");
     const uint64_t shape[] = {4};
     sft_writer* writer = NULL;
-    sft_incremental_writer* stream = NULL;
+    sft_incremental_writer* writing = NULL;
     EXPECT(sft_writer_new(&writer) == SFT_OK &&
                sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1) == SFT_OK &&
-               sft_incremental_writer_create(writer, streamed, NULL, &stream) == SFT_OK,
+               sft_incremental_writer_create(writer, written, NULL, &writing) == SFT_OK,
            "%s", sft_last_error_get_message());
-    EXPECT(sft_incremental_writer_write_part(stream, "a", 1, 1, "xy", 2) == SFT_OK, "%s", sft_last_error_get_message());
-    if (round % 2 == 0) EXPECT(sft_incremental_writer_commit(stream) == SFT_ERROR_DATA_LENGTH, "not complete");
-    sft_incremental_writer_free(stream);
+    EXPECT(sft_incremental_writer_write_part(writing, "a", 1, 1, "xy", 2) == SFT_OK, "%s",
+           sft_last_error_get_message());
+    if (round % 2 == 0) EXPECT(sft_incremental_writer_commit(writing) == SFT_ERROR_DATA_LENGTH, "not complete");
+    sft_incremental_writer_free(writing);
     sft_writer_free(writer);
-    EXPECT(file_version(streamed, SFT_BACKEND_MMAP) == what->version, "%s", sft_last_error_get_message());
+    EXPECT(file_version(written, SFT_BACKEND_MMAP) == what->version, "%s", sft_last_error_get_message());
 
     if (round == 0) save_content(what, edited);
     char value[32];

@@ -76,7 +76,7 @@ static void directory_that_is_gone(void) {
     EXPECT(save_version(1, 10, path_of("from-the-root")) == SFT_OK, "%s", sft_last_error_get_message());
 }
 
-/* A stream that is begun by a relative path stays in the directory that this meant, whatever the current directory is
+/* A writer that is created by a relative path stays in the directory that this meant, whatever the current directory is
  * when it is committed; so do a save that is given up, and one that is overwritten. */
 static void another_current_directory(void) {
     char first[4096], second[4096];
@@ -90,15 +90,15 @@ static void another_current_directory(void) {
         no_renames = round / 2 % 2 == 1 ? ENOSYS : 0;
         const bool commits = round < 4;
         sft_writer* writer = NULL;
-        sft_incremental_writer* stream = NULL;
+        sft_incremental_writer* writing = NULL;
         if (chdir(first) != 0 || sft_writer_new(&writer) != SFT_OK) abort();
         EXPECT(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1, "abc", 3) == SFT_OK &&
-                   sft_incremental_writer_create(writer, "model", NULL, &stream) == SFT_OK,
+                   sft_incremental_writer_create(writer, "model", NULL, &writing) == SFT_OK,
                "%s", sft_last_error_get_message());
         if (chdir(second) != 0) abort();
         put_file("model", "theirs", 6);
-        EXPECT(!commits || sft_incremental_writer_commit(stream) == SFT_OK, "%s", sft_last_error_get_message());
-        sft_incremental_writer_free(stream);
+        EXPECT(!commits || sft_incremental_writer_commit(writing) == SFT_OK, "%s", sft_last_error_get_message());
+        sft_incremental_writer_free(writing);
         sft_writer_free(writer);
         struct stat told;
         EXPECT(stat("model", &told) == 0 && told.st_size == 6 && entries(second) == 1, "round %d", round);
@@ -200,9 +200,9 @@ static void signals_of_writes(void) {
         pthread_sigmask(SIG_SETMASK, NULL, &before);
         refused("a file beyond the limit", path_of("limited/a"), 5000, EFBIG, 1, path_of("limited"));
         content what = content_new(3, 2, 5000);
-        EXPECT(
-            content_stream(&what, path_of("limited/b"), NULL) == SFT_ERROR_IO && sft_last_error_get_os_error() == EFBIG,
-            "%s", sft_last_error_get_message());
+        EXPECT(content_write_incrementally(&what, path_of("limited/b"), NULL) == SFT_ERROR_IO &&
+                   sft_last_error_get_os_error() == EFBIG,
+               "%s", sft_last_error_get_message());
         content_free(&what);
         pthread_sigmask(SIG_SETMASK, NULL, &after);
         for (int i = 1; i < 32; i++)
@@ -344,7 +344,7 @@ static void without_renames_or_links(void) {
 
 /* Staged files whose lock nobody has: they stay while they are young, and go then, if only their process is gone too
  * where machines share the filesystem. What is locked stays, and what is no staged file for ever. */
-static void strays_of_the_dead(const char* name, bool unnamed, bool shared) {
+static void leftovers_of_killed_saves(const char* name, bool unnamed, bool shared) {
     enum { MINUTE = 60, HOUR = 60 * MINUTE, DAY = 24 * HOUR };
     make_directory(path_of(name), 0755);
     no_unnamed = !unnamed;
@@ -439,8 +439,8 @@ static void race(const char* name, bool unnamed, long rounds) {
         EXPECT(entries(directory) == 1, "%s, round %ld: %d entries", name, round, entries(directory));
     }
     no_unnamed = false;
-    printf("two processes at one path, %s: %ld rounds, whole: %ld (%ld and %ld), strays: %d\n", name, rounds,
-           won[0] + won[1], won[0], won[1], strays(directory));
+    printf("two processes at one path, %s: %ld rounds, whole: %ld (%ld and %ld), leftovers: %d\n", name, rounds,
+           won[0] + won[1], won[0], won[1], leftovers(directory));
 }
 
 int main(int count, char** arguments) {
@@ -464,10 +464,10 @@ int main(int count, char** arguments) {
     as_child(signals_of_writes, false);
     readers_hold_up_no_save();
     saved_files_are_not_locked();
-    strays_of_the_dead("strays", true, false);
-    strays_of_the_dead("strays of named files", false, false);
-    strays_of_the_dead("strays on a shared filesystem", true, true);
-    strays_of_the_dead("strays of named files on one", false, true);
+    leftovers_of_killed_saves("leftovers", true, false);
+    leftovers_of_killed_saves("leftovers of named files", false, false);
+    leftovers_of_killed_saves("leftovers on a shared filesystem", true, true);
+    leftovers_of_killed_saves("leftovers of named files on one", false, true);
     printf("manners: %ld, failed: %ld\n", *manners, failures());
     race("unnamed", true, 100);
     race("named", false, 100);

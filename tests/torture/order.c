@@ -210,19 +210,21 @@ static void checkpoints(const sft_writer* writer) {
 }
 
 /* Tensor by tensor, and in two parts. */
-static void streams(const content* what) {
+static void incremental_writers(const content* what) {
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
     begin();
-    expect_order("a stream that is left to the kernel", content_stream(what, path_of("sub/stream"), &options),
-                 "write(file 1) link(stream) ");
+    expect_order("an incremental writer that is left to the kernel",
+                 content_write_incrementally(what, path_of("sub/written"), &options), "write(file 1) link(written) ");
     options.durable = 1;
     begin();
-    expect_order("a stream over an old file", content_stream(what, path_of("sub/stream"), &options),
-                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(directory sub) ");
-    if (unlink(path_of("sub/stream")) != 0) abort();
+    expect_order("an incremental writer over an old file",
+                 content_write_incrementally(what, path_of("sub/written"), &options),
+                 "write(file 1) fsync(file 1) link(hidden) rename(written) fsync(directory sub) ");
+    if (unlink(path_of("sub/written")) != 0) abort();
     begin();
-    expect_order("a stream to a new file", content_stream(what, path_of("sub/stream"), &options),
-                 "write(file 1) fsync(file 1) link(stream) fsync(directory sub) ");
+    expect_order("an incremental writer to a new file",
+                 content_write_incrementally(what, path_of("sub/written"), &options),
+                 "write(file 1) fsync(file 1) link(written) fsync(directory sub) ");
 }
 
 static sft_status edit(const char* value, bool in_place, uint32_t durable) {
@@ -230,16 +232,16 @@ static sft_status edit(const char* value, bool in_place, uint32_t durable) {
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     options.in_place = in_place;
     options.durable = durable;
-    return sft_edit_metadata(path_of("sub/stream"), &change, 1, &options);
+    return sft_edit_metadata(path_of("sub/written"), &change, 1, &options);
 }
 
 static void edits(void) {
     begin();
-    expect_order("an edit anew that is left to the kernel", edit("a", false, 0),
-                 "write(file 1) link(hidden) rename(stream) ");
+    expect_order("a rewriting edit that is left to the kernel", edit("a", false, 0),
+                 "write(file 1) link(hidden) rename(written) ");
     begin();
-    expect_order("an edit anew", edit("b", false, 1),
-                 "write(file 1) fsync(file 1) link(hidden) rename(stream) fsync(directory sub) ");
+    expect_order("a rewriting edit", edit("b", false, 1),
+                 "write(file 1) fsync(file 1) link(hidden) rename(written) fsync(directory sub) ");
     begin();
     expect_order("an edit in place that is left to the kernel", edit("c", true, 0), "write(file 1) ");
     begin();
@@ -290,7 +292,7 @@ int main(int count, char** arguments) {
     if (mkdir(path_of("sub"), 0777) != 0 || mkdir(path_of("parent-of-link"), 0777) != 0) return 2;
     files(writer);
     checkpoints(writer);
-    streams(&what);
+    incremental_writers(&what);
     edits();
     copies(writer);
     sft_writer_free(writer);

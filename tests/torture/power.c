@@ -74,9 +74,9 @@ static sft_status copied_file(const char* path, uint64_t version) {
     return status;
 }
 
-static sft_status stream(const char* path, uint64_t version) {
+static sft_status write_incrementally(const char* path, uint64_t version) {
     content what = content_new(version, 2, LARGE);
-    const sft_status status = content_stream(&what, path, NULL);
+    const sft_status status = content_write_incrementally(&what, path, NULL);
     content_free(&what);
     return status;
 }
@@ -128,7 +128,7 @@ static const struct {
     {"file", file, whole_version},
     {"small file", small_file, whole_version},
     {"copied file", copied_file, whole_version},
-    {"stream", stream, whole_version},
+    {"incremental writer", write_incrementally, whole_version},
     {"checkpoint", checkpoint, checkpoint_version},
     {"checkpoint of another number of files", divided, checkpoint_version},
     {"edit", edit, edited_version},

@@ -212,12 +212,12 @@ int main(int count, char** arguments) {
         if (pthread_create(&threads[i], NULL, work, (void*)i) != 0) abort();
     }
     for (size_t i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
-    EXPECT(strays(arguments[1]) == 0, "%d strays", strays(arguments[1]));
+    EXPECT(leftovers(arguments[1]) == 0, "%d leftovers", leftovers(arguments[1]));
     for (size_t pair = 0; pair < THREADS / 2; pair++) {
         char name[40];
         snprintf(name, sizeof name, "checkpoint%zu", pair);
         /* -1 where none was saved. */
-        EXPECT(strays(path_of(name)) <= 0, "%s: %d strays", name, strays(path_of(name)));
+        EXPECT(leftovers(path_of(name)) <= 0, "%s: %d leftovers", name, leftovers(path_of(name)));
     }
     for (int i = 0; i < OPERATIONS; i++) EXPECT(atomic_load(&counts[i]) > 0, "no %s", names[i]);
     long total = 0;
