@@ -5,11 +5,11 @@
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    // The major version alone: a program keeps running with every library of the same major version. cargo-c says the
-    // same, by what [package.metadata.capi.library] has in Cargo.toml.
+    // The major version only: a program runs with every library of the same major version. cargo-c reads the same from
+    // [package.metadata.capi.library] in Cargo.toml.
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
-    // Never unloaded: threads of the library may be in its code at a dlclose, and torch has its operators.
+    // Never unloaded: threads may be running in the library at a dlclose, and torch has its operators.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     #[cfg(feature = "bridge")]
     bridge::build();
@@ -67,22 +67,22 @@ mod torch {
             .flag("-fvisibility-inlines-hidden")
             .warnings(true)
             .extra_warnings(true)
-            // g++ 12 sees overflows in the reference counts of torch's own headers where there are none.
+            // g++ 12 warns of overflows in torch's headers that do not exist.
             .flag_if_supported("-Wno-stringop-overflow")
             .flag("-isystem")
             .flag(&torch.include)
             .flag("-isystem")
             .flag(torch.include.join("torch/csrc/api/include"))
             .define("_GLIBCXX_USE_CXX11_ABI", torch.cxx11_abi.as_str())
-            // Assertions name their files: without this, by the paths of the machine that built.
+            // Keeps paths of this machine out of assertions.
             .flag_if_supported(format!("-ffile-prefix-map={}=torch", torch.include.display()))
-            // g++ calls the headers behind a symbolic link by what it points to.
+            // g++ resolves symbolic links in the names of headers.
             .flag_if_supported(format!("-ffile-prefix-map={}=torch", canonical(&torch.include).display()))
             .flag_if_supported(format!("-ffile-prefix-map={}=cxx", cxx.display()))
             .flag_if_supported(format!("-ffile-prefix-map={}=bridge", out.display()))
             .cargo_metadata(false)
             .compile(ARCHIVE);
-        // Nothing refers to the objects that register the ops, so the linker would drop them one by one.
+        // No symbol refers to the objects that register the ops, so the linker would drop them.
         println!("cargo:rustc-link-search=native={}", out.display());
         println!("cargo:rustc-link-lib=static:+whole-archive={ARCHIVE}");
         println!("cargo:rustc-link-search=native={}", torch.lib.display());
@@ -90,12 +90,12 @@ mod torch {
             println!("cargo:rustc-link-lib=dylib={library}");
         }
         println!("cargo:rustc-link-lib=dylib=stdc++");
-        // For this crate's own tests only; what is shipped carries no path of the machine that built it.
+        // For this crate's tests only: the library contains no path of this machine.
         println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", torch.lib.display());
     }
 
-    /// The C++ standard that torch's headers need, which is C++20 since torch 2.14; they say so themselves.
-    /// Headers that are not there are the compiler's to report.
+    /// Returns the C++ standard that torch's headers require, which is C++20 since torch 2.14. The compiler reports missing
+    /// headers.
     fn standard(include: &Path) -> &'static str {
         let header = std::fs::read_to_string(include.join("ATen/ATen.h")).unwrap_or_default();
         if header.contains("error C++20") { "c++20" } else { "c++17" }
@@ -103,9 +103,8 @@ mod torch {
 
     /// Writes a C++ file that names every symbol of the bridge as hidden, and returns its path.
     ///
-    /// rustc exports the Rust half of the bridge from a cdylib. But of the visibilities that objects give to a symbol
-    /// the strictest holds, so one object that calls it hidden keeps it inside, where no other library that is made
-    /// with cxx can meet it.
+    /// rustc exports the Rust half of the bridge from a cdylib, where it could clash with another library that uses cxx.
+    /// The linker uses the strictest visibility that any object declares for a symbol, so this object hides them all.
     fn hide_bridge(out: &Path, cxx: &Path) -> PathBuf {
         let bridge = out.join("cxxbridge/sources/safetensors-torch/src/bridge.rs.cc");
         let mut text = std::fs::read_to_string(bridge).expect("cxx-build has generated the bridge");
@@ -118,7 +117,7 @@ mod torch {
             .collect();
         let mut source = String::from("extern \"C\" {\n");
         for symbol in &symbols {
-            // Weak: what nobody defines is no error.
+            // Weak: symbols that are not defined are not an error.
             source +=
                 &format!("__attribute__((visibility(\"hidden\"), weak)) extern const char {symbol}[];\n");
         }
@@ -132,7 +131,7 @@ mod torch {
         path
     }
 
-    /// Finds libtorch by the environment variables that tch-rs uses, else by the Python at hand.
+    /// Finds libtorch by the environment variables that tch-rs uses, or by the first Python that has torch.
     fn find() -> LibTorch {
         for name in
             ["LIBTORCH", "LIBTORCH_INCLUDE", "LIBTORCH_LIB", "LIBTORCH_USE_PYTORCH", "LIBTORCH_CXX11_ABI"]
@@ -168,9 +167,9 @@ mod torch {
         );
     }
 
-    /// The directory of the torch that `python` imports, and its ABI.
+    /// Returns the directory of the torch that `python` imports, and its ABI.
     fn ask(python: &str) -> Option<(PathBuf, String)> {
-        // A path relative to this package is not one that Command would find from another directory.
+        // Command resolves a relative path from its own current directory.
         let local = Path::new(python);
         let program =
             if local.components().count() > 1 { env::current_dir().ok()?.join(local) } else { local.into() };
@@ -180,12 +179,12 @@ mod torch {
         Some((PathBuf::from(lines.next()?), lines.next()?.to_string()))
     }
 
-    /// The path without symbolic links.
+    /// Returns the path without symbolic links.
     fn canonical(path: &Path) -> PathBuf {
         path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// Stops with a clear message where the headers or the libraries are not what they should be.
+    /// Panics if headers or libraries are missing.
     fn check(torch: LibTorch) -> LibTorch {
         for file in [
             torch.include.join("torch/library.h"),

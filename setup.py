@@ -30,7 +30,7 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "safetensors_torch"
-# Beside the package: what Python runs when it starts, and what that calls where SAFETENSORS_TORCH_PATCH is set.
+# Outside of the package: the file that Python reads when it starts, and the module that it imports.
 START_FILE = "safetensors_torch_patch.pth"
 START_MODULE = "_safetensors_torch_start"
 CRATE = "safetensors_torch"
@@ -58,11 +58,11 @@ class Core:
     """What cargo made: the static and the shared library of the core, and the generated C++ half of the bridge."""
 
     def __init__(self) -> None:
-        # Messages of panics and assertions name source files: without this, by their paths here.
+        # Keeps paths of this machine out of the messages of panics and assertions.
         home = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
         remap = [f"--remap-path-prefix={home}=cargo", f"--remap-path-prefix={ROOT}=safetensors-torch"]
         environment = dict(os.environ)
-        if not re.search(r"\s", str(home)):  # at which cargo's C++ builds split the variable
+        if not re.search(r"\s", str(home)):  # the cc crate splits the variable at white space
             flags = [environment.get("CXXFLAGS"), f"-ffile-prefix-map={home}=cargo"]
             environment["CXXFLAGS"] = " ".join(filter(None, flags))
         command = [
@@ -94,19 +94,19 @@ class Core:
 
     def stage(self, native: Path) -> None:
         """Fills ``native`` with all that the libtorch layer is compiled from, here and by C++ programs."""
-        # What an earlier build left there, for another torch or from a removed file, would be taken for new.
+        # Removes files of earlier builds, for another torch or from sources that no longer exist.
         if native.exists():
             shutil.rmtree(native)
         for source in (ROOT / "cpp").rglob("*"):
             if source.suffix in (".cpp", ".h"):
                 copy(source, native / source.relative_to(ROOT))
-        # The public headers are for C and C++ programs too, which find them by the CMake package; so nothing else is in
-        # their directory, least of all the header of cxx, of which a program may have its own.
+        # C and C++ programs include this directory through the CMake package, so it contains the public headers only: a
+        # program may have a cxx.h of its own.
         for header in (ROOT / "include").rglob("*.h*"):
             copy(header, native / "include" / header.relative_to(ROOT / "include"))
         for source in (ROOT / "cmake").glob("SafetensorsTorch*"):
             copy(source, native / "lib" / "cmake" / "SafetensorsTorch" / source.name)
-        # Links in a build directory; copied as files, and without the C++ headers of other packages.
+        # Symbolic links, copied as files, without the headers of other packages.
         for header in ("rust/cxx.h", f"{CRATE.replace('_', '-')}/src/bridge.rs.h"):
             copy(self.bridge / "include" / header, native / "bridge" / "include" / header)
         generated = self.bridge / "sources" / CRATE.replace("_", "-") / "src" / "bridge.rs.cc"
@@ -119,12 +119,12 @@ class Core:
         strip = shutil.which("strip")
         if strip:
             subprocess.run([strip, "-g", str(archive)], check=True)
-        # For the shell command, which reads headers without torch. It has the Rust half of the bridge in it, unused.
+        # For the shell command, which reads headers without torch.
         core = native / "lib" / "libsafetensors_torch_core.so"
         copy(self.library, core)
         if strip:
             subprocess.run([strip, str(core)], check=True)
-        # By this the loader knows a layer that it compiled before. Written last, so that it says that all is there.
+        # The key of layers that are compiled at import. Written last: it marks the directory as complete.
         (native / "fingerprint").write_text(digest_of(native) + "\n", encoding="ascii")
 
 
@@ -150,11 +150,11 @@ class BuildPackage(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            # What an earlier build left here would be packed too.
+            # Removes files of an earlier build, which would be packed too.
             shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
-        # The root of build_lib becomes that of the wheel, and that site-packages, where alone Python looks for it. The
-        # wheel of an editable install is made of what is in install_lib.
+        # Python reads .pth files in site-packages only, to which the root of build_lib is installed; for an editable
+        # install, that of install_lib.
         install_lib = self.get_finalized_command("install").install_lib
         copy(ROOT / "python" / START_FILE, Path(install_lib if self.editable_mode else self.build_lib) / START_FILE)
         Core().stage(self.native())
@@ -224,10 +224,10 @@ def ahead_of_time() -> dict:
             extension.sources = loader.sources(native)
             system = [flag for directory in extension.include_dirs for flag in ("-isystem", directory)]
             extension.include_dirs = loader.include_dirs(native)
-            # Neither debug information, which Python's own flags ask for, nor file names of this machine.
+            # No debug information, which Python's own flags request, and no paths of this machine.
             headers = Path(TORCH_LIB_PATH).parent
             private = ["-g0", f"-ffile-prefix-map={native}=native", f"-ffile-prefix-map={headers}=torch"]
-            # g++ calls the headers behind a symbolic link by what it points to.
+            # g++ resolves symbolic links in the names of headers.
             private.append(f"-ffile-prefix-map={headers.resolve()}=torch")
             extension.extra_compile_args = [*loader.COMPILE_FLAGS, *private, *system]
             extension.extra_link_args = loader.link_flags(native)

@@ -5,20 +5,19 @@
 #     tests/sanitizers/run.sh build thread && tests/sanitizers/run.sh test thread
 #
 # `address` is AddressSanitizer, with its search for leaks, and UndefinedBehaviorSanitizer; `thread` is ThreadSanitizer.
-# Instrumented are the core, cpp/, the bridge, the headers and the tests. Not instrumented are libtorch and Rust's
-# standard library, which come compiled. `build` needs the tree that `make` installs in out/prefix.
+# The core, cpp/, the bridge, the headers and the tests are instrumented; libtorch and Rust's standard library, which are
+# precompiled, are not. `build` needs the tree that `make` installs in out/prefix.
 #
-# The stable Rust compiler knows the sanitizers, but asks to be told that its user knows they may change. It adds no
-# runtime to a library: a program brings that. For `address` it is gcc's, whose functions are those that rustc calls.
-# For `thread` it is the one that comes with rustc: gcc 12's lacks the __tsan_memcpy of later compilers, and does not
-# start where the kernel spreads addresses over 32 bits, as many now do.
+# The stable Rust compiler has the sanitizers behind RUSTC_BOOTSTRAP. It links no runtime into a library: the program does.
+# `address` uses gcc's runtime, which has the functions that rustc calls. `thread` uses rustc's: gcc 12's lacks
+# __tsan_memcpy, and does not start if the kernel randomizes addresses over 32 bits, which many now do.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [[ $# == 2 && $1 =~ ^(build|test)$ && $2 =~ ^(address|thread)$ ]] || {
     echo "usage: $0 build|test address|thread" >&2
     exit 2
 }
-# Those of a make around this one, which cargo and cmake would take for theirs.
+# cargo and cmake would use the flags of an outer make.
 unset MAKEFLAGS MFLAGS
 kind=$2
 out=$PWD/out/sanitizers/$kind
@@ -37,7 +36,7 @@ runtime_of_rust() {
     echo "${found[0]}"
 }
 
-# Whether the C compiler makes a program or, with -c, an object with these flags.
+# Whether the C compiler accepts these flags for a program or, with -c, for an object.
 compiles_with() {
     echo 'int main(void) { return 0; }' | ${CC:-cc} "$@" -x c - -o "$out/probe" 2>/dev/null
 }
@@ -54,7 +53,7 @@ address)
 thread)
     runtime=$(runtime_of_rust tsan) || skip "this Rust compiler comes without ThreadSanitizer"
     SANITIZE="-fsanitize=thread"
-    # The library finds the runtime's functions in the program, which has to show all of them.
+    # The library finds the runtime's functions in the program, which must export all of them.
     SANITIZE_LINK="-fno-sanitize=thread -rdynamic -Wl,--whole-archive $runtime -Wl,--no-whole-archive -lpthread -lm -ldl -lrt"
     # shellcheck disable=SC2086 # as above
     compiles_with $SANITIZE -c || skip "this C compiler comes without ThreadSanitizer"
