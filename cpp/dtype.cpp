@@ -64,7 +64,7 @@ struct Tables {
     }
 };
 
-// Made when the library is loaded, for the reason that cpp/fork.h gives.
+// Initialized when the library is loaded: see cpp/fork.h.
 const Tables tables;
 
 bool packs_two(c10::ScalarType type) {

@@ -46,7 +46,7 @@ at::Tensor make(at::IntArrayRef shape, at::ScalarType type, unsigned seed = 1);
 // Same dtype, shape and bytes; NaN equals itself. Of contiguous tensors on the CPU.
 bool identical(const at::Tensor& a, const at::Tensor& b);
 
-// Same names and identical tensors, in whatever order.
+// Returns whether names and tensors are the same, in any order.
 bool identical(const st::Tensors& a, const st::Tensors& b);
 
 std::vector<std::string> names_of(const st::Tensors& tensors);

@@ -1,4 +1,4 @@
-// Checkpoints of several files: loading all, one tensor, modules; saving; and what is wrong with an index.
+// Checkpoints of several files: loads of all tensors, of one, of modules; saves; and errors of an index.
 
 #include <torch/nn.h>
 

@@ -52,7 +52,7 @@ TEST(file_gives_tensors) {
         const st::Tensors all = file.get_tensors();
         EXPECT(identical(all, tensors));
         EXPECT_EQ(names_of(all), file.offset_keys());
-        // In the order that was asked for, twice where it was asked for twice.
+        // In the order of the names, which may repeat.
         const std::vector<at::Tensor> some = file.get_tensors({"a", "scalar", "a"});
         EXPECT_EQ(some.size(), 3U);
         EXPECT(identical(some[0], tensors.at("a")));

@@ -79,7 +79,7 @@ TEST(model_round_trip) {
         const st::LoadResult result = st::load_model(*target, dir.file("m"), true, backend);
         EXPECT(result.missing.empty() && result.unexpected.empty());
         EXPECT(identical(state_of(*target), state_of(*source)));
-        // In place: whoever holds a parameter sees the new values, and it still wants a gradient.
+        // In place: other handles of a parameter see the new values, and it still requires a gradient.
         EXPECT(identical(weight.detach(), source->embedding->weight.detach()));
         EXPECT(weight.requires_grad() && weight.is_leaf());
         EXPECT(target->head->weight.is_same(weight));

@@ -94,7 +94,7 @@ TEST(model_of_part_of_a_checkpoint) {
     EXPECT(result.missing.empty() && result.unexpected.empty());
     EXPECT(same(*source, *target));
 
-    // But what is behind the prefix and not in the module is unexpected.
+    // Names under the prefix that the module does not have are unexpected.
     tensors.insert("body.extra", make({1}, at::kFloat));
     st::save_file(tensors, dir.file("m"));
     EXPECT_HAS(ERROR_OF(st::load_model(*target, dir.file("m"), within("body."))),

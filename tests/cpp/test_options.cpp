@@ -105,7 +105,7 @@ TEST(what_progress_throws_ends_the_save) {
     } catch (const Enough&) {
         thrown = true;
     }
-    // By the time that it is told for the first time, so small a file is complete.
+    // So small a file is complete at the first call of the progress function.
     EXPECT(thrown && dir.count() == 1 && read_file(dir.file("f")) == st::save(weights_and_steps()));
 }
 

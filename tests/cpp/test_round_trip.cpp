@@ -1,4 +1,4 @@
-// load_file, load, save_file and save: what goes in comes out, byte for byte, in the right order.
+// load_file, load, save_file and save: loaded tensors equal saved ones, bit for bit, in the right order.
 
 #include "support.h"
 
@@ -7,7 +7,7 @@ using Names = std::vector<std::string>;
 
 namespace {
 
-// The CPU, and an accelerator where there is one and its kernels are linked.
+// The CPU, and an accelerator if one exists and its kernels are linked.
 std::vector<at::Device> devices() {
     std::vector<at::Device> found{at::kCPU};
     if (at::hasCUDA()) {

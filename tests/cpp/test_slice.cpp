@@ -1,4 +1,4 @@
-// File::get_slice gives what indexing the whole tensor gives, and refuses what it refuses.
+// File::get_slice returns what indexing the whole tensor returns, and refuses what that refuses.
 
 #include "support.h"
 

@@ -115,7 +115,7 @@ TEST(threads_read_a_file_that_one_of_them_closes) {
             const st::File file(dir.file("f"), at::kCPU, backend);
             on_threads([&](int number) {
                 st::File own = file;
-                // Whole and right, or refused: the file stays for those who are reading.
+                // A read returns the tensor or fails, but never reads a file that was freed.
                 for (int read = 0; number != 0 || read < 3; ++read) {
                     try {
                         EXPECT(identical(own.get_tensor("matrix"), expected.at("matrix")));
@@ -169,7 +169,7 @@ TEST(threads_save_one_set_of_tensors) {
             st::save_file(tensors, own);
             EXPECT(read_file(own) == bytes);
             EXPECT(st::save(tensors) == bytes);
-            // To one path: each replaces what is there as a whole.
+            // To one path: each save replaces the file atomically.
             st::save_file(tensors, dir.file("shared"));
             EXPECT(read_file(dir.file("shared")) == bytes);
         }

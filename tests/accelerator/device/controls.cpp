@@ -92,7 +92,7 @@ void reset_statistics() {
     }
 }
 
-// Everything that is queued is done before, so that nothing uses what is given back.
+// First waits for all queued work, so that nothing uses the memory that is freed.
 void empty_cache() {
     for (c10::DeviceIndex index = 0; index < kDevices; ++index) {
         wait_for_device(index);

@@ -41,7 +41,7 @@ Counters& counters();
 // Counts the calling thread once.
 void count_thread();
 
-// Throws where a test asked for this copy to fail.
+// Throws if a test has set this copy to fail.
 void check_copy_fault();
 
 }  // namespace testaccel

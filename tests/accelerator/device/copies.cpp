@@ -20,7 +20,7 @@
 namespace testaccel {
 namespace {
 
-// A tensor of a device as its streams see it. Holds no reference: who frees the memory too early gets what comes of it.
+// A tensor of a device as its streams see it. Holds no reference, so that tests find memory that is freed too early.
 class Sight {
   public:
     explicit Sight(const at::Tensor& tensor)
@@ -61,7 +61,7 @@ void copy_bytes(const c10::Stream& stream, void* to, const void* from, size_t nb
     launch(stream, [=] { std::memmove(to, from, nbytes); });
 }
 
-// A wait that gives up lets the host free its memory, so the copy must not come after it.
+// The host may free its memory after a wait that fails, so the copy must not run later.
 void copy_bytes_and_wait(const c10::Stream& stream, void* to, const void* from, size_t nbytes) {
     struct Claim {
         std::mutex mutex;

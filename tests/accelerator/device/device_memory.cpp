@@ -101,7 +101,7 @@ void collect(Memory& memory) {
     memory.awaited.erase(first_free, memory.awaited.end());
 }
 
-// The pages are given back, the addresses stay: work that is queued too late still finds memory.
+// Frees the pages, and keeps the addresses: work that is queued too late does not crash.
 void give_back(const Memory& memory, const Block& block) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const auto start = static_cast<size_t>(block.data - memory.region);

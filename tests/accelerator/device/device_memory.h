@@ -9,19 +9,19 @@
 
 namespace testaccel {
 
-// Caches as CUDA's allocator does: a freed block is at once reused by the stream that it was allocated on, and by no
-// other, whatever work still goes on with it.
+// Caches like CUDA's allocator: a freed block is reused at once by the stream that it was allocated on, and by no other,
+// even if work on it is still queued.
 c10::Allocator* device_allocator();
 
-// Where a stream's work finds what a tensor of a device points to.
+// Returns the address at which a stream's work accesses the memory of a tensor.
 void* reachable(const void* data);
-// -1 for memory of no device.
+// Returns the device of the memory; -1 if it has none.
 c10::DeviceIndex device_of(const void* data);
 
-// The block is held back, when it is freed, until the stream has done what is queued on it then.
+// Delays the reuse of a freed block until the stream has done the work that is queued when it is freed.
 void use_on_stream(const c10::DataPtr& data, const c10::Stream& stream);
 
-// Blocks that are not in use can go to any stream again, once the device has done what is queued.
+// Waits for the device, and lets any stream use the free blocks.
 void empty_device_cache(c10::DeviceIndex index);
 
 // In bytes, of blocks in use and cached ones together; negative for none.
@@ -30,7 +30,7 @@ void set_memory_limit(c10::DeviceIndex index, int64_t limit);
 struct MemoryStatistics {
     int64_t allocated = 0;
     int64_t peak = 0;
-    // With what is cached.
+    // Including cached blocks.
     int64_t reserved = 0;
     int64_t allocations = 0;
 };

@@ -11,7 +11,7 @@ namespace {
 
 constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
 
-// Recording an event again gives it another mark; who waits for the one before goes on to do so.
+// Recording an event again replaces its mark; earlier waits are for the earlier mark.
 struct Event {
     SharedMark mark;
 };

@@ -14,13 +14,13 @@ c10::Allocator* pinned_allocator();
 // Whether all of it lies in one pinned block, in use or not.
 bool is_pinned(const void* data, size_t nbytes);
 
-// Gives back what is not in use. Nothing that is queued may use it.
+// Frees memory that is not in use. No queued work may use it.
 void empty_pinned_cache();
 
 struct PinnedStatistics {
     int64_t in_use = 0;
     int64_t peak = 0;
-    // With what is cached.
+    // Including cached memory.
     int64_t total = 0;
     int64_t allocations = 0;
 };
