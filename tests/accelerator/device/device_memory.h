@@ -9,8 +9,8 @@
 
 namespace testaccel {
 
-// Caches like CUDA's allocator: a freed block is reused at once by the stream that it was allocated on, and by no other,
-// even if work on it is still queued.
+// Caches like CUDA's allocator: a freed block is reused at once by the stream that it was allocated on, and by no
+// other, even if work on it is still queued.
 c10::Allocator* device_allocator();
 
 // Returns the address at which a stream's work accesses the memory of a tensor.
