@@ -1,18 +1,25 @@
-//! The one error type: what went wrong, with which file and tensor, and what to do about it.
-//!
-//! Each variant has a number in the C header, which is never reused.
+//! The error type of the crate. Each kind has a number in the C header, which is never reused.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What every fallible function of this crate returns.
+/// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An error, and the file that it happened in where there is one.
+/// An error, with the file that it concerns, if any.
 ///
-/// `Display` gives one line for a person: the file, then the tensor or field, the fault, and the remedy.
+/// `Display` writes one line: the file, the tensor or field, what is wrong, and what to do.
+///
+/// ```
+/// use safetensors_torch::{Error, ErrorKind};
+///
+/// let error = Error::new(ErrorKind::BufferSize, "buffer has 3 bytes, but the tensor has 4; pass a larger one");
+/// let error = error.in_file("model.safetensors".as_ref());
+/// assert!(error.to_string().starts_with("model.safetensors: buffer has 3 bytes"));
+/// assert_eq!(error.code(), 19);
+/// ```
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -23,7 +30,7 @@ pub struct Error {
 
 macro_rules! kinds {
     ($( $(#[$doc:meta])* $variant:ident = $number:literal; )*) => {
-        /// The kinds of error. The discriminant is the number in the C header.
+        /// The kind of an error. The discriminant is the number in the C header.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(i32)]
         pub enum ErrorKind {
@@ -31,120 +38,119 @@ macro_rules! kinds {
         }
 
         impl ErrorKind {
-            /// Every kind, in the order of the numbers.
+            /// Every kind, by number.
             pub const ALL: &'static [ErrorKind] = &[ $( ErrorKind::$variant, )* ];
         }
     };
 }
 
 kinds! {
-    /// An argument that no call of this kind takes.
+    /// An argument is not allowed.
     InvalidArgument = 1;
-    /// The operating system refused; [`Error::os_error`] says why.
+    /// The operating system reported an error; see [`Error::os_error`].
     Io = 2;
-    /// Fewer than the 8 bytes of the header length.
+    /// The file has fewer than the 8 bytes of the header length.
     FileTooSmall = 3;
-    /// A header of more than 100,000,000 bytes.
+    /// The header has more than 100,000,000 bytes.
     HeaderTooLarge = 4;
     /// The header runs past the end of the file.
     HeaderTruncated = 5;
-    /// The bytes are of another format: a Git LFS pointer, an HTML page, a zip, a pickle.
+    /// The file has another format: a Git LFS pointer, an HTML page, a zip, a pickle.
     ForeignFormat = 6;
     /// The header is not UTF-8.
     HeaderUtf8 = 7;
-    /// The header is not the JSON that the format asks for.
+    /// The header is not the JSON that the format requires.
     HeaderJson = 8;
-    /// A name, a field or a metadata key that stands twice.
+    /// A name, a field or a metadata key is duplicated.
     Duplicate = 9;
-    /// A dtype code that the format does not know.
+    /// The format does not define the dtype code.
     UnknownDtype = 10;
-    /// A shape whose number of elements, bytes or strides does not fit in 63 bits.
+    /// The elements, bytes or strides of a shape do not fit in 63 bits.
     ShapeOverflow = 11;
-    /// Offsets that do not span the bytes which dtype and shape need.
+    /// The offsets do not span the bytes that dtype and shape require.
     SizeMismatch = 12;
-    /// Offsets that are reversed, overlap, or leave a hole.
+    /// The offsets are reversed, overlap, or leave a hole.
     Offsets = 13;
-    /// Data that ends before the last tensor does, or goes on behind it.
+    /// The data ends before the last tensor, or continues after it.
     DataLength = 14;
-    /// No tensor of that name.
+    /// No tensor has the name.
     TensorNotFound = 15;
-    /// A tensor called `__metadata__`.
+    /// A tensor is named `__metadata__`.
     ReservedName = 16;
-    /// A dtype that the format, or the tensor library, cannot hold.
+    /// The format, or the tensor library, does not support the dtype.
     UnsupportedDtype = 17;
-    /// A slice outside the tensor, of step 0, or that splits a byte.
+    /// A slice is outside the tensor, has step 0, or splits a byte.
     Slice = 18;
-    /// A caller's buffer of the wrong size.
+    /// The caller's buffer has the wrong size.
     BufferSize = 19;
     /// The file was closed.
     Closed = 20;
-    /// The file became shorter, was replaced or was written to while it was open or edited.
+    /// The file was truncated, replaced or written while it was open or edited.
     FileChanged = 21;
-    /// A panic, stopped at the C boundary: a bug of this library.
+    /// A panic was caught at the C boundary: a bug in this library.
     Panic = 22;
-    /// The index of a checkpoint that is malformed, names a file outside its directory, or does not fit its shards; or a
-    /// directory in which no checkpoint is to be found.
+    /// The index of a checkpoint is malformed, names a file outside its directory, or does not match its shards; or a
+    /// directory contains no checkpoint.
     Index = 23;
 }
 
-/// The most bytes of one text that an error shows: names come from files, and paths from callers who may pass the
-/// contents of a file for its name.
-const MOST_SHOWN: usize = 4096;
+/// The maximum length of a text in an error. Names come from files, and a caller may pass the contents of a file as a path.
+const MAX_TEXT_BYTES: usize = 4096;
 
-/// `text`, without the middle of a long one: its beginning names what is wrong, its end what to do.
+/// Returns `text` without the middle of a long one: the beginning says what is wrong, the end what to do.
 fn shortened(text: &str) -> Cow<'_, str> {
-    if text.len() <= MOST_SHOWN {
+    if text.len() <= MAX_TEXT_BYTES {
         return Cow::Borrowed(text);
     }
-    let end = (0..=MOST_SHOWN / 2).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-    let start = (text.len() - MOST_SHOWN / 2..text.len()).find(|&at| text.is_char_boundary(at));
+    let end = (0..=MAX_TEXT_BYTES / 2).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    let start = (text.len() - MAX_TEXT_BYTES / 2..text.len()).find(|&at| text.is_char_boundary(at));
     let start = start.unwrap_or(text.len());
     Cow::Owned(format!("{}... ({} bytes left out) ...{}", &text[..end], start - end, &text[start..]))
 }
 
-/// The path as text, shortened.
-fn shown(path: &Path) -> String {
+/// Returns the path as text, shortened.
+fn display_path(path: &Path) -> String {
     shortened(&path.to_string_lossy()).into_owned()
 }
 
 impl Error {
-    /// An error of `kind`; `detail` names the tensor or field, the fault and the remedy.
+    /// Creates an error of `kind`; `detail` says which tensor or field, what is wrong, and what to do.
     pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Error {
         let detail = shortened(&detail.into()).into_owned();
         Error { kind, detail, path: None, source: None }
     }
 
-    /// The operating system's refusal to do `action` ("read", "create") with the file at `path`.
+    /// Creates the error for a system call that failed to `action` ("read", "create") the file at `path`.
     pub fn io(action: &str, path: &Path, source: io::Error) -> Error {
         let detail = match source.kind() {
-            io::ErrorKind::NotFound => format!("No such file or directory: {}", shown(path)),
-            _ => format!("cannot {action} {}: {source}", shown(path)),
+            io::ErrorKind::NotFound => format!("No such file or directory: {}", display_path(path)),
+            _ => format!("cannot {action} {}: {source}", display_path(path)),
         };
         let error = Error { kind: ErrorKind::Io, detail, path: None, source: Some(source) };
         match error.os_error() {
             Some(libc::EMFILE) => error.with_remedy(&format!(
                 "this process has as many files open as it may ({}): close some, or raise the limit (ulimit -n)",
-                most_open_files()
+                max_open_files()
             )),
             _ => error,
         }
     }
 
-    /// The same error, with what there is to know or to do about it.
+    /// Appends a remedy.
     #[must_use]
     pub(crate) fn with_remedy(mut self, remedy: &str) -> Error {
         self.detail = format!("{}; {remedy}", self.detail);
         self
     }
 
-    /// The same error, raised by the operating system with `source`.
+    /// Sets the error of the operating system.
     #[must_use]
     pub(crate) fn with_os_error(mut self, source: io::Error) -> Error {
         self.source = Some(source);
         self
     }
 
-    /// The same error, said of the file at `path`. An error that names its file already stays as it is.
+    /// Sets the file that the error concerns, unless the error already names one.
     #[must_use]
     pub fn in_file(mut self, path: &Path) -> Error {
         if self.path.is_none() && self.kind != ErrorKind::Io {
@@ -153,26 +159,26 @@ impl Error {
         self
     }
 
-    /// What kind of error this is.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The number of this error in the C header.
+    /// Returns the number of the error in the C header.
     pub fn code(&self) -> i32 {
         self.kind as i32
     }
 
-    /// `errno`, for an error of kind [`ErrorKind::Io`] that the operating system raised.
+    /// Returns the `errno` of an [`ErrorKind::Io`] that the operating system reported.
     pub fn os_error(&self) -> Option<i32> {
         self.source.as_ref().and_then(io::Error::raw_os_error)
     }
 }
 
-/// How many files this process may have open.
-fn most_open_files() -> u64 {
+/// Returns how many files this process may have open.
+fn max_open_files() -> u64 {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` lives during the call, which writes to it alone. It cannot fail for a resource that there is.
+    // SAFETY: `limit` outlives the call, which writes only to it.
     unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
     limit.rlim_cur
 }
@@ -180,7 +186,7 @@ fn most_open_files() -> u64 {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            write!(f, "{}: ", shown(path))?;
+            write!(f, "{}: ", display_path(path))?;
         }
         f.write_str(&self.detail)
     }
@@ -197,14 +203,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_run_without_a_gap() {
+    fn numbers_have_no_gap() {
         for (index, kind) in ErrorKind::ALL.iter().enumerate() {
             assert_eq!(*kind as usize, index + 1);
         }
     }
 
     #[test]
-    fn a_missing_file_reads_as_python_says_it() {
+    fn a_missing_file_has_the_text_of_python() {
         let missing = io::Error::from_raw_os_error(libc::ENOENT);
         let error = Error::io("open", Path::new("a/b"), missing);
         assert_eq!(error.to_string(), "No such file or directory: a/b");
@@ -216,21 +222,21 @@ mod tests {
         let name = "n".repeat(1_000_000);
         let detail = format!("tensor {name:?}: dtype \"é\"; convert it");
         let error = Error::new(ErrorKind::UnsupportedDtype, detail).in_file(Path::new(&name)).to_string();
-        assert!(error.len() < 3 * MOST_SHOWN, "{}", error.len());
+        assert!(error.len() < 3 * MAX_TEXT_BYTES, "{}", error.len());
         assert!(error.starts_with("nnn") && error.ends_with("dtype \"é\"; convert it"), "{error}");
         let error = Error::io("open", Path::new(&name), io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-        assert!(error.to_string().len() < 2 * MOST_SHOWN);
+        assert!(error.to_string().len() < 2 * MAX_TEXT_BYTES);
         assert!(error.to_string().ends_with("File name too long (os error 36)"), "{error}");
     }
 
     #[test]
-    fn texts_are_cut_between_characters() {
-        for length in MOST_SHOWN - 3..MOST_SHOWN + 9 {
+    fn texts_are_shortened_between_characters() {
+        for length in MAX_TEXT_BYTES - 3..MAX_TEXT_BYTES + 9 {
             let text = format!("{}{}", "x".repeat(length % 3), "é".repeat(length));
             let cut = shortened(&text);
             assert!(
-                cut.len() < MOST_SHOWN + 50
-                    && cut.chars().zip(text.chars()).take(1_000).all(|(shown, whole)| shown == whole),
+                cut.len() < MAX_TEXT_BYTES + 50
+                    && cut.chars().zip(text.chars()).take(1_000).all(|(left, right)| left == right),
                 "{length}"
             );
         }
@@ -238,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_named_once() {
+    fn the_first_file_is_kept() {
         let error = Error::new(ErrorKind::HeaderJson, "bad").in_file(Path::new("x")).in_file(Path::new("y"));
         assert_eq!(error.to_string(), "x: bad");
     }

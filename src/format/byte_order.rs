@@ -1,13 +1,13 @@
-//! The byte order of elements: little-endian in every file, so that a big-endian machine would read other numbers.
+//! Refuses multi-byte elements on big-endian machines: files are little-endian, and nothing here swaps bytes.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 
-/// Refuses elements of several bytes on a big-endian machine. Nothing here swaps bytes.
+/// Checks that this machine can read and write the elements of `tensors`.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::UnsupportedDtype`], with the name of the first such tensor.
+/// [`ErrorKind::UnsupportedDtype`] with the name of the first tensor that it cannot.
 pub fn check<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype)>) -> Result<()> {
     if !is_big_endian() {
         return Ok(());
@@ -18,7 +18,7 @@ pub fn check<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype)>) -> Result<
     };
     let detail = format!(
         "tensor {name:?}: elements of {dtype} are little-endian in the file, and this machine is big-endian; use a \
-         little-endian machine, or the PyPI package safetensors, which swaps the bytes"
+         little-endian machine, or the PyPI package safetensors, which swaps bytes"
     );
     Err(Error::new(ErrorKind::UnsupportedDtype, detail))
 }
@@ -40,14 +40,14 @@ mod tests {
     use crate::read::file::TensorFile;
 
     thread_local! {
-        static PRETENDS: Cell<bool> = const { Cell::new(false) };
+        static IS_BIG_ENDIAN: Cell<bool> = const { Cell::new(false) };
     }
 
     pub(super) fn is_big_endian() -> bool {
-        cfg!(target_endian = "big") || PRETENDS.get()
+        cfg!(target_endian = "big") || IS_BIG_ENDIAN.get()
     }
 
-    /// A file of one tensor of `dtype`, with the element 1.
+    /// Returns a file with one tensor that contains the element 1.
     fn file_of(code: &str, bytes: usize) -> Vec<u8> {
         let mut json =
             format!(r#"{{"x":{{"dtype":"{code}","shape":[1],"data_offsets":[0,{bytes}]}}}}"#).into_bytes();
@@ -60,7 +60,7 @@ mod tests {
     }
 
     fn open(file: &[u8]) -> Result<usize> {
-        // SAFETY: the bytes live until the end of the call, and nobody writes to them.
+        // SAFETY: the borrow of `file` outlives the `TensorFile` and excludes writes.
         unsafe { TensorFile::from_memory(file.as_ptr(), file.len()) }.map(|file| file.header().len())
     }
 
@@ -70,8 +70,8 @@ mod tests {
     }
 
     #[test]
-    fn a_big_endian_machine_opens_and_saves_single_bytes_only() {
-        PRETENDS.set(true);
+    fn a_big_endian_machine_reads_and_writes_only_single_bytes() {
+        IS_BIG_ENDIAN.set(true);
         for &dtype in Dtype::ALL.iter().filter(|dtype| dtype.bits() >= 8) {
             let results = [open(&file_of(dtype.code(), dtype.bits() as usize / 8)).err(), plan(dtype).err()];
             for error in results {
@@ -83,11 +83,11 @@ mod tests {
                 }
             }
         }
-        PRETENDS.set(false);
+        IS_BIG_ENDIAN.set(false);
     }
 
     #[test]
-    fn a_little_endian_machine_takes_every_dtype() {
+    fn a_little_endian_machine_reads_and_writes_every_dtype() {
         for &dtype in Dtype::ALL.iter().filter(|dtype| dtype.bits() >= 8) {
             assert_eq!(open(&file_of(dtype.code(), dtype.bits() as usize / 8)).ok(), Some(1));
             assert!(plan(dtype).is_ok());

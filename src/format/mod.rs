@@ -1,4 +1,4 @@
-//! The format: bytes and their meaning. Nothing here opens a file.
+//! The format: bytes and their meaning. Opens no file.
 
 pub(crate) mod byte_order;
 pub mod dtype;

@@ -1,50 +1,62 @@
-//! From an index to byte ranges: which bytes of a tensor a slice needs.
+//! The byte ranges of a tensor that a slice needs.
 
 use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 
-/// The part of one dimension that a slice takes: `start`, `start + step`, ... below `stop`.
+/// The indices that a slice selects in one dimension: `start`, `start + step`, ... below `stop`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AxisRange {
     /// The first index.
     pub start: u64,
-    /// The index to stop before; at most the dimension's size.
+    /// The exclusive end; at most the size of the dimension.
     pub stop: u64,
     /// The distance between two indices, 1 or more.
     pub step: u64,
 }
 
 impl AxisRange {
-    /// How many indices the range has.
+    /// Returns the number of indices.
     pub fn len(&self) -> u64 {
         self.stop.saturating_sub(self.start).div_ceil(self.step)
     }
 
-    /// Whether the range has no index.
+    /// Returns whether the range has no index.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// A slice of a tensor, checked: its shape, and its bytes as runs of equal length.
+/// A validated slice of a tensor: its shape, and its bytes as runs of equal length.
+///
+/// ```
+/// # fn main() -> safetensors_torch::Result<()> {
+/// use safetensors_torch::{AxisRange, Dtype, Slice};
+///
+/// let columns = [AxisRange { start: 0, stop: 2, step: 1 }, AxisRange { start: 1, stop: 3, step: 1 }];
+/// let slice = Slice::plan("weight", Dtype::U8, &[2, 4], &columns)?;
+/// assert_eq!(slice.shape(), [2, 2]);
+/// assert!(slice.byte_ranges().eq([1..3, 5..7]));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Slice {
     shape: Vec<u64>,
     run_bytes: u64,
-    /// Byte offset of the first run in the tensor.
+    /// The byte offset of the first run in the tensor.
     first: u64,
-    /// The loops around the runs, outermost first: how often, and how many bytes further each time.
+    /// The loops around the runs, outermost first: count and stride in bytes.
     loops: Vec<(u64, u64)>,
 }
 
 impl Slice {
-    /// Plans a slice of a tensor of `dtype` and `shape`, one range a dimension. `name` is for the errors.
+    /// Plans a slice of a tensor of `dtype` and `shape` with one range per dimension. `name` is for errors.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Slice`] where the ranges are not one a dimension, leave it, have step 0, or split a byte.
+    /// [`ErrorKind::Slice`] if the number of ranges is wrong, or a range exceeds its dimension, has step 0, or splits a byte.
     pub fn plan(name: &str, dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Result<Slice> {
         let refuse = |what: String| Error::new(ErrorKind::Slice, format!("slice of tensor {name:?}: {what}"));
         if ranges.len() != shape.len() {
@@ -63,7 +75,7 @@ impl Slice {
         if result.contains(&0) {
             return Ok(Slice { shape: result, run_bytes: 0, first: 0, loops: vec![(0, 0)] });
         }
-        // A header's shape is checked to fit 63 bits of bits, so nothing below can overflow.
+        // The bits of a validated shape fit in 63 bits, so nothing below can overflow.
         let mut loops = Vec::new();
         let (mut run_bits, mut first_bits, mut stride_bits) = (dtype.bits(), 0, dtype.bits());
         let mut contiguous = true;
@@ -86,8 +98,8 @@ impl Slice {
             || loops.iter().any(|&(_, bits)| splits_byte(bits))
         {
             return Err(refuse(format!(
-                "elements of {dtype} have {} bits, and this slice begins or ends in the middle of a byte: take an \
-                 even start and an even length along the last dimension",
+                "elements of {dtype} have {} bits, and this slice begins or ends in the middle of a byte; use an \
+                 even start and an even length in the last dimension",
                 dtype.bits()
             )));
         }
@@ -95,22 +107,22 @@ impl Slice {
         Ok(Slice { shape: result, run_bytes: run_bits / 8, first: first_bits / 8, loops })
     }
 
-    /// The dimensions of the slice, in elements; every dimension of the tensor is kept.
+    /// Returns the dimensions of the slice in elements; it has all dimensions of the tensor.
     pub fn shape(&self) -> &[u64] {
         &self.shape
     }
 
-    /// The bytes of the slice.
+    /// Returns the size of the slice in bytes.
     pub fn nbytes(&self) -> u64 {
         self.run_bytes * self.loops.iter().map(|&(count, _)| count).product::<u64>()
     }
 
-    /// The byte ranges in the tensor, in the order of the slice's elements.
+    /// Returns the byte ranges in the tensor, in the order of the elements of the slice.
     pub fn byte_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.byte_ranges_of(0..self.nbytes())
     }
 
-    /// The byte ranges in the tensor of some of the slice's own bytes, which must be within [`Slice::nbytes`].
+    /// Returns the byte ranges in the tensor for `bytes` of the slice, which must not exceed [`Slice::nbytes`].
     pub fn byte_ranges_of(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         let size = self.run_bytes.max(1);
         let runs = if bytes.is_empty() { 0..0 } else { bytes.start / size..bytes.end.div_ceil(size) };
@@ -121,7 +133,7 @@ impl Slice {
                 begin += rest % count * stride;
                 rest /= count;
             }
-            // The first and the last run may be wanted in part.
+            // `bytes` may begin and end inside a run.
             let from = bytes.start.saturating_sub(run * size);
             let to = (bytes.end - run * size).min(size);
             begin + from..begin + to
@@ -130,7 +142,6 @@ impl Slice {
 }
 
 #[cfg(test)]
-// A list of byte ranges may have one.
 #[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
@@ -150,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_join_and_columns_do_not() {
+    fn adjacent_rows_are_one_run_and_columns_are_not() {
         assert_eq!(ranges(Dtype::U8, &[4, 3], &[range(1, 3, 1), range(0, 3, 1)]), [3..9]);
         assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(1, 3, 1)]), [1..3, 5..7]);
         assert_eq!(ranges(Dtype::U8, &[2, 4], &[range(0, 2, 1), range(0, 4, 2)]), [0..1, 2..3, 4..5, 6..7]);
@@ -158,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn some_of_the_bytes_are_part_of_all() {
+    fn ranges_of_some_bytes_are_part_of_all_ranges() {
         let axes = [range(0, 3, 2), range(1, 4, 1), range(0, 3, 1)];
         let slice = Slice::plan("t", Dtype::U16, &[3, 5, 3], &axes).expect("valid");
         let bytes = |ranges: Vec<Range<u64>>| ranges.into_iter().flatten().collect::<Vec<u64>>();
@@ -174,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_range_reads_nothing() {
+    fn an_empty_range_has_no_bytes() {
         let slice = Slice::plan("t", Dtype::F64, &[3, 3], &[range(1, 1, 1), range(0, 3, 1)]).expect("valid");
         assert_eq!((slice.shape(), slice.nbytes()), (&[0, 3][..], 0));
         assert_eq!(slice.byte_ranges().count(), 0);

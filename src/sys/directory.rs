@@ -1,7 +1,7 @@
-//! A directory that is held open, so that a name in it means the same file whatever happens to the path that led to it:
-//! another working directory, a directory that was renamed, a symbolic link that was changed.
+//! An open directory, in which a name means the same file although the path to it changes: another working directory, a
+//! renamed directory, a changed symbolic link.
 //!
-//! Nothing here knows of saves. The descriptor (`O_PATH`) takes no right but that to go through the directory.
+//! The descriptor (`O_PATH`) needs only the right to traverse the directory.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Opens the directory of the file at `path`, to do `action` ("open", "create") with it; returns its name there too.
+/// Opens the parent directory of `path` and returns it with the file name. `action` ("open", "create") is for errors.
 pub(crate) fn open_parent(path: &Path, action: &str) -> Result<(Directory, OsString)> {
     if path.as_os_str().as_bytes().contains(&0) {
         return Err(nul_in_path(path));
@@ -21,13 +21,13 @@ pub(crate) fn open_parent(path: &Path, action: &str) -> Result<(Directory, OsStr
     Directory::open_parent(path).map_err(|source| Error::io(action, path, source))
 }
 
-/// The error for a path that no file can have.
+/// Returns the error for a path that contains NUL.
 pub(crate) fn nul_in_path(path: &Path) -> Error {
-    let detail = format!("file name {:?} contains a NUL byte: no file can have it", path);
+    let detail = format!("file name {path:?} contains a NUL byte; no file can have it");
     Error::new(ErrorKind::InvalidArgument, detail)
 }
 
-/// An open directory, and the path that it was opened by.
+/// An open directory, and the path that opened it.
 #[derive(Debug)]
 pub(crate) struct Directory {
     file: File,
@@ -42,56 +42,56 @@ impl Directory {
         Ok(Directory { file: options.open(path)?, path: path.to_path_buf() })
     }
 
-    /// Opens the directory that the last name of `path` is in; returns that name too. `EISDIR` if `path` can only be
-    /// that of a directory, as it ends in a slash or a dot.
+    /// Opens the parent directory of `path` and returns it with the last name. `EISDIR` if `path` ends in a slash or a dot,
+    /// as only the path of a directory does.
     pub(crate) fn open_parent(path: &Path) -> io::Result<(Directory, OsString)> {
         let (parent, name) = split(path)?;
         Ok((Directory::open(parent)?, name.to_os_string()))
     }
 
-    /// The same of a path that begins in this directory unless it begins at the root.
+    /// As [`Directory::open_parent`], for a path relative to this directory.
     pub(crate) fn open_parent_at(&self, path: &Path) -> io::Result<(Directory, OsString)> {
         let (parent, name) = split(path)?;
         let directory = self.subdirectory(parent.as_os_str())?;
         Ok((directory, name.to_os_string()))
     }
 
-    /// Opens the directory that `name` leads to from this one; a symbolic link is followed.
+    /// Opens the directory `name`, following symbolic links.
     pub(crate) fn subdirectory(&self, name: &OsStr) -> io::Result<Directory> {
         let file = self.open_at(name, libc::O_PATH | libc::O_DIRECTORY, 0)?;
         Ok(Directory { file, path: self.path_of(name) })
     }
 
-    /// The path that this was opened by; for messages.
+    /// Returns the path that opened this directory, for messages.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The path of `name`; for messages.
+    /// Returns the path of `name`, for messages.
     pub(crate) fn path_of(&self, name: &OsStr) -> PathBuf {
         self.path.join(name)
     }
 
-    /// What tells this directory from every other one.
+    /// Returns the device and inode of this directory.
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
-        self.file.metadata().map(|told| identity(&told))
+        self.file.metadata().map(|metadata| identity(&metadata))
     }
 
-    /// The owner, the permissions and so on of the directory itself.
+    /// Returns the metadata of the directory itself.
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {
         self.file.metadata()
     }
 
-    /// The descriptor, which can be used to look at the directory alone.
+    /// Returns the `O_PATH` descriptor.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    /// Opens `name` with the flags of `open(2)`, and what the umask leaves of `mode` if that makes a file.
+    /// Opens `name` with flags of `open(2)`; `mode`, reduced by the umask, applies to a new file.
     pub(crate) fn open_at(&self, name: &OsStr, flags: libc::c_int, mode: libc::mode_t) -> io::Result<File> {
         let name = c_string(name)?;
         loop {
-            // SAFETY: a descriptor that `self.file` keeps open, and a string that ends in NUL and outlives the call.
+            // SAFETY: `self.file` keeps the descriptor open; `c_string` ends the name in NUL, and it outlives the call.
             let opened = unsafe {
                 libc::openat(
                     self.file.as_raw_fd(),
@@ -101,7 +101,7 @@ impl Directory {
                 )
             };
             if opened >= 0 {
-                // SAFETY: the kernel has just made this descriptor, and nothing else has it.
+                // SAFETY: openat has just created this descriptor, and nothing else owns it.
                 return Ok(unsafe { File::from_raw_fd(opened) });
             }
             let error = io::Error::last_os_error();
@@ -111,13 +111,12 @@ impl Directory {
         }
     }
 
-    /// A descriptor of what is at `name`, a symbolic link itself if it is one, that can only be asked what it is;
-    /// `None` if there is nothing.
+    /// Opens whatever has the name, including a symbolic link itself, as an `O_PATH` descriptor; `None` if nothing has.
     pub(crate) fn open_entry(&self, name: &OsStr) -> io::Result<Option<File>> {
         not_found_as_none(self.open_at(name, libc::O_PATH | libc::O_NOFOLLOW, 0))
     }
 
-    /// As [`Directory::open_entry`], but of what a symbolic link leads to; `None` if it leads to nothing.
+    /// As [`Directory::open_entry`], but follows symbolic links; `None` for a dangling one too.
     pub(crate) fn open_link_target(&self, name: &OsStr) -> io::Result<Option<File>> {
         match self.open_at(name, libc::O_PATH, 0) {
             Err(error) if error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
@@ -125,13 +124,13 @@ impl Directory {
         }
     }
 
-    /// Opens for use what was looked at as `entry` under this `name`, and nothing that has taken its place.
+    /// Opens `entry`, which had this `name`, with other flags; never another file that has replaced it.
     pub(crate) fn reopen(&self, entry: &File, name: &OsStr, flags: libc::c_int) -> io::Result<File> {
         let opened = self.open_at(proc_path(entry).as_ref(), flags, 0);
         if !opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             return opened;
         }
-        // Without /proc by its name, which may have gone to another file meanwhile.
+        // Without /proc, by its name, which may belong to another file by now.
         let opened = self.open_at(name, flags, 0)?;
         if identity(&opened.metadata()?) == identity(&entry.metadata()?) {
             return Ok(opened);
@@ -139,11 +138,11 @@ impl Directory {
         Err(io::Error::from_raw_os_error(libc::ESTALE))
     }
 
-    /// Where the symbolic link `name` leads to.
+    /// Returns the target of the symbolic link `name`.
     pub(crate) fn read_link(&self, name: &OsStr) -> io::Result<PathBuf> {
         let name = c_string(name)?;
         let mut target = vec![0u8; libc::PATH_MAX as usize];
-        // SAFETY: an open descriptor, a string that ends in NUL, and a buffer of as many bytes as the call is told.
+        // SAFETY: `self.file` keeps the descriptor open, `c_string` ends the name in NUL, and the buffer has the given length.
         let length = unsafe {
             libc::readlinkat(self.file.as_raw_fd(), name.as_ptr(), target.as_mut_ptr().cast(), target.len())
         };
@@ -151,11 +150,11 @@ impl Directory {
         Ok(OsString::from_vec(target).into())
     }
 
-    /// Gives a file that has no name (`O_TMPFILE`) this one. Needs /proc.
+    /// Names a file that has no name (`O_TMPFILE`). Needs /proc.
     pub(crate) fn link(&self, file: &File, name: &OsStr) -> io::Result<()> {
         let from = c_string(proc_path(file).as_ref())?;
         let to = c_string(name)?;
-        // SAFETY: an open descriptor, and two strings that end in NUL and outlive the call.
+        // SAFETY: `self.file` keeps the descriptor open; `c_string` ends both names in NUL, and they outlive the call.
         check_status(unsafe {
             libc::linkat(
                 libc::AT_FDCWD,
@@ -167,10 +166,10 @@ impl Directory {
         })
     }
 
-    /// Renames `from` to `to`, whatever is there.
+    /// Renames `from` to `to`, replacing a file there.
     pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
         let (from, to, fd) = (c_string(from)?, c_string(to)?, self.file.as_raw_fd());
-        // SAFETY: an open descriptor, and two strings that end in NUL and outlive the call.
+        // SAFETY: `self.file` keeps the descriptor open; `c_string` ends both names in NUL, and they outlive the call.
         check_status(unsafe { libc::renameat(fd, from.as_ptr(), fd, to.as_ptr()) })
     }
 
@@ -186,18 +185,18 @@ impl Directory {
 
     fn unlink(&self, name: &OsStr, flags: libc::c_int) -> io::Result<()> {
         let name = c_string(name)?;
-        // SAFETY: an open descriptor, and a string that ends in NUL and outlives the call.
+        // SAFETY: `self.file` keeps the descriptor open; `c_string` ends the name in NUL, and it outlives the call.
         check_status(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), flags) })
     }
 
-    /// Makes the directory `name`.
+    /// Creates the directory `name`.
     pub(crate) fn create_directory(&self, name: &OsStr) -> io::Result<()> {
         let name = c_string(name)?;
-        // SAFETY: an open descriptor, and a string that ends in NUL and outlives the call.
+        // SAFETY: `self.file` keeps the descriptor open; `c_string` ends the name in NUL, and it outlives the call.
         check_status(unsafe { libc::mkdirat(self.file.as_raw_fd(), name.as_ptr(), 0o777) })
     }
 
-    /// The names in the directory, in the order in which the filesystem has them.
+    /// Returns the names in the directory, in the order of the filesystem.
     pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let mut listing = DirectoryStream::new(self.open_at(OsStr::new("."), flags, 0)?)?;
@@ -210,27 +209,27 @@ impl Directory {
         Ok(names)
     }
 
-    /// Has all names in the directory put on the disk.
+    /// Writes the names in the directory to the disk.
     pub(crate) fn synchronize(&self) -> io::Result<()> {
         match self.open_at(OsStr::new("."), libc::O_RDONLY, 0)?.sync_all() {
-            // What filesystems answer whose directories need no synchronizing, or know none.
+            // The answer of filesystems whose directories cannot be synchronized, or need not be.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             outcome => outcome,
         }
     }
 }
 
-/// A stream over the names in a directory.
+/// Iterates over the names in a directory.
 struct DirectoryStream(*mut libc::DIR);
 
 impl DirectoryStream {
     fn new(directory: File) -> io::Result<DirectoryStream> {
         let descriptor = directory.into_raw_fd();
-        // SAFETY: a descriptor that nothing else has; the stream owns it if there is one.
+        // SAFETY: `into_raw_fd` has made this the only owner of the descriptor; the stream owns it on success.
         let stream = unsafe { libc::fdopendir(descriptor) };
         if stream.is_null() {
             let error = io::Error::last_os_error();
-            // SAFETY: no stream was made, so the descriptor is still ours alone.
+            // SAFETY: fdopendir has failed, so this is still the only owner of the descriptor.
             drop(unsafe { File::from_raw_fd(descriptor) });
             return Err(error);
         }
@@ -238,17 +237,17 @@ impl DirectoryStream {
     }
 
     fn next(&mut self) -> io::Result<Option<OsString>> {
-        // `readdir` tells its end from an error by this alone.
-        // SAFETY: the place is this thread's.
+        // Only errno distinguishes the end from an error.
+        // SAFETY: errno is thread-local and always valid.
         unsafe { *libc::__errno_location() = 0 };
-        // SAFETY: an open stream, which `&mut self` keeps other threads from.
+        // SAFETY: `new` has opened the stream, and `&mut self` excludes other threads.
         let entry = unsafe { libc::readdir64(self.0) };
         if entry.is_null() {
             let error = io::Error::last_os_error();
             return if error.raw_os_error() == Some(0) { Ok(None) } else { Err(error) };
         }
-        // SAFETY: the entry is valid until the next call, and its name ends in NUL; the pointer is made without a
-        // reference to the whole of it, which may be shorter than its type.
+        // SAFETY: readdir64 keeps the entry valid until the next call and ends its name in NUL. The entry may be shorter than
+        // its type, so no reference to it is created.
         let name = unsafe { std::ffi::CStr::from_ptr((&raw const (*entry).d_name).cast()) };
         Ok(Some(OsStr::from_bytes(name.to_bytes()).to_os_string()))
     }
@@ -256,12 +255,12 @@ impl DirectoryStream {
 
 impl Drop for DirectoryStream {
     fn drop(&mut self) {
-        // SAFETY: the stream was made by `new`, and is closed once.
+        // SAFETY: `new` has opened the stream, and drop closes it once.
         unsafe { libc::closedir(self.0) };
     }
 }
 
-/// The directory that the last name of `path` is in, and that name.
+/// Splits `path` into the parent directory and the last name.
 fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     let bytes = path.as_os_str().as_bytes();
     let (parent, name) = match bytes.iter().rposition(|&byte| byte == b'/') {
@@ -276,12 +275,12 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     }
 }
 
-/// What tells a file from every other one on this machine.
+/// Returns the device and inode, which identify a file on this machine.
 pub(crate) fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// The name of an open file under /proc.
+/// Returns the path of an open file under /proc.
 pub(crate) fn proc_path(file: &File) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
@@ -297,7 +296,7 @@ fn check_status(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A name as C has it, which needs no memory to be allocated unless it is longer than a file name can be.
+/// A C string that allocates only if it is longer than a file name can be.
 struct Name {
     short: [u8; 256],
     long: Option<CString>,
@@ -315,7 +314,7 @@ fn c_string(name: &OsStr) -> io::Result<Name> {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let mut short = [0; 256];
-    // The last byte stays 0.
+    // The byte after the name stays 0.
     let long = if bytes.len() < short.len() { None } else { Some(CString::new(bytes)?) };
     if long.is_none() {
         short[..bytes.len()].copy_from_slice(bytes);
@@ -334,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_a_directory_and_a_name() {
+    fn a_path_splits_into_directory_and_name() {
         let temporary = tempfile::tempdir().expect("a directory");
         let (directory, last) = Directory::open_parent(&temporary.path().join("file")).expect("opened");
         assert_eq!((directory.path(), &*last), (temporary.path(), name("file")));
@@ -349,50 +348,51 @@ mod tests {
     }
 
     #[test]
-    fn names_stay_those_of_the_directory_that_was_opened() {
+    fn names_belong_to_the_directory_that_was_opened() {
         let root = tempfile::tempdir().expect("a directory");
-        let (first, aside) = (root.path().join("first"), root.path().join("aside"));
-        fs::create_dir(&first).expect("made");
-        let held = Directory::open(&first).expect("opened");
-        fs::rename(&first, &aside).expect("renamed");
-        fs::create_dir(&first).expect("made");
-        held.open_at(name("a"), libc::O_CREAT | libc::O_WRONLY, 0o666).expect("made");
-        held.rename(name("a"), name("b")).expect("renamed");
-        held.create_directory(name("c")).expect("made");
-        let mut names = held.names().expect("listed");
+        let (first, renamed) = (root.path().join("first"), root.path().join("renamed"));
+        fs::create_dir(&first).expect("created");
+        let opened = Directory::open(&first).expect("opened");
+        fs::rename(&first, &renamed).expect("renamed");
+        fs::create_dir(&first).expect("created");
+        opened.open_at(name("a"), libc::O_CREAT | libc::O_WRONLY, 0o666).expect("created");
+        opened.rename(name("a"), name("b")).expect("renamed");
+        opened.create_directory(name("c")).expect("created");
+        let mut names = opened.names().expect("listed");
         names.sort();
         assert_eq!(names, ["b", "c"]);
-        assert!(aside.join("b").exists() && fs::read_dir(&first).expect("there").next().is_none());
-        held.remove(name("b")).expect("removed");
-        held.remove_directory(name("c")).expect("removed");
-        held.synchronize().expect("synchronized");
-        assert!(held.names().expect("listed").is_empty());
+        assert!(renamed.join("b").exists() && fs::read_dir(&first).expect("exists").next().is_none());
+        opened.remove(name("b")).expect("removed");
+        opened.remove_directory(name("c")).expect("removed");
+        opened.synchronize().expect("synchronized");
+        assert!(opened.names().expect("listed").is_empty());
     }
 
     #[test]
-    fn an_entry_is_the_link_and_not_what_it_leads_to() {
+    fn an_entry_is_the_link_itself() {
         let directory = tempfile::tempdir().expect("a directory");
         fs::write(directory.path().join("file"), "bytes").expect("written");
         for (link, to) in [("link", "file"), ("dangling", "nothing"), ("loop", "loop")] {
             symlink(to, directory.path().join(link)).expect("linked");
         }
-        let held = Directory::open(directory.path()).expect("opened");
+        let opened = Directory::open(directory.path()).expect("opened");
         let is_link = |at: &str| {
-            held.open_entry(name(at))
-                .expect("looked at")
-                .expect("there")
+            opened
+                .open_entry(name(at))
+                .expect("inspected")
+                .expect("exists")
                 .metadata()
-                .expect("told")
+                .expect("metadata")
                 .is_symlink()
         };
         assert!(is_link("link") && is_link("dangling") && is_link("loop") && !is_link("file"));
-        let leads_to = held.open_link_target(name("link")).expect("looked at").expect("there");
-        assert_eq!(leads_to.metadata().expect("told").len(), 5);
+        let target = opened.open_link_target(name("link")).expect("inspected").expect("exists");
+        assert_eq!(target.metadata().expect("metadata").len(), 5);
         for nothing in ["dangling", "loop", "nothing"] {
-            assert!(held.open_link_target(name(nothing)).expect("looked at").is_none());
+            assert!(opened.open_link_target(name(nothing)).expect("inspected").is_none());
         }
-        assert!(held.open_entry(name("nothing")).expect("looked at").is_none());
-        assert_eq!(held.read_link(name("link")).expect("a link"), Path::new("file"));
-        held.read_link(name("file")).expect_err("no link");
+        assert!(opened.open_entry(name("nothing")).expect("inspected").is_none());
+        assert_eq!(opened.read_link(name("link")).expect("a link"), Path::new("file"));
+        opened.read_link(name("file")).expect_err("not a link");
     }
 }

@@ -1,21 +1,20 @@
-//! Fresh memory, and what its pages cost.
+//! Populates fresh memory, with huge or small pages, whichever cost less.
 //!
-//! A page costs its first touch. Huge pages cost less than small ones where the machine has its memory at hand, and many
-//! times more where a hypervisor takes free memory back: it takes whole huge pages, and each must then come from the
-//! host, while small pages come out of remains that the guest kept. Which it is differs between machines, and from one
-//! second to the next. So memory is brought in by pieces of the size of a huge page, just before they are written to;
-//! each is timed, and the kind of page that took less time lately is used for the next. Knows nothing of tensors.
+//! Huge pages are cheaper if the machine has free memory. They are several times more expensive if a hypervisor reclaims
+//! free memory: it takes whole huge pages, and each must come back from the host, while small pages come from fragments
+//! that the guest kept. This varies between machines and over time. So memory is populated in pieces of the size of a huge
+//! page, right before they are written; each piece is timed, and the next one uses the kind of page that was cheaper.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::sys::page_cache::page_size;
 
-/// A huge page of x86-64, and of arm64 with the usual base pages; the unit in which memory is brought in.
+/// The size of a huge page on x86-64, and on arm64 with base pages of 4 KiB; the unit of populating.
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// The kind of page that costs more is tried again after this many times what the try is expected to cost.
-const PATIENCE: u64 = 16;
+/// The more expensive kind is tried again after this many times the expected cost of the trial.
+const TRIAL_INTERVAL: u64 = 16;
 
 /// The two kinds of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,20 +23,20 @@ enum PageKind {
     Huge,
 }
 
-/// What pieces of either kind took lately, in nanoseconds of a processor.
+/// The recent processor time per piece of either kind, in nanoseconds.
 #[derive(Debug)]
 struct Costs {
     small: Cost,
     huge: Cost,
-    /// How long pieces took since the dearer kind was tried.
+    /// The time of all pieces since the last trial of the more expensive kind.
     since_trial: AtomicU64,
 }
 
-/// What the last two pieces of one kind took: one in each half, 0 if there was none.
+/// The times of the last two pieces of one kind: 32 bits each, 0 for none.
 #[derive(Debug)]
 struct Cost(AtomicU64);
 
-/// Shared by the whole process, because what one load learned holds for the next.
+/// Shared by the process: the next load uses what the last one measured.
 static COSTS: Costs = Costs::new();
 
 impl Cost {
@@ -45,8 +44,8 @@ impl Cost {
         Cost(AtomicU64::new(0))
     }
 
-    /// The smaller of the last two: a single piece that was held up by something else says nothing.
-    fn lately(&self) -> Option<u64> {
+    /// Returns the smaller of the last two times, to ignore a single disturbed piece.
+    fn recent(&self) -> Option<u64> {
         let both = self.0.load(Ordering::Relaxed);
         let (last, before) = (both & u64::from(u32::MAX), both >> 32);
         if before == 0 { (last != 0).then_some(last) } else { Some(last.min(before)) }
@@ -54,7 +53,7 @@ impl Cost {
 
     fn add(&self, nanoseconds: u64) {
         let last = nanoseconds.clamp(1, u64::from(u32::MAX));
-        // Of two threads at once one may get lost: no harm.
+        // Two threads at once may lose one measurement, which is harmless.
         let before = self.0.load(Ordering::Relaxed) << 32;
         self.0.store(before | last, Ordering::Relaxed);
     }
@@ -65,23 +64,23 @@ impl Costs {
         Costs { small: Cost::new(), huge: Cost::new(), since_trial: AtomicU64::new(0) }
     }
 
-    /// The kind for the next piece. Every piece that is brought in must be reported with [`Costs::add`].
+    /// Returns the kind for the next piece. Report its time with [`Costs::add`].
     fn choose(&self) -> PageKind {
-        // Small pages first: at their worst they cost as much as huge ones do at theirs.
-        let Some(small) = self.small.lately() else { return PageKind::Small };
-        let Some(huge) = self.huge.lately() else { return PageKind::Huge };
-        let (cheaper, dearer) =
+        // Small pages first: their worst case costs no more than that of huge pages.
+        let Some(small) = self.small.recent() else { return PageKind::Small };
+        let Some(huge) = self.huge.recent() else { return PageKind::Huge };
+        let (cheaper, costlier) =
             if huge < small { (PageKind::Huge, PageKind::Small) } else { (PageKind::Small, PageKind::Huge) };
-        // A trial is expected to lose the difference, so that all trials together lose a small part of the time.
-        let due = PATIENCE * small.abs_diff(huge).max(small.min(huge));
+        // A trial is expected to cost the difference, so all trials together cost a small part of the time.
+        let due = TRIAL_INTERVAL * small.abs_diff(huge).max(small.min(huge));
         if self.since_trial.load(Ordering::Relaxed) < due {
             return cheaper;
         }
         self.since_trial.store(0, Ordering::Relaxed);
-        dearer
+        costlier
     }
 
-    /// Notes what a piece of that kind took.
+    /// Records the time of a piece of that kind.
     fn add(&self, kind: PageKind, nanoseconds: u64) {
         match kind {
             PageKind::Small => self.small.add(nanoseconds),
@@ -91,41 +90,41 @@ impl Costs {
     }
 }
 
-/// Memory of this process that nobody has written to yet. Only page tables change here, never a byte.
+/// Memory of this process that has not been written yet. Changes page tables, never contents.
 #[derive(Debug)]
 pub(crate) struct PagePopulator {
     start: *mut u8,
     length: usize,
-    /// What the kernel was told last: a [`PageKind`], or [`NO_ADVICE`].
+    /// The last advice to the kernel: a [`PageKind`], or [`NO_ADVICE`].
     advice: AtomicU8,
 }
 
 const NO_ADVICE: u8 = u8::MAX;
 
-// SAFETY: an address and a length; all that is done with them leaves every byte as it is.
+// SAFETY: the address is only passed to madvise and mincore, which change no byte and check that it is mapped.
 unsafe impl Send for PagePopulator {}
 // SAFETY: as above.
 unsafe impl Sync for PagePopulator {}
 
 impl PagePopulator {
-    /// For the `length` bytes from `start` on. The kernel's advice stays with these addresses until they are unmapped, so
-    /// it is not for memory that belongs to somebody else.
+    /// Returns a populator for `length` bytes at `start`. The kernel keeps its advice until they are unmapped, so they must
+    /// not belong to an allocator.
     pub(crate) fn new(start: *mut u8, length: usize) -> PagePopulator {
         PagePopulator { start, length, advice: AtomicU8::new(NO_ADVICE) }
     }
 
-    /// How many bytes there are.
+    /// Returns the number of bytes.
     pub(crate) fn len(&self) -> usize {
         self.length
     }
 
-    /// How far `address` is from the start.
+    /// Returns the offset of `address` from the start.
     pub(crate) fn offset(&self, address: *mut u8) -> usize {
         address.addr() - self.start.addr()
     }
 
-    /// Brings in every whole piece that bytes of `part` lie in, before they are written to; pieces that have memory are
-    /// left as they are. Returns the end of the last piece: calls for bytes before it have nothing to do.
+    /// Populates the whole pieces that contain bytes of `part`, except resident ones. Returns the end of the last piece;
+    /// calls for bytes before it have no effect.
     pub(crate) fn populate(&self, part: Range<usize>) -> usize {
         // Miri has no pages.
         if part.is_empty() || cfg!(miri) {
@@ -137,7 +136,7 @@ impl PagePopulator {
         }
         let mut piece = first + part.start.saturating_sub(first) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
         while piece < part.end && piece + HUGE_PAGE_BYTES <= self.length {
-            // Two threads may meet in a piece that both have a part of: then both bring it in, as two page faults would.
+            // Two threads may populate the same piece, which is harmless, like two page faults.
             let start = self.start.wrapping_add(piece);
             if !is_resident(start) {
                 self.populate_piece(start);
@@ -151,16 +150,16 @@ impl PagePopulator {
         let kind = COSTS.choose();
         self.advise(kind);
         let before = processor_time();
-        // SAFETY: this call gives pages memory and changes no byte, and the kernel refuses addresses that are not mapped.
+        // SAFETY: MADV_POPULATE_WRITE changes no byte, and the kernel refuses addresses that are not mapped.
         let status = unsafe { libc::madvise(piece.cast(), HUGE_PAGE_BYTES, libc::MADV_POPULATE_WRITE) };
-        // Linux before 5.14 refuses: the small pages then come when they are written to.
+        // Linux before 5.14 refuses; the pages then come with the writes.
         if status == 0 {
             COSTS.add(kind, processor_time().saturating_sub(before));
         }
     }
 
-    /// Tells the kernel which kind of pages is wanted from now on. All of the memory is told at once: pieces told apart
-    /// would each take a mapping of their own, of which a process has 65,530.
+    /// Sets the kind of pages for all of the memory. Different advice for single pieces would split the mapping, and a
+    /// process may have only 65,530.
     fn advise(&self, kind: PageKind) {
         if self.advice.swap(kind as u8, Ordering::Relaxed) == kind as u8 {
             return;
@@ -169,43 +168,47 @@ impl PagePopulator {
             PageKind::Small => libc::MADV_NOHUGEPAGE,
             PageKind::Huge => libc::MADV_HUGEPAGE,
         };
-        let page = page_size();
-        let skipped = self.start.align_offset(page);
-        let whole = self.length.saturating_sub(skipped) / page * page;
-        // SAFETY: this advice changes neither the contents nor the rights of any page, and the kernel refuses it for
-        // addresses that are not mapped. Refusal does no harm: the pages are small ones then.
-        unsafe { libc::madvise(self.start.wrapping_add(skipped).cast(), whole, advice) };
+        let (skipped, length) = whole_pages(self.start, self.length);
+        // SAFETY: this advice changes no byte and no access right, and the kernel refuses addresses that are not mapped.
+        // Without it the pages are small.
+        unsafe { libc::madvise(self.start.wrapping_add(skipped).cast(), length, advice) };
     }
 }
 
-/// Gives back the memory of the whole pages among `length` bytes from `start` on.
+/// Returns the offset and the length of the whole pages among `length` bytes at `start`.
+fn whole_pages(start: *mut u8, length: usize) -> (usize, usize) {
+    let page = page_size();
+    let skipped = start.align_offset(page);
+    (skipped, length.saturating_sub(skipped) / page * page)
+}
+
+/// Releases the memory of the whole pages among `length` bytes at `start`.
 ///
 /// # Safety
 ///
-/// Nobody may read these bytes again: they are zeros from now on, or what they were.
+/// Nobody may read these bytes again before writing them: they become zeros, or stay.
 pub(crate) unsafe fn discard(start: *mut u8, length: usize) {
-    let page = page_size();
-    let skipped = start.align_offset(page);
-    let whole = length.saturating_sub(skipped) / page * page;
-    if whole > 0 && !cfg!(miri) {
-        // SAFETY: the caller vouches for the bytes; refusal (locked memory) leaves them.
-        unsafe { libc::madvise(start.wrapping_add(skipped).cast(), whole, libc::MADV_DONTNEED) };
+    let (skipped, length) = whole_pages(start, length);
+    if length > 0 && !cfg!(miri) {
+        // SAFETY: the pages lie inside the bytes that nobody reads again by this function's contract, so no bytes of others
+        // change. The kernel refuses locked memory, which then stays.
+        unsafe { libc::madvise(start.wrapping_add(skipped).cast(), length, libc::MADV_DONTNEED) };
     }
 }
 
-/// Whether the page at `address` has memory already, so that writing there takes no page fault.
+/// Returns whether the page at `address` is resident, so that a write takes no page fault.
 pub(crate) fn is_resident(address: *mut u8) -> bool {
     let page = address.map_addr(|address| address & !(page_size() - 1));
     let mut resident = 0u8;
-    // SAFETY: the kernel only looks, refuses addresses that are not mapped, and writes one byte for one page.
+    // SAFETY: mincore does not access the page, refuses addresses that are not mapped, and writes one byte for one page.
     let status = unsafe { libc::mincore(page.cast(), 1, &raw mut resident) };
     status == 0 && resident & 1 != 0
 }
 
-/// How long this thread has had a processor, in nanoseconds: unlike the time of day, it stands still while others have it.
+/// Returns the processor time of this thread in nanoseconds, which does not advance while other threads run.
 fn processor_time() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the kernel writes one `timespec`.
+    // SAFETY: the clock exists, and the call writes one `timespec`.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
@@ -216,10 +219,10 @@ mod tests {
 
     const SMALL: u64 = 750_000;
     const HUGE: u64 = 250_000;
-    /// Of a page, huge or of many small ones, that comes from the host.
+    /// The time of a piece whose memory comes from the host.
     const FROM_HOST: u64 = 4_400_000;
 
-    /// What `pieces` take in all, each of which costs what `cost` says of its number and kind.
+    /// Returns the total time of `pieces`; `cost` returns the time of one by its number and kind.
     fn simulated(costs: &Costs, pieces: u64, cost: impl Fn(u64, PageKind) -> u64) -> u64 {
         let mut total = 0;
         for piece in 0..pieces {
@@ -231,37 +234,37 @@ mod tests {
         total
     }
 
-    /// Asserts that `pieces` take hardly longer than those of one kind alone, or of the other.
+    /// Asserts that `pieces` take hardly longer than with the better of the two kinds alone.
     fn assert_close_to_the_better(pieces: u64, cost: impl Fn(u64, PageKind) -> u64 + Copy) {
         let alone = |kind| (0..pieces).map(|piece| cost(piece, kind)).sum::<u64>();
         let best = alone(PageKind::Small).min(alone(PageKind::Huge));
         let taken = simulated(&Costs::new(), pieces, cost);
-        // One piece of the wrong kind must be tried to know.
+        // One piece of the wrong kind must be tried.
         assert!(taken <= best + best / 8 + FROM_HOST, "{taken} ns, where one kind alone takes {best}");
     }
 
     #[test]
-    fn a_machine_with_memory_at_hand_gets_huge_pages() {
-        let at_hand = |_, kind| if kind == PageKind::Huge { HUGE } else { SMALL };
+    fn free_memory_gets_huge_pages() {
+        let free = |_, kind| if kind == PageKind::Huge { HUGE } else { SMALL };
         for pieces in [1, 5, 30, 1500] {
-            assert_close_to_the_better(pieces, at_hand);
+            assert_close_to_the_better(pieces, free);
         }
-        // Something else holds up every fiftieth piece.
-        let disturbed = |piece, kind| if piece % 50 == 49 { FROM_HOST } else { at_hand(piece, kind) };
+        // Something else delays every fiftieth piece.
+        let disturbed = |piece, kind| if piece % 50 == 49 { FROM_HOST } else { free(piece, kind) };
         assert_close_to_the_better(1500, disturbed);
     }
 
     #[test]
-    fn a_machine_that_gives_free_memory_back_gets_small_pages() {
-        let given_back = |_, kind| if kind == PageKind::Huge { FROM_HOST } else { SMALL };
+    fn reclaimed_memory_gets_small_pages() {
+        let reclaimed = |_, kind| if kind == PageKind::Huge { FROM_HOST } else { SMALL };
         for pieces in [1, 5, 30, 1500] {
-            assert_close_to_the_better(pieces, given_back);
+            assert_close_to_the_better(pieces, reclaimed);
         }
     }
 
     #[test]
-    fn what_changes_is_noticed() {
-        // Huge pages are at hand until the host has to give them, and again later.
+    fn a_change_of_costs_is_noticed() {
+        // Huge pages are free, then come from the host, then are free again.
         let changing = |piece, kind| match (kind, piece / 500) {
             (PageKind::Huge, 1) => FROM_HOST,
             (PageKind::Huge, _) => HUGE,
@@ -270,23 +273,23 @@ mod tests {
         let best = 1000 * HUGE + 500 * SMALL;
         let taken = simulated(&Costs::new(), 1500, changing);
         assert!(taken <= best + best / 8, "{taken} ns, where the best of both takes {best}");
-        // Then the small ones come from the host too.
+        // Then small pages come from the host too.
         let used_up =
             |piece, kind| if kind == PageKind::Small && piece > 300 { FROM_HOST + SMALL } else { FROM_HOST };
         assert_close_to_the_better(1500, used_up);
     }
 
     #[test]
-    fn one_load_learns_from_another() {
+    fn a_load_uses_the_measurements_of_the_previous_one() {
         let costs = Costs::new();
-        let given_back = |_, kind| if kind == PageKind::Huge { FROM_HOST } else { SMALL };
-        assert!(simulated(&costs, 2, given_back) >= FROM_HOST);
-        assert_eq!(simulated(&costs, 10, given_back), 10 * SMALL);
+        let reclaimed = |_, kind| if kind == PageKind::Huge { FROM_HOST } else { SMALL };
+        assert!(simulated(&costs, 2, reclaimed) >= FROM_HOST);
+        assert_eq!(simulated(&costs, 10, reclaimed), 10 * SMALL);
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no pages")]
-    fn whole_pieces_are_brought_in_and_no_others() {
+    fn only_whole_pieces_are_populated() {
         let map = memmap2::MmapMut::map_anon(8 * HUGE_PAGE_BYTES).expect("memory");
         let start = map.as_ptr().cast_mut();
         let start = start.wrapping_add(start.align_offset(HUGE_PAGE_BYTES));
@@ -309,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_there_once_it_was_written_to() {
+    fn a_page_is_resident_after_a_write() {
         let mut map = memmap2::MmapMut::map_anon(HUGE_PAGE_BYTES).expect("memory");
         let address = map.as_mut_ptr().wrapping_add(123_456);
         assert!(!is_resident(address));

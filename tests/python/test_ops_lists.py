@@ -136,7 +136,7 @@ def test_save_tensors(metadata: dict[str, str] | None, state: dict[str, torch.Te
     "names, tensors, message",
     [
         (["a"], [WEIGHT, torch.ones(1)], "as many names as tensors, not 1 and 2"),
-        (["a", "a"], [WEIGHT, torch.ones(1)], 'two tensors are named "a"'),
+        (["a", "a"], [WEIGHT, torch.ones(1)], 'tensor "a": two tensors have this name'),
         (["a", "b"], [WEIGHT, WEIGHT], "share memory"),
         (["a"], [WEIGHT.transpose(0, 1)], "non contiguous tensor: `a`"),
         (["a"], [WEIGHT.to("meta")], "Cannot copy out of meta tensor"),
