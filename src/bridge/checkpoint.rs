@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ffi::{Piece, Place};
+use super::ffi::{Piece, TensorLocation};
 use super::file::{File, prefault_mode};
 use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
@@ -16,7 +16,7 @@ pub struct Checkpoint(checkpoint::Checkpoint);
 
 /// A checkpoint that is being opened, as C++ sees it.
 pub struct PendingOpen {
-    opening: checkpoint::PendingOpen,
+    opening: checkpoint::open::PendingOpen,
     opened: Option<Box<Checkpoint>>,
 }
 
@@ -32,7 +32,7 @@ pub fn begin_open(
         variant: has_variant.then(|| as_text("variant", variant)).transpose()?,
         extra: String::from_utf8_lossy(extra).parse()?,
     };
-    let opening = checkpoint::PendingOpen::new(as_path(path), options);
+    let opening = checkpoint::open::PendingOpen::new(as_path(path), options);
     Ok(Box::new(PendingOpen { opening, opened: None }))
 }
 
@@ -51,9 +51,9 @@ pub fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>> {
     Ok(pending.opened.take().ok_or_else(missing)?)
 }
 
-impl From<checkpoint::TensorLocation> for Place {
-    fn from(place: checkpoint::TensorLocation) -> Place {
-        Place { shard: place.shard as usize, index: place.index as usize }
+impl From<checkpoint::TensorLocation> for TensorLocation {
+    fn from(place: checkpoint::TensorLocation) -> TensorLocation {
+        TensorLocation { shard: place.shard as usize, index: place.index as usize }
     }
 }
 
@@ -78,7 +78,7 @@ impl Checkpoint {
         Box::new(File(Arc::clone(&self.shard(shard).file)))
     }
 
-    pub fn find(&self, name: &[u8]) -> Result<Place> {
+    pub fn find(&self, name: &[u8]) -> Result<TensorLocation> {
         match std::str::from_utf8(name) {
             Ok(name) => Ok(self.0.require(name)?.into()),
             Err(_) => Err(tensor_not_found(&String::from_utf8_lossy(name)).in_file(self.0.path()).into()),
@@ -93,7 +93,7 @@ impl Checkpoint {
         Ok(self.0.prefault(prefault_mode(wait))?)
     }
 
-    pub fn sorted_by_name(&self) -> Vec<Place> {
+    pub fn sorted_by_name(&self) -> Vec<TensorLocation> {
         self.0.sorted_by_name().iter().map(|&place| place.into()).collect()
     }
 }
@@ -136,9 +136,9 @@ impl ShardedWriter {
 
     // By value, as the bridge hands over a Box: the file is this writer's from now on.
     #[allow(clippy::boxed_local)]
-    pub fn keep(&mut self, file: Box<FileWriter>) {
+    pub fn add(&mut self, file: Box<FileWriter>) {
         let Output::Atomic(file) = file.0 else { unreachable!("`create` makes no other") };
-        self.0.keep(file);
+        self.0.add(file);
     }
 
     pub fn commit(&mut self, durable: bool, milliseconds: u64) -> Result<bool> {

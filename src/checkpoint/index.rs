@@ -1,6 +1,6 @@
-//! The index of a checkpoint: a JSON object whose `weight_map` says for each tensor which file it is in.
+//! The index of a checkpoint: a JSON object whose `weight_map` maps tensor names to file names.
 //!
-//! An index comes from whoever made the checkpoint, so its file names are checked before one of them is opened.
+//! An index is untrusted input: its file names are checked before a file is opened.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -17,27 +17,26 @@ use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, ObjectSeed, f
 use crate::read::source::{open_regular_in, read_exact_at};
 use crate::sys::directory::Directory;
 
-/// The field that maps names of tensors to files.
+/// The field that maps tensor names to file names.
 const WEIGHT_MAP: &str = "weight_map";
 
-/// What an index says.
+/// The contents of an index.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    /// The files, sorted, each once: paths from the directory of the index, which do not lead out of it.
+    /// The files, sorted and unique: paths relative to the directory of the index, which do not lead out of it.
     pub(super) shards: Vec<String>,
-    /// The tensors, sorted by name, and each one's file among `shards`.
+    /// The tensors, sorted by name, and the position of each one's file in `shards`.
     pub(super) tensors: Vec<(String, u32)>,
 }
 
 impl Index {
-    /// Reads and checks the index `name`; its files are not looked at. Returns the open index too. `path` is for the
-    /// errors.
+    /// Reads and checks the index `name`, but not its files. Returns the open file too. `path` is for errors.
     pub(super) fn read(directory: &Directory, name: &OsStr, path: &Path) -> Result<(Index, File)> {
         let (file, length) = open_regular_in(directory, name, path)?;
         let fail = |error: Error| error.in_file(path);
         if length > MAX_HEADER_BYTES {
             let detail =
-                format!("an index of {length} bytes: more than the {MAX_HEADER_BYTES} that are read");
+                format!("an index of {length} bytes is too large: at most {MAX_HEADER_BYTES} bytes are read");
             return Err(fail(Error::new(ErrorKind::Index, detail)));
         }
         let mut json = vec![0; length as usize];
@@ -47,18 +46,18 @@ impl Index {
 
     pub(super) fn parse(json: &[u8]) -> Result<Index> {
         let invalid = |what: &dyn fmt::Display| {
-            // What is JSON is an index, if not a valid one.
+            // JSON is an invalid index, not another format.
             let is_json = json.trim_ascii_start().first().is_some_and(|byte| b"{[".contains(byte));
             let other = if is_json { None } else { detect_foreign(json) };
             other.unwrap_or_else(|| Error::new(ErrorKind::Index, format!("the index is not valid: {what}")))
         };
         let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let slot = RefCell::new(None);
-        Index::of(json::parse_object(text, &slot, Root { slot: &slot }, |error| invalid(&error))?)
+        Index::sort(json::parse_object(text, &slot, Root { slot: &slot }, |error| invalid(&error))?)
     }
 
-    /// Sorts what the JSON says.
-    fn of(Entries { files, mut tensors }: Entries) -> Result<Index> {
+    /// Sorts files and tensors; refuses duplicate names.
+    fn sort(Entries { files, mut tensors }: Entries) -> Result<Index> {
         tensors.sort();
         if let Some(pair) = tensors.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             let detail = format!("{WEIGHT_MAP:?} has the tensor {:?} twice", pair[0].0);
@@ -67,8 +66,8 @@ impl Index {
         let mut files: Vec<(String, u32)> = files.into_iter().collect();
         files.sort();
         let mut rank = vec![0; files.len()];
-        for (place, &(_, file)) in files.iter().enumerate() {
-            rank[file as usize] = place as u32;
+        for (position, &(_, file)) in files.iter().enumerate() {
+            rank[file as usize] = position as u32;
         }
         for (_, file) in &mut tensors {
             *file = rank[*file as usize];
@@ -77,8 +76,8 @@ impl Index {
     }
 }
 
-/// The bytes of an index, laid out as Hugging Face's tools do. `tensors` are names and files; `total_bytes` are those of
-/// all tensors.
+/// Returns the bytes of an index, formatted as by Hugging Face's tools. `tensors` are pairs of tensor and file name,
+/// `total_bytes` is the size of all tensors.
 pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, total_bytes: u64) -> Vec<u8> {
     let weight_map: std::collections::BTreeMap<&str, &str> = tensors.collect();
     let index = serde_json::json!({"metadata": {"total_size": total_bytes}, WEIGHT_MAP: weight_map});
@@ -87,7 +86,7 @@ pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, tota
     json
 }
 
-/// Refuses the name of a file that is not below the directory of its index.
+/// Refuses a file name that leads out of the directory of the index.
 fn check_file_name(tensor: &str, file: &str) -> Result<()> {
     let inside = !file.is_empty()
         && !file.contains('\0')
@@ -96,8 +95,8 @@ fn check_file_name(tensor: &str, file: &str) -> Result<()> {
         return Ok(());
     }
     let detail = format!(
-        "the index puts tensor {tensor:?} into {file:?}, which is no file in the directory of the index: such an index was \
-         damaged, or made to have other files read; do not trust this checkpoint"
+        "the index puts tensor {tensor:?} into {file:?}, which is not a file in the directory of the index: the index was damaged, or \
+         made to read other files; do not trust this checkpoint"
     );
     Err(Error::new(ErrorKind::Index, detail))
 }
@@ -105,13 +104,13 @@ fn check_file_name(tensor: &str, file: &str) -> Result<()> {
 /// A weight map in the order of the JSON.
 #[derive(Default)]
 struct Entries {
-    /// Each file once, with its number.
+    /// The files, and the number of each.
     files: HashMap<String, u32>,
-    /// Tensors, and the numbers of their files.
+    /// The tensors, and the numbers of their files.
     tensors: Vec<(String, u32)>,
 }
 
-/// The whole index: an object in which the weight map must be, and other fields may.
+/// The index: an object with a weight map and other fields.
 struct Root<'f> {
     slot: &'f ErrorSlot,
 }
@@ -143,7 +142,7 @@ impl<'de> Visitor<'de> for Root<'_> {
     }
 }
 
-/// `weight_map`: an object of strings.
+/// `weight_map`: an object with string values.
 struct WeightMap<'f> {
     slot: &'f ErrorSlot,
 }
@@ -174,6 +173,12 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
     }
 }
 
+/// Returns the file names of an index, and for each tensor its file. For the fuzz targets.
+#[cfg(fuzzing)]
+pub fn parse_index(json: &[u8]) -> Result<(Vec<String>, Vec<(String, u32)>)> {
+    Index::parse(json).map(|index| (index.shards, index.tensors))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn an_encoded_index_parses() {
         let entries = [("b", "two"), ("a\u{e9}\n", "one"), ("c", "two")];
         let json = encode(entries.into_iter(), 12);
         let index = Index::parse(&json).expect("valid");
@@ -196,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn other_fields_are_passed_over() {
+    fn other_fields_are_ignored() {
         let index =
             Index::parse(br#"{"metadata": null, "weight_map": {}, "x": [1, {"y": 2.5}]}"#).expect("valid");
         assert!(index.shards.is_empty() && index.tensors.is_empty());

@@ -1,57 +1,61 @@
-//! Which tensor goes into which shard, and what the shards are called.
+//! Which tensor goes into which shard, and the names of the shards.
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The most bytes of tensors in a shard, where nothing else is asked for: 5 GB, as Hugging Face's tools have it.
+/// The default limit for the bytes of tensors in a shard: 5 GB, as in Hugging Face's tools.
 pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
-/// What the names of a checkpoint's files begin with, where nothing else is asked for.
+/// The default beginning of the file names.
 pub const DEFAULT_STEM: &str = "model";
 
-/// How the names of files end.
+/// The end of file names.
 pub(super) const SUFFIX: &str = ".safetensors";
 
-/// How the names of indexes end.
+/// The end of index names.
 pub(super) const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The division of a checkpoint's tensors into files.
 #[derive(Clone, Debug)]
 pub struct ShardPlan {
     stem: String,
-    /// The shard of each tensor, in the order in which they were given.
+    /// The shard of each tensor, in the caller's order.
     shard_of: Vec<usize>,
     count: usize,
     total_bytes: u64,
 }
 
 impl ShardPlan {
-    /// Divides tensors of `sizes` bytes each, in their order: a shard ends before the tensor with which it would pass
-    /// `max_shard_size`, and a tensor that is larger than that has a shard of its own. There is at least one shard.
-    ///
-    /// The same tensors in the same order make the same shards as with Hugging Face's tools.
+    /// Divides tensors of `sizes` bytes, in their order. A shard ends before the tensor that would exceed `max_shard_size`;
+    /// a larger tensor gets a shard of its own. There is at least one shard. The result is that of Hugging Face's tools.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] for a `max_shard_size` of 0, and for a `stem` that is no file name, or is that of
-    /// a shard.
+    /// [`ErrorKind::InvalidArgument`] for a `max_shard_size` of 0, and for a `stem` that is not a file name or is the name
+    /// of a shard.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let plan = safetensors_torch::ShardPlan::new([4, 4, 4].into_iter(), "model", 8)?;
+    /// assert_eq!(plan.shard_of(), [0, 0, 1]);
+    /// assert_eq!(plan.file_name(1), "model-00002-of-00002.safetensors");
+    /// # Ok::<(), safetensors_torch::Error>(())
+    /// ```
     pub fn new(sizes: impl Iterator<Item = u64>, stem: &str, max_shard_size: u64) -> Result<ShardPlan> {
         if max_shard_size == 0 {
-            let detail = "a shard of at most 0 bytes can hold nothing: give the size of a shard in bytes";
+            let detail = "max_shard_size is 0: pass the size of a shard in bytes";
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
         if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\0']) {
-            let detail = format!(
-                "{stem:?} cannot be what the names of files begin with: give a word such as {DEFAULT_STEM:?}"
-            );
+            let detail =
+                format!("stem {stem:?} cannot begin a file name: pass a word such as {DEFAULT_STEM:?}");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
         if parse_shard_name(&format!("{stem}{SUFFIX}")).is_some() {
-            let detail = format!(
-                "{stem:?} is what a shard of another checkpoint is called: give what stands before the numbers"
-            );
+            let detail = format!("stem {stem:?} is the name of a shard: pass the part before the numbers");
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
-        // Tensors that are too large come at the place where they stand, before the shard that is being filled.
+        // A tensor that is too large closes its own shard at once, before the one that is being filled.
         let (mut closed, mut total_bytes) = (0, 0u64);
         let mut current = Vec::new();
         let (mut current_bytes, mut shard_of) = (0u64, Vec::new());
@@ -81,22 +85,22 @@ impl ShardPlan {
         Ok(ShardPlan { stem: stem.to_string(), shard_of, count: closed, total_bytes })
     }
 
-    /// The number of files.
+    /// Returns the number of files.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// The bytes of all tensors.
+    /// Returns the size of all tensors in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
 
-    /// The file that each tensor goes into, in the order in which they were given.
+    /// Returns the file of each tensor, in the caller's order.
     pub fn shard_of(&self) -> &[usize] {
         &self.shard_of
     }
 
-    /// The tensors of each file, in the order in which they were given.
+    /// Returns the tensors of each file, in the caller's order.
     pub fn members(&self) -> Vec<Vec<usize>> {
         let mut members = vec![Vec::new(); self.count];
         for (tensor, &shard) in self.shard_of.iter().enumerate() {
@@ -105,7 +109,7 @@ impl ShardPlan {
         members
     }
 
-    /// The name of a file: `STEM.safetensors` where it is the only one, else `STEM-00001-of-00003.safetensors`.
+    /// Returns the name of a file: `STEM.safetensors` if it is the only one, otherwise `STEM-00001-of-00003.safetensors`.
     pub fn file_name(&self, shard: usize) -> String {
         if self.count == 1 {
             return format!("{}{SUFFIX}", self.stem);
@@ -113,12 +117,12 @@ impl ShardPlan {
         format!("{}-{:05}-of-{:05}{SUFFIX}", self.stem, shard + 1, self.count)
     }
 
-    /// The name of the index.
+    /// Returns the name of the index.
     pub(super) fn index_name(&self) -> String {
         format!("{}{INDEX_SUFFIX}", self.stem)
     }
 
-    /// Whether a file of this name belongs to a checkpoint of the same stem, and is not among this one's.
+    /// Returns whether a name belongs to another checkpoint of the same stem.
     pub(super) fn makes_stale(&self, name: &str) -> bool {
         parse_name(name).is_some_and(|(_, stem)| stem == self.stem) && !self.is_own(name)
     }
@@ -132,23 +136,23 @@ impl ShardPlan {
     }
 }
 
-/// What a name in the directory of a checkpoint stands for.
+/// What a file name means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NameKind {
     /// The only file of a checkpoint.
     File,
     /// One of several files.
     Shard,
-    /// The list of several files.
+    /// The index of several files.
     Index,
 }
 
-/// What a file of a checkpoint is, and its stem, of which a variant is the end: `model.fp16`. `None` for other names.
+/// Returns the kind of a checkpoint's file, and its stem, which ends in the variant: `model.fp16`. `None` for other names.
 ///
-/// The names of variants are those of diffusers and transformers, old and new: `model.fp16.safetensors`,
+/// Knows the variants' names of all versions of diffusers and transformers: `model.fp16.safetensors`,
 /// `model.fp16-00001-of-00002.safetensors`, `model-00001-of-00002.fp16.safetensors`,
-/// `model.safetensors.index.fp16.json`, `model.safetensors.fp16.index.json`; and the one that follows from a stem
-/// `model.fp16`, `model.fp16.safetensors.index.json`.
+/// `model.safetensors.index.fp16.json`, `model.safetensors.fp16.index.json`; and that of our saves with the stem
+/// `model.fp16`: `model.fp16.safetensors.index.json`.
 pub(super) fn parse_name(name: &str) -> Option<(NameKind, String)> {
     if let Some((stem, _, _)) = parse_shard_name(name) {
         return Some((NameKind::Shard, stem));
@@ -164,8 +168,8 @@ pub(super) fn parse_name(name: &str) -> Option<(NameKind, String)> {
     Some((NameKind::Index, variant.map_or(stem.to_string(), |variant| format!("{stem}.{variant}"))))
 }
 
-/// The stem and the numbers of `STEM-00001-of-00003.safetensors`; `None` for other names. With a variant behind the
-/// numbers, that is the end of the stem.
+/// Returns the stem and the numbers of `STEM-00001-of-00003.safetensors`; `None` for other names. A variant after the
+/// numbers becomes the end of the stem.
 fn parse_shard_name(name: &str) -> Option<(String, usize, usize)> {
     let (rest, end) = name.strip_suffix(SUFFIX)?.rsplit_once("-of-")?;
     let (stem, number) = rest.rsplit_once('-')?;
@@ -199,7 +203,7 @@ mod tests {
         assert_eq!(shards(&[4, 4, 4, 1], 100), [0; 4]);
         assert_eq!(shards(&[], 1), [] as [usize; 0]);
         assert_eq!(shards(&[0, 0, 0], 1), [0; 3]);
-        // A tensor that is too large has a file of its own, before the one that it interrupts.
+        // A tensor that is too large gets the number before that of the shard that it interrupts.
         assert_eq!(shards(&[3, 9, 3, 3], 8), [1, 0, 1, 2]);
         assert_eq!(shards(&[9, 9], 8), [0, 1]);
         let plan = ShardPlan::new([u64::MAX, u64::MAX].into_iter(), "model", u64::MAX).expect("valid");
@@ -207,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_other_tools() {
+    fn names_match_other_tools() {
         let plan = ShardPlan::new([9, 9].into_iter(), "m", 9).expect("valid");
         assert_eq!(
             [plan.file_name(0), plan.file_name(1), plan.index_name()],
@@ -218,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_save_left_is_stale() {
+    fn files_of_an_earlier_save_are_stale() {
         let two = ShardPlan::new([9, 9].into_iter(), "m", 9).expect("valid");
         let one = ShardPlan::new([9].into_iter(), "m", 9).expect("valid");
         let stale = |plan: &ShardPlan, name: &str| plan.makes_stale(name);
@@ -237,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_variants_are_those_of_one_stem() {
+    fn variant_names_have_one_stem() {
         use NameKind::{File, Index, Shard};
         let stem = "model.fp16";
         for (name, kind) in [
@@ -249,7 +253,7 @@ mod tests {
             ("model.fp16.safetensors.index.json", Index),
         ] {
             assert_eq!(parse_name(name), Some((kind, stem.to_string())), "{name}");
-            // A save of that stem leaves none of them behind that is not its own.
+            // A save with that stem removes all of them except its own.
             let two = ShardPlan::new([9, 9].into_iter(), stem, 9).expect("valid");
             let is_own = ["model.fp16-00001-of-00002.safetensors", "model.fp16.safetensors.index.json"];
             assert_eq!(two.makes_stale(name), !is_own.contains(&name), "{name}");
@@ -261,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn invalid_arguments_are_refused() {
         let shard = "m-00001-of-00002";
         for (stem, max) in [("m", 0), ("", 1), ("../m", 1), (".m", 1), ("a\0", 1), (shard, 1)] {
             let error = ShardPlan::new([1].into_iter(), stem, max).expect_err("refused");

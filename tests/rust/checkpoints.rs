@@ -151,7 +151,7 @@ fn a_directory_that_is_renamed_meanwhile_gets_its_checkpoint() {
             safetensors_torch::save_into(&[spec], &[&[7]], None, &mut bytes, 8).expect("saved");
             let mut file = writer.create(shard, bytes.len() as u64).expect("begun");
             file.write([&bytes[..]]).expect("written");
-            writer.keep(file);
+            writer.add(file);
         }
         if is_committed {
             writer.commit(true).expect("saved");
@@ -174,7 +174,7 @@ fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
     for shard in 0..plan.count() {
         let mut file = writer.create(shard, 1).expect("begun");
         file.write([&[7u8][..]]).expect("written");
-        writer.keep(file);
+        writer.add(file);
     }
     let (blocked, aside) = (at.join(blocked), at.join("aside"));
     let was_there = fs::rename(&blocked, &aside).is_ok();

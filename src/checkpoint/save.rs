@@ -1,0 +1,74 @@
+//! Saves tensors as a checkpoint.
+
+use std::path::Path;
+
+use super::plan::{DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, ShardPlan};
+use super::writer::ShardedWriter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::Metadata;
+use crate::format::layout::{self, Layout, TensorSpec};
+use crate::write::save::{self, SaveOptions};
+
+/// Options for [`save_sharded`].
+#[derive(Clone, Copy, Debug)]
+pub struct ShardedOptions<'a> {
+    /// The beginning of the file names.
+    pub stem: &'a str,
+    /// The most bytes of tensors in one file, unless a single tensor is larger.
+    pub max_shard_size: u64,
+    /// How each file is written.
+    pub save: SaveOptions,
+}
+
+impl Default for ShardedOptions<'_> {
+    fn default() -> Self {
+        ShardedOptions {
+            stem: DEFAULT_STEM,
+            max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+            save: SaveOptions::default(),
+        }
+    }
+}
+
+/// Writes `tensors`, whose bytes are in `data` at the same positions, as a checkpoint to `directory`: one file, or several
+/// and their index. Creates the directory if it is missing. Replaces or removes the files of an earlier checkpoint with
+/// the same stem. If several saves run at once, the last one to end is complete. Returns the names of the files, the index
+/// last.
+///
+/// # Errors
+///
+/// Those of [`crate::save_file`] and [`ShardPlan::new`], and `EWOULDBLOCK` if another save keeps the directory locked for a
+/// minute. Until all files are complete, the directory stays as it was.
+pub fn save_sharded(
+    tensors: &[TensorSpec<'_>],
+    data: &[&[u8]],
+    metadata: Option<&Metadata>,
+    directory: &Path,
+    options: ShardedOptions<'_>,
+) -> Result<Vec<String>> {
+    let fail = |error: Error| error.in_file(directory);
+    if tensors.len() != data.len() {
+        let detail = format!("{} tensors, but the bytes of {}", tensors.len(), data.len());
+        return Err(Error::new(ErrorKind::InvalidArgument, detail));
+    }
+    // The layout of one shard would not find a name that is also in another.
+    layout::check_names(tensors).map_err(fail)?;
+    let sizes = data.iter().map(|bytes| bytes.len() as u64);
+    let plan = ShardPlan::new(sizes, options.stem, options.max_shard_size)?;
+    let shards = plan.members().into_iter().map(|members| {
+        let specs: Vec<TensorSpec<'_>> = members.iter().map(|&tensor| tensors[tensor]).collect();
+        let bytes: Vec<&[u8]> = members.iter().map(|&tensor| data[tensor]).collect();
+        let layout = save::plan(&specs, &bytes, metadata, options.save.alignment).map_err(fail)?;
+        Ok((layout, bytes))
+    });
+    let shards = shards.collect::<Result<Vec<(Layout, Vec<&[u8]>)>>>()?;
+    let names = tensors.iter().map(|tensor| tensor.name);
+    let mut writer = ShardedWriter::new(directory, &plan, names)?;
+    for (shard, (layout, bytes)) in shards.iter().enumerate() {
+        let mut file = writer.create(shard, layout.total_bytes())?;
+        let pieces = layout.order().iter().map(|place| bytes[place.index]);
+        file.write(std::iter::once(layout.header()).chain(pieces))?;
+        writer.add(file);
+    }
+    writer.commit(options.save.durable)
+}
