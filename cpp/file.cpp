@@ -42,10 +42,10 @@ StorageSharing File::sharing_for(c10::Device device) const {
 
 namespace {
 
-std::vector<std::string> names_at(const Checkpoint& checkpoint, const std::vector<core::Place>& places) {
+std::vector<std::string> names_at(const Checkpoint& checkpoint, const std::vector<core::TensorLocation>& places) {
     std::vector<std::string> names;
     names.reserve(places.size());
-    for (const core::Place& place : places) {
+    for (const core::TensorLocation& place : places) {
         names.push_back(checkpoint.name(place));
     }
     return names;
@@ -85,33 +85,33 @@ bool File::contains(const std::string& name) const { return opened()->contains(n
 
 std::vector<int64_t> File::shape(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     const auto shape = checkpoint->file(place).shape(place.index);
     return {shape.begin(), shape.end()};
 }
 
 std::vector<int64_t> File::tensor_shape(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     const auto shape = describe(checkpoint->file(place), place.index).second;
     return {shape.begin(), shape.end()};
 }
 
 c10::ScalarType File::tensor_dtype(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     return describe(checkpoint->file(place), place.index).first;
 }
 
 std::string File::dtype(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     return std::string(core::dtype_code(checkpoint->file(place).dtype(place.index)));
 }
 
 std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     const core::File& file = checkpoint->file(place);
     const auto shape = file.shape(place.index);
     return {std::vector<int64_t>(shape.begin(), shape.end()), std::string(core::dtype_code(file.dtype(place.index)))};
@@ -119,7 +119,7 @@ std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::s
 
 std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     const core::File& file = checkpoint->file(place);
     const auto begin = static_cast<int64_t>(file.begin(place.index));
     return {begin, begin + static_cast<int64_t>(file.nbytes(place.index))};
@@ -136,7 +136,7 @@ std::string File::shard_of(const std::string& name) const {
 
 at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     if (device.is_cpu()) {
         checkpoint->file(place).read_ahead(place.index);
     }
@@ -145,7 +145,7 @@ at::Tensor File::get_tensor(const std::string& name, c10::Device device) const {
 
 at::Tensor File::view(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::Place place = checkpoint->find(name);
+    const core::TensorLocation place = checkpoint->find(name);
     return load_tensor(checkpoint->files()[place.shard], sharing_for(c10::kCPU), place.index, c10::kCPU);
 }
 
@@ -165,7 +165,7 @@ void File::read_ahead(const std::string& name, const at::Tensor& part) const {
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {
     const auto checkpoint = opened();
-    std::vector<core::Place> places;
+    std::vector<core::TensorLocation> places;
     places.reserve(names.size());
     for (const std::string& name : names) {
         places.push_back(checkpoint->find(name));
@@ -185,7 +185,7 @@ SliceLoader slice_loader(const Checkpoint& checkpoint, const std::string& name, 
     for (size_t axis = 0; axis < starts.size(); ++axis) {
         ranges.push_back({not_negative(starts[axis]), not_negative(stops[axis]), not_negative(steps[axis])});
     }
-    const core::Place place = checkpoint.find(name);
+    const core::TensorLocation place = checkpoint.find(name);
     return {checkpoint.files()[place.shard], place.index, std::move(ranges), device};
 }
 

@@ -1,7 +1,10 @@
-//! The bridge to `cpp/`: what C++ may ask of the core. The declarations; `bridge/` has
-//! a few lines of forwarding for each.
+//! The functions that `cpp/` may call, declared for cxx; `bridge/` implements each in a few lines.
 //!
-//! Calls go from C++ to Rust only. An `Err` arrives in C++ as `rust::Error`, its text `CODE ERRNO MESSAGE`.
+//! C++ calls Rust, never the other way. An `Err` becomes a `rust::Error` with the text `CODE ERRNO MESSAGE`. Strings cross
+//! as bytes, because only Rust checks UTF-8.
+//!
+//! Pending work (`PendingRead`, `PendingOpen`, `MetadataEdit`) has one protocol: `advance` works until the work is done or
+//! so many milliseconds have passed, `done_bytes` of `total_bytes` are done, and dropping it cancels it.
 
 mod checkpoint;
 mod edit;
@@ -31,25 +34,25 @@ use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_me
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
-    /// An entry of the metadata.
+    /// A metadata entry.
     struct Entry {
         key: Vec<u8>,
         value: Vec<u8>,
     }
 
-    /// A whole tensor to be read, and where to.
+    /// A tensor to read, and the memory to read it to.
     struct Request {
         index: usize,
         destination: *mut u8,
         length: usize,
     }
 
-    /// Memory that is filled with parts of tensors.
+    /// A piece of host memory that a prefetch fills with parts of tensors.
     struct Slab {
         start: *mut u8,
     }
 
-    /// Bytes of one tensor in a slab: of request number `request`, from `offset` on.
+    /// The bytes in a slab of one tensor, that of request number `request`, from its byte `offset` on.
     struct SlabPart {
         request: usize,
         offset: usize,
@@ -81,8 +84,8 @@ mod ffi {
         Mapping,
     }
 
-    /// Which tensor of which file.
-    struct Place {
+    /// The shard of a tensor, and its index there in file order.
+    struct TensorLocation {
         shard: usize,
         index: usize,
     }
@@ -94,19 +97,19 @@ mod ffi {
         step: u64,
     }
 
-    /// Bytes to be saved, which are part of a file's.
+    /// Borrowed bytes: text, or a piece of a file to write.
     struct Piece<'a> {
         bytes: &'a [u8],
     }
 
-    /// A tensor to be saved: everything but its bytes.
+    /// A tensor to save, without its bytes.
     struct Spec<'a> {
         name: &'a [u8],
         dtype: u8,
         shape: &'a [u64],
     }
 
-    // An open file, or the bytes of one. Indices are places in file order, and must be below `count`.
+    // Reading: an open file, or the bytes of one in memory. An `index` is in file order, and below `count`.
     extern "Rust" {
         type File;
         fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>>;
@@ -119,24 +122,24 @@ mod ffi {
         fn dtype(self: &File, index: usize) -> u8;
         fn shape(self: &File, index: usize) -> &[u64];
         fn nbytes(self: &File, index: usize) -> u64;
-        /// Where the tensor's bytes begin, from the start of the file.
+        /// Returns the offset of the tensor's first byte in the file.
         fn begin(self: &File, index: usize) -> u64;
         fn has_metadata(self: &File) -> bool;
         fn metadata(self: &File) -> Vec<Entry>;
 
-        /// The tensor's bytes if they are in memory, else null. They may be at any address.
+        /// Returns the tensor's bytes if they are in memory, otherwise null. They may be unaligned.
         fn data(self: &File, index: usize) -> *mut u8;
-        /// Keeps the mapping alive until `release_mapping`; for a file with the mmap backend.
+        /// Shares ownership of the mapping until `release_mapping`. Requires the mmap backend.
         fn share_mapping(self: &File) -> *const Mapping;
-        /// Brings the pages of a mapping in: before this returns, or in the background.
+        /// Prefaults the mapping: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
-        /// For the tensor at `index`, which is about to be used.
+        /// Reads ahead the tensor at `index`.
         fn read_ahead(self: &File, index: usize) -> Result<()>;
-        /// For `length` bytes at `address`, of which `used` are about to be used.
+        /// Reads ahead `length` bytes at `address`, of which `used` will be used.
         fn read_ahead_at(self: &File, address: usize, length: usize, used: usize);
-        /// Begins to read tensors into memory made for them, a place for each of `indices`.
+        /// Begins to read tensors into new memory.
         fn load(self: &File, indices: &[usize]) -> Result<Box<PendingRead>>;
-        /// Begins to read tensors into memory of the caller's; as tensors over a mapping show them.
+        /// Begins to read tensors into the caller's memory; from the mapping, if the file has one.
         unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<PendingRead>>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
@@ -147,17 +150,16 @@ mod ffi {
             length: usize,
         ) -> Result<()>;
 
-        /// Reads on until all is done, or `milliseconds` have passed.
         type PendingRead;
         fn advance(self: &mut PendingRead, milliseconds: u64) -> Result<()>;
         fn total_bytes(self: &PendingRead) -> u64;
         fn done_bytes(self: &PendingRead) -> u64;
-        /// For what `load` began: the memory at a place.
+        /// Returns the memory of tensor number `place` of a `load`.
         fn data(self: &PendingRead, place: usize) -> *mut u8;
-        /// Keeps the place's memory alive until `release_block`.
+        /// Shares ownership of that memory until `release_block`.
         fn share_block(self: &PendingRead, place: usize) -> *const Block;
 
-        /// Reads tensors through slabs, which must live, and be touched by nobody else, until the prefetch is gone.
+        /// Reads tensors through slabs. The slabs must stay valid, and unused by others, until the `Prefetcher` is dropped.
         unsafe fn prefetch(
             self: &File,
             indices: &[usize],
@@ -185,10 +187,10 @@ mod ffi {
         unsafe fn release_block(block: *const Block);
     }
 
-    // The tensors of one file or several.
+    // Reading: a checkpoint of one file or several.
     extern "Rust" {
         type PendingOpen;
-        /// Without `has_variant`, that of no variant.
+        /// Begins to open a checkpoint; `variant` counts only if `has_variant`.
         fn begin_open(
             path: &[u8],
             backend: &[u8],
@@ -196,23 +198,24 @@ mod ffi {
             variant: &[u8],
             extra: &[u8],
         ) -> Result<Box<PendingOpen>>;
-        /// Goes on until the checkpoint is open, or a save was waited for so long; whether it is open.
+        /// Returns whether the checkpoint is open.
         fn advance(self: &mut PendingOpen, milliseconds: u64) -> Result<bool>;
+        /// Returns the checkpoint, once, after `advance` has returned true.
         fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>>;
 
         type Checkpoint;
-        /// The number of tensors.
+        /// Returns the number of tensors.
         fn count(self: &Checkpoint) -> usize;
         fn shard_count(self: &Checkpoint) -> usize;
         fn shard_name(self: &Checkpoint, shard: usize) -> &str;
         fn shard_file(self: &Checkpoint, shard: usize) -> Box<File>;
-        fn find(self: &Checkpoint, name: &[u8]) -> Result<Place>;
+        fn find(self: &Checkpoint, name: &[u8]) -> Result<TensorLocation>;
         fn contains(self: &Checkpoint, name: &[u8]) -> bool;
-        fn sorted_by_name(self: &Checkpoint) -> Vec<Place>;
+        fn sorted_by_name(self: &Checkpoint) -> Vec<TensorLocation>;
         fn prefault(self: &Checkpoint, wait: bool) -> Result<()>;
     }
 
-    // Where tensors go in a file, and the writing of one.
+    // Writing: layouts, files, checkpoints, memory.
     extern "Rust" {
         type SavePlan;
         fn plan_save(
@@ -223,31 +226,31 @@ mod ffi {
         ) -> Result<Box<SavePlan>>;
         fn total_bytes(self: &SavePlan) -> u64;
         fn header(self: &SavePlan) -> &[u8];
-        /// The tensor (its index among the specs) that is written as number `place`.
+        /// Returns the index in `specs` of the tensor that is written as number `place`.
         fn tensor(self: &SavePlan, place: usize) -> usize;
-        /// The bytes of the tensor at `place`.
+        /// Returns the size of that tensor.
         fn nbytes(self: &SavePlan, place: usize) -> u64;
 
         type FileWriter;
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
-        /// Returns how many bytes were written: all, unless a pipe has taken no more for so long.
+        /// Returns how many bytes were written: all, unless a pipe accepts no more for `milliseconds`.
         fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
         fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()>;
 
         type ShardPlan;
         fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>>;
         fn count(self: &ShardPlan) -> usize;
-        /// The file of each tensor.
+        /// Returns the file number of each tensor.
         fn shard_of(self: &ShardPlan) -> &[usize];
 
         type ShardedWriter;
         fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece]) -> Result<Box<ShardedWriter>>;
         fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
-        /// Takes the next file once it is written, in the order of their numbers.
-        fn keep(self: &mut ShardedWriter, file: Box<FileWriter>);
-        /// Puts all files in place, unless another save has been waited for so long; whether they are.
+        /// Adds the next complete file, in the order of the numbers.
+        fn add(self: &mut ShardedWriter, file: Box<FileWriter>);
+        /// Renames all files into place; returns false if another save has the directory locked for `milliseconds`.
         fn commit(self: &mut ShardedWriter, durable: bool, milliseconds: u64) -> Result<bool>;
-        /// The names of the files, the index last.
+        /// Returns the names of the files, the index last.
         fn file_names(self: &ShardedWriter) -> Vec<String>;
 
         type MemoryWriter;
@@ -255,7 +258,7 @@ mod ffi {
         fn write(self: &mut MemoryWriter, pieces: &[Piece]) -> Result<()>;
     }
 
-    // Files that are written tensor by tensor, by any thread.
+    // Writing tensor by tensor, on any thread.
     extern "Rust" {
         type IncrementalWriter;
         fn create_incremental_writer(
@@ -276,7 +279,7 @@ mod ffi {
         fn finish_tensor(writer: Box<TensorWriter>) -> Result<()>;
     }
 
-    // Changes of the metadata of a file.
+    // Editing metadata.
     extern "Rust" {
         type MetadataEdit;
         fn begin_edit(
@@ -287,28 +290,29 @@ mod ffi {
             reserve: u64,
             durable: bool,
         ) -> Result<Box<MetadataEdit>>;
-        /// Goes on until all is done, or `milliseconds` have passed; whether all is.
+        /// Returns whether the edit is done.
         fn advance(self: &mut MetadataEdit, milliseconds: u64) -> Result<bool>;
         fn total_bytes(self: &MetadataEdit) -> u64;
         fn done_bytes(self: &MetadataEdit) -> u64;
-        /// What the file has once it is done.
+        /// Returns the metadata after the edit.
         fn metadata(self: &MetadataEdit) -> Vec<Entry>;
     }
 
+    // Process-wide settings, and dtypes.
     extern "Rust" {
-        /// The most threads that one call uses; 0 for as many as suit.
+        /// Returns the most threads that one call uses; 0 means automatic.
         fn threads() -> Result<usize>;
         fn set_threads(most: usize);
-        /// The number that an environment variable holds, or `otherwise`.
+        /// Returns the number in an environment variable, or `otherwise` if it is not set.
         fn env_number(name: &str, otherwise: u64) -> Result<u64>;
-        /// The code of a dtype number, such as `F32`.
+        /// Returns the code of a dtype number, such as `F32`.
         fn dtype_code(number: u8) -> &'static str;
-        /// The number of a dtype code; the code must be one of the format's.
+        /// Returns the number of a dtype code.
         fn dtype_number(code: &str) -> Result<u8>;
     }
 }
 
-/// What C++ gets to see of an [`Error`].
+/// An [`Error`] as text for C++.
 struct BridgeError(Error);
 
 impl From<Error> for BridgeError {

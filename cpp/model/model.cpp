@@ -111,7 +111,7 @@ StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing shar
     const NamedTensors tensors = to_pairs(state);
     check_on_device(tensors);
     std::unordered_set<std::string> in_file;
-    for (const core::Place& place : checkpoint.in_file_order()) {
+    for (const core::TensorLocation& place : checkpoint.in_file_order()) {
         std::string name = checkpoint.name(place);
         if (name.compare(0, prefix.size(), prefix) == 0) {
             in_file.insert(std::move(name));

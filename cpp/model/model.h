@@ -41,7 +41,7 @@ class StateLoader {
   private:
     // A tensor of a file, and the tensor of the model that it fills.
     struct Match {
-        core::Place place;
+        core::TensorLocation place;
         std::string name;
         at::Tensor destination;
     };

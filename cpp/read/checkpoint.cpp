@@ -26,12 +26,13 @@ bool Checkpoint::contains(const std::string& name) const {
     return checkpoint_ ? (*checkpoint_)->contains(as_bytes(name)) : (*files_.front())->contains(as_bytes(name));
 }
 
-core::Place Checkpoint::find(const std::string& name) const {
-    return checkpoint_ ? (*checkpoint_)->find(as_bytes(name)) : core::Place{0, (*files_.front())->find(as_bytes(name))};
+core::TensorLocation Checkpoint::find(const std::string& name) const {
+    return checkpoint_ ? (*checkpoint_)->find(as_bytes(name))
+                       : core::TensorLocation{0, (*files_.front())->find(as_bytes(name))};
 }
 
-std::vector<core::Place> Checkpoint::sorted_by_name() const {
-    std::vector<core::Place> places;
+std::vector<core::TensorLocation> Checkpoint::sorted_by_name() const {
+    std::vector<core::TensorLocation> places;
     places.reserve(count());
     if (checkpoint_) {
         const auto sorted = (*checkpoint_)->sorted_by_name();
@@ -44,16 +45,16 @@ std::vector<core::Place> Checkpoint::sorted_by_name() const {
     return places;
 }
 
-std::vector<core::Place> Checkpoint::in_file_order() const {
+std::vector<core::TensorLocation> Checkpoint::in_file_order() const {
     // Files may hold tensors that the index does not list.
     std::vector<std::vector<bool>> is_listed;
     for (const SharedFile& file : files_) {
         is_listed.emplace_back((*file)->count());
     }
-    for (const core::Place& place : sorted_by_name()) {
+    for (const core::TensorLocation& place : sorted_by_name()) {
         is_listed[place.shard][place.index] = true;
     }
-    std::vector<core::Place> places;
+    std::vector<core::TensorLocation> places;
     places.reserve(count());
     for (size_t shard = 0; shard < files_.size(); ++shard) {
         for (size_t index = 0; index < is_listed[shard].size(); ++index) {

@@ -29,16 +29,16 @@ class Checkpoint {
     bool contains(const std::string& name) const;
 
     // Fails if there is no such tensor.
-    core::Place find(const std::string& name) const;
+    core::TensorLocation find(const std::string& name) const;
 
     // Returns all tensors, sorted by name.
-    std::vector<core::Place> sorted_by_name() const;
+    std::vector<core::TensorLocation> sorted_by_name() const;
 
     // Returns all tensors, file after file, each in file order.
-    std::vector<core::Place> in_file_order() const;
+    std::vector<core::TensorLocation> in_file_order() const;
 
-    const core::File& file(core::Place place) const { return **files_[place.shard]; }
-    std::string name(core::Place place) const { return std::string(file(place).name(place.index)); }
+    const core::File& file(core::TensorLocation place) const { return **files_[place.shard]; }
+    std::string name(core::TensorLocation place) const { return std::string(file(place).name(place.index)); }
 
     // Prefaults mappings: before this returns, or in the background.
     void prefault(bool wait) const;

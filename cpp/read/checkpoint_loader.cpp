@@ -7,13 +7,13 @@
 namespace safetensors_torch::layer {
 
 CheckpointLoader::CheckpointLoader(const Checkpoint& checkpoint, const StorageSharing& sharing,
-                                   const std::vector<core::Place>& places, Target target) {
+                                   const std::vector<core::TensorLocation>& places, Target target) {
     std::vector<std::vector<size_t>> indices(checkpoint.files().size());
     order_.reserve(places.size());
     if (indices.size() == 1) {
         indices.front().reserve(places.size());
     }
-    for (const core::Place& place : places) {
+    for (const core::TensorLocation& place : places) {
         order_.push_back({place.shard, indices[place.shard].size()});
         indices[place.shard].push_back(place.index);
     }
@@ -51,9 +51,9 @@ uint64_t CheckpointLoader::done_bytes() const {
 namespace {
 
 // Returns the places of `names` in the order of the files, each once.
-std::vector<core::Place> places_of(const Checkpoint& checkpoint, const std::vector<std::string>& names) {
-    const auto rank = [](const core::Place& place) { return std::tuple(place.shard, place.index); };
-    std::vector<core::Place> places;
+std::vector<core::TensorLocation> places_of(const Checkpoint& checkpoint, const std::vector<std::string>& names) {
+    const auto rank = [](const core::TensorLocation& place) { return std::tuple(place.shard, place.index); };
+    std::vector<core::TensorLocation> places;
     places.reserve(names.size());
     for (const std::string& name : names) {
         places.push_back(checkpoint.find(name));

@@ -18,7 +18,7 @@ class CheckpointLoader {
   public:
     // Checks everything and allocates; reads nothing. Results are in the order of `places`.
     CheckpointLoader(const Checkpoint& checkpoint, const StorageSharing& sharing,
-                     const std::vector<core::Place>& places, Target target);
+                     const std::vector<core::TensorLocation>& places, Target target);
 
     // As for Loader.
     bool advance(Deadline until);
@@ -32,7 +32,7 @@ class CheckpointLoader {
     // One for each file.
     std::vector<Loader> loaders_;
     // For each result, its loader and its number there.
-    std::vector<core::Place> order_;
+    std::vector<core::TensorLocation> order_;
     size_t next_ = 0;
 };
 

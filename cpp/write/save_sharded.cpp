@@ -46,7 +46,7 @@ class ShardSink final : public Sink {
     }
 
     void finish() override {
-        checkpoint_.keep(std::move(*writer_));
+        checkpoint_.add(std::move(*writer_));
         writer_.reset();
     }
 

@@ -1,4 +1,4 @@
-//! Checkpoints of several files, opened and written.
+//! Opens and writes checkpoints.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ use crate::error::{Error, ErrorKind};
 use crate::format::header::tensor_not_found;
 use crate::write::output::Output;
 
-/// An open checkpoint as C++ sees it.
+/// An open checkpoint, for C++.
 pub struct Checkpoint(checkpoint::Checkpoint);
 
-/// A checkpoint that is being opened, as C++ sees it.
+/// An open in progress, for C++.
 pub struct PendingOpen {
     opening: checkpoint::open::PendingOpen,
     opened: Option<Box<Checkpoint>>,
@@ -52,8 +52,8 @@ pub fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>> {
 }
 
 impl From<checkpoint::TensorLocation> for TensorLocation {
-    fn from(place: checkpoint::TensorLocation) -> TensorLocation {
-        TensorLocation { shard: place.shard as usize, index: place.index as usize }
+    fn from(location: checkpoint::TensorLocation) -> TensorLocation {
+        TensorLocation { shard: location.shard as usize, index: location.index as usize }
     }
 }
 
@@ -94,11 +94,11 @@ impl Checkpoint {
     }
 
     pub fn sorted_by_name(&self) -> Vec<TensorLocation> {
-        self.0.sorted_by_name().iter().map(|&place| place.into()).collect()
+        self.0.sorted_by_name().iter().map(|&location| location.into()).collect()
     }
 }
 
-/// A division into files as C++ sees it.
+/// A division into files, for C++.
 pub struct ShardPlan(checkpoint::ShardPlan);
 
 pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>> {
@@ -116,16 +116,13 @@ impl ShardPlan {
     }
 }
 
-/// A checkpoint that is being written, as C++ sees it.
+/// A checkpoint that is being written, for C++.
 pub struct ShardedWriter(checkpoint::ShardedWriter);
 
 pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Result<Box<ShardedWriter>> {
     let directory = as_path(directory);
-    let mut texts = Vec::with_capacity(names.len());
-    for name in names {
-        texts.push(as_text("tensor name", name.bytes)?);
-    }
-    let writer = checkpoint::ShardedWriter::new(directory, &plan.0, texts.into_iter());
+    let names = names.iter().map(|name| as_text("tensor name", name.bytes)).collect::<Result<Vec<&str>>>()?;
+    let writer = checkpoint::ShardedWriter::new(directory, &plan.0, names.into_iter());
     Ok(Box::new(ShardedWriter(writer.map_err(|error: Error| error.in_file(directory))?)))
 }
 
@@ -134,10 +131,10 @@ impl ShardedWriter {
         Ok(Box::new(FileWriter(Output::Atomic(self.0.create(shard, length)?))))
     }
 
-    // By value, as the bridge hands over a Box: the file is this writer's from now on.
+    // The bridge passes ownership as a `Box`.
     #[allow(clippy::boxed_local)]
     pub fn add(&mut self, file: Box<FileWriter>) {
-        let Output::Atomic(file) = file.0 else { unreachable!("`create` makes no other") };
+        let Output::Atomic(file) = file.0 else { unreachable!("`create` returns atomic files only") };
         self.0.add(file);
     }
 

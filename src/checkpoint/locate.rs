@@ -123,7 +123,7 @@ fn choose(
         (_, Some(shard)) => {
             let stem = &shard.stem;
             let mut detail = format!(
-                "the directory contains shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
+                "the directory holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
                  interrupted; save or fetch the checkpoint again, or load the shards one by one"
             );
             let others = listed(&present);
@@ -134,16 +134,16 @@ fn choose(
         }
         ([], None) => match variant {
             Some(variant) if present.iter().any(|one| one.kind != NameKind::Shard) => fail(format!(
-                "the directory contains no checkpoint of variant {variant:?}, such as {DEFAULT_STEM}.{variant}{SUFFIX}; it \
-                 contains {}",
+                "the directory holds no checkpoint of variant {variant:?}, such as {DEFAULT_STEM}.{variant}{SUFFIX}; it \
+                 holds {}",
                 listed(&present)
             )),
             _ => fail(format!(
-                "the directory contains no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"
+                "the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"
             )),
         },
         (several, None) => fail(format!(
-            "the directory contains several checkpoints: open one by its path, or choose a variant; it contains {}",
+            "the directory holds several checkpoints: open one by its path, or choose a variant; it holds {}",
             listed(several)
         )),
     }
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn or_an_error_lists_the_files() {
         let error = found(&["a.safetensors", "b.safetensors.index.json"]).expect_err("two");
-        assert!(error.ends_with("it contains a.safetensors, b.safetensors.index.json"), "{error}");
+        assert!(error.ends_with("it holds a.safetensors, b.safetensors.index.json"), "{error}");
         assert!(found(&["config.json"]).expect_err("none").contains("no checkpoint"));
         let error = found(&["model-00001-of-00002.safetensors"]).expect_err("no index");
         assert!(error.contains("shards of \"model\", but not their index"), "{error}");
@@ -268,11 +268,11 @@ mod tests {
     fn or_an_error_lists_the_variants() {
         let names = ["model.safetensors", "model.fp16.safetensors", "model.safetensors.index.bf16.json"];
         let error = found_variant(&names, Some("fp8")).expect_err("none");
-        let held = "it contains model.fp16.safetensors (variant \"fp16\"), model.safetensors, \
+        let held = "it holds model.fp16.safetensors (variant \"fp16\"), model.safetensors, \
                     model.safetensors.index.bf16.json (variant \"bf16\")";
         assert!(error.contains("no checkpoint of variant \"fp8\"") && error.ends_with(held), "{error}");
         let error = found(&["x.fp16.safetensors", "x.bf16.safetensors"]).expect_err("two");
-        let held = "it contains x.bf16.safetensors (variant \"bf16\"), x.fp16.safetensors (variant \"fp16\")";
+        let held = "it holds x.bf16.safetensors (variant \"bf16\"), x.fp16.safetensors (variant \"fp16\")";
         assert!(error.contains("choose a variant") && error.ends_with(held), "{error}");
         assert!(
             found_variant(&["config.json"], Some("fp16"))

@@ -31,7 +31,7 @@ pub(super) fn check_equal(index: &Index, shards: &[Shard], locations: &[TensorLo
             }
             _ => {
                 let detail = format!(
-                    "shard {shard:?} contains tensor {name:?}, which the index does not list there: index and shards are \
+                    "shard {shard:?} holds tensor {name:?}, which the index does not list there: index and shards are \
                      not of one checkpoint; save or fetch them again, or set `extra` to \"ignore\" to load only what the \
                      index lists"
                 );
@@ -53,10 +53,10 @@ fn contains(shard: &Shard, name: &str) -> bool {
 fn misplaced(name: &str, shard: u32, shards: &[Shard]) -> Error {
     let found = match shards.iter().find(|one| contains(one, name)) {
         Some(other) => format!("it is in {:?}", other.name),
-        None => "no shard contains it".to_string(),
+        None => "no shard has it".to_string(),
     };
     let detail = format!(
-        "the index puts tensor {name:?} into shard {:?}, which does not contain it ({found}): index and shards are not of \
+        "the index puts tensor {name:?} into shard {:?}, which does not hold it ({found}): index and shards are not of \
          one checkpoint; save or fetch them again",
         shards[shard as usize].name
     );
