@@ -1,4 +1,4 @@
-//! Edits of the metadata: where they are made, who sees them, and what stays when they fail.
+//! Edits of metadata: by a rewrite and in place, what readers see, and the file after an error.
 
 mod common;
 
@@ -29,7 +29,7 @@ fn entries(pairs: &[(&str, &str)]) -> Option<Metadata> {
     Some(pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect())
 }
 
-/// A file with two tensors, metadata, and data that begins at a multiple of `alignment`.
+/// Saves a file with two tensors, metadata, and data at a multiple of `alignment`.
 fn make(directory: &TempDir, alignment: u64) -> PathBuf {
     let path = directory.path().join("file");
     let first = TensorSpec { name: "first", dtype: Dtype::F32, shape: &[1000] };
@@ -131,7 +131,7 @@ fn an_edit_that_changes_nothing_writes_nothing() {
 }
 
 #[test]
-fn metadata_comes_with_its_first_entry_and_stays_without() {
+fn metadata_appears_with_its_first_entry_and_stays_empty() {
     let directory = directory();
     let path = directory.path().join("file");
     save_file(&[], &[], None, &path, SaveOptions::default()).expect("saved");
@@ -144,7 +144,7 @@ fn metadata_comes_with_its_first_entry_and_stays_without() {
 }
 
 #[test]
-fn mapped_tensors_stay_what_they_are() {
+fn mapped_tensors_do_not_change() {
     let directory = directory();
     let path = make(&directory, 4096);
     for options in [IN_PLACE, REWRITE] {
@@ -158,7 +158,7 @@ fn mapped_tensors_stay_what_they_are() {
 }
 
 #[test]
-fn links() {
+fn links_are_replaced_or_refused() {
     let directory = directory();
     let path = make(&directory, 4096);
     let (soft, hard) = (directory.path().join("soft"), directory.path().join("hard"));
@@ -221,7 +221,7 @@ fn a_read_only_file_is_rewritten_and_not_edited_in_place() {
 }
 
 #[test]
-fn what_is_no_file_of_tensors_is_refused_and_stays() {
+fn invalid_files_are_refused_and_stay() {
     let directory = directory();
     let path = make(&directory, 4096);
     let whole = fs::read(&path).expect("there");
@@ -258,7 +258,7 @@ fn what_is_no_file_of_tensors_is_refused_and_stays() {
     assert!(fs::read(&path).expect("there") == whole);
 }
 
-/// What other writers may have made: an odd start of the data, unknown fields, another order.
+/// As other writers may save: misaligned data, unknown fields, another order.
 #[test]
 fn foreign_files_keep_their_tensors() {
     let directory = directory();
@@ -276,7 +276,7 @@ fn foreign_files_keep_their_tensors() {
 }
 
 #[test]
-fn a_large_file_is_written_in_steps_that_can_be_given_up() {
+fn a_large_file_is_edited_in_steps_and_can_be_dropped() {
     let directory = directory();
     let path = directory.path().join("file");
     let data = pattern(70 << 20);
@@ -306,7 +306,7 @@ fn a_large_file_is_written_in_steps_that_can_be_given_up() {
 }
 
 #[test]
-fn a_directory_that_is_renamed_meanwhile_keeps_its_edit() {
+fn a_directory_that_is_renamed_during_an_edit_gets_it() {
     let root = directory();
     let (at, aside) = (root.path().join("at"), root.path().join("aside"));
     for options in [IN_PLACE, REWRITE] {
@@ -331,7 +331,7 @@ fn a_directory_that_is_renamed_meanwhile_keeps_its_edit() {
 }
 
 #[test]
-fn a_file_that_changes_meanwhile_is_not_written_to() {
+fn a_file_that_changes_during_an_edit_stays() {
     let directory = directory();
     let path = make(&directory, 8);
     let changed = changes(&[("k", Some("a longer value than there is room for"))]);
@@ -344,7 +344,7 @@ fn a_file_that_changes_meanwhile_is_not_written_to() {
 }
 
 #[test]
-fn what_others_do_to_the_file_meanwhile_stays() {
+fn concurrent_changes_stay() {
     let directory = directory();
     let path = directory.path().join("file");
     let (soft, copy) = (directory.path().join("soft"), directory.path().join("copy"));
@@ -367,9 +367,9 @@ fn what_others_do_to_the_file_meanwhile_stays() {
     for (what, do_it) in doings {
         for options in [IN_PLACE, REWRITE, EditOptions { durable: true, ..REWRITE }] {
             make(&directory, 4096);
-            // Filesystems tell times to some milliseconds.
+            // Filesystems record times in steps of some milliseconds.
             std::thread::sleep(Duration::from_millis(20));
-            // Also of a file that a link led to, which nothing is written to; and a link is not what replaced one.
+            // A rewrite replaces the link, and still checks the file it leads to.
             let edited = if options.in_place { &path } else { &soft };
             let mut edit =
                 MetadataEdit::begin(edited, &changes(&[("k", Some("v"))]), options).expect("begun");
@@ -384,7 +384,7 @@ fn what_others_do_to_the_file_meanwhile_stays() {
             );
         }
     }
-    // A link that leads elsewhere meanwhile stays.
+    // A link that is changed during the edit stays.
     make(&directory, 4096);
     let mut edit = MetadataEdit::begin(&soft, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
     fs::remove_file(&soft).expect("removed");
@@ -392,7 +392,7 @@ fn what_others_do_to_the_file_meanwhile_stays() {
     assert_error(edit.advance(None), ErrorKind::FileChanged, &soft, "run the edit again");
     drop(edit);
     assert_eq!(fs::read_link(&soft).expect("a link"), path);
-    // What leaves the file as it is keeps no edit from it.
+    // Changes of names and permissions do not refuse the edit.
     make(&directory, 4096);
     let mut edit = MetadataEdit::begin(&path, &changes(&[("k", Some("v"))]), REWRITE).expect("begun");
     fs::hard_link(&path, &copy).expect("linked");

@@ -1,4 +1,4 @@
-//! Files that are written tensor by tensor: the bytes, what is refused, and what is there when it goes wrong.
+//! The incremental writer: its bytes, its errors, and the files after an error or a kill.
 
 mod common;
 
@@ -56,7 +56,7 @@ fn the_bytes_are_those_of_a_save() {
 }
 
 #[test]
-fn no_tensors_make_a_file() {
+fn a_file_without_tensors_is_written() {
     let directory = directory();
     let path = directory.path().join("file");
     IncrementalWriter::create(&[], None, &path, SaveOptions::default())
@@ -69,7 +69,7 @@ fn no_tensors_make_a_file() {
 }
 
 #[test]
-fn what_is_refused_names_file_and_tensor() {
+fn errors_name_file_and_tensor() {
     let directory = directory();
     let path = directory.path().join("file");
     let writer = begin(&path);
@@ -105,7 +105,7 @@ fn what_is_refused_names_file_and_tensor() {
 
     assert_eq!(writer.missing().expect("this process"), ["floats"]);
     assert_error(writer.commit(), ErrorKind::DataLength, &path, "1 of 3 tensors are missing");
-    // It can be given after that.
+    // It can be written after that.
     writer.write_part("floats", 4, &[3; 20]).expect("written");
     assert_error(writer.commit(), ErrorKind::DataLength, &path, "\"floats\"");
     writer.write_part("floats", 0, &[3; 4]).expect("written");
@@ -136,7 +136,7 @@ fn many_missing_tensors_are_counted() {
 }
 
 #[test]
-fn a_tensor_that_was_given_up_can_be_given_again() {
+fn a_dropped_tensor_can_be_written_again() {
     let directory = directory();
     let path = directory.path().join("file");
     let writer = begin(&path);
@@ -188,7 +188,7 @@ fn threads_write_different_tensors_at_once() {
 }
 
 #[test]
-fn of_threads_that_write_one_tensor_one_does() {
+fn one_of_several_threads_writes_a_tensor() {
     let directory = directory();
     let path = directory.path().join("file");
     for _ in 0..20 {
@@ -213,7 +213,7 @@ fn of_threads_that_write_one_tensor_one_does() {
 }
 
 #[test]
-fn what_is_not_committed_leaves_the_target_alone() {
+fn without_a_commit_the_target_stays() {
     let directory = directory();
     let path = directory.path().join("file");
     for existing in [false, true] {
@@ -229,7 +229,7 @@ fn what_is_not_committed_leaves_the_target_alone() {
         let mut half = writer.begin(SPECS[1]).expect("begun");
         writer.discard();
         writer.discard();
-        // Into a file that nobody will see.
+        // Into the discarded file.
         half.write(&[1; 24]).expect("written");
         half.finish().expect("complete");
         assert_error(writer.commit(), ErrorKind::Closed, &path, "discarded");
@@ -239,7 +239,7 @@ fn what_is_not_committed_leaves_the_target_alone() {
 }
 
 #[test]
-fn what_cannot_be_begun() {
+fn a_refused_file_is_not_created() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     let create = |path: &Path| IncrementalWriter::create(&SPECS, None, path, SaveOptions::default());
@@ -274,7 +274,7 @@ fn child_directory() -> std::path::PathBuf {
 
 /// The child of the test below.
 #[test]
-#[ignore = "waits for ever; started by a_killed_process_leaves_nothing"]
+#[ignore = "waits forever; started by a_killed_process_leaves_nothing"]
 fn write_until_killed() {
     let directory = child_directory();
     let writer = begin(&directory.join("file"));
@@ -291,7 +291,7 @@ fn a_killed_process_leaves_nothing() {
         let directory = directory();
         let flags = libc::O_TMPFILE;
         if existing || OpenOptions::new().write(true).custom_flags(flags).open(directory.path()).is_err() {
-            // Documented: where there is a file already, or there are no unnamed files, the hidden one may stay.
+            // Documented: over an old file, or without unnamed files, the hidden one may stay.
             fs::write(directory.path().join("file"), "old").expect("written");
         }
         let before = names(directory.path());
@@ -314,7 +314,7 @@ fn a_killed_process_leaves_nothing() {
     }
 }
 
-/// The child of the test below: there is room for less than its file needs, which no preallocation finds out.
+/// The child of the test below: a file size limit, which preallocation does not check, is too small for its file.
 #[test]
 #[ignore = "limits its process; started by a_write_that_fails_leaves_nothing"]
 fn write_beyond_the_limit() {
@@ -322,7 +322,7 @@ fn write_beyond_the_limit() {
     let specs = [SPECS[0], TensorSpec { name: "large", dtype: Dtype::U8, shape: &[100_000] }];
     let writer = IncrementalWriter::create(&specs, None, &path, SaveOptions::default()).expect("begun");
     let limit = libc::rlimit { rlim_cur: 50_000, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: a signal number and a disposition; a limit that lives during the call.
+    // SAFETY: `signal` requires a valid signal and disposition, `setrlimit` a pointer to a limit: `limit`.
     unsafe {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit), 0);
@@ -331,16 +331,16 @@ fn write_beyond_the_limit() {
     assert_eq!(error.os_error(), Some(libc::EFBIG), "{error}");
     assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     assert_eq!(writer.missing().expect("this process"), ["bytes", "large"]);
-    // Half of it is in the file; it can be given again all the same.
+    // Half of it is in the file; it can still be written again.
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: a limit that lives during the call.
+    // SAFETY: `setrlimit` requires a pointer to a limit: `limit`.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) }, 0);
     writer.write("large", &pattern(100_000)).expect("written");
     assert_error(writer.commit(), ErrorKind::DataLength, &path, "\"bytes\"");
 }
 
 #[test]
-fn a_write_that_fails_leaves_nothing() {
+fn a_failed_write_leaves_nothing() {
     let directory = directory();
     let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");

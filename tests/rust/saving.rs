@@ -1,4 +1,4 @@
-//! Saving files: what is there afterwards, on success, on error, and when the process is killed.
+//! Saves: the files after success, after an error, and after a kill.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -45,7 +45,7 @@ fn mode(path: &Path) -> u32 {
 
 fn make_fifo(path: &Path) {
     let name = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
-    // SAFETY: a string that ends in NUL.
+    // SAFETY: `mkfifo` requires a C string.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
 }
 
@@ -87,7 +87,7 @@ fn an_existing_file_is_replaced_not_written_to() {
 }
 
 #[test]
-fn symbolic_links_are_replaced_and_what_they_lead_to_stays() {
+fn symbolic_links_are_replaced_and_their_targets_stay() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     fs::create_dir(at("blobs")).expect("made");
@@ -102,7 +102,7 @@ fn symbolic_links_are_replaced_and_what_they_lead_to_stays() {
         assert!(fs::symlink_metadata(at("link")).expect("there").is_file(), "{to}");
         assert_eq!(load(&at("link")), [2; 9]);
         assert!(fs::read(at("blobs/first")).expect("there") == blob && !at("nothing").exists());
-        // What could not be read by others before still cannot.
+        // Others still cannot read it.
         assert!(!["blobs/first", "chain"].contains(&to) || mode(&at("link")) == 0o640, "{to}");
         fs::remove_file(at("link")).expect("removed");
     }
@@ -112,7 +112,7 @@ fn symbolic_links_are_replaced_and_what_they_lead_to_stays() {
 }
 
 #[test]
-fn a_directory_that_is_renamed_meanwhile_gets_the_file() {
+fn a_directory_that_is_renamed_during_a_save_gets_the_file() {
     let root = directory();
     let (at, aside) = (root.path().join("at"), root.path().join("aside"));
     for existing in [false, true] {
@@ -158,8 +158,7 @@ fn permissions_are_those_at_the_commit() {
     assert_eq!(save_while(&|| make(0o604)), 0o604);
 }
 
-/// An access control list as the kernel has it: the rights of the owner, of user 12345, of the group, of the mask and of
-/// all others.
+/// Returns an access control list in the kernel's format: the rights of the owner, user 12345, group, mask and others.
 fn acl(rights: [u16; 5]) -> Vec<u8> {
     let tags = [(0x01u16, u32::MAX), (0x02, 12345), (0x04, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)];
     let mut bytes = 2u32.to_le_bytes().to_vec();
@@ -170,10 +169,10 @@ fn acl(rights: [u16; 5]) -> Vec<u8> {
     bytes
 }
 
-/// Gives `path` an access control list; whether its filesystem has such.
+/// Sets the access control list of `path`; returns `false` if its filesystem has none.
 fn set_acl(path: &Path, name: &std::ffi::CStr, acl: &[u8]) -> bool {
     let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
-    // SAFETY: two strings that end in NUL, and as many bytes as the call is told.
+    // SAFETY: `setxattr` requires two C strings, and readable bytes of the given length: those of `acl`.
     let status = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), acl.as_ptr().cast(), acl.len(), 0) };
     if status != 0 {
         println!("skipped: no access control lists here: {}", std::io::Error::last_os_error());
@@ -184,7 +183,7 @@ fn set_acl(path: &Path, name: &std::ffi::CStr, acl: &[u8]) -> bool {
 fn get_acl(path: &Path) -> Option<Vec<u8>> {
     let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
     let mut bytes = vec![0; 1000];
-    // SAFETY: two strings that end in NUL, and a buffer of as many bytes as the call is told.
+    // SAFETY: `getxattr` requires two C strings, and a buffer of the given length.
     let length = unsafe {
         libc::getxattr(
             path.as_ptr(),
@@ -202,7 +201,7 @@ fn an_access_control_list_is_kept() {
     let directory = directory();
     let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
-    // The group may do nothing, which the permissions do not show.
+    // The group has no rights, but the mode shows the mask.
     let list = acl([6, 6, 0, 6, 0]);
     if !set_acl(&path, c"system.posix_acl_access", &list) {
         return;
@@ -212,7 +211,7 @@ fn an_access_control_list_is_kept() {
         save(&path, &[1]).expect("saved");
         assert_eq!((mode(&path), get_acl(&path)), (0o660, Some(list.clone())));
     }
-    // One that it has got meanwhile.
+    // A list that was set during the save.
     let other = acl([6, 4, 4, 4, 0]);
     let mut file = AtomicFile::create(&path, 1).expect("begun");
     file.write([&b"1"[..]]).expect("written");
@@ -222,7 +221,7 @@ fn an_access_control_list_is_kept() {
 }
 
 #[test]
-fn a_list_for_new_files_is_for_new_files_alone() {
+fn a_default_list_applies_to_new_files_only() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     fs::write(at("old"), "old").expect("written");
@@ -236,7 +235,7 @@ fn a_list_for_new_files_is_for_new_files_alone() {
     }
     assert!(get_acl(&at("theirs")).is_some());
     assert_eq!((mode(&at("new")), get_acl(&at("new"))), (mode(&at("theirs")), get_acl(&at("theirs"))));
-    // User 12345 could not read it before.
+    // User 12345 still cannot read it.
     assert_eq!((mode(&at("old")), get_acl(&at("old"))), (0o640, None));
 }
 
@@ -276,7 +275,7 @@ fn descriptors_are_written_to() {
     fs::write(&path, "old").expect("written");
     let read_only = File::open(&path).expect("opened");
     assert_eq!(save_to(&read_only, names_of[0]).expect_err("read only").os_error(), Some(libc::EBADF));
-    // What has to be written in any order cannot be.
+    // An incremental writer writes in any order, so it is refused.
     let descriptor = File::options().write(true).open(&path).expect("opened");
     let name = names_of[0](std::os::fd::AsRawFd::as_raw_fd(&descriptor));
     let error = AtomicFile::create(Path::new(&name), 3).expect_err("refused");
@@ -296,7 +295,7 @@ fn descriptors_are_written_to() {
 }
 
 #[test]
-fn a_pipe_that_another_file_takes_the_place_of_is_still_written_to() {
+fn a_pipe_is_written_to_after_another_file_takes_its_name() {
     let directory = directory();
     let (fifo, other) = (directory.path().join("fifo"), directory.path().join("other"));
     make_fifo(&fifo);
@@ -316,7 +315,7 @@ fn a_pipe_that_another_file_takes_the_place_of_is_still_written_to() {
 }
 
 #[test]
-fn what_cannot_be_saved_to() {
+fn impossible_targets_are_refused() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     fs::write(at("file"), "old").expect("written");
@@ -341,7 +340,7 @@ fn what_cannot_be_saved_to() {
 }
 
 #[test]
-fn a_check_that_fails_leaves_the_target_alone() {
+fn a_failed_check_leaves_the_target_as_it_was() {
     let directory = directory();
     let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
@@ -358,7 +357,7 @@ fn a_check_that_fails_leaves_the_target_alone() {
 }
 
 #[test]
-fn a_save_that_is_given_up_leaves_nothing() {
+fn a_dropped_save_leaves_nothing() {
     let directory = directory();
     let path = directory.path().join("file");
     for existing in [false, true] {
@@ -375,7 +374,7 @@ fn a_save_that_is_given_up_leaves_nothing() {
 }
 
 #[test]
-fn a_commit_that_fails_leaves_nothing() {
+fn a_failed_commit_leaves_nothing() {
     let directory = directory();
     let path = directory.path().join("file");
     let mut file = AtomicFile::create(&path, 3).expect("begun");
@@ -388,7 +387,7 @@ fn a_commit_that_fails_leaves_nothing() {
 }
 
 #[test]
-fn no_space_is_found_before_the_first_byte() {
+fn a_full_disk_is_an_error_before_the_first_byte() {
     let directory = directory();
     let path = directory.path().join("file");
     fs::write(&path, "old").expect("written");
@@ -400,7 +399,7 @@ fn no_space_is_found_before_the_first_byte() {
 }
 
 #[test]
-fn syncing_changes_nothing_else() {
+fn durable_saves_the_same_bytes() {
     let directory = directory();
     let path = directory.path().join("file");
     let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &[2] };
@@ -413,7 +412,7 @@ fn syncing_changes_nothing_else() {
 }
 
 #[test]
-fn the_longest_name_is_no_trouble() {
+fn the_longest_name_can_be_saved() {
     let directory = directory();
     let name = "n".repeat(255);
     for data in [[1; 3], [2; 3]] {
@@ -442,7 +441,7 @@ fn pipes_and_devices_are_written_to() {
 }
 
 #[test]
-fn readers_see_one_save_or_another_never_half() {
+fn readers_see_one_save_or_another_never_a_part() {
     let directory = directory();
     let path = directory.path().join("file");
     save(&path, &[0; 70_000]).expect("saved");
@@ -477,7 +476,7 @@ const KILLED_DIRECTORY: &str = "SAFETENSORS_TORCH_TEST_DIRECTORY";
 
 /// The child of the test below: saves new files until it is killed.
 #[test]
-#[ignore = "runs for ever; started by a_killed_process_leaves_whole_files_only"]
+#[ignore = "runs forever; started by a_killed_process_leaves_only_whole_files"]
 fn save_until_killed() {
     let directory = std::env::var_os(KILLED_DIRECTORY).expect("started by its parent");
     let data = pattern(8 << 20);
@@ -490,7 +489,7 @@ fn save_until_killed() {
 }
 
 #[test]
-fn a_killed_process_leaves_whole_files_only() {
+fn a_killed_process_leaves_only_whole_files() {
     let unnamed = |directory: &Path| {
         let flags = libc::O_TMPFILE;
         OpenOptions::new().write(true).custom_flags(flags).open(directory).is_ok()
