@@ -72,25 +72,14 @@ def to_keyword(value: Any) -> str:
 
 
 def check_variant(variant: Any) -> str | None:
-    """Returns ``variant`` if it is text or None.
-
-    Raises:
-        TypeError: it is not.
-        UnicodeEncodeError: it has a lone surrogate.
-    """
+    """Returns ``variant`` if it is text or None."""
     if variant is not None:
-        if not isinstance(variant, str):
-            raise TypeError(f"variant must be a str or None, not {type(variant).__name__}")
-        variant.encode()
+        check_text(variant, "variant")
     return variant
 
 
 def check_bool(value: Any, name: str) -> bool:
-    """Returns ``value`` if it is a bool.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Returns ``value`` if it is a bool, and raises TypeError otherwise."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
     return value
@@ -128,12 +117,7 @@ def check_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def check_metadata(metadata: Any) -> None:
-    """Checks that ``metadata`` is None or a dict of text.
-
-    Raises:
-        TypeError: it is not.
-        UnicodeEncodeError: a key or value has a lone surrogate.
-    """
+    """Checks that ``metadata`` is None or a dict of text."""
     if metadata is None:
         return
     if not isinstance(metadata, dict):

@@ -14,12 +14,7 @@ import torch
 from ._exceptions import SafetensorError, os_error
 from ._tracing import dynamo_disable
 
-_BUILTIN: dict[str, type[Exception]] = {
-    "ValueError": ValueError,
-    "TypeError": TypeError,
-    "IndexError": IndexError,
-    "MemoryError": MemoryError,
-}
+_BUILTIN = {kind.__name__: kind for kind in (ValueError, TypeError, IndexError, MemoryError)}
 
 # The most characters of a name or other value in an error text.
 _MAX_LENGTH = 200

@@ -6,7 +6,6 @@ Owns the backup of the module, and the rollback if the load fails.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,7 +90,9 @@ class _Backup:
     """A backup of a module: which objects its tensors are, its extra state and, if asked for, the tensors' values."""
 
     def __init__(self, model: nn.Module, with_values: bool) -> None:
-        self._tables = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
+        self._tables = [
+            (table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)
+        ]
         tensors = {id(value): value for _, values in self._tables for value in values.values() if value is not None}
         copied = [tensor for tensor in tensors.values() if with_values and not is_lazy(tensor)]
         try:
@@ -143,8 +144,3 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
     except Exception:  # the layout or class has no view of bytes
         return False
-
-
-def _tables(module: nn.Module) -> Iterator[dict[str, torch.Tensor | None]]:
-    yield module._parameters
-    yield module._buffers

@@ -5,7 +5,8 @@ Owns the loop and the meaning of ``progress``. The threads of the native object 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # No progress, a bar of tqdm, or a function of the bytes done and the total.
@@ -35,7 +36,7 @@ def check_progress(progress: Any) -> Progress:
     return progress
 
 
-class ProgressBar:
+class _ProgressBar:
     """A progress function that draws a bar, unless the total is 0, as in a load that maps the file."""
 
     def __init__(self, title: str) -> None:
@@ -55,32 +56,37 @@ class ProgressBar:
             self._bar.close()
 
 
+@contextmanager
+def progress_bar(title: str, is_wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields a progress function, which draws a bar if ``is_wanted``."""
+    bar = _ProgressBar(title)
+    try:
+        yield bar if is_wanted else lambda done, total: None
+    finally:
+        bar.close()
+
+
 def run(work: Any, progress: Progress, title: str) -> None:
-    """Does pending work in steps. If it fails, or is interrupted, nothing of it stays.
+    """Does pending work in steps. If it fails, or is interrupted, it is cancelled.
 
     Args:
         work: a native object with ``advance``, ``total``, ``done`` and ``cancel``.
-        progress: what is called between steps; whatever it raises ends the work.
+        progress: called between steps; an exception from it cancels the work.
         title: the title of a bar.
 
     Raises:
-        What the work raises, translated; KeyboardInterrupt; what ``progress`` raises.
+        The translated errors of the work; KeyboardInterrupt; what ``progress`` raises.
     """
     from ._errors import call  # not above: the shell command draws bars without torch
 
-    bar = None
-    try:
-        if progress is True:
-            bar = ProgressBar(title)
-        tell = bar or progress
-        while not call(work.advance, STEP_SECONDS):
-            if tell:
-                tell(call(work.done), call(work.total))
-        if tell:
-            tell(call(work.total), call(work.total))
-    except BaseException:
-        work.cancel()
-        raise
-    finally:
-        if bar is not None:
-            bar.close()
+    with progress_bar(title, progress is True) as bar:
+        report = bar if progress is True else progress
+        try:
+            while not call(work.advance, STEP_SECONDS):
+                if report:
+                    report(call(work.done), call(work.total))
+            if report:
+                report(call(work.total), call(work.total))
+        except BaseException:
+            work.cancel()
+            raise

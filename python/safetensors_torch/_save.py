@@ -111,11 +111,11 @@ def save(
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"", **rules)
 
-        def write(out: torch.Tensor) -> None:
+        def fill(out: torch.Tensor) -> None:
             call(plan.set_memory, out)
             run(plan, progress, "save")
 
-        return _buffer.new_bytes(call(plan.total), write)
+        return _buffer.new_bytes(call(plan.total), fill)
 
 
 def check_rules(force_contiguous: Any, shared: Any) -> dict[str, Any]:

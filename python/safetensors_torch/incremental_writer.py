@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from numbers import Integral
 from operator import index
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -112,15 +111,10 @@ class IncrementalWriter:
         self._native()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._open is None:
             return
-        if exc_type is not None:
+        if error[0] is not None:
             self.discard()
             return
         try:

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import Any
 
 from ._arguments import Device
@@ -134,12 +133,7 @@ class _Patch(AbstractContextManager):
         if not self._is_active:
             raise RuntimeError("this patch was undone already: call patch_safetensors() again")
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._is_active:
             self._is_active = False
             unpatch_safetensors()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -123,12 +122,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         self._file()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Not File.close(): slices share the File, and the last of them closes it.
         self._open = self._view = None
 

@@ -1,9 +1,8 @@
-"""A small check of an installed safetensors_torch, by itself: no test framework, nothing of the checkout.
+"""A small check of an installed safetensors_torch, without a test framework or the checkout.
 
-Owns what a package that works can do at the least: import, round trips of the dtypes that this torch has, bytes equal
-to those of the reference, a slice, a model, the operators. The rest is tests/python's. Run with the Python to be
-checked; prints one line of JSON, with how long the imports of torch and of the package took, and the processor time of
-the programs that were started for the latter, which are the compiler.
+Checks the minimum of a working package: the import, round trips of all dtypes, bytes equal to those of the reference,
+a slice, a model, the operators. tests/python has the rest. Run it with the Python to check. It prints one line of JSON
+with the times of the imports of torch and of the package, and the processor time of the compiler.
 
 Run: python tests/packaging/check.py [--import-only]
 """
@@ -24,15 +23,15 @@ DTYPES = (
 
 
 def check(directory: Path) -> int:
-    """Raises where something is wrong; gives the number of dtypes that went to a file and back."""
+    """Raises if something is wrong. Returns the number of dtypes that were saved and loaded."""
     import safetensors.torch as reference
     import torch
 
     import safetensors_torch as ours
 
     known = [getattr(torch, name) for name in DTYPES if hasattr(torch, name)]
-    assert len(known) >= len(DTYPES) - 1, "float8_e8m0fnu alone is newer than torch 2.6"
-    data = torch.arange(96, dtype=torch.uint8)  # few bits, so that no value is a NaN, which equals nothing
+    assert len(known) >= len(DTYPES) - 1, "only float8_e8m0fnu is newer than torch 2.6"
+    data = torch.arange(96, dtype=torch.uint8)  # small values, so that none is a NaN
     tensors = {str(dtype): data.clone().view(dtype) for dtype in known if dtype != torch.bool}
     tensors["torch.bool"] = data % 2 == 1
     tensors["matrix"] = torch.linspace(-1, 1, 24).reshape(4, 6)

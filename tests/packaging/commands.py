@@ -1,4 +1,4 @@
-"""Commands that the programs of this directory run."""
+"""Runs commands for the programs of this directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str | Path, environment: dict[str, str] | None = None, directory: Path = ROOT) -> str:
-    """The command's standard output; ends the program with all that it said where it fails."""
+    """Returns the command's standard output. If it fails, ends the program with its output."""
     result = subprocess.run(
         [str(part) for part in command], env=environment, cwd=directory, capture_output=True, text=True, check=False
     )

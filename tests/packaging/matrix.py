@@ -1,8 +1,8 @@
 """One wheel, several Pythons and torches: builds it, installs it beside each, checks and times it there.
 
-Owns the virtual environments and the table. What is checked stands in check.py. Each combination unpacks torch with
-its CUDA libraries, about 5 GB, and takes some minutes, so this is not part of the tests; the environments are made and
-deleted one after the other. Rust is hidden from everything but the build of the wheel.
+Owns the virtual environments and the table; check.py has the checks. Each combination unpacks torch with its CUDA
+libraries, about 5 GB, and takes minutes, so this is not part of the tests. The environments are created and deleted one
+after the other. Only the build of the wheel can find Rust.
 
 Run: python tests/packaging/matrix.py --python python3.10 --python python3.13 --torch 2.8.0 --torch 2.11.0
          [--wheel FILE] [--cuda-of SITE] [--json FILE] [--directory DIR] [--imports N]
@@ -25,12 +25,12 @@ from commands import ROOT, run
 
 HERE = Path(__file__).resolve().parent
 RUST = ("cargo", "rustc", "rustup")
-# Compared with; it saves through numpy.
+# The reference to compare with, which saves through numpy.
 REFERENCE = ("safetensors==0.8.0", "numpy")
-# What torch imports when it is imported, beside its CUDA libraries, and what the wheel needs.
+# The imports of torch, besides its CUDA libraries, and the requirements of the wheel.
 TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", "sympy")
 WHEEL_NEEDS = ("setuptools", "ninja")
-# The wheel has these, and no library for one torch; and nothing in it is built here beside the core.
+# The wheel has these files. The core is its only compiled library.
 NEEDED = (
     "_native_library.py",
     "py.typed",
@@ -66,7 +66,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def without_rust(directory: Path) -> dict[str, str]:
-    """An environment whose PATH has no Rust, with a home directory of its own, so an empty cache, in ``directory``."""
+    """Returns an environment without Rust on PATH, and with a home directory, so an empty cache, in ``directory``."""
     programs = directory / "programs"
     programs.mkdir(parents=True)
     for place in os.environ["PATH"].split(os.pathsep):
@@ -96,7 +96,7 @@ def install_torch(inside: Path, install: tuple, torch: str, cuda_of: Path | None
 
 
 def check_one(python: str, torch: str, wheel: Path, directory: Path, imports: int, cuda_of: Path | None) -> dict:
-    """Installs the wheel beside that torch, and says what came of it."""
+    """Installs the wheel beside that torch, and returns the result of the check."""
     run(python, "-m", "venv", directory / "venv")
     inside = directory / "venv" / "bin" / "python"
     install = (inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")

@@ -1,8 +1,8 @@
 """The ways to install from source: the sdist, from it with build isolation, and editable, each in a new environment.
 
-Owns the environments and what is to be found in them. What a package that works can do stands in check.py. Builds the
-core once and the libtorch layer twice, in a temporary directory; the torch is that of another Python, whose packages
-the environments link to, so that nothing large is downloaded. pip gets setuptools and wheel from its index for itself.
+Owns the environments and the checks of their files; check.py checks the package. Builds the core once and the libtorch
+layer twice, in a temporary directory. The environments link to the torch of another Python, so that nothing large is
+downloaded. pip fetches setuptools and wheel from its index.
 
 Run: python tests/packaging/ways.py [--torch-of PYTHON]
 """
@@ -34,7 +34,7 @@ LEFT_OUT = (
 
 
 def make_sdist(python: str, directory: Path) -> Path:
-    """The sdist, unpacked."""
+    """Returns the unpacked sdist."""
     (directory / "egg").mkdir()
     environment = {**os.environ, "SAFETENSORS_TORCH_AOT": "0"}
     command = (
@@ -55,7 +55,7 @@ def make_sdist(python: str, directory: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment that has the packages of the Python with torch by links, and a cache of its own."""
+    """Creates a virtual environment with links to the packages of the Python with torch, and a cache of its own."""
 
     def __init__(self, python: str, directory: Path, *also: str) -> None:
         self.directory = directory

@@ -1,4 +1,4 @@
-"""Fixtures of the Python tests; helpers that are no fixtures live in the modules beside them."""
+"""Fixtures of the Python tests; the modules beside it have the other helpers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from support import encode
 
-# Bound once, so that a test which patches the reference's modules changes nothing of what others compare with.
+# Bound once, so that patches of the reference's modules do not affect it.
 _REFERENCE = types.SimpleNamespace(
     load=safetensors.torch.load,
     load_file=safetensors.torch.load_file,
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def reference() -> types.SimpleNamespace:
-    """The functions of the PyPI package, for the sentences on which both agree."""
+    """The functions of the PyPI package, to compare with."""
     return _REFERENCE
 
 
@@ -46,7 +46,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
-    """A few dtypes and shapes, a scalar and a zero-size tensor among them."""
+    """Tensors of a few dtypes and shapes, with a scalar and a zero-size one."""
     return {
         "weight": torch.linspace(-1, 1, 24).reshape(4, 6),
         "bias": torch.linspace(0, 1, 6, dtype=torch.float64),
@@ -68,7 +68,7 @@ def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes bytes, or tensors and metadata, to a new file and gives its path."""
+    """Writes bytes, or tensors and metadata, to a new file and returns its path."""
 
     def write(content: bytes | dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
         target = tmp_path / "given.safetensors"

@@ -1,6 +1,6 @@
 """A table of malformed safetensors files.
 
-Owns the bytes and what a reader's message must say about them; opens nothing and imports no library under test.
+It has the bytes and the expected messages, opens no file, and imports no library under test.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ U64_MAX = 2**64 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-    """`says` is a regular expression that the reader's message must match.
+    """A malformed file. The reader's message must match the regular expression `says`.
 
-    `stricter` marks the files that the reference implementation lets through.
+    `stricter` marks the files that the reference accepts.
     """
 
     id: str
@@ -32,23 +32,23 @@ class Malformed:
 
 
 def framed(header: str | bytes, body: bytes = b"") -> bytes:
-    """The header as it is, unpadded, behind its true length."""
+    """Returns a file with this header, unpadded, and its true length."""
     raw = header.encode() if isinstance(header, str) else header
     return struct.pack("<Q", len(raw)) + raw + body
 
 
 def entry(dtype: str = '"F32"', shape: str = "[1]", offsets: str = "[0,4]") -> str:
-    """The JSON object of one tensor, from JSON fragments."""
+    """Returns the JSON object of one tensor, from JSON fragments."""
     return f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
 
 
 def one(tensor: str, body: bytes = bytes(4), name: str = "weight") -> bytes:
-    """A file that holds one tensor, its object given as JSON."""
+    """Returns a file with one tensor, from its JSON object."""
     return framed(f'{{"{name}":{tensor}}}', body)
 
 
 def pair(first: str, second: str, body: bytes) -> bytes:
-    """A file that holds `early` and `late`, U8 and of the sizes that their data offsets, given as JSON, claim."""
+    """Returns a file with the U8 tensors `early` and `late`, with these data offsets."""
     tensors = []
     for name, offsets in (("early", first), ("late", second)):
         begin, end = json.loads(offsets)
@@ -77,7 +77,7 @@ def lengths() -> list[Malformed]:
         Malformed("length-one", framed("{"), r"(?i)header|JSON"),
         Malformed("header-cut-in-the-middle", VALID[: 8 + len(header) // 2], r"(?i)header"),
         Malformed("header-one-byte-short", VALID[: 8 + len(header) - 1], r"(?i)header"),
-        # 640 and 35,615 begin with the bytes of a pickle and of a gzip, and are lengths like any other.
+        # The lengths 640 and 35,615 begin like a pickle and a gzip file, and are valid.
         Malformed("length-640-cut", struct.pack("<Q", 640) + header.ljust(300), "header.*cut short"),
         Malformed("length-35615-cut", struct.pack("<Q", 35_615) + header.ljust(300), "header.*cut short"),
         Malformed("length-one-too-small", struct.pack("<Q", len(header) - 1) + header + bytes(4), r"(?i)header|JSON"),
@@ -86,7 +86,7 @@ def lengths() -> list[Malformed]:
 
 
 def documents() -> list[Malformed]:
-    """Headers that are not one JSON object in UTF-8."""
+    """Returns headers that are not one JSON object in UTF-8."""
     good = VALID[8:-4]
     four = bytes(4)
     headers: list[tuple[str, bytes]] = [
@@ -247,7 +247,7 @@ def dtypes() -> list[Malformed]:
 
 
 def entries() -> list[Malformed]:
-    """Tensor objects without a field, or that are no object, and the same thing twice."""
+    """Returns headers with missing fields, entries that are not objects, and duplicates."""
     again = f'"weight":{entry()}'
     small = entry('"U8"', "[2]", "[0,2]")
     cases = [
@@ -317,7 +317,7 @@ def bodies() -> list[Malformed]:
 
 
 def foreign() -> list[Malformed]:
-    """Files of other formats that people rename, or download in place of the one they wanted."""
+    """Returns files of other formats, which people rename or download by mistake."""
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 497764120\n"
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as writer:

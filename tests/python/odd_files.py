@@ -1,6 +1,6 @@
-"""Safetensors files that are odd but valid, which a hasty reader refuses.
+"""Valid but unusual safetensors files.
 
-Owns the bytes and the tensors that they hold; opens nothing and imports no library under test.
+It has the bytes and the expected tensors, opens no file, and imports no library under test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from malformed_files import entry, framed, one
 
 @dataclasses.dataclass(frozen=True)
 class Oddity:
-    """A valid file that a hasty reader refuses. `expected`: name -> (dtype code, shape, bytes)."""
+    """A valid but unusual file. `expected`: name -> (dtype code, shape, bytes)."""
 
     id: str
     data: bytes

@@ -1,6 +1,6 @@
-"""What the tests of patch_safetensors share: whether the modules are as they were.
+"""Checks for the tests of patch_safetensors whether the modules are unpatched.
 
-Owns no test. Has to be imported while nothing is patched.
+Import it while nothing is patched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import safetensors.torch
 import safetensors_torch
 
 FUNCTIONS = ["load", "load_file", "load_model", "save", "save_file", "save_model"]
-# Every module of the reference that is loaded here, as it is without a patch. In a container: globals are replaced.
+# The modules of the reference without a patch. In a container, because a patch replaces globals.
 MODULES = [safetensors, safetensors.torch, safetensors.numpy, safetensors._safetensors_rust]
 BEFORE = [dict(vars(module)) for module in MODULES]
 ERROR_MRO = safetensors_torch.SafetensorError.__mro__

@@ -1,4 +1,4 @@
-"""Memory of processes, waiting, and Ctrl-C, for the tests."""
+"""Measures of a process for the tests: mapped pages, growth of memory; and Ctrl-C."""
 
 from __future__ import annotations
 

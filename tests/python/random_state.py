@@ -1,6 +1,6 @@
-"""Random state dicts, a fixed one for each seed, and the comparison of tensors bit by bit.
+"""Random state dicts, one for each seed, and the comparison of tensors bit by bit.
 
-Owns the generator and what "the same tensors" means; saves and loads nothing.
+It saves and loads nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class State:
 
 
 def random_state(seed: int) -> State:
-    """Up to 12 tensors of every dtype and kind that a file can hold, with random bits: NaNs and denormals too."""
+    """Returns up to 12 tensors of any dtype and kind that a file can hold, with random bits, such as NaNs."""
     rng = random.Random(seed)
     tensors: dict[str, torch.Tensor] = {}
     for _ in range(rng.choice([0, 1, 1, 2, 3, 5, 8, 12])):
@@ -107,7 +107,7 @@ def random_tensor(rng: random.Random, dtype: torch.dtype) -> torch.Tensor:
 
 
 def halves(rng: random.Random, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Two views that share a storage and no byte of it, which a save accepts."""
+    """Returns two disjoint views of one storage, which a save accepts."""
     dtype = tensor.dtype
     flat = flat_bytes(tensor)
     middle = flat.numel() // dtype.itemsize // 2 * dtype.itemsize
@@ -115,10 +115,10 @@ def halves(rng: random.Random, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def wrapped(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, perhaps as a parameter, or with strides that say nothing new."""
+    """Returns the tensor, perhaps as a parameter, or with unusual strides that are still contiguous."""
     kind = rng.choice(["plain", "plain", "parameter", "column"])
     if kind == "parameter":
-        # float8 and float4 cannot require grad either, for want of the ops to accumulate it.
+        # float8 and float4 cannot require grad: torch lacks the operators to accumulate it.
         grad = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
         return torch.nn.Parameter(tensor, requires_grad=grad)
     if kind == "column" and tensor.dim() > 0:
@@ -139,12 +139,12 @@ def random_text(rng: random.Random) -> str:
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements in row-major order as a uint8 tensor, so that NaNs compare equal to themselves."""
+    """Returns the elements in row-major order as a uint8 tensor, so that NaNs compare equal."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
-    """The first thing that tells `got` from `expected`, whose order does not count; None where they are the same."""
+    """Returns the first difference between `got` and `expected` in any order, or None if they are equal."""
     if got.keys() != expected.keys():
         return f"names differ: {sorted(got.keys() ^ expected.keys())!a}"
     for name, tensor in got.items():
@@ -163,7 +163,7 @@ def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def offset_order(data: bytes) -> list[str]:
-    """The names in a file's offset order, ties among zero-size tensors by name, straight from its header."""
+    """Returns the names in a file's offset order, ties by name, from its header."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)

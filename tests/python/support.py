@@ -1,6 +1,6 @@
-"""What the semantics tests share: an encoder written from the format's description, dtypes by code, file permissions.
+"""Helpers of the tests: an encoder written from the format's description, dtypes by code, file permissions.
 
-Owns no test and calls nothing of the package under test, so that no test compares it with itself.
+It does not call the package under test, so that no test compares the package with itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from random_state import flat_bytes
 
-# Every code of the format, in the order in which a file holds the dtypes.
+# All dtype codes of the format, in the order of a file.
 CODES = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 "
     "F6_E3M2 F6_E2M3 F4 BOOL"
@@ -46,7 +46,7 @@ _TORCH_NAMES = {
     "F4": "float4_e2m1fn_x2",
     "BOOL": "bool",
 }
-# Those that this torch has: older ones lack F8_E8M0 and F4, all of them lack F6.
+# The dtypes of the installed torch: older versions lack F8_E8M0 and F4, and all lack F6.
 DTYPES = {code: getattr(torch, _TORCH_NAMES[code]) for code in CODES if hasattr(torch, _TORCH_NAMES.get(code, "-"))}
 
 
@@ -55,7 +55,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def sample(dtype: torch.dtype, shape: tuple[int, ...] = (2, 3)) -> torch.Tensor:
-    """A tensor of any dtype, with bytes that differ from one another where the dtype lets them."""
+    """Returns a tensor of any dtype, with distinct bytes if the dtype allows them."""
     count = torch.Size(shape).numel()
     raw = torch.arange(1, count * dtype.itemsize + 1).remainder(2 if dtype is torch.bool else 251)
     return raw.to(torch.uint8).view(dtype).reshape(shape)
@@ -66,20 +66,20 @@ def entry(code: str, shape: list[int], begin: int, end: int) -> dict:
 
 
 def pack(header: dict, data: bytes = b"") -> bytes:
-    """A file: the length, the header as compact JSON padded to a multiple of 8, the data."""
+    """Returns a file: the length, the header as compact JSON padded to a multiple of 8, the data."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
 
 def unpack(blob: bytes) -> tuple[bytes, bytes]:
-    """The header, padding and all, and the data."""
+    """Returns the header with its padding, and the data."""
     (length,) = struct.unpack_from("<Q", blob)
     return blob[8 : 8 + length], blob[8 + length :]
 
 
 def encode(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes that the format asks for, by another implementation than the package's."""
+    """Returns the file of these tensors, from an independent implementation of the format."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, data = {}, b""
     if metadata is not None:
@@ -95,7 +95,7 @@ def encode(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = N
 
 
 def groups_in(message: str) -> list[set[str]]:
-    """The list of sets of names that a message quotes."""
+    """Returns the list of sets of names in a message."""
     found = re.search(r"\[\{.*\}\]", message, re.DOTALL)
     assert found, f"no list of sets in {message!r}"
     return ast.literal_eval(found.group())
@@ -106,7 +106,7 @@ def aliases(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a model's state, to be compared with a later one."""
+    """Returns a copy of a model's state."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -119,13 +119,13 @@ def mode(path: Path) -> int:
 
 
 def bytes_read() -> int:
-    """What this process has read by system calls so far."""
+    """Returns the bytes that this process has read by system calls."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """The body runs as a user whom file permissions bind, root being above them."""
+    """Runs the body as a user to whom file permissions apply, unlike root."""
     if os.geteuid() != 0:
         yield
         return
@@ -146,17 +146,17 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def as_bytes(data: torch.Tensor) -> bytes:
-    """What an operator gives for the bytes of a file, as bytes."""
+    """Converts a tensor of bytes, as an operator returns it, to bytes."""
     return bytes(data.tolist())
 
 
 def as_tensor(data: bytes) -> torch.Tensor:
-    """What an operator takes for the bytes of a file."""
+    """Converts bytes to the tensor that an operator takes."""
     return torch.tensor(list(data), dtype=torch.uint8)
 
 
 class Tied(nn.Module):
-    """A head and an embedding with one weight; the embedding's name is what save_model keeps."""
+    """A module whose head and embedding share a weight; save_model keeps the embedding's name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The same bytes and the same tensors as the reference implementation, over a thousand random state dicts.
 
-Where the reference fails on a valid file (F4 and F8_E8M0 in its `load`, F4 in its pread backend), ours is held to the
-tensors that were saved. What the two mean to do differently is tested elsewhere.
+If the reference fails on a valid file (F4 and F8_E8M0 in its `load`, F4 in its pread backend), the saved tensors are
+expected. Other files test the deliberate differences.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ import torch, safetensors_torch
 """
     + SAYS
     + """
-says(sys.argv[1]), says(sys.argv[1], backend="pread")  # what a first call makes is made
+says(sys.argv[1]), says(sys.argv[1], backend="pread")  # the first calls allocate once
 spare = [bytes(100) for _ in range(100_000)]
 maps = []
 del spare
@@ -93,7 +93,7 @@ def test_too_little_address_space(tmp_path: Path) -> None:
     assert said.startswith(f"MemoryError: cannot map {tmp_path / 'f'}") and "ulimit -v" in said, said
 
 
-# A filesystem without mappings, as far as a program can see.
+# Makes a filesystem appear to have no mappings.
 NO_MAPPINGS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -143,7 +143,7 @@ def test_pipes_and_sockets(tmp_path: Path) -> None:
         os.close(writing)
         with pytest.raises(OSError, match="it is a pipe"):
             safe_open(f"/dev/fd/{reading}")
-        # The remedy, followed.
+        # The remedy of the text works.
         with open(reading, "rb", closefd=False) as pipe:
             assert safetensors_torch.load(pipe.read())["a"] == 1
     finally:

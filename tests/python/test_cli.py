@@ -43,7 +43,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that the examples name."""
+    """Creates the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     save_file(state(), "model.safetensors", {"format": "pt"})
     nearly = {**state(), "layer.weight": state()["layer.weight"] * (1 + 1e-4)}
@@ -92,7 +92,7 @@ def test_as_a_module(here: Path) -> None:
     assert (gone.returncode, gone.stdout) == (2, "")
     assert gone.stderr == "ls: No such file or directory: gone.safetensors\n"
     assert process("guess").returncode == 2
-    # Whoever reads the first line alone is no error.
+    # A reader that closes the pipe after the first line is not an error.
     piped = f"{shlex.quote(sys.executable)} -m safetensors_torch ls {'model.safetensors ' * 3000} | head -n 1"
     closed = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, check=False)
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "model.safetensors:\n", "")
@@ -114,7 +114,7 @@ WITHOUT_TORCH = {
 }
 
 
-def test_what_needs_no_torch_does_without_it(here: Path) -> None:
+def test_commands_without_tensors_import_no_torch(here: Path) -> None:
     save_file({"new": torch.ones(1)}, "changed.safetensors")
     Path("site", "torch").mkdir(parents=True)
     Path("site", "torch", "__init__.py").write_text("raise RuntimeError('torch is imported')\n")
@@ -133,8 +133,8 @@ def test_what_needs_no_torch_does_without_it(here: Path) -> None:
         assert "torch is imported" in process(line).stderr, line
 
 
-def test_headers_are_those_that_the_operators_see(here: Path) -> None:
-    """The core's C library reads them for the commands."""
+def test_headers_equal_those_of_the_operators(here: Path) -> None:
+    """The commands read headers through the core's C library."""
     save_file(
         {"s": torch.tensor(1.0), "e": torch.zeros(0, 3), "\u00fc": torch.ones(2, 3)},
         "odd.safetensors",
@@ -172,8 +172,8 @@ def test_a_c_library_that_does_not_load_is_reported(here: Path, capsys, monkeypa
     assert "ls: the package's C library does not load: " in capsys.readouterr().err
 
 
-def test_nothing_that_is_printed_controls_the_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not the names of tensors and files, metadata, or errors about them."""
+def test_control_characters_are_printed_as_escapes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In names of tensors and files, in metadata, and in errors about them."""
     codes = "\x1b[31m\x9b1m\x7f\u202e\u2066\r\n"
     name = f"a{codes}.safetensors"
     save_file({f"t{codes}": torch.ones(1)}, name, {f"k{codes}": f"v{codes}"})
@@ -251,9 +251,7 @@ def test_verify_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("gone", ["gone.safetensors", "gone/model.safetensors.index.json", "nowhere/"])
-def test_verify_of_what_is_absent_could_not_be_carried_out(
-    gone: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_of_a_missing_path_fails(gone: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", gone) == 2
     assert f"FAILED  {gone}: No such file or directory" in capsys.readouterr().out
     Path("short.safetensors").write_bytes(b"short")
@@ -269,7 +267,7 @@ def test_checksums(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd="checkpoint", capture_output=True, check=False)
     assert check.returncode == 0
     assert run("verify", "checkpoint", "--checksums", "checkpoint/SHA256SUMS") == 0
-    # One bit of the data, which no header tells of.
+    # One bit of the data, which no header records.
     damaged = bytearray(Path("model.safetensors").read_bytes())
     damaged[-1] ^= 1
     Path("model.safetensors").write_bytes(damaged)
@@ -301,7 +299,7 @@ def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "values": [{"name": "steps", "differing": 1, "elements": 1, "max_difference": float(2**62 - 6)}],
         "metadata": [{"key": "k", "left": None, "right": "v"}],
     }
-    # One apart, where a double sees no difference.
+    # They differ by one, which a double cannot represent.
     save_file({**changed, "steps": torch.tensor(2**62)}, "one_less.safetensors", {"format": "pt", "k": "v"})
     assert run("diff", "changed.safetensors", "one_less.safetensors") == 1
     assert "steps: 1 of 1 differ" in capsys.readouterr().out
@@ -376,7 +374,7 @@ def test_convert_divides_joins_and_casts(here: Path, capsys: pytest.CaptureFixtu
     assert torch.equal(joined["layer.weight"], state()["layer.weight"].half()) and joined["steps"] == 7
     assert run("diff", "model.safetensors", "parts") == 0
     capsys.readouterr()
-    # Nothing that is there is replaced unless it is asked for.
+    # Only --force replaces an existing target.
     for target in ("joined.safetensors", "parts"):
         before = {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")}
         assert run("convert", "other.safetensors", target) == 2
@@ -384,7 +382,7 @@ def test_convert_divides_joins_and_casts(here: Path, capsys: pytest.CaptureFixtu
         assert {path: path.read_bytes() for path in Path(".").rglob("*.safetensors")} == before
         assert run("convert", "other.safetensors", target, "--force") == 0
         assert torch.equal(load_sharded(target)["layer.weight"], load_file("other.safetensors")["layer.weight"])
-    # Over itself.
+    # The target is the source.
     assert run("convert", "parts", "parts", "--force", "--max-shard-size", "50") == 0
     assert run("diff", "other.safetensors", "parts") == 0
     assert run("convert", "model.safetensors", "x.safetensors", "--max-shard-size", "1GB") == 2

@@ -36,7 +36,7 @@ def shards() -> list[dict[str, torch.Tensor]]:
 
 
 def save_shards(directory: str, parts: list[dict], stem: str = "pytorch_model", zipped: bool = True) -> dict[str, str]:
-    """The files and their index. Returns the file of each tensor."""
+    """Saves the files and their index. Returns the file of each tensor."""
     os.makedirs(directory, exist_ok=True)
     weight_map = {}
     for number, part in enumerate(parts, 1):
@@ -67,7 +67,7 @@ def test_an_index_and_its_files(here: Path, source: str, zipped: bool, capsys: p
     assert [os.path.basename(name) for name in result["files"]] == sorted(os.listdir("several"))
     assert len(result["files"]) == 3 and result["count"] == 5
     check(load_sharded("several"))
-    # Beside what it was made from.
+    # The target is beside the source.
     assert run("old", "old") == 0
     check(load_sharded("old"))
 
@@ -91,7 +91,7 @@ def test_which_file_of_a_directory(here: Path, capsys: pytest.CaptureFixture[str
     assert "several checkpoints: name one of training_args.bin, weights.pt" in capsys.readouterr().err
     torch.save({"c": torch.ones(1)}, "d/pytorch_model.bin")
     assert run("d", "c.safetensors") == 0 and load_file("c.safetensors").keys() == {"c"}
-    # The other format counts first, and says itself what is wrong.
+    # Safetensors files take precedence, and report their own errors.
     Path("d/model.safetensors").write_bytes(b"")
     assert run("d", "d.safetensors") == 2
     assert "model.safetensors" in capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_an_error_shows_what_is_in_the_entries(here: Path, capsys: pytest.Captur
     assert "holds no tensor" in capsys.readouterr().err
 
 
-def test_what_is_no_tensor_is_left_out_if_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skip_leaves_out_what_is_not_a_tensor(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"w": torch.ones(2), "epoch": 3, "config\x1b[31m": {"lr": 0.1}}, "trained.pt")
     assert run("trained.pt", "a.safetensors") == 2
     error = capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_what_is_no_tensor_is_left_out_if_asked_for(here: Path, capsys: pytest.C
     assert "equal as text" in capsys.readouterr().err
 
 
-def test_a_file_that_is_cut_short(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"w": torch.ones(2000)}, "whole.pt")
     Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:3000])
     assert run("cut.pt", "a.safetensors") == 2
@@ -209,16 +209,16 @@ print(status, peak[0] - before, file=sys.stderr)
 
 @pytest.mark.parametrize(("zipped", "target"), [(False, "one.safetensors"), (False, "several")])
 def test_memory_is_that_of_a_few_tensors(here: Path, zipped: bool, target: str) -> None:
-    """Sixteen files of 16 MiB, in the format that cannot be mapped."""
+    """The source has sixteen files of 16 MiB in the format that cannot be mapped."""
     size = 16 << 20
     save_shards("old", [{f"{i}": torch.full((size // 4,), float(i))} for i in range(16)], zipped=zipped)
     more = ["--max-shard-size", "20MB"] if target == "several" else []
     command = [sys.executable, "-c", PEAK, "convert", "old", target, "--dtype", "float16", *more]
-    # Memory that is freed goes back at once.
+    # Freed memory returns to the kernel at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     status, peak = map(int, done.stderr.split()[-2:])
     assert status == 0
-    # A file, what is made of it and of the next ones, at most 64 MiB, and what the machinery takes.
+    # One file, at most 64 MiB of converted tensors, and the overhead.
     assert peak < 8 * size, f"{peak / size:.1f} files in memory"
     assert load_sharded(target)["7"].tolist()[:2] == [7, 7]

@@ -35,7 +35,7 @@ def test_more_handles_are_open_than_descriptors_may_be(tmp_path: Path) -> None:
         few = len(os.listdir("/proc/self/fd"))
         for file in handles:
             assert file.get_tensor("a")[5] == 5 and file.get_slice("a")[1:3].tolist() == [1, 2]
-        # Read from the file, with a descriptor for as long as that takes.
+        # A conversion reads from the file, with a temporary descriptor.
         for file in handles[:20]:
             state = file._open.start_load(None, torch.device("cpu"), torch.float64, False)
             while not state.advance(1.0):
@@ -73,13 +73,13 @@ def test_a_checkpoint_of_many_shards_is_opened(shards: Path) -> None:
     assert run(OPENS_A_CHECKPOINT, shards, "mmap", files=100) == f"{sum(range(200))}\n"
 
 
-def test_reads_keep_theirs_and_say_what_to_do(shards: Path) -> None:
+def test_pread_keeps_descriptors_and_reports_the_remedy(shards: Path) -> None:
     said = run(OPENS_A_CHECKPOINT, shards, "pread", files=100)
     assert "Too many open files" in said and "as many files open as it may (100)" in said, said
     assert "raise the limit (ulimit -n)" in said and 'use the backend "mmap", which keeps no file open' in said, said
 
 
-# As many bytes as are worth opening the file again for, and few; the latter of a foreign file, not aligned.
+# Large tensors are read through a reopened file; small and unaligned ones are copied from the mapping.
 LARGE = 3 << 20
 
 
@@ -124,7 +124,7 @@ def test_a_handle_stays_with_the_file_that_it_opened(
     file._open.start_load(None, torch.device("cpu"), None, True)
 
 
-def test_what_was_written_to_a_tensor_shows_whether_the_file_is_there_or_not(tmp_path: Path) -> None:
+def test_writes_to_a_tensor_show_even_if_the_file_is_removed(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1 << 20)}, tmp_path / "f")
     with safe_open(tmp_path / "f") as file:
         file.get_tensor("a").fill_(3)

@@ -47,7 +47,7 @@ READERS = {
     "get_tensors": through_get_tensors,
     "get_slice": through_get_slice,
 }
-# Memory can be shared on the cpu alone.
+# Only CPU tensors can share memory.
 SHARED = {"load without a copy": lambda path, device, backend: load(bytearray(path.read_bytes()), device, copy=False)}
 every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 every_cpu_reader = pytest.mark.parametrize("read", [*READERS.values(), *SHARED.values()], ids=[*READERS, *SHARED])
@@ -78,8 +78,8 @@ def test_meta_gives_shapes_and_dtypes(read: Callable, device: object, path: Path
     assert all(tensor.is_meta for tensor in loaded.values())
 
 
-def test_shared_memory_is_on_the_cpu_alone(path: Path) -> None:
-    """Rather than give tensors on another device than the one named."""
+def test_shared_memory_is_on_the_cpu_only(path: Path) -> None:
+    """It does not return tensors on another device instead."""
     with pytest.raises(ValueError, match=r"copy=False.*\bmeta\b"):
         load(bytearray(path.read_bytes()), "meta", copy=False)
 
@@ -89,7 +89,7 @@ SIZE = 256 << 20
 
 @pytest.fixture
 def large(write: Callable[..., Path]) -> Path:
-    """A file of 256 MiB that takes no room on disk and, new as it is, none of the page cache."""
+    """A sparse file of 256 MiB with no page in the page cache."""
     path = write(pack({"a": entry("F32", [SIZE // 4], 0, SIZE)}))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + SIZE)
@@ -113,8 +113,8 @@ def test_meta_reads_no_data(read: Callable, large: Path, backend: str) -> None:
     assert cached_bytes(large) < SIZE // 16
 
 
-def test_what_shows_that_data_was_read(large: Path) -> None:
-    """The two measures above do tell."""
+def test_the_measures_detect_reads(large: Path) -> None:
+    """The two measures above detect reads."""
     before = bytes_read()
     assert not load_file(large, backend="pread")["a"].any()
     assert bytes_read() - before >= SIZE or cached_bytes(large) >= SIZE // 2
@@ -124,7 +124,7 @@ def test_what_shows_that_data_was_read(large: Path) -> None:
 
 @pytest.fixture(params=["default device", "with block"])
 def elsewhere(request: pytest.FixtureRequest) -> Iterator[None]:
-    """torch makes its tensors on the meta device."""
+    """torch creates tensors on the meta device."""
     if request.param == "with block":
         with torch.device("meta"):
             yield
@@ -188,7 +188,7 @@ def test_unknown_device(read: Callable, device: str, path: Path, backend: str) -
 
 @with_model
 @pytest.mark.parametrize("device", [1.5, ["cpu"], {}], ids=repr)
-def test_what_is_no_device(read: Callable, device: object, path: Path, backend: str) -> None:
+def test_values_that_are_not_devices(read: Callable, device: object, path: Path, backend: str) -> None:
     with pytest.raises((SafetensorError, TypeError, ValueError)):
         read(path, device, backend)
 

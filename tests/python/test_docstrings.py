@@ -12,7 +12,7 @@ import torch
 import safetensors_torch
 
 NAMES = [name for name in safetensors_torch.__all__ if callable(getattr(safetensors_torch, name))]
-# What is nothing by itself: an exception, and the result of a function that has an example.
+# An exception, and the result of a function that has an example, need none.
 WITHOUT = {"SafetensorError", "TransferOptions"}
 
 

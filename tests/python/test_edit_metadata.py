@@ -27,7 +27,7 @@ ROOM = {"room": "x" * 300}
 
 @pytest.fixture
 def roomy(path: Path) -> Path:
-    """The file with some hundred bytes of padding in its header."""
+    """The file with a few hundred bytes of padding in its header."""
     edit_metadata(path, {}, reserve=500)
     return path
 
@@ -59,7 +59,7 @@ def test_changes(in_place: bool, durable: bool, roomy: Path, tensors: dict) -> N
 
 
 def test_the_bytes_are_those_of_a_save(path: Path, tensors: dict, tmp_path: Path) -> None:
-    """Except for the padding: an edit in place keeps its length, a rewrite keeps the data aligned."""
+    """Only the padding may differ: an edit in place keeps the length, a rewrite keeps the data aligned."""
     metadata = {"format": "pt", **ROOM}
     edit_metadata(path, ROOM)
     header, data = unpack(path.read_bytes())
@@ -123,7 +123,7 @@ def test_metadata_comes_and_goes(write: Callable[..., Path]) -> None:
     assert edit_metadata(path, {"k": None}) == {} and metadata_of(path) == {}
 
 
-def test_files_and_tensors_that_are_open_see_nothing(roomy: Path, tensors: dict) -> None:
+def test_open_files_and_tensors_do_not_change(roomy: Path, tensors: dict) -> None:
     loaded = load_file(roomy)
     with safe_open(roomy) as file:
         for in_place in (True, False):
@@ -152,8 +152,8 @@ def test_links(roomy: Path) -> None:
     assert metadata_of(hard) == {"format": "pt"}
 
 
-def test_a_file_that_may_only_be_read(roomy: Path) -> None:
-    # Not below pytest's own directory, into which nobody else may look.
+def test_a_read_only_file(roomy: Path) -> None:
+    # Not below pytest's own directory, which other users cannot read.
     with tempfile.TemporaryDirectory() as directory:
         path = Path(shutil.copy(roomy, directory))
         Path(directory).chmod(0o777)
@@ -169,7 +169,7 @@ def test_a_file_that_may_only_be_read(roomy: Path) -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_is_no_valid_file_stays_as_it_is(in_place: bool, roomy: Path) -> None:
+def test_an_invalid_file_stays_as_it_is(in_place: bool, roomy: Path) -> None:
     whole = roomy.read_bytes()
     for content in (b"", b"PK\x03\x04 a zip", whole[:40], whole[:-1], whole + b"\0", whole.replace(b"F32", b"F99")):
         roomy.write_bytes(content)
@@ -227,7 +227,7 @@ def test_progress_and_interrupts(large: Path) -> None:
         if done < total:
             raise ZeroDivisionError
 
-    # Told of before the end only where the copy takes long enough for that.
+    # Progress before the end is reported only if the copy takes long enough.
     try:
         edit_metadata(large, {"room": None, "k": "v"}, progress=refuse)
     except ZeroDivisionError:

@@ -29,7 +29,7 @@ from support import encode, entry, pack
 
 ONES = torch.ones(2)
 LONG = "n" * 300_000
-# As much as a text may have: those of the native core show more than those of Python.
+# The longest text: those of the native core show more than those of Python.
 MOST = 10_000
 
 
@@ -146,7 +146,7 @@ def test_texts_stay_short(case: str, tmp_path: Path) -> None:
     assert 10 < len(str(caught.value)) < MOST, str(caught.value)[:500]
 
 
-def test_what_is_shown_is_the_beginning_and_how_much_there_is() -> None:
+def test_long_values_are_truncated_with_their_length() -> None:
     with pytest.raises(ValueError) as caught:
         load_file(CONTENTS)
     text = str(caught.value)
@@ -166,7 +166,7 @@ def test_reprs_stay_short(tmp_path: Path) -> None:
         assert repr(file) == "<safe_open BytesIO on cpu, open>"
 
 
-def test_names_are_cut_between_characters() -> None:
+def test_names_are_truncated_between_characters() -> None:
     name = "é" * 1001
     for shift in ("", "x"):
         with pytest.raises(ValueError, match="é... .*bytes"):

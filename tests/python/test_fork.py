@@ -9,7 +9,6 @@ import gc
 import os
 import signal
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def names():
         try:
             yield Path(f"/proc/self/task/{task}/comm").read_text()
         except OSError:
-            pass  # over already
+            pass  # finished already
 
 def touches(loaded):
     assert loaded["big"].numpy()[:: 1 << 12].sum() == 0
@@ -220,7 +219,7 @@ thread.join()
 
 AFTER_A_SAVE_OVER_A_LARGE_FILE = """
 for turn in range(4):
-    save_file(tensors, path)  # the old file is let go of by a thread
+    save_file(tensors, path)  # a thread closes the old file
     child = fork(lambda: (save_file(tensors, path), same(load_file(path))))
     save_file(tensors, directory / "other")
     wait(child)
@@ -357,7 +356,7 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_fork(scenario: str, tmp_path: Path) -> None:
-    done = run_python(SHARED + textwrap.dedent(scenario), tmp_path, seconds=SECONDS)
+    done = run_python(SHARED + scenario, tmp_path, seconds=SECONDS)
     output = done.stdout + done.stderr
     assert done.returncode != -signal.SIGKILL, f"not finished after {SECONDS} s: a process waits forever. {output}"
     assert done.returncode == 0, output

@@ -30,7 +30,7 @@ class One(torch.nn.Module):
 
 
 class Given:
-    """What the calls below work with."""
+    """The inputs of the calls below."""
 
     def __init__(self, path: Path) -> None:
         self.tensors = {"weight": torch.ones(COUNT)}
@@ -105,7 +105,7 @@ def test_other_threads_run_meanwhile(name: str, given: Given) -> None:
             result = WORKS[name](given)
             end = time.perf_counter()
             del result
-            # Away from both ends, where Python itself is at work.
+            # Not at the start or the end, where Python code runs.
             edge = (end - start) / 5
             turns = max(turns, sum(start + edge < moment < end - edge for moment in ticks))
             if turns >= 3:

@@ -1,4 +1,4 @@
-"""Files made to exhaust who reads them: an error, in bounded time and memory, however they are read.
+"""Files made to exhaust their reader: an error, in bounded time and memory, however they are read.
 
 tests/torture/attacks.c has more of them, for the core alone.
 """
@@ -16,7 +16,7 @@ from support import entry, pack
 MIB = 2**20
 LARGEST_HEADER = 100_000_000
 
-# Every way to read a file, each of which must refuse it, and tell so before it takes memory for what the file claims.
+# Every way to read a file must refuse it before it allocates memory for what the file claims.
 READ = """
     import time
     from safetensors_torch import SafetensorError, load, load_file, load_model, safe_open

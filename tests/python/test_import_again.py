@@ -1,4 +1,4 @@
-"""The package imported once more, after its removal from sys.modules, as test runners and notebooks do it.
+"""The package is imported again after its removal from sys.modules, as by test runners and notebooks.
 
 The operators, their fake kernels and the TorchBind classes stay in the process. A process of its own: every other test
 holds objects of the first import.
@@ -22,7 +22,7 @@ x = torch.arange(4.0)
 first.save_file({"x": x}, path)
 file = first.safe_open(path)
 forget()
-# An import that was interrupted half-way, with some fake kernels registered.
+# An import that was interrupted after some fake kernels were registered.
 def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 torch.fx.node.has_side_effect, has_side_effect = interrupted, torch.fx.node.has_side_effect

@@ -1,4 +1,4 @@
-"""What importing the package costs a program that has torch: little time, and no module that it does not need."""
+"""The import of the package after torch: it takes little time, and imports no module that it does not need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 LIMIT = 50
 TRIES = 8
 
-# Of the processor, not of the clock: others may be at work on this machine.
+# Processor time, because other processes may run on this machine.
 IMPORT = """
 import json, sys, time
 import torch
@@ -37,7 +37,7 @@ print(json.dumps({"took": 1000 * took, "modules": sorted(set(sys.modules) - befo
 
 
 def imported(environment: dict[str, str]) -> dict:
-    # Where it would have to compile, it fails instead.
+    # A compilation would fail.
     changed = {**os.environ, _native_library.CACHE_VARIABLE: "/proc/none", **environment}
     result = subprocess.run([sys.executable, "-c", IMPORT], env=changed, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
@@ -46,7 +46,7 @@ def imported(environment: dict[str, str]) -> dict:
 
 @pytest.fixture(params=["shipped", "cached"])
 def environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A package that was built for this torch, and one that was not but has a layer in its cache."""
+    """A package built for this torch, and one with a cached layer."""
     if request.param == "shipped":
         return {}
     site, cache = tmp_path / "site", tmp_path / "cache"
@@ -65,7 +65,7 @@ def test_import_is_quick(environment: dict[str, str]) -> None:
     assert min(times) < LIMIT, times
 
 
-def test_import_brings_in_nothing_but_the_package() -> None:
-    """Neither a package that might be missing nor a part of torch that torch itself leaves until it is needed."""
+def test_import_imports_only_the_package() -> None:
+    """It imports no optional package, and no part of torch that torch imports lazily."""
     modules = {name for name in imported({})["modules"] if name.partition(".")[0] != "safetensors_torch"}
     assert modules <= set(sys.stdlib_module_names), modules

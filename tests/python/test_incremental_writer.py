@@ -112,7 +112,7 @@ def test_declarations(target: Path) -> None:
         ({"__metadata__": ONES}, SafetensorError, 'new.safetensors: a tensor is named "__metadata__"'),
     ],
 )
-def test_declarations_that_are_none(tensors: object, error: type, text: str | None, target: Path) -> None:
+def test_invalid_declarations(tensors: object, error: type, text: str | None, target: Path) -> None:
     with pytest.raises(error, match=text):
         IncrementalWriter(target, tensors)
     assert entries(target.parent) == []
@@ -170,7 +170,7 @@ def test_what_is_refused_leaves_the_writer_open(what: str, target: Path) -> None
 
 
 def test_the_texts_of_save_file(target: Path) -> None:
-    """Of one tensor, both refuse the same with the same words."""
+    """Both refuse the same tensors with the same texts."""
     for what in ("strided", "sparse", "meta", "fake", "no tensor", "no code"):
         _, change, error, _ = REFUSED[what]
         with pytest.raises(error) as theirs:
@@ -182,7 +182,7 @@ def test_the_texts_of_save_file(target: Path) -> None:
         assert str(ours.value) == str(theirs.value)
 
 
-def test_a_tensor_is_given_once(target: Path) -> None:
+def test_a_tensor_is_written_once(target: Path) -> None:
     with IncrementalWriter(target, {"a": ONES, "none": torch.zeros(0)}) as writer:
         for name, tensor in (("a", ONES), ("none", torch.zeros(0))):
             writer.write(name, tensor)
@@ -298,7 +298,7 @@ with safetensors_torch.IncrementalWriter({str(target)!r}, specs) as writer:
     assert target.stat().st_size > 160 * MIB
 
 
-def test_an_interrupt_leaves_the_tensor_to_be_given_again(target: Path) -> None:
+def test_an_interrupted_write_can_be_repeated(target: Path) -> None:
     tensor = torch.ones(128 * MIB)
     done = threading.Event()
 
@@ -324,7 +324,7 @@ def test_an_interrupt_leaves_the_tensor_to_be_given_again(target: Path) -> None:
 
 @pytest.fixture
 def limited() -> Iterator[None]:
-    """No file of this process grows beyond 1 MiB, which no space that is set aside tells of."""
+    """A limit on file sizes fails the write, although the space was reserved."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield
@@ -353,7 +353,7 @@ with safetensors_torch.IncrementalWriter(sys.argv[1], {"a": spec, "b": spec}) as
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_killed_process_leaves_what_was_there(replaced: bool, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_file(replaced: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     if replaced:
         path.write_bytes(b"old")
@@ -366,7 +366,7 @@ def test_a_killed_process_leaves_what_was_there(replaced: bool, tmp_path: Path) 
     try:
         os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
     except OSError:
-        unnamed = False  # there the hidden file stays, as docs/saving.md says
+        unnamed = False  # the hidden file remains there, as docs/saving.md says
     left = [name for name in entries(tmp_path) if unnamed or not name.startswith(".safetensors-")]
     assert left == before
     assert not replaced or path.read_bytes() == b"old"

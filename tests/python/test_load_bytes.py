@@ -1,4 +1,4 @@
-"""load: every kind of buffer, and whose memory the tensors have with and without a copy."""
+"""load: every kind of buffer, and the memory of the tensors with and without a copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support import DTYPES, encode, entry, pack, sample
 
 
 def mapped(data: bytes, directory: Path, access: int) -> mmap.mmap:
-    """A map of a file. Once closed, the file is held by the map alone."""
+    """A mapping of a file that is closed."""
     path = directory / "mapped"
     path.write_bytes(data)
     with path.open("r+b") as file:
@@ -70,7 +70,7 @@ def fill(buffer: object, data: bytes) -> None:
 
 @pytest.fixture
 def blob() -> bytes:
-    """Its length is a multiple of 4, so that a buffer of words can hold it."""
+    """Data whose length is a multiple of 4, so that a buffer of words can hold it."""
     return encode({"ones": torch.ones(4), "steps": torch.arange(3), "flags": torch.tensor([True, False, True, True])})
 
 
@@ -98,7 +98,7 @@ def test_strided_buffer_is_never_misread(blob: bytes, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("data", ["text", None, 3, [1, 2], {"a": 1}], ids=str)
-def test_what_is_no_buffer_is_a_type_error(data: object) -> None:
+def test_other_objects_are_type_errors(data: object) -> None:
     with pytest.raises(TypeError):
         load(data)
 
@@ -180,7 +180,7 @@ def test_shared_memory_lives_as_long_as_its_tensors(blob: bytes, expected: dict)
     assert not any(any(item) for item in noise)
 
 
-def test_shared_memory_cannot_move_while_a_tensor_has_it(blob: bytes, expected: dict) -> None:
+def test_shared_memory_cannot_move_while_a_tensor_uses_it(blob: bytes, expected: dict) -> None:
     buffer = bytearray(blob)
     loaded = load(buffer, copy=False)
     with pytest.raises(BufferError):

@@ -1,4 +1,4 @@
-"""load_file: what it gives for each kind of file and path, and what its tensors share with the file and each other."""
+"""load_file: its results for each kind of file and path, and the memory that its tensors share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ by_every_opener = pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENER
 
 @pytest.fixture
 def unaligned(write: Callable[..., Path]) -> Path:
-    """No writer of ours makes such a file: the F64 tensor lies 3 bytes past a multiple of 8."""
+    """A file that we never write: its F64 tensor begins 3 bytes past a multiple of 8."""
     header = {"pad": entry("U8", [3], 0, 3), "value": entry("F64", [2], 3, 19)}
     return write(pack(header, b"\1\2\3" + bytes(torch.tensor([0.5, -2.0], dtype=torch.float64).view(torch.uint8))))
 
@@ -60,7 +60,7 @@ def test_missing_file(opener: Callable, kind: Callable, tmp_path: Path, backend:
 
 @by_every_opener
 def test_directory(opener: Callable, tmp_path: Path, backend: str) -> None:
-    # Of a directory a module takes the checkpoint in it.
+    # load_model accepts a directory with a checkpoint.
     error = SafetensorError if opener is OPENERS["load_model"] else IsADirectoryError
     with pytest.raises(error) as caught:
         opener(tmp_path, backend=backend)
@@ -85,7 +85,7 @@ def test_device_file(opener: Callable, device: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("filename", [None, 3, b"".join, ["a"]], ids=["None", "int", "method", "list"])
-def test_what_is_no_path_is_a_type_error(filename: object, backend: str) -> None:
+def test_other_paths_are_type_errors(filename: object, backend: str) -> None:
     with pytest.raises(TypeError):
         load_file(filename, backend=backend)
 
@@ -98,7 +98,7 @@ def test_unknown_backend_lists_both(opener: Callable, unknown: str, path: Path) 
 
 
 def test_order_is_the_files(write: Callable[..., Path], backend: str) -> None:
-    """Neither the header's order nor the names': tensors by offset, zero-size ones that share an offset by name."""
+    """Tensors are ordered by offset, and zero-size tensors that share an offset by name."""
     header = {
         "late": entry("U8", [2], 4, 6),
         "none_z": entry("U8", [0], 4, 4),
@@ -196,7 +196,7 @@ def test_tensors_outlive_one_another_and_the_file(path: Path, tensors: dict, bac
 
 
 def test_reads_through_one_handle(path: Path, backend: str) -> None:
-    """Two reads of one tensor through one open mmap handle alias; through pread each has memory of its own."""
+    """Two reads of a tensor share memory through an mmap handle, and do not through pread."""
     with safe_open(path, backend=backend) as file:
         first, second = file.get_tensor("weight"), file.get_tensor("weight")
         assert aliases(first, second) == (backend == "mmap")
@@ -220,7 +220,7 @@ def test_matches_the_reference(path: Path, backend: str, reference) -> None:
 
 
 def test_header_at_the_limit_is_read(write: Callable[..., Path], backend: str) -> None:
-    """100,000,000 bytes are allowed; the table of malformed files has the one that is longer."""
+    """100,000,000 bytes are allowed; the malformed files have a longer one."""
     limit = 100_000_000
     given = write(limit.to_bytes(8, "little") + b"{}".ljust(limit))
     assert load_file(given, backend=backend) == {}

@@ -20,7 +20,7 @@ from support import DTYPES, Tied, sample, snapshot
 
 
 def holding(**tensors: torch.Tensor) -> nn.Module:
-    """A module with these very tensors as its parameters."""
+    """A module with these tensors as its parameters."""
     module = nn.Module()
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -71,7 +71,7 @@ def test_error_names_the_class_of_the_whole_model(write: Callable[..., Path]) ->
         load_model(Tied(), write({}))
 
 
-def test_not_strict_loads_what_is_there(write: Callable[..., Path], backend: str) -> None:
+def test_not_strict_loads_the_common_names(write: Callable[..., Path], backend: str) -> None:
     model = nn.Linear(2, 2)
     bias = model.bias.detach().clone()
     load_model(model, write({"weight": torch.full((2, 2), 5.0)}), strict=False, backend=backend)
@@ -79,7 +79,7 @@ def test_not_strict_loads_what_is_there(write: Callable[..., Path], backend: str
     assert torch.equal(model.bias, bias)
 
 
-def test_the_parameters_stay_the_objects_that_they_were(write: Callable[..., Path], backend: str) -> None:
+def test_the_parameters_stay_the_same_objects(write: Callable[..., Path], backend: str) -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     model(torch.ones(1, 2)).sum().backward()
@@ -92,10 +92,10 @@ def test_the_parameters_stay_the_objects_that_they_were(write: Callable[..., Pat
     assert weight.tolist() == [[5, 5], [5, 5]]
 
 
-def test_plain_modules_are_read_into_straight(
+def test_plain_modules_are_loaded_directly(
     write: Callable[..., Path], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No dict of tensors of the file is made to be copied from."""
+    """It does not load the tensors of the file into a dict first."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a detour")
@@ -110,7 +110,7 @@ def test_plain_modules_are_read_into_straight(
 
 
 def test_autograd_notices_the_change(write: Callable[..., Path], backend: str) -> None:
-    """As it does when load_state_dict changes a tensor that a backward pass still needs."""
+    """As load_state_dict does if a backward pass still needs the tensor."""
     model = nn.Linear(2, 2)
     values = torch.ones(1, 2, requires_grad=True)
     result = model(values).sum()
@@ -178,7 +178,7 @@ def test_layout_of_the_parameter_is_kept(
 
 def test_scalars_and_zero_size(write: Callable[..., Path], backend: str) -> None:
     model = holding(scalar=torch.tensor(0.0), none=torch.zeros(0, 3), old=torch.tensor(0.0))
-    # Files from before torch 0.4 hold scalars as one element; load_state_dict takes them.
+    # Files from before torch 0.4 store scalars as one element; load_state_dict accepts them.
     values = {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "old": torch.tensor([7.0])}
     assert load_model(model, write(values), backend=backend) == (set(), [])
     assert (model.scalar.item(), model.old.item(), model.old.shape) == (2.5, 7.0, torch.Size([]))
@@ -207,7 +207,7 @@ def test_non_persistent_buffers_are_unexpected(write: Callable[..., Path], backe
 
 @pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm], ids=lambda make: make.__name__)
 def test_batch_norm_without_its_counter(make: type, write: Callable[..., Path], backend: str) -> None:
-    """Files from before torch 0.4.1 have none."""
+    """Files from before torch 0.4.1 lack it."""
     model = nn.Sequential(make(2))
     model[0].num_batches_tracked.fill_(41)
     state = {name: torch.full((2,), 3.0) for name in snapshot(model) if "num_batches" not in name}
@@ -231,8 +231,8 @@ def test_another_modules_counter_is_missed(write: Callable[..., Path], backend: 
 
 
 @pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
-def test_either_of_two_tied_names_will_do(name: str, write: Callable[..., Path], backend: str) -> None:
-    """Whichever name the writer of the file kept."""
+def test_either_of_two_tied_names_suffices(name: str, write: Callable[..., Path], backend: str) -> None:
+    """For either name that the writer of the file kept."""
     state = {name: torch.arange(28.0).reshape(7, 4), "norm.weight": torch.ones(4), "norm.bias": torch.ones(4)}
     model = Tied()
     assert load_model(model, write(state), backend=backend) == (set(), [])
@@ -252,7 +252,7 @@ def test_of_tied_names_that_are_absent_one_is_missing(write: Callable[..., Path]
 def test_both_tied_names_in_the_file(
     embedding_first: bool, write: Callable[..., Path], backend: str, reference
 ) -> None:
-    """No file of save_model has both; where one has, the name that would be dropped is unexpected.
+    """save_model never writes both names; if a file has both, the dropped one is unexpected.
 
     The memory then holds what the model names last, wherever in the file that lies.
     """

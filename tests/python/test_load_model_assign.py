@@ -83,7 +83,7 @@ def test_ties_of_the_module(kept: str, meta: bool, write: Callable[..., Path]) -
 
 
 def test_both_names_of_a_tie_in_the_file(write: Callable[..., Path], backend: str) -> None:
-    """As where values are copied: one is unexpected, and the last in the module's order counts."""
+    """As for a copy: one name is unexpected, and the last in the module's order counts."""
     state = {**snapshot(Tied()), "head.weight": torch.zeros(7, 4), "embedding.weight": torch.ones(7, 4)}
     copied, assigned = Tied(), on_meta(Tied)
     expected = load_model(copied, write(state), strict=False, backend=backend)
@@ -92,14 +92,14 @@ def test_both_names_of_a_tie_in_the_file(write: Callable[..., Path], backend: st
     assert difference(snapshot(assigned), snapshot(copied)) is None
 
 
-def test_ties_that_the_file_tells_of(tmp_path: Path) -> None:
+def test_ties_in_the_metadata_of_the_file(tmp_path: Path) -> None:
     source = Tied()
     save_model(source, tmp_path / "a")
     model = on_meta(Tied)
     model.head.weight = nn.Parameter(torch.empty(7, 4, device="meta"))
     assert load_model(model, tmp_path / "a", assign=True) == (set(), [])
     assert model.head.weight is model.embedding.weight
-    # Text that only looks so, or tells of other shapes, ties nothing.
+    # Metadata that is unrelated text, or names other shapes, ties nothing.
     for text in ({"head.weight": "format"}, {"head.weight": "norm.weight"}, {"head.weight": "head.weight"}):
         save_file({k: v for k, v in snapshot(source).items() if k != "head.weight"}, tmp_path / "b", text)
         model = on_meta(Tied)
@@ -147,14 +147,14 @@ def test_a_failed_load_leaves_the_module(write: Callable[..., Path], backend: st
             assert model.weight is held[0] and model.bias is held[1]
 
 
-def test_integers_where_no_gradient_is_wanted(write: Callable[..., Path]) -> None:
+def test_integers_for_a_parameter_without_gradient(write: Callable[..., Path]) -> None:
     model = on_meta(lambda: nn.Linear(2, 2)).requires_grad_(False)
     state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}
     assert load_model(model, write(state), assign=True) == (set(), [])
     assert type(model.weight) is nn.Parameter and model.weight.dtype == torch.int8
 
 
-def test_buffers_that_no_file_has_are_told_of(write: Callable[..., Path]) -> None:
+def test_non_persistent_buffers_on_meta_are_warned_about(write: Callable[..., Path]) -> None:
     def make() -> nn.Module:
         model = nn.Sequential(nn.Linear(2, 2), nn.Module())
         model[1].register_buffer("inv_freq", torch.ones(2), persistent=False)

@@ -15,7 +15,7 @@ from support import DTYPES, encode, sample, snapshot
 
 
 def plain() -> nn.Module:
-    """Its tensors, in the order of names and of offsets: 0.bias, 0.weight, 2.bias, 2.weight."""
+    """A model with 0.bias, 0.weight, 2.bias, 2.weight, in the order of names and of offsets."""
     return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
 
 
@@ -36,7 +36,7 @@ def with_post_hook() -> nn.Module:
 
 
 def with_state_dict_hook() -> nn.Module:
-    """What it gives to be saved is a copy of its tensors."""
+    """A model whose state_dict returns copies of its tensors."""
 
     def copied(module: nn.Module, state: dict, prefix: str, local_metadata: dict) -> None:
         for name in list(state):
@@ -88,7 +88,7 @@ every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 def state_of(make: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """Other values for a model of this kind, so that any that arrives in one shows. Of tied names, the one kept."""
+    """Other values for such a model, under the kept names, so that any value that is loaded is visible."""
     dropped = ["2.weight"] if make is tied else []
     return {name: torch.full_like(value, 9) for name, value in snapshot(make()).items() if name not in dropped}
 
@@ -126,7 +126,7 @@ SHAPE_FAULTS = (with_last_too_large, with_last_of_other_rank, with_several_of_ot
 
 
 def load_refused(model: nn.Module, given: Path, strict: bool, backend: str) -> str:
-    """The text of the error. The model must be as it was: its values, and the tensors that it holds."""
+    """Returns the text of the error. The model must have its former tensors and values."""
     before, held = snapshot(model), [*model.parameters(), *model.buffers()]
     with pytest.raises(RuntimeError) as caught:
         load_model(model, given, strict=strict, backend=backend)
@@ -178,7 +178,7 @@ def test_a_dtype_that_torch_cannot_convert(make: Callable, write: Callable[..., 
 @pytest.mark.parametrize("length", [0, 1, 3])
 @pytest.mark.parametrize("with_hook", [False, True])
 def test_one_dimension_for_a_scalar(length: int, with_hook: bool, write: Callable[..., Path], backend: str) -> None:
-    """What load_state_dict makes of it, which once was more than it is now."""
+    """As load_state_dict does, which refused more in older versions of torch."""
     model, theirs = nn.Module(), nn.Module()
     model.scalar, theirs.scalar = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(2.0))
     if with_hook:
@@ -194,7 +194,7 @@ def test_one_dimension_for_a_scalar(length: int, with_hook: bool, write: Callabl
 
 
 @every_kind
-def test_what_is_damaged_above_loads_whole(make: Callable, write: Callable[..., Path], backend: str) -> None:
+def test_the_undamaged_model_loads(make: Callable, write: Callable[..., Path], backend: str) -> None:
     model = make()
     assert load_model(model, write(state_of(make)), backend=backend) == (set(), [])
     assert all(bool((value == 9).all()) for value in snapshot(model).values())
@@ -234,14 +234,14 @@ def test_a_loader_that_raises(write: Callable[..., Path], backend: str) -> None:
 
 
 class WithUnwritable(nn.Linear):
-    """Whoever copies into its buffer gets an error, for one element stands for three."""
+    """A copy into its buffer raises, because one element stands for three."""
 
     def __init__(self) -> None:
         super().__init__(3, 3)
         self.register_buffer("expanded", torch.zeros(1).expand(3), persistent=False)
 
 
-def test_what_cannot_be_copied_back_hides_no_error(write: Callable[..., Path], backend: str) -> None:
+def test_a_failed_restore_keeps_the_first_error(write: Callable[..., Path], backend: str) -> None:
     model = nn.Sequential(WithUnwritable(), nn.ReLU(), RaisesAtTheEnd(3, 3))
     before = snapshot(model)
     with pytest.raises(LookupError, match="not today") as caught:
@@ -251,7 +251,7 @@ def test_what_cannot_be_copied_back_hides_no_error(write: Callable[..., Path], b
 
 
 class ForgetsHowToGoBack(RaisesAtTheEnd):
-    """Its extra state cannot be set, and a tensor of it that load_state_dict changed cannot be written any more."""
+    """Its extra state cannot be set, and a tensor that load_state_dict changed becomes read-only."""
 
     def __init__(self) -> None:
         super().__init__(3, 3)
@@ -268,7 +268,7 @@ class ForgetsHowToGoBack(RaisesAtTheEnd):
         super()._load_from_state_dict(*arguments)
 
 
-def test_a_rollback_goes_on_where_it_cannot_do_all(write: Callable[..., Path], backend: str) -> None:
+def test_a_restore_continues_after_an_error(write: Callable[..., Path], backend: str) -> None:
     model = nn.Sequential(ForgetsHowToGoBack(), nn.ReLU(), nn.Linear(3, 3))
     before = {name: value for name, value in snapshot(model).items() if name != "0._extra_state"}
     with pytest.raises(LookupError, match="not today") as caught:
@@ -279,8 +279,8 @@ def test_a_rollback_goes_on_where_it_cannot_do_all(write: Callable[..., Path], b
     assert difference({name: model.state_dict()[name] for name in before}, before) is None
 
 
-def test_a_rollback_undoes_what_went_through_data(write: Callable[..., Path], backend: str) -> None:
-    """Which no version counter of torch counts."""
+def test_a_restore_undoes_changes_through_data(write: Callable[..., Path], backend: str) -> None:
+    """torch's version counters do not count such a change."""
     model = with_pre_hook()
     before = snapshot(model)
 
@@ -294,8 +294,8 @@ def test_a_rollback_undoes_what_went_through_data(write: Callable[..., Path], ba
     assert difference(snapshot(model), before) is None
 
 
-def test_a_rollback_does_not_touch_what_did_not_change(write: Callable[..., Path], backend: str) -> None:
-    """What autograd has kept of the module stays good."""
+def test_a_restore_does_not_write_unchanged_tensors(write: Callable[..., Path], backend: str) -> None:
+    """Tensors that autograd has saved remain valid."""
     model = with_pre_hook()
     model[0].bias.data.fill_(float("nan"))
     loss = model[2](torch.ones(3)).pow(2).sum()

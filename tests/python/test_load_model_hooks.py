@@ -83,7 +83,7 @@ def test_post_hook_decides_what_is_missing(where: str, write: Callable[..., Path
 
 
 class Doubling(Bias):
-    """Its file holds half of what it keeps, under another name."""
+    """A module that saves half of its values under another name."""
 
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, strict: bool, *lists: list) -> None:
         missing, unexpected, _ = lists
@@ -103,7 +103,7 @@ def test_own_loader_of_a_child(write: Callable[..., Path], backend: str) -> None
     assert loaded(model)
 
 
-def test_own_loader_tells_what_is_missing(write: Callable[..., Path], backend: str) -> None:
+def test_own_loader_reports_missing_names(write: Callable[..., Path], backend: str) -> None:
     model = Doubling()
     assert load_model(model, write({}), strict=False, backend=backend) == ({"half"}, [])
     with pytest.raises(RuntimeError) as caught:
@@ -127,7 +127,7 @@ def test_own_loader_of_an_instance(write: Callable[..., Path], backend: str) -> 
 
 
 class Wrapper(nn.Module):
-    """Its state is that of the module inside, without a prefix."""
+    """A module whose state is that of its inner module, without a prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_own_load_state_dict(tmp_path: Path, write: Callable[..., Path], backend
 
 
 class OnlyLoads(nn.Sequential):
-    """What is its own is the way in alone."""
+    """A module that overrides only the load."""
 
     def load_state_dict(self, state: dict, strict: bool = True, assign: bool = False) -> object:
         return super().load_state_dict({name: value * 2 for name, value in state.items()}, strict, assign)
@@ -164,7 +164,7 @@ def test_load_state_dict_that_changes_values(write: Callable[..., Path], backend
 
 
 class SavesAll(nn.Sequential):
-    """What is its own is the way out alone."""
+    """A module that overrides only the save."""
 
     def state_dict(self, *arguments: object, **options: object) -> dict:
         state = super().state_dict(*arguments, **options)
@@ -198,7 +198,7 @@ GIVE_COPIES = {
 
 @pytest.mark.parametrize("make", GIVE_COPIES.values(), ids=GIVE_COPIES)
 def test_modules_whose_state_dict_is_a_copy(make: Callable, write: Callable[..., Path], backend: str) -> None:
-    """What such a state_dict gives is no way to the parameters."""
+    """Its state_dict does not return the parameters."""
     model = make()
     assert load_model(model, write(STATE), backend=backend) == (set(), [])
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -239,7 +239,7 @@ def test_extra_state_that_the_model_lacks(write: Callable[..., Path], backend: s
     assert load_model(Bias(), given, strict=False, backend=backend) == (set(), ["_extra_state"])
 
 
-def test_extra_state_is_put_back_after_a_failure(write: Callable[..., Path], backend: str) -> None:
+def test_extra_state_is_restored_after_a_failure(write: Callable[..., Path], backend: str) -> None:
     model = nn.Sequential(WithExtraState(), nn.Linear(2, 2))
     before = snapshot(model)
     state = {**before, "0._extra_state": torch.tensor([7]), "1.bias": torch.ones(3)}
@@ -249,7 +249,7 @@ def test_extra_state_is_put_back_after_a_failure(write: Callable[..., Path], bac
 
 
 def test_tied_weights_with_a_hook(write: Callable[..., Path], backend: str, reference) -> None:
-    """Ties count in load_state_dict's way as they do in the direct one."""
+    """Tied names mean the same in a load through load_state_dict as in a direct load."""
     for name in ("0.weight", "1.weight"):
         model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         model[1].weight = model[0].weight
@@ -265,7 +265,7 @@ def test_tied_weights_with_a_hook(write: Callable[..., Path], backend: str, refe
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The tensors that are copied to be put back."""
+    """The tensors that are copied for the backup."""
     copied, made = _load_state_dict._copied, []
     monkeypatch.setattr(_load_state_dict, "_copied", lambda tensor: made.append(tensor) or copied(tensor))
     return made
@@ -284,9 +284,7 @@ def with_post_hook() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [with_post_hook, *GIVE_COPIES.values()])
-def test_no_copy_where_all_can_be_checked(
-    make: Callable, write: Callable[..., Path], backend: str, copies: list
-) -> None:
+def test_no_backup_for_a_direct_load(make: Callable, write: Callable[..., Path], backend: str, copies: list) -> None:
     model = make()
     before = snapshot(model)
     for state in ({**STATE, "1.bias": torch.ones(3)}, {**STATE, "0.bias": torch.ones(2, 2)}):
@@ -297,7 +295,7 @@ def test_no_copy_where_all_can_be_checked(
     assert loaded(model) and copies == []
 
 
-def test_a_copy_where_a_hook_may_decide_about_names(write: Callable[..., Path], backend: str, copies: list) -> None:
+def test_a_backup_if_a_hook_may_change_names(write: Callable[..., Path], backend: str, copies: list) -> None:
     model = with_post_hook()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -306,7 +304,7 @@ def test_a_copy_where_a_hook_may_decide_about_names(write: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("make", [with_pre_hook, lambda: model_of(nn.Linear(2, 2), Doubling())])
-def test_a_copy_can_be_declined(make: Callable, write: Callable[..., Path], backend: str, copies: list) -> None:
+def test_backup_can_be_disabled(make: Callable, write: Callable[..., Path], backend: str, copies: list) -> None:
     name, value = ("1.half", torch.full((2,), 3.0)) if isinstance(make()[1], Doubling) else ("1.bias", STATE["1.bias"])
     state = {"0.weight": STATE["0.weight"], "0.bias": STATE["0.bias"], name: value}
     model = make()
@@ -314,7 +312,7 @@ def test_a_copy_can_be_declined(make: Callable, write: Callable[..., Path], back
     assert loaded(model) and copies == []
     load_model(make(), write(state), strict=False, backend=backend)
     assert len(copies) == 3
-    # What was loaded before a failure stays; which tensors the module has, does not change.
+    # Values that were loaded before the failure stay; the module's tensors stay the same objects.
     model = make()
     held = list(model.parameters())
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -323,7 +321,7 @@ def test_a_copy_can_be_declined(make: Callable, write: Callable[..., Path], back
     assert all(now is then for now, then in zip(model.parameters(), held, strict=True))
 
 
-def test_no_memory_for_a_copy(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_a_backup(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not enough memory: you tried to allocate 16 bytes.")
 
@@ -341,7 +339,7 @@ class Attributed(nn.Parameter):
     pass
 
 
-def test_a_class_of_parameters_is_no_detour(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_subclass_is_loaded_directly(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors_torch.model.load_opened", None)
     model = model_of()
     model[1].bias = Attributed(torch.zeros(2))

@@ -15,7 +15,7 @@ from support import Tied, snapshot
 
 
 def with_hook(model: nn.Module) -> nn.Module:
-    """Has it loaded by load_state_dict."""
+    """Makes load_model use load_state_dict."""
     model.register_load_state_dict_pre_hook(lambda *arguments: None)
     return model
 
@@ -71,7 +71,7 @@ def test_rename(way: str, write: Callable[..., Path], backend: str) -> None:
 
 
 @every_way
-def test_names_that_rename_would_give_twice(way: str, write: Callable[..., Path]) -> None:
+def test_rename_must_return_distinct_names(way: str, write: Callable[..., Path]) -> None:
     given = write({"x": torch.ones(2)})
     for call in (
         lambda: load(way, nn.Linear(2, 2), given, rename=lambda name: "x"),
@@ -82,7 +82,7 @@ def test_names_that_rename_would_give_twice(way: str, write: Callable[..., Path]
 
 
 @pytest.mark.parametrize("options", [{"prefix": 1}, {"prefix": None}, {"rename": "a"}, {"rename": lambda name: 1}])
-def test_what_is_no_name(options: dict, write: Callable[..., Path]) -> None:
+def test_other_names_are_refused(options: dict, write: Callable[..., Path]) -> None:
     given = write({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
     for call in (load_model, save_model):
         with pytest.raises(TypeError):
@@ -91,7 +91,7 @@ def test_what_is_no_name(options: dict, write: Callable[..., Path]) -> None:
 
 
 def test_a_file_name_that_another_tensor_has_in_the_module(write: Callable[..., Path], backend: str) -> None:
-    """It is not taken for that tensor."""
+    """The name without the prefix is not taken for the tensor."""
     given = write({"w": torch.ones(2, 2), "bias": torch.zeros(2), "weight": torch.zeros(2, 2)})
     for way in ("straight", "with a hook", "assign"):
         model, result = load(
@@ -115,7 +115,7 @@ def test_a_module_is_saved_and_loaded_under_other_names(way: str, tmp_path: Path
 
 
 class Wrapped(nn.Module):
-    """As torch.compile and DataParallel wrap a module, without what they need for it."""
+    """Wraps a module as torch.compile and DataParallel do, without their requirements."""
 
     def __init__(self, model: nn.Module, *names: str) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def refusal(module: nn.Module, given: Path, **options: object) -> str:
 
 
 def advised(text: str) -> dict[str, object]:
-    """The options that an error advises."""
+    """Returns the options that an error advises."""
     options: dict[str, object] = {}
     if "in Python: " in text:
         code = text.partition("in Python: ")[2].partition(").\n")[0].rstrip().removesuffix(").")
@@ -161,9 +161,7 @@ def advised(text: str) -> dict[str, object]:
 @pytest.mark.parametrize("names", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("prefix", ["", "sub."])
-def test_names_of_wrappers_are_told_and_the_advice_works(
-    names: tuple, hooked: bool, prefix: str, tmp_path: Path
-) -> None:
+def test_errors_about_wrappers_advise_what_works(names: tuple, hooked: bool, prefix: str, tmp_path: Path) -> None:
     plain, wrapped = model(), Wrapped(model(), *names)
     save_model(plain, tmp_path / "plain", prefix=prefix)
     save_model(wrapped, tmp_path / "wrapped", prefix=prefix)
@@ -187,7 +185,7 @@ def test_wrappers_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_compiled(tmp_path: Path) -> None:
-    """Names in which a wrapper is in the middle."""
+    """Names with a wrapper in the middle."""
     source, target = model(), model()
     source[0] = Wrapped(source[0], "_orig_mod")
     save_model(source, tmp_path / "a")
@@ -208,7 +206,7 @@ def test_real_wrappers(tmp_path: Path) -> None:
         assert load_model(plain, tmp_path / "b", **advised(refusal(plain, tmp_path / "b"))) == (set(), [])
 
 
-def test_other_differences_bring_no_advice(write: Callable[..., Path]) -> None:
+def test_other_differences_have_no_advice(write: Callable[..., Path]) -> None:
     for state in ({"module.other": torch.ones(2)}, {"submodule.weight": torch.ones(2, 2)}, {"x": torch.ones(1)}):
         text = refusal(nn.Linear(2, 2), write(state))
         assert "Parallel" not in text and len(text.splitlines()) == 3

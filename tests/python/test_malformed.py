@@ -1,4 +1,4 @@
-"""Malformed files are refused with a message that helps, whichever way they come in; odd but valid ones load."""
+"""Every reader refuses malformed files with a helpful message, and loads unusual valid ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE_WAYS = ("load_file mmap", "load_file pread", "safe_open mmap", "safe_open p
 
 
 def read(way: str, path: Path) -> None:
-    """Opens the file at `path` and reads it, which a malformed file must not survive."""
+    """Opens and reads the file at `path`, which must fail for a malformed file."""
     function, argument = way.split()
     if function == "load_file":
         safetensors_torch.load_file(path, backend=argument)
@@ -55,7 +55,7 @@ def test_the_shared_vectors_are_this_table() -> None:
     table = {case.id: case.data for case in MALFORMED}
     assert files.keys() == table.keys() == STATUS.keys()
     for name, data in files.items():
-        # What other versions of a library compress in another way begins in the same.
+        # Other versions of the library compress differently, with the same beginning.
         compared = 8 if name in ("foreign-zip", "foreign-gzip", "foreign-npy") else None
         assert data[:compared] == table[name][:compared], name
 
@@ -88,7 +88,7 @@ def test_files_are_refused(case: Malformed, tmp_path: Path) -> None:
             read(way, path)
         message = str(refusal.value)
         assert str(path) in message, f"{way} names no file: {message}"
-        # The path has the case's own name in it, which may match by itself.
+        # The path contains the name of the case, which may match the pattern.
         expect_message(message.replace(str(path), ""), case)
 
 
@@ -98,7 +98,7 @@ def test_the_reference_refuses_it_too(case: Malformed) -> None:
         reference.load(case.data)
 
 
-def test_none_ends_the_process(tmp_path: Path) -> None:
+def test_no_malformed_file_ends_the_process(tmp_path: Path) -> None:
     """A process of its own reads them all: an abort, a stack overflow or a signal would show in its exit status."""
     for case in MALFORMED:
         (tmp_path / f"{case.id}.safetensors").write_bytes(case.data)
@@ -156,8 +156,8 @@ def test_every_proper_prefix_is_refused(tmp_path: Path) -> None:
                 safetensors_torch.load_file(path, backend=backend)
 
 
-def test_a_changed_byte_gets_the_verdict_of_the_reference() -> None:
-    """Each byte of a header becomes each of many others: both refuse, or both read the same tensors."""
+def test_a_changed_byte_has_the_result_of_the_reference() -> None:
+    """Each byte of a header is replaced by many others: both libraries refuse it, or read the same tensors."""
     data = reference.save({"w": torch.arange(3.0), "bias": torch.ones(2, dtype=torch.bool)}, {"format": "pt"})
     header_end = 8 + int.from_bytes(data[:8], "little")
     refused = 0
@@ -176,7 +176,7 @@ def test_a_changed_byte_gets_the_verdict_of_the_reference() -> None:
 
 
 def test_random_damage_ends_in_tensors_or_an_error() -> None:
-    """Several changes at once, cuts and insertions, over many files: no third outcome."""
+    """After several changes, cuts and insertions, the result is tensors or an error."""
     outcomes = {True: 0, False: 0}
     for seed in range(400):
         state = random_state(seed)
@@ -201,7 +201,7 @@ def test_random_damage_ends_in_tensors_or_an_error() -> None:
 
 @pytest.mark.parametrize("code", ["F6_E2M3", "F6_E3M2"])
 def test_a_dtype_that_torch_lacks_is_named(code: str, tmp_path: Path) -> None:
-    """A valid file: it opens, its header reads, and only the tensor itself is refused."""
+    """A valid file opens, and only the tensor itself is refused."""
     data = one(entry(f'"{code}"', "[4]", "[0,3]"), bytes(3))
     path = tmp_path / "six_bits.safetensors"
     path.write_bytes(data)
@@ -217,6 +217,6 @@ def test_a_dtype_that_torch_lacks_is_named(code: str, tmp_path: Path) -> None:
             file.get_tensor("weight")
 
 
-def test_what_the_table_damages_is_sound() -> None:
-    """VALID, of which the cases above are made, loads: so each case fails for its own fault."""
+def test_the_undamaged_file_loads() -> None:
+    """VALID, from which the cases above are made, loads: so each case fails for its own fault."""
     assert difference(safetensors_torch.load(VALID), {"weight": torch.zeros(1)}) is None

@@ -1,4 +1,4 @@
-"""What a load or a save costs in memory, and whose memory the tensors have."""
+"""The memory that loads and saves need, and the owner of the tensors' memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors_torch import SafetensorError, load, load_file, safe_open, save,
 
 MIB = 2**20
 TOTAL = 160 * MIB
-# Room for what Python and torch take beside the tensors.
+# Room for Python and torch, besides the tensors.
 SLACK = 8 * MIB
 
 TENSORS = f"""
@@ -38,41 +38,41 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_save_takes_the_bytes_and_no_more() -> None:
+def test_save_allocates_only_the_bytes() -> None:
     growth = peak_growth(TENSORS, "data = safetensors_torch.save(tensors)")
     assert TOTAL <= growth < 1.1 * TOTAL
 
 
-def test_save_file_takes_nothing(tmp_path: Path) -> None:
+def test_save_file_allocates_nothing(tmp_path: Path) -> None:
     growth = peak_growth(TENSORS, f"safetensors_torch.save_file(tensors, {str(tmp_path / 'out')!r})")
     assert growth < SLACK
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_load_model_takes_nothing(backend: str, file: Path) -> None:
+def test_load_model_allocates_nothing(backend: str, file: Path) -> None:
     growth = peak_growth(MODEL, f"safetensors_torch.load_model(model, {str(file)!r}, backend={backend!r})")
     assert growth < SLACK
 
 
-def test_load_file_pread_takes_the_tensors_and_no_more(file: Path) -> None:
+def test_load_file_pread_allocates_only_the_tensors(file: Path) -> None:
     growth = peak_growth("", f"tensors = safetensors_torch.load_file({str(file)!r}, backend='pread')")
     assert TOTAL <= growth < 1.1 * TOTAL
 
 
-def test_load_takes_the_tensors_and_no_more(file: Path) -> None:
+def test_load_allocates_only_the_tensors(file: Path) -> None:
     setup = f"data = pathlib.Path({str(file)!r}).read_bytes()"
     growth = peak_growth(setup, "tensors = safetensors_torch.load(data)")
     assert TOTAL <= growth < 1.1 * TOTAL
 
 
-def test_load_without_a_copy_takes_nothing(file: Path) -> None:
+def test_load_without_a_copy_allocates_nothing(file: Path) -> None:
     setup = f"data = bytearray(pathlib.Path({str(file)!r}).read_bytes())"
     assert peak_growth(setup, "tensors = safetensors_torch.load(data, copy=False)") < SLACK
 
 
 @pytest.mark.parametrize("call", ["load_file({path!r}, backend='pread')", "load(data)"])
 @pytest.mark.parametrize("kept", ["small", "large"])
-def test_a_kept_tensor_keeps_little_beside_itself(call: str, kept: str, tmp_path: Path) -> None:
+def test_a_kept_tensor_keeps_little_other_memory(call: str, kept: str, tmp_path: Path) -> None:
     sizes = {"small": 46 << 10, "large": 300 << 10}
     tensors = {}
     for i in range(60):
@@ -83,13 +83,13 @@ def test_a_kept_tensor_keeps_little_beside_itself(call: str, kept: str, tmp_path
     path = str(tmp_path / "many")
     setup = f"""
         data = pathlib.Path({path!r}).read_bytes()
-        safetensors_torch.load(data)  # what torch and the allocator take once
+        safetensors_torch.load(data)  # the first load allocates some memory once
     """
     work = f"""
         kept = safetensors_torch.{call.format(path=path)}["30.{kept}"]
         assert bool((kept == 30).all())
     """
-    # A block of small tensors has 2 MiB; large ones are given back by pieces of 2 MiB, and may lie in two.
+    # Small tensors share a block of 2 MiB; large ones are freed in pieces of 2 MiB, and may span two.
     assert growth(setup, work) < 4 * MIB + MIB
 
 
@@ -97,7 +97,7 @@ def loaded_into_own_memory(path: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(path, backend="pread"), load(path.read_bytes())]
 
 
-def test_neighbours_in_a_file_are_strangers_in_memory(tmp_path: Path) -> None:
+def test_neighbours_in_a_file_do_not_share_memory(tmp_path: Path) -> None:
     sizes = [1, 3, 0, 64, 65, 4096, 100_003, 3 * MIB + 1]
     tensors = {f"t{size}": torch.arange(size).remainder(250).to(torch.uint8) for size in sizes}
     save_file(tensors, tmp_path / "many")
@@ -138,8 +138,8 @@ def test_tensors_in_own_memory_can_grow(tmp_path: Path) -> None:
         assert loaded["b"].tolist() == [4, 5, 6, 7]
 
 
-def test_another_file_of_the_same_size_is_no_shortcut(tmp_path: Path) -> None:
-    """Memory that was used before must show nothing of what it held."""
+def test_reused_memory_is_overwritten(tmp_path: Path) -> None:
+    """Reused memory must not show its former contents."""
     for value in (1, 2):
         save_file({f"t{i}": torch.full((MIB,), value, dtype=torch.uint8) for i in range(8)}, tmp_path / "same")
         for loaded in loaded_into_own_memory(tmp_path / "same"):
@@ -154,7 +154,7 @@ memory_has_an_end = pytest.mark.skipif(
 
 @pytest.fixture
 def huge(tmp_path: Path) -> Path:
-    """A file with a tensor of more bytes than there is memory."""
+    """A file with a tensor that is larger than the memory."""
     header = b'{"huge":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (HUGE // 4, HUGE)
     header += b" " * (-len(header) % 8)
     path = tmp_path / "huge"
@@ -184,7 +184,7 @@ def test_more_memory_than_there_is_for_a_part_or_a_copy(huge: Path) -> None:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_cycle_collector_is_left_as_it_was(enabled: bool, path: Path) -> None:
+def test_the_cycle_collector_is_restored(enabled: bool, path: Path) -> None:
     data = path.read_bytes()
     before = gc.isenabled()
     try:
@@ -201,7 +201,7 @@ def test_the_cycle_collector_is_left_as_it_was(enabled: bool, path: Path) -> Non
 
 
 def test_many_small_tensors_round_trip(tmp_path: Path) -> None:
-    """More than fit in one vectored read or write."""
+    """There are more tensors than one vectored read or write can have."""
     tensors = {f"layer.{i}.weight": torch.full((i % 5,), float(i)) for i in range(5000)}
     save_file(tensors, tmp_path / "many")
     assert save(tensors) == (tmp_path / "many").read_bytes()
@@ -212,7 +212,7 @@ def test_many_small_tensors_round_trip(tmp_path: Path) -> None:
 
 
 def odd_complex(directory: Path) -> Path:
-    """A file, as other writers may make it, whose two complex numbers are 4 bytes past a multiple of 8."""
+    """Writes a file of another writer, whose two complex numbers begin 4 bytes past a multiple of 8."""
     value = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64)
     json = b'{"z":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}'
     json += b" " * (-(len(json) + 4) % 8)

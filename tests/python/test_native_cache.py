@@ -1,4 +1,4 @@
-"""The cache of compiled layers: who may have put there what is loaded, and for which system a layer is."""
+"""The cache of compiled layers: whose libraries it loads, and for which system."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRANGER = 54321
 
 @pytest.fixture
 def layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file where the layer in the cache is looked for, three directories below one that is safe."""
+    """A file at the path of the cached layer, three directories below a safe one."""
     monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path / "shared" / "cache"))
     path = _native_cache.library()
     path.parent.mkdir(parents=True)
@@ -60,7 +60,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("level", "spoil", "fault"), FAULTS.values(), ids=FAULTS)
-def test_what_others_could_have_put_there_is_refused(
+def test_files_that_others_could_write_are_refused(
     level: int, spoil: Callable[[Path], None], fault: str, layer: Path
 ) -> None:
     path = [layer, *layer.parents][level]
@@ -79,7 +79,7 @@ def test_what_others_could_have_put_there_is_refused(
 @needs_shipped
 @pytest.mark.parametrize("what", ["library", "home"])
 def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path) -> None:
-    """Nor is anything below the home directory of another user, which sudo may keep."""
+    """The home directory of another user, which sudo may keep, is not trusted."""
     home = tmp_path / "home"
     target = layer if what == "library" else home / ".cache" / layer.relative_to(tmp_path / "shared" / "cache")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,19 +95,19 @@ def test_a_planted_library_is_not_loaded(what: str, layer: Path, tmp_path: Path)
     assert f"{spoiled} belongs to another user" in result.stderr and result.stderr.count("Traceback") == 1
 
 
-def test_what_is_safe_is_taken(layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_safe_file_is_accepted(layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native_cache.library() == layer
-    # Others may add to a sticky directory, and replace nothing in it.
+    # Others may add files to a sticky directory, but not replace any.
     (tmp_path / "shared").chmod(0o1777)
     assert _native_cache.library() == layer
-    # The way to the directory is of no matter, since the directory itself is looked at.
+    # The real path of the directory counts, not the symbolic links to it.
     (tmp_path / "link").symlink_to(tmp_path / "shared" / "cache")
     monkeypatch.setenv(_native_library.CACHE_VARIABLE, str(tmp_path / "link"))
     assert _native_cache.library() == layer
 
 
 def test_a_group_that_is_the_users_own(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each user has a group, what is made with a umask of 002 can be written by that group."""
+    """With a umask of 002, new files are writable by the group, which is private to the user on many systems."""
     user = pwd.getpwuid(os.geteuid())
 
     def members(names: list[str], group: str = user.pw_name) -> None:
@@ -129,7 +129,7 @@ def test_a_group_that_is_the_users_own(layer: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_root_that_is_not_in_the_namespace(layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sandboxes show root's files, the root directory among them, as files of nobody."""
+    """In sandboxes, root's files, including the root directory, appear to belong to nobody."""
     if os.geteuid() == 0:
         give_away(tmp_path)
         stranger = STRANGER
@@ -185,8 +185,8 @@ def test_a_new_library_can_be_written_by_its_owner_alone(tmp_path: Path) -> None
 
 
 @needs_shipped
-def test_a_library_that_was_cut_short_is_told(tmp_path: Path) -> None:
-    """Before it is loaded: the loader of the system dies of some of these."""
+def test_a_truncated_library_is_detected(tmp_path: Path) -> None:
+    """The check comes before the load, because the dynamic loader crashes on some of these."""
     content = SHIPPED.read_bytes()
     assert _native_library._is_complete(SHIPPED)
     for size in (0, 3, 63, 64, 4096, len(content) // 2, len(content) - 1):

@@ -1,4 +1,4 @@
-"""How the native library is found, compiled and loaded, and what the shipped one depends on.
+"""How the native library is found, compiled and loaded, and the dependencies of the shipped one.
 
 Every case is a process of its own. The package is copied without its ahead-of-time library where compilation at first
 import is what is tested.
@@ -29,7 +29,7 @@ PACKAGE = Path(safetensors_torch.__file__).parent
 SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
 COMPILING = "safetensors_torch: compiling"
 
-# Imports the package, uses it, and says which libraries of its name the process has mapped and how long that took.
+# Imports and uses the package, and prints the mapped libraries of its name and the time of the import.
 USE = """
     import time
     import torch
@@ -77,13 +77,13 @@ def said(stdout: str, what: str) -> list[str]:
 
 
 def copy_package(directory: Path) -> Path:
-    """The installed package without any library for torch, in `directory`, for PYTHONPATH."""
+    """Copies the installed package, without any library for torch, to `directory` for PYTHONPATH."""
     shutil.copytree(PACKAGE, directory / "safetensors_torch", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return directory
 
 
 def make_compiler(directory: Path, script: str) -> str:
-    """A compiler that is g++ until it is to compile something, and then does what `script` says, for CXX."""
+    """Returns a compiler for CXX that runs `script` when it has to compile, and g++ otherwise."""
     compiler = directory / "compiler"
     compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) ;; *) exec c++ "$@" ;; esac\n{script}\n')
     compiler.chmod(0o755)
@@ -91,8 +91,8 @@ def make_compiler(directory: Path, script: str) -> str:
 
 
 def kill_while_compiling(directory: Path, environment: dict[str, str]) -> list[Path]:
-    """Kills a process that compiles, and its compilers; gives what it left behind."""
-    # Writes its own number where its output should be, which is named last, and goes on for longer than this test.
+    """Kills a process that compiles, and its compilers. Returns what it left behind."""
+    # Writes its pid to its output file, the last argument, and then runs for longer than this test.
     compiler = make_compiler(
         directory, 'for out; do :; done; echo $$ >"$out.part" && mv "$out.part" "$out"; exec sleep 600'
     )
@@ -113,15 +113,15 @@ def kill_while_compiling(directory: Path, environment: dict[str, str]) -> list[P
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A copy that two processes imported at the same moment, after a third was killed while it compiled, and with an
-    empty library in the cache."""
+    """A copy that two processes imported at the same time, after a third was killed while it compiled, with an empty
+    library in the cache."""
     directory = tmp_path_factory.mktemp("first_import")
     environment = {
         "PYTHONPATH": str(copy_package(directory / "site")),
         _native_library.CACHE_VARIABLE: str(directory / "cache"),
     }
     left = kill_while_compiling(directory, environment)
-    # What a loss of power left in the time before libraries were synchronised to the disk.
+    # A power cut could leave an empty library before libraries were synchronised to the disk.
     (lock,) = (directory / "cache").rglob("*.lock")
     lock.with_suffix(".so").touch()
     processes = [start(USE, **environment) for _ in range(2)]
@@ -164,7 +164,7 @@ def test_second_import_is_quick_and_silent(compiled: dict) -> None:
 
 @pytest.mark.parametrize("place", ["cache", pytest.param("package", marks=needs_shipped)])
 def test_a_torch_that_was_replaced_gets_a_layer_of_its_own(place: str, compiled: dict) -> None:
-    """The library for the torch before is there, and would load; the symbols that it asks for may be others by now."""
+    """The library for the former torch exists and would load, but its symbols may have changed."""
     program = """
     import torch
     torch.__version__ = type(torch.__version__)("2.99.0+other")
@@ -176,7 +176,7 @@ def test_a_torch_that_was_replaced_gets_a_layer_of_its_own(place: str, compiled:
 
 
 @pytest.mark.parametrize("has_library", [True, False])
-def test_a_cache_that_is_only_read(has_library: bool, compiled: dict, tmp_path: Path) -> None:
+def test_a_read_only_cache(has_library: bool, compiled: dict, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     if has_library:
         shutil.copytree(compiled["directory"] / "cache", cache)
@@ -219,7 +219,7 @@ def test_a_library_that_does_not_load_is_replaced(compiled: dict, tmp_path: Path
 
 
 @needs_shipped
-def test_the_shipped_library_is_taken_without_a_word() -> None:
+def test_the_shipped_library_is_loaded_silently() -> None:
     status, stdout, stderr = outcome(start(USE, CXX="/nonexistent/c++"))
     assert (status, stderr) == (0, "")
     assert said(stdout, "mapped") == [str(SHIPPED)]
@@ -227,7 +227,7 @@ def test_the_shipped_library_is_taken_without_a_word() -> None:
 
 @needs_shipped
 def test_ops_of_another_copy_are_used(tmp_path: Path) -> None:
-    """A second library that registers the same operators would end the process."""
+    """A second library that registers the same operators would abort the process."""
     other = tmp_path / "libsafetensors_torch_other.so"
     shutil.copy(SHIPPED, other)
     load_first = f"""
@@ -273,7 +273,7 @@ OTHER = re.sub("[0-9]", "9", safetensors_torch.__version__)
 
 
 def other_version(directory: Path) -> Path:
-    """A copy of the shipped library that says it is of version OTHER."""
+    """Returns a copy of the shipped library that reports the version OTHER."""
     copy = directory / "other.so"
     said = f"safetensors_torch {safetensors_torch.__version__} built".encode()
     blob = SHIPPED.read_bytes()
@@ -295,7 +295,7 @@ def test_a_library_of_another_version_is_reported(tmp_path: Path) -> None:
 
 @needs_shipped
 def test_a_second_copy_leaves_the_operators_alone(tmp_path: Path) -> None:
-    """As a C++ extension brings one, before or after the import."""
+    """A C++ extension may load a copy before or after the import."""
     copy = shutil.copy(SHIPPED, tmp_path / "libsafetensors_torch_copy.so")
     load = f"""
     import torch
@@ -355,7 +355,7 @@ def test_the_import_without_a_compiler_shows_one_traceback(tmp_path: Path) -> No
 
 
 def test_the_first_errors_of_the_compiler_are_reported(tmp_path: Path) -> None:
-    """Not the last ones, which follow from the first."""
+    """The last errors are consequences of the first."""
     script = (
         "echo 'a.h:1:2: error: the cause'; seq -f 'a.h:%g:1: error: what follows' 2 1000; seq -f 'note %g' 99; exit 1"
     )
@@ -423,6 +423,6 @@ def test_no_path_of_the_build_is_shipped() -> None:
 
 
 def test_the_library_exports_no_symbol(compiled: dict) -> None:
-    """Another build of the same code, or another Rust library, may be in the same process."""
+    """The process may also load another build of the same code, or another Rust library."""
     for library in [*libraries(compiled), *([SHIPPED] if SHIPPED.exists() else [])]:
         assert tool("nm", "--dynamic", "--defined-only", "--demangle", str(library)) == ""

@@ -1,4 +1,4 @@
-"""Contents in memory and open files: load and safe_open take them, and what takes a path says so."""
+"""Contents in memory and open files: load and safe_open accept them; functions that take a path say so."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def given(value: Any) -> Iterator[Any]:
 
 
 class OnlyReadinto:
-    """What has ``readinto`` and nothing else, and gives what it has in small pieces."""
+    """A file that has only ``readinto``, and returns its data in small pieces."""
 
     def __init__(self) -> None:
         self._file = io.BytesIO(DATA)
@@ -158,7 +158,7 @@ def test_safe_open(source: Any) -> None:
     assert torch.equal(part[-1], WEIGHT[-1]), "a slice goes on working"
 
 
-def test_a_file_is_read_from_where_it_stands() -> None:
+def test_a_file_is_read_from_its_position() -> None:
     file = io.BytesIO(b"before" + DATA)
     file.seek(6)
     assert is_whole(load(file))
@@ -176,7 +176,7 @@ def test_tensors_of_a_file_can_share_what_was_read() -> None:
 
 
 def test_a_large_stream_of_unknown_length() -> None:
-    """More than is set aside at first, twice."""
+    """The data exceeds the first buffer, and the second."""
     tensors = {"x": torch.arange(700_000)}
 
     class Stream(io.RawIOBase):
@@ -219,7 +219,7 @@ def test_the_buffer_is_held_while_it_is_used() -> None:
     data.append(1)
 
 
-def test_what_is_no_file_in_memory(tmp_path: Path) -> None:
+def test_contents_that_are_not_valid(tmp_path: Path) -> None:
     for data in (b"\0" * 9, memoryview(b"12"), io.BytesIO(b""), io.BytesIO(DATA[:-1])):
         with pytest.raises(SafetensorError):
             safe_open(data)
@@ -244,7 +244,7 @@ class _Faulty:
     "count, error",
     [(None, BlockingIOError), (-1, OSError), (1 << 40, OSError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
-def test_faults_of_a_file_are_told(count: Any, error: type[BaseException]) -> None:
+def test_errors_of_a_file_are_raised(count: Any, error: type[BaseException]) -> None:
     for function in (load, safe_open):
         with pytest.raises(error):
             function(_Faulty(count))
@@ -277,7 +277,7 @@ WITH_PATHS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("function", WITH_PATHS)
 @pytest.mark.parametrize("value", [io.BytesIO(DATA), bytearray(DATA), 3, None], ids=lambda value: type(value).__name__)
-def test_where_a_path_is_expected(function: str, value: Any) -> None:
+def test_contents_where_a_path_is_expected(function: str, value: Any) -> None:
     with pytest.raises(TypeError) as caught:
         WITH_PATHS[function](value)
     text = str(caught.value)
@@ -287,14 +287,14 @@ def test_where_a_path_is_expected(function: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [3, None, [1], io.StringIO("x")], ids=lambda value: type(value).__name__)
-def test_what_is_neither_contents_nor_a_path(value: Any) -> None:
+def test_neither_contents_nor_a_path(value: Any) -> None:
     with pytest.raises(TypeError, match="readinto.*rb"):
         load(value)
     with pytest.raises(TypeError, match="str, bytes or os.PathLike.*load"):
         safe_open(value)
 
 
-def test_nothing_of_a_descriptor_is_kept(tmp_path: Path) -> None:
+def test_no_descriptor_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(DATA)
     before = len(os.listdir("/proc/self/fd"))
     with open(tmp_path / "file", "rb") as opened:

@@ -1,4 +1,4 @@
-"""torch.ops.safetensors_torch and its TorchBind class, called directly: schemas, and what they give in eager mode.
+"""torch.ops.safetensors_torch and its TorchBind class, called directly: schemas, and results in eager mode.
 
 TorchScript, compilers and error messages have files of their own.
 """
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 # dtypes are numbers in a schema
 SELECTION = [("dtype", "Optional[int]", True, (None,)), ("names", "Optional[List[str]]", True, (None,))]
-# name -> arguments as (name, type, keyword only, (default,) where there is one), and the types returned
+# name -> arguments as (name, type, keyword only, (default,) if there is one), and the types returned
 SCHEMAS = {
     "load_file": (
         [
@@ -137,7 +137,7 @@ def test_load(path: str, state: dict[str, torch.Tensor]) -> None:
     assert difference(dict(zip(names, tensors, strict=True)), state) is None
 
 
-def test_load_wants_plain_bytes(path: str) -> None:
+def test_load_requires_plain_bytes(path: str) -> None:
     data = as_tensor(Path(path).read_bytes())
     wrong = {
         "int8": data.view(torch.int8),
@@ -181,7 +181,7 @@ def test_save(path: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_save_wants_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
+def test_a_save_requires_memory_of_the_exact_size(change: int, state: dict[str, torch.Tensor]) -> None:
     plan = pending_save(state)
     out = torch.full((plan.total() + change,), 7, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
@@ -195,7 +195,7 @@ def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], 
     plan = pending_save(state)
     with pytest.raises(RuntimeError, match="the save has no target"):
         plan.advance(60.0)
-    large = {f"{i}": torch.zeros(16 << 20) for i in range(3)}  # no step writes all of it
+    large = {f"{i}": torch.zeros(16 << 20) for i in range(3)}  # more than one step writes
     plan = pending_save(large)
     plan.set_file(str(target), False)
     assert not plan.advance(0.0)
@@ -205,7 +205,7 @@ def test_a_cancelled_save_leaves_the_file_alone(state: dict[str, torch.Tensor], 
         plan.advance(60.0)
 
 
-def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> None:
+def test_a_cancelled_load_ends(path: str, state: dict[str, torch.Tensor]) -> None:
     file = torch.classes.safetensors_torch.File(path, "pread")
     load = file.start_load(None, CPU, None, None)
     assert load.total() == sum(tensor.nbytes for tensor in state.values()) and load.done() == 0
@@ -218,7 +218,7 @@ def test_a_cancelled_load_is_over(path: str, state: dict[str, torch.Tensor]) -> 
             method()
 
 
-def test_a_save_wants_as_many_names_as_tensors() -> None:
+def test_a_save_requires_as_many_names_as_tensors() -> None:
     with pytest.raises(RuntimeError, match="as many names as tensors"):
         torch.classes.safetensors_torch.PendingSave(["a", "b"], [torch.zeros(1)], None, "", False, "error")
 

@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing compiled before, in this process or by another, stands in for what is compiled here."""
+    """No earlier compilation, of this process or another, is reused."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     yield
@@ -55,7 +55,7 @@ class Checkpoints(torch.nn.Module):
 
 
 def expect_reads(run, path: str) -> None:
-    """Each call reads the file as it is then: the tensor is no constant of the program."""
+    """Each call reads the current file: the tensor is not a constant of the program."""
     x = torch.ones(2, 3)
     for value in (1.0, 5.0, -3.0):
         write(path, value)
@@ -63,7 +63,7 @@ def expect_reads(run, path: str) -> None:
 
 
 def expect_writes(run, path: str) -> None:
-    """Each call writes the file, though nothing of the program depends on it."""
+    """Each call writes the file, although no result depends on it."""
     for value in (1.0, 5.0):
         Path(path).unlink(missing_ok=True)
         assert torch.equal(run(torch.full((3,), value)), torch.full((3,), 2 * value))
@@ -108,7 +108,7 @@ def test_compile_keeps_a_gradient_around_it(backend: str, path: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_load_file_between_graphs(backend: str, path: str) -> None:
-    """A dict of tensors has no place in a graph, so the call stands between two: it must still give the right ones."""
+    """A graph cannot contain a dict of tensors, so the call breaks it. The result must still be right."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return x * 2 + ops.load_file(path)["weight"]
@@ -140,7 +140,7 @@ def test_compile_does_not_drop_save_file(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_keeps_reads_and_writes_in_order(backend: str, path: str) -> None:
-    """Two reads of one name are not one read: a write of the same graph may stand between them."""
+    """Two reads of one name are not merged: a write may be between them."""
 
     def turns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ops.save_file({"weight": x}, path)
@@ -182,7 +182,7 @@ def test_fake_tensors_are_shaped_as_the_real_ones(dtype: torch.dtype, tmp_path: 
 
 
 def test_fake_tensors_read_no_data(tmp_path: Path) -> None:
-    """A sparse file of a tebibyte: a fake kernel that read it, or set memory aside for it, would not come back."""
+    """The file is sparse and has 1 TiB: a fake kernel that read it or allocated memory for it would not return."""
     path = tmp_path / "huge"
     size = 2**40
     header = b'{"huge":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
@@ -217,7 +217,7 @@ def test_fake_mode_refuses_what_the_real_op_refuses(path: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_runs_load_outside_of_the_graph(backend: str) -> None:
-    """What load returns stands in the bytes, so no graph can hold it."""
+    """The result of load depends on the bytes, so no graph can contain it."""
 
     def run(data: torch.Tensor) -> torch.Tensor:
         return ops.load(data)["weight"] + 1

@@ -20,7 +20,7 @@ ONES = torch.ones(2, 2)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A directory with a good file, `good`, and a malformed one, `bad`."""
+    """A directory with a valid file, `good`, and a malformed one, `bad`."""
     reference.save_file({"weight": torch.arange(12.0).reshape(3, 4)}, tmp_path / "good")
     (tmp_path / "bad").write_bytes(one(entry('"F128"')))
     return tmp_path
@@ -30,8 +30,8 @@ def raw(data: bytes) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
 
 
-# What is done in a directory, and what is then known of it: kind, number, errno, a part of the message. The number is 0
-# where the fault is found before the core is asked.
+# A call, and the kind, number, errno and part of the message of its error. The number is 0 if the error is found before
+# the core is called.
 FAILURES = {
     "no-file": (lambda f: ops.load_file(f"{f}/absent"), "OSError", 2, errno.ENOENT, "No such file or directory: "),
     "directory": (lambda f: ops.load_file(f"{f}"), "OSError", 2, errno.EISDIR, "directory"),
@@ -90,7 +90,7 @@ def test_last_error_belongs_to_its_thread(directory: Path) -> None:
     assert "mine" in ops._last_error()[3]
 
 
-def test_an_older_error_that_is_not_utf8_hides_no_other() -> None:
+def test_an_older_error_that_is_not_utf8_does_not_hide_others() -> None:
     with pytest.raises(UnicodeDecodeError):
         ops.save({b"\xff": torch.ones(2, 3).t()})
 
@@ -111,7 +111,7 @@ def test_methods_of_a_file_keep_their_error_too(directory: Path) -> None:
     assert ops._last_error()[:3] == ("OSError", 2, errno.ENOENT)
 
 
-def test_an_unknown_backend_is_told_both(directory: Path) -> None:
+def test_an_unknown_backend_lists_both(directory: Path) -> None:
     good = f"{directory}/good"
     for call in (lambda: ops.load_file(good, backend="io"), lambda: torch.classes.safetensors_torch.File(good, "io")):
         with pytest.raises(RuntimeError, match="(?s)mmap.*pread") as refusal:

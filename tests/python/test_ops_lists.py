@@ -1,7 +1,7 @@
 """The operators without a dict of tensors: get_slice, load_tensors, save_tensors.
 
-In eager mode, in TorchScript, and in whole graphs of torch.export and torch.compile. Their schemas, and what
-torch.library.opcheck says of them, are tested with those of the other operators.
+In eager mode, in TorchScript, and in whole graphs of torch.export and torch.compile. The tests of the
+other operators include their schemas and torch.library.opcheck.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def path(tmp_path: Path, state: dict[str, torch.Tensor]) -> str:
 
 @pytest.fixture
 def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing compiled before, in this process or by another, stands in for what is compiled here."""
+    """No earlier compilation, of this process or another, is reused."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     yield
@@ -186,7 +186,7 @@ class Reads(torch.nn.Module):
 
 
 class Writes(torch.nn.Module):
-    """Saves what it makes on the way, and returns something else."""
+    """Saves an intermediate tensor, and returns another one."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Writes(torch.nn.Module):
 
 
 def expect_reads(run: Any, path: str) -> None:
-    """Each call reads the file as it is then."""
+    """Each call reads the current file."""
     x = torch.ones(2, 1, 2)
     for value in (0, 5):
         reference.save_file({"weight": WEIGHT + value, "step": torch.tensor(value)}, path)
@@ -209,7 +209,7 @@ def expect_reads(run: Any, path: str) -> None:
 
 
 def expect_writes(run: Any, path: str) -> None:
-    """Each call writes the file, though nothing of the program depends on it."""
+    """Each call writes the file, although no result depends on it."""
     for value in (1.0, 5.0):
         Path(path).unlink(missing_ok=True)
         x = torch.full((3,), value)
@@ -272,7 +272,7 @@ def test_compile_keeps_reads_and_writes_in_order(backend: str, tmp_path: Path) -
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_follows_ranges_that_change(path: str) -> None:
-    """Each length is a program of its own, or one for all: the result is right either way."""
+    """The result is right whether each length gets a program of its own or all share one."""
     run = torch.compile(lambda i: ops.get_slice(path, "weight", [0, 0, i], [2, 3, i + 1]) + 1, backend="aot_eager")
     for i in range(4):
         assert torch.equal(run(i), WEIGHT[:, :, i : i + 1] + 1)

@@ -1,6 +1,6 @@
-"""torch.library.opcheck of every public operator: its schema, its fake kernel, and what tracers make of it.
+"""torch.library.opcheck of every public operator: its schema, its fake kernel, and its behaviour in tracers.
 
-All its checks apply to all of them, but for two of ``load``; the reason is tested too. So is what Dynamo refuses.
+All checks apply to all operators, except two for ``load``; a test shows the reason. Another shows what Dynamo refuses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot
 
 
 def arguments(name: str, directory: Path) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Ways to call an operator."""
+    """Calls of an operator."""
     path, out = str(directory / "model.safetensors"), str(directory / "out.safetensors")
     state = {"weight": WEIGHT, "mask": torch.tensor([True])}
     reference.save_file(state, path)
@@ -59,7 +59,7 @@ def test_every_public_operator_is_here() -> None:
 def test_opcheck(name: str, tmp_path: Path) -> None:
     checks = ALL
     if name == "load":
-        # How many tensors it returns, and of which shapes, stands in bytes that a fake tensor has not.
+        # The number and the shapes of its tensors are in the bytes, which a fake tensor lacks.
         checks = ALL - {"test_faketensor", "test_aot_dispatch_dynamic"}
     for positional, named in arguments(name, tmp_path):
         outcome = torch.library.opcheck(getattr(ops, name).default, positional, named, test_utils=sorted(checks))
@@ -72,8 +72,8 @@ def test_load_of_fake_bytes_has_no_result(tmp_path: Path) -> None:
         ops.load(mode.from_tensor(data))
 
 
-def test_a_dict_of_tensors_is_what_dynamo_takes_in_no_graph(tmp_path: Path) -> None:
-    """The reason for load_tensors. A torch that can do it makes this fail: then let a test compile load_file whole."""
+def test_dynamo_cannot_trace_a_dict_of_tensors(tmp_path: Path) -> None:
+    """This is the reason for load_tensors. If it fails with a later torch, compile load_file as a whole in a test."""
     path = str(tmp_path / "model.safetensors")
     reference.save_file({"weight": WEIGHT}, path)
     torch._dynamo.reset()

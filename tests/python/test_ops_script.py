@@ -93,7 +93,7 @@ def test_reads_and_writes_of_a_script_keep_their_order(tmp_path: Path) -> None:
         assert [float(tensor[0]) for tensor in results] == [0, 1, 2]
 
 
-def test_freezing_bakes_no_file_in(path: str) -> None:
+def test_freezing_keeps_the_reads(path: str) -> None:
     frozen = torch.jit.freeze(torch.jit.script(Frozen(path).eval()))
     reference.save_file({"weight": torch.full((2,), 5.0)}, path)
     for _ in range(3):

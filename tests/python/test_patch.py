@@ -34,7 +34,7 @@ def patched() -> Iterator[None]:
 
 @pytest.fixture
 def new_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], types.ModuleType]:
-    """Makes a loaded module of a source."""
+    """Creates a loaded module from its source."""
 
     def make(name: str, source: str) -> types.ModuleType:
         module = types.ModuleType(name)
@@ -90,7 +90,7 @@ def test_a_module_that_was_imported_before(new_module: Callable, reference: type
     expect_reference(module, reference)
 
 
-def test_a_module_that_is_imported_meanwhile(new_module: Callable, reference: types.SimpleNamespace) -> None:
+def test_a_module_that_is_imported_while_patched(new_module: Callable, reference: types.SimpleNamespace) -> None:
     with patch_safetensors():
         module = new_module("user_meanwhile", USE)
         expect_ours(module)
@@ -104,7 +104,7 @@ def test_the_main_module(monkeypatch: pytest.MonkeyPatch, reference: types.Simpl
     assert sys.modules["__main__"].my_save is reference.save
 
 
-def test_a_module_that_is_unloaded_meanwhile(new_module: Callable, reference: types.SimpleNamespace) -> None:
+def test_a_module_that_is_unloaded_while_patched(new_module: Callable, reference: types.SimpleNamespace) -> None:
     module = new_module("user_unloaded", USE)
     with patch_safetensors():
         del sys.modules["user_unloaded"]
@@ -112,7 +112,7 @@ def test_a_module_that_is_unloaded_meanwhile(new_module: Callable, reference: ty
     expect_reference(module, reference)
 
 
-def test_what_a_module_changes_meanwhile_stays(new_module: Callable) -> None:
+def test_changes_of_a_module_while_patched_stay(new_module: Callable) -> None:
     module = new_module("user_changes", USE)
     with patch_safetensors():
         module.write = print
@@ -128,7 +128,7 @@ def test_modules_that_use_ours_by_its_name_keep_it(new_module: Callable) -> None
     assert module.safe_open is safetensors_torch.safe_open
 
 
-def test_lazy_and_odd_modules_are_not_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lazy_modules_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lazy(types.ModuleType):
         def __getattribute__(self, name: str) -> object:
             raise AssertionError(f"{name} was asked for")
@@ -166,7 +166,7 @@ def test_patches_nest() -> None:
     assert is_unpatched()
 
 
-def test_an_unpatch_too_many_does_nothing() -> None:
+def test_an_extra_unpatch_does_nothing() -> None:
     unpatch_safetensors()
     with patch_safetensors():
         assert not is_unpatched()
@@ -202,7 +202,7 @@ def test_somebody_elses_replacement_is_restored(monkeypatch: pytest.MonkeyPatch,
         assert vars(safetensors.torch)["save_file"] is other
 
 
-def test_a_name_of_ours_that_came_back_later_is_no_reference(reference: types.SimpleNamespace) -> None:
+def test_a_name_of_ours_that_is_assigned_again_is_not_the_reference(reference: types.SimpleNamespace) -> None:
     with patch_safetensors():
         kept = safetensors.torch.load_file
     safetensors.torch.load_file = kept
@@ -236,7 +236,7 @@ def test_threads(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_two_threads_do_not_patch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second would take the stand-ins of the first for the reference, or find half of them."""
+    """Otherwise the second would take the replacements of the first for the reference, or see half of them."""
     applied = []
     apply = patch._apply
 

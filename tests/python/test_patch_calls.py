@@ -38,7 +38,7 @@ def patched() -> Iterator[None]:
 
 
 def takes_all_of(ours: inspect.Signature, theirs: inspect.Signature) -> bool:
-    """Whether each call that fits ``theirs`` means the same to ``ours``; a default written as Ellipsis is in Rust."""
+    """Returns whether each call that fits ``theirs`` means the same to ``ours``. A default of Rust is an Ellipsis."""
     positional = [p for p in theirs.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     own = list(ours.parameters.values())
     for index, theirs_parameter in enumerate(theirs.parameters.values()):
@@ -60,7 +60,7 @@ def test_signatures_take_what_the_reference_takes(name: str, reference: types.Si
     assert takes_all_of(inspect.signature(getattr(safetensors.torch, name)), theirs)
 
 
-def test_the_comparison_of_signatures_sees_a_difference() -> None:
+def test_the_comparison_of_signatures_detects_differences() -> None:
     def signature(source: str) -> inspect.Signature:
         return inspect.signature(eval(f"lambda {source}: None"))
 
@@ -99,7 +99,7 @@ def plain(value: object) -> object:
 
 
 @pytest.mark.parametrize("how", CALLS)
-def test_calls_give_what_the_reference_gives(how: str, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_calls_return_what_the_reference_returns(how: str, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     def results() -> list[object]:
         return [plain(value) for value in CALLS[how](safetensors.torch, tmp_path / "file", tensors, nn.Linear(3, 2))]
 
@@ -116,7 +116,7 @@ def test_functions_can_be_pickled(patched: None, reference: types.SimpleNamespac
         try:
             assert pickle.loads(data) is getattr(reference, name)
         finally:
-            patch_safetensors()  # which the fixture takes back
+            patch_safetensors()  # which the fixture undoes
 
 
 # --- safe_open
@@ -151,7 +151,7 @@ def test_a_class_that_derives_from_safe_open(path: Path, patched: None) -> None:
     assert not isinstance(safetensors.safe_open(path, "pt"), Mine)
 
 
-def test_what_is_no_framework_is_refused_as_by_the_reference(
+def test_unknown_frameworks_are_refused_as_by_the_reference(
     path: Path, reference: types.SimpleNamespace, patched: None
 ) -> None:
     for framework in ("PT", "", 3, None):
@@ -177,7 +177,7 @@ def test_a_file_without_tensors_is_true(tmp_path: Path, patched: None) -> None:
 # --- errors
 
 
-def test_the_references_class_catches_ours_however_it_is_held() -> None:
+def test_the_references_class_catches_ours_wherever_it_is_stored() -> None:
     class Holder:
         error = safetensors.SafetensorError
 
@@ -188,7 +188,7 @@ def test_the_references_class_catches_ours_however_it_is_held() -> None:
                 with pytest.raises(caught) as error:
                     load(b"")
                 assert type(error.value) is safetensors_torch.SafetensorError
-        # And what the reference itself raises.
+        # The errors of the reference itself.
         with pytest.raises(safetensors.SafetensorError):
             safetensors.numpy.load(b"")
         assert type(pickle.loads(pickle.dumps(error.value))) is safetensors_torch.SafetensorError
@@ -197,7 +197,7 @@ def test_the_references_class_catches_ours_however_it_is_held() -> None:
     assert not isinstance(error.value, safetensors.SafetensorError)
 
 
-# What the reference says in other words: elements that end in the middle of a byte, and these files.
+# The reference has other texts for elements that end within a byte, and for these files.
 OTHER_WORDS = {"twice-name-disjoint", "foreign-gzip"}
 
 
@@ -248,7 +248,7 @@ def test_every_load_has_the_references_phrase(tmp_path: Path) -> None:
             safetensors.torch.load(VALID[:-1])
 
 
-def test_other_errors_are_no_header_errors(tmp_path: Path, path: Path, patched: None) -> None:
+def test_other_errors_have_no_header_phrase(tmp_path: Path, path: Path, patched: None) -> None:
     for call in (
         lambda: safetensors.torch.load_file(path, backend="guess"),
         lambda: safetensors.safe_open(path, "pt").get_tensor("gone"),
@@ -277,7 +277,7 @@ def test_a_patch_that_fails_changes_nothing() -> None:
     assert is_unpatched()
     unpatch_safetensors()
     assert is_unpatched()
-    # No later patch may meet it.
+    # No later patch may see it.
     TheirsFirst.__bases__ = (safetensors_torch.SafetensorError,)
 
 

@@ -1,6 +1,6 @@
-"""transformers, accelerate and peft, their code unchanged, over patch_safetensors: what they save and load is ours.
+"""transformers, accelerate and peft save and load through patch_safetensors without a change to their code.
 
-While they are patched, the reference refuses whatever it is asked to read or write. Needs no network.
+While patched, every read or write by the reference fails. The tests need no network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Counts = collections.Counter
 
 @pytest.fixture(scope="module")
 def users() -> list[types.ModuleType]:
-    """Loaded before anything is patched, so that the names in them are what has to be replaced."""
+    """They are imported before the patch, which has to replace the names in them."""
     pytest.importorskip("transformers")
     names = ["transformers.modeling_utils", "accelerate.checkpointing", "accelerate.utils.modeling"]
     names += ["peft.peft_model", "peft.utils.save_and_load"]
@@ -35,7 +35,7 @@ def users() -> list[types.ModuleType]:
 
 @pytest.fixture
 def calls(users: list, monkeypatch: pytest.MonkeyPatch, reference: types.SimpleNamespace) -> Iterator[Counts]:
-    """How often each function of ours was called. The patch is on, and the reference reads and writes nothing."""
+    """Counts the calls of our functions while patched. The reference must not read or write."""
     counts = Counts()
 
     def counted(name: str, function: Callable) -> Callable:
@@ -62,7 +62,7 @@ def calls(users: list, monkeypatch: pytest.MonkeyPatch, reference: types.SimpleN
 
 
 def small(name: str) -> nn.Module:
-    """A model of random weights: GPT-2 and BERT tie the embeddings of input and output, T5 three, Llama none."""
+    """Returns a model with random weights. GPT-2 and BERT tie two embeddings, T5 three, Llama none."""
     import transformers
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def small(name: str) -> nn.Module:
 
 
 def tied(model: nn.Module) -> set[frozenset[str]]:
-    """The groups of names that stand for one parameter."""
+    """Returns the groups of tied names."""
     groups = collections.defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)].add(name)
@@ -107,7 +107,7 @@ def expect_readable(
     calls: Counts, monkeypatch: pytest.MonkeyPatch, reference: types.SimpleNamespace
 ) -> Callable[[Path, nn.Module], None]:
     def expect(directory: Path, model: nn.Module) -> None:
-        """The files have the values of ``model`` for the reference, too; a tied name may be left out."""
+        """Checks that the reference reads the values of ``model`` from the files; a tied name may be missing."""
         monkeypatch.undo()
         tensors = {}
         for path in shards(directory):
@@ -157,7 +157,7 @@ def test_transformers_names_a_broken_file_by_our_error(tmp_path: Path, calls: Co
     assert type(caught.value) is safetensors_torch.SafetensorError
 
 
-# By themselves, accelerate's loads leave tied weights alone where a device map is given.
+# With a device map, accelerate's loads do not tie weights.
 @pytest.mark.parametrize(("name", "device_map"), [("gpt2", None), ("llama", None), ("llama", {"": "cpu"})])
 @pytest.mark.parametrize("size", ["5GB", "40KB"])
 def test_accelerate(
@@ -240,4 +240,4 @@ def test_their_modules_have_the_reference_back(
     try:
         assert held() >= len(users)
     finally:
-        safetensors_torch.patch_safetensors()  # which the fixture takes back
+        safetensors_torch.patch_safetensors()  # which the fixture undoes

@@ -1,6 +1,6 @@
-"""SAFETENSORS_TORCH_PATCH=1: the .pth file, the import hook, and what becomes of programs that cannot be patched.
+"""SAFETENSORS_TORCH_PATCH=1: the .pth file, the import hook, and programs that cannot be patched.
 
-Most programs here run with small packages in place of safetensors, safetensors_torch and torch, which takes seconds.
+Most programs here run with stubs of safetensors, safetensors_torch and torch, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SITE = Path(safetensors_torch.__file__).parents[1]
 START_FILE = "safetensors_torch_patch.pth"
 START_MODULE = "_safetensors_torch_start"
 
-# A package that says what it does.
+# A package that prints its actions.
 STUB = """
 import torch
 print("imported", __name__)
@@ -30,13 +30,13 @@ def patch_safetensors():
     import safetensors.torch
     print("patched, complete:", safetensors.complete and torch.complete)
 """
-# What a program gets to see that imports torch and safetensors.
+# The output of a program that imports torch and safetensors.
 PATCHED = ["imported safetensors_torch", "imported safetensors.torch", "patched, complete: True"]
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A directory as Python finds it among its site-packages, with the start file and stubs of the packages."""
+    """A site-packages directory with the start file and stubs of the packages."""
     directory = tmp_path / "site"
     directory.mkdir()
     for name in (START_FILE, f"{START_MODULE}.py"):
@@ -121,7 +121,7 @@ def test_the_first_import_patches(site: Path) -> None:
     ("program", "expected"),
     [
         ("import torch, safetensors", ["imported torch", "imported safetensors"]),
-        # Nothing is patched while one of these is half imported.
+        # The patch waits until the imports of these are complete.
         ("import safetensors.torch", ["imported safetensors", "imported torch", "imported safetensors.torch"]),
         ("import safetensors, safetensors_torch", [*IMPORTED, "imported safetensors_torch"]),
         (
@@ -130,12 +130,12 @@ def test_the_first_import_patches(site: Path) -> None:
         ),
     ],
 )
-def test_the_order_of_the_imports_is_of_no_matter(program: str, expected: list[str], site: Path) -> None:
+def test_the_order_of_the_imports_does_not_matter(program: str, expected: list[str], site: Path) -> None:
     expected = [*expected, *(line for line in PATCHED if line not in expected)]
     assert run(site, program, "1") == (expected, "")
 
 
-# In place of safetensors: whoever opens a file with it is told by whom.
+# A stub of safetensors whose functions return who opened the file.
 OPENER = """
 print("imported", __name__)
 complete = True
@@ -166,7 +166,7 @@ def test_a_program_without_torch_stays_without_it(site: Path) -> None:
     assert run(site, program, "1") == (expected, "")
 
 
-def test_tensors_of_torch_are_asked_for_before_torch_is_imported(site: Path) -> None:
+def test_safe_open_for_torch_before_torch_is_imported(site: Path) -> None:
     add(site, "safetensors", OPENER)
     add(site, "safetensors_torch", PATCHING)
     program = """
@@ -184,9 +184,9 @@ def test_tensors_of_torch_are_asked_for_before_torch_is_imported(site: Path) -> 
         *PATCHED,
         *opened,
         *opened,
-        *("this library opens a np meta", "True"),  # which the real one leaves to the reference
+        *("this library opens a np meta", "True"),  # the real one leaves these to the reference
     ]
-    # If the patch fails, the reference goes on.
+    # If the patch fails, the reference continues to work.
     add(site, "safetensors_torch", "raise ImportError('broken')")
     lines, errors = run(site, program, "1")
     assert lines[1::2] == [f"the reference opens a {framework} meta" for framework in ("np", "pt", "pt", "np")]
@@ -201,7 +201,7 @@ def test_names_that_the_first_import_takes_are_ours(site: Path) -> None:
     assert run(site, program, "1") == (["imported torch", "ours"], "")
 
 
-def test_what_is_imported_already_is_patched_at_once(site: Path) -> None:
+def test_modules_that_are_imported_already_are_patched_at_once(site: Path) -> None:
     (site / "a_first.pth").write_text("import safetensors, torch\n")
     lines, errors = run(site, "print('the program')", "1")
     assert errors == ""
@@ -242,7 +242,7 @@ def test_an_import_that_fails_is_patched_when_it_works(site: Path) -> None:
     assert run(site, "import torch\n" + textwrap.dedent(program), "1") == (["imported torch", "failed", *PATCHED], "")
 
 
-def test_without_safetensors_the_import_fails_as_ever(site: Path) -> None:
+def test_without_safetensors_the_import_still_fails(site: Path) -> None:
     shutil.rmtree(site / "safetensors")
     program = """
     try:
@@ -271,7 +271,7 @@ def test_a_patch_that_fails_is_one_line(source: str, reason: str, site: Path) ->
     assert errors.count("\n") == 1 and errors.endswith("\n")
 
 
-def test_the_package_is_not_there_any_more(site: Path) -> None:
+def test_the_package_was_removed(site: Path) -> None:
     shutil.rmtree(site / "safetensors_torch")
     lines, errors = run(site, IMPORT, "1")
     assert lines == [*IMPORTED, "complete True"]
@@ -280,7 +280,7 @@ def test_the_package_is_not_there_any_more(site: Path) -> None:
 
 
 def test_another_value_is_one_line(site: Path) -> None:
-    """In programs that use safetensors, with however many start files: a link to site-packages makes two of one."""
+    """It is printed once even with two start files, which a link to site-packages can cause."""
     shutil.copy(site / START_FILE, site / "again.pth")
     assert run(site, "import torch", "maybe") == (["imported torch"], "")
     lines, errors = run(site, IMPORT, "maybe")
@@ -302,7 +302,7 @@ def test_both_files_are_recorded_so_that_pip_removes_them() -> None:
 
 
 def test_the_packages_themselves(tmp_path: Path) -> None:
-    """A program that knows safetensors alone, which may be in another directory than ours."""
+    """The program has only safetensors, which may be in another directory than this package."""
     paths = [str(SITE), str(Path(safetensors.__file__).parents[1])]
     program = f"""
     import sys

@@ -1,4 +1,4 @@
-"""load_file's prefault: which pages of a mapped file are in reach, and when; and that it never changes a value."""
+"""prefault of load_file: which pages of a mapped file are in memory and when; it never changes a value."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_values(backend: str, prefault: bool | None, cold: bool, large: Path) ->
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["hot", "cold"])
-def test_true_has_every_page_in_when_it_returns(cold: bool, large: Path) -> None:
+def test_true_reads_every_page_before_it_returns(cold: bool, large: Path) -> None:
     if cold:
         make_cold(large)
     loaded = load_file(large, prefault=True)
@@ -55,7 +55,7 @@ def test_true_has_every_page_in_when_it_returns(cold: bool, large: Path) -> None
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["hot", "cold"])
-def test_none_brings_every_page_in_after_a_while(cold: bool, large: Path) -> None:
+def test_none_reads_every_page_in_the_background(cold: bool, large: Path) -> None:
     if cold:
         make_cold(large)
     loaded = load_file(large)
@@ -63,14 +63,14 @@ def test_none_brings_every_page_in_after_a_while(cold: bool, large: Path) -> Non
     check_values(loaded)
 
 
-def test_false_leaves_pages_to_the_touch(large: Path) -> None:
+def test_false_reads_pages_on_first_access(large: Path) -> None:
     loaded = load_file(large, prefault=False)
     assert mapped_bytes(large) == 0
     assert loaded["t1"][-1] == 1 + BYTES // 8 - 1
     assert 0 < mapped_bytes(large) < BYTES
 
 
-def test_a_small_file_is_not_worth_a_thread(path: Path) -> None:
+def test_a_small_file_gets_no_thread(path: Path) -> None:
     before = threads()
     loaded = [load_file(path) for _ in range(50)]
     assert threads() <= before
@@ -81,7 +81,7 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_the_mapping_goes_with_the_last_tensor(large: Path) -> None:
+def test_the_mapping_is_freed_with_the_last_tensor(large: Path) -> None:
     loaded = load_file(large)
     last = loaded.pop("t3")
     del loaded
@@ -91,7 +91,7 @@ def test_the_mapping_goes_with_the_last_tensor(large: Path) -> None:
     assert eventually(lambda: mapped_bytes(large) is None), "a thread keeps the mapping"
 
 
-def test_writes_meanwhile_are_kept(large: Path) -> None:
+def test_writes_during_prefault_are_kept(large: Path) -> None:
     before = large.read_bytes()
     loaded = load_file(large)
     for tensor in loaded.values():

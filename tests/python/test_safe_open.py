@@ -1,6 +1,6 @@
-"""safe_open: names, metadata, tensors, slices, and what is left of them once the file is closed.
+"""safe_open: names, metadata, tensors, slices, and their state after the file is closed.
 
-Every kind of index is tested elsewhere; here are shapes, dtypes, a few indices and the types of the errors.
+test_slices.py tests every kind of index; this file has shapes, dtypes, a few indices and the types of the errors.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_get_tensor(path: Path, tensors: dict, backend: str) -> None:
     assert difference(loaded, tensors) is None
 
 
-def test_tensors_live_on_after_closing(path: Path, tensors: dict, backend: str) -> None:
+def test_tensors_remain_valid_after_closing(path: Path, tensors: dict, backend: str) -> None:
     with safe_open(path, backend) as file:
         one, all_of_them = file.get_tensor("weight"), file.get_tensors()
     del file
@@ -131,7 +131,7 @@ def test_tensors_live_on_after_closing(path: Path, tensors: dict, backend: str) 
 
 @pytest.mark.parametrize("name", ["absent", "", "Weight", "weight ", "wei", "__metadata__", "é"])
 @pytest.mark.parametrize("method", ["get_tensor", "get_slice"])
-def test_absent_name(name: str, method: str, path: Path, backend: str) -> None:
+def test_missing_name(name: str, method: str, path: Path, backend: str) -> None:
     with safe_open(path, backend) as file, pytest.raises(SafetensorError) as caught:
         getattr(file, method)(name)
     assert str(caught.value) == f"File does not contain tensor {name}"
@@ -147,7 +147,7 @@ def test_a_lone_surrogate_is_in_no_file(path: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("unknown", ["\ud800", "mmap\ud800", "é", "io", 3, None], ids=ascii)
-def test_an_unknown_backend_is_told_both(unknown: object, path: Path) -> None:
+def test_an_unknown_backend_lists_both(unknown: object, path: Path) -> None:
     for function in (safetensors_torch.safe_open, safetensors_torch.load_file):
         with pytest.raises(SafetensorError, match="(?s)mmap.*pread"):
             function(path, backend=unknown)
@@ -191,7 +191,7 @@ def test_use_without_a_with_block(path: Path, tensors: dict, backend: str) -> No
         file.keys()
 
 
-def test_slices_go_on_working_after_closing(matrix: Path, backend: str) -> None:
+def test_slices_remain_valid_after_closing(matrix: Path, backend: str) -> None:
     with safe_open(matrix, backend) as file:
         used, unused = file.get_slice("matrix"), file.get_slice("matrix")
         assert torch.equal(used[0], MATRIX[0])
@@ -297,7 +297,7 @@ NARROW = {
 
 @pytest.mark.parametrize("index, rows", NARROW.values(), ids=NARROW)
 def test_pread_reads_only_what_a_slice_needs(index: object, rows: int, write: Callable[..., Path]) -> None:
-    """Of 64 MiB in rows of 16 KiB, never more than that many rows."""
+    """A slice of 64 MiB in rows of 16 KiB reads at most this many rows."""
     given = write(pack({"a": entry("F32", [4096, 4096], 0, 64 << 20)}))
     with given.open("r+b") as file:
         file.truncate(given.stat().st_size + (64 << 20))
@@ -305,7 +305,7 @@ def test_pread_reads_only_what_a_slice_needs(index: object, rows: int, write: Ca
         part = file.get_slice("a")
         before = bytes_read()
         assert not part[index].any()
-        # What is asked of /proc counts too.
+        # Reads of /proc count too.
         assert bytes_read() - before <= rows * (16 << 10) + 4096
 
 

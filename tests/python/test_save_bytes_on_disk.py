@@ -1,4 +1,4 @@
-"""The bytes that save and save_file give: header, padding, order, escapes, values."""
+"""The bytes that save and save_file write: header, padding, order, escapes, values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every_state = pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 
 
 @every_state
-def test_bytes_are_what_the_format_asks_for(state: tuple) -> None:
+def test_bytes_follow_the_format(state: tuple) -> None:
     blob = save(*state)
     assert type(blob) is bytes
     assert blob == encode(*state)
@@ -97,7 +97,7 @@ def test_fields_and_their_order() -> None:
 
 @pytest.mark.parametrize("name", ["", "!", "A", "__metadata", "a"])
 def test_metadata_comes_first(name: str) -> None:
-    """Whatever a tensor is called, and whatever its dtype."""
+    """For all names and dtypes."""
     header, _ = unpack(save({name: torch.ones(1, dtype=torch.int64)}, {"z": "z"}))
     assert header.startswith(b'{"__metadata__":{"z":"z"},')
 
@@ -151,7 +151,7 @@ def test_code_shape_and_values_of_each_dtype(code: str) -> None:
 
 @pytest.mark.skipif("F4" not in DTYPES, reason="this torch has no float4")
 def test_packed_values_count_double_in_the_header() -> None:
-    """Each element of torch's tensor is a byte with two values in it."""
+    """Each element of torch's tensor is a byte with two values."""
     packed = sample(DTYPES["F4"], (3, 5))
     blob = save({"a": packed})
     assert json.loads(unpack(blob)[0])["a"] == {"dtype": "F4", "shape": [3, 10], "data_offsets": [0, 15]}
@@ -230,7 +230,7 @@ def test_sizes_around_a_page_and_a_chunk(size: int, tmp_path: Path) -> None:
 
 
 def test_lazy_copies_share_no_memory() -> None:
-    """A copy that is made at the first write has its original's address until then."""
+    """A copy-on-write clone has the address of its original until the first write."""
     original = torch.arange(4.0)
     copy = torch._lazy_clone(original)
     loaded = load(save({"original": original, "copy": copy}))

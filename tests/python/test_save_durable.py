@@ -1,4 +1,4 @@
-"""durable=True: the file is on the disk when save_file or save_model returns; without it, it need not be."""
+"""durable=True: the file is on disk when save_file or save_model returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CACHESTAT = 451  # the number of the system call on every architecture, Linux 6
 
 TENSORS = {"weight": torch.arange(3_000_000)}
 
-# Writes down the calls that matter, in their order.
+# Logs the relevant calls in order.
 SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -62,7 +62,7 @@ int linkat(int a, const char* from, int b, const char* to, int flags) {
 
 
 def dirty_pages(path: Path) -> int:
-    """How many pages of the file are in memory alone, or on their way to the disk."""
+    """Returns the number of dirty pages of the file, and of those in writeback."""
     libc = ctypes.CDLL(None, use_errno=True)
     whole, told = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
     with path.open("rb") as file:
@@ -74,7 +74,7 @@ def dirty_pages(path: Path) -> int:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """A name in a directory of which the kernel tells what is not on the disk yet."""
+    """A path on a filesystem for which the kernel reports dirty pages."""
     probe = tmp_path / "probe"
     save_file(TENSORS, probe)
     if dirty_pages(probe) == 0:
@@ -125,7 +125,7 @@ for value in (1.0, 2.0):
     saved = [
         what for (what, _), name in zip(calls, names, strict=True) if what != "fsync" and name == directory / "saved"
     ]
-    # The second save finds the name taken, and renames over it.
+    # The second save finds that the name exists, and renames over it.
     assert saved == ["linkat", "linkat", "renameat"]
     synced = [
         (index, name) for index, ((what, _), name) in enumerate(zip(calls, names, strict=True)) if what == "fsync"

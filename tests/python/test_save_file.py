@@ -1,4 +1,4 @@
-"""save_file: the file is replaced at once and whole, keeps its permissions, and nothing stray is left beside it."""
+"""save_file replaces the file atomically, keeps its permissions, and leaves no leftovers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TWOS = {"a": torch.full((1000,), 2.0)}
 
 
 def constant(value: int) -> dict[str, torch.Tensor]:
-    """8 MiB, which no single write call or page holds."""
+    """A tensor of 8 MiB, more than one write call or page."""
     return {"first": torch.full((1 << 20,), value), "last": torch.full((1 << 17,), value, dtype=torch.uint8)}
 
 
@@ -47,7 +47,7 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("filename", [None, 3, ["a"]], ids=["None", "int", "list"])
-def test_what_is_no_path_is_a_type_error(filename: object) -> None:
+def test_other_paths_are_type_errors(filename: object) -> None:
     with pytest.raises(TypeError):
         save_file(ONES, filename)
 
@@ -60,7 +60,7 @@ def test_path_with_a_null_byte_is_not_cut_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [1, 200, 255])
 def test_long_file_names(length: int, tmp_path: Path) -> None:
-    """As long as the filesystem allows, the name of anything written beside the target notwithstanding."""
+    """The name has the maximal length, although a hidden file is written beside the target."""
     target = tmp_path / ("n" * length)
     for tensors in (ONES, TWOS):
         save_file(tensors, target)
@@ -220,7 +220,7 @@ def holds_unnamed_files(directory: Path) -> bool:
     return True
 
 
-# Eight times a process saves in a loop and is killed, ever later in a save. Afterwards the script says what is there.
+# Kills a process that saves in a loop eight times, each time later in a save, and prints the files that remain.
 KILLED = """
     import ctypes, json, os, select, signal, sys, time
     import torch
@@ -232,7 +232,7 @@ KILLED = """
             os._exit(1)
 
     die_with_the_parent(int(sys.argv[3]))
-    torch.set_num_threads(1)  # a pool of threads does not survive the fork
+    torch.set_num_threads(1)  # a thread pool does not survive the fork
     directory, replaces = sys.argv[1], sys.argv[2] == "replaced"
     target = os.path.join(directory, "a")
     tensors = {"a": torch.zeros(1 << 21)}
@@ -269,8 +269,8 @@ KILLED = """
 
 
 @pytest.mark.parametrize("what", ["new", "replaced"])
-def test_a_killed_process_leaves_nothing_torn_or_stray(what: str, tmp_path: Path) -> None:
-    """A new file has no name before it is whole. One that replaces another has a name of its own for a moment."""
+def test_a_killed_process_leaves_no_torn_file_and_no_leftovers(what: str, tmp_path: Path) -> None:
+    """A new file has no name until it is complete. A replacement has a hidden name for a moment."""
     if not holds_unnamed_files(tmp_path):
         pytest.skip("this filesystem has no unnamed files")
     if what == "replaced":
@@ -290,7 +290,7 @@ def test_a_killed_process_leaves_nothing_torn_or_stray(what: str, tmp_path: Path
 
 
 def test_real_tensors_under_a_mode_for_fake_ones(tmp_path: Path) -> None:
-    """The mode is for what is computed, and a save computes nothing: nothing of it is faked."""
+    """A fake mode does not apply to a save, which computes nothing."""
     value = torch.complex(torch.arange(3.0), torch.arange(3.0, 6.0))
     tensors = {"plain": torch.arange(5), "conjugate": value.conj()}
     with FakeTensorMode():

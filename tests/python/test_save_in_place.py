@@ -1,4 +1,4 @@
-"""Targets that no file can be renamed over: mount points, as containers have them, and pipes."""
+"""Targets that cannot be renamed over: mount points, as in containers, and pipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except RuntimeError as error:
 
 
 def in_mount(target: Path, tensor: str) -> subprocess.CompletedProcess[str]:
-    """Saves to `target` in a process that sees another file mounted over it."""
+    """Saves to `target` in a process where another file is mounted over it."""
     backing = target.with_name("backing")
     mount_then_run = 'mount --bind "$1" "$2"; shift 2; exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", mount_then_run, "sh", str(backing), str(target)]
@@ -74,7 +74,7 @@ except OSError as error:
 
 
 def test_a_mount_without_room_keeps_the_old_file(target: Path) -> None:
-    """The new file fits where it is staged, and not on the filesystem that is mounted over the target."""
+    """The new file fits into its staging directory, but not on the filesystem mounted over the target."""
     small = target.with_name("small")
     small.mkdir()
     prepare = (

@@ -1,4 +1,4 @@
-"""save_model: which of several names for one memory is kept, what the metadata says of the others, what is refused."""
+"""save_model: which of several tied names it keeps, how it records the others, and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORCE_TEXT = " Or use save_model(..., force_contiguous=True), read the docs for 
 
 
 class Named(nn.Module):
-    """A module with the given tensors as its parameters, tied where they share memory."""
+    """A module with the given tensors as its parameters, tied if they share memory."""
 
     def __init__(self, **tensors: torch.Tensor) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ TIES = {
     "a part of the whole": ({"a": BASE[2:5], "b": BASE}, ["b"], {"a": "b"}),
     "a part at the start": ({"a": BASE[:5], "b": BASE}, ["b"], {"a": "b"}),
     "several wholes": ({"a": BASE[2:5], "d": BASE, "c": BASE.view(3, 4)}, ["c"], {"a": "c", "d": "c"}),
-    # As many elements as the storage has, all of them the first.
+    # It has as many elements as the storage, but all are the first one.
     "an expanded part": ({"a": BASE[:1].expand(12), "b": BASE}, ["b"], {"a": "b"}),
     "parts that are apart": (
         {"a": BASE[:2], "b": BASE[8:], "whole": BASE},
@@ -152,11 +152,11 @@ def test_without_force_contiguous(target: Path) -> None:
 
 
 class WithMore(Named):
-    """Something beside tensors that are not contiguous, which save refuses for another reason."""
+    """There is also an error that does not concern contiguity."""
 
     def __init__(self, more: object) -> None:
         super().__init__(odd=strided().odd)
-        self.more = (more,)  # a tensor that the module does not take for a buffer
+        self.more = (more,)  # a tensor that the module does not register as a buffer
 
     def state_dict(self, *arguments: object, **options: object) -> dict:
         return {**super().state_dict(*arguments, **options), "more": self.more[0]}
@@ -223,7 +223,7 @@ def test_extra_state_that_is_a_tensor(target: Path) -> None:
     assert difference(load_file(target), {"_extra_state": torch.arange(3)}) is None
 
 
-def test_extra_state_that_is_no_tensor(target: Path) -> None:
+def test_extra_state_that_is_not_a_tensor(target: Path) -> None:
     with pytest.raises(ValueError, match="Key `_extra_state` is invalid, expected torch.Tensor but received"):
         save_model(WithExtraState({"a": 1}), target)
     assert entries(target.parent) == []
@@ -241,7 +241,7 @@ def test_meta_model(target: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}], ids=str)
-def test_metadata_that_is_no_str(metadata: dict, target: Path) -> None:
+def test_metadata_that_is_not_a_str(metadata: dict, target: Path) -> None:
     with pytest.raises(TypeError):
         save_model(Tied(), target, metadata)
     assert entries(target.parent) == []

@@ -1,4 +1,4 @@
-"""What save, save_file and save_sharded take by option: tensors with gaps, and one of those that share memory."""
+"""The options of save, save_file and save_sharded for tensors that are not contiguous or share memory."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_one_of_each_group_is_kept(sharded: bool, tmp_path: Path) -> None:
     assert metadata == {"part": "the caller's", "k": "v"}
 
 
-def test_nothing_is_noted_where_nothing_is_shared() -> None:
+def test_nothing_is_recorded_if_nothing_is_shared() -> None:
     tensors = {"a": WEIGHT, "b": torch.ones(2)}
     assert save(tensors, shared="keep_one") == encode(tensors)
     assert save(tensors, {}, shared="keep_one") == encode(tensors, {})
 
 
-def test_shards_are_divided_without_the_names_that_are_left_out(tmp_path: Path) -> None:
+def test_shards_are_divided_without_the_dropped_names(tmp_path: Path) -> None:
     whole = torch.arange(10.0)
     tensors = {"a": whole, "b": whole, "c": torch.ones(10), "d": whole}
     written = save_sharded(tensors, tmp_path, max_shard_size=80, shared="keep_one")
@@ -106,7 +106,7 @@ def test_a_group_that_none_covers_is_refused(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
-def test_what_is_no_option() -> None:
+def test_unknown_options_are_refused() -> None:
     for word in ("keep", "", "\ud800"):
         with pytest.raises(ValueError, match='"error" or "keep_one"'):
             save({"a": WEIGHT}, shared=word)
@@ -127,7 +127,7 @@ def test_the_other_checks_stay() -> None:
 
 
 def _without_gaps(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """huggingface_hub fails where one of the tensors that share memory has gaps."""
+    """huggingface_hub fails if a tensor that shares memory has gaps."""
     return {name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}
 
 
@@ -144,7 +144,7 @@ def states() -> dict[str, dict[str, torch.Tensor]]:
 def test_files_are_those_of_huggingface_hub(case: str, metadata: dict[str, str] | None, tmp_path: Path) -> None:
     theirs, ours, state = tmp_path / "theirs", tmp_path / "ours", states()[case]
     theirs.mkdir()
-    # Which changes what it is given.
+    # It changes its argument.
     huggingface_hub.save_torch_state_dict(dict(state), theirs, metadata=dict(metadata or {}))
     save_sharded(state, ours, metadata, force_contiguous=True, shared="keep_one")
     assert entries(ours) == entries(theirs) == ["model.safetensors"]
@@ -176,7 +176,7 @@ def test_shards_are_those_of_huggingface_hub(tmp_path: Path) -> None:
                 unpack((directory / name).read_bytes()) for directory in (ours, theirs)
             )
             assert our_data == their_data
-            # As docs/migrating.md says, they note what was left out in the index, we in each file.
+            # As docs/migrating.md says, they record dropped names in the index, and we in each file.
             ours_noted, theirs_noted = (json.loads(header).pop("__metadata__") for header in (our_header, their_header))
             noted = {key: value for key, value in theirs_index["metadata"].items() if key != "total_size"}
             assert ours_noted == {**theirs_noted, **noted}
@@ -189,14 +189,14 @@ def test_save_model_does_the_same(tmp_path: Path) -> None:
 
 
 class _Reordered(OrderedDict):
-    """A dict that another thread reorders whenever its values are asked for."""
+    """A dict that another thread reorders whenever its values are read."""
 
     def values(self):  # type: ignore[no-untyped-def]
         self.move_to_end(next(iter(self)))
         return super().values()
 
 
-def test_a_dict_that_is_reordered_meanwhile() -> None:
+def test_a_dict_that_is_reordered_during_a_save() -> None:
     """Each name is saved with its own tensor."""
     tensors = _Reordered((str(i), torch.full((2,), float(i))) for i in range(5))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Owner and group of a file that is replaced, for writers who may keep them and for those who may not."""
+"""Owner and group of a replaced file, for writers with and without the right to keep them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def acting_as(user: int, group: int, groups: list[int]) -> Iterator[None]:
 
 @pytest.fixture
 def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file of somebody else's, in a directory that all may write to; relative, as others cannot reach it."""
+    """Another user's file in a directory that all can write; its path is relative, because others cannot reach it."""
     tmp_path.chmod(0o777)
     monkeypatch.chdir(tmp_path)
     Path("team.safetensors").write_bytes(b"old")

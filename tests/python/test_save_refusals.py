@@ -1,4 +1,4 @@
-"""What save, save_file and save_model refuse: in which order, in which words, and that the target stays as it was."""
+"""What save, save_file and save_model refuse, in which order and with which text; the target stays as it was."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPARSE_TEXT = (
     "before saving with `.to_dense()` but be aware this might make a much larger file than needed."
 )
 
-# One fault of each numbered kind, as a part of a dict of tensors; the type of error and a part of its text.
+# One error of each numbered kind: a part of a dict of tensors, the type, and a part of the text.
 FAULTS = {
     "no tensor": ({"plain": [1.0]}, ValueError, "Key `plain` is invalid, expected torch.Tensor"),
     "sparse": ({"sparse": ONES.to_sparse()}, ValueError, "sparse tensors: `['sparse']`"),
@@ -50,14 +50,14 @@ FAULTS = {
     "no str": ({7: torch.ones(1)}, TypeError, ""),
     "no code": ({"wide": torch.ones(1, dtype=torch.complex128)}, SafetensorError, "complex128"),
 }
-# The last two are of one rank.
+# The last two have the same rank.
 PAIRS = [pair for pair in itertools.combinations(FAULTS, 2) if pair != ("no str", "no code")]
 
 
 @pytest.mark.parametrize("first, second", PAIRS)
 @pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
 def test_order_of_the_checks(first: str, second: str, swapped: bool, saver: Callable) -> None:
-    """Of two faults the earlier in the list is told, wherever in the dict it stands."""
+    """Of two errors the earlier in the list is raised, wherever it is in the dict."""
     parts = [FAULTS[first][0], FAULTS[second][0]]
     tensors = {name: value for part in (reversed(parts) if swapped else parts) for name, value in part.items()}
     _, error, text = FAULTS[first]
@@ -76,7 +76,7 @@ def test_metadata_is_checked_last(fault: str, saver: Callable) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("exists", [True, False])
-def test_the_target_is_not_touched(fault: str, exists: bool, tmp_path: Path) -> None:
+def test_the_target_does_not_change(fault: str, exists: bool, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     if exists:
         target.write_bytes(b"what was there")
@@ -94,7 +94,7 @@ def test_the_target_is_not_touched(fault: str, exists: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "wrong, kind", [("abc", "str"), ([("a", ONES)], "list"), (None, "NoneType"), (ONES, "torch.Tensor")]
 )
-def test_no_dict(wrong: object, kind: str, saver: Callable) -> None:
+def test_something_other_than_a_dict(wrong: object, kind: str, saver: Callable) -> None:
     with pytest.raises(ValueError) as caught:
         saver(wrong)
     assert str(caught.value) == f"Expected a dict of [str, torch.Tensor] but received <class '{kind}'>"
@@ -105,7 +105,7 @@ def test_an_ordered_dict_is_a_dict() -> None:
 
 
 @pytest.mark.parametrize("wrong, kind", [({}, "dict"), (None, "NoneType"), (1.5, "float")])
-def test_value_that_is_no_tensor(wrong: object, kind: str, saver: Callable) -> None:
+def test_value_that_is_not_a_tensor(wrong: object, kind: str, saver: Callable) -> None:
     with pytest.raises(ValueError) as caught:
         saver({"good": ONES, "test": wrong})
     assert str(caught.value) == f"Key `test` is invalid, expected torch.Tensor but received <class '{kind}'>"
@@ -174,7 +174,7 @@ def test_zero_byte_storages_share_nothing() -> None:
     assert save({"a": empty, "b": empty}) == encode({"a": torch.zeros(0), "b": torch.zeros(0)})
 
 
-def test_meta_tensors_are_no_group(saver: Callable) -> None:
+def test_meta_tensors_do_not_share_memory(saver: Callable) -> None:
     meta = torch.ones(2, device="meta")
     with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
         saver({"a": meta, "b": meta})
@@ -197,7 +197,7 @@ def test_not_contiguous(tensor: torch.Tensor, saver: Callable) -> None:
     assert "`.contiguous()`" in str(caught.value)
 
 
-def test_strides_that_mean_nothing_are_contiguous() -> None:
+def test_strides_of_dimensions_of_size_1_are_ignored() -> None:
     tensors = {"row": torch.ones(1, 4).t(), "none": torch.ones(2, 0).t(), "middle": torch.ones(6)[2:4]}
     assert save(tensors) == encode({name: tensor.clone() for name, tensor in tensors.items()})
 
@@ -223,7 +223,7 @@ def test_fake_tensors_under_their_mode(saver: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [1, None, b"name", ("a",), 1.5], ids=repr)
-def test_key_that_is_no_str(key: object, saver: Callable) -> None:
+def test_key_that_is_not_a_str(key: object, saver: Callable) -> None:
     with pytest.raises(TypeError):
         saver({"good": ONES, key: torch.zeros(1)})
 
@@ -231,13 +231,13 @@ def test_key_that_is_no_str(key: object, saver: Callable) -> None:
 @pytest.mark.parametrize(
     "metadata", [{"a": 1}, {"a": None}, {"a": b"b"}, {"a": {"b": "c"}}, {1: "a"}, {None: "a"}, {b"a": "b"}], ids=repr
 )
-def test_metadata_that_is_no_str(metadata: dict, saver: Callable) -> None:
+def test_metadata_that_is_not_a_str(metadata: dict, saver: Callable) -> None:
     with pytest.raises(TypeError):
         saver({"good": ONES}, metadata=metadata)
 
 
 @pytest.mark.parametrize("metadata", ["format", 3], ids=repr)
-def test_metadata_that_is_no_dict(metadata: object, saver: Callable) -> None:
+def test_metadata_that_is_not_a_dict(metadata: object, saver: Callable) -> None:
     with pytest.raises(TypeError):
         saver({"good": ONES}, metadata=metadata)
 
@@ -282,6 +282,6 @@ def test_header_over_the_limit(place: str, saver: Callable, tmp_path: Path) -> N
     assert entries(tmp_path) == []
 
 
-def test_what_is_no_fault_passes() -> None:
+def test_valid_values_are_saved() -> None:
     """The dict into which the faults above are put is itself saved."""
     assert load(save({"good": ONES}, {"a": "b"}))["good"].equal(ONES)

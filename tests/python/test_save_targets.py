@@ -1,4 +1,4 @@
-"""What a save's target is: a link, a relative path, a descriptor, a pipe; and that Ctrl-C is heard while one waits."""
+"""The target of a save: a link, a relative path, a descriptor, a pipe; Ctrl-C ends a save that waits."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def save(request: pytest.FixtureRequest) -> Save:
 
 
 @pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
-def test_link_is_replaced_and_what_it_led_to_stays(save: Save, relative: bool, tmp_path: Path) -> None:
-    """As in the cache of Hugging Face's tools, where revisions share a blob."""
+def test_link_is_replaced_and_its_target_stays(save: Save, relative: bool, tmp_path: Path) -> None:
+    """In the cache of Hugging Face's tools, revisions share a blob through links."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
     blob, link = blobs / "0123", snapshot / "model.safetensors"
-    # With room for an edit in place.
+    # The header has room for an edit in place.
     save_file(TWOS, blob, {"k": "something longer"})
     blob.chmod(0o640)
     before = blob.read_bytes()
@@ -101,10 +101,10 @@ def directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
 
 
 @pytest.mark.parametrize("name", ["save_file", "save_sharded", "edit_metadata"])
-def test_current_directory_that_changes_meanwhile(
+def test_current_directory_that_changes_during_a_save(
     name: str, directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the first step and the second one, when progress is told of a larger save too."""
+    """It changes between the first step and the second."""
     here, there = directories
     left: list[str] = []
 
@@ -172,7 +172,7 @@ os.write(1, b"tail")
     assert entries(tmp_path) == ["out"]
 
 
-def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
+def test_descriptors_are_refused_by_functions_that_replace(tmp_path: Path) -> None:
     path = tmp_path / "file"
     save_file(TWOS, path)
     with path.open("r+b") as file:
@@ -186,7 +186,7 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def interrupted(unblock: Callable[[], object]) -> Iterator[None]:
-    """Ctrl-C after a moment, which the body must hear within a second. ``unblock`` ends a body that does not."""
+    """Sends Ctrl-C after a moment, to which the body must react within a second; otherwise ``unblock`` ends it."""
     sent: list[float] = []
 
     def interrupt() -> None:
@@ -217,14 +217,14 @@ def fifo(tmp_path: Path) -> Path:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("progress", [None, lambda done, total: None], ids=["silent", "progress"])
-def test_pipe_without_a_reader_hears_ctrl_c(progress: object, fifo: Path) -> None:
+def test_ctrl_c_ends_a_wait_for_a_reader_of_a_pipe(progress: object, fifo: Path) -> None:
     with interrupted(lambda: fifo.read_bytes()):
         save_file(LARGE, fifo, progress=progress)
     assert entries(fifo.parent) == ["fifo"]
 
 
 @pytest.mark.alone
-def test_pipe_whose_reader_does_not_read_hears_ctrl_c(fifo: Path) -> None:
+def test_ctrl_c_ends_a_write_to_a_full_pipe(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with interrupted(lambda: os.close(os.dup2(os.open("/dev/null", os.O_RDONLY), reader))):
@@ -261,19 +261,19 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.alone
-def test_save_that_waits_for_another_one_hears_ctrl_c(locked: Path) -> None:
+def test_ctrl_c_ends_a_save_that_waits_for_another_one(locked: Path) -> None:
     with interrupted(lambda: (locked / ".safetensors.lock").unlink()):
         save_sharded(ONES, locked)
     assert entries(locked) == [".safetensors.lock"]
 
 
 @pytest.mark.alone
-def test_load_that_waits_for_a_save_hears_ctrl_c(locked: Path) -> None:
+def test_ctrl_c_ends_a_load_that_waits_for_a_save(locked: Path) -> None:
     with interrupted(lambda: None):
         load_sharded(locked)
 
 
-def test_save_goes_on_when_the_other_one_has_ended(tmp_path: Path) -> None:
+def test_save_continues_after_the_other_one(tmp_path: Path) -> None:
     lock = (tmp_path / ".safetensors.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     timer = threading.Timer(0.4, lock.close)
@@ -285,7 +285,7 @@ def test_save_goes_on_when_the_other_one_has_ended(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["model.safetensors"]
 
 
-def test_reader_of_a_directory_holds_up_no_save(tmp_path: Path) -> None:
+def test_reader_of_a_directory_does_not_block_a_save(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)

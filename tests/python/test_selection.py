@@ -65,21 +65,21 @@ def test_conversion_of_data_that_is_not_aligned(read: Callable, write: Callable[
 
 @every_reader
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_what_is_no_floating_point_dtype(read: Callable, path: Path, dtype: torch.dtype) -> None:
+def test_dtypes_that_are_not_floating_point(read: Callable, path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"dtype must be a floating-point one, not {dtype}"):
         read(path, dtype=dtype)
 
 
 @every_reader
 @pytest.mark.parametrize("dtype", ["float16", 1, float])
-def test_what_is_no_dtype(read: Callable, path: Path, dtype: object) -> None:
+def test_values_that_are_not_dtypes(read: Callable, path: Path, dtype: object) -> None:
     with pytest.raises(TypeError, match="dtype must be a torch.dtype or None"):
         read(path, dtype=dtype)
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")
 @every_reader
-def test_a_conversion_that_torch_has_not(read: Callable, write: Callable[..., Path]) -> None:
+def test_a_conversion_that_torch_lacks(read: Callable, write: Callable[..., Path]) -> None:
     path = write(pack({"four": entry("F4", [4], 0, 2)}, b"ab"))
     with pytest.raises(SafetensorError, match="tensor 'four' of float4_e2m1fn_x2 cannot be converted to float32"):
         read(path, dtype=torch.float32)
@@ -98,7 +98,7 @@ def test_names(read: Callable, path: Path, tensors: dict) -> None:
 
 
 @every_reader
-def test_names_that_are_not_there(read: Callable, path: Path) -> None:
+def test_names_that_do_not_exist(read: Callable, path: Path) -> None:
     with pytest.raises(SafetensorError, match="File does not contain tensor absent"):
         read(path, names=["bias", "absent"])
     for names in ("bias", b"bias"):
@@ -112,7 +112,7 @@ def test_names_that_are_not_there(read: Callable, path: Path) -> None:
         read(path, names=lambda name: 1 // 0)
 
 
-def test_only_what_is_named_is_read(write: Callable[..., Path]) -> None:
+def test_only_named_tensors_are_read(write: Callable[..., Path]) -> None:
     from support import bytes_read
 
     path = write({f"{i}": torch.zeros(MIB // 4) for i in range(8)})
@@ -121,7 +121,7 @@ def test_only_what_is_named_is_read(write: Callable[..., Path]) -> None:
     assert bytes_read() - before < MIB + 65536
 
 
-def test_sharing_memory_takes_everything_as_it_is(path: Path) -> None:
+def test_sharing_memory_refuses_dtype_and_names(path: Path) -> None:
     for options in ({"dtype": torch.float16}, {"names": ["bias"]}):
         with pytest.raises(ValueError, match="copy=False returns all tensors of the buffer as they are"):
             load(bytearray(path.read_bytes()), copy=False, **options)
@@ -167,7 +167,7 @@ def test_progress_that_raises_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("progress", [0, "yes", []], ids=repr)
-def test_what_is_no_progress(progress: object, path: Path, tensors: dict) -> None:
+def test_values_that_are_not_progress(progress: object, path: Path, tensors: dict) -> None:
     for attempt in (
         lambda: load_file(path, progress=progress),
         lambda: load(path.read_bytes(), progress=progress),
@@ -266,7 +266,7 @@ def test_without_an_accelerator_there_is_no_transfer_memory() -> None:
         safetensors_torch.reserve_transfer_memory(1.5)
 
 
-def test_fake_tensors_are_as_the_real_ones(path: Path, tensors: dict) -> None:
+def test_fake_tensors_match_the_real_ones(path: Path, tensors: dict) -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     for options in ({}, {"dtype": torch.float16}, {"names": ["bias", "steps"], "dtype": torch.bfloat16}):

@@ -1,4 +1,4 @@
-"""load_sharded, save_sharded and models in directories. What else an index may say, the tests of the core have."""
+"""load_sharded, save_sharded and models in directories. The tests of the core cover the contents of an index."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_index_is_not_trusted(tmp_path: Path) -> None:
         load_sharded(directory)
 
 
-def test_where_load_file_is_the_wrong_function(tmp_path: Path) -> None:
+def test_load_file_recommends_load_sharded(tmp_path: Path) -> None:
     save_sharded(state(), tmp_path, max_shard_size=32)
     with pytest.raises(IsADirectoryError, match="load_sharded"):
         load_file(tmp_path)
@@ -162,7 +162,7 @@ def test_sizes(size: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize("size", ["", "GB", "-1GB", "1e3", "0", -1, "0.5", 1 << 63, "9999999TB", "1 G B", "\u0665GB"])
-def test_sizes_that_are_none(size: Any) -> None:
+def test_invalid_sizes(size: Any) -> None:
     with pytest.raises(ValueError, match="a size"):
         parse_size(size)
 
@@ -191,7 +191,7 @@ def test_models_in_directories(tmp_path: Path, kind: type[Tied]) -> None:
         torch.nn.init.zeros_(other.first.weight)
         assert load_model(other, path) == (set(), [])
         assert torch.equal(other.second.weight, model.first.weight)
-    # A directory that is there needs no size.
+    # An existing directory needs no size.
     save_model(model, tmp_path / "m")
     assert entries(tmp_path / "m") == ["model.safetensors"]
     with safe_open(tmp_path / "m" / "model.safetensors") as file:
@@ -228,7 +228,7 @@ def test_an_index_that_lists_a_part_of_its_files(tmp_path: Path, backend: str) -
 
 
 def test_variants(tmp_path: Path, backend: str) -> None:
-    """The names are those of diffusers and transformers; all that there are, the tests of the core have."""
+    """The names are those of diffusers and transformers; the tests of the core have all of them."""
     half = {name: tensor + 1 for name, tensor in state().items()}
     save_sharded(state(), tmp_path, max_shard_size=32, stem="diffusion_pytorch_model")
     save_sharded(half, tmp_path, max_shard_size=32, stem="diffusion_pytorch_model.fp16")

@@ -1,4 +1,4 @@
-"""get_slice(name)[index] against tensor[index]: thousands of random indices, and how many bytes each of some reads.
+"""get_slice(name)[index] against tensor[index]: thousands of random indices, and the bytes that some of them read.
 
 The cases are the same in every run; a failure names the seed of its case.
 """
@@ -30,7 +30,7 @@ CASES = 400
 
 
 class One:
-    """What is one by its __index__ alone."""
+    """An integer by its __index__ only."""
 
     def __index__(self) -> int:
         return 1
@@ -50,7 +50,7 @@ def bound(rng: random.Random, size: int) -> Any:
 
 def random_slice(rng: random.Random, size: int) -> slice:
     step = rng.choice([None, None, 1, 1, 2, 3, size + 1, size + 2, np.int32(2), 2**40, 0, -1])
-    if rng.random() < 0.7:  # mostly one that torch takes
+    if rng.random() < 0.7:  # mostly one that torch accepts
         step = rng.choice([None, 1, 1, 2, 3, 5])
     return slice(bound(rng, size), bound(rng, size), step)
 
@@ -69,7 +69,7 @@ def basic_item(rng: random.Random, size: int) -> Any:
 
 
 def any_item(rng: random.Random, size: int) -> Any:
-    """One that torch knows, or does not, for a dimension of this size."""
+    """Returns a random item for a dimension of this size, which torch may refuse."""
     kind = rng.choice("basic basic basic none bool list mask tensor byte array odd".split())
     numbers = [rng.randint(-size, max(size - 1, 0)) for _ in range(rng.choice([0, 1, 2, 2, 5]))]
     if rng.random() < 0.1:
@@ -103,7 +103,7 @@ def any_item(rng: random.Random, size: int) -> Any:
 
 
 def random_index(rng: random.Random, shape: tuple[int, ...], item: Callable[[random.Random, int], Any]) -> Any:
-    """Items for most of the dimensions, now and then for one too many, an ellipsis anywhere among them or none."""
+    """Returns items for most dimensions, sometimes for one too many, perhaps with an ellipsis."""
     count = rng.choice([len(shape), rng.randint(0, len(shape)), rng.randint(0, len(shape) + 1)])
     items = [item(rng, shape[i] if i < len(shape) else 3) for i in range(count)]
     for _ in range(rng.choice([0, 0, 1, 1, 1, 2])):
@@ -118,11 +118,11 @@ def random_index(rng: random.Random, shape: tuple[int, ...], item: Callable[[ran
 
 
 def outcome(tensor: Any, index: Any) -> Any:
-    """dtype, shape and bytes; or the type of the exception."""
+    """Returns the dtype, shape and bytes, or the type of the exception."""
     try:
         part = tensor[index]
         assert part.device.type == "cpu" and not part.requires_grad
-        # A dimension of 1 may have any stride, with which its bytes could not be seen.
+        # A dimension of 1 may have any stride, which prevents a view of its bytes.
         return part.dtype, part.shape, flat_bytes(part.clone(memory_format=torch.contiguous_format)).tolist()
     except Exception as error:
         return type(error)
@@ -163,7 +163,7 @@ def test_random_slices_equal_those_of_torch(kind: str, given: tuple[Path, dict],
             assert found == expected, f"seed {seed!r}: shape {list(tensor.shape)}, index {index!r}"
             refused += isinstance(expected, type)
             empty += not isinstance(expected, type) and 0 in expected[1]
-    # Neither refusals nor empty parts are all that was compared, nor were there none.
+    # Some of the compared results are errors or empty, but not all.
     assert CASES / 100 < refused < CASES * 0.75 and CASES / 100 < empty < CASES * 0.7, (refused, empty)
 
 
@@ -193,8 +193,8 @@ def test_a_slice_on_the_meta_device_has_the_shape(given: tuple[Path, dict], back
 
 
 KIB, MIB = 1 << 10, 1 << 20
-# Of 64 MiB of F32 as a matrix of this many columns: the bytes of what an index selects, and how many may be read for
-# it. Gaps of less than a page are read through.
+# For a matrix of 64 MiB of F32 with this many columns: the bytes that an index selects, and the most that may be read.
+# Gaps of less than a page are read.
 READS = {
     "row": (4096, 7, 16 * KIB, 16 * KIB),
     "row by a tensor": (4096, torch.tensor(-7), 16 * KIB, 16 * KIB),
@@ -218,7 +218,7 @@ READS = {
     "mask beside an int": (4096, (9, torch.arange(4096) % 2 == 0), 8 * KIB, 16 * KIB),
     "rows by a list": (4096, ([1, 2], slice(16, 32)), 128, 256 * KIB),
 }
-# Of /proc/self/io itself, which is read too.
+# The reads of /proc/self/io itself.
 NOISE = 512
 
 
@@ -250,7 +250,7 @@ def test_pread_reads_only_what_is_needed(
     assert selected <= read <= most + NOISE
 
 
-def test_what_torch_refuses_is_refused_before_anything_is_read(sparse: Callable[[int], Path]) -> None:
+def test_refused_indices_read_nothing(sparse: Callable[[int], Path]) -> None:
     with safe_open(sparse(4096), backend="pread") as file:
         part = file.get_slice("a")
         before = bytes_read()
@@ -261,7 +261,7 @@ def test_what_torch_refuses_is_refused_before_anything_is_read(sparse: Callable[
 
 
 def test_whole_arrays_read_the_whole_tensor(sparse: Callable[[int], Path]) -> None:
-    """The count of bytes sees it where a tensor is read whole."""
+    """The count of bytes detects a read of a whole tensor."""
     with safe_open(sparse(4096), backend="pread") as file:
         before = bytes_read()
         assert file.get_slice("a")[np.array([3])].shape == (1, 4096)
@@ -275,7 +275,7 @@ def test_a_part_has_memory_of_its_own_size(sparse: Callable[[int], Path]) -> Non
 
 
 def test_shape_and_dtype_take_no_longer_than_the_reference(reference: Any, path: Path) -> None:
-    """The best of many rounds, one after the other, so that what else runs on the machine slows both."""
+    """Takes the best of many alternating rounds, so that other programs slow both alike."""
     with safe_open(path) as ours, reference.safe_open(path, "pt") as theirs:
         slices = ours.get_slice("weight"), theirs.get_slice("weight")
         for name in ("get_shape", "get_dtype"):

@@ -1,4 +1,4 @@
-"""Reads from a filesystem where each request takes its time: what is wanted next is asked for before it is touched."""
+"""Reads from a slow filesystem: the pages that are needed next are requested in advance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slow(program: Path, tmp_path: Path) -> Iterator[tuple[Path, Requests]]:
-    """A file of 6 tensors of 4 MiB on a slow filesystem, and what tells of the requests so far."""
+    """A file of 6 tensors of 4 MiB on a slow filesystem, and a function that returns the requests so far."""
     stored, mounted = tmp_path / "stored", tmp_path / "mounted"
     stored.mkdir()
     mounted.mkdir()
@@ -57,7 +57,7 @@ def slow(program: Path, tmp_path: Path) -> Iterator[tuple[Path, Requests]]:
             time.sleep(0.01)
 
         def requests() -> tuple[int, int, int]:
-            """How many, how many at once, and their bytes."""
+            """Returns the number of requests, the most at once, and their bytes."""
             count, at_once, nbytes = (mounted / ".requests").read_text().split()
             return int(count), int(at_once), int(nbytes)
 
@@ -77,7 +77,7 @@ def test_a_tensor_of_a_mapped_file_is_read_ahead(slow: tuple[Path, Requests]) ->
         for i in range(6):
             _use(file.get_tensor(f"t{i}"), i)
     _, at_once, nbytes = requests()
-    # Touching alone has 2 under way for each thread that compares, of which there are 2 for so few bytes.
+    # Page faults alone cause 2 requests at a time for each of the 2 threads that compare.
     assert at_once >= 6
     assert nbytes < 25 * MIB
 
@@ -89,11 +89,11 @@ def test_a_part_of_a_tensor_is_read_ahead_and_no_more(slow: tuple[Path, Requests
             _use(file.get_slice(f"t{i}")[:512], i)
     _, at_once, nbytes = requests()
     assert at_once >= 6
-    # Half of every second tensor, and what the kernel reads around it.
+    # Half of every second tensor, and the kernel's readahead.
     assert nbytes < 3 * (2 * MIB + MIB)
 
 
-def test_a_row_is_not_worth_reading_ahead(slow: tuple[Path, Requests]) -> None:
+def test_a_row_is_not_read_ahead(slow: tuple[Path, Requests]) -> None:
     path, requests = slow
     with safe_open(path, "pt") as file:
         for i in range(6):

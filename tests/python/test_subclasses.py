@@ -1,4 +1,4 @@
-"""Subclasses of Tensor: those with ordinary memory are saved and loaded as tensors, unseen; others refused."""
+"""Subclasses of Tensor: those with ordinary memory are saved as tensors, without __torch_function__; others refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Other(torch.Tensor):
 
 
 class Logged(torch.Tensor):
-    """One that looks at what is done with it, and expects functions of torch's."""
+    """A subclass that observes calls, and expects functions of torch."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class Logged(torch.Tensor):
 
 
 class Dispatched(torch.Tensor):
-    """One with memory that looks below autograd."""
+    """A subclass with memory and a __torch_dispatch__."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +93,7 @@ SAVES = {"save": lambda tensors, directory: load(save(tensors)), "file": file, "
 
 @pytest.fixture(params=SAVES)
 def saved(request: pytest.FixtureRequest) -> Callable[..., dict[str, torch.Tensor]]:
-    """Saves tensors in one of the ways there are, and loads them."""
+    """Saves tensors with one of the functions, and loads them."""
     return SAVES[request.param]
 
 
@@ -108,7 +108,7 @@ def test_ordinary_memory_is_saved(kinds: list[type], saved: Callable, tmp_path: 
     assert all(type(tensor) is torch.Tensor and torch.equal(tensor, VALUES) for tensor in loaded.values())
 
 
-def test_a_mode_sees_no_save_either(tmp_path: Path) -> None:
+def test_a_mode_does_not_see_a_save(tmp_path: Path) -> None:
     with Watching():
         save({"a": VALUES, "b": of(Plain)})
         save_file({"a": VALUES, "b": of(Plain)}, tmp_path / "file", force_contiguous=True)
@@ -116,7 +116,7 @@ def test_a_mode_sees_no_save_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Logged, Dispatched])
-def test_what_is_copied_first_is_not_seen(kind: type) -> None:
+def test_copies_before_a_save_are_not_seen(kind: type) -> None:
     views = {"packed": of(kind).t(), "negative": torch.complex(VALUES, VALUES).conj().imag.as_subclass(kind)}
     assert views["negative"].is_neg()
     SEEN.clear()
@@ -173,7 +173,7 @@ def test_a_wrapper_of_many_processes_is_refused(tmp_path: Path) -> None:
 
 
 def test_order_of_the_checks() -> None:
-    """That there is no memory comes last of what is said of tensors, as for meta tensors."""
+    """The error about missing memory is the last one about tensors, as for meta tensors."""
     pair = TwoTensor(torch.ones(2), torch.ones(2))
     for other, error, text in (
         (VALUES.to_sparse(), ValueError, "sparse"),
@@ -190,7 +190,7 @@ def test_order_of_the_checks() -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 def test_nested_tensors(layout: torch.layout, saved: Callable, tmp_path: Path) -> None:
-    """They have no one shape, so that no file can hold them; the remedies in the text work."""
+    """They have no single shape, so no file can hold them; the remedies in the text work."""
     nested = torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)], layout=layout)
     with pytest.raises(ValueError, match="tensor 'n'.* nested") as caught:
         saved({"n": nested}, tmp_path)
@@ -203,7 +203,7 @@ def test_nested_tensors(layout: torch.layout, saved: Callable, tmp_path: Path) -
     assert torch.equal(load(save({"n": padded}))["n"], padded)
 
 
-def test_the_name_of_the_class_is_whole() -> None:
+def test_the_error_has_the_full_name_of_the_class() -> None:
     class Wrapper(torch.Tensor):
         @staticmethod
         def __new__(cls, shape: tuple[int, ...]) -> Wrapper:

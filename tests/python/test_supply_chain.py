@@ -1,4 +1,4 @@
-"""What the library is made of is what SECURITY.md says, and comes from one registry, with checksums."""
+"""The dependencies are those in SECURITY.md, from one registry, with checksums."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"safetensors-torch", "safetensors-torch-fuzz"}
-# None asks of those who distribute a library more than to name its authors.
+# None requires more of a distributor than to name the authors.
 PERMISSIVE = {"MIT", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "Unlicense", "Zlib", "Unicode-3.0", "NCSA"}
 
 LOCK_FILES = pytest.mark.parametrize("lock_file", ["Cargo.lock", "fuzz/Cargo.lock"])
 
 
 def tree(*options: str, manifest: str = "Cargo.toml") -> dict[str, str]:
-    """The crates that cargo takes, with their licences."""
+    """Returns the crates that cargo uses, with their licences."""
     if shutil.which("cargo") is None:
         pytest.skip("needs cargo, which knows what a build takes")
     command = ["cargo", "tree", "--locked", "--manifest-path", ROOT / manifest, "--prefix", "none"]
@@ -29,7 +29,7 @@ def tree(*options: str, manifest: str = "Cargo.toml") -> dict[str, str]:
 
 
 def listed(heading: str) -> set[str]:
-    """The crates in the first column of the table of SECURITY.md behind `heading`."""
+    """Returns the crates in the first column of the table after `heading` in SECURITY.md."""
     text = (ROOT / "SECURITY.md").read_text()
     assert text.count(heading) == 1
     table = text.partition(heading)[2].partition("| crate | why |\n|---|---|\n")[2].partition("\n\n")[0]

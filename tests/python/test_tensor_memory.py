@@ -1,4 +1,4 @@
-"""Tensors without the memory that their elements need, or whose memory changes while they are loaded or saved."""
+"""Tensors whose storage is too small, or changes while they are loaded or saved."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def resized(tensor: torch.Tensor, nbytes: int) -> torch.Tensor:
 
 
 def too_small() -> dict[str, torch.Tensor]:
-    """Tensors of 40 elements, none of which its storage can hold all of."""
+    """Tensors of 40 elements whose storages are too small for them."""
     return {
         "freed": resized(torch.ones(40), 0),
         "shrunk": resized(torch.ones(40), 159),
@@ -79,7 +79,7 @@ def test_a_save_refuses_a_storage_that_is_too_small(tmp_path: Path, kind: str, h
 
 
 @pytest.mark.parametrize("kind", ["gaps", "transposed"])
-def test_save_model_copies_no_memory_that_is_not_there(tmp_path: Path, kind: str) -> None:
+def test_save_model_does_not_copy_beyond_a_storage(tmp_path: Path, kind: str) -> None:
     with pytest.raises(RuntimeError, match="^tensor 'bad': its storage has"):
         save_model(State(good=torch.ones(3), bad=too_small()[kind]), tmp_path / "f")
     assert entries(tmp_path) == []
@@ -174,7 +174,7 @@ def test_an_inference_tensor_is_written_in_inference_mode_only(tmp_path: Path) -
     assert model.weight.eq(1).all() and model.bias.eq(1).all()
 
 
-# So many that two steps of a save, each of 64 MiB, do not come to the end of the last one.
+# Large enough that two steps of a save, of 64 MiB each, do not finish the last one.
 COUNT, ELEMENTS = 4, 9 << 20
 
 
@@ -195,7 +195,7 @@ def move(tensor: torch.Tensor) -> None:
 
 
 class Changing:
-    """A progress function that changes a tensor once, and then has its memory used by another one."""
+    """A progress function that changes a tensor once, and lets another one reuse its memory."""
 
     def __init__(self, tensor: torch.Tensor, change: Callable[[torch.Tensor], None]) -> None:
         self._tensor, self._change = tensor, change

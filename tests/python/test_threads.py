@@ -1,4 +1,4 @@
-"""Many threads load and save at once: files of their own, one file, one open handle. Each gets what is its own."""
+"""Many threads load and save at once: files of their own, one file, one open handle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support import bits
 
 THREADS = 8
 TURNS = 12
-# Two of the sizes are worth several threads of their own.
+# Loads of two of the sizes use several threads.
 COUNTS = {"small": 3, "scalar": 1, "medium": 70_001, "large": 1_600_003, "larger": 2_000_001}
 
 
@@ -26,7 +26,7 @@ def state(value: int) -> dict[str, torch.Tensor]:
 
 
 def together(work: Callable[[int], None], threads: int = THREADS) -> None:
-    """Runs ``work`` with every number below ``threads``, all from the same moment on."""
+    """Runs ``work`` with every number below ``threads``, in threads that start at the same time."""
     barrier = threading.Barrier(threads)
 
     def begin(number: int) -> None:
@@ -65,7 +65,7 @@ def test_one_file_that_all_of_them_load(tmp_path: Path, backend: str) -> None:
         for _ in range(TURNS // 3):
             loaded = load_file(path, backend=backend)
             assert difference(loaded, tensors) is None
-            # Nobody else sees this.
+            # Other processes do not see this.
             loaded["matrix"].zero_()
             assert torch.equal(load_file(path, backend=backend, dtype=torch.float16)["large"], half)
             model = Model()
@@ -76,7 +76,7 @@ def test_one_file_that_all_of_them_load(tmp_path: Path, backend: str) -> None:
 
 
 def test_one_file_that_all_of_them_save(tmp_path: Path, backend: str) -> None:
-    """Whoever loads it sees what one of them saved, whole."""
+    """A load sees the complete file of one of them."""
     path = tmp_path / "one"
     save_file(state(0), path)
     expected = [state(number) for number in range(THREADS)]
@@ -113,8 +113,8 @@ def test_one_handle_that_all_of_them_use(tmp_path: Path, backend: str) -> None:
         together(work)
 
 
-def test_a_handle_that_is_closed_meanwhile(tmp_path: Path, backend: str) -> None:
-    """Each call gives all it promises, or says that the file is closed."""
+def test_a_handle_that_another_thread_closes(tmp_path: Path, backend: str) -> None:
+    """Each call succeeds, or raises that the file is closed."""
     tensors, path = state(1), tmp_path / "one"
     save_file(tensors, path)
     for _ in range(TURNS):
@@ -134,7 +134,7 @@ def test_a_handle_that_is_closed_meanwhile(tmp_path: Path, backend: str) -> None
         together(work, threads=4)
 
 
-def test_each_thread_hears_of_its_own_error(tmp_path: Path, backend: str) -> None:
+def test_each_thread_gets_its_own_error(tmp_path: Path, backend: str) -> None:
     good = tmp_path / "good"
     save_file({"a": torch.ones(2)}, good)
     bad = tmp_path / "bad"

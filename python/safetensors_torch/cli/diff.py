@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._headers import Tensor
-from .._progress import ProgressBar
+from .._progress import progress_bar
 from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
 HELP = "compare names, shapes and values"
@@ -86,23 +86,19 @@ def _compare_values(
     from .._native_library import ensure_loaded  # not above: it imports torch
 
     ensure_loaded()
+    from ..sharded import open_checkpoint
     from . import values
 
-    sides = [values.open_side(one.path) for one in (left, right)]
-    bar = ProgressBar("diff") if wants_bar(options) else None
+    sides = [open_checkpoint(one.path, "mmap") for one in (left, right)]
     total, done = sum(entry.nbytes for entry in entries), 0
-    try:
+    with progress_bar("diff", wants_bar(options)) as report_progress:
         for entry in entries:
             ours, theirs = (values.flat(side, entry.name) for side in sides)
             difference = values.compare(ours, theirs, options.rtol, options.atol)
             if difference is not None:
                 found.values.append({"name": entry.name, **difference})
             done += entry.nbytes
-            if bar is not None:
-                bar(done, total)
-    finally:
-        if bar is not None:
-            bar.close()
+            report_progress(done, total)
 
 
 def _print(found: Differences, compared: int) -> None:

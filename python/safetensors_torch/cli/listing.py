@@ -18,11 +18,6 @@ class Listing:
         self.files, self.metadata, tensors = read_headers(path)
         self.entries = {tensor.name: tensor for tensor in tensors}
 
-    @property
-    def nbytes(self) -> int:
-        """The total bytes of the tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
     def directory(self) -> str:
         """Returns the directory of the files."""
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)

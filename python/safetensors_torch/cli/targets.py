@@ -10,7 +10,7 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
-from .._progress import ProgressBar, run
+from .._progress import progress_bar, run
 from ..incremental_writer import IncrementalWriter
 from ..sharded import parse_size
 
@@ -32,18 +32,16 @@ class Options(NamedTuple):
 
 def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[str]:
     """Writes the tensors that ``specs`` declares and ``read`` returns into a file. Returns its path in a list."""
-    bar, done, total = ProgressBar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
-    try:
-        with IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer:
-            for names in _batches(specs):
-                for name, tensor in zip(names, read(names), strict=True):
-                    writer.write(name, tensor)
-                    done += tensor.nbytes
-                    if bar is not None:
-                        bar(done, total)
-    finally:
-        if bar is not None:
-            bar.close()
+    done, total = 0, sum(spec.nbytes for spec in specs.values())
+    with (
+        progress_bar("convert", options.bar) as report_progress,
+        IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer,
+    ):
+        for names in _batches(specs):
+            for name, tensor in zip(names, read(names), strict=True):
+                writer.write(name, tensor)
+                done += tensor.nbytes
+                report_progress(done, total)
     return [path]
 
 
@@ -55,21 +53,19 @@ def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | s
     native = torch.classes.safetensors_torch.ShardedWriter
     size = parse_size(max_shard_size)
     writer = call(native, list(specs), list(specs.values()), options.metadata, encode_path(path), "model", size)
-    bar, done, total = ProgressBar("convert") if options.bar else None, 0, sum(spec.nbytes for spec in specs.values())
-    try:
-        for names in call(writer.members):
-            call(writer.start, read(names))
+    done, total = 0, sum(spec.nbytes for spec in specs.values())
+    with progress_bar("convert", options.bar) as report_progress:
+        try:
+            for names in call(writer.members):
+                call(writer.start, read(names))
+                run(writer, None, "save")
+                done += sum(specs[name].nbytes for name in names)
+                report_progress(done, total)
+            call(writer.start_commit, options.durable)
             run(writer, None, "save")
-            done += sum(specs[name].nbytes for name in names)
-            if bar is not None:
-                bar(done, total)
-        call(writer.start_commit, options.durable)
-        run(writer, None, "save")
-        return [os.path.join(path, name) for name in call(writer.result)]
-    finally:
-        writer.cancel()
-        if bar is not None:
-            bar.close()
+            return [os.path.join(path, name) for name in call(writer.result)]
+        finally:
+            writer.cancel()
 
 
 def _batches(specs: Specs) -> Iterator[list[str]]:

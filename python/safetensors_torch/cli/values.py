@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from .._errors import call
-from ..sharded import open_checkpoint
 
 # The elements to compare at a time, which needs a few hundred MiB of memory.
 _PIECE = 1 << 23
@@ -16,13 +15,8 @@ _PIECE = 1 << 23
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
-def open_side(path: str) -> Any:
-    """Opens the native File over the checkpoint at ``path``."""
-    return open_checkpoint(path, "mmap")
-
-
 def flat(side: Any, name: str) -> torch.Tensor:
-    """Returns a tensor of an opened side, in one dimension."""
+    """Returns a tensor of a native File, in one dimension."""
     return call(side.get_tensor, name, torch.device("cpu")).reshape(-1)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._exceptions import SafetensorError
-from .._progress import ProgressBar
+from .._progress import progress_bar
 from .listing import Listing, add_quiet, printable, size_text, wants_bar
 
 HELP = "check structure, readability and checksums"
@@ -40,21 +40,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("checksums need all bytes: leave --header-only out")
     expected = _read_list(options.checksums) if options.checksums else None
     digests = bool(options.checksums or options.write_checksums)
-    bar = ProgressBar("verify") if wants_bar(options) else None
     results, sums = [], {}
-    try:
+    with progress_bar("verify", wants_bar(options)) as report_progress:
         files = _files(options.path, results)
         total, done = sum(os.path.getsize(file) for file in files), 0
         for file in files:
             fault, digest = None, None
             if not options.header_only:
-
-                def report_progress(count: int, before: int = done) -> None:
-                    if bar is not None:
-                        bar(before + count, total)
-
                 try:
-                    digest = _read(file, report_progress, digests)
+                    digest = _read(file, lambda count, before=done: report_progress(before + count, total), digests)
                 except OSError as error:
                     fault = f"cannot be read: {error}"
             if digest is not None:
@@ -62,9 +56,6 @@ def run(options: argparse.Namespace) -> int:
                 fault = _compare(file, digest, expected)
             done += os.path.getsize(file)
             results.append({"path": file, "ok": fault is None, "fault": fault, "sha256": digest})
-    finally:
-        if bar is not None:
-            bar.close()
     if options.write_checksums and all(result["ok"] for result in results):
         _write_list(options.write_checksums, sums)
     _report(results, options.json)

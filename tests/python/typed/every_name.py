@@ -1,9 +1,9 @@
-"""Every public name of safetensors_torch, used as programs use it, with the types that they get.
+"""Uses every public name of safetensors_torch, with the types of the results.
 
-For type checkers: never run. tests/python/test_types.py has mypy check it, and says which name is missing here.
+It is for type checkers and never runs. tests/python/test_types.py checks it with mypy, and that no name is missing.
 
-One function for each name, in the order of the alphabet. ``assert_type`` refuses Any too. What is wrong on purpose is
-marked ``type: ignore``, which mypy --strict refuses where nothing is wrong.
+There is one function for each name, in alphabetical order. ``assert_type`` refuses Any too. Deliberate errors are
+marked ``type: ignore``, which mypy --strict refuses if there is no error.
 """
 
 from __future__ import annotations
