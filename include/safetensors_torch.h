@@ -1,5 +1,5 @@
 /** @file
- * safetensors files in C: read, check and write them, without torch. A guide with whole programs is docs/c.md.
+ * Reads, validates and writes safetensors files in C, without torch. docs/c.md is a guide with complete programs.
  *
  *     #include <safetensors_torch.h>
  *
@@ -9,40 +9,43 @@
  *         use(data);                                   // points into the file, until it is freed
  *     sft_file_free(file);
  *
- * Link with -lsafetensors_torch, or with what `pkg-config --libs safetensors_torch-c` says. Needs C11, or C++.
+ * Link with -lsafetensors_torch, or with the output of `pkg-config --libs safetensors_torch-c`. Requires C11 or C++.
  *
- * Status. A function that can fail returns an sft_status: SFT_OK, or an SFT_ERROR_ number. sft_last_error_get_message()
- * then says in words what was wrong, with what, and what to do. A pointer that is NULL where something must be is
- * SFT_ERROR_INVALID_ARGUMENT, so is one that is not aligned for its type; arrays of length 0 may be NULL. A place for
- * a result is left alone when the call fails, unless its function says otherwise. A bug inside the library becomes
- * SFT_ERROR_PANIC. Every function that takes a handle of a closed file returns SFT_ERROR_CLOSED, except sft_file_close
- * and sft_file_free. What a function lists under "Errors" is what it returns besides these, without the SFT_ERROR_ in
- * front; "A to B" means the numbers between too.
+ * Status. A function that can fail returns an sft_status: SFT_OK or an SFT_ERROR_ number. sft_last_error_get_message()
+ * then returns a line that names the object, the fault and the remedy. A failed call does not change its results,
+ * unless its documentation says otherwise. A bug of the library is SFT_ERROR_PANIC. Every function with a handle of a
+ * closed file returns SFT_ERROR_CLOSED, except sft_file_close and sft_file_free. "Errors" lists what a function returns
+ * besides these, without the prefix SFT_ERROR_; "A to B" includes the numbers between.
  *
- * The end of the process. No function ends the process, with two exceptions. abort() is called if malloc fails for the
- * library's own small needs. Those are a header, an index, names and lists of what to do in functions that open, read,
+ * Pointers. A pointer must be valid during the call for as many elements as its length says, or for one element if it
+ * has no length. Memory for results may be uninitialized, and must not overlap anything that the same call reads. NULL
+ * and misaligned pointers are SFT_ERROR_INVALID_ARGUMENT; arrays of length 0 may be NULL.
+ *
+ * The end of the process. No function ends the process, with two exceptions. The library calls abort() if malloc fails
+ * for the library's own small needs. Those are headers, indexes, names and lists of work in functions that open, read,
  * save or edit, and the message of any function that fails. On an open file, sft_file_get_tensor_count,
  * sft_file_get_tensor_info, sft_file_get_sorted_index, sft_file_find_tensor, the functions for metadata and, if it is
  * mapped, sft_file_get_data allocate nothing when they succeed. Writes to a pipe without a reader and beyond the limit
  * of a file's size are errors (EPIPE, EFBIG): SIGPIPE and SIGXFSZ are blocked in the thread that writes, for as long as
  * it does, and those that its writes cause are discarded. A mapped file that another program cuts short in place raises
- * SIGBUS in the thread that touches it.
+ * SIGBUS in the thread that accesses the lost part.
  *
- * Text. Names, metadata keys and values are UTF-8 and may hold every character, NUL too, so they come and go with a
- * length in bytes, and do not end in NUL. Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. Paths are bytes that
- * end in NUL, as the operating system has them.
+ * Text. Names, metadata keys and values are UTF-8 with a length in bytes. They may contain NUL, and do not end in it.
+ * Text that is not UTF-8 is SFT_ERROR_INVALID_ARGUMENT. A string without a length ends in NUL. Paths are such strings,
+ * in the bytes of the operating system.
  *
- * Ownership. Handles are freed by their _free function. What a function lends (names, shapes, data) belongs to the
- * handle, and is valid until the handle is closed or freed.
+ * Ownership. The caller owns a handle, and frees it with its _free function. Names, shapes and data that a function
+ * returns belong to the handle, and are valid until it is closed or freed. Bytes that a handle borrows from the caller
+ * must stay valid and unchanged for as long as its function says.
  *
- * Threads. Functions that take a const handle may run on several threads at once with one handle; the others need the
- * handle for themselves. Functions without a handle may run at any time.
+ * Threads. Functions with a const handle may run on several threads at once with one handle. The others require that no
+ * other thread uses the handle. Functions without a handle may run at any time.
  *
  * Units. Sizes, offsets and lengths are bytes; shapes, ranges and ranks are elements and dimensions.
  *
  * Versions. A struct with struct_size as its first field may grow at its end: initialize it with its _INIT macro, which
- * sets the size; library and program may then be of different versions. Fields that the library does not know must be
- * 0, and a size that was never set is refused, both with SFT_ERROR_INVALID_ARGUMENT. Numbers are never reused.
+ * sets the size. Library and program may then be of different versions. Fields that the library does not know must be
+ * 0, and the size must be set; otherwise SFT_ERROR_INVALID_ARGUMENT. Numbers are never reused.
  */
 #ifndef SAFETENSORS_TORCH_H
 #define SAFETENSORS_TORCH_H
@@ -57,7 +60,7 @@ extern "C" {
 /** The version of this header: text such as "0.1.0". */
 #define SFT_VERSION_STRING "0.1.0"
 
-/** The version of the library that is linked: text that ends in NUL, and is valid for ever. */
+/** Returns the version of the linked library. The string is static. */
 const char* sft_get_version(void);
 
 /* ---- Status ------------------------------------------------------------------------------------------------------ */
@@ -67,61 +70,57 @@ typedef int32_t sft_status;
 
 /** Every status. */
 enum {
-    SFT_OK = 0,                       /**< done */
-    SFT_ERROR_INVALID_ARGUMENT = 1,   /**< an argument that no call of this kind takes */
-    SFT_ERROR_IO = 2,                 /**< the operating system refused; sft_last_error_get_os_error() is its errno */
-    SFT_ERROR_FILE_TOO_SMALL = 3,     /**< fewer than the 8 bytes of the header length */
+    SFT_OK = 0,                     /**< success */
+    SFT_ERROR_INVALID_ARGUMENT = 1, /**< an invalid argument */
+    SFT_ERROR_IO = 2,             /**< an error of the operating system; sft_last_error_get_os_error() returns errno */
+    SFT_ERROR_FILE_TOO_SMALL = 3, /**< fewer than the 8 bytes of the header length */
     SFT_ERROR_HEADER_TOO_LARGE = 4,   /**< a header of more than 100,000,000 bytes */
     SFT_ERROR_HEADER_TRUNCATED = 5,   /**< the header runs past the end of the file */
     SFT_ERROR_FOREIGN_FORMAT = 6,     /**< a Git LFS pointer, an HTML page, a zip, a pickle, ... */
     SFT_ERROR_HEADER_UTF8 = 7,        /**< the header is not UTF-8 */
-    SFT_ERROR_HEADER_JSON = 8,        /**< the header is not the JSON that the format asks for */
-    SFT_ERROR_DUPLICATE = 9,          /**< a name, a field or a metadata key that stands twice */
+    SFT_ERROR_HEADER_JSON = 8,        /**< the header is not the JSON that the format requires */
+    SFT_ERROR_DUPLICATE = 9,          /**< a name, a field or a metadata key occurs twice */
     SFT_ERROR_UNKNOWN_DTYPE = 10,     /**< a dtype code that the format does not know */
     SFT_ERROR_SHAPE_OVERFLOW = 11,    /**< a shape whose elements, bytes or strides do not fit in 63 bits */
-    SFT_ERROR_SIZE_MISMATCH = 12,     /**< data offsets that do not span what dtype and shape need */
+    SFT_ERROR_SIZE_MISMATCH = 12,     /**< data offsets that do not fit dtype and shape */
     SFT_ERROR_OFFSETS = 13,           /**< data offsets that are reversed, overlap, or leave a hole */
-    SFT_ERROR_DATA_LENGTH = 14,       /**< bytes missing after, or left over behind, the last tensor */
-    SFT_ERROR_TENSOR_NOT_FOUND = 15,  /**< no tensor of that name */
+    SFT_ERROR_DATA_LENGTH = 14,       /**< data that is shorter or longer than its tensors */
+    SFT_ERROR_TENSOR_NOT_FOUND = 15,  /**< no tensor has this name */
     SFT_ERROR_RESERVED_NAME = 16,     /**< a tensor called `__metadata__` */
-    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /**< a dtype number that no SFT_DTYPE_ constant has; on a big-endian machine, a
-                                           dtype of several bytes */
+    SFT_ERROR_UNSUPPORTED_DTYPE = 17, /**< an unknown dtype number; on a big-endian machine, a dtype of several bytes */
     SFT_ERROR_SLICE = 18,             /**< outside the tensor, of step 0, or splitting a byte */
     SFT_ERROR_BUFFER_SIZE = 19,       /**< a buffer of the wrong size */
     SFT_ERROR_CLOSED = 20,            /**< the file was closed */
-    SFT_ERROR_FILE_CHANGED = 21,      /**< shorter, replaced or written to while it was open or edited */
+    SFT_ERROR_FILE_CHANGED = 21,      /**< the file changed while it was open or edited */
     SFT_ERROR_PANIC = 22,             /**< a bug of this library */
     SFT_ERROR_INDEX = 23 /**< an index of a checkpoint that is malformed, names files outside its directory or does
                               not fit its files; a directory that holds no checkpoint, or several */
 };
 
-/** The name of a status, such as "SFT_ERROR_IO"; "unknown status" for a number that this version does not know. Ends in
- * NUL, is valid for ever, never NULL. */
+/** Returns the name of a status, such as "SFT_ERROR_IO", or "unknown status". The string is static, never NULL. */
 const char* sft_status_get_name(sft_status status);
 
-/** What a status means, in a few words; for what went wrong in one call see sft_last_error_get_message. Ends in NUL, is
- * valid for ever, never NULL. */
+/** Returns the meaning of a status in a few words. The string is static, never NULL. */
 const char* sft_status_get_message(sft_status status);
 
-/** What went wrong in the last call of the calling thread that failed: one line that names the file, the tensor and the
- * remedy; "" before the first failure. A call that succeeds leaves it as it is. UTF-8 that ends in NUL (a NUL in a name
- * is written `\0`), valid until the next call of this thread that fails, never NULL. */
+/** Returns the error of the calling thread's last failed call: one line that names the file, the tensor and the remedy;
+ * "" before the first failure. A successful call does not change it. UTF-8 (a NUL in a name is written `\0`), valid
+ * until this thread's next failed call, never NULL. */
 const char* sft_last_error_get_message(void);
 
-/** errno of the last call of the calling thread that failed, if the operating system refused it; otherwise 0. A call
- * that succeeds leaves it as it is. */
+/** Returns errno of the calling thread's last failed call, or 0 if it was not an error of the operating system. A
+ * successful call does not change it. */
 int32_t sft_last_error_get_os_error(void);
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------- */
 
-/** Sets the most threads that one call uses, from the next call on: the calling one, those that read and copy, and
- * those that go on in the background (SFT_PREFAULT_BACKGROUND). 1 means the calling one alone; 0 as many as suit the
- * machine and the work. For the whole process. */
+/** Sets the most threads that one call uses, from the next call on, for the whole process. They include the calling
+ * thread and those of SFT_PREFAULT_BACKGROUND. 1 means only the calling thread, 0 means automatic. */
 sft_status sft_set_threads(size_t threads);
 
-/** Sets `*threads` to what sft_set_threads has set; before that, to what the environment variable
- * SAFETENSORS_TORCH_THREADS says, or 0.
- * Errors: INVALID_ARGUMENT for a variable that is not a number, as by every call that would use several threads. */
+/** Sets `*threads` to the value of sft_set_threads; before that, to the environment variable SAFETENSORS_TORCH_THREADS,
+ * or 0.
+ * Errors: INVALID_ARGUMENT if the variable is not a number, as in every call that could use several threads. */
 sft_status sft_get_threads(size_t* threads);
 
 /* ---- Element types ----------------------------------------------------------------------------------------------- */
@@ -156,18 +155,17 @@ enum {
     SFT_DTYPE_U64 = 21          /**< uint64_t */
 };
 
-/** The code of a dtype in a file, such as "F32", which ends in NUL and is valid for ever; NULL for a number that no
- * dtype has. */
+/** Returns the code of a dtype in a file, such as "F32", or NULL if the number is unknown. The string is static. */
 const char* sft_dtype_get_code(sft_dtype dtype);
 
-/** The width of one element in bits (4, 6, or a multiple of 8); 0 for a number that no dtype has. */
+/** Returns the width of one element in bits (4, 6, or a multiple of 8), or 0 if the number is unknown. */
 uint32_t sft_dtype_get_bits(sft_dtype dtype);
 
-/** The dtype of a code, which ends in NUL.
+/** Sets `*dtype` to the dtype of a code.
  * Errors: UNKNOWN_DTYPE. */
 sft_status sft_dtype_parse(const char* code, sft_dtype* dtype);
 
-/** How many bytes a tensor of this dtype and shape takes. `shape` has `rank` dimensions; rank 0 is a scalar.
+/** Sets `*nbytes` to the size of a tensor of this dtype and shape. `shape` has `rank` dimensions; rank 0 is a scalar.
  * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH (the elements end in the middle of a byte). */
 sft_status sft_dtype_compute_nbytes(sft_dtype dtype, const uint64_t* shape, size_t rank, uint64_t* nbytes);
 
@@ -179,93 +177,90 @@ typedef struct sft_str {
     size_t length;    /**< in bytes */
 } sft_str;
 
-/** An open file: its header, checked, and the way to its bytes. From sft_file_open, sft_file_open_buffer or
+/** An open file with a valid header. From sft_file_open, sft_file_open_buffer or
  * sft_checkpoint_get_shard. */
 typedef struct sft_file sft_file;
 
-/** How the tensors of a file come into memory. */
+/** How the tensors of a file are read. */
 typedef uint32_t sft_backend;
 
 /** Every backend. */
 enum {
-    SFT_BACKEND_MMAP = 0, /**< the file is mapped, privately; nothing is copied until it is read */
-    SFT_BACKEND_PREAD = 1 /**< the file is read; for network file systems, and for files that others may cut short */
+    SFT_BACKEND_MMAP = 0, /**< map the file privately; copy nothing */
+    SFT_BACKEND_PREAD = 1 /**< read the file; for network filesystems, and for files that others may truncate */
 };
 
-/** When the pages of a mapped file are brought in, which otherwise cost a page fault every few pages where they are
- * touched first, and a wait for the disk where the file is not in memory. No matter with SFT_BACKEND_PREAD. */
+/** When the pages of a mapped file are prefaulted. Otherwise the first access costs a page fault every few pages, and a
+ * wait for the disk if the file is not in the page cache. Ignored with SFT_BACKEND_PREAD. */
 typedef uint32_t sft_prefault;
 
-/** Every time at which pages may be brought in. */
+/** Every time of prefaulting. */
 enum {
-    SFT_PREFAULT_NONE = 0,       /**< when they are touched */
-    SFT_PREFAULT_BACKGROUND = 1, /**< by threads of their own, while the caller goes on, for files of 16 MiB and more;
-                                      what is not in memory yet is read with large reads, unless the file takes more
-                                      than half of the memory available */
+    SFT_PREFAULT_NONE = 0,       /**< never: pages are read when they are accessed */
+    SFT_PREFAULT_BACKGROUND = 1, /**< in background threads, for files of 16 MiB and more; pages that are not cached are
+                                      read with large reads, unless the file needs more than half of the available
+                                      memory */
     SFT_PREFAULT_WAIT = 2        /**< before sft_file_open returns */
 };
 
-/** How a file is opened. */
+/** Options for sft_file_open. */
 typedef struct sft_open_options {
     size_t struct_size;    /**< sizeof(sft_open_options) */
-    sft_backend backend;   /**< how tensors come into memory; SFT_BACKEND_MMAP unless set */
-    sft_prefault prefault; /**< when mapped pages are brought in; SFT_PREFAULT_NONE unless set */
+    sft_backend backend;   /**< how tensors are read; default SFT_BACKEND_MMAP */
+    sft_prefault prefault; /**< when mapped pages are prefaulted; default SFT_PREFAULT_NONE */
 } sft_open_options;
 
 /** The defaults of sft_open_options. */
 #define SFT_OPEN_OPTIONS_INIT {sizeof(sft_open_options), SFT_BACKEND_MMAP, SFT_PREFAULT_NONE}
 
-/** Opens the file at `path`, and checks its header against the format and the length of the file. `options` may be NULL
- * for the defaults. `*file` becomes a handle to free with sft_file_free, or NULL on an error.
+/** Opens the file at `path`, and validates its header against the format and the length of the file. `options` may be
+ * NULL for the defaults. `*file` becomes a handle to free with sft_file_free, or NULL on an error.
  *
- * With SFT_BACKEND_MMAP, a file that another process changes in place changes in memory too, and one that it cuts short
- * ends this process with SIGBUS when the lost part is touched, be it by sft_file_read_tensor. A file that is replaced
- * by rename, as this library does, is safe. With SFT_BACKEND_PREAD a file that is cut short is an error, and one that
- * is changed gives whatever it holds when it is read.
+ * With SFT_BACKEND_MMAP, changes that another process makes in place appear in memory. If it truncates the file, access
+ * to the lost part raises SIGBUS, even in sft_file_read_tensor. Replacing the file by rename, as this library does, is
+ * safe. With SFT_BACKEND_PREAD a truncated file is an error, and a changed file returns its present contents.
  *
- * Errors: IO, also for what is no regular file; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME for what is no valid
- * file; FILE_CHANGED; INVALID_ARGUMENT for a backend or a prefault that there is not. */
+ * Errors: IO, also if it is not a regular file; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME if the file is invalid;
+ * FILE_CHANGED; INVALID_ARGUMENT for an unknown backend or prefault. */
 sft_status sft_file_open(const char* path, const sft_open_options* options, sft_file** file);
 
-/** Reads the header of a file whose `nbytes` bytes lie in memory. The bytes are borrowed: they must stay where they
- * are, unchanged, until the handle is closed or freed. `*file` becomes a handle to free with sft_file_free, or NULL on
- * an error.
- * Errors: FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME. */
+/** Opens a file whose `nbytes` bytes are in memory. The handle borrows the bytes until it is closed or freed. `*file`
+ * becomes a handle to free with sft_file_free, or NULL on an error. Errors: FILE_TOO_SMALL to DATA_LENGTH and
+ * RESERVED_NAME. */
 sft_status sft_file_open_buffer(const void* data, size_t nbytes, sft_file** file);
 
-/** Closes the file, and takes back everything that the handle lent, mapped data too; the handle itself stays until
- * sft_file_free. Closing twice is no error. No other thread may use the handle meanwhile. */
+/** Closes the file. Everything that the handle returned becomes invalid, mapped data too; the handle itself stays valid
+ * until sft_file_free. Closing twice is not an error. No other thread may use the handle during the call. */
 sft_status sft_file_close(sft_file* file);
 
-/** Frees the handle, closing the file. NULL is ignored. No other thread may use the handle meanwhile. */
+/** Closes the file and frees the handle. NULL is ignored. No other thread may use the handle during the call. */
 void sft_file_free(sft_file* file);
 
 /** Sets `*count` to the number of tensors. */
 sft_status sft_file_get_tensor_count(const sft_file* file, size_t* count);
 
-/** What a file says of one tensor. Name and shape are lent by the file. */
+/** The description of one tensor. Name and shape belong to the file. */
 typedef struct sft_tensor_info {
     size_t struct_size;    /**< sizeof(sft_tensor_info) */
     sft_str name;          /**< UTF-8, without a NUL at its end */
     size_t rank;           /**< number of dimensions, 0 for a scalar */
     const uint64_t* shape; /**< `rank` dimensions, in elements of dtype */
     uint64_t nbytes;       /**< the size in bytes: end - begin */
-    uint64_t begin;        /**< where the tensor's bytes begin, from the start of the file */
-    uint64_t end;          /**< where they end */
+    uint64_t begin;        /**< the offset of its first byte in the file */
+    uint64_t end;          /**< the offset after its last byte */
     sft_dtype dtype;       /**< the element type */
     uint32_t reserved;     /**< 0 */
 } sft_tensor_info;
 
-/** An sft_tensor_info that may be given to sft_file_get_tensor_info. */
+/** The initializer of an sft_tensor_info. */
 #define SFT_TENSOR_INFO_INIT {sizeof(sft_tensor_info), {NULL, 0}, 0, NULL, 0, 0, 0, 0, 0}
 
-/** Fills `*info` with what the file says of the tensor at `index`, from 0 to the number of tensors less 1. Tensors are
- * in file order: by offset, those at one offset by name. `info->struct_size` must be set, as SFT_TENSOR_INFO_INIT does.
+/** Describes the tensor at `index`, from 0 to the number of tensors less 1, in `*info`. Tensors are in file order: by
+ * offset, then by name. `info->struct_size` must be set, as SFT_TENSOR_INFO_INIT does.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor. */
 sft_status sft_file_get_tensor_info(const sft_file* file, size_t index, sft_tensor_info* info);
 
-/** Goes through the tensors by name instead: `*index` becomes the index of the tensor whose name is at `position` in
- * bytewise order.
+/** Sets `*index` to the index of the tensor whose name is at `position` in bytewise order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
 sft_status sft_file_get_sorted_index(const sft_file* file, size_t position, size_t* index);
 
@@ -278,42 +273,41 @@ sft_status sft_file_find_tensor(const sft_file* file, const char* name, size_t n
 /** Sets `*present` to 1 if the header has metadata, which may be empty, otherwise to 0. */
 sft_status sft_file_has_metadata(const sft_file* file, int32_t* present);
 
-/** Sets `*count` to the number of metadata entries; 0 where there is no metadata. */
+/** Sets `*count` to the number of metadata entries; 0 if there is no metadata. */
 sft_status sft_file_get_metadata_count(const sft_file* file, size_t* count);
 
-/** Sets `*key` and `*value` to the entry at `position`, from 0 on, in bytewise order of keys. Both texts are lent by
- * the file.
+/** Sets `*key` and `*value` to the entry at `position`, from 0 on, in bytewise order of keys. Both texts belong
+ * to the file.
  * Errors: INVALID_ARGUMENT for a position beyond the last entry. */
 sft_status sft_file_get_metadata_entry(const sft_file* file, size_t position, sft_str* key, sft_str* value);
 
-/** Sets `*value` to the value of `key`, of `key_length` bytes, lent by the file. Where there is no such key,
- * `value->data` becomes NULL, and the status is SFT_OK; it is never NULL for a value. */
+/** Sets `*value` to the value of `key`, of `key_length` bytes. The text belongs to the file. If there is no such key,
+ * `value->data` becomes NULL, which no value has, and the status is SFT_OK. */
 sft_status sft_file_find_metadata(const sft_file* file, const char* key, size_t key_length, sft_str* value);
 
 /* ---- Reading: data ----------------------------------------------------------------------------------------------- */
 
-/** Sets `*data` to the bytes of the tensor at `index`, lent by the file: into the mapping, or into the bytes that were
- * given to sft_file_open_buffer. Not NULL, even for a tensor of no bytes. What is behind it must not be written to.
- * Nothing is read until it is touched. Foreign files may hold data that is not aligned for its dtype. `*data` becomes
- * NULL on an error.
- * Errors: INVALID_ARGUMENT for an index beyond the last tensor, and with SFT_BACKEND_PREAD, where nothing is in
- * memory. */
+/** Sets `*data` to the bytes of the tensor at `index`, which belong to the file: in its mapping, or in the buffer of
+ * sft_file_open_buffer. Never NULL on success, even for a tensor without bytes; NULL on an error. The bytes are
+ * read-only, and are read from the file when they are accessed. Files of other writers may contain data that is not
+ * aligned for its dtype. Errors: INVALID_ARGUMENT for an index beyond the last tensor, and for a file opened with
+ * SFT_BACKEND_PREAD. */
 sft_status sft_file_get_data(const sft_file* file, size_t index, const void** data);
 
-/** Reads the tensor at `index` into `buffer`, whose `nbytes` must be those of the tensor. Large tensors are read by
- * several threads, which have ended when the call returns. After IO and FILE_CHANGED the buffer may hold anything.
- * Errors: INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
+/** Reads the tensor at `index` into `buffer`, whose `nbytes` must be the size of the tensor. Large tensors are read by
+ * several threads, which have ended when the call returns. After IO and FILE_CHANGED the contents of the buffer are
+ * unspecified. Errors: INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
 sft_status sft_file_read_tensor(const sft_file* file, size_t index, void* buffer, size_t nbytes);
 
 /** One of several tensors to read. */
 typedef struct sft_read_request {
     size_t index;  /**< of the tensor, in file order */
-    void* buffer;  /**< where the bytes go; no two buffers may overlap */
-    size_t nbytes; /**< of the buffer: those of the tensor */
+    void* buffer;  /**< the destination; no two buffers may overlap */
+    size_t nbytes; /**< of the buffer: the size of the tensor */
 } sft_read_request;
 
-/** Reads `count` tensors, in parallel, and those that are neighbours in the file together: give them in file order
- * where you can. All sizes are checked before the first byte is read.
+/** Reads `count` tensors, in parallel, and tensors that are adjacent in the file with one read: pass them in file
+ * order if possible. All sizes are checked before the first byte is read.
  * Errors: as sft_file_read_tensor. */
 sft_status sft_file_read_tensors(const sft_file* file, const sft_read_request* reads, size_t count);
 
@@ -324,35 +318,35 @@ typedef struct sft_range {
     uint64_t step;  /**< 1 or more */
 } sft_range;
 
-/** How large a slice of the tensor at `index` is. `ranges` has one range for each of the tensor's `rank` dimensions;
- * `shape` receives the `rank` dimensions of the slice, `*nbytes` its size in bytes.
- * Errors: SLICE (ranges that do not fit the tensor, or elements of less than a byte whose slice would begin or end in
- * the middle of one), INVALID_ARGUMENT. */
+/** Computes the size of a slice of the tensor at `index`. `ranges` has one range for each of the tensor's `rank`
+ * dimensions; `shape` receives the `rank` dimensions of the slice, `*nbytes` its size in bytes. Errors: SLICE (ranges
+ * that do not fit the tensor, or elements of less than a byte whose slice would begin or end in the middle of one),
+ * INVALID_ARGUMENT. */
 sft_status sft_file_get_slice_size(const sft_file* file, size_t index, const sft_range* ranges, size_t rank,
                                    uint64_t* shape, uint64_t* nbytes);
 
-/** Reads a slice of the tensor at `index` into `buffer`, row-major and without gaps; `nbytes` must be those that
- * sft_file_get_slice_size tells. Only what the slice needs is read, up to whole pages. After IO and FILE_CHANGED the
- * buffer may hold anything. Errors: SLICE, INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
+/** Reads a slice of the tensor at `index` into `buffer`, row-major and without gaps; `nbytes` must be the size
+ * from sft_file_get_slice_size. Reads only the pages that contain bytes of the slice. After IO and FILE_CHANGED the
+ * contents of the buffer are unspecified. Errors: SLICE, INVALID_ARGUMENT, BUFFER_SIZE, IO, FILE_CHANGED. */
 sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_range* ranges, size_t rank, void* buffer,
                                size_t nbytes);
 
 /* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */
 
-/** The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists; opened
- * together. Nothing of it changes once it is open. */
+/** The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists. It does
+ * not change while it is open. */
 typedef struct sft_checkpoint sft_checkpoint;
 
-/** What is done about tensors that the files of a checkpoint hold, and its index does not list. */
+/** What to do about tensors that the files of a checkpoint contain and its index does not list. */
 typedef uint32_t sft_extra;
 
-/** Everything that may be done. */
+/** Every choice. */
 enum {
-    SFT_EXTRA_ERROR = 0, /**< the checkpoint is refused: index and files may be of two checkpoints */
-    SFT_EXTRA_IGNORE = 1 /**< they are left out of the functions of sft_checkpoint; the files still have them */
+    SFT_EXTRA_ERROR = 0, /**< refuse the checkpoint: index and files may be of two checkpoints */
+    SFT_EXTRA_IGNORE = 1 /**< leave them out of the functions of sft_checkpoint */
 };
 
-/** How a checkpoint is opened. */
+/** Options for sft_checkpoint_open. */
 typedef struct sft_checkpoint_options {
     size_t struct_size;    /**< sizeof(sft_checkpoint_options) */
     sft_backend backend;   /**< as in sft_open_options, of each file */
@@ -360,7 +354,7 @@ typedef struct sft_checkpoint_options {
     const char* variant;   /**< which of the checkpoints of a directory, UTF-8 that ends in NUL: "fp16" stands for
                                 model.fp16.safetensors, model.safetensors.index.fp16.json and so on; NULL for the one
                                 without a variant */
-    sft_extra extra;       /**< what is done about tensors that the index does not list; SFT_EXTRA_ERROR unless set */
+    sft_extra extra;       /**< what to do about tensors that the index does not list; default SFT_EXTRA_ERROR */
     uint32_t reserved;     /**< 0 */
 } sft_checkpoint_options;
 
@@ -374,28 +368,28 @@ typedef struct sft_checkpoint_options {
  * `extra` leaves those out; the names of files in it must not lead out of its directory. `options` may be NULL for the
  * defaults. `*checkpoint` becomes a handle to free with sft_checkpoint_free, or NULL on an error.
  * Errors: INDEX; INVALID_ARGUMENT for a variant of a path that is a file; DUPLICATE for a name that the index has
- * twice; those of sft_file_open for each file, and for the index IO and FOREIGN_FORMAT; FILE_CHANGED where it is
- * replaced over and over. */
+ * twice; those of sft_file_open for each file, and for the index IO and FOREIGN_FORMAT; FILE_CHANGED if it is
+ * replaced again and again. */
 sft_status sft_checkpoint_open(const char* path, const sft_checkpoint_options* options, sft_checkpoint** checkpoint);
 
-/** Frees the handle, closing its files and taking back everything that it and they lent. NULL is ignored. No other
- * thread may use the handle or its files meanwhile. */
+/** Closes the files and frees the handle. Everything that it and they returned becomes invalid. NULL is ignored. No
+ * other thread may use the handle or its files during the call. */
 void sft_checkpoint_free(sft_checkpoint* checkpoint);
 
 /** Sets `*count` to the number of files. */
 sft_status sft_checkpoint_get_shard_count(const sft_checkpoint* checkpoint, size_t* count);
 
-/** The file at `shard`, from 0 on in the order of names: `*file` becomes its handle, lent by the checkpoint, for the
- * functions that take a const sft_file; `*name` its path from the directory of the checkpoint.
- * Errors: INVALID_ARGUMENT for a shard beyond the last one. */
+/** Sets `*file` to the handle of the file at `shard`, from 0 on in the order of names, and `*name` to its path relative
+ * to the directory of the checkpoint. Both belong to the checkpoint. Errors: INVALID_ARGUMENT for a shard beyond the
+ * last one. */
 sft_status sft_checkpoint_get_shard(const sft_checkpoint* checkpoint, size_t shard, sft_str* name,
                                     const sft_file** file);
 
 /** Sets `*count` to the number of tensors in all files, without those that `extra` leaves out. */
 sft_status sft_checkpoint_get_tensor_count(const sft_checkpoint* checkpoint, size_t* count);
 
-/** Goes through the tensors by name: `*shard` becomes the file, and `*index` the index in it, of the tensor whose name
- * is at `position` in bytewise order.
+/** Sets `*shard` and `*index` to the file, and the index in it, of the tensor whose name is at `position` in bytewise
+ * order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */
 sft_status sft_checkpoint_get_sorted_tensor(const sft_checkpoint* checkpoint, size_t position, size_t* shard,
                                             size_t* index);
@@ -407,10 +401,10 @@ sft_status sft_checkpoint_find_tensor(const sft_checkpoint* checkpoint, const ch
 
 /* ---- Writing ----------------------------------------------------------------------------------------------------- */
 
-/** Tensors and metadata that are collected, then written; the same writer may write several times. */
+/** Collects tensors and metadata, and writes them, even several times. */
 typedef struct sft_writer sft_writer;
 
-/** How a file is written. */
+/** Options for sft_writer_write_file. */
 typedef struct sft_save_options {
     size_t struct_size; /**< sizeof(sft_save_options) */
     uint64_t
@@ -425,22 +419,22 @@ typedef struct sft_save_options {
 /** Sets `*writer` to a writer without tensors and metadata, to free with sft_writer_free. */
 sft_status sft_writer_new(sft_writer** writer);
 
-/** Frees the writer, and lets go of the data that was lent to it. NULL is ignored. */
+/** Frees the writer, which borrows no data afterwards. NULL is ignored. */
 void sft_writer_free(sft_writer* writer);
 
 /** Adds a tensor. Name and shape are copied. The `nbytes` bytes at `data`, row-major, are borrowed: they must stay
- * where they are, and be unchanged during a write, until the writer is freed or written for the last time. A file has
- * its tensors by dtype, then by name; the order of calls matters to sft_writer_write_sharded alone.
+ * valid until the last write, or until the writer is freed, and unchanged during a write. A file contains its tensors
+ * sorted by dtype, then by name; the order of calls matters only to sft_writer_write_sharded.
  * Errors: UNSUPPORTED_DTYPE, SHAPE_OVERFLOW, SIZE_MISMATCH, BUFFER_SIZE (nbytes does not fit dtype and shape). A name
- * that is reserved or stands twice is found when the size is asked for or the file written. */
+ * that is reserved or occurs twice is an error of sft_writer_get_size and of the writes. */
 sft_status sft_writer_add_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
                                  const uint64_t* shape, size_t rank, const void* data, size_t nbytes);
 
-/** Has the metadata written even if it stays empty. Without this, and without entries, the file has none. */
+/** Writes metadata even if it stays empty. Without this, and without entries, the file has none. */
 sft_status sft_writer_enable_metadata(sft_writer* writer);
 
 /** Adds a metadata entry; both texts are copied.
- * Errors: DUPLICATE for a key that is there already. */
+ * Errors: DUPLICATE for a key that was added already. */
 sft_status sft_writer_add_metadata(sft_writer* writer, const char* key, size_t key_length, const char* value,
                                    size_t value_length);
 
@@ -449,7 +443,7 @@ sft_status sft_writer_add_metadata(sft_writer* writer, const char* key, size_t k
  * for the options. */
 sft_status sft_writer_get_size(const sft_writer* writer, const sft_save_options* options, uint64_t* nbytes);
 
-/** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md has
+/** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md lists
  * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
  * are kept. A symbolic link is replaced, and what it leads to stays as it is, unless it leads to a pipe or a character
  * device: these are written to, as is a descriptor of this process (/dev/stdout, /dev/fd/N). `options` may be NULL for
@@ -457,10 +451,10 @@ sft_status sft_writer_get_size(const sft_writer* writer, const sft_save_options*
  * Errors: those of sft_writer_get_size, IO, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
-/** How a checkpoint is divided into files, and written. */
+/** Options for sft_writer_write_sharded. */
 typedef struct sft_sharded_options {
     size_t struct_size;      /**< sizeof(sft_sharded_options) */
-    const char* stem;        /**< what the names of the files begin with, UTF-8 that ends in NUL; NULL means "model" */
+    const char* stem;        /**< the beginning of the file names, UTF-8 that ends in NUL; NULL means "model" */
     uint64_t max_shard_size; /**< the most bytes of tensors in one file; 0 means 5,000,000,000 */
     uint64_t alignment;      /**< as in sft_save_options */
     uint32_t durable;        /**< as in sft_save_options */
@@ -470,7 +464,7 @@ typedef struct sft_sharded_options {
 /** The defaults of sft_sharded_options. */
 #define SFT_SHARDED_OPTIONS_INIT {sizeof(sft_sharded_options), NULL, 0, 8, 0, 0}
 
-/** Writes a checkpoint into `directory`, which is made if it is not there: STEM.safetensors, or, where that would pass
+/** Writes a checkpoint into `directory`, which is created if it is missing: STEM.safetensors, or, if that would exceed
  * max_shard_size, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
  * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
  * max_shard_size has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
@@ -479,20 +473,20 @@ typedef struct sft_sharded_options {
  * are open until the end. Of several saves into one directory one at a time gives names to its files, and the last one
  * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults.
  * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the directory locked for a minute;
- * INVALID_ARGUMENT for a stem that is no file name, or that of a shard. */
+ * INVALID_ARGUMENT for a stem that is not a file name or is the name of a shard. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* directory,
                                     const sft_sharded_options* options);
 
-/** Writes the file into `buffer`, whose `nbytes` must be those that sft_writer_get_size tells for the same `options`,
- * and which may overlap no tensor's data. `options` may be NULL for the defaults; `durable` means nothing here. Errors:
+/** Writes the file into `buffer`, whose `nbytes` must be the result of sft_writer_get_size for the same `options`,
+ * and which must not overlap a tensor's data. `options` may be NULL for the defaults; `durable` is ignored. Errors:
  * those of sft_writer_get_size, BUFFER_SIZE, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_buffer(const sft_writer* writer, const sft_save_options* options, void* buffer,
                                    size_t nbytes);
 
 /* ---- Writing: tensor by tensor ----------------------------------------------------------------------------------- */
 
-/** A file that is written tensor by tensor, in any order, so that no more than one of them has to be in memory. It is
- * there under its name only once it was committed. */
+/** Writes a file tensor by tensor, in any order, so that only one of them has to be in memory. The file appears at its
+ * path when it is committed. */
 typedef struct sft_incremental_writer sft_incremental_writer;
 
 /** Adds a tensor without data to `writer`, for sft_incremental_writer_create and sft_writer_get_size; the other
@@ -501,19 +495,19 @@ typedef struct sft_incremental_writer sft_incremental_writer;
 sft_status sft_writer_declare_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
                                      const uint64_t* shape, size_t rank);
 
-/** Begins the file at `path`, with the tensors and the metadata of `writer`, which is not needed any more afterwards.
- * Tensors that were added with data are written at once; those that were declared are to be given to
- * sft_incremental_writer_write_tensor. The file will be the one that sft_writer_write_file would write. What is at
- * `path` stays as it is until the commit; a pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path`
+/** Begins the file at `path`, with the tensors and the metadata of `writer`, which may be freed afterwards.
+ * Tensors that were added with data are written at once; pass those that were declared to
+ * sft_incremental_writer_write_tensor. The file becomes the one that sft_writer_write_file would write. The target
+ * stays as it is until the commit; a pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path`
  * means what it means now. `options` may be NULL for the defaults. `*incremental` becomes a handle to free with
- * sft_incremental_writer_free, or NULL on an error. Errors: those of sft_writer_get_size, and IO, also where there is
- * no space for all of the file. */
+ * sft_incremental_writer_free, or NULL on an error. Errors: those of sft_writer_get_size, and IO, also if there is
+ * no space for the whole file. */
 sft_status sft_incremental_writer_create(const sft_writer* writer, const char* path, const sft_save_options* options,
                                          sft_incremental_writer** incremental);
 
 /** Writes the tensor called `name`: all of its `nbytes` bytes, row-major, from `data`. Several threads may write
- * different tensors at once. After IO the tensor may be given again.
- * Errors: TENSOR_NOT_FOUND for a name that was not declared, DUPLICATE for a tensor that was given already,
+ * different tensors at once. After IO the tensor may be written again.
+ * Errors: TENSOR_NOT_FOUND for a name that was not declared, DUPLICATE for a tensor that was written already,
  * BUFFER_SIZE, CLOSED after the commit, IO. */
 sft_status sft_incremental_writer_write_tensor(const sft_incremental_writer* writer, const char* name,
                                                size_t name_length, const void* data, size_t nbytes);
@@ -524,23 +518,23 @@ sft_status sft_incremental_writer_write_tensor(const sft_incremental_writer* wri
 sft_status sft_incremental_writer_write_part(const sft_incremental_writer* writer, const char* name, size_t name_length,
                                              uint64_t offset, const void* data, size_t nbytes);
 
-/** Puts the file in place, as sft_writer_write_file does, once every byte was given.
- * Errors: DATA_LENGTH, which lists tensors that are missing, after which they may still be given; CLOSED after an
+/** Replaces the target by the file, as sft_writer_write_file does; every byte must be written.
+ * Errors: DATA_LENGTH, which lists missing tensors, which may still be written; CLOSED after an
  * earlier commit; IO, after which the target is as it was. */
 sft_status sft_incremental_writer_commit(sft_incremental_writer* writer);
 
-/** Frees the handle. Without a commit the target stays as it was, and nothing is left beside it. NULL is ignored. */
+/** Frees the handle. Without a commit the target stays as it was, and no file is left beside it. NULL is ignored. */
 void sft_incremental_writer_free(sft_incremental_writer* writer);
 
 /* ---- Changing metadata ------------------------------------------------------------------------------------------- */
 
-/** One entry of the metadata that is set or removed. */
+/** A metadata entry to set or remove. */
 typedef struct sft_metadata_change {
     sft_str key;   /**< the key, at most one change of each */
-    sft_str value; /**< its new value; NULL with length 0 removes the entry, if it is there */
+    sft_str value; /**< its new value; NULL with length 0 removes the entry if it exists */
 } sft_metadata_change;
 
-/** How metadata is changed. */
+/** Options for sft_edit_metadata. */
 typedef struct sft_edit_options {
     size_t struct_size; /**< sizeof(sft_edit_options) */
     uint64_t reserve;   /**< free bytes to leave in the header for later edits, at least */
