@@ -15,8 +15,8 @@ inline rust::Slice<const uint8_t> as_bytes(const std::string& text) {
 }
 
 // Returns the bytes of each text, which must outlive the result.
-inline std::vector<core::Piece> as_pieces(const std::vector<std::string>& texts) {
-    std::vector<core::Piece> pieces;
+inline std::vector<core::Text> as_texts(const std::vector<std::string>& texts) {
+    std::vector<core::Text> pieces;
     pieces.reserve(texts.size());
     for (const std::string& text : texts) {
         pieces.push_back({as_bytes(text)});
@@ -28,7 +28,7 @@ inline std::vector<core::Piece> as_pieces(const std::vector<std::string>& texts)
 inline uint64_t bytes_of(const std::vector<core::Piece>& pieces) {
     uint64_t bytes = 0;
     for (const core::Piece& piece : pieces) {
-        bytes += piece.bytes.size();
+        bytes += piece.length;
     }
     return bytes;
 }

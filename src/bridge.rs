@@ -97,8 +97,14 @@ mod ffi {
         step: u64,
     }
 
-    /// Borrowed bytes: text, or a piece of a file to write.
-    struct Piece<'a> {
+    /// Bytes to be saved, which must be valid for reads during the call. Others may change them.
+    struct Piece {
+        start: *const u8,
+        length: usize,
+    }
+
+    /// A name or a key.
+    struct Text<'a> {
         bytes: &'a [u8],
     }
 
@@ -234,7 +240,7 @@ mod ffi {
         type FileWriter;
         fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>>;
         /// Returns how many bytes were written: all, unless a pipe accepts no more for `milliseconds`.
-        fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
+        unsafe fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
         fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()>;
 
         type ShardPlan;
@@ -244,7 +250,7 @@ mod ffi {
         fn shard_of(self: &ShardPlan) -> &[usize];
 
         type ShardedWriter;
-        fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece]) -> Result<Box<ShardedWriter>>;
+        fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text]) -> Result<Box<ShardedWriter>>;
         fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
         /// Adds the next complete file, in the order of the numbers.
         fn add(self: &mut ShardedWriter, file: Box<FileWriter>);
@@ -255,7 +261,7 @@ mod ffi {
 
         type MemoryWriter;
         unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;
-        fn write(self: &mut MemoryWriter, pieces: &[Piece]) -> Result<()>;
+        unsafe fn write(self: &mut MemoryWriter, pieces: &[Piece]) -> Result<()>;
     }
 
     // Writing tensor by tensor, on any thread.
@@ -275,7 +281,7 @@ mod ffi {
         fn discard(self: &IncrementalWriter);
 
         type TensorWriter;
-        fn write(self: &mut TensorWriter, pieces: &[Piece]) -> Result<()>;
+        unsafe fn write(self: &mut TensorWriter, pieces: &[Piece]) -> Result<()>;
         fn finish_tensor(writer: Box<TensorWriter>) -> Result<()>;
     }
 
@@ -285,7 +291,7 @@ mod ffi {
         fn begin_edit(
             path: &[u8],
             set: &[Entry],
-            removed: &[Piece],
+            removed: &[Text],
             in_place: bool,
             reserve: u64,
             durable: bool,

@@ -33,6 +33,7 @@ pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher, SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Buffers};
+pub use sys::raw_bytes::RawBytes;
 pub use sys::threads::{set_threads, threads};
 pub use write::atomic::AtomicFile;
 pub use write::edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};

@@ -193,7 +193,7 @@ bool Download::write_some(Deadline until) {
     uint64_t bytes = 0;
     size_t end = next_span_;
     for (; end < spans_.size() && spans_[end].is_there() && bytes < kWriteBytes; ++end) {
-        pieces.push_back({{spans_[end].data, spans_[end].length}});
+        pieces.push_back({spans_[end].data, spans_[end].length});
         bytes += spans_[end].length;
     }
     if (pieces.empty()) {

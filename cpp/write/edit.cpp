@@ -15,7 +15,7 @@ rust::Box<core::MetadataEdit> begin(const std::string& path, const Metadata& set
                                        ": give the bytes that are to be left for later edits, 0 or more");
     }
     const auto entries = entries_of(set);
-    const auto keys = as_pieces(removed);
+    const auto keys = as_texts(removed);
     return core::begin_edit(as_bytes(path), {entries.data(), entries.size()}, {keys.data(), keys.size()}, in_place,
                             static_cast<uint64_t>(reserve), durable);
 }

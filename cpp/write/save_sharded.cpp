@@ -31,7 +31,7 @@ rust::Box<core::ShardPlan> plan(NamedTensors& tensors, std::optional<Metadata>& 
 
 rust::Box<core::ShardedWriter> begin(const std::string& directory, const core::ShardPlan& plan,
                                      const std::vector<std::string>& names) {
-    const auto pieces = as_pieces(names);
+    const auto pieces = as_texts(names);
     return core::create_shards(as_bytes(directory), plan, {pieces.data(), pieces.size()});
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ffi::{Piece, TensorLocation};
+use super::ffi::{TensorLocation, Text};
 use super::file::{File, prefault_mode};
 use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
@@ -119,7 +119,7 @@ impl ShardPlan {
 /// A checkpoint that is being written, for C++.
 pub struct ShardedWriter(checkpoint::ShardedWriter);
 
-pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Piece<'_>]) -> Result<Box<ShardedWriter>> {
+pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text<'_>]) -> Result<Box<ShardedWriter>> {
     let directory = as_path(directory);
     let names = names.iter().map(|name| as_text("tensor name", name.bytes)).collect::<Result<Vec<&str>>>()?;
     let writer = checkpoint::ShardedWriter::new(directory, &plan.0, names.into_iter());

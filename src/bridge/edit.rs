@@ -1,6 +1,6 @@
 //! Edits of metadata.
 
-use super::ffi::{Entry, Piece};
+use super::ffi::{Entry, Text};
 use super::save::{as_metadata, until};
 use super::{Result, as_path, as_text};
 use crate::write::edit::{self, EditOptions};
@@ -11,7 +11,7 @@ pub struct MetadataEdit(edit::MetadataEdit);
 pub fn begin_edit(
     path: &[u8],
     set: &[Entry],
-    removed: &[Piece<'_>],
+    removed: &[Text<'_>],
     in_place: bool,
     reserve: u64,
     durable: bool,

@@ -1,7 +1,7 @@
 //! The incremental writer.
 
 use super::ffi::{Entry, Piece, Spec};
-use super::save::{as_metadata, as_spec};
+use super::save::{as_metadata, as_spec, raw_bytes};
 use super::{Result, as_path};
 use crate::error::Error;
 use crate::format::layout::{DEFAULT_ALIGNMENT, TensorSpec};
@@ -56,8 +56,12 @@ impl IncrementalWriter {
 pub struct TensorWriter(incremental::TensorWriter);
 
 impl TensorWriter {
-    pub fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
-        Ok(pieces.iter().try_for_each(|piece| self.0.write(piece.bytes))?)
+    /// # Safety
+    ///
+    /// The bytes of `pieces` must be valid for reads during the call.
+    pub unsafe fn write(&mut self, pieces: &[Piece]) -> Result<()> {
+        // SAFETY: the clause above.
+        Ok(unsafe { raw_bytes(pieces) }.try_for_each(|bytes| self.0.write_raw(bytes))?)
     }
 }
 

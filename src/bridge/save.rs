@@ -9,6 +9,7 @@ use crate::format::dtype::Dtype;
 use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::sys::populate::PagePopulator;
+use crate::sys::raw_bytes::RawBytes;
 use crate::write::output::Output;
 use crate::write::save;
 
@@ -63,6 +64,14 @@ impl SavePlan {
     }
 }
 
+/// # Safety
+///
+/// The bytes of `pieces` must be valid for reads during `'a`.
+pub(super) unsafe fn raw_bytes<'a>(pieces: &'a [Piece]) -> impl Iterator<Item = RawBytes<'a>> {
+    // SAFETY: the clause above.
+    pieces.iter().map(|piece| unsafe { RawBytes::new(piece.start, piece.length) })
+}
+
 /// A file that is being saved.
 pub struct FileWriter(pub(super) Output);
 
@@ -71,8 +80,13 @@ pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
 }
 
 impl FileWriter {
-    pub fn write(&mut self, pieces: &[Piece<'_>], milliseconds: u64) -> Result<u64> {
-        Ok(self.0.write_until(pieces.iter().map(|piece| piece.bytes), until(milliseconds))?)
+    /// # Safety
+    ///
+    /// The bytes of `pieces` must be valid for reads during the call.
+    pub unsafe fn write(&mut self, pieces: &[Piece], milliseconds: u64) -> Result<u64> {
+        // SAFETY: the clause above.
+        let pieces = unsafe { raw_bytes(pieces) };
+        Ok(self.0.write_until(pieces, until(milliseconds))?)
     }
 }
 
@@ -103,7 +117,11 @@ pub unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter> {
 }
 
 impl MemoryWriter {
-    pub fn write(&mut self, pieces: &[Piece<'_>]) -> Result<()> {
-        Ok(self.0.write(pieces.iter().map(|piece| piece.bytes))?)
+    /// # Safety
+    ///
+    /// The bytes of `pieces` must be valid for reads during the call.
+    pub unsafe fn write(&mut self, pieces: &[Piece]) -> Result<()> {
+        // SAFETY: the clause above.
+        Ok(self.0.write(unsafe { raw_bytes(pieces) })?)
     }
 }

@@ -51,7 +51,7 @@ pub unsafe extern "C" fn sft_incremental_writer_create(
         let borrowed = unsafe { writer.borrowed() }?;
         let created = IncrementalWriter::create(&writer.specs(), writer.metadata(), path, options)?;
         for (name, bytes) in borrowed {
-            created.write(name, bytes)?;
+            created.write_raw(name, bytes)?;
         }
         out.set(pointer::new_handle(sft_incremental_writer(created)));
         Ok(())
@@ -76,7 +76,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_tensor(
                 pointer::bytes(data, nbytes, "data")?,
             )
         };
-        writer.write(name, bytes)
+        writer.write_raw(name, bytes)
     })
 }
 
@@ -99,7 +99,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
                 pointer::bytes(data, nbytes, "data")?,
             )
         };
-        writer.write_part(name, offset, bytes)
+        writer.write_part_raw(name, offset, bytes)
     })
 }
 

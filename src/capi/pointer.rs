@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::raw_bytes::RawBytes;
 
 /// The largest size that a struct of this ABI may have; a larger one was never set.
 const MAX_STRUCT_BYTES: usize = 4096;
@@ -153,14 +154,15 @@ pub(super) fn buffer(pointer: *mut c_void, length: usize, what: &str) -> Result<
     Ok(pointer.cast())
 }
 
-/// Borrows bytes.
+/// Borrows bytes that others may change.
 ///
 /// # Safety
 ///
-/// As for [`array`].
-pub(super) unsafe fn bytes<'a>(pointer: *const c_void, length: usize, what: &str) -> Result<&'a [u8]> {
-    // SAFETY: this function has the contract of `array`; every value is a `u8`.
-    unsafe { array(pointer.cast::<u8>(), length, what) }
+/// "Pointers": `pointer` is NULL or valid for reads of `length` bytes while the result is used.
+pub(super) unsafe fn bytes<'a>(pointer: *const c_void, length: usize, what: &str) -> Result<RawBytes<'a>> {
+    let start = buffer(pointer.cast_mut(), length, what)?;
+    // SAFETY: valid for reads (this function's contract; not NULL and not too long, checked).
+    Ok(unsafe { RawBytes::new(start, length) })
 }
 
 /// Borrows UTF-8 text with a length, which may contain NUL.

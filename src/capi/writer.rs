@@ -7,12 +7,13 @@ use super::dtype;
 use super::options::{sft_save_options, sft_sharded_options};
 use super::pointer::{self, Out};
 use super::types::{sft_dtype, sft_status};
-use crate::checkpoint::save_sharded;
+use crate::checkpoint::save_sharded_raw;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 use crate::format::header::{Metadata, tensor_nbytes};
 use crate::format::layout::{Layout, TensorSpec};
-use crate::write::save::{save_file, save_into_raw};
+use crate::sys::raw_bytes::RawBytes;
+use crate::write::save::{save_file_raw, save_into_raw};
 
 /// The tensors and the metadata to write.
 #[derive(Default)]
@@ -50,7 +51,7 @@ impl sft_writer {
     /// # Safety
     ///
     /// "Ownership": the data of every tensor is valid, and nobody changes it while the result is used.
-    unsafe fn data(&self) -> Result<Vec<&[u8]>> {
+    unsafe fn data(&self) -> Result<Vec<RawBytes<'_>>> {
         let mut all = Vec::with_capacity(self.tensors.len());
         for tensor in &self.tensors {
             let Data::Borrowed { start, nbytes } = tensor.data else {
@@ -71,7 +72,7 @@ impl sft_writer {
     /// # Safety
     ///
     /// As for [`sft_writer::data`].
-    pub(super) unsafe fn borrowed(&self) -> Result<Vec<(&str, &[u8])>> {
+    pub(super) unsafe fn borrowed(&self) -> Result<Vec<(&str, RawBytes<'_>)>> {
         let mut all = Vec::new();
         for tensor in &self.tensors {
             if let Data::Borrowed { start, nbytes } = tensor.data {
@@ -248,7 +249,7 @@ pub unsafe extern "C" fn sft_writer_write_file(
         };
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
-        save_file(&writer.specs(), &data, writer.metadata.as_ref(), path, options)
+        save_file_raw(&writer.specs(), &data, writer.metadata.as_ref(), path, options)
     })
 }
 
@@ -271,7 +272,7 @@ pub unsafe extern "C" fn sft_writer_write_sharded(
         };
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
-        save_sharded(&writer.specs(), &data, writer.metadata.as_ref(), directory, options)?;
+        save_sharded_raw(&writer.specs(), &data, writer.metadata.as_ref(), directory, options)?;
         Ok(())
     })
 }

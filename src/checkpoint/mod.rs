@@ -24,6 +24,7 @@ mod writer;
 pub use index::parse_index;
 pub use open::{CheckpointOptions, Extra};
 pub use plan::{DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, ShardPlan};
+pub(crate) use save::save_sharded_raw;
 pub use save::{ShardedOptions, save_sharded};
 pub use shards::{Checkpoint, Shard, TensorLocation};
 pub use writer::ShardedWriter;

@@ -7,6 +7,7 @@ use super::writer::ShardedWriter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{self, Layout, TensorSpec};
+use crate::sys::raw_bytes::RawBytes;
 use crate::write::save::{self, SaveOptions};
 
 /// Options for [`save_sharded`].
@@ -46,6 +47,17 @@ pub fn save_sharded(
     directory: &Path,
     options: ShardedOptions<'_>,
 ) -> Result<Vec<String>> {
+    save_sharded_raw(tensors, &RawBytes::of_slices(data), metadata, directory, options)
+}
+
+/// As [`save_sharded`], for data that others may change.
+pub(crate) fn save_sharded_raw(
+    tensors: &[TensorSpec<'_>],
+    data: &[RawBytes<'_>],
+    metadata: Option<&Metadata>,
+    directory: &Path,
+    options: ShardedOptions<'_>,
+) -> Result<Vec<String>> {
     let fail = |error: Error| error.in_file(directory);
     if tensors.len() != data.len() {
         let detail = format!("{} tensors, but the bytes of {}", tensors.len(), data.len());
@@ -57,17 +69,17 @@ pub fn save_sharded(
     let plan = ShardPlan::new(sizes, options.stem, options.max_shard_size)?;
     let shards = plan.members().into_iter().map(|members| {
         let specs: Vec<TensorSpec<'_>> = members.iter().map(|&tensor| tensors[tensor]).collect();
-        let bytes: Vec<&[u8]> = members.iter().map(|&tensor| data[tensor]).collect();
+        let bytes: Vec<RawBytes<'_>> = members.iter().map(|&tensor| data[tensor]).collect();
         let layout = save::plan(&specs, &bytes, metadata, options.save.alignment).map_err(fail)?;
         Ok((layout, bytes))
     });
-    let shards = shards.collect::<Result<Vec<(Layout, Vec<&[u8]>)>>>()?;
+    let shards = shards.collect::<Result<Vec<(Layout, Vec<RawBytes<'_>>)>>>()?;
     let names = tensors.iter().map(|tensor| tensor.name);
     let mut writer = ShardedWriter::new(directory, &plan, names)?;
     for (shard, (layout, bytes)) in shards.iter().enumerate() {
         let mut file = writer.create(shard, layout.total_bytes())?;
         let pieces = layout.order().iter().map(|place| bytes[place.index]);
-        file.write(std::iter::once(layout.header()).chain(pieces))?;
+        file.write(std::iter::once(layout.header().into()).chain(pieces))?;
         writer.add(file);
     }
     writer.commit(options.save.durable)

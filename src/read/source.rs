@@ -64,8 +64,8 @@ impl Mapping {
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
         let identity = identity(file).map_err(|source| Error::io("inspect", path, source))?;
-        // No swap is set aside: a model larger than memory can be mapped, as most of it is never written to.
-        // SAFETY: nothing here makes a reference to the pages; what may change them is said of this type.
+        // Without reserved swap, a model larger than memory can be mapped: most of it is never written to.
+        // SAFETY: the pages may change, but no reference to them is made: reads copy by address, saves take `RawBytes`.
         let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
         let map = map.map_err(|source| cannot_map(path, source))?;
         Ok(Mapping { map: map.into(), path: path.clone(), identity })

@@ -10,5 +10,6 @@ pub(crate) mod mutex;
 pub(crate) mod page_cache;
 pub(crate) mod parallel;
 pub(crate) mod populate;
+pub mod raw_bytes;
 pub(crate) mod signals;
 pub mod threads;

@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, IoSlice, Write};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use super::{mapped, vectored};
 use crate::error::{Error, Result};
 use crate::sys::directory::Directory;
 use crate::sys::fork::OwnerProcess;
+use crate::sys::raw_bytes::{self, RawBytes};
 use crate::sys::signals::block_write_signals;
 
 /// The pause between two attempts to open a pipe without a reader.
@@ -60,7 +61,7 @@ impl Direct {
     /// Writes as much of `pieces` as the target accepts before `until`; returns the number of bytes.
     pub(crate) fn write<'a>(
         &mut self,
-        pieces: impl Iterator<Item = &'a [u8]>,
+        pieces: impl Iterator<Item = RawBytes<'a>>,
         until: Option<Instant>,
     ) -> Result<u64> {
         self.check_process()?;
@@ -83,7 +84,7 @@ impl Direct {
         }
         let State::Open(file) = &self.state else { unreachable!("opened above") };
         let mut writer = PollingWriter { file, until, written: 0 };
-        match block_write_signals(|| vectored::write_all(&mut writer, pieces)) {
+        match block_write_signals(|| vectored::write_all(pieces, |pieces| writer.write(pieces))) {
             Err(error) if error.kind() != io::ErrorKind::TimedOut => Err(fail(error)),
             Ok(()) | Err(_) => Ok(writer.written),
         }
@@ -114,14 +115,10 @@ struct PollingWriter<'f> {
     written: u64,
 }
 
-impl Write for PollingWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.write_vectored(&[IoSlice::new(bytes)])
-    }
-
-    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+impl PollingWriter<'_> {
+    fn write(&mut self, pieces: &[RawBytes<'_>]) -> io::Result<usize> {
         loop {
-            match self.file.write_vectored(pieces) {
+            match raw_bytes::write(self.file, pieces) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Ok(count) => {
                     self.written += count as u64;
@@ -133,10 +130,6 @@ impl Write for PollingWriter<'_> {
                 return Err(io::ErrorKind::TimedOut.into());
             }
         }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -179,18 +172,18 @@ mod tests {
         let bytes = vec![7; 1 << 20];
         let begin = Instant::now();
         let written = direct
-            .write([&bytes[..]].into_iter(), Some(begin + Duration::from_millis(50)))
+            .write([(&bytes[..]).into()].into_iter(), Some(begin + Duration::from_millis(50)))
             .expect("a part is written");
         assert!((1..1 << 20).contains(&written), "{written}");
         assert!(begin.elapsed() < Duration::from_secs(5));
-        assert_eq!(direct.write([&bytes[..]].into_iter(), Some(begin)).expect("full"), 0);
+        assert_eq!(direct.write([(&bytes[..]).into()].into_iter(), Some(begin)).expect("full"), 0);
         let rest = &bytes[written as usize..];
         let read = std::thread::spawn(move || {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).expect("read");
             all
         });
-        assert_eq!(direct.write([rest].into_iter(), None).expect("written"), rest.len() as u64);
+        assert_eq!(direct.write([rest.into()].into_iter(), None).expect("written"), rest.len() as u64);
         direct.commit(true).expect("nothing to do");
         assert!(read.join().expect("no panic") == bytes);
     }
@@ -198,9 +191,9 @@ mod tests {
     #[test]
     fn a_pipe_without_a_reader_is_an_error_if_it_had_one() {
         let (reader, mut direct) = pipe();
-        direct.write([&[1u8][..]].into_iter(), None).expect("written");
+        direct.write([(&[1u8][..]).into()].into_iter(), None).expect("written");
         drop(reader);
-        let error = direct.write([&[1u8][..]].into_iter(), None).expect_err("no reader");
+        let error = direct.write([(&[1u8][..]).into()].into_iter(), None).expect_err("no reader");
         assert_eq!(error.os_error(), Some(libc::EPIPE));
     }
 }

@@ -9,6 +9,7 @@ use super::direct::Direct;
 use super::target::Target;
 use crate::error::{Error, Result};
 use crate::sys::directory::open_parent;
+use crate::sys::raw_bytes::RawBytes;
 
 /// A save that has been started.
 #[derive(Debug)]
@@ -34,7 +35,7 @@ impl Output {
     /// Appends `pieces`; returns the number of bytes, which is smaller only if a pipe is full until `until`.
     pub(crate) fn write_until<'a>(
         &mut self,
-        pieces: impl Iterator<Item = &'a [u8]>,
+        pieces: impl Iterator<Item = RawBytes<'a>>,
         until: Option<Instant>,
     ) -> Result<u64> {
         match self {

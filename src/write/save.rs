@@ -7,6 +7,7 @@ use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::sys::copy::{self, CopyRange};
 use crate::sys::populate::PagePopulator;
+use crate::sys::raw_bytes::RawBytes;
 use crate::write::output::Output;
 
 /// Options of a save.
@@ -51,10 +52,21 @@ pub fn save_file(
     path: &Path,
     options: SaveOptions,
 ) -> Result<()> {
+    save_file_raw(tensors, &RawBytes::of_slices(data), metadata, path, options)
+}
+
+/// As [`save_file`], for data that others may change.
+pub(crate) fn save_file_raw(
+    tensors: &[TensorSpec<'_>],
+    data: &[RawBytes<'_>],
+    metadata: Option<&Metadata>,
+    path: &Path,
+    options: SaveOptions,
+) -> Result<()> {
     let layout = plan(tensors, data, metadata, options.alignment).map_err(|error| error.in_file(path))?;
     let mut file = Output::create(path, layout.total_bytes())?;
     let pieces = layout.order().iter().map(|place| data[place.index]);
-    file.write_until(std::iter::once(layout.header()).chain(pieces), None)?;
+    file.write_until(std::iter::once(layout.header().into()).chain(pieces), None)?;
     file.commit(options.durable)
 }
 
@@ -71,7 +83,16 @@ pub fn save_into(
     alignment: u64,
 ) -> Result<()> {
     // SAFETY: `save_into_raw` requires writable memory that does not overlap `data`: a `&mut` slice is both.
-    unsafe { save_into_raw(tensors, data, metadata, buffer.as_mut_ptr(), buffer.len(), alignment) }
+    unsafe {
+        save_into_raw(
+            tensors,
+            &RawBytes::of_slices(data),
+            metadata,
+            buffer.as_mut_ptr(),
+            buffer.len(),
+            alignment,
+        )
+    }
 }
 
 /// As [`save_into`], for memory that may be uninitialized.
@@ -81,7 +102,7 @@ pub fn save_into(
 /// `buffer` must be valid for writes of `length` bytes during the call, and overlap none of `data`.
 pub(crate) unsafe fn save_into_raw(
     tensors: &[TensorSpec<'_>],
-    data: &[&[u8]],
+    data: &[RawBytes<'_>],
     metadata: Option<&Metadata>,
     buffer: *mut u8,
     length: usize,
@@ -96,7 +117,7 @@ pub(crate) unsafe fn save_into_raw(
     // SAFETY: `MemoryWriter::new` requires `length` writable bytes that nobody else uses; this function's contract promises
     // them.
     let mut writer = unsafe { MemoryWriter::new(buffer, length, None) };
-    writer.write(std::iter::once(layout.header()).chain(pieces))
+    writer.write(std::iter::once(layout.header().into()).chain(pieces))
 }
 
 /// A writer that fills memory from start to end, on several threads if that is faster.
@@ -123,7 +144,7 @@ impl MemoryWriter {
     /// # Errors
     ///
     /// [`ErrorKind::BufferSize`] if they are more than is left; nothing is written then.
-    pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = &'a [u8]>) -> Result<()> {
+    pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = RawBytes<'a>>) -> Result<()> {
         let mut ranges = Vec::with_capacity(pieces.size_hint().0);
         let (mut next, mut left) = (self.next, self.left);
         for piece in pieces {
@@ -145,7 +166,7 @@ impl MemoryWriter {
 /// Returns the layout of `tensors`, after checking that `data` has as many bytes as each needs.
 pub(crate) fn plan(
     tensors: &[TensorSpec<'_>],
-    data: &[&[u8]],
+    data: &[RawBytes<'_>],
     metadata: Option<&Metadata>,
     alignment: u64,
 ) -> Result<Layout> {

@@ -8,10 +8,9 @@
 //! neither the disk's cache nor the filesystem's journal: both follow with the rename.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Write};
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd};
-use std::os::unix::fs::FileExt;
 
 /// The bytes that are written to the disk at a time: a power of two, so that blocks end where (huge) pages end.
 const BLOCK_BYTES: u64 = 8 << 20;
@@ -72,10 +71,10 @@ fn sync_file_range(file: &File, range: Range<u64>, flags: libc::c_uint) -> io::R
 }
 
 /// Writes all of `bytes` at `offset`.
-pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+pub(crate) fn write_all_at(file: &File, mut bytes: RawBytes<'_>, mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         let (part, rest) = bytes.split_at(in_block(offset, bytes.len()));
-        file.write_all_at(part, offset)?;
+        raw_bytes::write_all_at(file, part, offset)?;
         let end = offset + part.len() as u64;
         start(file, offset..end);
         (bytes, offset) = (rest, end);
@@ -85,13 +84,13 @@ pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io
 
 /// A writer that appends to a file, and starts writing each full block to the disk.
 pub(crate) struct Appender<'a> {
-    file: &'a mut File,
+    file: &'a File,
     length: &'a mut u64,
 }
 
 impl<'a> Appender<'a> {
     /// Returns a writer for `file`, which has `length` bytes; `length` is updated.
-    pub(crate) fn new(file: &'a mut File, length: &'a mut u64) -> Appender<'a> {
+    pub(crate) fn new(file: &'a File, length: &'a mut u64) -> Appender<'a> {
         Appender { file, length }
     }
 
@@ -101,34 +100,22 @@ impl<'a> Appender<'a> {
         start(self.file, *self.length..end);
         *self.length = end;
     }
-}
 
-impl Write for Appender<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.file.write(&bytes[..in_block(*self.length, bytes.len())])?;
-        self.appended(count as u64);
-        Ok(count)
-    }
-
-    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+    /// Writes some bytes of `pieces`, which are not empty; returns how many. Does not write beyond the end of a block.
+    pub(crate) fn write(&mut self, pieces: &[RawBytes<'_>]) -> io::Result<usize> {
         let mut room = in_block(*self.length, usize::MAX);
-        let fits = |piece: &&IoSlice<'_>| {
+        let first = pieces[0].split_at(room.min(pieces[0].len())).0;
+        let fits = |piece: &&RawBytes<'_>| {
             let rest = room.checked_sub(piece.len());
             room = rest.unwrap_or(0);
             rest.is_some()
         };
-        match pieces.iter().take_while(fits).count() {
-            0 => self.write(pieces.first().map_or(&[], |piece| piece)),
-            several => {
-                let count = self.file.write_vectored(&pieces[..several])?;
-                self.appended(count as u64);
-                Ok(count)
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        let count = match pieces.iter().take_while(fits).count() {
+            0 => raw_bytes::write(self.file, &[first])?,
+            several => raw_bytes::write(self.file, &pieces[..several])?,
+        };
+        self.appended(count as u64);
+        Ok(count)
     }
 }
 
@@ -136,7 +123,7 @@ impl Write for Appender<'_> {
 mod tests {
     use super::*;
     use crate::write::vectored;
-    use std::io::{Read, Seek};
+    use std::io::{Read, Seek, Write};
 
     fn bytes(length: u64) -> Vec<u8> {
         (0..length).map(|n| (n % 251) as u8).collect()
@@ -156,7 +143,8 @@ mod tests {
             file.write_all(&bytes[..7]).expect("written");
             let mut length = 7;
             let pieces = bytes[7..].chunks(size.min(bytes.len()));
-            vectored::write_all(&mut Appender::new(&mut file, &mut length), pieces).expect("written");
+            vectored::write_all(pieces, |pieces| Appender::new(&file, &mut length).write(pieces))
+                .expect("written");
             assert_eq!(length, bytes.len() as u64);
             finish(&file).expect("on the disk");
             assert!(content(file) == bytes, "{size}");
@@ -169,10 +157,10 @@ mod tests {
         let mut length = BLOCK_BYTES - 10;
         let mut appender = Appender::new(&mut file, &mut length);
         let pieces = [[0; 4], [1; 4], [2; 4]].concat();
-        let pieces: Vec<IoSlice<'_>> = pieces.chunks(4).map(IoSlice::new).collect();
-        assert_eq!(appender.write_vectored(&pieces).expect("written"), 8);
-        assert_eq!(appender.write_vectored(&pieces).expect("written"), 2);
-        assert_eq!(appender.write_vectored(&pieces).expect("written"), 12);
+        let pieces: Vec<RawBytes<'_>> = pieces.chunks(4).map(RawBytes::from).collect();
+        assert_eq!(appender.write(&pieces).expect("written"), 8);
+        assert_eq!(appender.write(&pieces).expect("written"), 2);
+        assert_eq!(appender.write(&pieces).expect("written"), 12);
         assert_eq!(length, BLOCK_BYTES + 12);
     }
 
@@ -181,8 +169,8 @@ mod tests {
         let bytes = bytes(2 * BLOCK_BYTES + 99);
         let file = tempfile::tempfile().expect("a file");
         let (first, last) = bytes.split_at(BLOCK_BYTES as usize - 1);
-        write_all_at(&file, last, first.len() as u64).expect("written");
-        write_all_at(&file, first, 0).expect("written");
+        write_all_at(&file, last.into(), first.len() as u64).expect("written");
+        write_all_at(&file, first.into(), 0).expect("written");
         assert!(content(file) == bytes);
     }
 

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use super::staging::{Location, StagedFile, link_beside};
 use super::{deferred_close, fallbacks, file_copy, leftovers};
 use crate::error::{Error, Result};
 use crate::sys::directory::{Directory, open_parent};
+use crate::sys::raw_bytes::{self, RawBytes};
 use crate::sys::signals::block_write_signals;
 use crate::write::target::Target;
 use crate::write::vectored;
@@ -93,13 +93,14 @@ impl AtomicFile {
     ///
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): no space left, or another system error;
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in another process.
-    pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
+    pub fn write<'a>(&mut self, pieces: impl IntoIterator<Item = impl Into<RawBytes<'a>>>) -> Result<()> {
         self.staged.check_process()?;
         let written = block_write_signals(|| {
             if self.replaces {
-                vectored::write_all(&mut Appender::new(&mut self.staged.file, &mut self.length), pieces)
+                let mut appender = Appender::new(&self.staged.file, &mut self.length);
+                vectored::write_all(pieces, |pieces| appender.write(pieces))
             } else {
-                vectored::write_all(&mut self.staged.file, pieces)
+                vectored::write_all(pieces, |pieces| raw_bytes::write(&self.staged.file, pieces))
             }
         });
         written.map_err(|source| self.staged.fail(source))
@@ -110,13 +111,14 @@ impl AtomicFile {
     /// # Errors
     ///
     /// As [`AtomicFile::write`].
-    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+    pub fn write_at<'a>(&self, bytes: impl Into<RawBytes<'a>>, offset: u64) -> Result<()> {
+        let bytes = bytes.into();
         self.staged.check_process()?;
         let written = block_write_signals(|| {
             if self.replaces {
                 write_back::write_all_at(&self.staged.file, bytes, offset)
             } else {
-                self.staged.file.write_all_at(bytes, offset)
+                raw_bytes::write_all_at(&self.staged.file, bytes, offset)
             }
         });
         written.map_err(|source| self.staged.fail(source))
@@ -133,7 +135,7 @@ impl AtomicFile {
         let copied = block_write_signals(|| file_copy::append(&mut self.staged.file, source, offset, length));
         let copied = copied.map_err(|source| self.staged.fail(source))?;
         if self.replaces {
-            Appender::new(&mut self.staged.file, &mut self.length).appended(copied);
+            Appender::new(&self.staged.file, &mut self.length).appended(copied);
         }
         Ok(copied)
     }
@@ -281,6 +283,7 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
     use crate::sys::fork::OwnerProcess;
+    use std::os::unix::fs::FileExt;
     use std::path::PathBuf;
 
     /// A file of `process` that is staged under a name beside the target.
@@ -310,7 +313,7 @@ mod tests {
         source.write_all_at(b"bytes", 0).expect("written");
         for outcome in [
             file.write([&b"bytes"[..]]),
-            file.write_at(b"bytes", 0),
+            file.write_at(&b"bytes"[..], 0),
             file.copy_from(&source, 0, 5).map(|_| ()),
             file.share_from(&source, 0, 5).map(|_| ()),
             file.synchronize(),

@@ -15,6 +15,7 @@ use crate::format::header::Metadata;
 use crate::format::layout::{Layout, TensorSpec};
 use crate::sys::fork::OwnerProcess;
 use crate::sys::mutex::{Guard, Mutex};
+use crate::sys::raw_bytes::RawBytes;
 use crate::write::atomic::AtomicFile;
 use crate::write::save::SaveOptions;
 use ranges::Ranges;
@@ -131,6 +132,11 @@ impl IncrementalWriter {
     /// [`ErrorKind::TensorNotFound`]; [`ErrorKind::Duplicate`] if it was written before; [`ErrorKind::BufferSize`];
     /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be written again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write_raw(name, bytes.into())
+    }
+
+    /// As [`IncrementalWriter::write`], for bytes that others may change.
+    pub(crate) fn write_raw(&self, name: &str, bytes: RawBytes<'_>) -> Result<()> {
         let index = self.require(name)?;
         let tensor = &self.shared.tensors[index];
         if bytes.len() as u64 != tensor.nbytes {
@@ -147,6 +153,11 @@ impl IncrementalWriter {
     ///
     /// As [`IncrementalWriter::write`].
     pub fn write_part(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_part_raw(name, offset, bytes.into())
+    }
+
+    /// As [`IncrementalWriter::write_part`], for bytes that others may change.
+    pub(crate) fn write_part_raw(&self, name: &str, offset: u64, bytes: RawBytes<'_>) -> Result<()> {
         let index = self.require(name)?;
         let tensor = &self.shared.tensors[index];
         let end = offset.checked_add(bytes.len() as u64).filter(|&end| end <= tensor.nbytes);
@@ -161,7 +172,7 @@ impl IncrementalWriter {
         self.write_range(index, offset, bytes)
     }
 
-    fn write_range(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn write_range(&self, index: usize, offset: u64, bytes: RawBytes<'_>) -> Result<()> {
         let claim = Claim::new(&self.shared, index, offset..offset + bytes.len() as u64)?;
         claim.write(offset, bytes)?;
         claim.keep();
@@ -331,7 +342,7 @@ impl Claim {
     }
 
     /// Writes at `offset` of the tensor, within the claimed bytes.
-    fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn write(&self, offset: u64, bytes: RawBytes<'_>) -> Result<()> {
         let file = self.file.as_ref().expect("there until the claim is dropped");
         file.write_at(bytes, self.shared.tensors[self.index].begin + offset)
     }
@@ -371,6 +382,11 @@ impl TensorWriter {
     ///
     /// [`ErrorKind::BufferSize`] if they are more than the tensor has; [`ErrorKind::Io`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.write_raw(bytes.into())
+    }
+
+    /// As [`TensorWriter::write`], for bytes that others may change.
+    pub(crate) fn write_raw(&mut self, bytes: RawBytes<'_>) -> Result<()> {
         let end = self.next + bytes.len() as u64;
         if end > self.nbytes {
             return Err(self.wrong_size(end));
