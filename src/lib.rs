@@ -30,7 +30,8 @@ pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Placement, Te
 pub use format::slice::{AxisRange, Slice};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
-pub use read::prefetch::{NextSlab, Prefetcher, SLAB_PART_ALIGNMENT, SlabPart};
+pub use read::prefetch::{NextSlab, Prefetcher};
+pub use read::slab_layout::{SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Buffers};
 pub use sys::raw_bytes::RawBytes;

@@ -70,7 +70,7 @@ impl Prefetcher {
             prefetch::NextSlab::End => (SlabState::End, 0, Vec::new()),
         };
         let parts = parts.into_iter().map(|part| {
-            let prefetch::SlabPart { request, offset, slab_offset, length } = part;
+            let crate::SlabPart { request, offset, slab_offset, length } = part;
             SlabPart { request, offset, slab_offset, length }
         });
         Ok(NextSlab { state, slab, parts: parts.collect() })

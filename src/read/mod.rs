@@ -3,5 +3,8 @@
 pub mod file;
 pub mod prefault;
 pub mod prefetch;
+mod read_ahead;
 pub(crate) mod reader;
+pub mod slab_layout;
+mod slice_reader;
 pub mod source;

@@ -1,8 +1,7 @@
-//! Brings the pages of a mapped file into reach before they are touched.
+//! Reads and maps the pages of a mapped file before they are touched.
 //!
-//! Touching a mapping costs a page fault every few pages, and where the file is not in memory a wait for the disk. Here
-//! threads go through the mapping piece by piece: what the page cache lacks is read, and then the pages are mapped, many
-//! with one call (Linux 5.14 and later). Only page tables and the page cache change, never a byte.
+//! Touching a mapping costs a page fault every few pages, and a wait for the disk if the file is not in memory. Here
+//! threads read what is missing from the page cache, then map the pages, many with one call (Linux 5.14 and later).
 
 use std::fs::File;
 use std::io;
@@ -14,97 +13,40 @@ use std::sync::{Arc, Weak};
 use memmap2::Advice;
 
 use crate::error::{Error, Result};
+use crate::read::read_ahead::{self, spawn};
 use crate::read::source::{Mapping, OpenFile, shrank};
 use crate::sys::memory_limit::available_memory;
 use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
 use crate::sys::parallel::{self, CHUNK_BYTES};
-use crate::sys::populate::is_resident;
 use crate::sys::threads::ThreadLimit;
 
-/// When the pages of a mapping are brought in.
+/// When the pages of a mapping are read and mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefault {
-    /// By threads of their own, while the caller goes on.
+    /// After the call returned, by background threads.
     Background,
     /// Before the call returns.
     Wait,
 }
 
-/// The bytes that are mapped with one call. The kernel keeps the process from changing its mappings meanwhile, so that
-/// another thread's allocation may have to wait for it: for some 30 microseconds, and not for 8 times that.
+/// The bytes that are mapped with one call. Allocations of other threads wait for that call, because it locks the
+/// process's mappings: some 30 microseconds for this size.
 const POPULATE_BYTES: usize = 1 << 20;
 
-/// Smaller mappings are not worth a thread: all their faults together take less than starting it.
+/// Smaller mappings are not worth a thread: starting it takes longer than all their page faults.
 const BACKGROUND_BYTES: usize = 16 << 20;
 
-/// Fewer bytes come with the page that is touched: the kernel reads as many around it.
-const READ_AHEAD_BYTES: usize = 128 << 10;
-
-/// How often the kernel is asked for what it did not read.
-const ROUNDS: usize = 3;
-
-/// Has the kernel read what of `bytes`, which are about to be used, is not in memory. Waits for none of it: many requests
-/// are under way at once, where touching the pages sends one or two and waits for them.
-pub(crate) fn read_ahead(mapping: &Arc<Mapping>, bytes: Range<usize>) {
-    if bytes.len() < BACKGROUND_BYTES {
-        request(mapping, bytes);
-        return;
-    }
-    if looks_resident(mapping, &bytes) {
-        return;
-    }
-    // Sending that many requests is waiting too: without a thread for it, the pages come when they are touched.
-    if !ThreadLimit::current().is_ok_and(|threads| threads.cap_background(1) > 0) {
-        return;
-    }
-    let mapping = Arc::downgrade(mapping);
-    spawn(move || {
-        if available_memory().is_none_or(|available| bytes.len() as u64 > available / 2) {
-            return;
-        }
-        for start in bytes.clone().step_by(CHUNK_BYTES) {
-            let Some(mapping) = mapping.upgrade() else { return };
-            request(&mapping, start..bytes.end.min(start + CHUNK_BYTES));
-        }
-    });
-}
-
-/// Asks the kernel to read `bytes`, unless they seem to be in memory, or hardly worth it.
-fn request(mapping: &Mapping, bytes: Range<usize>) {
-    if bytes.len() >= READ_AHEAD_BYTES && !looks_resident(mapping, &bytes) {
-        // With one call the kernel reads no more than it reads ahead anyway. A filesystem with many requests under way
-        // (FUSE) drops the last calls of a round; what no round brings is read when it is touched.
-        for _ in 0..ROUNDS {
-            for start in bytes.clone().step_by(READ_AHEAD_BYTES) {
-                let length = READ_AHEAD_BYTES.min(bytes.end - start);
-                if !looks_resident(mapping, &(start..start + length)) {
-                    let _ = mapping.advise(Advice::WillNeed, start, length);
-                }
-            }
-        }
-    }
-}
-
-/// Whether both ends and the middle of `bytes` are in memory. Asking for every page would take longer than using those
-/// that are. Of a file that this process may neither own nor write to, the kernel says that all of it is.
-fn looks_resident(mapping: &Mapping, bytes: &Range<usize>) -> bool {
-    [bytes.start, bytes.start.midpoint(bytes.end), bytes.end - 1]
-        .into_iter()
-        .all(|at| is_resident(mapping.as_ptr().wrapping_add(at)))
-}
-
-/// Brings in all of `mappings`, each of its file, one after the other.
+/// Reads and maps all of `mappings`, one after the other.
 ///
 /// # Errors
 ///
-/// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] alone: [`ErrorKind::Io`](crate::ErrorKind::Io) where a
-/// read fails, [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the file is shorter than the mapping.
+/// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] only: [`ErrorKind::Io`](crate::ErrorKind::Io) if a
+/// read fails, [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file is shorter than the mapping.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
         return mappings.iter().try_for_each(|mapping| wait(mapping));
     }
     let total: usize = mappings.iter().map(|mapping| mapping.len()).sum();
-    // The caller is one thread, and goes on.
     let threads = ThreadLimit::current()?;
     if total >= BACKGROUND_BYTES && threads.cap_background(1) > 0 {
         Prefaulter::start(mappings, total as u64, threads);
@@ -113,14 +55,14 @@ pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()>
 }
 
 fn wait(mapping: &Mapping) -> Result<()> {
-    let pieces = pieces_of(mapping);
+    let count = chunk_count(mapping);
     let reopened = mapping.reopen();
     let file = reopened.as_ref();
     let residency = residency_of(mapping, file.map(|opened| &opened.file));
     let threads = ThreadLimit::current()?;
     let readers = if residency == Residency::Cold { threads.cap(COLD_READERS) } else { 1 };
-    parallel::for_each(pieces, parallel::thread_count(threads, mapping.len(), pieces).max(readers), |piece| {
-        bring_in(mapping, file, bytes_of(mapping, piece), residency)
+    parallel::for_each(count, parallel::thread_count(threads, mapping.len(), count).max(readers), |chunk| {
+        read_and_map(mapping, file, chunk_range(mapping, chunk), residency)
     })
 }
 
@@ -128,14 +70,13 @@ fn residency_of(mapping: &Mapping, file: Option<&File>) -> Residency {
     file.map_or(Residency::Unknown, |file| residency(file, 0..mapping.len() as u64))
 }
 
-/// Brings in the pages of `bytes`, from the disk if need be: by reads of `file`, if it was opened again and its
-/// `residency` is known.
+/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) where the
-/// file ends before them.
-pub(crate) fn bring_in(
+/// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file
+/// ends before them.
+pub(crate) fn read_and_map(
     mapping: &Mapping,
     file: Option<&OpenFile>,
     bytes: Range<usize>,
@@ -146,7 +87,7 @@ pub(crate) fn bring_in(
         let is_shorter = |file: &OpenFile| file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
         let is_short = || file.map_or_else(|| mapping.reopen().as_ref().is_some_and(is_shorter), is_shorter);
         match source.raw_os_error() {
-            // What populating answers where touching would raise a signal: beyond the end, or a disk that fails.
+            // Touching the page would raise SIGBUS: it is beyond the end of the file, or the disk has failed.
             Some(libc::EFAULT) if is_short() => shrank(path),
             Some(libc::EFAULT) => Error::io("read", path, io::Error::from_raw_os_error(libc::EIO)),
             _ if source.kind() == io::ErrorKind::UnexpectedEof => shrank(path),
@@ -155,36 +96,36 @@ pub(crate) fn bring_in(
     })
 }
 
-/// The threads that bring in one mapping, and what they share.
+/// The state that the threads of one mapping share.
 struct Prefaulter {
-    /// Not an `Arc`: whoever owns the mapping decides how long it lives.
+    /// Weak, so that the threads stop when the last tensor is freed.
     mapping: Weak<Mapping>,
-    /// None if it is not at its path any more.
+    /// None if the file could not be reopened.
     file: Option<File>,
     next: AtomicUsize,
 }
 
-/// How a crew goes about its work.
+/// How a mapping is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
     residency: Residency,
     threads: usize,
-    /// From the end of the file to its start.
+    /// Whether to go from the end of the file to its start.
     backwards: bool,
 }
 
 impl Plan {
-    /// The plan for a mapping, one of several with `bytes` together; `None` where its pages are better left to the touch.
+    /// Returns the plan for one of several mappings with `bytes` together, or `None` if demand paging is better.
     fn new(residency: Residency, bytes: u64, available: Option<u64>, cores: usize) -> Option<Plan> {
-        // What may have to be read stays where it is if it would push out itself, or all else.
+        // Files that would evict themselves, or everything else, from memory are not read.
         let fits = available.is_some_and(|available| bytes <= available / 2);
         match residency {
-            // Whoever goes through the file at once meets this crew half-way, where a race from the same start would
-            // have both wait for each other.
+            // Backwards, so that the threads and a caller that reads forwards meet once. From the same end, they would
+            // wait for each other all the way.
             Residency::Cached => {
                 Some(Plan { residency, threads: (cores / 2).clamp(1, COLD_READERS), backwards: true })
             }
-            // In the order in which it is probably wanted.
+            // In the order in which tensors are usually read.
             Residency::Cold if fits => Some(Plan { residency, threads: COLD_READERS, backwards: false }),
             Residency::Unknown if fits => Some(Plan { residency, threads: 1, backwards: false }),
             Residency::Cold | Residency::Unknown => None,
@@ -193,46 +134,45 @@ impl Plan {
 }
 
 impl Prefaulter {
-    /// Starts the thread that leads the crews of `mappings`, which have `total` bytes together. Without threads to spare
-    /// the pages come when they are touched.
+    /// Starts a thread that prefaults `mappings`, which have `total` bytes together, one after the other.
     fn start(mappings: &[&Arc<Mapping>], total: u64, threads: ThreadLimit) {
         let mappings: Vec<Weak<Mapping>> = mappings.iter().map(|mapping| Arc::downgrade(mapping)).collect();
-        spawn(move || mappings.into_iter().for_each(|mapping| Prefaulter::lead(mapping, total, threads)));
+        spawn(move || mappings.into_iter().for_each(|mapping| Prefaulter::run(mapping, total, threads)));
     }
 
-    /// Looks what there is to do, gets help for it, and works too. All mappings that are brought in have `total` bytes.
-    fn lead(mapping: Weak<Mapping>, total: u64, threads: ThreadLimit) {
+    /// Prefaults one mapping on this thread and as many others as are worth it.
+    fn run(mapping: Weak<Mapping>, total: u64, threads: ThreadLimit) {
         let Some(mapped) = mapping.upgrade() else { return };
         let file = mapped.reopen().map(|opened| opened.file);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let plan = Plan::new(residency_of(&mapped, file.as_ref()), total, available_memory(), cores);
         drop(mapped);
         let Some(plan) = plan else { return };
-        let crew = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
+        let shared = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
         for _ in 1..threads.cap_background(plan.threads) {
-            let crew = Arc::clone(&crew);
-            spawn(move || crew.work(plan));
+            let shared = Arc::clone(&shared);
+            spawn(move || shared.work(plan));
         }
-        crew.work(plan);
+        shared.work(plan);
     }
 
-    /// Brings in pieces until none is left, or nobody wants them any more.
+    /// Takes chunks until none is left or the mapping is gone.
     fn work(&self, plan: Plan) {
         while let Some(mapping) = self.mapping.upgrade() {
-            let (pieces, turn) = (pieces_of(&mapping), self.next.fetch_add(1, Ordering::Relaxed));
-            if turn >= pieces {
+            let (count, turn) = (chunk_count(&mapping), self.next.fetch_add(1, Ordering::Relaxed));
+            if turn >= count {
                 return;
             }
-            let piece = if plan.backwards { pieces - 1 - turn } else { turn };
-            let bytes = bytes_of(&mapping, piece);
-            // Samples said that all of the file is in memory; what is not, for all that, stays on the disk.
+            let chunk = if plan.backwards { count - 1 - turn } else { turn };
+            let bytes = chunk_range(&mapping, chunk);
+            // The residency is that of samples. Chunks that turn out to be cold are left to demand paging.
             let range = bytes.start as u64..bytes.end as u64;
             if plan.residency == Residency::Cached
                 && self.file.as_ref().is_some_and(|file| !is_cached(file, range))
             {
                 continue;
             }
-            // An error is for whoever touches the page to see.
+            // The error will show when the page is touched.
             if populate(&mapping, self.file.as_ref(), bytes, plan.residency).is_err() {
                 return;
             }
@@ -240,22 +180,18 @@ impl Prefaulter {
     }
 }
 
-/// Has `work` done in the background, if there is a thread for it.
-fn spawn(work: impl FnOnce() + Send + 'static) {
-    let _ = std::thread::Builder::new().name("sft-prefault".into()).spawn(work);
-}
-
-fn pieces_of(mapping: &Mapping) -> usize {
+fn chunk_count(mapping: &Mapping) -> usize {
     mapping.len().div_ceil(CHUNK_BYTES)
 }
 
-/// The bytes of piece number `piece`.
-fn bytes_of(mapping: &Mapping, piece: usize) -> Range<usize> {
-    let start = piece * CHUNK_BYTES;
+/// Returns the range of chunk number `chunk`.
+fn chunk_range(mapping: &Mapping, chunk: usize) -> Range<usize> {
+    let start = chunk * CHUNK_BYTES;
     start..mapping.len().min(start + CHUNK_BYTES)
 }
 
-/// Brings in the pages of `bytes`, after it has read what is not in memory, or has asked the kernel to if it cannot know.
+/// Maps the pages of `bytes`, after reading those that are not in memory. If residency is unknown, asks the kernel to read
+/// them instead.
 fn populate(
     mapping: &Mapping,
     file: Option<&File>,
@@ -265,7 +201,7 @@ fn populate(
     let (from, to) = (bytes.start as u64, bytes.end as u64);
     let known = file.filter(|_| residency != Residency::Unknown);
     if known.is_none() {
-        request(mapping, bytes.clone());
+        read_ahead::request(mapping, bytes.clone());
     }
     if let Some(file) = known
         && !is_cached(file, from..to)
@@ -282,7 +218,7 @@ fn populate(
         let length = POPULATE_BYTES.min(bytes.end - start);
         match mapping.advise(Advice::PopulateRead, start, length) {
             Ok(()) => {}
-            // Linux before 5.14: the pages come when they are touched.
+            // Linux before 5.14: the pages are mapped when they are touched.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
             Err(error) => return Err(error),
         }
@@ -335,34 +271,34 @@ mod tests {
     }
 
     #[test]
-    fn only_the_same_file_is_opened_again() {
+    fn reopens_only_the_same_file() {
         let (file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
         let path = file.path().to_path_buf();
-        let opened = mapping.reopen().expect("it is there");
+        let opened = mapping.reopen().expect("exists");
         assert_eq!((opened.path, opened.file.metadata().expect("open").len()), (path.clone(), BYTES as u64));
-        let aside = path.with_extension("aside");
-        std::fs::rename(&path, &aside).expect("renamed");
+        let moved = path.with_extension("moved");
+        std::fs::rename(&path, &moved).expect("renamed");
         assert!(mapping.reopen().is_none(), "gone");
         std::fs::write(&path, vec![7; BYTES]).expect("written");
-        assert!(mapping.reopen().is_none(), "another one");
-        // Its pages come from the mapping alone.
+        assert!(mapping.reopen().is_none(), "another file");
+        // Its pages can only be read through the mapping.
         prefault(&[mapping], Prefault::Wait).expect("prefault");
         assert!(resident(mapping) >= BYTES as u64);
-        std::fs::rename(&aside, &path).expect("renamed");
+        std::fs::rename(&moved, &path).expect("renamed");
         assert!(mapping.reopen().is_some(), "back again");
     }
 
     #[test]
-    fn what_is_unknown_is_brought_in_too() {
+    fn maps_files_of_unknown_residency() {
         let (_file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        bring_in(mapping, None, 0..BYTES, Residency::Unknown).expect("brought in");
+        read_and_map(mapping, None, 0..BYTES, Residency::Unknown).expect("mapped");
         assert!(resident(mapping) >= BYTES as u64);
     }
 
     #[test]
-    fn a_small_mapping_gets_no_thread() {
+    fn starts_no_thread_for_a_small_mapping() {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BACKGROUND_BYTES as u64 - 1).expect("grow");
         let opened = OpenFile { file, path: "small".into() };
@@ -373,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn several_mappings_come_one_after_the_other() {
+    fn prefaults_several_mappings() {
         let several = [mapped(), mapped(), mapped()];
         let parts: Vec<&Arc<Mapping>> = several
             .iter()
@@ -385,13 +321,13 @@ mod tests {
         prefault(&parts, Prefault::Background).expect("prefault");
         let deadline = Instant::now() + Duration::from_secs(20);
         while parts.iter().any(|mapping| resident(mapping) < BYTES as u64) {
-            assert!(Instant::now() < deadline, "not all came");
+            assert!(Instant::now() < deadline, "not all pages were mapped");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     #[test]
-    fn waiting_maps_every_page() {
+    fn wait_maps_every_page() {
         let (_file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
         assert_eq!(resident(mapping), 0);
@@ -400,29 +336,29 @@ mod tests {
     }
 
     #[test]
-    fn the_background_maps_every_page_in_the_end() {
+    fn background_maps_every_page() {
         let (_file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
         prefault(&[mapping], Prefault::Background).expect("prefault");
         let deadline = Instant::now() + Duration::from_secs(20);
         while resident(mapping) < BYTES as u64 {
-            assert!(Instant::now() < deadline, "only {} bytes came", resident(mapping));
+            assert!(Instant::now() < deadline, "only {} bytes were mapped", resident(mapping));
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     #[test]
-    fn a_file_cut_short_is_an_error_for_who_waits() {
+    fn wait_fails_for_a_truncated_file() {
         let (file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
         file.as_file().set_len(100_000).expect("cut");
         let error = prefault(&[mapping], Prefault::Wait).expect_err("cut short");
         assert_eq!(error.kind(), crate::ErrorKind::FileChanged);
-        prefault(&[mapping], Prefault::Background).expect("nobody waits");
+        prefault(&[mapping], Prefault::Background).expect("errors are ignored");
     }
 
     #[test]
-    fn a_background_thread_lets_go_of_a_mapping_that_nobody_wants() {
+    fn background_threads_stop_when_the_mapping_is_dropped() {
         let (_file, source) = mapped();
         let Source::Mapped(mapping) = &source else { panic!("mapped") };
         let watched = Arc::downgrade(mapping);

@@ -1,4 +1,4 @@
-//! Copies byte ranges of a source to memory: threads take chunks of equal size from all ranges together.
+//! Reads byte ranges of a source into memory. Threads take chunks of equal size, whatever the sizes of the ranges.
 
 use std::io;
 use std::ops::Range;
@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::read::prefault::bring_in;
+use crate::read::prefault::read_and_map;
 use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
@@ -15,28 +15,26 @@ use crate::sys::parallel::{self, Chunks};
 use crate::sys::populate::is_resident;
 use crate::sys::threads::ThreadLimit;
 
-/// The most ranges in one vectored read; Linux allows 1024.
+/// The most destinations of one `preadv`; Linux allows 1024.
 const MAX_PARTS: usize = 512;
 
-/// Fewer neighbouring bytes of a mapping are not worth a call that brings them in.
+/// Fewer contiguous bytes of a mapping are not worth a `madvise`.
 const BRING_IN_BYTES: usize = 64 << 10;
 
-/// Fewer bytes may well be used while they are still in the processor's caches.
+/// Smaller copies go through the processor's caches, because they may be used while they are there.
 const STREAM_BYTES: usize = 1 << 20;
 
-/// One range of a source, and where it goes.
+/// A range of a source, and its destination.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadRange {
-    /// Where the bytes begin in the source.
+    /// The offset of the first byte in the source.
     pub offset: u64,
-    /// Where the bytes go.
     pub destination: *mut u8,
-    /// How many bytes.
     pub length: usize,
 }
 
-// SAFETY: a range is a plain instruction; `read` requires of its caller that destinations are valid for writes
-// from any thread and do not overlap.
+// SAFETY: only `read`, `read_here` and `PendingRead::advance` write to the destination. Their contract requires that it is
+// valid on any thread and overlaps no other one.
 unsafe impl Send for ReadRange {}
 // SAFETY: as above.
 unsafe impl Sync for ReadRange {}
@@ -46,28 +44,27 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
 }
 
-/// Carries out `ranges`, on as many threads as they are worth; into `fresh`, if it is given, each range into the
-/// place of the same number.
+/// Reads `ranges`, on as many threads as are worth it. With `fresh`, range number `i` goes to its buffer number `i`.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FileChanged`] where the source ends early, [`ErrorKind::Io`] where a read fails. The destinations
-/// then hold anything.
+/// [`ErrorKind::FileChanged`] if the source ends early, [`ErrorKind::Io`] if a read fails. The contents of the
+/// destinations are then unspecified.
 ///
 /// # Safety
 ///
-/// Every destination must be valid for writes of its length until the call returns, and no two may overlap each
-/// other or the source.
+/// Every destination must be valid for writes of its length, on any thread, until the call returns. None may overlap
+/// another one or the source.
 pub(crate) unsafe fn read(
     method: ReadMethod<'_>,
     ranges: Vec<ReadRange>,
     fresh: Option<&Buffers>,
 ) -> Result<()> {
-    // SAFETY: the caller vouches for the destinations.
+    // SAFETY: this function has the contract of `advance`.
     unsafe { PendingRead::new(method, ranges)?.advance(method, fresh, None) }
 }
 
-/// As [`read`], on the calling thread alone, at the `strategy` of the whole that this is part of.
+/// As [`read`], on the calling thread, with the `strategy` of the larger read that this is part of.
 ///
 /// # Errors
 ///
@@ -83,11 +80,11 @@ pub(crate) unsafe fn read_here(
 ) -> Result<()> {
     check_within(method, ranges)?;
     let parts = ranges.iter().copied();
-    // SAFETY: the caller vouches for the destinations, and the ranges lie in the source (checked).
-    unsafe { read_parts(method, parts, strategy.most_bytes, strategy.residency) }
+    // SAFETY: this function's contract covers the destinations; the ranges are inside the source (checked).
+    unsafe { read_parts(method, parts, strategy) }
 }
 
-/// Transfers that are carried out in steps, each on as many threads as all of them are worth.
+/// A read in steps. Each step uses as many threads as the whole read is worth.
 #[derive(Debug)]
 pub(crate) struct PendingRead {
     ranges: Vec<ReadRange>,
@@ -98,7 +95,7 @@ pub(crate) struct PendingRead {
 }
 
 impl PendingRead {
-    /// Nothing is read yet.
+    /// Plans a read; reads nothing yet.
     ///
     /// # Errors
     ///
@@ -109,21 +106,20 @@ impl PendingRead {
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
-    /// The bytes of all ranges.
+    /// Returns the bytes of all ranges.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
         self.chunks.total_bytes()
     }
 
-    /// The bytes that are where they belong.
+    /// Returns the bytes that were read.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn done_bytes(&self) -> usize {
         self.chunks.bytes_before(self.next)
     }
 
-    /// Goes on until all is done, or it is later than `until`; at least one chunk is done. `method` must be of the source
-    /// that the job was made for, and `fresh` the memory that it reads into, each range into the place of the same
-    /// number, unless that is somebody else's.
+    /// Reads until all ranges are done or `deadline` has passed, but at least one chunk. `method` must be one of the
+    /// source that the read was planned for; `fresh` is as for [`read`].
     ///
     /// # Errors
     ///
@@ -136,11 +132,11 @@ impl PendingRead {
         &mut self,
         method: ReadMethod<'_>,
         fresh: Option<&Buffers>,
-        until: Option<Instant>,
+        deadline: Option<Instant>,
     ) -> Result<()> {
         let PendingRead { ranges, chunks, strategy, .. } = &*self;
         check_within(method, ranges)?;
-        self.next = parallel::for_each_until(until, self.next..chunks.len(), strategy.threads, |chunk| {
+        self.next = parallel::for_each_until(deadline, self.next..chunks.len(), strategy.threads, |chunk| {
             if let Some(memory) = fresh {
                 memory.populate(chunks.parts(chunk));
             }
@@ -152,68 +148,69 @@ impl PendingRead {
                     length: part.len(),
                 }
             });
-            // SAFETY: the caller vouches for the destinations, no other chunk has these parts of them, and the
-            // ranges lie in the source (checked).
-            unsafe { read_parts(method, parts, strategy.most_bytes, strategy.residency) }
+            // SAFETY: this function's contract covers the destinations, and no other chunk has these parts of them; the
+            // ranges are inside the source (checked).
+            unsafe { read_parts(method, parts, *strategy) }
         })?;
         Ok(())
     }
 }
 
-/// Refuses ranges that leave a source whose length is known.
+/// Checks that `ranges` are inside a source in memory.
 fn check_within(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<()> {
     let length = match method {
-        // Reads see for themselves where the file ends.
+        // Reads return how many bytes there are.
         ReadMethod::File(_) => return Ok(()),
         ReadMethod::Mapping(mapping, _) => mapping.len(),
         ReadMethod::Memory(memory) => memory.length,
     };
-    let leaves = |range: &ReadRange| {
+    let is_outside = |range: &ReadRange| {
         range.offset.checked_add(range.length as u64).is_none_or(|end| end > length as u64)
     };
-    if ranges.iter().any(leaves) {
-        return Err(Error::new(ErrorKind::FileChanged, "a range leaves the source"));
+    if ranges.iter().any(is_outside) {
+        return Err(Error::new(ErrorKind::FileChanged, "a range is outside the source"));
     }
     Ok(())
 }
 
-/// Reads `parts`, which lie in the source, on this thread.
+/// Reads `parts` on this thread.
 ///
 /// # Safety
 ///
-/// As for [`read`].
+/// As for [`read`]. The parts must be inside a source in memory.
 unsafe fn read_parts(
     method: ReadMethod<'_>,
     parts: impl Iterator<Item = ReadRange> + Clone,
-    most_bytes: usize,
-    residency: Residency,
+    strategy: ReadStrategy,
 ) -> Result<()> {
     match method {
         ReadMethod::Memory(memory) => {
             for ReadRange { offset, destination, length } in parts {
                 let source = memory.start.wrapping_add(offset as usize);
-                // SAFETY: the range lies in the source, the destination is valid and apart from it (caller).
+                // SAFETY: this function's contract covers both ends; `ExternalMemory::new` keeps the source valid.
                 unsafe { std::ptr::copy_nonoverlapping(source, destination, length) };
             }
             Ok(())
         }
         ReadMethod::File(file) => {
-            // Neighbours in the file come with one read, however small they are.
-            let mut run = Run::new(file, most_bytes);
+            // Neighbours in the file are read with one call, however small they are.
+            let mut run = Run::new(file, strategy.most_bytes);
             for ReadRange { offset, destination, length } in parts {
-                // SAFETY: the caller vouches for the destinations.
+                // SAFETY: this function's contract covers the destination until `run` is read.
                 unsafe { run.add(offset, destination, length) }?;
             }
             // SAFETY: as above.
             unsafe { run.read() }
         }
-        // SAFETY: the caller vouches for the destinations and the ranges.
-        ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, residency) },
+        // SAFETY: this function has the contract of `copy_mapped`.
+        ReadMethod::Mapping(mapping, file) => unsafe {
+            copy_mapped(mapping, file, parts, strategy.residency)
+        },
     }
 }
 
-/// Copies out of a mapping: its pages are brought in first, many with one call, and where the destination has memory
-/// already the copies go past the processor's caches.
+/// Copies from a mapping, after mapping its pages, many with one call. The copies bypass the processor's caches if the
+/// destination already has memory.
 ///
 /// # Safety
 ///
@@ -233,11 +230,11 @@ unsafe fn copy_mapped(
         }
     }
     for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
-        bring_in(mapping, file, bytes, residency)?;
+        read_and_map(mapping, file, bytes, residency)?;
     }
     for ReadRange { offset, destination, length } in parts {
         let source = mapping.as_ptr().wrapping_add(offset as usize);
-        // SAFETY: the part lies in the mapping and in its destination (caller).
+        // SAFETY: this function's contract covers the destination, and the part is inside the mapping.
         unsafe {
             if length >= STREAM_BYTES && is_resident(destination.wrapping_add(length / 2)) {
                 copy::copy_nontemporal(source, destination, length);
@@ -249,11 +246,11 @@ unsafe fn copy_mapped(
     Ok(())
 }
 
-/// How a source is read.
+/// How to read a source: with how many threads, and how much with one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ReadStrategy {
     residency: Residency,
-    /// How many threads its bytes are worth.
+    /// The threads that its bytes are worth.
     pub(crate) threads: usize,
     /// The most bytes of one read.
     most_bytes: usize,
@@ -270,7 +267,7 @@ impl ReadStrategy {
         ReadStrategy::of(method, chunks.total_bytes(), || extent(ranges), wanted, threads)
     }
 
-    /// The strategy for `bytes` that lie in `extent`, where a source in memory would be read by `wanted` of `threads`.
+    /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
     pub(crate) fn of(
         method: ReadMethod<'_>,
         bytes: usize,
@@ -279,7 +276,7 @@ impl ReadStrategy {
         threads: ThreadLimit,
     ) -> ReadStrategy {
         let residency = match method {
-            // For little it makes no difference.
+            // It makes no difference for small reads.
             ReadMethod::File(file) | ReadMethod::Mapping(_, Some(file))
                 if bytes >= parallel::MIN_PARALLEL_BYTES =>
             {
@@ -299,17 +296,17 @@ impl ReadStrategy {
     }
 }
 
-/// From where to where the ranges reach in the file.
+/// Returns the smallest range that contains all of `ranges`.
 fn extent(ranges: &[ReadRange]) -> Range<u64> {
     let start = ranges.iter().map(|range| range.offset).min().unwrap_or(0);
     let end = ranges.iter().map(|range| range.offset + range.length as u64).max();
     start..end.unwrap_or(start)
 }
 
-/// A range of a file that is read with one call, into several places.
+/// A contiguous range of a file that is read with one call, into several destinations.
 struct Run<'a> {
     file: &'a OpenFile,
-    /// No more than this is read at a time.
+    /// The most bytes of one call.
     most_bytes: usize,
     start: u64,
     bytes: usize,
@@ -321,16 +318,16 @@ impl<'a> Run<'a> {
         Run { file, most_bytes, start: 0, bytes: 0, parts: Vec::new() }
     }
 
-    /// Adds a range; reads what was added before where that range does not follow, or where it is enough.
+    /// Adds a range. First reads what was added before if the range does not follow it, or if it is full.
     ///
     /// # Safety
     ///
-    /// `destination` must be valid for writes of `length` bytes until the run was read.
+    /// `destination` must be valid for writes of `length` bytes until the run is read.
     unsafe fn add(&mut self, mut offset: u64, mut destination: *mut u8, mut length: usize) -> Result<()> {
         while length > 0 {
             let follows = self.start + self.bytes as u64 == offset;
             if !follows || self.bytes == self.most_bytes || self.parts.len() == MAX_PARTS {
-                // SAFETY: the caller's promise, for what was added before.
+                // SAFETY: the contract of the calls that added the parts.
                 unsafe { self.read() }?;
                 (self.start, self.bytes) = (offset, 0);
                 self.parts.clear();
@@ -345,7 +342,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Reads all of it.
+    /// Reads all parts.
     ///
     /// # Safety
     ///
@@ -355,7 +352,7 @@ impl<'a> Run<'a> {
         let mut offset = self.start;
         let mut rest = &mut self.parts[..];
         while !rest.is_empty() {
-            // SAFETY: the caller vouches for the parts, and `rest` is what is left of them.
+            // SAFETY: this function's contract covers the parts; `rest` is what is left of them.
             let mut count = unsafe { read_vectored_at(file, rest, offset) }
                 .map_err(|source| Error::io("read", &file.path, source))?;
             if count == 0 {
@@ -376,7 +373,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Reads into `parts` one after the other from `offset` on; gives how many bytes came, 0 at the end of the file.
+/// Reads from `offset` on into `parts`, one after the other. Returns the number of bytes, 0 at the end of the file.
 ///
 /// # Safety
 ///
@@ -384,7 +381,7 @@ impl<'a> Run<'a> {
 unsafe fn read_vectored_at(file: &OpenFile, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
     let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
     loop {
-        // SAFETY: the caller vouches for the parts; the kernel writes to nothing else.
+        // SAFETY: this function's contract covers the parts; the kernel writes to nothing else.
         let read = unsafe {
             libc::preadv(file.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset)
         };

@@ -1,6 +1,4 @@
-//! Where a file's bytes come from: a mapping, positional reads, or memory.
-//!
-//! A source gives bytes at offsets. It knows nothing of headers and tensors.
+//! The source of a file's bytes: a mapping, an open file, or memory. Knows nothing of headers and tensors.
 
 use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
@@ -18,13 +16,13 @@ use crate::sys::directory::Directory;
 use crate::sys::directory::nul_in_path;
 use crate::sys::page_cache::COLD_READ_BYTES;
 
-/// How a file's tensors come into memory.
+/// How tensors are read from a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
-    /// One private, writable mapping: nothing is copied, and writes stay in memory.
+    /// By mapping it, private and writable: nothing is copied, and writes to tensors do not reach the file.
     #[default]
     Mmap,
-    /// Reads into memory that the caller owns; the file is never mapped.
+    /// By reading it into memory of the caller's.
     Pread,
 }
 
@@ -43,18 +41,16 @@ impl FromStr for Backend {
     }
 }
 
-/// A private, copy-on-write mapping of a whole file, which lives until the last owner lets go. It needs no descriptor of
-/// the file.
+/// A private, copy-on-write mapping of a whole file. It needs no descriptor, and lives until its last owner drops it.
 ///
-/// Pages that were not written to still show the file: if another process changes the file in place, they change,
-/// and if it cuts the file short, touching them ends this process with SIGBUS. Files that are replaced by rename,
-/// as this library does, are safe.
+/// Pages that this process has not written to are those of the file: they change if another process changes the file in
+/// place, and touching them raises SIGBUS if it truncates the file. Replacing the file by rename, as this library does,
+/// is safe.
 #[derive(Debug)]
 pub struct Mapping {
     map: MmapRaw,
-    /// Where the file was.
     path: PathBuf,
-    /// Which file it is. None other has these numbers for as long as it is mapped.
+    /// Device and inode number. No other file has them while this one is mapped.
     identity: (u64, u64),
 }
 
@@ -71,35 +67,34 @@ impl Mapping {
         Ok(Mapping { map: map.into(), path: path.clone(), identity })
     }
 
-    /// The path that the file was opened by.
+    /// Returns the path that the file was opened by.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Opens the file again. `None` if it was replaced, removed, or cannot be opened: its bytes are in the mapping alone
-    /// then.
+    /// Opens the file again. Returns `None` if it was replaced or removed, or cannot be opened.
     pub(crate) fn reopen(&self) -> Option<OpenFile> {
         let file = open_to_read(&self.path).ok()?;
         let is_same = identity(&file).is_ok_and(|identity| identity == self.identity);
         is_same.then(|| OpenFile { file, path: self.path.clone() })
     }
 
-    /// The first byte of the file. The pages are readable and writable for [`Mapping::len`] bytes.
+    /// Returns the address of the first byte. [`Mapping::len`] bytes are readable and writable there.
     pub fn as_ptr(&self) -> *mut u8 {
         self.map.as_mut_ptr()
     }
 
-    /// Gives the kernel a hint for `length` bytes from `start` on, which must lie in the mapping.
+    /// Calls `madvise` for `length` bytes from `start` on, which must be inside the mapping.
     pub(crate) fn advise(&self, advice: Advice, start: usize, length: usize) -> io::Result<()> {
         self.map.advise_range(advice, start, length)
     }
 
-    /// The length of the file when it was mapped, in bytes.
+    /// Returns the length of the file in bytes when it was mapped.
     pub fn len(&self) -> usize {
         self.map.len()
     }
 
-    /// Whether the mapping has no bytes.
+    /// Returns whether the mapping has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -112,13 +107,32 @@ pub(crate) struct ExternalMemory {
     pub(crate) length: usize,
 }
 
-// SAFETY: the bytes are only read. The contract of `Source::external`, the only constructor, keeps them valid and
-// unchanged on every thread until the source is dropped; a reference to this cannot outlive the source.
+// SAFETY: the bytes are only read, and the contract of `ExternalMemory::new` covers every thread.
 unsafe impl Send for ExternalMemory {}
 // SAFETY: as above.
 unsafe impl Sync for ExternalMemory {}
 
-/// An open file, and the path that it was opened by.
+impl ExternalMemory {
+    /// Returns the `length` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// The bytes must stay valid for reads on every thread, and nobody may write to them, until the result is dropped.
+    pub(crate) unsafe fn new(start: *const u8, length: usize) -> ExternalMemory {
+        ExternalMemory { start, length }
+    }
+
+    /// Copies the bytes from `offset` on to `buffer`. Panics if they are fewer.
+    pub(crate) fn copy_to(&self, buffer: &mut [u8], offset: usize) {
+        assert!(offset <= self.length && buffer.len() <= self.length - offset, "the range is inside");
+        let source = self.start.wrapping_add(offset);
+        // SAFETY: inside the memory (checked), which `new` requires to be valid. Nobody writes to it, so it cannot
+        // overlap `buffer`.
+        unsafe { std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len()) }
+    }
+}
+
+/// An open file and its path.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
     pub(crate) file: File,
@@ -157,16 +171,7 @@ pub(crate) enum ReadMethod<'a> {
 }
 
 impl Source {
-    /// Returns a source over `length` bytes at `start`.
-    ///
-    /// # Safety
-    ///
-    /// The bytes must stay valid for reads, and nobody may write to them, until the source is dropped.
-    pub(crate) unsafe fn external(start: *const u8, length: usize) -> Source {
-        Source::Memory(ExternalMemory { start, length })
-    }
-
-    /// Maps a file whose length is `length` bytes.
+    /// Maps a file of `length` bytes.
     pub(crate) fn mapped(file: &OpenFile, length: u64) -> Result<Source> {
         Ok(Source::Mapped(Arc::new(Mapping::new(file, length)?)))
     }
@@ -200,7 +205,7 @@ impl Source {
     }
 }
 
-/// Opens a regular file for reading; gives its length in bytes too.
+/// Opens a regular file for reading. Returns its length in bytes too.
 ///
 /// # Errors
 ///
@@ -209,7 +214,7 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     regular(open_to_read(path), path)
 }
 
-/// As [`open_regular`], for the file `name` in a directory that is held. `path` is for the errors.
+/// As [`open_regular`], for the file `name` in an open directory. `path` is for the errors.
 pub(crate) fn open_regular_in(directory: &Directory, name: &OsStr, path: &Path) -> Result<(File, u64)> {
     regular(directory.open_at(name, libc::O_RDONLY | libc::O_NONBLOCK, 0), path)
 }
@@ -229,15 +234,16 @@ fn open_to_read(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)
 }
 
-/// Device and number of a file.
+/// Returns the device and inode number of a file.
 fn identity(file: &File) -> io::Result<(u64, u64)> {
     let metadata = file.metadata()?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Has the kernel read further ahead in `file` than it otherwise does, also where a mapping of it is touched.
+/// Makes the kernel read further ahead in `file`, also when a mapping of it is touched.
 pub(crate) fn expect_sequential(file: &File) {
-    // SAFETY: a call without pointers on a descriptor that is open. Only a hint: refusal does no harm.
+    // It is only a hint, so errors do not matter.
+    // SAFETY: no pointers are passed, and `file` keeps the descriptor open.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) };
 }
 
@@ -250,43 +256,43 @@ fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
         (libc::EISDIR, "a directory with a checkpoint is for load_sharded, or sft_checkpoint_open in C")
     } else if kind.is_fifo() {
         let remedy =
-            "it is a pipe: read it to its end and give the bytes to load, or to sft_file_open_buffer in C";
+            "it is a pipe: read it to its end and pass the bytes to load, or to sft_file_open_buffer in C";
         (libc::ENODEV, remedy)
     } else {
-        (libc::ENODEV, "it is a device or a socket: copy what it gives to a file first")
+        (libc::ENODEV, "it is a device or a socket: copy its data to a file first")
     };
     Err(Error::io("open as a regular file", path, io::Error::from_raw_os_error(errno)).with_remedy(remedy))
 }
 
-/// The error for a file that the kernel does not map.
+/// Returns the error for a file that the kernel cannot map.
 fn cannot_map(path: &Path, source: io::Error) -> Error {
     const READ: &str = "read it with the backend \"pread\" (SFT_BACKEND_PREAD in C)";
     let remedy = match source.raw_os_error() {
-        Some(libc::ENODEV) => format!("its filesystem has no mappings: {READ}"),
+        Some(libc::ENODEV) => format!("its filesystem does not support mappings: {READ}"),
         Some(libc::ENOMEM) => match full_map_count() {
             Some(most) => format!(
-                "this process has as many mappings as it may (vm.max_map_count is {most}): close files and drop tensors \
-                 that are mapped, {READ}, or raise the limit (sysctl -w vm.max_map_count=...)"
+                "this process has reached the limit of mappings (vm.max_map_count is {most}): close files and drop \
+                 mapped tensors, {READ}, or raise the limit (sysctl -w vm.max_map_count=...)"
             ),
-            None => format!("there is not so much address space (ulimit -v): raise the limit, or {READ}"),
+            None => format!("the limit of address space is too small (ulimit -v): raise it, or {READ}"),
         },
         _ => READ.to_string(),
     };
     Error::io("map", path, source).with_remedy(&remedy)
 }
 
-/// The most mappings that a process may have, if this one has as many.
+/// Returns the limit of mappings per process if this one has reached it.
 fn full_map_count() -> Option<usize> {
     let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()?;
     let (mut list, mut part, mut lines) = (File::open("/proc/self/maps").ok()?, [0; 8192], 0);
-    // Piece by piece: a large buffer would want a mapping of its own.
+    // In small parts: a large buffer would need a mapping of its own.
     loop {
         match list.read(&mut part).ok()? {
             0 => break,
             count => lines += part[..count].iter().filter(|&&byte| byte == b'\n').count(),
         }
     }
-    // Some that the kernel counts are not listed, and some are listed that it does not count.
+    // The list is not exact: some mappings that count are not listed, and the other way round.
     (lines + 16 >= most).then_some(most)
 }
 
@@ -298,7 +304,7 @@ pub(crate) fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset:
     })
 }
 
-/// The error for a file that has become shorter since it was opened.
+/// Returns the error for a file that was truncated after it was opened.
 pub(crate) fn shrank(path: &Path) -> Error {
     let detail = "the file became shorter while it was read: something is writing to it";
     Error::new(ErrorKind::FileChanged, detail).in_file(path)

@@ -12,6 +12,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd};
 
+use crate::sys::raw_bytes::{self, RawBytes};
+
 /// The bytes that are written to the disk at a time: a power of two, so that blocks end where (huge) pages end.
 const BLOCK_BYTES: u64 = 8 << 20;
 

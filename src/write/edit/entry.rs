@@ -36,7 +36,7 @@ impl Entry {
         let opened = open_regular_in(&directory, &name, path)?;
         // Taken before the header is read, so that every later change is found.
         let before = opened.0.metadata().map_err(|source| Error::io("inspect", path, source))?;
-        let source = TensorFile::read_header(opened, path, Backend::Pread)?;
+        let source = TensorFile::from_file(opened, path, Backend::Pread)?;
         let is_link = link.metadata().map_err(fail)?.is_symlink();
         let directory = Arc::new(directory);
         Ok((Entry { path: path.to_path_buf(), directory, name, link, is_link, before }, source))
