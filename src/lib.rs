@@ -1,7 +1,30 @@
-//! The safetensors format: reading, validating and writing it, on files and in memory.
+//! Reads, validates and writes the safetensors format, in files and in memory. Knows nothing about torch.
 //!
-//! This is the core under the C ABI (`include/safetensors_torch.h`), and under the C++ and Python layers. It knows
-//! nothing of torch. Start at [`TensorFile`] to read and at [`save_file`] to write.
+//! Start at [`TensorFile`] to read, and at [`save_file`] to write.
+//!
+//! ```
+//! # fn main() -> safetensors_torch::Result<()> {
+//! use safetensors_torch::{Backend, Dtype, SaveOptions, TensorFile, TensorSpec, save_file};
+//!
+//! # let directory = tempfile::tempdir().expect("a directory");
+//! # let path = directory.path().join("model.safetensors");
+//! let spec = TensorSpec { name: "bias", dtype: Dtype::F16, shape: &[2] };
+//! save_file(&[spec], &[&[0, 60, 0, 64]], None, &path, SaveOptions::default())?;
+//! let file = TensorFile::open(&path, Backend::Mmap)?;
+//! assert_eq!(file.header().get(0).expect("one tensor").shape, [2]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Each module depends only on those above it in this list (`tests/layers.py` checks that):
+//!
+//! - `error`: the error type.
+//! - `sys`: the machine. Threads, memory, pages, directories, signals.
+//! - `format`: bytes and their meaning. Dtypes, headers, layouts, slices.
+//! - `read`: from a file to memory. Mapping, reads, prefault, prefetch.
+//! - `write`: from memory to a file. Atomic replacement, saves, the incremental writer, edits of metadata.
+//! - `checkpoint`: several files as one.
+//! - [`capi`]: the C functions of `include/safetensors_torch.h`; `bridge`: the Rust half of the C++ layer in `cpp/`.
 
 #![deny(missing_docs)]
 

@@ -1,5 +1,5 @@
-//! What the readers of JSON in this crate share: strings that are borrowed where they can be, values that are passed over
-//! without being kept, and errors of our own on the way through serde, whose errors are texts.
+//! JSON for the headers and indexes: borrowed strings, values that are skipped, and errors with a kind. serde's errors are
+//! only texts.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -9,35 +9,34 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 
 use crate::error::{Error, Result};
 
-/// Where a fault that has a kind of its own is put down, as serde can only stop with a text.
+/// Holds an error with a kind while serde propagates a placeholder.
 pub(crate) type ErrorSlot = RefCell<Option<Error>>;
 
-/// Puts `error` down as the cause, and gives serde something to stop with.
+/// Stores `error`, and returns a placeholder for serde.
 pub(crate) fn fail_with<E: de::Error>(slot: &ErrorSlot, error: Error) -> E {
     *slot.borrow_mut() = Some(error);
     E::custom("refused")
 }
 
-/// Reads the whole of `text` as the one object that `visitor` takes. `fault` is where that puts down its own errors;
-/// `other` makes an error of serde's.
+/// Parses `text` as one object with `visitor`, which stores its own errors in `slot`. `convert` converts those of serde.
 ///
 /// # Errors
 ///
-/// What was put down, or what `other` made.
+/// Returns the stored error, or the result of `convert`.
 pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     text: &'de str,
     slot: &ErrorSlot,
     visitor: V,
-    other: impl FnOnce(serde_json::Error) -> Error,
+    convert: impl FnOnce(serde_json::Error) -> Error,
 ) -> Result<V::Value> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let outcome = ObjectSeed(visitor)
         .deserialize(&mut deserializer)
         .and_then(|value| deserializer.end().map(|()| value));
-    outcome.map_err(|error| slot.take().unwrap_or_else(|| other(error)))
+    outcome.map_err(|error| slot.take().unwrap_or_else(|| convert(error)))
 }
 
-/// An object, for the visitor inside.
+/// Deserializes an object with a visitor.
 pub(crate) struct ObjectSeed<V>(pub(crate) V);
 
 impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {
@@ -51,8 +50,8 @@ impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {
     }
 }
 
-/// A value that is passed over. Unlike serde's `IgnoredAny` it is subject to the limit of nesting; unlike a
-/// `serde_json::Value`, which takes up to a hundred times the bytes of its text, it takes no memory.
+/// Skips a value. Unlike serde's `IgnoredAny`, it respects the limit of nesting; unlike `serde_json::Value`, it needs no
+/// memory.
 pub(crate) struct IgnoredValue;
 
 impl<'de> de::Deserialize<'de> for IgnoredValue {
@@ -103,7 +102,7 @@ impl<'de> Visitor<'de> for IgnoredValue {
     }
 }
 
-/// A string, borrowed from the JSON unless it has escapes.
+/// A string, borrowed from the JSON unless it contains escapes.
 pub(crate) struct JsonText<'de>(pub(crate) Cow<'de, str>);
 
 impl<'de> de::Deserialize<'de> for JsonText<'de> {
@@ -142,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_is_json_is_passed_over() {
+    fn every_json_value_is_skipped() {
         for text in [
             "null",
             "true",

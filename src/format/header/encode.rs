@@ -1,14 +1,14 @@
-//! Writes the header of a file whose layout is settled.
+//! Encodes a header.
 
 use super::table::{LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY, Metadata};
 use super::tensor::TensorInfo;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The bytes before the data: the length, the JSON, and spaces up to a multiple of `alignment` (itself one of 8).
+/// Encodes the bytes before the data: length, JSON, and spaces up to a multiple of `alignment`, a multiple of 8.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::HeaderTooLarge`] where the JSON and its padding pass [`MAX_HEADER_BYTES`].
+/// [`ErrorKind::HeaderTooLarge`] if the JSON with its padding exceeds [`MAX_HEADER_BYTES`].
 pub fn encode<'a>(
     entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
@@ -19,7 +19,7 @@ pub fn encode<'a>(
     pad(out, padded)
 }
 
-/// The bytes before the data without their padding, and without a length yet.
+/// As [`encode`], without padding and with a zero length.
 pub fn encode_unpadded<'a>(
     entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
@@ -50,7 +50,7 @@ pub fn encode_unpadded<'a>(
     out
 }
 
-/// Pads what [`encode_unpadded`] gave with spaces to `padded` bytes, and puts the length first.
+/// Pads the result of [`encode_unpadded`] to `padded` bytes with spaces, and sets the length.
 ///
 /// # Errors
 ///
@@ -72,6 +72,6 @@ pub fn pad(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
 }
 
 fn write_json<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
-    // Strings, string maps and integers always have a JSON form, and a Vec takes every byte.
+    // Strings, string maps and integers always serialize, and writing to a Vec does not fail.
     serde_json::to_writer(out, value).expect("strings and integers serialize into a Vec");
 }

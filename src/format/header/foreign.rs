@@ -1,8 +1,8 @@
-//! Recognises what else a file may be, so that the error can say what to do.
+//! Detects other formats, so that the error can say what to do.
 
 use crate::error::{Error, ErrorKind};
 
-/// What a file of another format begins with, what it is called, and the remedy.
+/// The signature of another format, its name, and the remedy.
 const SIGNATURES: &[(&[u8], &str, &str)] = &[
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     (b"PK\x03\x04", "a zip archive, such as torch.save writes", "load it with torch.load and save it again"),
@@ -18,7 +18,7 @@ const SIGNATURES: &[(&[u8], &str, &str)] = &[
     (b"%PDF", "a PDF document", "check the file name"),
 ];
 
-/// What texts begin with that servers answer instead of a file, in lower case. Those of the Hugging Face hub, then GitHub's.
+/// The beginnings, in lower case, of texts that the Hugging Face hub and GitHub send instead of a file.
 const ANSWERS: &[&[u8]] = &[
     b"entry not found",
     b"repository not found",
@@ -33,10 +33,10 @@ const ANSWERS: &[&[u8]] = &[
     b"forbidden",
 ];
 
-/// The error for a file that begins with `start` and is of another format; `None` if it is none of those known.
+/// Returns the error for a file that begins like another format, or `None` if `start` matches none.
 pub(crate) fn detect_foreign(start: &[u8]) -> Option<Error> {
     let (what, remedy) = identify(start)?;
-    let detail = format!("this is {what}, and no safetensors file: {remedy}");
+    let detail = format!("not a safetensors file: this is {what}; {remedy}");
     Some(Error::new(ErrorKind::ForeignFormat, detail))
 }
 
@@ -50,24 +50,21 @@ fn identify(start: &[u8]) -> Option<(&'static str, &'static str)> {
     let head: Vec<u8> = text.iter().take(32).map(u8::to_ascii_lowercase).collect();
     if ANSWERS.iter().any(|answer| head.starts_with(answer)) {
         return Some((
-            "a server's answer in place of the file",
-            "it has no such file or refuses to send it: open this one in an editor, check the address and the access \
+            "a server's answer instead of the file",
+            "the server does not have the file or refuses access: read this text, check the address and the access \
              token, and fetch it again",
         ));
     }
     if head.starts_with(b"<!doctype html") || head.starts_with(b"<html") {
         return Some((
             "an HTML page",
-            "the download was probably answered by a login or error page: fetch it again",
+            "the server probably sent a login or error page: fetch the file again",
         ));
     }
     if head.starts_with(b"<?xml") {
-        return Some((
-            "an XML document",
-            "the download was probably answered by an error page: fetch it again",
-        ));
+        return Some(("an XML document", "the server probably sent an error page: fetch the file again"));
     }
-    // JSON from the first byte: the length that should stand before it is missing.
+    // JSON from the first byte, without the length before it.
     if matches!(head.first(), Some(b'{' | b'[')) && text.get(1).is_some_and(|b| b"\"{[ \n\r\t}]".contains(b))
     {
         return Some((
@@ -92,7 +89,7 @@ mod tests {
             (b"PK\x03\x04rest", "torch.load"),
             (b"{\"error\":\"not found\"}", "JSON without"),
             (b"GGUF\x03\0\0\0", "GGUF"),
-            (b"Entry not found", "a server's answer in place of the file"),
+            (b"Entry not found", "a server's answer instead of the file"),
             (b"Invalid username or password.", "access token"),
             (b"404: Not Found", "fetch it again"),
             (b"Access to model a/b is restricted and you are not in the authorized list.", "access token"),

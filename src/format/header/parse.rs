@@ -1,7 +1,4 @@
-//! Reads the JSON of a header in one pass, into the arenas of [`Header`].
-//!
-//! serde_json does the JSON; the visitors here accept exactly the shape that the format asks for, and refuse what
-//! stands twice. Names are unescaped by serde_json, and copied once.
+//! Parses the JSON of a header in one pass, into the arenas of [`Header`]. Refuses duplicates.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -33,7 +30,6 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
         metadata: None,
         data_start: 0,
     };
-    // Serde's errors are texts; a fault that has a kind of its own is put down here on the way out.
     let slot = RefCell::new(None);
     json::parse_object(text, &slot, HeaderVisitor { header: &mut header, slot: &slot }, |error| {
         let fault = match text.trim_end_matches('\0') {
@@ -50,7 +46,7 @@ pub(super) fn parse(json: &[u8]) -> Result<Header> {
     Ok(header)
 }
 
-/// The whole header: an object of tensors, and perhaps the metadata.
+/// The header: an object of tensors and, optionally, metadata.
 struct HeaderVisitor<'h> {
     header: &'h mut Header,
     slot: &'h ErrorSlot,
@@ -136,7 +132,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
     }
 }
 
-/// What a tensor's object says, its shape already in the arena.
+/// The fields of a tensor; the shape is in the arena.
 struct RawTensor {
     dtype: Dtype,
     shape: ArenaRange,
@@ -144,7 +140,7 @@ struct RawTensor {
     end: u64,
 }
 
-/// One tensor: an object with `dtype`, `shape` and `data_offsets`; other fields are passed over.
+/// A tensor: an object with `dtype`, `shape` and `data_offsets`. Other fields are skipped.
 struct TensorSeed<'h> {
     name: &'h str,
     dims: &'h mut Vec<u64>,
@@ -152,7 +148,7 @@ struct TensorSeed<'h> {
 }
 
 impl TensorSeed<'_> {
-    /// Puts down a fault of this tensor's `field`.
+    /// Stores an error of this tensor.
     fn refuse<E: de::Error>(&self, kind: ErrorKind, what: impl fmt::Display) -> E {
         fail_with(self.slot, Error::new(kind, format!("tensor {:?}: {what}", self.name)))
     }
@@ -224,7 +220,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
     }
 }
 
-/// A shape: dimensions appended to the arena.
+/// A shape, whose dimensions are appended to the arena.
 struct Shape<'h>(&'h mut Vec<u64>);
 
 impl<'de> DeserializeSeed<'de> for Shape<'_> {

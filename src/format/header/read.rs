@@ -5,10 +5,10 @@ use super::{foreign, parse, validate};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Header {
-    /// Reads the length that the first 8 bytes give, and checks it against the whole file's length in bytes.
+    /// Reads the header length from the first 8 bytes, and checks it against the length of the file.
     ///
-    /// `start` is the beginning of the file: at least 8 bytes, or the whole file if it is shorter. The more of it
-    /// there is (up to 512 bytes), the better an error can say what else the file may be.
+    /// `start` contains the first bytes of the file: at least 8, or the whole file if it is shorter. With up to 512 bytes
+    /// an error can name the actual format of the file.
     pub fn length(start: &[u8], file_length: u64) -> Result<u64> {
         let Some((length, rest)) = start.split_first_chunk::<8>() else {
             return Err(foreign::detect_foreign(start).unwrap_or_else(|| {
@@ -22,7 +22,7 @@ impl Header {
             }));
         };
         let length = u64::from_le_bytes(*length);
-        // Behind a length that means anything comes JSON; a short header of ours may begin like another format.
+        // JSON follows a real length; the length of a short header may look like the signature of another format.
         let json_follows = rest.first().is_some_and(|byte| b" \t\r\n{".contains(byte));
         if !(length <= MAX_HEADER_BYTES && json_follows)
             && let Some(error) = foreign::detect_foreign(start)
@@ -33,7 +33,7 @@ impl Header {
         Ok(length)
     }
 
-    /// Parses and validates the JSON of a header, given the whole file's length in bytes.
+    /// Parses and validates the JSON of a header of a file of `file_length` bytes.
     pub fn parse(json: &[u8], file_length: u64) -> Result<Header> {
         check_length(json.len() as u64, file_length)?;
         let mut header = parse::parse(json)?;
@@ -43,15 +43,15 @@ impl Header {
     }
 }
 
-/// Checks that a header of `length` bytes is allowed, and that a file of `file_length` bytes has room for it.
+/// Checks that a header of `length` bytes is allowed and fits into a file of `file_length` bytes.
 fn check_length(length: u64, file_length: u64) -> Result<()> {
     let available = file_length.saturating_sub(LENGTH_BYTES);
     if length > MAX_HEADER_BYTES {
         return Err(Error::new(
             ErrorKind::HeaderTooLarge,
             format!(
-                "the first 8 bytes give a header length of {length} bytes, more than the {MAX_HEADER_BYTES} \
-                 allowed: this is no safetensors file, or a damaged one"
+                "the first 8 bytes say that the header has {length} bytes, more than the {MAX_HEADER_BYTES} \
+                 allowed: the file is damaged, or not a safetensors file"
             ),
         ));
     }
@@ -60,7 +60,7 @@ fn check_length(length: u64, file_length: u64) -> Result<()> {
             ErrorKind::HeaderTruncated,
             format!(
                 "the header should have {length} bytes, but only {available} follow its length: the file was cut short, \
-                 or is no safetensors file"
+                 or is not a safetensors file"
             ),
         ));
     }

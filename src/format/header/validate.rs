@@ -1,5 +1,5 @@
-//! Checks what a parsed header says: unique names, offsets that cover the data without hole or overlap, and sizes
-//! that fit dtype and shape. Brings the tensors into file order.
+//! Validates a parsed header: unique names, offsets that cover the data without hole or overlap, sizes that match dtype and
+//! shape. Sorts the tensors into file order.
 
 use super::table::{Header, METADATA_KEY};
 use super::tensor::tensor_nbytes;
