@@ -155,9 +155,9 @@ mod tests {
 
     #[test]
     fn no_append_crosses_a_block() {
-        let mut file = tempfile::tempfile().expect("a file");
+        let file = tempfile::tempfile().expect("a file");
         let mut length = BLOCK_BYTES - 10;
-        let mut appender = Appender::new(&mut file, &mut length);
+        let mut appender = Appender::new(&file, &mut length);
         let pieces = [[0; 4], [1; 4], [2; 4]].concat();
         let pieces: Vec<RawBytes<'_>> = pieces.chunks(4).map(RawBytes::from).collect();
         assert_eq!(appender.write(&pieces).expect("written"), 8);
