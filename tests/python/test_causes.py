@@ -127,7 +127,9 @@ def test_a_filesystem_without_mappings(path: Path, tmp_path: Path) -> None:
         NO_MAPPINGS_OF=str(path.stat().st_size),
     )
     mapped, read = said.splitlines()
-    assert mapped.startswith(f"OSError: cannot map {path}") and "its filesystem does not support mappings" in mapped, mapped
+    assert mapped.startswith(f"OSError: cannot map {path}") and "its filesystem does not support mappings" in mapped, (
+        mapped
+    )
     assert 'the backend "pread"' in mapped and read == "['a']"
 
 

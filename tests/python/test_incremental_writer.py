@@ -109,7 +109,11 @@ def test_declarations(target: Path) -> None:
         ({"a": (torch.float32, None)}, TypeError, "tensor 'a': a shape consists of ints"),
         ({"a": (torch.float32, (2, -1))}, ValueError, "tensor 'a': the shape .2, -1. has a negative size"),
         ({"a": (torch.complex128, (2,))}, SafetensorError, "tensor 'a' has dtype complex128"),
-        ({"__metadata__": ONES}, SafetensorError, 'new.safetensors: tensor "__metadata__": the format reserves this name'),
+        (
+            {"__metadata__": ONES},
+            SafetensorError,
+            'new.safetensors: tensor "__metadata__": the format reserves this name',
+        ),
     ],
 )
 def test_invalid_declarations(tensors: object, error: type, text: str | None, target: Path) -> None:
