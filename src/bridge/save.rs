@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::dtype::Dtype;
 use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
-use crate::sys::populate::PagePopulator;
+use crate::sys::huge_pages::PagePopulator;
 use crate::sys::raw_bytes::RawBytes;
 use crate::write::output::Output;
 use crate::write::save;

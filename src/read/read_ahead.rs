@@ -8,9 +8,9 @@ use std::sync::Arc;
 use memmap2::Advice;
 
 use crate::read::source::Mapping;
+use crate::sys::huge_pages::is_resident;
 use crate::sys::memory_limit::available_memory;
 use crate::sys::parallel::CHUNK_BYTES;
-use crate::sys::populate::is_resident;
 use crate::sys::threads::ThreadLimit;
 
 /// From this size on, a thread sends the requests.

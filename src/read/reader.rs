@@ -10,9 +10,9 @@ use crate::read::prefault::read_and_map;
 use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
+use crate::sys::huge_pages::is_resident;
 use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
 use crate::sys::parallel::{self, Chunks};
-use crate::sys::populate::is_resident;
 use crate::sys::threads::ThreadLimit;
 
 /// The most destinations of one `preadv`; Linux allows 1024.

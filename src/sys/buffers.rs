@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::populate::{HUGE_PAGE_BYTES, PagePopulator, discard};
+use crate::sys::huge_pages::{HUGE_PAGE_BYTES, PagePopulator, discard};
 
 /// The alignment of every tensor; torch's allocator has the same.
 const ALIGNMENT: usize = 64;
@@ -262,7 +262,7 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::populate::is_resident;
+    use crate::sys::huge_pages::is_resident;
     use std::collections::HashSet;
 
     #[test]

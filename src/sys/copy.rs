@@ -1,8 +1,8 @@
 //! Copies memory to memory, on several threads if the data is large.
 
 use crate::error::Result;
+use crate::sys::huge_pages::PagePopulator;
 use crate::sys::parallel::{self, Chunks};
-use crate::sys::populate::PagePopulator;
 use crate::sys::threads::ThreadLimit;
 
 /// A run of bytes and its destination.

@@ -100,9 +100,9 @@ pub(crate) fn write(file: &File, pieces: &[RawBytes<'_>]) -> io::Result<usize> {
 /// Writes all of `bytes` at `offset`.
 pub(crate) fn write_all_at(file: &File, mut bytes: RawBytes<'_>, mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
-        let position = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let position = libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: the bytes are valid for reads during their lifetime (`RawBytes::new`). The kernel only reads.
-        match unsafe { libc::pwrite(file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), position) } {
+        match unsafe { libc::pwrite64(file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), position) } {
             0 => return Err(io::ErrorKind::WriteZero.into()),
             written if written > 0 => {
                 bytes = bytes.split_at(written as usize).1;

@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{DEFAULT_ALIGNMENT, Layout, TensorSpec};
 use crate::sys::copy::{self, CopyRange};
-use crate::sys::populate::PagePopulator;
+use crate::sys::huge_pages::PagePopulator;
 use crate::sys::raw_bytes::RawBytes;
 use crate::write::output::Output;
 

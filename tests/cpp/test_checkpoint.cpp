@@ -150,7 +150,7 @@ TEST(indexes_that_do_not_fit) {
     write_index(dir, "{\"b\": \"../x.safetensors\"}");
     std::string text = ERROR_OF(st::load_sharded(dir.file("")));
     EXPECT_HAS(text, dir.file(kIndex));
-    EXPECT_HAS(text, "tensor \"b\" into \"../x.safetensors\", which is no file in the directory of the index");
+    EXPECT_HAS(text, "tensor \"b\" into \"../x.safetensors\", which is not a file in the directory of the index");
     write_index(dir, "{\"b\": \"/etc/hostname\"}");
     EXPECT_HAS(ERROR_OF(st::Checkpoint(dir.file(""))), "/etc/hostname");
     write_index(dir, "{\"b\": \"" + first + "\"}");
