@@ -469,11 +469,11 @@ typedef struct sft_sharded_options {
  * on, and the index STEM.safetensors.index.json. Tensors are divided as Hugging Face's tools do, in the order in which
  * they were added; a tensor larger than max_shard_size has a file of its own. Each file contains all of the metadata.
  *
- * An existing checkpoint of the same stem is replaced, including symbolic links. It does not change before all new files
- * are complete; files that the new checkpoint does not overwrite are removed at the end. If an IO error follows, the
- * files already in place are taken back, or the message lists them. All files stay open until the end. Concurrent saves
- * into one directory are serialized by a lock, and the last one remains complete (docs/saving.md lists the exceptions).
- * `options` may be NULL for the defaults.
+ * An existing checkpoint of the same stem is replaced, including symbolic links. It does not change before all new
+ * files are complete; files that the new checkpoint does not overwrite are removed at the end. If an IO error follows,
+ * the files already in place are taken back, or the message lists them. All files stay open until the end. Concurrent
+ * saves into one directory are serialized by a lock, and the last one remains complete (docs/saving.md lists the
+ * exceptions). `options` may be NULL for the defaults.
  *
  * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the directory locked for a minute;
  * INVALID_ARGUMENT for a stem that is not a file name or is the name of a shard. */

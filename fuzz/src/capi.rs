@@ -1,5 +1,5 @@
-//! The C functions: any bytes as a file, any sequence of calls on it, with buffers of exact sizes. `reading` has the calls
-//! that read, `writing` those that write and open the result.
+//! The C functions: any bytes as a file, any sequence of calls on it, with buffers of exact sizes. `reading` has the
+//! calls that read, `writing` those that write and open the result.
 //!
 //! The results of each call are compared with the bytes of the file. AddressSanitizer detects accesses out of bounds.
 
@@ -66,7 +66,8 @@ fn check(status: sft_status) -> bool {
 
 /// Returns the text that a string of the library refers to.
 fn read(text: &sft_str) -> &str {
-    // SAFETY: the string borrows `length` bytes of UTF-8 (header), and the callers here use them while the file is open.
+    // SAFETY: the string borrows `length` bytes of UTF-8 (header), and the callers here use them while the file is
+    // open.
     let bytes = unsafe { std::slice::from_raw_parts(text.data.cast::<u8>(), text.length) };
     std::str::from_utf8(bytes).expect("UTF-8")
 }
@@ -91,8 +92,8 @@ struct Session<'b> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        // SAFETY: both handles came from the library, and are not used again. The writer borrows from the file, so it is
-        // freed first.
+        // SAFETY: both handles came from the library, and are not used again. The writer borrows from the file, so it
+        // is freed first.
         unsafe {
             sft_writer_free(self.writer);
             sft_file_free(self.file);

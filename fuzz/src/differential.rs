@@ -1,5 +1,5 @@
-//! Compares the reader with the reference, the crate `safetensors`: both accept the same headers, with the same contents,
-//! except for the differences that docs/differences.md lists.
+//! Compares the reader with the reference, the crate `safetensors`: both accept the same headers, with the same
+//! contents, except for the differences that docs/differences.md lists.
 
 use std::collections::BTreeMap;
 
@@ -63,12 +63,12 @@ fn differences(header: &Node) -> Vec<(ErrorKind, &'static str)> {
     let names = || entries.iter().filter(|(name, _)| name != METADATA_KEY).map(|(name, _)| &name[..]);
     let mut found = Vec::new();
     if has_repeated_key(names()) {
-        found.push((ErrorKind::Duplicate, "a name that stands twice"));
+        found.push((ErrorKind::Duplicate, "a duplicate name"));
     }
     for (name, entry) in entries {
         if name == METADATA_KEY {
             if has_repeated_key(entry.object().unwrap_or_default().iter().map(|(key, _)| &key[..])) {
-                found.push((ErrorKind::Duplicate, "a metadata key that stands twice"));
+                found.push((ErrorKind::Duplicate, "a duplicate metadata key"));
             }
             continue;
         }

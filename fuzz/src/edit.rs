@@ -1,5 +1,5 @@
-//! Edits of the metadata: the tensors do not change, and the metadata has exactly the changes. An error does not change the
-//! file.
+//! Edits of the metadata: the tensors do not change, and the metadata has exactly the changes. An error does not change
+//! the file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ const MAX_DATA: u64 = 1 << 12;
 /// Keys and values of changes, in addition to those of the file.
 const TEXTS: [&str; 6] = ["", "k", "format", "\"\0\\", METADATA_KEY, "\u{10ffff}\u{1}"];
 
-/// Selects the parts of a file that are rebuilt around its header.
+/// The bit of the options that rebuilds the file around its header.
 const FRAMED: u8 = 4;
 
 /// Runs the target. `bytes`: the number of changes, options (two bytes), two bytes per change, then the file.

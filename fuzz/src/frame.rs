@@ -1,7 +1,7 @@
 //! Splits files into parts, and builds valid files around a header.
 //!
-//! A fuzzer that mutates a header rarely adapts the length before it and the data after it. The targets therefore run on
-//! its bytes twice: as they are, and with both corrected.
+//! A fuzzer that mutates a header rarely adapts the length before it and the data after it. The targets therefore run
+//! on its bytes twice: as they are, and with both corrected.
 
 use crate::json::Node;
 

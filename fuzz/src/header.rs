@@ -13,17 +13,17 @@ pub fn run(bytes: &[u8]) {
     // If the file is shorter than the length says, the bytes after the length are not a header.
     let whole = bytes.len() >= 8 && bytes[..8] == (json.len() as u64).to_le_bytes();
     let expected = model::contents(tree.as_ref().filter(|_| whole), json.len() as u64, bytes.len() as u64);
-    judge(file.as_ref().map(TensorFile::header), expected.as_ref());
+    check_outcome(file.as_ref().map(TensorFile::header), expected.as_ref());
     if let Ok(file) = &file {
         check_data(file, bytes);
     }
 
     let Some(length) = frame::file_length(json, frame::data_end(tree.as_ref())) else { return };
     let expected = model::contents(tree.as_ref(), json.len() as u64, length);
-    judge(Header::parse(json, length).as_ref(), expected.as_ref());
+    check_outcome(Header::parse(json, length).as_ref(), expected.as_ref());
 }
 
-fn judge(header: Result<&Header, &Error>, expected: Option<&model::Contents>) {
+fn check_outcome(header: Result<&Header, &Error>, expected: Option<&model::Contents>) {
     match (header, expected) {
         (Ok(header), Some(expected)) => {
             assert_eq!(&contents(header), expected);

@@ -1,6 +1,6 @@
-//! Incremental writers: tensors written whole, in parts, or appended, in any order, with some invalid calls. A record of
-//! the written bytes predicts the result of each call. The old file stays until the commit; then the file has the bytes of
-//! a save.
+//! Incremental writers: tensors written whole, in parts, or appended, in any order, with some invalid calls. A record
+//! of the written bytes predicts the result of each call. The old file stays until the commit; then the file has the
+//! bytes of a save.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use safetensors_torch::{Dtype, Error, ErrorKind, IncrementalWriter, SaveOptions,
 use crate::directory::{assert_alone, replace, with_path};
 use crate::tensors::{self, Input};
 
-const OLD: &[u8] = b"what stood there before";
+const OLD: &[u8] = b"the old file";
 
 /// The largest total size of the tensors.
 const MAX_BYTES: u128 = 1 << 14;
@@ -37,7 +37,7 @@ enum Call {
         finish: bool,
     },
     /// Writes with another dtype or shape than declared.
-    Otherwise {
+    Mismatched {
         tensor: usize,
     },
     Commit,
@@ -77,7 +77,7 @@ fn call(u: &mut Unstructured<'_>) -> Result<Call> {
     Ok(match u.int_in_range(0..=15)? {
         0 => Call::Commit,
         1 if u.ratio(1, 8)? => Call::Discard,
-        1 => Call::Otherwise { tensor },
+        1 => Call::Mismatched { tensor },
         2..=6 => Call::Whole { tensor, extra: if u.ratio(1, 8)? { u.arbitrary()? } else { 0 } },
         7..=10 => Call::Pieces {
             tensor,
@@ -147,7 +147,7 @@ impl Session<'_> {
             Call::Whole { tensor, extra } => self.whole(tensor, extra),
             Call::Part { tensor, offset, length } => self.part(tensor, offset, length),
             Call::Pieces { tensor, piece, count, finish } => self.pieces(tensor, piece, count, finish),
-            Call::Otherwise { tensor } => self.otherwise(tensor),
+            Call::Mismatched { tensor } => self.mismatched(tensor),
             Call::Commit => {
                 let is_complete = self.missing().is_empty();
                 let expected = match (self.is_open, is_complete) {
@@ -177,7 +177,7 @@ impl Session<'_> {
         bytes.resize(declared.saturating_add_signed(extra.into()), 7);
         let result = self.writer.write(self.name(tensor), &bytes);
         let is_right = bytes.len() == declared;
-        self.judge(tensor, 0, declared, is_right, result.map_err(|error| error.kind()));
+        self.check_result(tensor, 0, declared, is_right, result.map_err(|error| error.kind()));
     }
 
     fn part(&mut self, tensor: usize, offset: u64, length: usize) {
@@ -186,7 +186,7 @@ impl Session<'_> {
         let bytes = range.map_or_else(|| vec![7; length], <[u8]>::to_vec);
         let is_right = range.is_some();
         let result = self.writer.write_part(self.name(tensor), offset, &bytes);
-        self.judge(tensor, offset as usize, length, is_right, result.map_err(|error| error.kind()));
+        self.check_result(tensor, offset as usize, length, is_right, result.map_err(|error| error.kind()));
     }
 
     /// Appends to a tensor, which reserves all of its bytes until it is abandoned.
@@ -235,7 +235,7 @@ impl Session<'_> {
     }
 
     /// Writes a tensor with another dtype or shape than declared.
-    fn otherwise(&self, tensor: usize) {
+    fn mismatched(&self, tensor: usize) {
         let Some(&spec) = self.specs.get(tensor) else { return };
         let dtype = if spec.dtype == Dtype::I64 { Dtype::F32 } else { Dtype::I64 };
         let mut shape = spec.shape.to_vec();
@@ -247,7 +247,7 @@ impl Session<'_> {
     }
 
     /// Compares the result of a write with the record of written bytes, and updates it.
-    fn judge(
+    fn check_result(
         &mut self,
         tensor: usize,
         from: usize,

@@ -33,7 +33,8 @@ static ino_t inode(void) {
     return status.st_ino;
 }
 
-/* Checks that the file has its tensor, `count` metadata entries, and `value` for `key`, or no such key if it is NULL. */
+/* Checks that the file has its tensor, `count` metadata entries, and `value` for `key`, or no such key if it is NULL.
+ */
 static void check_entry(size_t count, const char* key, const char* value) {
     sft_file* file = NULL;
     size_t found_count = 0;

@@ -58,8 +58,8 @@ static void test_committed_after_the_fork(void) {
 
 static atomic_bool over;
 
-/* Takes the writer's lock as often as it can. A write of zero bytes does not allocate: a sanitizer's allocator has locks
- * that are not safe in a fork. */
+/* Takes the writer's lock as often as it can. A write of zero bytes does not allocate: a sanitizer's allocator has
+ * locks that are not safe in a fork. */
 static void* write_nothing(void* incremental) {
     sft_status status = SFT_OK;
     while (!atomic_load(&over) && status == SFT_OK) {

@@ -85,8 +85,8 @@ int main(int argc, char** argv) {
 
     /* Every error has occurred except PANIC, which only a bug raises; the Rust tests provoke one. */
     for (sft_status status = SFT_OK; status < STATUS_COUNT; status++) {
-        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_get_name(status), "occurred in no test",
-                   status);
+        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_get_name(status),
+                   "occurred in no test", status);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

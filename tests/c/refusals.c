@@ -33,7 +33,7 @@ void test_refused_files(void) {
     check_refused_json("{\"\xff\":1}", 0, SFT_ERROR_HEADER_UTF8);
     check_refused_json("[]", 0, SFT_ERROR_HEADER_JSON);
     check_refused_json("{" TENSOR("a", "U8", "[0]", "[0,0]") "," TENSOR("a", "U8", "[0]", "[0,0]") "}", 0,
-                 SFT_ERROR_DUPLICATE);
+                       SFT_ERROR_DUPLICATE);
     check_refused_json("{" TENSOR("a", "F33", "[0]", "[0,0]") "}", 0, SFT_ERROR_UNKNOWN_DTYPE);
     check_refused_json("{" TENSOR("a", "U8", "[4294967296,4294967296]", "[0,0]") "}", 0, SFT_ERROR_SHAPE_OVERFLOW);
     check_refused_json("{" TENSOR("a", "U8", "[2]", "[0,1]") "}", 1, SFT_ERROR_SIZE_MISMATCH);

@@ -5,8 +5,8 @@
 #     cargo build --release --no-default-features --target-dir target/core
 #     tests/c/run.sh target/core/release
 #
-# Uses $CC, $CXX and $CFLAGS if they are set. $SANITIZE replaces the flags of the sanitizers (address and undefined), and
-# $SANITIZE_LINK those of linking.
+# Uses $CC, $CXX and $CFLAGS if they are set. $SANITIZE replaces the flags of the sanitizers (address and undefined),
+# and $SANITIZE_LINK those of linking.
 set -eu
 
 library=$(cd "${1:-${SFT_LIBRARY_DIR:?usage: $0 DIRECTORY_OF_THE_LIBRARY}}" && pwd)

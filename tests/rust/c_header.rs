@@ -1,5 +1,5 @@
-//! Checks that `include/safetensors_torch.h` agrees with its implementation in Rust: functions, prototypes, numbers, struct
-//! layouts, version. The header is read as text, and compiled with `cc`.
+//! Checks that `include/safetensors_torch.h` agrees with its implementation in Rust: functions, prototypes, numbers,
+//! struct layouts, version. The header is read as text, and compiled with `cc`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;

@@ -1,6 +1,6 @@
-//! Properties of every file: loading returns what was saved, no input makes the reader panic, a slice equals its elements
-//! picked one by one, tensors written in parts and in any order produce the same file as a save, and so does an edit of
-//! the metadata.
+//! Properties of every file: loading returns what was saved, no input makes the reader panic, a slice equals its
+//! elements picked one by one, tensors written in parts and in any order produce the same file as a save, and so does
+//! an edit of the metadata.
 
 mod common;
 

@@ -110,7 +110,8 @@ impl Session<'_> {
         });
     }
 
-    /// Opens the file as a shard, with an index that lists all or some of its tensors, or with the file itself as index.
+    /// Opens the file as a shard, with an index that lists all or some of its tensors, or with the file itself as
+    /// index.
     pub(super) fn checkpoint(&mut self, a: usize, b: usize) {
         self.checkpoint_done = true;
         let names: Vec<String> = (0..self.count.min(256))

@@ -1,5 +1,5 @@
-/* Repeatedly loads the library with dlopen, starts its background threads, and unloads it while they run. Arguments: the
- * library and a directory. */
+/* Repeatedly loads the library with dlopen, starts its background threads, and unloads it while they run. Arguments:
+ * the library and a directory. */
 #include <dlfcn.h>
 #include <pthread.h>
 #include <safetensors_torch.h>
