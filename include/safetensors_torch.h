@@ -470,10 +470,10 @@ typedef struct sft_sharded_options {
  * they were added; a tensor larger than max_shard_size has a file of its own. Each file contains all of the metadata.
  *
  * An existing checkpoint of the same stem is replaced, including symbolic links. It does not change before all new
- * files are complete; files that the new checkpoint does not overwrite are removed at the end. If an IO error follows,
- * the files already in place are taken back, or the message lists them. All files stay open until the end. Concurrent
- * saves into one directory are serialized by a lock, and the last one remains complete (docs/saving.md lists the
- * exceptions). `options` may be NULL for the defaults.
+ * files are complete; files that the new checkpoint does not overwrite are removed at the end. After an IO error in
+ * that phase, the files already in place are removed again, or the message says how many are in place. All files stay
+ * open until the end. Concurrent saves into one directory are serialized by a lock, and the last one remains complete
+ * (docs/saving.md lists the exceptions). `options` may be NULL for the defaults.
  *
  * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the directory locked for a minute;
  * INVALID_ARGUMENT for a stem that is not a file name or is the name of a shard. */

@@ -100,7 +100,7 @@ fn check(
             assert!(allowed, "{options:?}: {error}");
             assert!(is_same_file && after == file);
         }
-        (Ok(_), None) => panic!("an edit of what is no file: {options:?}"),
+        (Ok(_), None) => panic!("an edit of an invalid file: {options:?}"),
         (Ok(metadata), Some(before)) => {
             assert_eq!(metadata, expected(before.metadata.as_ref(), changes));
             let read = contents(&after).expect("still a file");

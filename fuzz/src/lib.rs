@@ -6,7 +6,7 @@
 
 #[cfg(not(fuzzing))]
 compile_error!(
-    "the core gives its innards to fuzz targets only with RUSTFLAGS=\"--cfg fuzzing\": see README.md"
+    "fuzz targets need the internals of the core: set RUSTFLAGS=\"--cfg fuzzing\"; see README.md"
 );
 
 pub mod capi;

@@ -12,7 +12,7 @@
 void check_that(bool holds, const char* what, const char* file, int line);
 
 /* Checks the status of a call, and that an error has set a message. */
-void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line);
+void check_status(sft_status actual, sft_status expected, const char* what, const char* file, int line);
 
 /* Returns whether a call has returned this status. */
 bool check_seen(sft_status status);

@@ -22,14 +22,14 @@ void check_that(bool holds, const char* what, const char* file, int line) {
     printf("%s:%d: failed: %s\n", file, line, what);
 }
 
-void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line) {
-    if (given >= 0 && given < STATUS_COUNT) {
-        atomic_store_explicit(&seen[given], true, memory_order_relaxed);
+void check_status(sft_status actual, sft_status expected, const char* what, const char* file, int line) {
+    if (actual >= 0 && actual < STATUS_COUNT) {
+        atomic_store_explicit(&seen[actual], true, memory_order_relaxed);
     }
-    const bool said = given == SFT_OK || strlen(sft_last_error_get_message()) > 0;
-    check_that(given == expected && said, what, file, line);
-    if (given != expected) {
-        printf("    %s, not %s: %s\n", sft_status_get_name(given), sft_status_get_name(expected),
+    const bool has_message = actual == SFT_OK || strlen(sft_last_error_get_message()) > 0;
+    check_that(actual == expected && has_message, what, file, line);
+    if (actual != expected) {
+        printf("    %s, not %s: %s\n", sft_status_get_name(actual), sft_status_get_name(expected),
                sft_last_error_get_message());
     }
 }

@@ -163,10 +163,10 @@ TEST(metadata_is_edited_in_place_or_by_a_rewrite) {
     st::EditOptions roomy;
     roomy.reserve = 400;
     roomy.durable = true;
-    int64_t told = 0;
-    roomy.progress = [&](int64_t done, int64_t total) { told = done == total ? total : told; };
+    int64_t reported = 0;
+    roomy.progress = [&](int64_t done, int64_t total) { reported = done == total ? total : reported; };
     EXPECT((st::edit_metadata(dir.file("f"), {}, roomy) == st::Metadata{{"format", "pt"}}));
-    EXPECT_EQ(told, static_cast<int64_t>(read_file(dir.file("f")).size()));
+    EXPECT_EQ(reported, static_cast<int64_t>(read_file(dir.file("f")).size()));
     const st::Metadata expected{{"k", value}};
     EXPECT((st::edit_metadata(dir.file("f"), {{"k", value}, {"format", {}}, {"absent", {}}}, in_place) == expected));
     EXPECT(st::File(dir.file("f")).metadata() == expected);

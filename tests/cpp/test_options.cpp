@@ -16,8 +16,8 @@ st::Tensors weights_and_steps() {
     return tensors;
 }
 
-// Returns the sum of all elements.
-struct Told {
+// Records the calls of a progress function.
+struct ProgressRecord {
     int64_t last = -1;
     int64_t total = -1;
     int calls = 0;
@@ -74,21 +74,21 @@ TEST(a_filter_selects_by_name) {
 TEST(progress_reaches_the_total) {
     const TempDir dir;
     const st::Tensors tensors = weights_and_steps();
-    Told saved;
+    ProgressRecord saved;
     st::save_file(tensors, dir.file("f"), {}, {/*durable=*/false, saved.function()});
     EXPECT(saved.calls > 0 && saved.last == saved.total &&
            saved.total == static_cast<int64_t>(std::filesystem::file_size(dir.file("f"))));
-    Told in_memory;
-    st::SaveOptions told;
-    told.progress = in_memory.function();
-    EXPECT(static_cast<int64_t>(st::save(tensors, {}, told).size()) == in_memory.last);
+    ProgressRecord in_memory;
+    st::SaveOptions save_options;
+    save_options.progress = in_memory.function();
+    EXPECT(static_cast<int64_t>(st::save(tensors, {}, save_options).size()) == in_memory.last);
     int64_t bytes = 0;
     for (const auto& entry : tensors) {
         bytes += static_cast<int64_t>(entry.value().nbytes());
     }
     st::LoadOptions options;
     options.backend = st::Backend::pread;
-    Told loaded;
+    ProgressRecord loaded;
     options.progress = loaded.function();
     EXPECT(identical(st::load_file(dir.file("f"), at::kCPU, options), tensors));
     EXPECT(loaded.last == bytes && loaded.total == bytes);

@@ -36,7 +36,7 @@ void check_same(const Fixture& fixture, const Index& index, int line) {
         const at::Tensor part = file.get_slice("x", index);
         if (part.sizes() != expected.sizes() || !at::equal(part, expected)) {
             std::ostringstream out;
-            out << "get_slice gives shape " << part.sizes() << ", index() gives " << expected.sizes()
+            out << "get_slice returns shape " << part.sizes() << ", index() returns " << expected.sizes()
                 << ", or other values";
             check::report(__FILE__, line, out.str());
         }

@@ -141,17 +141,17 @@ TEST(threads_load_in_every_way) {
     on_threads([&](int number) {
         for (int round = 0; round < kRounds; ++round) {
             const st::Backend backend = kBackends[(number + round) % 2];
-            std::int64_t told = 0;
+            std::int64_t reported = 0;
             st::LoadOptions options;
             options.backend = backend;
             options.dtype = at::kHalf;
             options.prefault = round % 3 == 0;
             options.names = [](const std::string& name) { return name != "large"; };
-            options.progress = [&](std::int64_t done, std::int64_t) { told = done; };
+            options.progress = [&](std::int64_t done, std::int64_t) { reported = done; };
             const st::Tensors converted = st::load_file(dir.file("f"), at::kCPU, options);
             EXPECT(converted.size() == 3 && identical(converted.at("weight"), half));
             EXPECT(identical(converted.at("matrix"), expected.at("matrix")));
-            EXPECT(told > 0);
+            EXPECT(reported > 0);
             EXPECT(identical(st::load(bytes, at::kCPU, options).at("weight"), half));
             EXPECT(identical(st::load_file(dir.file("f"), at::kCPU, backend, round % 2 == 0), expected));
             EXPECT(identical(st::load(bytes), expected));
