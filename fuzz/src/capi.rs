@@ -81,7 +81,7 @@ struct Session<'b> {
     bytes: &'b [u8],
     file: *mut sft_file,
     writer: *mut sft_writer,
-    /// The contents that every call must return.
+    /// Whether the file is closed, so that every call must fail.
     closed: bool,
     /// Whether tensors are in memory.
     in_memory: bool,

@@ -12,7 +12,7 @@ thread_local! {
     static DIRECTORY: tempfile::TempDir = tempfile::tempdir().expect("a directory");
 }
 
-/// Returns the path of a file in the directory.
+/// Calls `use_it` with the path of a file in the directory.
 pub fn with_path<T>(name: &str, use_it: impl FnOnce(&Path, &CStr) -> T) -> T {
     DIRECTORY.with(|directory| {
         let path = directory.path().join(name);

@@ -5,9 +5,7 @@
 //! contains files, and `tensors` generates tensors to write.
 
 #[cfg(not(fuzzing))]
-compile_error!(
-    "fuzz targets need the internals of the core: set RUSTFLAGS=\"--cfg fuzzing\"; see README.md"
-);
+compile_error!("fuzz targets need the internals of the core: set RUSTFLAGS=\"--cfg fuzzing\"; see README.md");
 
 pub mod capi;
 pub mod differential;

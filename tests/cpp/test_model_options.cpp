@@ -27,7 +27,7 @@ bool same(const Module& a, const Module& b) {
     return true;
 }
 
-// As layers(), but with names that differ from the file: linear_0 and so on.
+// Returns the name that a file has for a name of layers().
 std::string renamed(const std::string& name) { return "layer_" + name; }
 
 st::LoadModelOptions within(const std::string& prefix) {

@@ -61,7 +61,7 @@ impl<'b> Session<'b> {
         let mut index = usize::MAX;
         // A part of the name, perhaps cut within a character.
         let length = name.len() - (b % 4).min(name.len());
-        // SAFETY: a handle, `length` bytes that are lent, and a place for a number.
+        // SAFETY: a handle, `length` borrowed bytes, and a place for a number.
         let found = check(unsafe { sft_file_find_tensor(self.file, info.name.data, length, &mut index) });
         assert!(found || length < name.len());
         if length == name.len() {
@@ -72,7 +72,7 @@ impl<'b> Session<'b> {
     pub(super) fn metadata(&self, a: usize, b: usize) {
         let (mut present, mut count) = (-1, usize::MAX);
         let (mut key, mut value, mut again) = (no_text(), no_text(), no_text());
-        // SAFETY: a handle, places for results, and a key that is lent.
+        // SAFETY: a handle, places for results, and a borrowed key.
         unsafe {
             if !self.check(sft_file_has_metadata(self.file, &mut present)) {
                 return;

@@ -21,7 +21,7 @@ impl Session<'_> {
         let length = info.name.length - usize::from(b == 1).min(info.name.length);
         let dtype = if c < 200 { info.dtype } else { c as u32 - 200 };
         let nbytes = info.nbytes as usize / (1 + usize::from(b == 2));
-        // SAFETY: the file lends the name, the shape and the data until it is closed, when the writer is freed too.
+        // SAFETY: name, shape and data are borrowed until the file is closed, and the writer is freed before.
         check(unsafe {
             sft_writer_add_tensor(
                 self.writer,
