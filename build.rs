@@ -1,15 +1,15 @@
-//! Makes the C++ half of the library.
+//! Builds the C++ half of the library.
 //!
 //! With feature `bridge`, generates the bridge between `src/bridge.rs` and `cpp/` into `OUT_DIR/cxxbridge`. With
 //! feature `torch`, also finds libtorch, compiles `cpp/` against it and links it in. Nothing is downloaded.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    // The major version only: a program runs with every library of the same major version. cargo-c reads the same from
-    // [package.metadata.capi.library] in Cargo.toml.
+    // Only the major version, because a program runs with every library of the same major version. cargo-c uses the
+    // same soname, from [package.metadata.capi.library] in Cargo.toml.
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
-    // Never unloaded: threads may be running in the library at a dlclose, and torch has its operators.
+    // dlclose must not unload the library: its threads may be running, and its operators are registered with torch.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     #[cfg(feature = "bridge")]
     bridge::build();
@@ -17,7 +17,7 @@ fn main() {
 
 #[cfg(feature = "bridge")]
 mod bridge {
-    /// Generates the bridge; compiles it with `cpp/` where torch is wanted.
+    /// Generates the bridge, and compiles it with `cpp/` if the feature `torch` is enabled.
     pub fn build() {
         println!("cargo:rerun-if-changed=src/bridge.rs");
         #[cfg_attr(not(feature = "torch"), expect(unused_mut, unused_variables))]
@@ -37,18 +37,18 @@ mod torch {
     /// The archive of `cpp/` and the bridge.
     const ARCHIVE: &str = "safetensors_torch_cpp";
 
-    /// Where libtorch is, and how it was compiled.
+    /// The directory of libtorch, and how it was compiled.
     struct LibTorch {
         include: PathBuf,
         lib: PathBuf,
         cxx11_abi: String,
     }
 
-    /// Asks a Python with torch for its directory and its ABI.
+    /// A Python script that prints the directory and the ABI of its torch.
     const ASK_PYTHON: &str = "import os, torch; print(os.path.dirname(torch.__file__)); \
                               print(int(torch._C._GLIBCXX_USE_CXX11_ABI))";
 
-    /// Compiles `cpp/` and links it, whole, and libtorch.
+    /// Compiles `cpp/`, and links all of its objects and libtorch.
     pub fn compile(build: &mut cc::Build) {
         println!("cargo:rerun-if-changed=cpp");
         let torch = find();
@@ -59,7 +59,7 @@ mod torch {
         build
             .file("cpp/layer.cpp")
             .file(hide_bridge(&out, cxx))
-            // In place of the copy that the crate cxx brings: its std::string must be that of torch's C++ ABI.
+            // Instead of the copy in the crate cxx, because its std::string must have torch's C++ ABI.
             .file(cxx.join("src/cxx.cc"))
             .include(".")
             .std(standard(&torch.include))
@@ -67,7 +67,7 @@ mod torch {
             .flag("-fvisibility-inlines-hidden")
             .warnings(true)
             .extra_warnings(true)
-            // g++ 12 warns of overflows in torch's headers that do not exist.
+            // g++ 12 reports false overflows in torch's headers.
             .flag_if_supported("-Wno-stringop-overflow")
             .flag("-isystem")
             .flag(&torch.include)
@@ -94,8 +94,8 @@ mod torch {
         println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", torch.lib.display());
     }
 
-    /// Returns the C++ standard that torch's headers require, which is C++20 since torch 2.14. The compiler reports missing
-    /// headers.
+    /// Returns the C++ standard that torch's headers require, which is C++20 since torch 2.14. The compiler reports
+    /// missing headers.
     fn standard(include: &Path) -> &'static str {
         let header = std::fs::read_to_string(include.join("ATen/ATen.h")).unwrap_or_default();
         if header.contains("error C++20") { "c++20" } else { "c++17" }
@@ -103,8 +103,9 @@ mod torch {
 
     /// Writes a C++ file that names every symbol of the bridge as hidden, and returns its path.
     ///
-    /// rustc exports the Rust half of the bridge from a cdylib, where it could clash with another library that uses cxx.
-    /// The linker uses the strictest visibility that any object declares for a symbol, so this object hides them all.
+    /// rustc exports the Rust half of the bridge from a cdylib, where it could clash with another library that uses
+    /// cxx. The linker uses the strictest visibility that any object declares for a symbol, so this object hides them
+    /// all.
     fn hide_bridge(out: &Path, cxx: &Path) -> PathBuf {
         let bridge = out.join("cxxbridge/sources/safetensors-torch/src/bridge.rs.cc");
         let mut text = std::fs::read_to_string(bridge).expect("cxx-build has generated the bridge");

@@ -1,8 +1,8 @@
-"""Builds the Python package: the core with cargo, the libtorch layer ahead of time where torch is at hand.
+"""Builds the Python package: the core with cargo, and the libtorch layer ahead of time if torch is installed.
 
-Owns what goes into ``safetensors_torch/native``: that of the wheel, or of the checkout for an editable install (``pip
-install -e .``). ``safetensors_torch/_native_library.py`` says how the libtorch layer is compiled, and
-compiles it at the first import if none was built for the installed torch.
+Fills ``safetensors_torch/native`` of the wheel, or of the checkout for an editable install (``pip install -e .``).
+``safetensors_torch/_native_library.py`` defines how the libtorch layer is compiled, and compiles it at the first import
+if none was built for the installed torch.
 
 SAFETENSORS_TORCH_AOT=0 leaves the libtorch layer to the first import.
 """
@@ -38,7 +38,7 @@ TARGET = ROOT / "target" / "python"
 
 
 def cargo_version() -> str:
-    """The version in Cargo.toml, which is that of the package."""
+    """Returns the version in Cargo.toml, which is also the package's."""
     section = (ROOT / "Cargo.toml").read_text(encoding="utf-8").partition("[package]")[2].partition("\n[")[0]
     found = re.search(r'^version\s*=\s*"([^"]+)"', section, re.MULTILINE)
     if found is None:
@@ -55,7 +55,7 @@ def find_cargo() -> str:
 
 
 class Core:
-    """What cargo made: the static and the shared library of the core, and the generated C++ half of the bridge."""
+    """The output of cargo: the static and the shared library of the core, and the generated C++ half of the bridge."""
 
     def __init__(self) -> None:
         # Keeps paths of this machine out of the messages of panics and assertions.
@@ -93,7 +93,7 @@ class Core:
         self.cxx = Path(cxx["target"]["src_path"]).parent.parent
 
     def stage(self, native: Path) -> None:
-        """Fills ``native`` with all that the libtorch layer is compiled from, here and by C++ programs."""
+        """Fills ``native`` with the sources of the libtorch layer, which is compiled here and by C++ programs."""
         # Removes files of earlier builds, for another torch or from sources that no longer exist.
         if native.exists():
             shutil.rmtree(native)
@@ -111,7 +111,8 @@ class Core:
             copy(self.bridge / "include" / header, native / "bridge" / "include" / header)
         generated = self.bridge / "sources" / CRATE.replace("_", "-") / "src" / "bridge.rs.cc"
         copy(generated, native / "bridge" / generated.name)
-        # Compiled with the layer, in place of the copy in the archive: its std::string must be that of torch's C++ ABI.
+        # Compiled with the layer, instead of the copy in the archive, because its std::string must have torch's C++
+        # ABI.
         copy(self.cxx / "src" / "cxx.cc", native / "bridge" / "cxx.cc")
         copy(self.cxx / "include" / "cxx.h", native / "bridge" / "include" / "cxx.h")
         archive = native / "lib" / self.archive.name
@@ -129,7 +130,7 @@ class Core:
 
 
 def digest_of(directory: Path) -> str:
-    """Changes with every file below ``directory``."""
+    """Returns a hash of all files below ``directory``."""
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         digest.update(f"\0{path.relative_to(directory)}\0{path.stat().st_size}\0".encode())
@@ -160,12 +161,12 @@ class BuildPackage(build_py):
         Core().stage(self.native())
 
     def built(self) -> dict[str, Path]:
-        """What is in ``native``, by the place that it has in a wheel."""
+        """Returns the files in ``native`` by their paths in a wheel."""
         place, native = Path(self.build_lib) / PACKAGE / "native", self.native()
         return {str(place / path.relative_to(native)): path for path in native.rglob("*") if path.is_file()}
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        # An editable install has those of get_output_mapping.
+        # For an editable install, get_output_mapping returns the files of native.
         added = [] if self.editable_mode else [str(Path(self.build_lib) / START_FILE), *self.built()]
         return [*super().get_outputs(include_bytecode), *added]
 
@@ -175,14 +176,14 @@ class BuildPackage(build_py):
 
 
 class BinaryDistribution(Distribution):
-    """Platform dependent also where no extension is built."""
+    """A distribution that depends on the platform, even without an extension."""
 
     def has_ext_modules(self) -> bool:
         return True
 
 
 class Wheel(bdist_wheel):
-    """For one platform, and every Python: nothing in it touches libpython."""
+    """A wheel for one platform and every Python: nothing in it uses libpython."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -193,7 +194,7 @@ class Wheel(bdist_wheel):
 
 
 def load_native_library() -> ModuleType:
-    """The package's _native_library, by its path: the package itself cannot be imported before it is built."""
+    """Imports the package's _native_library by its path: the package cannot be imported before it is built."""
     spec = importlib.util.spec_from_file_location("_native_library", ROOT / "python" / PACKAGE / "_native_library.py")
     loader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loader)
@@ -201,7 +202,7 @@ def load_native_library() -> ModuleType:
 
 
 def ahead_of_time() -> dict:
-    """Arguments of setup() that compile the libtorch layer for the torch that is importable; none where none is."""
+    """Returns the arguments of setup() that compile the libtorch layer, or none if torch cannot be imported."""
     if os.environ.get("SAFETENSORS_TORCH_AOT", "").lower() in ("0", "false", "no", "off"):
         return {}
     try:
@@ -211,10 +212,10 @@ def ahead_of_time() -> dict:
     loader = load_native_library()
 
     class BuildLayer(BuildExtension):
-        """A plain shared library: no PyInit, no libpython, no path of this machine."""
+        """Builds a plain shared library: without PyInit, libpython, and paths of this machine."""
 
         def __init__(self, *args, **kwargs) -> None:
-            with loader.ninja_on_path():  # torch looks for it here, once more when it compiles
+            with loader.ninja_on_path():  # torch looks for ninja here, and again when it compiles
                 super().__init__(*args, **kwargs)
 
         def run(self) -> None:
@@ -236,7 +237,7 @@ def ahead_of_time() -> dict:
             extension.runtime_library_dirs = []
             with loader.ninja_on_path():
                 super().run()
-            extension.sources = []  # which an editable build would list among the project's sources, by forbidden names
+            extension.sources = []  # an editable build would list absolute paths among the project's sources
 
         def build_extensions(self) -> None:
             # Some Pythons link extensions with a search path into their own directory.
@@ -250,10 +251,10 @@ def ahead_of_time() -> dict:
             return str(self.get_finalized_command("build_py").native() / "lib" / loader.library_name())
 
         def copy_extensions_to_source(self) -> None:
-            """Nothing to copy: an editable install has it in its place already."""
+            """Does nothing: build_py puts the library of an editable install into the checkout."""
 
         def get_output_mapping(self) -> dict[str, str]:
-            return {}  # build_py's has it
+            return {}  # that of build_py contains the library
 
         def get_export_symbols(self, ext) -> list[str]:
             return []

@@ -1,13 +1,13 @@
-//! Micro-benchmarks of the header: parse and check one; lay out tensors and encode one.
+//! Micro-benchmarks of the header: parsing with validation, and planning with encoding.
 //!
-//! No file and no tensor data are involved: `bench.py` measures whole files.
+//! They use neither files nor tensor data: `bench.py` measures whole files.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use safetensors_torch::{DEFAULT_ALIGNMENT, Dtype, Header, Layout, TensorSpec};
 
-/// The tensors of GPT-2, of a model of many small tensors, and more than any model has.
+/// The number of tensors of GPT-2, of a model with many small tensors, and of more than any model has.
 const COUNTS: [usize; 3] = [148, 20_000, 1_000_000];
 
 /// The length of the field before the JSON.

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs the fuzz targets, each for so many seconds, and tells executions, coverage and findings:
+# Runs each fuzz target for a number of seconds, and prints executions, coverage and findings:
 #
 #     fuzz/run.sh SECONDS [TARGET...]
 #
-# With the compiler that is there, be it stable: coverage is a pass of LLVM that rustc can be told to run, libFuzzer comes
-# with the crate libfuzzer-sys, and AddressSanitizer's runtime with rustc. FUZZ_SANITIZER=none leaves that out, which is
-# some times faster. What is found lies in target/fuzz/findings/TARGET, what was learned in target/fuzz/corpus/TARGET.
+# Works with the stable compiler: coverage is an LLVM pass, the crate libfuzzer-sys contains libFuzzer, and rustc
+# AddressSanitizer's runtime. FUZZ_SANITIZER=none disables AddressSanitizer, and is several times faster. Findings are
+# written to target/fuzz/findings/TARGET, new inputs to target/fuzz/corpus/TARGET.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:?"fuzz/run.sh SECONDS [TARGET...]"}
 shift
 targets=("$@")
 if test ${#targets[@]} = 0; then
-    targets=(capi differential edit header index slice stream writer)
+    targets=(capi differential edit header incremental_writer index slice writer)
 fi
 host=$(rustc -vV | sed -n 's/^host: //p')
 sanitizer=${FUZZ_SANITIZER:-address}
@@ -30,11 +30,11 @@ if test "$sanitizer" != none; then
     flags+=("-Zsanitizer=$sanitizer")
 fi
 bins=("${targets[@]/#/--bin=}")
-# AddressSanitizer asks the compiler for what it keeps for those who know that it may change.
+# AddressSanitizer is an unstable option of the compiler, which RUSTC_BOOTSTRAP enables.
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="${flags[*]}" cargo build --quiet --release --locked --manifest-path fuzz/Cargo.toml \
     --target "$host" --target-dir target/fuzz "${bins[@]}"
 
-# Where files are made and removed all the time, and left when a target ends.
+# The targets create and remove many files, and leave some when they end.
 if test -z "${TMPDIR:-}" && test -w /dev/shm; then
     export TMPDIR=/dev/shm
 fi
@@ -42,7 +42,7 @@ TMPDIR=$(mktemp -d)
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 failed=0
-table=$(printf '%-14s %8s %12s %9s %9s %9s' target seconds executions coverage features findings)
+table=$(printf '%-18s %8s %12s %9s %9s %9s' target seconds executions coverage features findings)
 for target in "${targets[@]}"; do
     learned=target/fuzz/corpus/$target
     findings=target/fuzz/findings/$target
@@ -66,11 +66,11 @@ for target in "${targets[@]}"; do
     fi
     took=$(($(date +%s) - begin))
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
-    # None where a seed is a finding.
+    # Absent if a seed is a finding.
     coverage=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
     features=$(sed -n 's/.* ft: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
     found=$(($(find "$findings" -type f | wc -l) - before))
-    table+=$(printf '\n%-14s %8s %12s %9s %9s %9s' "$target" "$took" "${executions:-?}" "${coverage:-?}" "${features:-?}" "$found")
+    table+=$(printf '\n%-18s %8s %12s %9s %9s %9s' "$target" "$took" "${executions:-?}" "${coverage:-?}" "${features:-?}" "$found")
 done
 echo "sanitizer: $sanitizer"
 echo "$table"

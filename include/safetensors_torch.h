@@ -443,11 +443,11 @@ sft_status sft_writer_add_metadata(sft_writer* writer, const char* key, size_t k
  * for the options. */
 sft_status sft_writer_get_size(const sft_writer* writer, const sft_save_options* options, uint64_t* nbytes);
 
-/** Writes the file at `path`, all of it or nothing: beside the target first, then renamed over it (docs/saving.md lists
- * the exceptions). The data of its tensors may be mapped from the file that is replaced. An existing file's permissions
- * are kept. A symbolic link is replaced, and what it leads to stays as it is, unless it leads to a pipe or a character
- * device: these are written to, as is a descriptor of this process (/dev/stdout, /dev/fd/N). `options` may be NULL for
- * the defaults.
+/** Writes the file at `path` atomically: a new file is written beside the target, then renamed over it (docs/saving.md
+ * lists the exceptions). Tensors may be mapped from the file that is replaced. The permissions of an existing file are
+ * kept. A symbolic link is replaced, and its target does not change. Pipes and character devices, also through links,
+ * and descriptors of this process (/dev/stdout, /dev/fd/N) are written to directly. `options` may be NULL for the
+ * defaults.
  * Errors: those of sft_writer_get_size, IO, and INVALID_ARGUMENT for a tensor without data. */
 sft_status sft_writer_write_file(const sft_writer* writer, const char* path, const sft_save_options* options);
 
@@ -464,14 +464,17 @@ typedef struct sft_sharded_options {
 /** The defaults of sft_sharded_options. */
 #define SFT_SHARDED_OPTIONS_INIT {sizeof(sft_sharded_options), NULL, 0, 8, 0, 0}
 
-/** Writes a checkpoint into `directory`, which is created if it is missing: STEM.safetensors, or, if that would exceed
- * max_shard_size, STEM-00001-of-00002.safetensors and so on with the index STEM.safetensors.index.json, divided as
- * Hugging Face's tools do. Tensors go into the files in the order in which they were added; one that is larger than
- * max_shard_size has a file of its own. Each file has all of the metadata. A checkpoint of the same stem that is there
- * is replaced, links in the directory too: nothing of it changes before all files are complete, and files that are not
- * overwritten are removed at the end. An error of IO after that takes back what is in place, or says what is. All files
- * are open until the end. Of several saves into one directory one at a time gives names to its files, and the last one
- * stays whole (docs/saving.md says where not). `options` may be NULL for the defaults.
+/** Writes a checkpoint into `directory`, which is created if it is missing. The checkpoint is one file,
+ * STEM.safetensors, if the tensors fit max_shard_size. Otherwise it consists of STEM-00001-of-00002.safetensors and so
+ * on, and the index STEM.safetensors.index.json. Tensors are divided as Hugging Face's tools do, in the order in which
+ * they were added; a tensor larger than max_shard_size has a file of its own. Each file contains all of the metadata.
+ *
+ * An existing checkpoint of the same stem is replaced, including symbolic links. It does not change before all new
+ * files are complete; files that the new checkpoint does not overwrite are removed at the end. After an IO error in
+ * that phase, the files already in place are removed again, or the message says how many are in place. All files stay
+ * open until the end. Concurrent saves into one directory are serialized by a lock, and the last one remains complete
+ * (docs/saving.md lists the exceptions). `options` may be NULL for the defaults.
+ *
  * Errors: those of sft_writer_write_file; IO with EWOULDBLOCK if another save has the directory locked for a minute;
  * INVALID_ARGUMENT for a stem that is not a file name or is the name of a shard. */
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* directory,
@@ -495,13 +498,13 @@ typedef struct sft_incremental_writer sft_incremental_writer;
 sft_status sft_writer_declare_tensor(sft_writer* writer, const char* name, size_t name_length, sft_dtype dtype,
                                      const uint64_t* shape, size_t rank);
 
-/** Begins the file at `path`, with the tensors and the metadata of `writer`, which may be freed afterwards.
- * Tensors that were added with data are written at once; pass those that were declared to
- * sft_incremental_writer_write_tensor. The file becomes the one that sft_writer_write_file would write. The target
- * stays as it is until the commit; a pipe, a device or a descriptor (/dev/fd/N) is refused. A relative `path`
- * means what it means now. `options` may be NULL for the defaults. `*incremental` becomes a handle to free with
- * sft_incremental_writer_free, or NULL on an error. Errors: those of sft_writer_get_size, and IO, also if there is
- * no space for the whole file. */
+/** Starts writing the file at `path`, with the tensors and the metadata of `writer`, which may be freed afterwards.
+ * Tensors that were added with data are written by this call; the declared ones by
+ * sft_incremental_writer_write_tensor. The committed file has the same bytes as the one that sft_writer_write_file
+ * writes. The target does not change before the commit. A relative `path` is resolved by this call. `options` may be
+ * NULL for the defaults. `*incremental` becomes a handle to free with sft_incremental_writer_free, or NULL on an error.
+ * Errors: those of sft_writer_get_size; IO, also if the disk has no space for the whole file, or if `path` is a pipe, a
+ * device or a descriptor (/dev/fd/N). */
 sft_status sft_incremental_writer_create(const sft_writer* writer, const char* path, const sft_save_options* options,
                                          sft_incremental_writer** incremental);
 
@@ -519,8 +522,8 @@ sft_status sft_incremental_writer_write_part(const sft_incremental_writer* write
                                              uint64_t offset, const void* data, size_t nbytes);
 
 /** Replaces the target by the file, as sft_writer_write_file does; every byte must be written.
- * Errors: DATA_LENGTH, which lists missing tensors, which may still be written; CLOSED after an
- * earlier commit; IO, after which the target is as it was. */
+ * Errors: DATA_LENGTH, whose message lists the missing tensors, which may still be written; CLOSED after an earlier
+ * commit; IO, after which the target has not changed. */
 sft_status sft_incremental_writer_commit(sft_incremental_writer* writer);
 
 /** Frees the handle. Without a commit the target stays as it was, and no file is left beside it. NULL is ignored. */

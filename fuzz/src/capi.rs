@@ -1,7 +1,7 @@
-//! The C functions: any bytes as a file, and any sequence of calls on it, with buffers that end where they say. The calls
-//! that read are in `reading`, those that write, and open what was written, in `writing`.
+//! The C functions: any bytes as a file, any sequence of calls on it, with buffers of exact sizes. `reading` has the
+//! calls that read, `writing` those that write and open the result.
 //!
-//! What each call gives is compared with the bytes of the file; that nothing else is touched is for AddressSanitizer.
+//! The results of each call are compared with the bytes of the file. AddressSanitizer detects accesses out of bounds.
 
 mod reading;
 mod writing;
@@ -19,17 +19,17 @@ const OK: sft_status = 0;
 const INVALID: sft_status = ErrorKind::InvalidArgument as sft_status;
 const CLOSED: sft_status = ErrorKind::Closed as sft_status;
 
-/// The most bytes that are made up behind a header.
+/// The largest size of generated data after a header.
 const MAX_DATA: u64 = 1 << 16;
 
-/// The most tensors that one call looks at.
+/// The largest number of tensors that one call checks.
 const MANY: usize = 16;
 
 /// How the file is opened.
 const FROM_FILE: u8 = 1;
 const FRAMED: u8 = 2;
 
-/// `bytes` are the number of calls, how the file is opened (two bytes), four bytes a call, then the file.
+/// Runs the target. `bytes`: the number of calls, options of opening (two bytes), four bytes per call, then the file.
 pub fn run(bytes: &[u8]) {
     let [count, how, options, rest @ ..] = bytes else { return };
     let (script, file) = rest.split_at(rest.len().min(usize::from(count % 32) * 4));
@@ -39,7 +39,7 @@ pub fn run(bytes: &[u8]) {
         let json = frame::header_of(file);
         frame::whole_file(json, frame::data_end(json::read(json).as_ref()), MAX_DATA)
     };
-    // Exactly as long as it says, so that a read beyond it is seen.
+    // Allocated with the exact length, so that a read beyond it is detected.
     let file: Box<[u8]> = made.map_or_else(|| file.into(), Vec::into_boxed_slice);
     let Some(mut session) = Session::open(&file, how & FROM_FILE != 0 && HAS_FILES, *options) else { return };
     for call in script.chunks_exact(4) {
@@ -47,10 +47,10 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// Checks a status, and the message of one that is an error; whether it is none.
+/// Checks a status, and the message of an error. Returns whether the call succeeded.
 fn check(status: sft_status) -> bool {
     assert_ne!(status, ErrorKind::Panic as sft_status);
-    // SAFETY: these texts end in NUL, and stay until the next call that fails.
+    // SAFETY: these texts end in NUL, and stay valid until the next call that fails (header).
     let texts = unsafe {
         [
             CStr::from_ptr(sft_last_error_get_message()),
@@ -64,9 +64,10 @@ fn check(status: sft_status) -> bool {
     status == OK
 }
 
-/// What a text that was lent says.
+/// Returns the text that a string of the library refers to.
 fn read(text: &sft_str) -> &str {
-    // SAFETY: the library lends `length` bytes of UTF-8 (header), for longer than the callers here use them.
+    // SAFETY: the string borrows `length` bytes of UTF-8 (header), and the callers here use them while the file is
+    // open.
     let bytes = unsafe { std::slice::from_raw_parts(text.data.cast::<u8>(), text.length) };
     std::str::from_utf8(bytes).expect("UTF-8")
 }
@@ -80,19 +81,19 @@ struct Session<'b> {
     bytes: &'b [u8],
     file: *mut sft_file,
     writer: *mut sft_writer,
-    /// What is expected of every call.
+    /// Whether the file is closed, so that every call must fail.
     closed: bool,
     /// Whether tensors are in memory.
     in_memory: bool,
     count: usize,
-    /// Once is enough: it takes long.
+    /// Done once at most, because it is slow.
     checkpoint_done: bool,
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        // SAFETY: both handles came from the library, and nobody uses them any more. The writer, which borrows from the
-        // file, is first.
+        // SAFETY: both handles came from the library, and are not used again. The writer borrows from the file, so it
+        // is freed first.
         unsafe {
             sft_writer_free(self.writer);
             sft_file_free(self.file);
@@ -101,7 +102,7 @@ impl Drop for Session<'_> {
 }
 
 impl<'b> Session<'b> {
-    /// Opens the bytes; `None` where they are no file, which nothing more can be done with.
+    /// Opens the bytes. Returns `None` if they are not a valid file.
     fn open(bytes: &'b [u8], from_file: bool, options: u8) -> Option<Session<'b>> {
         let (mut file, mut writer) = (null_mut(), null_mut());
         let options = sft_open_options {
@@ -110,7 +111,7 @@ impl<'b> Session<'b> {
             prefault: (options >> 2 & 3).into(),
         };
         let usable = !from_file || (options.backend < 2 && options.prefault < 3);
-        // A size that is larger than the struct wants as many bytes.
+        // A struct size larger than the struct requires that many bytes.
         let padded = [options, sft_open_options { struct_size: 0, backend: 0, prefault: 0 }];
         // SAFETY: the bytes and the options outlive the calls, the bytes the handle too; the handles are written to.
         let status = unsafe {
@@ -138,13 +139,13 @@ impl<'b> Session<'b> {
         Some(Session { bytes, file, writer, closed: false, in_memory, count, checkpoint_done: false })
     }
 
-    /// Checks the status of a call on the file that is right unless the file is closed.
+    /// Checks the status of a valid call, which fails only if the file is closed.
     fn check(&self, status: sft_status) -> bool {
         assert_eq!(status == CLOSED, self.closed, "{status}");
         check(status)
     }
 
-    /// An index of a tensor, sometimes of none.
+    /// Returns an index of a tensor, sometimes one out of range.
     fn index(&self, a: usize) -> usize {
         if a == 255 { usize::MAX } else { a % (self.count + 1) }
     }
@@ -172,8 +173,8 @@ impl<'b> Session<'b> {
     }
 
     fn close(&mut self) {
-        // The writer may have borrowed what the file lends.
-        // SAFETY: handles of ours, which nobody else uses.
+        // The writer may borrow from the file.
+        // SAFETY: this struct owns the handles, and nothing else uses them.
         unsafe {
             sft_writer_free(self.writer);
             self.writer = null_mut();
@@ -183,7 +184,7 @@ impl<'b> Session<'b> {
         self.closed = true;
     }
 
-    /// NULL and pointers that are not aligned are refused.
+    /// Checks that NULL and misaligned pointers are refused.
     fn wrong_pointers(&self, a: usize) {
         let mut words = [0u64; 4];
         let odd = words.as_mut_ptr().cast::<u8>().wrapping_add(1);
@@ -208,7 +209,7 @@ impl<'b> Session<'b> {
     }
 }
 
-/// Numbers of dtypes, and sizes of shapes.
+/// Calls the functions of dtypes: codes and sizes of shapes.
 fn dtypes(a: usize, b: usize, c: usize) {
     let number = (a % 24) as u32;
     let code = sft_dtype_get_code(number);

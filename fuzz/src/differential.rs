@@ -1,5 +1,5 @@
-//! The reader beside that of the reference, the crate `safetensors`: they accept the same headers and say the same of
-//! them, but for the differences that docs/differences.md lists.
+//! Compares the reader with the reference, the crate `safetensors`: both accept the same headers, with the same
+//! contents, except for the differences that docs/differences.md lists.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,11 @@ use safetensors_torch::{Error, ErrorKind, Header, METADATA_KEY, TensorFile};
 use crate::json::{self, Node, has_repeated_key};
 use crate::{frame, model};
 
-/// `bytes` are a file.
+/// Runs the target. `bytes`: a file.
 pub fn run(bytes: &[u8]) {
     let json = frame::header_of(bytes);
     let tree = json::read(json);
-    // SAFETY: the bytes stay as they are while the file, which is dropped here, lives.
+    // SAFETY: the bytes are borrowed, so they neither change nor move until the file is dropped here.
     let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) };
     let theirs = SafeTensors::read_metadata(bytes).map(|(_, metadata)| metadata).ok();
     compare(file.as_ref().map(TensorFile::header), theirs.as_ref(), tree.as_ref());
@@ -57,18 +57,18 @@ fn compare_contents(ours: &Header, theirs: &Metadata) {
     }
 }
 
-/// Everything in a header that the reference may accept and that is refused here, with the kind of the refusal.
+/// Returns the kinds of error of everything in a header that the reference may accept and we refuse.
 fn differences(header: &Node) -> Vec<(ErrorKind, &'static str)> {
     let entries = header.object().unwrap_or_default();
     let names = || entries.iter().filter(|(name, _)| name != METADATA_KEY).map(|(name, _)| &name[..]);
     let mut found = Vec::new();
     if has_repeated_key(names()) {
-        found.push((ErrorKind::Duplicate, "a name that stands twice"));
+        found.push((ErrorKind::Duplicate, "a duplicate name"));
     }
     for (name, entry) in entries {
         if name == METADATA_KEY {
             if has_repeated_key(entry.object().unwrap_or_default().iter().map(|(key, _)| &key[..])) {
-                found.push((ErrorKind::Duplicate, "a metadata key that stands twice"));
+                found.push((ErrorKind::Duplicate, "a duplicate metadata key"));
             }
             continue;
         }

@@ -1,5 +1,5 @@
-//! Edits of the metadata: the tensors stay as they are, and the metadata is what the changes make of it; or there is an
-//! error, and the file is what it was, byte for byte.
+//! Edits of the metadata: the tensors do not change, and the metadata has exactly the changes. An error does not change
+//! the file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,16 +14,16 @@ use crate::directory::{assert_alone, replace, with_path};
 use crate::model::{self, Contents};
 use crate::{frame, json};
 
-/// The most bytes that are made up behind a header.
+/// The largest size of generated data after a header.
 const MAX_DATA: u64 = 1 << 12;
 
-/// Keys and values of changes, beside those that a file has.
+/// Keys and values of changes, in addition to those of the file.
 const TEXTS: [&str; 6] = ["", "k", "format", "\"\0\\", METADATA_KEY, "\u{10ffff}\u{1}"];
 
-/// Marks what of a file is made anew around its header.
+/// The bit of the options that rebuilds the file around its header.
 const FRAMED: u8 = 4;
 
-/// `bytes` are the number of changes, how they are made (two bytes), two bytes a change, then the file.
+/// Runs the target. `bytes`: the number of changes, options (two bytes), two bytes per change, then the file.
 pub fn run(bytes: &[u8]) {
     let [count, mode, reserve, rest @ ..] = bytes else { return };
     let (script, file) = rest.split_at(rest.len().min(usize::from(count % 5) * 2));
@@ -37,7 +37,7 @@ pub fn run(bytes: &[u8]) {
     let before = contents(&file);
     let options = EditOptions {
         in_place: mode & 1 == 1,
-        // What no header can have, or up to a page.
+        // More than a header can have, or up to a page.
         reserve: match reserve {
             253.. => [100_000_000, u64::MAX - 7, u64::MAX][usize::from(reserve - 253)],
             _ => u64::from(*reserve) * 16,
@@ -48,7 +48,7 @@ pub fn run(bytes: &[u8]) {
     with_path("f.safetensors", |path, _| check(path, &file, before.as_ref(), &changes, options));
 }
 
-/// What a file has, by the second reader.
+/// Returns the contents of a file, read by the model.
 fn contents(file: &[u8]) -> Option<Contents> {
     let json = frame::header_of(file);
     let whole = file.len() >= 8 && file[..8] == (json.len() as u64).to_le_bytes();
@@ -56,7 +56,7 @@ fn contents(file: &[u8]) -> Option<Contents> {
     model::contents(tree.as_ref().filter(|_| whole), json.len() as u64, file.len() as u64)
 }
 
-/// The changes of a script: a key, of the file's or not, and a value, or none.
+/// Returns the changes of a script: each a key, which may be one of the file's, and a value or none.
 fn changes(script: &[u8], before: Option<&Contents>) -> MetadataChanges {
     let known = before.and_then(|contents| contents.metadata.as_ref());
     let known: Vec<&String> = known.into_iter().flat_map(Metadata::keys).collect();
@@ -100,7 +100,7 @@ fn check(
             assert!(allowed, "{options:?}: {error}");
             assert!(is_same_file && after == file);
         }
-        (Ok(_), None) => panic!("an edit of what is no file: {options:?}"),
+        (Ok(_), None) => panic!("an edit of an invalid file: {options:?}"),
         (Ok(metadata), Some(before)) => {
             assert_eq!(metadata, expected(before.metadata.as_ref(), changes));
             let read = contents(&after).expect("still a file");
@@ -119,7 +119,7 @@ fn check(
     }
 }
 
-/// What the changes make of metadata, one after the other.
+/// Applies the changes to metadata, one after the other.
 fn expected(before: Option<&Metadata>, changes: &MetadataChanges) -> Option<Metadata> {
     let sets_any = changes.values().any(Option::is_some);
     if before.is_none() && !sets_any {

@@ -1,29 +1,29 @@
-//! Headers: what is accepted is what the model accepts, says the same, and can be written again.
+//! Headers: the reader accepts the same as the model, with the same contents, which can be written again.
 
 use safetensors_torch::{Error, ErrorKind, Header, Layout, METADATA_KEY, TensorFile, TensorSpec};
 
 use crate::{frame, json, model};
 
-/// `bytes` are a file.
+/// Runs the target. `bytes`: a file.
 pub fn run(bytes: &[u8]) {
-    // SAFETY: the bytes stay as they are while the file, which is dropped here, lives.
+    // SAFETY: the bytes are borrowed, so they neither change nor move until the file is dropped here.
     let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) };
     let json = frame::header_of(bytes);
     let tree = json::read(json);
-    // Where the file is too short for its header, that is not its header.
+    // If the file is shorter than the length says, the bytes after the length are not a header.
     let whole = bytes.len() >= 8 && bytes[..8] == (json.len() as u64).to_le_bytes();
     let expected = model::contents(tree.as_ref().filter(|_| whole), json.len() as u64, bytes.len() as u64);
-    judge(file.as_ref().map(TensorFile::header), expected.as_ref());
+    check_outcome(file.as_ref().map(TensorFile::header), expected.as_ref());
     if let Ok(file) = &file {
         check_data(file, bytes);
     }
 
     let Some(length) = frame::file_length(json, frame::data_end(tree.as_ref())) else { return };
     let expected = model::contents(tree.as_ref(), json.len() as u64, length);
-    judge(Header::parse(json, length).as_ref(), expected.as_ref());
+    check_outcome(Header::parse(json, length).as_ref(), expected.as_ref());
 }
 
-fn judge(header: Result<&Header, &Error>, expected: Option<&model::Contents>) {
+fn check_outcome(header: Result<&Header, &Error>, expected: Option<&model::Contents>) {
     match (header, expected) {
         (Ok(header), Some(expected)) => {
             assert_eq!(&contents(header), expected);
@@ -35,7 +35,7 @@ fn judge(header: Result<&Header, &Error>, expected: Option<&model::Contents>) {
     }
 }
 
-/// What the header says, for comparisons.
+/// Returns the contents of the header in the types of the model.
 pub fn contents(header: &Header) -> model::Contents {
     let tensors = header.iter().map(|tensor| model::Tensor {
         begin: tensor.begin,
@@ -59,7 +59,7 @@ fn check_names(header: &Header) {
     assert!(header.get(header.len()).is_none());
 }
 
-/// A header with the same tensors can be written, and read again.
+/// Checks that a header with the same tensors can be written and read again.
 fn check_written_again(header: &Header) {
     let specs: Vec<TensorSpec> =
         header.iter().map(|t| TensorSpec { name: t.name, dtype: t.dtype, shape: t.shape }).collect();
@@ -73,20 +73,20 @@ fn check_written_again(header: &Header) {
     }
 }
 
-/// An error is one of those that a reader's documentation lists, and says something.
+/// Checks that an error is of a documented kind, and has a message.
 fn check_error(error: &Error) {
     let kinds = ErrorKind::FileTooSmall as i32..=ErrorKind::DataLength as i32;
     assert!(kinds.contains(&error.code()) || error.kind() == ErrorKind::ReservedName, "{:?}", error.kind());
     assert!(!error.to_string().is_empty());
 }
 
-/// Every tensor's bytes are those at its place.
+/// Checks that every tensor has the bytes at its data offsets.
 fn check_data(file: &TensorFile, bytes: &[u8]) {
     for (index, tensor) in file.header().iter().enumerate() {
         let place = file.byte_range(&tensor);
         let mut data = vec![0; tensor.nbytes() as usize];
         let request = (index, data.as_mut_ptr(), data.len());
-        // SAFETY: the buffer is that long and nobody else's.
+        // SAFETY: the buffer has that length, and nothing else refers to it.
         unsafe { file.read_tensors(&[request]) }.expect("the bytes are there");
         assert_eq!(data, bytes[place.start as usize..place.end as usize]);
     }

@@ -1,6 +1,6 @@
-//! Incremental writers: tensors that are given whole, in parts, or piece by piece, in any order, some of them wrongly. What is
-//! taken is what a mark on every byte says; once all of it is there, the file has the bytes that a save at once writes,
-//! and until then the old file stands.
+//! Incremental writers: tensors written whole, in parts, or appended, in any order, with some invalid calls. A record
+//! of the written bytes predicts the result of each call. The old file stays until the commit; then the file has the
+//! bytes of a save.
 
 use std::fs;
 use std::path::Path;
@@ -11,15 +11,15 @@ use safetensors_torch::{Dtype, Error, ErrorKind, IncrementalWriter, SaveOptions,
 use crate::directory::{assert_alone, replace, with_path};
 use crate::tensors::{self, Input};
 
-const OLD: &[u8] = b"what stood there before";
+const OLD: &[u8] = b"the old file";
 
-/// The most bytes of all tensors.
+/// The largest total size of the tensors.
 const MAX_BYTES: u128 = 1 << 14;
 
-/// One call; tensors are told by their place, which may be behind the last.
+/// A call. Tensors are identified by their index, which may be out of range.
 #[derive(Debug)]
 enum Call {
-    /// All bytes, or as many more or less.
+    /// Writes all bytes, or too many or too few.
     Whole {
         tensor: usize,
         extra: i8,
@@ -29,29 +29,29 @@ enum Call {
         offset: u64,
         length: usize,
     },
-    /// Appended in pieces of so many bytes, so many of them; then finished, or given up.
+    /// Appends pieces of a size, a number of times; then finishes or abandons the tensor.
     Pieces {
         tensor: usize,
         piece: usize,
         count: usize,
         finish: bool,
     },
-    /// As it was not declared.
-    Otherwise {
+    /// Writes with another dtype or shape than declared.
+    Mismatched {
         tensor: usize,
     },
     Commit,
     Discard,
 }
 
-/// What must have been taken of a tensor.
+/// The bytes of a tensor that the writer must have accepted.
 struct Given {
     marks: Vec<bool>,
-    /// Of one without bytes, whether it was given.
+    /// Whether an empty tensor was written.
     is_given: bool,
 }
 
-/// An incremental writer, and what is expected of it.
+/// An incremental writer and its expected state.
 struct Session<'i> {
     writer: IncrementalWriter,
     specs: &'i [TensorSpec<'i>],
@@ -61,7 +61,7 @@ struct Session<'i> {
     is_there: bool,
 }
 
-/// `bytes` are anything: tensors and calls are made from them.
+/// Runs the target on tensors and calls derived from `bytes`.
 pub fn run(bytes: &[u8]) {
     let mut u = Unstructured::new(bytes);
     let Ok(input) = tensors::input(&mut u) else { return };
@@ -77,7 +77,7 @@ fn call(u: &mut Unstructured<'_>) -> Result<Call> {
     Ok(match u.int_in_range(0..=15)? {
         0 => Call::Commit,
         1 if u.ratio(1, 8)? => Call::Discard,
-        1 => Call::Otherwise { tensor },
+        1 => Call::Mismatched { tensor },
         2..=6 => Call::Whole { tensor, extra: if u.ratio(1, 8)? { u.arbitrary()? } else { 0 } },
         7..=10 => Call::Pieces {
             tensor,
@@ -118,7 +118,7 @@ fn check(path: &Path, input: &Input, calls: &[Call]) {
             assert_old(path);
         }
     }
-    // A third of them are dropped as they are.
+    // A third of the writers are dropped without a commit.
     if session.is_open && !calls.len().is_multiple_of(3) {
         session.complete();
         session.call(&Call::Commit);
@@ -147,7 +147,7 @@ impl Session<'_> {
             Call::Whole { tensor, extra } => self.whole(tensor, extra),
             Call::Part { tensor, offset, length } => self.part(tensor, offset, length),
             Call::Pieces { tensor, piece, count, finish } => self.pieces(tensor, piece, count, finish),
-            Call::Otherwise { tensor } => self.otherwise(tensor),
+            Call::Mismatched { tensor } => self.mismatched(tensor),
             Call::Commit => {
                 let is_complete = self.missing().is_empty();
                 let expected = match (self.is_open, is_complete) {
@@ -166,7 +166,7 @@ impl Session<'_> {
         }
     }
 
-    /// The name of a tensor, or one that was not declared.
+    /// Returns the name of a tensor, or one that was not declared.
     fn name(&self, tensor: usize) -> &str {
         self.specs.get(tensor).map_or("no such tensor", |spec| spec.name)
     }
@@ -177,7 +177,7 @@ impl Session<'_> {
         bytes.resize(declared.saturating_add_signed(extra.into()), 7);
         let result = self.writer.write(self.name(tensor), &bytes);
         let is_right = bytes.len() == declared;
-        self.judge(tensor, 0, declared, is_right, result.map_err(|error| error.kind()));
+        self.check_result(tensor, 0, declared, is_right, result.map_err(|error| error.kind()));
     }
 
     fn part(&mut self, tensor: usize, offset: u64, length: usize) {
@@ -186,10 +186,10 @@ impl Session<'_> {
         let bytes = range.map_or_else(|| vec![7; length], <[u8]>::to_vec);
         let is_right = range.is_some();
         let result = self.writer.write_part(self.name(tensor), offset, &bytes);
-        self.judge(tensor, offset as usize, length, is_right, result.map_err(|error| error.kind()));
+        self.check_result(tensor, offset as usize, length, is_right, result.map_err(|error| error.kind()));
     }
 
-    /// Appends to a tensor, which takes all of its bytes until that is given up.
+    /// Appends to a tensor, which reserves all of its bytes until it is abandoned.
     fn pieces(&mut self, tensor: usize, piece: usize, count: usize, finish: bool) {
         let Some(&spec) = self.specs.get(tensor) else { return };
         let data = &self.data[tensor];
@@ -203,7 +203,7 @@ impl Session<'_> {
             }
         };
         assert!(free);
-        // Nobody else can write it, nor can the file be committed.
+        // Until then, other writes of the tensor and the commit fail.
         let busy = |result: std::result::Result<(), Error>, kind| {
             assert_eq!(result.expect_err("it is being written").kind(), kind);
         };
@@ -234,8 +234,8 @@ impl Session<'_> {
         }
     }
 
-    /// Another dtype or shape than that which was declared.
-    fn otherwise(&self, tensor: usize) {
+    /// Writes a tensor with another dtype or shape than declared.
+    fn mismatched(&self, tensor: usize) {
         let Some(&spec) = self.specs.get(tensor) else { return };
         let dtype = if spec.dtype == Dtype::I64 { Dtype::F32 } else { Dtype::I64 };
         let mut shape = spec.shape.to_vec();
@@ -246,8 +246,8 @@ impl Session<'_> {
         }
     }
 
-    /// Compares the result of a call that gives bytes with what the marks say, and makes them.
-    fn judge(
+    /// Compares the result of a write with the record of written bytes, and updates it.
+    fn check_result(
         &mut self,
         tensor: usize,
         from: usize,
@@ -283,7 +283,7 @@ impl Session<'_> {
         given.is_given = true;
     }
 
-    /// The names of what is not complete.
+    /// Returns the names of incomplete tensors.
     fn missing(&self) -> Vec<&str> {
         let is_missing = |given: &Given| given.marks.contains(&false) || !given.is_given;
         let pairs = self.specs.iter().zip(&self.given);
@@ -297,7 +297,7 @@ impl Session<'_> {
         assert_eq!(ours, theirs);
     }
 
-    /// Gives every byte that is missing, one at a time.
+    /// Writes every missing byte, one at a time.
     fn complete(&mut self) {
         for tensor in 0..self.specs.len() {
             if self.data[tensor].is_empty() {

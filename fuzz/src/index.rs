@@ -1,4 +1,4 @@
-//! Indexes of checkpoints: what is accepted is a weight map that names files below its directory, and says the same.
+//! Indexes of checkpoints: every accepted index is a weight map of files below its directory, and is read correctly.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use safetensors_torch::{ErrorKind, parse_index};
 
 use crate::{json, model};
 
-/// `bytes` are an index.
+/// Runs the target. `bytes`: an index.
 pub fn run(bytes: &[u8]) {
     let expected = json::read(bytes).and_then(|tree| {
         let mut maps = tree.object()?.iter().filter(|(field, _)| field == "weight_map");
@@ -30,7 +30,7 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// Whether a path stays below the directory that it starts from.
+/// Returns whether a relative path does not leave its directory.
 fn is_below(path: &str) -> bool {
     let mut parts = path.split('/');
     let first = parts.next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! JSON as a tree in which everything is still there: the order of an object's entries, and those that stand twice.
+//! A JSON tree that keeps the order of an object's entries, and duplicates.
 
 use std::fmt;
 
@@ -16,13 +16,13 @@ pub enum Node {
     Object(Vec<(String, Node)>),
 }
 
-/// The tree of `json`; `None` where that is not UTF-8, or not JSON.
+/// Parses `json`. Returns `None` if it is not UTF-8 or not JSON.
 pub fn read(json: &[u8]) -> Option<Node> {
     serde_json::from_str(std::str::from_utf8(json).ok()?).ok()
 }
 
 impl Node {
-    /// The entries of an object.
+    /// Returns the entries of an object.
     pub fn object(&self) -> Option<&[(String, Node)]> {
         match self {
             Node::Object(entries) => Some(entries),
@@ -30,7 +30,7 @@ impl Node {
         }
     }
 
-    /// The text of a string.
+    /// Returns the text of a string.
     pub fn text(&self) -> Option<&str> {
         match self {
             Node::Text(text) => Some(text),
@@ -38,7 +38,7 @@ impl Node {
         }
     }
 
-    /// A list of integers that are not negative.
+    /// Returns a list of nonnegative integers.
     pub fn integers(&self) -> Option<Vec<u64>> {
         match self {
             Node::List(items) => items
@@ -53,7 +53,7 @@ impl Node {
     }
 }
 
-/// Whether a key stands twice in an object.
+/// Returns whether an object has a duplicate key.
 pub fn has_repeated_key<'a>(keys: impl Iterator<Item = &'a str>) -> bool {
     let mut keys: Vec<&str> = keys.collect();
     keys.sort_unstable();

@@ -1,13 +1,11 @@
-//! The bodies of the fuzz targets, one module each: bytes in, a panic where something is wrong.
+//! The fuzz targets, one module each: functions of bytes that panic if a property does not hold.
 //!
-//! Shared by the programs that libFuzzer drives (`fuzz_targets/`) and by the test that replays the corpus
-//! (`tests/replay.rs`). `json`, `model` and `frame` are what several targets judge by; they use nothing of the core
-//! but the list of dtypes. `directory` is where they have files, `tensors` makes what they write.
+//! The programs of libFuzzer (`fuzz_targets/`) and the test that replays the corpus (`tests/replay.rs`) share them.
+//! `json`, `model` and `frame` compute expected results; from the core, they use only the list of dtypes. `directory`
+//! contains files, and `tensors` generates tensors to write.
 
 #[cfg(not(fuzzing))]
-compile_error!(
-    "the core gives its innards to fuzz targets only with RUSTFLAGS=\"--cfg fuzzing\": see README.md"
-);
+compile_error!("fuzz targets need the internals of the core: set RUSTFLAGS=\"--cfg fuzzing\"; see README.md");
 
 pub mod capi;
 pub mod differential;
@@ -23,10 +21,10 @@ pub mod slice;
 mod tensors;
 pub mod writer;
 
-/// What a target does with an input.
+/// The function that runs a target on an input.
 pub type Body = fn(&[u8]);
 
-/// Every target, by the name of its program and of its corpus.
+/// All targets, by the name of program and corpus.
 pub const TARGETS: &[(&str, Body)] = &[
     ("capi", capi::run),
     ("differential", differential::run),

@@ -1,4 +1,4 @@
-//! What a valid header is, a second time: slow, without borrowing and without words, from the text of the format.
+//! A second implementation of the format: simple and slow, written from its specification, without error messages.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,13 @@ use safetensors_torch::Dtype;
 
 use crate::json::{Node, has_repeated_key};
 
-/// The largest number that sizes may reach.
+/// The largest value of a size.
 const LIMIT: u128 = i64::MAX as u128;
 
-/// The most bytes of a header.
+/// The largest size of a header, in bytes.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// What a header says.
+/// The contents of a header.
 #[derive(Debug, PartialEq)]
 pub struct Contents {
     /// In file order.
@@ -20,7 +20,7 @@ pub struct Contents {
     pub metadata: Option<BTreeMap<String, String>>,
 }
 
-/// One tensor; the fields are in the order in which a file has its tensors.
+/// A tensor. Comparing the fields in order sorts tensors into file order.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tensor {
     pub begin: u64,
@@ -30,7 +30,7 @@ pub struct Tensor {
     pub shape: Vec<u64>,
 }
 
-/// What the header of `length` bytes with this JSON says in a file of `file_length`; `None` where it is not valid.
+/// Parses the JSON of a header of `length` bytes in a file of `file_length`. Returns `None` if it is not valid.
 pub fn contents(header: Option<&Node>, length: u64, file_length: u64) -> Option<Contents> {
     let entries = header?.object()?;
     if length > MAX_HEADER || has_repeated_key(entries.iter().map(|(name, _)| &name[..])) {
@@ -57,7 +57,7 @@ pub fn contents(header: Option<&Node>, length: u64, file_length: u64) -> Option<
         .then_some(Contents { tensors, metadata })
 }
 
-/// An object of strings, each key once.
+/// Parses an object of strings without duplicate keys.
 pub fn texts(node: &Node) -> Option<BTreeMap<String, String>> {
     let entries = node.object()?;
     if has_repeated_key(entries.iter().map(|(key, _)| &key[..])) {
@@ -84,7 +84,7 @@ fn tensor(name: &str, entry: &Node) -> Option<Tensor> {
     })
 }
 
-/// The bits of a tensor; `None` where there can be no such tensor.
+/// Returns the size of a tensor in bits, or `None` if it overflows.
 fn bits(tensor: &Tensor) -> Option<u128> {
     let dtype = Dtype::ALL.iter().find(|dtype| dtype.code() == tensor.code)?;
     let mut elements = 1u128;
@@ -98,7 +98,7 @@ fn bits(tensor: &Tensor) -> Option<u128> {
     (fits_torch(&tensor.shape) && bits <= LIMIT).then_some(bits)
 }
 
-/// Whether torch can have a tensor of this shape: dimensions and strides below 2^63, where a dimension of 0 counts as 1.
+/// Returns whether torch can represent this shape: dimensions and strides below 2^63, a dimension of 0 counted as 1.
 pub fn fits_torch(shape: &[u64]) -> bool {
     let mut stride = 1u128;
     for &dim in shape.iter().skip(1).rev() {

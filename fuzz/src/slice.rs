@@ -1,22 +1,22 @@
-//! Slices: a plan takes the bits that picking element by element takes, or is refused where those are no whole bytes.
+//! Slices: a plan selects the bits of the elements picked one by one, or is refused if they do not fill whole bytes.
 
 use arbitrary::{Result, Unstructured};
 use safetensors_torch::{AxisRange, Dtype, ErrorKind, Layout, Slice, TensorFile, TensorSpec, save_into};
 
-/// The most elements of a tensor whose elements are picked.
+/// The largest number of elements to pick one by one.
 const MAX_ELEMENTS: u64 = 4096;
 
-/// A tensor, and the ranges that are asked for.
+/// A tensor and the ranges of a slice.
 #[derive(Debug)]
 struct Input {
     dtype: Dtype,
     shape: Vec<u64>,
     ranges: Vec<AxisRange>,
-    /// A part of the slice's bytes, in 255ths.
+    /// The bounds of a part of the slice's bytes, in 255ths.
     part: (u8, u8),
 }
 
-/// `bytes` are anything: a tensor and ranges are made from them.
+/// Runs the target on a tensor and ranges derived from `bytes`.
 pub fn run(bytes: &[u8]) {
     if let Ok(input) = input(&mut Unstructured::new(bytes)) {
         check(&input);
@@ -30,7 +30,7 @@ fn input(u: &mut Unstructured<'_>) -> Result<Input> {
     let mut ranges = Vec::new();
     for _ in 0..u.int_in_range(0..=6)? {
         let dim = match u.int_in_range(0..=31)? {
-            // As large as a header can have it.
+            // The largest that a header can declare.
             31 => u.arbitrary::<u64>()? >> u.int_in_range(1..=63)?,
             small => small % 13,
         };
@@ -45,7 +45,7 @@ fn input(u: &mut Unstructured<'_>) -> Result<Input> {
     Ok(Input { dtype, shape, ranges, part })
 }
 
-/// A range of a dimension of size `dim`, most often a valid one.
+/// Returns a range of a dimension of size `dim`, usually a valid one.
 fn range(u: &mut Unstructured<'_>, dim: u64) -> Result<AxisRange> {
     if u.ratio(1, 64)? {
         return Ok(AxisRange { start: u.arbitrary()?, stop: u.arbitrary()?, step: u.arbitrary()? });
@@ -58,7 +58,7 @@ fn range(u: &mut Unstructured<'_>, dim: u64) -> Result<AxisRange> {
 fn check(input: &Input) {
     let Input { dtype, shape, ranges, part } = input;
     let spec = TensorSpec { name: "t", dtype: *dtype, shape };
-    // A slice is of a tensor that a header may have.
+    // Only tensors that a header may declare have slices.
     let Ok(layout) = Layout::plan(&[spec], None, 8) else { return };
     let fits = ranges.len() == shape.len()
         && ranges.iter().zip(shape).all(|(r, &dim)| r.step > 0 && r.start <= r.stop && r.stop <= dim);
@@ -72,7 +72,7 @@ fn check(input: &Input) {
         assert_eq!(slice.shape(), lengths, "{input:?}");
         let elements: u128 = lengths.iter().map(|&length| u128::from(length)).product();
         assert_eq!(u128::from(slice.nbytes()) * 8, elements * u128::from(dtype.bits()), "{input:?}");
-        // The first and the last runs of a slice that is too large to go through.
+        // Checks only the first and the last runs of a very large slice.
         let size = layout.total_bytes() - layout.header().len() as u64;
         let edge = slice.nbytes().min(64);
         for bytes in [0..edge, slice.nbytes() - edge..slice.nbytes()] {
@@ -80,7 +80,7 @@ fn check(input: &Input) {
             assert!(runs.into_iter().all(|run| run.start < run.end && run.end <= size), "{input:?}");
         }
     }
-    // Also where one dimension of 0 makes up for others.
+    // Skips large shapes, even if a dimension of 0 makes the tensor empty.
     if shape.iter().map(|&dim| u128::from(dim.max(1))).product::<u128>() > MAX_ELEMENTS.into() {
         return;
     }
@@ -107,10 +107,10 @@ fn check_read(layout: &Layout, spec: TensorSpec<'_>, slice: &Slice, expected: &[
         (0..size).map(|place| (place as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     let mut bytes = vec![0; layout.total_bytes() as usize];
     save_into(&[spec], &[&data], None, &mut bytes, 8).expect("a tensor");
-    // SAFETY: the bytes outlive the file, and nobody writes to them.
+    // SAFETY: the bytes outlive the file, and are not written to.
     let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) }.expect("a file");
     let mut read = vec![0; expected.len()];
-    // SAFETY: the buffer is that long and nobody else's.
+    // SAFETY: the buffer has that length, and nothing else refers to it.
     unsafe { file.read_slice(0, slice, read.as_mut_ptr(), read.len()) }.expect("in memory");
     assert!(read.iter().eq(expected.iter().map(|&place| &data[place as usize])));
 }
@@ -119,7 +119,7 @@ fn length(range: &AxisRange) -> u64 {
     u128::from(range.stop - range.start).div_ceil(range.step.into()) as u64
 }
 
-/// Where each bit of a slice is in the tensor, element by element.
+/// Returns the position in the tensor of each bit of a slice, element by element.
 fn picked_bits(dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Vec<u64> {
     let mut elements = vec![0];
     for (range, dim) in ranges.iter().zip(shape) {
@@ -132,7 +132,7 @@ fn picked_bits(dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Vec<u64> {
     elements.iter().flat_map(|element| element * dtype.bits()..(element + 1) * dtype.bits()).collect()
 }
 
-/// The bytes that these bits make up; `None` where they are no whole bytes.
+/// Returns the bytes of these bits, or `None` if they do not fill whole bytes.
 fn picked_bytes(bits: &[u64]) -> Option<Vec<u64>> {
     let whole = |byte: &[u64]| {
         let first = byte[0];

@@ -1,4 +1,4 @@
-//! Tensors and metadata to be written, made from a fuzzer's bytes, and every reason for which they cannot be.
+//! Tensors and metadata to write, derived from a fuzzer's bytes, and every reason to refuse them.
 
 use arbitrary::{Result, Unstructured};
 use safetensors_torch::{Dtype, ErrorKind, METADATA_KEY, Metadata, TensorSpec};
@@ -18,11 +18,11 @@ pub struct Input {
     pub tensors: Vec<Tensor>,
     pub metadata: Option<Metadata>,
     pub alignment: u64,
-    /// One time in 32, for what takes long.
+    /// Returns true once in 32 times, for slow cases.
     pub to_file: bool,
 }
 
-/// Up to eight tensors, metadata or none, and an alignment, any of them perhaps wrong.
+/// Up to eight tensors, optional metadata, and an alignment. Each may be invalid.
 pub fn input(u: &mut Unstructured<'_>) -> Result<Input> {
     let alignment = match u.int_in_range(0..=15)? {
         0 => u.arbitrary()?,
@@ -42,7 +42,7 @@ pub fn input(u: &mut Unstructured<'_>) -> Result<Input> {
     Ok(Input { tensors, metadata, alignment, to_file })
 }
 
-/// Any text, often one that JSON must escape, or that is close to others.
+/// Any text, often one that JSON must escape or that resembles others.
 fn text(u: &mut Unstructured<'_>) -> Result<String> {
     match u.int_in_range(0..=7)? {
         0 => Ok(METADATA_KEY.to_string()),
@@ -66,7 +66,7 @@ impl Tensor {
         TensorSpec { name: &self.name, dtype: self.dtype, shape: &self.shape }
     }
 
-    /// Its bits; `None` for more than there are numbers.
+    /// Returns the size in bits, or `None` if it overflows.
     pub fn bits(&self) -> Option<u128> {
         let mut elements = 1u128;
         for &dim in &self.shape {
@@ -75,14 +75,14 @@ impl Tensor {
         Some(elements * u128::from(self.dtype.bits())).filter(|&bits| bits <= i64::MAX as u128)
     }
 
-    /// Bytes of that many bits, which must be whole ones.
+    /// Returns the bytes of the tensor, whose bits must fill whole bytes.
     pub fn data(&self) -> Vec<u8> {
         let bytes = self.bits().expect("checked") / 8;
         (0..bytes as usize).map(|place| (place as u8).wrapping_mul(37).wrapping_add(self.seed)).collect()
     }
 }
 
-/// Every reason for which the tensors cannot be written.
+/// Returns every reason to refuse the tensors.
 pub fn faults(input: &Input) -> Vec<ErrorKind> {
     let mut faults = Vec::new();
     if !input.alignment.is_power_of_two() || input.alignment < 8 || input.alignment > 1 << 20 {

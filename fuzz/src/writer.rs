@@ -1,5 +1,5 @@
-//! Files that are written: what cannot be is refused for a reason that there is; what can be is read back as it was, here
-//! and by the reference, and has the bytes that the reference writes.
+//! Written files: both this library and the reference read back the input, and the reference writes the same bytes. A
+//! refusal has a valid reason.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,10 +12,10 @@ use safetensors_torch::{Layout, SaveOptions, TensorFile, TensorSpec, save_file, 
 use crate::directory::HAS_FILES;
 use crate::tensors::{Input, Tensor, faults, input};
 
-/// The most bytes of a tensor whose bytes are written, not just its header.
+/// The largest tensor whose data is written; larger ones are only planned.
 const MAX_BYTES: u128 = 1 << 16;
 
-/// `bytes` are anything: tensors are made from them.
+/// Runs the target on tensors derived from `bytes`.
 pub fn run(bytes: &[u8]) {
     if let Ok(input) = input(&mut Unstructured::new(bytes)) {
         check(&input);
@@ -54,7 +54,7 @@ fn check(input: &Input) {
 }
 
 fn check_read(input: &Input, data: &[Vec<u8>], bytes: &[u8]) {
-    // SAFETY: the bytes outlive the file, and nobody writes to them.
+    // SAFETY: the bytes outlive the file, and are not written to.
     let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) }.expect("valid");
     assert_eq!(file.header().metadata(), input.metadata.as_ref());
     assert_eq!(file.header().len(), data.len());
@@ -79,7 +79,7 @@ fn check_reference(input: &Input, data: &[Vec<u8>], bytes: &[u8]) {
         views.push((&tensor.name[..], TensorView::new(view.dtype(), shape, data).expect("a view")));
     }
     let metadata: Option<HashMap<String, String>> = input.metadata.clone().map(HashMap::from_iter);
-    // The reference has several keys in any order, and no valid JSON for metadata that is empty like the file.
+    // The reference writes several keys in any order, and invalid JSON for empty metadata without tensors.
     let same = match &metadata {
         None => true,
         Some(metadata) => metadata.len() == 1 || (metadata.is_empty() && !views.is_empty()),

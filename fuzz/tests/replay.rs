@@ -1,4 +1,4 @@
-//! The corpus, and the shared test vectors, once through every target: what was found once stays mended.
+//! Replays the corpus and the shared test vectors through every target, so that fixed findings stay fixed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ fn replay(target: &str) {
     let vectors = files(&root.join("../tests/vectors/malformed"));
     assert!(corpus.len() >= 8 && vectors.len() >= 150, "{} and {}", corpus.len(), vectors.len());
     for path in corpus.iter().chain(&vectors) {
-        // Shown with the output of a failed test alone.
+        // Printed only if the test fails.
         println!("{target}: {}", path.display());
         run(&fs::read(path).expect("a file"));
     }

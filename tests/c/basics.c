@@ -1,4 +1,4 @@
-/* What needs no file: version, status, element types. */
+/* Functions without a file: version, status, element types. */
 #include <errno.h>
 #include <pthread.h>
 #include <string.h>
@@ -35,7 +35,7 @@ void test_version_and_status(void) {
         }
     }
 
-    /* errno belongs to the failure, and success leaves both alone. */
+    /* errno describes the last failure; success changes neither it nor the message. */
     sft_file* file;
     CHECK_STATUS(sft_file_open(path_of("absent"), NULL, &file), SFT_ERROR_IO);
     CHECK(file == NULL);
@@ -45,7 +45,7 @@ void test_version_and_status(void) {
     CHECK_OK(sft_dtype_parse("F32", &dtype));
     CHECK(sft_last_error_get_os_error() == ENOENT);
 
-    /* Another thread has errors of its own. */
+    /* The last error is per thread. */
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, other_thread, NULL) == 0);
     CHECK(pthread_join(thread, NULL) == 0);

@@ -1,4 +1,4 @@
-/* Counts checks, on any thread, and remembers which status numbers were seen. */
+/* Counts checks, on any thread, and records the status numbers that occurred. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -11,16 +11,16 @@
 
 void check_that(bool holds, const char* what, const char* file, int line);
 
-/* An error must also have left a message. */
-void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line);
+/* Checks the status of a call, and that an error has set a message. */
+void check_status(sft_status actual, sft_status expected, const char* what, const char* file, int line);
 
-/* Whether a call has returned this status. */
+/* Returns whether a call has returned this status. */
 bool check_seen(sft_status status);
 
-/* The bytes of a file: the length of `json`, `json` itself, `nbytes` of zeros. Freed by the caller. */
+/* Returns the bytes of a file: the length of `json`, `json` itself, `nbytes` zeros. The caller frees them. */
 void* make_file(const char* json, size_t nbytes, size_t* length);
 
-/* A path in the directory of this run; valid until the next call. For one thread at a time. */
+/* Returns a path in the directory of this run, valid until the next call. Not thread-safe. */
 const char* path_of(const char* name);
 
 bool text_is(sft_str text, const char* expected);
@@ -34,7 +34,7 @@ void test_metadata(void);
 void test_checkpoints(void);
 void test_threads(void);
 void test_writing(void);
-void test_streams(void);
+void test_incremental_writer(void);
 void test_forks(void);
 void test_edits(void);
 void test_refused_files(void);

@@ -1,4 +1,4 @@
-/* sft_checkpoint: shards and their index, written and read. */
+/* sft_checkpoint: writes and reads shards and their index. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,7 +30,7 @@ static void write_text(const char* name, const char* text) {
     CHECK(stream != NULL && fputs(text, stream) >= 0 && fclose(stream) == 0);
 }
 
-static void reads_values(const sft_checkpoint* checkpoint) {
+static void check_values(const sft_checkpoint* checkpoint) {
     for (size_t i = 0; i < 3; i++) {
         size_t shard = 9, index = 9;
         CHECK_OK(sft_checkpoint_find_tensor(checkpoint, names[i], 1, &shard, &index));
@@ -46,7 +46,7 @@ static void reads_values(const sft_checkpoint* checkpoint) {
     }
 }
 
-static void test_what_was_written(const char* path, const sft_checkpoint_options* options) {
+static void test_written_checkpoint(const char* path, const sft_checkpoint_options* options) {
     sft_checkpoint* checkpoint = NULL;
     CHECK_OK(sft_checkpoint_open(path, options, &checkpoint));
     size_t count = 0;
@@ -69,15 +69,15 @@ static void test_what_was_written(const char* path, const sft_checkpoint_options
     CHECK_STATUS(sft_checkpoint_get_sorted_tensor(checkpoint, 3, &shard, &index), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_checkpoint_find_tensor(checkpoint, "d", 1, &shard, &index), SFT_ERROR_TENSOR_NOT_FOUND);
     CHECK(strstr(sft_last_error_get_message(), "m.safetensors.index.json") != NULL);
-    reads_values(checkpoint);
+    check_values(checkpoint);
     sft_checkpoint_free(checkpoint);
 }
 
-static void refused(const char* name, sft_status expected, const char* said) {
+static void check_refused(const char* name, sft_status expected, const char* message) {
     sft_checkpoint* checkpoint = (sft_checkpoint*)&checkpoint;
     CHECK_STATUS(sft_checkpoint_open(path_of(name), NULL, &checkpoint), expected);
     CHECK(checkpoint == NULL);
-    CHECK(strstr(sft_last_error_get_message(), said) != NULL);
+    CHECK(strstr(sft_last_error_get_message(), message) != NULL);
 }
 
 void test_checkpoints(void) {
@@ -90,10 +90,10 @@ void test_checkpoints(void) {
     CHECK(exists("deep/sharded/m.safetensors.index.json"));
     sft_checkpoint_options pread = SFT_CHECKPOINT_OPTIONS_INIT;
     pread.backend = SFT_BACKEND_PREAD;
-    test_what_was_written(path_of("deep/sharded"), NULL);
-    test_what_was_written(path_of("deep/sharded/m.safetensors.index.json"), &pread);
+    test_written_checkpoint(path_of("deep/sharded"), NULL);
+    test_written_checkpoint(path_of("deep/sharded/m.safetensors.index.json"), &pread);
 
-    /* A file alone is a checkpoint too; it takes the place of the shards of its stem. */
+    /* A single file is a checkpoint too, and replaces the shards of its stem. */
     options.max_shard_size = 0;
     CHECK_OK(sft_writer_write_sharded(writer, path_of("deep/sharded"), &options));
     CHECK(exists("deep/sharded/m.safetensors") && !exists("deep/sharded/m.safetensors.index.json"));
@@ -102,7 +102,7 @@ void test_checkpoints(void) {
     CHECK(exists("one/model.safetensors"));
     sft_checkpoint* checkpoint = NULL;
     CHECK_OK(sft_checkpoint_open(path_of("one/model.safetensors"), NULL, &checkpoint));
-    reads_values(checkpoint);
+    check_values(checkpoint);
     sft_checkpoint_free(checkpoint);
     sft_checkpoint_free(NULL);
     options.stem = "../m";
@@ -111,7 +111,7 @@ void test_checkpoints(void) {
     CHECK_STATUS(sft_writer_write_sharded(writer, path_of("one"), &options), SFT_ERROR_INVALID_ARGUMENT);
     sft_writer_free(writer);
 
-    /* A variant, and an index that lists a part of its files. */
+    /* A variant, and an index that omits a tensor of its files. */
     writer = three_pairs();
     options.stem = "m.fp16";
     options.max_shard_size = 4;
@@ -123,7 +123,7 @@ void test_checkpoints(void) {
     size_t count = 0;
     CHECK_OK(sft_checkpoint_get_shard_count(checkpoint, &count));
     CHECK(count == 2);
-    reads_values(checkpoint);
+    check_values(checkpoint);
     sft_checkpoint_free(checkpoint);
     write_text("deep/sharded/m.fp16.safetensors.index.json",
                "{\"weight_map\": {\"b\": \"m.fp16-00002-of-00002.safetensors\", \"c\": "
@@ -149,19 +149,19 @@ void test_checkpoints(void) {
     chosen.extra = 2;
     CHECK_STATUS(sft_checkpoint_open(path_of("deep/sharded"), &chosen, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
 
-    /* What an index may not say. */
+    /* Invalid indexes. */
     CHECK(mkdir(path_of("bad"), 0700) == 0);
-    refused("bad", SFT_ERROR_INDEX, "no checkpoint");
+    check_refused("bad", SFT_ERROR_INDEX, "no checkpoint");
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"../one/model.safetensors\"}}");
-    refused("bad", SFT_ERROR_INDEX, "../one/model.safetensors");
+    check_refused("bad", SFT_ERROR_INDEX, "../one/model.safetensors");
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"gone.safetensors\"}}");
-    refused("bad", SFT_ERROR_IO, "model.safetensors.index.json lists this shard");
+    check_refused("bad", SFT_ERROR_IO, "model.safetensors.index.json lists this shard");
     CHECK(sft_last_error_get_os_error() == ENOENT && strstr(sft_last_error_get_message(), "gone.safetensors") != NULL);
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"x\", \"a\": \"x\"}}");
-    refused("bad", SFT_ERROR_DUPLICATE, "twice");
+    check_refused("bad", SFT_ERROR_DUPLICATE, "twice");
     write_text("bad/model.safetensors.index.json", "[1]");
-    refused("bad/model.safetensors.index.json", SFT_ERROR_INDEX, "model.safetensors.index.json");
-    refused("gone", SFT_ERROR_IO, "gone");
+    check_refused("bad/model.safetensors.index.json", SFT_ERROR_INDEX, "model.safetensors.index.json");
+    check_refused("gone", SFT_ERROR_IO, "gone");
 
     CHECK_STATUS(sft_checkpoint_open(NULL, NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_checkpoint_open(path_of("one"), NULL, NULL), SFT_ERROR_INVALID_ARGUMENT);

@@ -14,8 +14,8 @@ static sft_str text(const char* value) { return (sft_str){value, strlen(value)};
 
 static const sft_str none = {NULL, 0};
 
-/* A file of one tensor, whose data begins at a multiple of `alignment`. */
-static void make(uint64_t alignment) {
+/* Writes a file of one tensor, whose data begins at a multiple of `alignment`. */
+static void make_edited(uint64_t alignment) {
     const uint64_t shape[] = {3};
     sft_save_options options = SFT_SAVE_OPTIONS_INIT;
     options.alignment = alignment;
@@ -33,7 +33,8 @@ static ino_t inode(void) {
     return status.st_ino;
 }
 
-/* That the file has its tensor, `count` entries, and for `key` the value, or none where that is NULL. */
+/* Checks that the file has its tensor, `count` metadata entries, and `value` for `key`, or no such key if it is NULL.
+ */
 static void check_entry(size_t count, const char* key, const char* value) {
     sft_file* file = NULL;
     size_t found_count = 0;
@@ -48,8 +49,8 @@ static void check_entry(size_t count, const char* key, const char* value) {
     sft_file_free(file);
 }
 
-static void test_where(void) {
-    make(4096);
+static void test_in_place_and_rewritten(void) {
+    make_edited(4096);
     const ino_t before = inode();
     sft_edit_options options = SFT_EDIT_OPTIONS_INIT;
     const sft_metadata_change set[] = {{text("format"), none}, {text("epoch"), text("3")}, {text("empty"), text("")}};
@@ -68,8 +69,8 @@ static void test_where(void) {
     CHECK(inode() == rewritten);
     check_entry(1, "epoch", "3");
 
-    /* Without room, then with some. */
-    make(8);
+    /* Without reserved bytes, then with some. */
+    make_edited(8);
     options = (sft_edit_options)SFT_EDIT_OPTIONS_INIT;
     options.in_place = 1;
     const sft_metadata_change change[] = {{text("key"), text("a value that is longer than the padding")}};
@@ -85,7 +86,7 @@ static void test_where(void) {
 }
 
 static void test_refused_edits(void) {
-    make(8);
+    make_edited(8);
     const char* path = path_of("edited.safetensors");
     const sft_metadata_change twice[] = {{text("a"), text("1")}, {text("a"), none}};
     CHECK_STATUS(sft_edit_metadata(path, twice, 2, NULL), SFT_ERROR_DUPLICATE);
@@ -118,6 +119,6 @@ static void test_refused_edits(void) {
 }
 
 void test_edits(void) {
-    test_where();
+    test_in_place_and_rewritten();
     test_refused_edits();
 }

@@ -1,4 +1,4 @@
-/* What the header says of processes that are forked from one with open handles. */
+/* Forks of a process with open handles. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -11,8 +11,8 @@
 static const uint64_t bytes_shape[] = {3};
 static const unsigned char bytes[3] = {7, 8, 9};
 
-/* A incremental of a file `name` with one tensor, "a". */
-static sft_incremental_writer* begin(const char* name) {
+/* Returns an incremental writer of the file `name`, with one tensor, "a". */
+static sft_incremental_writer* new_incremental(const char* name) {
     sft_writer* writer = NULL;
     sft_incremental_writer* incremental = NULL;
     CHECK_OK(sft_writer_new(&writer));
@@ -26,11 +26,11 @@ static bool is_refused(sft_status status) {
     return status == SFT_ERROR_INVALID_ARGUMENT && strstr(sft_last_error_get_message(), "before a fork") != NULL;
 }
 
-/* A child has the parent's descriptor, and could change the file that the parent has committed. */
+/* A child shares the parent's descriptor: its writes would change the file that the parent has committed. */
 static void test_committed_after_the_fork(void) {
     const unsigned char others[3] = {1, 2, 3};
     unsigned char found[3] = {0};
-    sft_incremental_writer* incremental = begin("forked.safetensors");
+    sft_incremental_writer* incremental = new_incremental("forked.safetensors");
     int gate[2];
     CHECK(pipe(gate) == 0);
     fflush(stdout);
@@ -58,8 +58,8 @@ static void test_committed_after_the_fork(void) {
 
 static atomic_bool over;
 
-/* Takes the incremental's lock as often as it can. Writing nothing allocates nothing: an allocator under a sanitizer
- * has locks of its own, which it does not look after in a fork. */
+/* Takes the writer's lock as often as it can. A write of zero bytes does not allocate: a sanitizer's allocator has
+ * locks that are not safe in a fork. */
 static void* write_nothing(void* incremental) {
     sft_status status = SFT_OK;
     while (!atomic_load(&over) && status == SFT_OK) {
@@ -69,11 +69,11 @@ static void* write_nothing(void* incremental) {
     return NULL;
 }
 
-/* In a child a lock may be held by a thread that is not there. Without a look at the process first, some of a hundred
- * children wait for ever. */
+/* In a child, a lock may be held by a thread that does not exist there. If the library took the lock before it checked
+ * the process, some of a hundred children would wait forever. */
 static void test_forks_while_threads_write(void) {
     enum { HAMMERS = 2, FORKS = 100 };
-    sft_incremental_writer* incremental = begin("hammered.safetensors");
+    sft_incremental_writer* incremental = new_incremental("hammered.safetensors");
     pthread_t threads[HAMMERS];
     atomic_store(&over, false);
     for (int i = 0; i < HAMMERS; i++) {

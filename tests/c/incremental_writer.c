@@ -1,4 +1,4 @@
-/* sft_incremental_writer: files that are written tensor by tensor. */
+/* sft_incremental_writer: writes files tensor by tensor. */
 #include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -15,7 +15,7 @@ static const uint64_t bytes_shape[] = {3};
 static const unsigned char bytes[3] = {7, 8, 9};
 static const uint64_t none_shape[] = {0, 5};
 
-/* Three tensors: declared alone, or with their data. */
+/* Returns a writer of three tensors, which are added with their data or only declared. */
 static sft_writer* new_writer(bool with_data) {
     sft_writer* writer = NULL;
     CHECK_OK(sft_writer_new(&writer));
@@ -32,11 +32,11 @@ static sft_writer* new_writer(bool with_data) {
     return writer;
 }
 
-/* A incremental for "streamed.safetensors", of a writer that is freed already. */
-static sft_incremental_writer* begin(void) {
+/* Returns an incremental writer of "incremental.safetensors"; the sft_writer is freed already. */
+static sft_incremental_writer* new_incremental(void) {
     sft_writer* writer = new_writer(false);
     sft_incremental_writer* incremental = NULL;
-    CHECK_OK(sft_incremental_writer_create(writer, path_of("streamed.safetensors"), NULL, &incremental));
+    CHECK_OK(sft_incremental_writer_create(writer, path_of("incremental.safetensors"), NULL, &incremental));
     sft_writer_free(writer);
     return incremental;
 }
@@ -68,33 +68,33 @@ static void test_bytes(void) {
         CHECK_OK(sft_writer_write_buffer(whole, &options, expected, size));
 
         sft_incremental_writer* incremental = NULL;
-        CHECK_OK(sft_incremental_writer_create(declared, path_of("streamed.safetensors"), &options, &incremental));
+        CHECK_OK(sft_incremental_writer_create(declared, path_of("incremental.safetensors"), &options, &incremental));
         sft_writer_free(declared);
         CHECK_OK(sft_incremental_writer_write_tensor(incremental, "none", 4, NULL, 0));
         CHECK_OK(sft_incremental_writer_write_part(incremental, "matrix", 6, 20, matrix + 5, 28));
         CHECK_OK(sft_incremental_writer_write_tensor(incremental, "bytes", 5, bytes, sizeof bytes));
         CHECK_OK(sft_incremental_writer_write_part(incremental, "matrix", 6, 0, matrix, 20));
-        CHECK((access(path_of("streamed.safetensors"), F_OK) == 0) == (i > 0));
+        CHECK((access(path_of("incremental.safetensors"), F_OK) == 0) == (i > 0));
         CHECK_OK(sft_incremental_writer_commit(incremental));
         sft_incremental_writer_free(incremental);
-        check_file("streamed.safetensors", expected, size);
+        check_file("incremental.safetensors", expected, size);
 
-        /* Tensors that have data are written when the file is begun. */
-        CHECK_OK(sft_incremental_writer_create(whole, path_of("streamed.safetensors"), &options, &incremental));
+        /* Creating the incremental writer writes the tensors that have data. */
+        CHECK_OK(sft_incremental_writer_create(whole, path_of("incremental.safetensors"), &options, &incremental));
         CHECK_STATUS(sft_incremental_writer_write_tensor(incremental, "bytes", 5, bytes, sizeof bytes),
                      SFT_ERROR_DUPLICATE);
         CHECK_OK(sft_incremental_writer_commit(incremental));
         sft_incremental_writer_free(incremental);
-        check_file("streamed.safetensors", expected, size);
+        check_file("incremental.safetensors", expected, size);
         free(expected);
         sft_writer_free(whole);
     }
 }
 
 static void test_refused(void) {
-    sft_incremental_writer* incremental = begin();
+    sft_incremental_writer* incremental = new_incremental();
     CHECK_STATUS(sft_incremental_writer_write_tensor(incremental, "absent", 6, NULL, 0), SFT_ERROR_TENSOR_NOT_FOUND);
-    CHECK(strstr(sft_last_error_get_message(), "streamed.safetensors: no tensor \"absent\"") != NULL);
+    CHECK(strstr(sft_last_error_get_message(), "incremental.safetensors: no tensor \"absent\"") != NULL);
     CHECK_STATUS(sft_incremental_writer_write_tensor(incremental, "bytes", 5, bytes, 2), SFT_ERROR_BUFFER_SIZE);
     CHECK_STATUS(sft_incremental_writer_write_tensor(incremental, "bytes", 5, NULL, 3), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_STATUS(sft_incremental_writer_write_tensor(incremental, "\xff", 1, bytes, 3), SFT_ERROR_INVALID_ARGUMENT);
@@ -114,17 +114,17 @@ static void test_refused(void) {
     CHECK_STATUS(sft_incremental_writer_write_part(incremental, "bytes", 5, 0, bytes, 3), SFT_ERROR_CLOSED);
     sft_incremental_writer_free(incremental);
 
-    /* One that is freed leaves the file that was there. */
+    /* Freeing without a commit keeps the existing file. */
     struct stat before, after;
-    CHECK(stat(path_of("streamed.safetensors"), &before) == 0);
-    incremental = begin();
+    CHECK(stat(path_of("incremental.safetensors"), &before) == 0);
+    incremental = new_incremental();
     CHECK_OK(sft_incremental_writer_write_tensor(incremental, "bytes", 5, bytes, 3));
     sft_incremental_writer_free(incremental);
-    CHECK(stat(path_of("streamed.safetensors"), &after) == 0 && before.st_ino == after.st_ino);
+    CHECK(stat(path_of("incremental.safetensors"), &after) == 0 && before.st_ino == after.st_ino);
     sft_incremental_writer_free(NULL);
 }
 
-static void test_arguments_of_streams(void) {
+static void test_incremental_arguments(void) {
     sft_writer* writer = NULL;
     CHECK_OK(sft_writer_new(&writer));
     CHECK_STATUS(sft_writer_declare_tensor(writer, "a", 1, 22, bytes_shape, 1), SFT_ERROR_UNSUPPORTED_DTYPE);
@@ -134,7 +134,7 @@ static void test_arguments_of_streams(void) {
     CHECK_STATUS(sft_writer_declare_tensor(NULL, "a", 1, SFT_DTYPE_U8, bytes_shape, 1), SFT_ERROR_INVALID_ARGUMENT);
     CHECK_OK(sft_writer_declare_tensor(writer, "a", 1, SFT_DTYPE_U8, bytes_shape, 1));
 
-    /* Without data there is nothing to be written at once. */
+    /* The other functions that write refuse a declared tensor. */
     char buffer[256];
     uint64_t size = 0;
     CHECK_OK(sft_writer_get_size(writer, NULL, &size));
@@ -183,7 +183,7 @@ static void* write_row(void* argument) {
     return NULL;
 }
 
-static void test_threads_of_streams(void) {
+static void test_incremental_threads(void) {
     const uint64_t shape[] = {ROWS};
     sft_writer* writer = NULL;
     CHECK_OK(sft_writer_new(&writer));
@@ -193,7 +193,7 @@ static void test_threads_of_streams(void) {
         CHECK_OK(sft_writer_declare_tensor(writer, name, 1, SFT_DTYPE_U8, shape, 1));
     }
     sft_incremental_writer* incremental = NULL;
-    CHECK_OK(sft_incremental_writer_create(writer, path_of("threads-streamed.safetensors"), NULL, &incremental));
+    CHECK_OK(sft_incremental_writer_create(writer, path_of("threads-incremental.safetensors"), NULL, &incremental));
     sft_writer_free(writer);
     struct worker workers[THREADS];
     for (int i = 0; i < THREADS; i++) {
@@ -208,7 +208,7 @@ static void test_threads_of_streams(void) {
     sft_incremental_writer_free(incremental);
 
     sft_file* file = NULL;
-    CHECK_OK(sft_file_open(path_of("threads-streamed.safetensors"), NULL, &file));
+    CHECK_OK(sft_file_open(path_of("threads-incremental.safetensors"), NULL, &file));
     for (int i = 0; i < THREADS; i++) {
         unsigned char found[ROWS];
         CHECK_OK(sft_file_read_tensor(file, (size_t)i, found, ROWS));
@@ -217,9 +217,9 @@ static void test_threads_of_streams(void) {
     sft_file_free(file);
 }
 
-void test_streams(void) {
+void test_incremental_writer(void) {
     test_bytes();
     test_refused();
-    test_arguments_of_streams();
-    test_threads_of_streams();
+    test_incremental_arguments();
+    test_incremental_threads();
 }

@@ -1,4 +1,4 @@
-/* Runs the tests of the C interface in the directory that is given. Ends in "N passed, N failed". */
+/* Runs the tests of the C interface in the given directory. The last line of output is "N passed, N failed". */
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 
 #define STATUS_COUNT 24
 
-/* Counted without order, so that checks on several threads do not order these. */
+/* Relaxed atomics: the checks must not synchronize the threads that they run on. */
 static atomic_int passed, failed;
 static atomic_bool seen[STATUS_COUNT];
 static const char* directory;
@@ -22,14 +22,14 @@ void check_that(bool holds, const char* what, const char* file, int line) {
     printf("%s:%d: failed: %s\n", file, line, what);
 }
 
-void check_status(sft_status given, sft_status expected, const char* what, const char* file, int line) {
-    if (given >= 0 && given < STATUS_COUNT) {
-        atomic_store_explicit(&seen[given], true, memory_order_relaxed);
+void check_status(sft_status actual, sft_status expected, const char* what, const char* file, int line) {
+    if (actual >= 0 && actual < STATUS_COUNT) {
+        atomic_store_explicit(&seen[actual], true, memory_order_relaxed);
     }
-    const bool said = given == SFT_OK || strlen(sft_last_error_get_message()) > 0;
-    check_that(given == expected && said, what, file, line);
-    if (given != expected) {
-        printf("    %s, not %s: %s\n", sft_status_get_name(given), sft_status_get_name(expected),
+    const bool has_message = actual == SFT_OK || strlen(sft_last_error_get_message()) > 0;
+    check_that(actual == expected && has_message, what, file, line);
+    if (actual != expected) {
+        printf("    %s, not %s: %s\n", sft_status_get_name(actual), sft_status_get_name(expected),
                sft_last_error_get_message());
     }
 }
@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
     test_version_and_status();
     test_dtypes();
     test_writing();
-    test_streams();
+    test_incremental_writer();
     test_forks();
     test_edits();
     test_reading();
@@ -83,10 +83,10 @@ int main(int argc, char** argv) {
     test_arguments();
     test_struct_sizes();
 
-    /* Every error was met, but for PANIC: there is no bug to meet, and the Rust tests raise one. */
+    /* Every error has occurred except PANIC, which only a bug raises; the Rust tests provoke one. */
     for (sft_status status = SFT_OK; status < STATUS_COUNT; status++) {
-        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_get_name(status), "met by no test",
-                   status);
+        check_that(check_seen(status) == (status != SFT_ERROR_PANIC), sft_status_get_name(status),
+                   "occurred in no test", status);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

@@ -1,4 +1,4 @@
-/* sft_file: what a file says, and its bytes, on both backends and from memory. */
+/* sft_file: tensors, metadata and data of a file, on both backends and from memory. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +16,7 @@ static sft_file* open_three(sft_backend backend) {
     return file;
 }
 
-/* However the pages come in, they hold the same; on a file that is read there is nothing to bring in. */
+/* Prefaulting does not change what is read; without a mapping it has no effect. */
 void test_prefault(void) {
     enum { LENGTH = 20 << 20 };
     const sft_backend backends[] = {SFT_BACKEND_MMAP, SFT_BACKEND_PREAD};
@@ -67,7 +67,7 @@ static void check_three(const sft_file* file, bool in_memory) {
     CHECK(info.struct_size == sizeof info && info.reserved == 0);
     CHECK_STATUS(sft_file_get_tensor_info(file, 3, &info), SFT_ERROR_INVALID_ARGUMENT);
 
-    /* By name: "", "a\0b", "matrix". */
+    /* Sorted by name: "", "a\0b", "matrix". */
     const size_t sorted[] = {0, 2, 1};
     for (size_t position = 0; position < 3; position++) {
         CHECK_OK(sft_file_get_sorted_index(file, position, &index));
@@ -148,7 +148,7 @@ static void check_closed(sft_file* file) {
     sft_file_free(file);
 }
 
-/* A mapped file keeps no descriptor; one that is read does. */
+/* The mmap backend keeps no descriptor open; pread does. */
 static void test_more_files_than_descriptors(void) {
     enum { FILES = 300, LIMIT = 100 };
     static sft_file* files[FILES];
@@ -204,7 +204,7 @@ void test_reading(void) {
     CHECK((const unsigned char*)data > bytes && (const unsigned char*)data < bytes + length);
     check_closed(file);
 
-    /* A file that shrinks while it is open is an error where it is read. */
+    /* Reading a file that shrank since it was opened is an error. */
     file = open_three(SFT_BACKEND_PREAD);
     CHECK(truncate(path_of("three.safetensors"), (off_t)length - 1) == 0);
     CHECK_STATUS(sft_file_read_tensor(file, 2, bytes, 3), SFT_ERROR_FILE_CHANGED);
@@ -241,7 +241,7 @@ void test_slices(void) {
         sft_file_free(file);
     }
 
-    /* Half a byte is no slice. */
+    /* A slice must not end within a byte. */
     size_t length;
     void* bytes = make_file("{\"a\":{\"dtype\":\"F4\",\"shape\":[4],\"data_offsets\":[0,2]}}", 2, &length);
     sft_file* file = NULL;
@@ -254,7 +254,7 @@ void test_slices(void) {
     sft_file_free(file);
     free(bytes);
 
-    /* A scalar has one slice: itself. */
+    /* The only slice of a scalar is the scalar. */
     bytes = make_file("{\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", 1, &length);
     CHECK_OK(sft_file_open_buffer(bytes, length, &file));
     char scalar = 1;

@@ -1,4 +1,4 @@
-/* What is refused: files that are none, arguments that are none, structs of another version. */
+/* Errors: invalid files, invalid arguments, structs of other versions. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,16 +6,16 @@
 
 #include "check.h"
 
-static void refused(const void* bytes, size_t length, sft_status expected) {
+static void check_refused(const void* bytes, size_t length, sft_status expected) {
     sft_file* file = (sft_file*)&file;
     CHECK_STATUS(sft_file_open_buffer(bytes, length, &file), expected);
     CHECK(file == NULL);
 }
 
-static void refused_json(const char* json, size_t nbytes, sft_status expected) {
+static void check_refused_json(const char* json, size_t nbytes, sft_status expected) {
     size_t length;
     void* bytes = make_file(json, nbytes, &length);
-    refused(bytes, length, expected);
+    check_refused(bytes, length, expected);
     free(bytes);
 }
 
@@ -23,22 +23,22 @@ static void refused_json(const char* json, size_t nbytes, sft_status expected) {
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 void test_refused_files(void) {
-    refused(NULL, 0, SFT_ERROR_FILE_TOO_SMALL);
-    refused("1234567", 7, SFT_ERROR_FILE_TOO_SMALL);
-    refused("\0\0\0\0\0\0\0\1", 8, SFT_ERROR_HEADER_TOO_LARGE);
-    refused("\7\0\0\0\0\0\0\0{}", 10, SFT_ERROR_HEADER_TRUNCATED);
+    check_refused(NULL, 0, SFT_ERROR_FILE_TOO_SMALL);
+    check_refused("1234567", 7, SFT_ERROR_FILE_TOO_SMALL);
+    check_refused("\0\0\0\0\0\0\0\1", 8, SFT_ERROR_HEADER_TOO_LARGE);
+    check_refused("\7\0\0\0\0\0\0\0{}", 10, SFT_ERROR_HEADER_TRUNCATED);
     const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n";
-    refused(pointer, sizeof pointer - 1, SFT_ERROR_FOREIGN_FORMAT);
+    check_refused(pointer, sizeof pointer - 1, SFT_ERROR_FOREIGN_FORMAT);
     CHECK(strstr(sft_last_error_get_message(), "git lfs pull") != NULL);
-    refused_json("{\"\xff\":1}", 0, SFT_ERROR_HEADER_UTF8);
-    refused_json("[]", 0, SFT_ERROR_HEADER_JSON);
-    refused_json("{" TENSOR("a", "U8", "[0]", "[0,0]") "," TENSOR("a", "U8", "[0]", "[0,0]") "}", 0,
-                 SFT_ERROR_DUPLICATE);
-    refused_json("{" TENSOR("a", "F33", "[0]", "[0,0]") "}", 0, SFT_ERROR_UNKNOWN_DTYPE);
-    refused_json("{" TENSOR("a", "U8", "[4294967296,4294967296]", "[0,0]") "}", 0, SFT_ERROR_SHAPE_OVERFLOW);
-    refused_json("{" TENSOR("a", "U8", "[2]", "[0,1]") "}", 1, SFT_ERROR_SIZE_MISMATCH);
-    refused_json("{" TENSOR("a", "U8", "[1]", "[1,2]") "}", 2, SFT_ERROR_OFFSETS);
-    refused_json("{" TENSOR("a", "U8", "[1]", "[0,1]") "}", 2, SFT_ERROR_DATA_LENGTH);
+    check_refused_json("{\"\xff\":1}", 0, SFT_ERROR_HEADER_UTF8);
+    check_refused_json("[]", 0, SFT_ERROR_HEADER_JSON);
+    check_refused_json("{" TENSOR("a", "U8", "[0]", "[0,0]") "," TENSOR("a", "U8", "[0]", "[0,0]") "}", 0,
+                       SFT_ERROR_DUPLICATE);
+    check_refused_json("{" TENSOR("a", "F33", "[0]", "[0,0]") "}", 0, SFT_ERROR_UNKNOWN_DTYPE);
+    check_refused_json("{" TENSOR("a", "U8", "[4294967296,4294967296]", "[0,0]") "}", 0, SFT_ERROR_SHAPE_OVERFLOW);
+    check_refused_json("{" TENSOR("a", "U8", "[2]", "[0,1]") "}", 1, SFT_ERROR_SIZE_MISMATCH);
+    check_refused_json("{" TENSOR("a", "U8", "[1]", "[1,2]") "}", 2, SFT_ERROR_OFFSETS);
+    check_refused_json("{" TENSOR("a", "U8", "[1]", "[0,1]") "}", 2, SFT_ERROR_DATA_LENGTH);
 
     sft_file* file;
     CHECK_STATUS(sft_file_open(path_of("."), NULL, &file), SFT_ERROR_IO);
@@ -47,7 +47,7 @@ void test_refused_files(void) {
     CHECK(sft_last_error_get_os_error() == ENODEV);
 }
 
-/* The shared vectors: each file is refused, for the reason that the list gives, whichever way it is opened. */
+/* Each shared test vector is refused with the status of the list, whichever way it is opened. */
 void test_malformed_files(void) {
     FILE* list = fopen(VECTORS "/malformed.tsv", "r");
     CHECK(list != NULL);
@@ -175,7 +175,7 @@ void test_struct_sizes(void) {
     const char* path = path_of("three.safetensors");
     sft_file* file = NULL;
 
-    /* Options of a later version: what this library does not know must be zero. */
+    /* Options of a later version: fields that this library does not know must be zero. */
     struct {
         sft_open_options options;
         uint64_t later;
@@ -218,7 +218,7 @@ void test_struct_sizes(void) {
     CHECK_STATUS(sft_writer_write_sharded(writer, "none", &sharded), invalid);
     sft_writer_free(writer);
 
-    /* A later version of a struct to fill: what this library does not know becomes zero, and nothing beyond it. */
+    /* An output struct of a later version: fields that this library does not know become zero, and nothing beyond. */
     struct {
         sft_tensor_info info;
         uint64_t later, behind;

@@ -1,4 +1,4 @@
-/* What the header says of threads: handles that several use at once, and functions without a handle. */
+/* Thread safety: handles that several threads use at once, and functions without a handle. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,14 +7,14 @@
 
 #include "check.h"
 
-/* Nothing below takes a lock between the start of a thread and its end: a lock would order the threads, and hide from
- * ThreadSanitizer what the library does not order. */
+/* Threads take no lock of the test: it would synchronize them, and hide data races of the library from
+ * ThreadSanitizer. */
 enum { THREADS = 8, ROUNDS = 25, ROWS = 40, COLUMNS = 30, TAIL = 1001 };
 
-/* Of several chunks for the threads that a large read takes, and enough for prefault to take some too. */
+/* Large enough for a read, and for prefault, to use several threads. */
 enum { LARGE = (18 << 20) + 5 };
 
-/* The tensors that every thread reads or writes: filled once, before the first thread. */
+/* The tensors that every thread reads or writes, filled before the first thread starts. */
 static unsigned char large[LARGE], tail[TAIL];
 static int32_t matrix[ROWS][COLUMNS];
 static const uint64_t large_shape[] = {LARGE}, tail_shape[] = {TAIL}, matrix_shape[] = {ROWS, COLUMNS};
@@ -34,7 +34,7 @@ static void fill(void) {
     }
 }
 
-/* In file order: by dtype, then by name. */
+/* In file order: sorted by dtype, then by name. */
 enum { NONE, MATRIX, LARGE_ONE, TAIL_ONE, TENSORS };
 
 static sft_writer* new_writer(bool with_large) {
@@ -51,7 +51,7 @@ static sft_writer* new_writer(bool with_large) {
     return writer;
 }
 
-/* One of the threads, and what all of them have. */
+/* A thread's number and paths, and the handles that all threads share. */
 struct worker {
     pthread_t thread;
     int number;
@@ -61,7 +61,7 @@ struct worker {
     char own_path[4096], shared_path[4096];
 };
 
-/* Runs `body` on all threads, each with its number and paths in what is otherwise `common`. */
+/* Runs `body` on all threads, each with a copy of `common` that has its own number and paths. */
 static void run(void* (*body)(void*), struct worker common) {
     static struct worker workers[THREADS];
     for (int i = 0; i < THREADS; i++) {
@@ -121,7 +121,7 @@ static void read_small(const sft_file* file, int number) {
     CHECK_OK(sft_file_read_tensors(file, reads, 3));
     CHECK(memcmp(whole, matrix, sizeof matrix) == 0 && memcmp(bytes, tail, sizeof tail) == 0);
 
-    /* Every thread has a slice of its own. */
+    /* Each thread reads another slice. */
     const uint64_t first_row = (uint64_t)number, first_column = (uint64_t)number % 2;
     const sft_range ranges[] = {{first_row, first_row + ROWS / 3, 1}, {first_column, COLUMNS, 2}};
     uint64_t shape[2] = {0, 0}, nbytes = 0;
@@ -138,13 +138,14 @@ static void read_small(const sft_file* file, int number) {
     CHECK(same);
 }
 
-/* An eighth of the large tensor, from `*start` on: one thread's share, as a sanitizer takes its time over all of it. */
+/* Returns the size of a thread's share of the large tensor, and sets `*start`: comparing all of it is slow under a
+ * sanitizer. */
 static size_t share_of(int number, size_t* start) {
     *start = (size_t)number * (LARGE / THREADS);
     return number == THREADS - 1 ? LARGE - *start : LARGE / THREADS;
 }
 
-static void read_lent(const sft_file* file, bool in_memory, int number) {
+static void read_borrowed(const sft_file* file, bool in_memory, int number) {
     size_t start;
     const size_t length = share_of(number, &start);
     for (size_t i = 0; i < TENSORS; i++) {
@@ -161,7 +162,7 @@ static void read_lent(const sft_file* file, bool in_memory, int number) {
     }
 }
 
-/* Every thread reads its share, and two of them all. */
+/* Checks the thread's share of the large tensor; two threads check all of it. */
 static void read_large(const sft_file* file, int number) {
     unsigned char* read = calloc(1, LARGE);
     size_t start;
@@ -182,7 +183,7 @@ static void read_large(const sft_file* file, int number) {
     free(read);
 }
 
-/* The last error is the thread's own, whatever the others do. */
+/* Checks that the last error is per thread. */
 static void fail_alone(const sft_file* file, int number) {
     char name[32];
     size_t index;
@@ -215,12 +216,12 @@ static void* read_one_file(void* argument) {
         fail_alone(worker->file, worker->number);
         use_no_handle();
     }
-    read_lent(worker->file, worker->in_memory, worker->number);
+    read_borrowed(worker->file, worker->in_memory, worker->number);
     read_large(worker->file, worker->number);
     return NULL;
 }
 
-/* Handles of their own over one file. */
+/* Opens the same file on each thread. */
 static void* open_one_path(void* argument) {
     const struct worker* worker = argument;
     for (int round = 0; round < ROUNDS; round++) {
@@ -266,8 +267,8 @@ static void test_readers(void) {
     unlink(path_of("threads.safetensors"));
 }
 
-/* Whether the file at `path` holds these bytes. */
-static bool holds(const char* path, const void* bytes, size_t length) {
+/* Returns whether the file at `path` contains exactly these bytes. */
+static bool has_bytes(const char* path, const void* bytes, size_t length) {
     FILE* stream = fopen(path, "rb");
     char* found = malloc(length + 1);
     const bool same = stream != NULL && fread(found, 1, length + 1, stream) == length && !memcmp(found, bytes, length);
@@ -275,14 +276,14 @@ static bool holds(const char* path, const void* bytes, size_t length) {
     return stream != NULL && fclose(stream) == 0 && same;
 }
 
-/* What one writer writes: to memory, to a file of the thread's own, and to one that all of them replace as a whole. */
+/* Writes to memory, to a file of the thread's own, and to a file that all threads replace. */
 static void write_everywhere(const sft_writer* writer, const struct worker* worker) {
     uint64_t size = 0;
     CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     unsigned char* bytes = malloc(size);
     CHECK_OK(sft_writer_write_buffer(writer, NULL, bytes, size));
     CHECK_OK(sft_writer_write_file(writer, worker->own_path, NULL));
-    CHECK(holds(worker->own_path, bytes, size));
+    CHECK(has_bytes(worker->own_path, bytes, size));
     CHECK_OK(sft_writer_write_file(writer, worker->shared_path, NULL));
     sft_file* file = NULL;
     CHECK_OK(sft_file_open(worker->shared_path, NULL, &file));
@@ -301,7 +302,7 @@ static void* write_with_one_writer(void* argument) {
 static void* write_with_own_writers(void* argument) {
     const struct worker* worker = argument;
     for (int round = 0; round < ROUNDS; round++) {
-        /* Two of them once with the large tensor, which takes several writes. */
+        /* Two threads write the large tensor once, which takes several system calls. */
         sft_writer* writer = new_writer(round == 0 && worker->number < 2);
         write_everywhere(writer, worker);
         sft_writer_free(writer);

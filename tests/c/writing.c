@@ -1,4 +1,4 @@
-/* sft_writer: to a file and into memory. test_writing leaves "three.safetensors", which the reading tests open. */
+/* sft_writer: writes a file and a buffer. The reading tests open "three.safetensors", which test_writing writes. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +38,7 @@ static void compare_with_file(const void* expected, size_t length, const char* n
 }
 
 static void test_targets(const sft_writer* writer) {
-    /* The size that is told is the size that is needed, and the file has the same bytes. */
+    /* sft_writer_get_size returns the exact size, and the file has the same bytes as the buffer. */
     uint64_t size = 0;
     CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     void* buffer = malloc(size);
@@ -107,7 +107,7 @@ static void test_refusals(void) {
     CHECK_STATUS(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_U8, bytes_shape, 1, NULL, 3),
                  SFT_ERROR_INVALID_ARGUMENT);
 
-    /* What was refused was not added: the file is the empty one. */
+    /* Refused tensors are not added: the file is empty. */
     CHECK_OK(sft_writer_get_size(writer, NULL, &size));
     CHECK(size == 16);
     char empty[16];

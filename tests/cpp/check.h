@@ -1,5 +1,4 @@
-// A test runner in one header: tests that register themselves, and checks that say where they failed.
-// Knows nothing of tensors.
+// A test runner in one header, independent of torch: tests register themselves, and checks report where they failed.
 #pragma once
 
 #include <atomic>
@@ -35,7 +34,7 @@ inline std::atomic<int>& failures() {
 
 inline void report(const char* file, int line, const std::string& what) {
     ++failures();
-    // Bytes of files and odd names are in these texts.
+    // The texts may contain control characters: bytes of files, and unusual names.
     std::string shown;
     for (const char c : what) {
         const auto byte = static_cast<unsigned char>(c);

@@ -1,5 +1,5 @@
-// A program that says it was compiled for another torch than the library: the first call says so. Built by itself, as
-// it lies about the version to the header.
+// Pretends to be compiled for another torch than the library: the first call must report it. A program of its own,
+// because it redefines torch's version for the header.
 
 #include <torch/version.h>
 

@@ -1,6 +1,6 @@
-// A program that loads a second copy of the library, as the Python package's layer is one: it uses the operators of the
-// first. With an argument, it takes the library that it is linked to for one of another version than the operators, and
-// its first call says so.
+// Loads a second copy of the library, such as the layer of the Python package: it must use the operators of the first.
+// With an argument, pretends that the linked library has another version than the operators: the first call must
+// report it.
 
 #define sft_get_version linked_version
 #include <safetensors_torch.hpp>
@@ -19,7 +19,7 @@ namespace {
 
 bool is_other_version = false;
 
-// The path of a copy of the library.
+// Returns the path of a copy of the library.
 std::string copy_library(const std::filesystem::path& directory) {
     Dl_info info;
     if (dladdr(dlsym(RTLD_DEFAULT, "sft_get_version"), &info) == 0) {

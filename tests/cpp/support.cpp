@@ -129,7 +129,7 @@ std::string error_of(const std::function<void()>& body, const char* file, int li
         if (has(text, "Exception raised from") || has(text, "frame #")) {
             check::report(file, line, "a backtrace in: " + text);
         }
-        // An index that torch would refuse is refused with torch's classes.
+        // Invalid indices throw torch's classes, as torch does.
         const bool is_of_index = dynamic_cast<const c10::IndexError*>(&error) != nullptr ||
                                  dynamic_cast<const c10::ValueError*>(&error) != nullptr;
         if (!is_of_index && dynamic_cast<const st::Error*>(&error) == nullptr) {

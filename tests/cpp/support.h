@@ -1,5 +1,4 @@
-// What the tests share: temporary directories, tensors of every dtype, comparison by bytes, and errors with clean
-// texts.
+// Helpers of the tests: temporary directories, tensors of every dtype, comparison by bytes, and error texts.
 #pragma once
 
 #include <filesystem>
@@ -15,7 +14,7 @@ namespace support {
 
 namespace st = safetensors_torch;
 
-// A directory of its own for each test, gone afterwards.
+// A temporary directory, removed by the destructor.
 class TempDir {
   public:
     TempDir();
@@ -24,7 +23,7 @@ class TempDir {
     TempDir& operator=(const TempDir&) = delete;
 
     std::string file(const std::string& name) const { return (path_ / name).string(); }
-    // How many entries it holds.
+    // Returns the number of entries.
     std::size_t count() const;
 
   private:
@@ -33,17 +32,17 @@ class TempDir {
 
 constexpr st::Backend kBackends[] = {st::Backend::mmap, st::Backend::pread};
 
-// Every dtype that the format and this torch have, with its code.
+// A dtype that both the format and this torch have, with its code.
 struct Dtype {
     at::ScalarType type;
     const char* code;
 };
 const std::vector<Dtype>& dtypes();
 
-// A contiguous tensor whose bytes depend on `seed`.
+// Returns a contiguous tensor whose bytes depend on `seed`.
 at::Tensor make(at::IntArrayRef shape, at::ScalarType type, unsigned seed = 1);
 
-// Same dtype, shape and bytes; NaN equals itself. Of contiguous tensors on the CPU.
+// Returns whether two contiguous CPU tensors have the same dtype, shape and bytes; NaN equals itself.
 bool identical(const at::Tensor& a, const at::Tensor& b);
 
 // Returns whether names and tensors are the same, in any order.
@@ -54,11 +53,11 @@ std::vector<std::string> names_of(const st::Tensors& tensors);
 std::string read_file(const std::string& path);
 void write_file(const std::string& path, const std::string& bytes);
 
-// The bytes of a file with this header and these data.
+// Returns the bytes of a file with this header and data.
 std::string file_bytes(const std::string& header, const std::string& data = "");
 
-// What the c10::Error says that `body` throws. Reports a failure if it throws nothing, something else, or a text with a
-// backtrace in it.
+// Returns the text of the c10::Error that `body` throws. Reports a failure if it throws nothing or something else, or
+// if the text contains a backtrace.
 std::string error_of(const std::function<void()>& body, const char* file, int line);
 
 bool has(const std::string& text, const std::string& part);

@@ -1,4 +1,4 @@
-// Checkpoints of several files: loads of all tensors, of one, of modules; saves; and errors of an index.
+// Checkpoints of several files: loading tensors and modules, saving, and errors of the index.
 
 #include <torch/nn.h>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kIndex = "model.safetensors.index.json";
 
-// 5 tensors of 16 bytes each, of which two fit into a file of 40.
+// Returns 5 tensors of 16 bytes each; two fit into a shard of 40 bytes.
 st::Tensors five() {
     st::Tensors tensors;
     for (const char* name : {"e", "b", "a", "d", "c"}) {
@@ -45,7 +45,7 @@ TEST(sharded_round_trip) {
             options.backend = backend;
             const st::Tensors loaded = st::load_sharded(path, at::kCPU, options);
             EXPECT(identical(loaded, five()));
-            // File after file, and in each by name, as all are of one dtype.
+            // In the order of shards, then names, because all have the same dtype.
             EXPECT_EQ(names_of(loaded), (Names{"b", "e", "a", "d", "c"}));
         }
     }
@@ -63,7 +63,7 @@ TEST(sharded_in_one_file) {
     save_five(dir);
     st::ShardedSaveOptions options;
     options.durable = true;
-    // The file takes the place of the shards.
+    // The file replaces the shards.
     EXPECT_EQ(st::save_sharded(five(), dir.file(""), {}, options), (Names{"model.safetensors"}));
     EXPECT_EQ(dir.count(), 1U);
     EXPECT(identical(st::load_sharded(dir.file("")), five()));
@@ -141,7 +141,7 @@ TEST(checkpoint_is_read_like_a_file) {
     EXPECT_EQ(one.shards(), (Names{"model-00001-of-00003.safetensors"}));
 }
 
-TEST(indexes_that_do_not_fit) {
+TEST(invalid_indexes_are_refused) {
     const TempDir dir;
     const Names files = save_five(dir);
     const std::string first = files[0];
@@ -175,14 +175,14 @@ TEST(indexes_that_do_not_fit) {
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file("nothing"))), "No such file or directory: " + dir.file("nothing"));
 }
 
-TEST(sharded_saves_that_are_refused) {
+TEST(invalid_sharded_saves_are_refused) {
     const TempDir dir;
     const Names before = save_five(dir);
     const at::Tensor shared = make({8}, at::kFloat);
     st::Tensors tied = five();
     tied.insert("x", shared);
     tied.insert("y", shared);
-    // In files of their own they would not be found to share memory.
+    // Aliasing is checked across shards, too.
     EXPECT_HAS(ERROR_OF(st::save_sharded(tied, dir.file(""), {}, of_at_most(1))), "share memory");
     EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file(""), {}, of_at_most(0))), "max_shard_size is 0");
     st::ShardedSaveOptions options;
@@ -237,7 +237,7 @@ TEST(variants_and_extra_tensors) {
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""), at::kCPU, {}, options)), "fp16.json (variant \"fp16\")");
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(kIndex), at::kCPU, {}, options)), "this is a file");
 
-    // An index that lists a part of its files.
+    // The index omits a tensor of its files.
     write_index(dir, "{\"a\": \"model-00002-of-00003.safetensors\", \"e\": \"model-00001-of-00003.safetensors\"}");
     options = {};
     EXPECT_HAS(ERROR_OF(st::load_sharded(dir.file(""))), "set `extra` to \"ignore\"");

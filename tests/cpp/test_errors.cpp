@@ -1,4 +1,4 @@
-// What loading and saving refuse: a c10::Error, its text, and nothing left behind.
+// Errors of loading and saving: a c10::Error with its text, and no files left behind.
 
 #include <torch/nn.h>
 
@@ -10,7 +10,7 @@ using namespace support;
 
 namespace {
 
-// Saving must refuse `tensors` with a text that has `part`, through both doors, and touch nothing.
+// Checks that save and save_file refuse `tensors` with a text that contains `part`, and change no file.
 void check_refused(const st::Tensors& tensors, const std::string& part) {
     const TempDir dir;
     write_file(dir.file("f"), "as it was");
@@ -28,7 +28,7 @@ st::Tensors dict(const std::string& name, const at::Tensor& tensor) {
     return tensors;
 }
 
-// Loading must refuse a file of these bytes, whichever way it is opened. Returns what it says.
+// Checks that every way of loading refuses a file of these bytes. Returns the text of the error.
 std::string refused(const std::string& bytes) {
     const TempDir dir;
     write_file(dir.file("bad"), bytes);
@@ -54,7 +54,7 @@ TEST(a_missing_file) {
     EXPECT_EQ(ERROR_OF(st::load_file("")), "No such file or directory: ");
 }
 
-TEST(a_directory_is_no_file) {
+TEST(a_directory_is_refused) {
     const TempDir dir;
     for (const st::Backend backend : kBackends) {
         EXPECT_HAS(ERROR_OF(st::load_file(dir.file("."), at::kCPU, backend)), dir.file("."));
@@ -115,7 +115,7 @@ TEST(shared_memory) {
     check_refused(tensors, "share memory");
     check_refused(tensors, "{'row', 'whole'}");
     check_refused(tensors, "save_model");
-    // Neighbours in one storage share nothing.
+    // Adjacent tensors of one storage do not overlap.
     st::Tensors halves = dict("first", whole.slice(0, 0, 2));
     halves.insert("second", whole.slice(0, 2, 4));
     EXPECT(identical(st::load(st::save(halves)), halves));
@@ -142,7 +142,7 @@ TEST(text_that_is_not_utf8) {
 }
 
 TEST(checks_come_in_order) {
-    // Every fault at once: the first in the list is named.
+    // With every fault at once, the first in the list is reported.
     const at::Tensor bent = make({2, 3}, at::kFloat).t();
     st::Tensors tensors = dict("meta", at::empty({2}, at::kMeta));
     tensors.insert("bent", bent);
@@ -155,7 +155,7 @@ TEST(checks_come_in_order) {
 
 TEST(undefined_tensors) { check_refused(dict("hole", at::Tensor()), "tensor 'hole' is undefined"); }
 
-TEST(what_belongs_to_load_sharded) {
+TEST(load_file_refers_checkpoints_to_load_sharded) {
     const TempDir dir;
     write_file(dir.file("model.safetensors.index.json"), "{\"metadata\": {}, \"weight_map\": {}}");
     EXPECT_HAS(ERROR_OF(st::load_file(dir.file("."))), "load_sharded");
@@ -164,7 +164,7 @@ TEST(what_belongs_to_load_sharded) {
 
 namespace {
 
-// The error that `body` throws.
+// Returns the error that `body` throws.
 template <typename Body>
 st::Error caught(Body&& body) {
     try {
@@ -184,7 +184,7 @@ void check_numbers(const st::Error& error, st::ErrorCategory kind, sft_status co
 
 }  // namespace
 
-TEST(errors_can_be_told_apart) {
+TEST(errors_have_categories) {
     const TempDir dir;
     const st::Tensors tensors = dict("x", make({2}, at::kFloat));
     st::save_file(tensors, dir.file("f"));
@@ -210,7 +210,7 @@ TEST(errors_can_be_told_apart) {
     check_numbers(caught([&] { file.keys(); }), Kind::safetensor, SFT_ERROR_CLOSED, 0);
 }
 
-TEST(the_shared_vectors_are_refused_for_the_right_reason) {
+TEST(the_shared_vectors_are_refused_with_the_listed_status) {
     std::ifstream list(VECTORS "/malformed.tsv");
     int count = 0;
     for (std::string name, status; list >> name >> status; ++count) {

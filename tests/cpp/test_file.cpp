@@ -20,7 +20,7 @@ st::Tensors three_tensors() {
 
 }  // namespace
 
-TEST(file_tells_what_is_in_it) {
+TEST(file_lists_its_tensors_and_metadata) {
     const TempDir dir;
     st::save_file(three_tensors(), dir.file("f"), {{"format", "pt"}});
     for (const st::Backend backend : kBackends) {
@@ -40,7 +40,7 @@ TEST(file_tells_what_is_in_it) {
     }
 }
 
-TEST(file_gives_tensors) {
+TEST(file_returns_tensors) {
     const TempDir dir;
     const st::Tensors tensors = three_tensors();
     st::save_file(tensors, dir.file("f"));
@@ -52,7 +52,7 @@ TEST(file_gives_tensors) {
         const st::Tensors all = file.get_tensors();
         EXPECT(identical(all, tensors));
         EXPECT_EQ(names_of(all), file.offset_keys());
-        // In the order of the names, which may repeat.
+        // In the order of the given names, which may repeat.
         const std::vector<at::Tensor> some = file.get_tensors({"a", "scalar", "a"});
         EXPECT_EQ(some.size(), 3U);
         EXPECT(identical(some[0], tensors.at("a")));
@@ -77,7 +77,7 @@ TEST(file_puts_tensors_on_its_device) {
     EXPECT(file.get_tensors({"a"}).front().is_meta());
 }
 
-TEST(file_does_not_have_an_absent_tensor) {
+TEST(file_reports_a_missing_tensor) {
     const TempDir dir;
     st::save_file(three_tensors(), dir.file("f"));
     for (const st::Backend backend : kBackends) {
@@ -93,7 +93,7 @@ TEST(file_does_not_have_an_absent_tensor) {
     }
 }
 
-// Every method of a file that is not open any more.
+// Checks that every method of a closed file throws.
 static void check_closed(st::File& file) {
     EXPECT(!file.is_open());
     EXPECT_EQ(ERROR_OF(file.keys()), "File is closed");
@@ -113,7 +113,7 @@ static void check_closed(st::File& file) {
     EXPECT(!file.is_open());
 }
 
-TEST(file_closes_for_every_copy) {
+TEST(closing_a_file_closes_every_copy) {
     const TempDir dir;
     st::save_file(three_tensors(), dir.file("f"));
     for (const st::Backend backend : kBackends) {
@@ -127,7 +127,7 @@ TEST(file_closes_for_every_copy) {
     }
 }
 
-TEST(file_that_was_moved_from_is_closed) {
+TEST(moved_from_file_is_closed) {
     const TempDir dir;
     st::save_file(three_tensors(), dir.file("f"));
     st::File file(dir.file("f"));
@@ -141,7 +141,7 @@ TEST(file_that_was_moved_from_is_closed) {
     EXPECT(target.is_open());
 }
 
-TEST(more_files_are_open_than_descriptors_may_be) {
+TEST(mapped_files_do_not_use_descriptors) {
     const TempDir dir;
     const st::Tensors expected = three_tensors();
     st::save_file(expected, dir.file("f"));

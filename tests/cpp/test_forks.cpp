@@ -1,4 +1,4 @@
-// Processes that are forked while threads use a File: no lock of the library is held for ever in them.
+// Forks while threads use a File: no lock of the library stays locked in the child.
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,10 +14,10 @@ using namespace support;
 
 namespace {
 
-// Enough that a lock which is held a hundredth of the time is met by some child.
+// Enough forks for a lock that is held 1 % of the time to be locked in some child.
 constexpr int kForks = 200;
 
-// Forks again and again while two threads do `work`; each child does `child` and ends with what that returns.
+// Forks repeatedly while two threads run `work`. Each child runs `child`, and its result is the child's exit status.
 void fork_while(const std::function<void()>& work, const std::function<bool()>& child) {
     std::atomic<bool> over{false};
     std::vector<std::thread> threads;
@@ -32,7 +32,7 @@ void fork_while(const std::function<void()>& work, const std::function<bool()>& 
     for (int number = 0; number < kForks && ended; ++number) {
         const pid_t pid = fork();
         if (pid == 0) {
-            alarm(20);  // which ends a child that waits
+            alarm(20);  // kills a child that hangs
             _exit(child() ? 0 : 1);
         }
         int status = 1;
@@ -47,7 +47,7 @@ void fork_while(const std::function<void()>& work, const std::function<bool()>& 
 
 }  // namespace
 
-// The allocators of sanitizers have locks of their own, which they do not look after in a fork.
+// The allocators of sanitizers have locks that are not safe in a fork.
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 
 TEST(forks_while_threads_use_a_file) {

@@ -1,4 +1,4 @@
-// Files that are written tensor by tensor, and changed metadata.
+// IncrementalWriter and edit_metadata.
 
 #include <thread>
 
@@ -8,7 +8,7 @@ using namespace support;
 
 namespace {
 
-st::Tensors tensors_to_stream() {
+st::Tensors tensors_to_write() {
     st::Tensors tensors;
     tensors.insert("weight", make({30, 40}, at::kFloat, 1));
     tensors.insert("bias", make({40}, at::kHalf, 2));
@@ -17,7 +17,7 @@ st::Tensors tensors_to_stream() {
     return tensors;
 }
 
-st::TensorSpecs stream_specs(const st::Tensors& tensors) {
+st::TensorSpecs specs_of(const st::Tensors& tensors) {
     st::TensorSpecs specs;
     for (const auto& entry : tensors) {
         specs[entry.key()] = {entry.value().scalar_type(), entry.value().sizes().vec()};
@@ -33,16 +33,16 @@ st::Tensors only(const at::Tensor& tensor) {
 
 }  // namespace
 
-TEST(a_stream_writes_the_bytes_of_a_save) {
+TEST(incremental_writer_writes_the_bytes_of_a_save) {
     const TempDir dir;
-    const st::Tensors tensors = tensors_to_stream();
+    const st::Tensors tensors = tensors_to_write();
     const st::Metadata metadata{{"format", "pt"}};
     st::save_file(tensors, dir.file("saved"), metadata);
     const std::string expected = read_file(dir.file("saved"));
     for (const bool durable : {false, true}) {
         st::IncrementalWriterOptions options;
         options.durable = durable;
-        st::IncrementalWriter by_specs(dir.file("specs"), stream_specs(tensors), metadata, options);
+        st::IncrementalWriter by_specs(dir.file("specs"), specs_of(tensors), metadata, options);
         st::IncrementalWriter by_tensors(dir.file("tensors"), tensors, metadata, options);
         for (const char* name : {"none", "weight", "steps", "bias"}) {
             by_specs.write(name, tensors.at(name));
@@ -57,13 +57,13 @@ TEST(a_stream_writes_the_bytes_of_a_save) {
     EXPECT_EQ(dir.count(), 3u);
 }
 
-TEST(every_dtype_can_be_streamed) {
+TEST(incremental_writer_takes_every_dtype) {
     const TempDir dir;
     st::Tensors tensors;
     for (const Dtype& dtype : dtypes()) {
         tensors.insert(dtype.code, make({2, 4}, dtype.type));
     }
-    st::IncrementalWriter writer(dir.file("f"), stream_specs(tensors));
+    st::IncrementalWriter writer(dir.file("f"), specs_of(tensors));
     for (const auto& entry : tensors) {
         writer.write(entry.key(), entry.value());
     }
@@ -71,7 +71,7 @@ TEST(every_dtype_can_be_streamed) {
     EXPECT(read_file(dir.file("f")) == st::save(tensors));
 }
 
-TEST(what_a_stream_refuses_leaves_it_open) {
+TEST(incremental_writer_stays_open_after_an_error) {
     const TempDir dir;
     const at::Tensor ones = at::ones({2, 3});
     st::IncrementalWriter writer(dir.file("f"), {{"a", {at::kFloat, {2, 3}}}, {"b", {at::kFloat, {2}}}});
@@ -106,7 +106,7 @@ TEST(what_a_stream_refuses_leaves_it_open) {
     EXPECT_EQ(dir.count(), 1u);
 }
 
-TEST(a_stream_without_a_commit_changes_nothing) {
+TEST(incremental_writer_without_a_commit_changes_nothing) {
     const TempDir dir;
     write_file(dir.file("f"), "old");
     {
@@ -121,7 +121,7 @@ TEST(a_stream_without_a_commit_changes_nothing) {
     EXPECT_EQ(dir.count(), 1u);
 }
 
-TEST(threads_write_the_tensors_of_one_stream) {
+TEST(threads_share_an_incremental_writer) {
     const TempDir dir;
     st::Tensors tensors;
     std::vector<std::string> names;
@@ -151,7 +151,7 @@ TEST(threads_write_the_tensors_of_one_stream) {
 
 TEST(metadata_is_edited_in_place_or_by_a_rewrite) {
     const TempDir dir;
-    const st::Tensors tensors = tensors_to_stream();
+    const st::Tensors tensors = tensors_to_write();
     st::save_file(tensors, dir.file("f"), {{"format", "pt"}});
     const st::Tensors mapped = st::load_file(dir.file("f"));
 
@@ -163,10 +163,10 @@ TEST(metadata_is_edited_in_place_or_by_a_rewrite) {
     st::EditOptions roomy;
     roomy.reserve = 400;
     roomy.durable = true;
-    int64_t told = 0;
-    roomy.progress = [&](int64_t done, int64_t total) { told = done == total ? total : told; };
+    int64_t reported = 0;
+    roomy.progress = [&](int64_t done, int64_t total) { reported = done == total ? total : reported; };
     EXPECT((st::edit_metadata(dir.file("f"), {}, roomy) == st::Metadata{{"format", "pt"}}));
-    EXPECT_EQ(told, static_cast<int64_t>(read_file(dir.file("f")).size()));
+    EXPECT_EQ(reported, static_cast<int64_t>(read_file(dir.file("f")).size()));
     const st::Metadata expected{{"k", value}};
     EXPECT((st::edit_metadata(dir.file("f"), {{"k", value}, {"format", {}}, {"absent", {}}}, in_place) == expected));
     EXPECT(st::File(dir.file("f")).metadata() == expected);

@@ -1,4 +1,4 @@
-// Who owns the memory of loaded tensors: lifetimes, aliasing, copy-on-write, and threads.
+// Ownership of the memory of loaded tensors: lifetimes, aliasing, copy-on-write, and threads.
 
 #include <algorithm>
 #include <atomic>
@@ -89,7 +89,7 @@ TEST(two_loads_never_alias) {
     }
 }
 
-TEST(reads_through_one_file_alias_only_where_it_is_mapped) {
+TEST(reads_of_one_file_alias_only_if_it_is_mapped) {
     const TempDir dir;
     st::save_file(some_tensors(), dir.file("f"));
     const st::File mapped(dir.file("f"));
@@ -99,7 +99,7 @@ TEST(reads_through_one_file_alias_only_where_it_is_mapped) {
     EXPECT(data_of(once) != data_of(read.get_tensor("a")));
 }
 
-TEST(the_file_is_mapped_by_mmap_alone_until_the_last_tensor_dies) {
+TEST(the_mapping_lives_until_the_last_tensor_dies) {
     const TempDir dir;
     st::save_file(some_tensors(), dir.file("f"));
     const auto is_mapped = [&] { return has(read_file("/proc/self/maps"), dir.file("f")); };
@@ -130,7 +130,7 @@ TEST(each_tensor_owns_a_storage_of_its_size) {
             EXPECT_EQ(entry.value().storage().nbytes(), entry.value().nbytes());
             EXPECT_EQ(entry.value().storage_offset(), 0);
         }
-        // So what was loaded can be saved again as it is.
+        // Loaded tensors can therefore be saved again.
         EXPECT(st::save(loaded) == bytes);
     }
 }
@@ -173,7 +173,7 @@ TEST(threads_load_and_save_at_the_same_time) {
                 EXPECT(identical((round % 2 == 0 ? mapped : read).get_tensor("a"), expected.at("a")));
                 st::save_file(expected, own);
                 EXPECT(read_file(own) == bytes);
-                // The text of an error belongs to its thread.
+                // Error texts are per thread.
                 const std::string absent = dir.file("absent" + std::to_string(number));
                 EXPECT_EQ(ERROR_OF(st::load_file(absent)), "No such file or directory: " + absent);
             }
@@ -184,7 +184,7 @@ TEST(threads_load_and_save_at_the_same_time) {
     }
 }
 
-TEST(readers_of_a_file_that_is_being_replaced_see_one_or_the_other) {
+TEST(readers_of_a_file_being_replaced_see_a_complete_file) {
     const TempDir dir;
     const st::Tensors one = some_tensors();
     st::Tensors other;

@@ -1,4 +1,4 @@
-// save_model and load_model: names, ties, strictness, and models that a failed load leaves alone.
+// save_model and load_model: names, tied weights, strictness, and failed loads, which must not change the model.
 
 #include <torch/nn.h>
 
@@ -9,14 +9,14 @@ using Names = std::vector<std::string>;
 
 namespace {
 
-// A layer that uses a weight of another.
+// A layer that uses the weight of another module.
 struct TiedImpl : torch::nn::Module {
     explicit TiedImpl(const at::Tensor& shared) : weight(register_parameter("weight", shared)) {}
     at::Tensor weight;
 };
 TORCH_MODULE(Tied);
 
-// Parameters and buffers at every level, buffers that are not defined, and a weight that two modules share.
+// Parameters and buffers at every level, undefined buffers, and a weight shared by two modules.
 struct NetImpl : torch::nn::Module {
     torch::nn::Embedding embedding{6, 4};
     torch::nn::Sequential body{torch::nn::Linear(4, 4), torch::nn::BatchNorm1d(4),
@@ -36,7 +36,7 @@ struct NetImpl : torch::nn::Module {
 };
 TORCH_MODULE(Net);
 
-// Another net with other values in it: seeds the generator, so nets of one seed are equal.
+// Returns a new net. Seeds the generator, so nets with the same seed are equal.
 Net net(std::uint64_t seed) {
     at::manual_seed(seed);
     return Net();
@@ -79,7 +79,7 @@ TEST(model_round_trip) {
         const st::LoadResult result = st::load_model(*target, dir.file("m"), true, backend);
         EXPECT(result.missing.empty() && result.unexpected.empty());
         EXPECT(identical(state_of(*target), state_of(*source)));
-        // In place: other handles of a parameter see the new values, and it still requires a gradient.
+        // Loading is in place: other handles of a parameter see the new values, and it still requires a gradient.
         EXPECT(identical(weight.detach(), source->embedding->weight.detach()));
         EXPECT(weight.requires_grad() && weight.is_leaf());
         EXPECT(target->head->weight.is_same(weight));
@@ -129,7 +129,7 @@ TEST(model_with_a_tied_weight_missing_under_every_name) {
     EXPECT_EQ(st::load_model(*target, dir.file("m"), false).missing, (Names{"embedding.weight"}));
 }
 
-TEST(model_that_does_not_match_strictly) {
+TEST(model_with_missing_and_unexpected_tensors) {
     const TempDir dir;
     const st::Tensors full = state_of(*net(1));
     st::Tensors tensors = without(without(without(full, "scale"), "body.0.bias"), "head.weight");
@@ -164,7 +164,7 @@ TEST(model_file_without_the_counter_of_batches) {
     EXPECT_EQ(counter.item<int>(), 17);
 }
 
-TEST(model_with_a_shape_that_does_not_fit) {
+TEST(model_with_a_shape_mismatch) {
     const TempDir dir;
     st::Tensors tensors = without(state_of(*net(1)), "head.weight");
     tensors.insert_or_assign("body.2.weight", make({4, 5}, at::kFloat));
@@ -186,7 +186,7 @@ TEST(model_file_that_is_missing) {
               "No such file or directory: " + dir.file("absent"));
 }
 
-TEST(model_left_alone_by_a_file_that_is_cut_short) {
+TEST(model_is_not_changed_by_a_truncated_file) {
     const TempDir dir;
     st::save_model(*net(1), dir.file("m"));
     std::filesystem::resize_file(dir.file("m"), std::filesystem::file_size(dir.file("m")) - 4);
@@ -243,14 +243,14 @@ TEST(model_that_is_not_contiguous) {
     EXPECT_HAS(text, "`force_contiguous`");
     EXPECT_EQ(dir.count(), 1U);
 
-    // Another error does not give that advice.
+    // Other errors do not contain this advice.
     module->weight.set_data(module->weight.contiguous());
     EXPECT(!has(ERROR_OF(st::save_model(*module, dir.file("no/directory"), {}, false)), "force_contiguous"));
     st::save_model(*module, dir.file("new"), {}, false);
     EXPECT(at::equal(st::load_file(dir.file("new")).at("weight"), module->weight));
 }
 
-TEST(model_of_which_no_tensor_covers_the_shared_memory) {
+TEST(model_without_a_tensor_that_covers_the_shared_memory) {
     const TempDir dir;
     const at::Tensor memory = at::rand({4});
     torch::nn::Module module("halves");

@@ -27,7 +27,7 @@ bool same(const Module& a, const Module& b) {
     return true;
 }
 
-// As layers(), but with names that a file has not: linear_0 and so on.
+// Returns the name that a file has for a name of layers().
 std::string renamed(const std::string& name) { return "layer_" + name; }
 
 st::LoadModelOptions within(const std::string& prefix) {
@@ -49,7 +49,7 @@ torch::jit::Module script(float value) {
 
 }  // namespace
 
-TEST(modules_however_they_are_held) {
+TEST(modules_by_holder_and_by_shared_pointer) {
     const TempDir dir;
     const torch::nn::Linear source(2, 3);
     st::save_model(source, dir.file("m"));
@@ -85,7 +85,7 @@ TEST(model_of_part_of_a_checkpoint) {
     EXPECT_EQ(st::File(dir.file("m")).keys().front(), "body.0.bias");
     EXPECT_EQ(st::File(dir.file("m")).metadata().at("k"), "v");
 
-    // The head is another module's.
+    // The head belongs to another module.
     st::Tensors tensors = st::load_file(dir.file("m"));
     tensors.insert("head.weight", make({1}, at::kFloat));
     st::save_file(tensors, dir.file("m"));
@@ -94,7 +94,7 @@ TEST(model_of_part_of_a_checkpoint) {
     EXPECT(result.missing.empty() && result.unexpected.empty());
     EXPECT(same(*source, *target));
 
-    // Names under the prefix that the module does not have are unexpected.
+    // Tensors under the prefix that the module does not have are unexpected.
     tensors.insert("body.extra", make({1}, at::kFloat));
     st::save_file(tensors, dir.file("m"));
     EXPECT_HAS(ERROR_OF(st::load_model(*target, dir.file("m"), within("body."))),
@@ -120,7 +120,7 @@ TEST(model_under_other_names) {
     EXPECT(same(*source, *target));
     EXPECT(last > 0);
 
-    // The counter may be absent under its other name too.
+    // The counter may also be missing under its other name.
     st::Tensors tensors = st::load_file(dir.file("m"));
     EXPECT_EQ(tensors.erase("p.layer_1.num_batches_tracked"), 1U);
     st::save_file(tensors, dir.file("m"));
@@ -154,7 +154,7 @@ TEST(model_in_several_files) {
             EXPECT(same(*source, *target));
         }
     }
-    // Everything is checked before the first tensor changes, whichever file it is in.
+    // All files are checked before the first tensor changes.
     torch::nn::Sequential other(torch::nn::Linear(3, 4), torch::nn::BatchNorm1d(4), torch::nn::Linear(4, 3));
     const at::Tensor before = other->parameters()[0].detach().clone();
     EXPECT_HAS(ERROR_OF(st::load_model(*other, dir.file("m"))), "size mismatch for 2.weight");
@@ -183,7 +183,7 @@ TEST(script_module) {
     const at::Tensor bias = target.attr("bias").toTensor();
     const st::LoadResult result = st::load_model(target, dir.file("m"));
     EXPECT(result.missing.empty() && result.unexpected.empty());
-    // In place.
+    // Loading is in place.
     EXPECT(at::equal(bias, at::full({3}, 4.0F)));
     EXPECT(at::equal(target.attr("child").toModule().attr("weight").toTensor(), at::full({2}, 3.0F)));
     EXPECT_EQ(target.attr("steps").toTensor().item<int64_t>(), 3);
@@ -199,7 +199,7 @@ TEST(script_module) {
     EXPECT_EQ(st::Checkpoint(dir.file("s")).shards().size(), 3U);
 }
 
-TEST(names_that_wrappers_make) {
+TEST(prefixes_of_wrappers_are_suggested) {
     const TempDir dir;
     const auto source = layers(1), target = layers(2);
     st::SaveModelOptions options;

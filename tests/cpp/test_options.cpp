@@ -1,4 +1,4 @@
-// What a load or a save can be asked for beside the file: dtype, names, progress; and what transfers may use.
+// Options of loads and saves: dtype, names, progress, transfers.
 
 #include <limits>
 
@@ -16,8 +16,8 @@ st::Tensors weights_and_steps() {
     return tensors;
 }
 
-// Everything in one number.
-struct Told {
+// Records the calls of a progress function.
+struct ProgressRecord {
     int64_t last = -1;
     int64_t total = -1;
     int calls = 0;
@@ -71,30 +71,30 @@ TEST(a_filter_selects_by_name) {
     EXPECT(st::load(st::save(tensors), at::kCPU, options).empty());
 }
 
-TEST(progress_is_told_to_the_end) {
+TEST(progress_reaches_the_total) {
     const TempDir dir;
     const st::Tensors tensors = weights_and_steps();
-    Told saved;
+    ProgressRecord saved;
     st::save_file(tensors, dir.file("f"), {}, {/*durable=*/false, saved.function()});
     EXPECT(saved.calls > 0 && saved.last == saved.total &&
            saved.total == static_cast<int64_t>(std::filesystem::file_size(dir.file("f"))));
-    Told in_memory;
-    st::SaveOptions told;
-    told.progress = in_memory.function();
-    EXPECT(static_cast<int64_t>(st::save(tensors, {}, told).size()) == in_memory.last);
+    ProgressRecord in_memory;
+    st::SaveOptions save_options;
+    save_options.progress = in_memory.function();
+    EXPECT(static_cast<int64_t>(st::save(tensors, {}, save_options).size()) == in_memory.last);
     int64_t bytes = 0;
     for (const auto& entry : tensors) {
         bytes += static_cast<int64_t>(entry.value().nbytes());
     }
     st::LoadOptions options;
     options.backend = st::Backend::pread;
-    Told loaded;
+    ProgressRecord loaded;
     options.progress = loaded.function();
     EXPECT(identical(st::load_file(dir.file("f"), at::kCPU, options), tensors));
     EXPECT(loaded.last == bytes && loaded.total == bytes);
 }
 
-TEST(what_progress_throws_ends_the_save) {
+TEST(an_exception_of_progress_ends_the_save) {
     const TempDir dir;
     write_file(dir.file("f"), "as it was");
     struct Enough {};
@@ -105,7 +105,7 @@ TEST(what_progress_throws_ends_the_save) {
     } catch (const Enough&) {
         thrown = true;
     }
-    // So small a file is complete at the first call of the progress function.
+    // Such a small file is complete at the first call of the progress function.
     EXPECT(thrown && dir.count() == 1 && read_file(dir.file("f")) == st::save(weights_and_steps()));
 }
 
@@ -128,7 +128,7 @@ TEST(transfer_options_can_be_set) {
     EXPECT(st::release_transfer_memory() == 0);
 }
 
-TEST(tensors_that_are_not_contiguous_are_written_if_asked) {
+TEST(noncontiguous_tensors_are_written_if_requested) {
     const TempDir dir;
     const at::Tensor matrix = make({30, 20}, at::kFloat, 3);
     st::Tensors tensors;
@@ -151,7 +151,7 @@ TEST(tensors_that_are_not_contiguous_are_written_if_asked) {
     EXPECT(identical(st::load_sharded(dir.file("directory")).at("transposed"), packed.at("transposed")));
 }
 
-TEST(one_of_the_tensors_that_share_memory_is_written_if_asked) {
+TEST(one_of_several_aliasing_tensors_is_written_if_requested) {
     const TempDir dir;
     const at::Tensor memory = make({40}, at::kFloat, 5);
     st::Tensors tensors;

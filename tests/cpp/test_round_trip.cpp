@@ -83,7 +83,7 @@ TEST(device_defaults_to_the_cpu) {
     EXPECT(st::load(st::save(tensors)).at("a").is_cpu());
 }
 
-TEST(meta_device_gives_shapes_and_dtypes) {
+TEST(meta_device_loads_shapes_and_dtypes) {
     const TempDir dir;
     st::save_file(one_of_each(), dir.file("all"));
     const st::Tensors loaded = st::load_file(dir.file("all"), at::kMeta);
@@ -120,7 +120,7 @@ TEST(no_tensors) {
     EXPECT(st::load_file(dir.file("none")).empty());
 }
 
-TEST(odd_names) {
+TEST(unusual_names) {
     const TempDir dir;
     st::Tensors tensors;
     for (const char* name : {"", " ", "a.b.c", "quote\"back\\slash", "new\nline\ttab", "\x01\x1f", "\u00e9\u00df\u6f22",
@@ -141,7 +141,7 @@ TEST(odd_names) {
 
 TEST(tensors_come_in_file_order) {
     const TempDir dir;
-    // Foreign order: neither by name nor by dtype, and the header in another order than the data.
+    // A foreign file: the data are sorted neither by name nor by dtype, and the header has another order.
     write_file(dir.file("foreign"), file_bytes(R"({"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},)"
                                                R"("c":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
                                                R"("a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})",
@@ -153,7 +153,7 @@ TEST(tensors_come_in_file_order) {
         EXPECT_EQ(loaded.at("a").item<int>(), 11);
         EXPECT_EQ(loaded.at("b").item<int>(), 12);
     }
-    // Ours: wide dtypes first, names bytewise.
+    // Our order: wide dtypes first, names bytewise.
     st::Tensors tensors;
     tensors.insert("b", make({2}, at::kFloat));
     tensors.insert("B", make({2}, at::kFloat));
@@ -172,7 +172,7 @@ TEST(bytes_on_disk) {
                          "\x01\x02"));
 }
 
-TEST(save_gives_the_bytes_of_save_file) {
+TEST(save_returns_the_bytes_of_save_file) {
     const TempDir dir;
     const st::Tensors tensors = one_of_each();
     const st::Metadata metadata{{"k", "v"}};
@@ -225,7 +225,7 @@ TEST(conjugate_and_negative_views_are_saved_with_their_values) {
     }
 }
 
-TEST(gradients_stay_behind) {
+TEST(gradients_are_not_saved) {
     const TempDir dir;
     st::Tensors tensors;
     tensors.insert("leaf", make({2}, at::kFloat).requires_grad_());
@@ -241,7 +241,7 @@ TEST(load_takes_a_view_into_a_longer_string) {
     st::Tensors tensors;
     tensors.insert("x", make({7}, at::kDouble));
     const std::string bytes = st::save(tensors);
-    // One byte off: the data are not aligned to their elements any more.
+    // Shifted by one byte, so the data are not aligned to their elements.
     for (const std::size_t shift : {0, 1, 3, 8}) {
         const std::string padded = std::string(shift, '#') + bytes + "behind";
         const st::Tensors loaded = st::load(std::string_view(padded).substr(shift, bytes.size()));
@@ -253,7 +253,7 @@ TEST(misaligned_data_of_a_foreign_file) {
     const TempDir dir;
     const at::Tensor expected = make({3}, at::kDouble);
     const std::string data(static_cast<const char*>(expected.const_data_ptr()), expected.nbytes());
-    // A header of odd length, which no writer of ours makes.
+    // A header of odd length, which our writers never produce.
     write_file(dir.file("odd"), file_bytes(R"({"x":{"dtype":"F64","shape":[3],"data_offsets":[0,24]}})", data));
     for (const st::Backend backend : kBackends) {
         const at::Tensor loaded = st::load_file(dir.file("odd"), at::kCPU, backend).at("x");

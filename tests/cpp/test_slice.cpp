@@ -1,4 +1,4 @@
-// File::get_slice returns what indexing the whole tensor returns, and refuses what that refuses.
+// File::get_slice returns the same, and refuses the same, as indexing the whole tensor.
 
 #include "support.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr at::IntArrayRef::value_type kDims[] = {5, 4, 6};
 
-// Opens one tensor of shape 5x4x6, "x", and a scalar and a hollow one, on each backend.
+// Opens a file with a tensor "x" of shape 5x4x6, a scalar and an empty tensor, on each backend.
 struct Fixture {
     TempDir dir;
     at::Tensor x = at::arange(5 * 4 * 6, at::kInt).reshape(kDims);
@@ -36,7 +36,7 @@ void check_same(const Fixture& fixture, const Index& index, int line) {
         const at::Tensor part = file.get_slice("x", index);
         if (part.sizes() != expected.sizes() || !at::equal(part, expected)) {
             std::ostringstream out;
-            out << "get_slice gives shape " << part.sizes() << ", index() gives " << expected.sizes()
+            out << "get_slice returns shape " << part.sizes() << ", index() returns " << expected.sizes()
                 << ", or other values";
             check::report(__FILE__, line, out.str());
         }

@@ -1,4 +1,4 @@
-// Tensors without the memory that their elements need, or whose memory changes while they are loaded or saved.
+// Tensors whose storage is too small, or changes during a load or a save.
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
@@ -32,7 +32,7 @@ at::Tensor resized(at::Tensor tensor, size_t nbytes) {
     return tensor;
 }
 
-// Tensors of 40 floats that their storages cannot hold.
+// Returns tensors of 40 floats whose storages are too small.
 std::vector<at::Tensor> too_small() {
     return {resized(at::ones({40}), 0), resized(at::ones({40}), 159), resized(at::ones({80}).slice(0, 40), 319),
             resized(at::ones({8, 5}).t(), 100)};
@@ -94,14 +94,14 @@ TEST(an_inference_tensor_is_written_in_inference_mode_only) {
 
 TEST(a_tensor_that_changes_between_two_steps) {
     const TempDir dir;
-    // More than one step of a load reads, and than two of a save write.
+    // More than one step of a load reads, and more than two steps of a save write.
     st::Tensors tensors;
     for (int i = 0; i < 4; ++i) {
         tensors.insert("t" + std::to_string(i), at::ones({9 << 20}));
     }
     st::save_file(tensors, dir.file("f"));
     const std::string said = "tensor 't3': its memory was freed, resized or replaced";
-    // As the functions of the header with a progress function, but that their steps take a tenth of a second.
+    // As the functions of the header do with a progress function, except that those use steps of a tenth of a second.
     const auto files = st::detail::open_checkpoint(dir.file("f"), st::Backend::pread, {});
     const auto load =
         st::detail::call_method(files, "start_state", tensors, std::vector<std::string>(), "Module", true, "")

@@ -1,4 +1,4 @@
-// What the header says of threads: every function on several at once, and one File that all of them have.
+// Thread safety: every function on several threads at once, and a File that they share.
 
 #include <atomic>
 #include <memory>
@@ -13,8 +13,8 @@ namespace {
 constexpr int kThreads = 8;
 constexpr int kRounds = 10;
 
-// Calls `body` on every thread, with the thread's number. They begin together; nothing orders them after that, so that
-// ThreadSanitizer sees what the library does not order.
+// Calls `body` on every thread, with the thread's number. The threads start together, and the test does not synchronize
+// them after that, so that ThreadSanitizer detects data races of the library.
 template <typename Body>
 void on_threads(const Body& body) {
     std::atomic<int> absent{kThreads};
@@ -37,7 +37,7 @@ void on_threads(const Body& body) {
     }
 }
 
-// One of them large enough for the library to read it with several threads.
+// Returns tensors, one of which is large enough for the library to read it with several threads.
 st::Tensors tensors_for_threads() {
     st::Tensors tensors;
     tensors.insert("large", make({(6 << 20) + 5}, at::kByte, 1));
@@ -47,7 +47,7 @@ st::Tensors tensors_for_threads() {
     return tensors;
 }
 
-// Every method but close. `part` is what the thread's own slice of "matrix" is to be.
+// Calls every method except close. `part` is the expected slice of "matrix", another one for each thread.
 void use_every_method(const st::File& file, const st::Tensors& expected, int number, const at::Tensor& part) {
     using Names = std::vector<std::string>;
     using Shape = std::vector<std::int64_t>;
@@ -66,7 +66,7 @@ void use_every_method(const st::File& file, const st::Tensors& expected, int num
     const std::vector<at::Tensor> two = file.get_tensors({"weight", "large"});
     EXPECT(identical(two[0], expected.at("weight")) && identical(two[1], expected.at("large")));
     EXPECT(identical(file.get_slice("matrix", {Slice(number, number + 13), Slice(number % 2, 30, 2)}), part));
-    // The text of an error belongs to its thread.
+    // Error texts are per thread.
     const std::string absent = "absent" + std::to_string(number);
     EXPECT_HAS(ERROR_OF(file.get_tensor(absent)), "File does not contain tensor " + absent);
 }
@@ -141,17 +141,17 @@ TEST(threads_load_in_every_way) {
     on_threads([&](int number) {
         for (int round = 0; round < kRounds; ++round) {
             const st::Backend backend = kBackends[(number + round) % 2];
-            std::int64_t told = 0;
+            std::int64_t reported = 0;
             st::LoadOptions options;
             options.backend = backend;
             options.dtype = at::kHalf;
             options.prefault = round % 3 == 0;
             options.names = [](const std::string& name) { return name != "large"; };
-            options.progress = [&](std::int64_t done, std::int64_t) { told = done; };
+            options.progress = [&](std::int64_t done, std::int64_t) { reported = done; };
             const st::Tensors converted = st::load_file(dir.file("f"), at::kCPU, options);
             EXPECT(converted.size() == 3 && identical(converted.at("weight"), half));
             EXPECT(identical(converted.at("matrix"), expected.at("matrix")));
-            EXPECT(told > 0);
+            EXPECT(reported > 0);
             EXPECT(identical(st::load(bytes, at::kCPU, options).at("weight"), half));
             EXPECT(identical(st::load_file(dir.file("f"), at::kCPU, backend, round % 2 == 0), expected));
             EXPECT(identical(st::load(bytes), expected));
@@ -169,7 +169,7 @@ TEST(threads_save_one_set_of_tensors) {
             st::save_file(tensors, own);
             EXPECT(read_file(own) == bytes);
             EXPECT(st::save(tensors) == bytes);
-            // To one path: each save replaces the file atomically.
+            // All threads save to the same path: each save replaces the file atomically.
             st::save_file(tensors, dir.file("shared"));
             EXPECT(read_file(dir.file("shared")) == bytes);
         }
@@ -205,7 +205,7 @@ TEST(threads_set_the_transfer_options) {
     on_threads([](int number) {
         for (int round = 0; round < kRounds; ++round) {
             st::set_transfer_options({number * (std::int64_t(2) << 20), number});
-            // Each of one thread or another.
+            // Each value was set by one of the threads.
             const st::TransferOptions seen = st::transfer_options();
             EXPECT(seen.pinned_pool_bytes % (2 << 20) == 0 &&
                    seen.pinned_pool_bytes < kThreads * (std::int64_t(2) << 20));

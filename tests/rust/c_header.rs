@@ -1,5 +1,5 @@
-//! `include/safetensors_torch.h` and the Rust that implements it say the same: functions, prototypes, numbers, struct
-//! layouts, version. The header is read as text, and as a C compiler (`cc`) understands it.
+//! Checks that `include/safetensors_torch.h` agrees with its implementation in Rust: functions, prototypes, numbers,
+//! struct layouts, version. The header is read as text, and compiled with `cc`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
@@ -13,7 +13,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The header without comments, preprocessor lines and the `extern "C"` around it.
+/// Returns the header without comments, preprocessor lines and the `extern "C"` around it.
 fn declarations() -> String {
     let text = header_text();
     let mut code = String::new();
@@ -34,7 +34,7 @@ fn header_text() -> String {
     std::fs::read_to_string(root().join("include/safetensors_torch.h")).expect("the header is there")
 }
 
-/// One space between words, none around punctuation, so that only what a compiler sees is compared.
+/// Returns the code with one space between words and none around punctuation, so that formatting is not compared.
 fn normalized(code: &str) -> String {
     let mut out = String::new();
     for c in code.chars() {
@@ -55,7 +55,7 @@ fn normalized(code: &str) -> String {
     out.trim().to_string()
 }
 
-/// Statements outside braces: `declarations` without the bodies of structs and enums.
+/// Returns the prototypes by function name: the statements of `declarations` outside braces.
 fn prototypes_in_header() -> BTreeMap<String, String> {
     let mut depth = 0;
     let flat: String = declarations()
@@ -87,7 +87,7 @@ fn capi_sources() -> String {
     files.iter().map(|path| std::fs::read_to_string(path).expect("a source")).collect()
 }
 
-/// A Rust type of the ABI as C writes it.
+/// Returns the C spelling of a Rust type of the ABI.
 fn c_type(rust: &str) -> String {
     let rust = rust.trim();
     if let Some(inner) = rust.strip_prefix("*mut ") {
@@ -112,12 +112,12 @@ fn c_type(rust: &str) -> String {
     .to_string()
 }
 
-/// The functions that Rust exports, each as the C prototype that it must have.
+/// Returns the C prototypes that the exported Rust functions require, by name.
 fn prototypes_in_rust() -> BTreeMap<String, String> {
     let sources = capi_sources();
     let mut prototypes = BTreeMap::new();
     for after in sources.split("#[unsafe(no_mangle)]").skip(1) {
-        let (_, function) = after.split_once("extern \"C\" fn ").expect("what is exported is a function");
+        let (_, function) = after.split_once("extern \"C\" fn ").expect("only functions are exported");
         let (name, function) = function.split_once('(').expect("arguments");
         let (arguments, function) = function.split_once(')').expect("arguments end");
         let result = function.split_once('{').expect("a body").0.trim().strip_prefix("->").unwrap_or("()");
@@ -163,7 +163,7 @@ fn the_library_exports_what_is_declared() {
     assert_eq!(exported, prototypes_in_header().into_keys().collect::<BTreeSet<_>>());
 }
 
-/// Doxygen does not miss them.
+/// Doxygen does not report missing ones.
 #[test]
 fn constants_are_documented() {
     let text = header_text();
@@ -175,8 +175,8 @@ fn constants_are_documented() {
     assert_eq!(constants.len(), STATUSES.len() + Dtype::ALL.len() + 2 + 3 + 2);
 }
 
-/// Compiles a C program that prints lines `name value`, and gives what it printed.
-fn ask_c(body: &str) -> BTreeMap<String, i64> {
+/// Compiles and runs a C program that prints lines `name value`, and returns the values.
+fn run_c(body: &str) -> BTreeMap<String, i64> {
     let directory = tempfile::tempdir().expect("a directory");
     let source = directory.path().join("ask.c");
     let program = directory.path().join("ask");
@@ -230,12 +230,12 @@ fn numbers_agree() {
     for &dtype in Dtype::ALL {
         expected.insert(format!("SFT_DTYPE_{}", dtype.code()), dtype as i64);
     }
-    assert_eq!(ask_c(&body), expected);
+    assert_eq!(run_c(&body), expected);
     assert_eq!(STATUSES.len(), 1 + ErrorKind::ALL.len());
 }
 
-/// Size, alignment and offsets of structs, by the names that the C program gives them too. Naming every field in a
-/// pattern makes a field that is not listed an error.
+/// Collects size, alignment and offsets of structs, by the names that the C program uses too. The pattern names every
+/// field, so that a missing one is a compile error.
 macro_rules! layouts {
     ($( $name:ident { $( $field:ident ),* } )*) => {{
         let mut map: BTreeMap<String, i64> = BTreeMap::new();
@@ -277,9 +277,9 @@ fn layouts_agree() {
         sft_range { start, stop, step }
         sft_read_request { index, buffer, nbytes }
     };
-    assert_eq!(ask_c(&body), expected);
+    assert_eq!(run_c(&body), expected);
 
-    // No struct and no field of the header is missing above.
+    // Every struct and field of the header is listed above.
     let mut in_header = BTreeSet::new();
     for after in declarations().split("typedef struct ").skip(1) {
         let Some((name, after)) = after.split_once('{').filter(|(name, _)| !name.contains(';')) else {
@@ -298,7 +298,7 @@ fn layouts_agree() {
 
 #[test]
 fn aliases_and_initializers_agree() {
-    let said = ask_c(
+    let said = run_c(
         "SAY(\"status\", sizeof(sft_status)); SAY(\"status signed\", (sft_status)-1 < 0);\n\
          SAY(\"dtype\", sizeof(sft_dtype)); SAY(\"dtype signed\", (sft_dtype)-1 < 1);\n\
          SAY(\"backend\", sizeof(sft_backend)); SAY(\"backend signed\", (sft_backend)-1 < 1);\n\

@@ -1,4 +1,4 @@
-//! Checkpoints that are opened while they are saved, and saved by two at once: each time all tensors are of one save.
+//! Checkpoints opened during a save, and saved by two threads at once: all tensors always come from the same save.
 
 mod common;
 
@@ -13,18 +13,18 @@ use common::checkpoints::{INDEX, contents, save};
 use common::names;
 use safetensors_torch::{Backend, Checkpoint, CheckpointOptions, Error, ErrorKind};
 
-/// No part of a test goes on for longer, however slow the machine.
+/// The longest that each part of a test runs, even on a slow machine.
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// Saves six tensors of one byte each, all of them `value`.
-fn write(at: &Path, value: u8, max_shard_size: u64) -> Vec<String> {
+fn write(directory: &Path, value: u8, max_shard_size: u64) -> Vec<String> {
     let bytes = [value];
     let tensors = ["a", "b", "c", "d", "e", "f"].map(|name| (name, &bytes[..]));
-    save(at, &tensors, max_shard_size).expect("saved")
+    save(directory, &tensors, max_shard_size).expect("saved")
 }
 
-/// Opens the checkpoint, and gives what all of its tensors are.
-fn whole(path: &Path) -> Result<u8, Error> {
+/// Opens the checkpoint, checks that all tensors have the same value, and returns it.
+fn open_value(path: &Path) -> Result<u8, Error> {
     let checkpoint = Checkpoint::open(
         path,
         CheckpointOptions { backend: Backend::Pread, ..CheckpointOptions::default() },
@@ -34,36 +34,36 @@ fn whole(path: &Path) -> Result<u8, Error> {
     Ok(values[0][0])
 }
 
-/// Says that it is over when it is dropped, be it by a panic.
-struct End<'s>(&'s AtomicBool);
+/// Clears the flag when dropped, even by a panic.
+struct ClearOnDrop<'s>(&'s AtomicBool);
 
-impl Drop for End<'_> {
+impl Drop for ClearOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }
 }
 
-/// Opens `opened` over and over, while checkpoints of these sizes of a file are saved in turn into `at`.
-fn opens_during_saves(at: &Path, opened: &Path, sizes: &[u64]) {
-    write(at, 0, sizes[0]);
+/// Opens `opened` repeatedly, while checkpoints with these shard sizes are saved in turn into `directory`.
+fn open_during_saves(directory: &Path, opened: &Path, sizes: &[u64]) {
+    write(directory, 0, sizes[0]);
     let (saving, begin) = (AtomicBool::new(true), Instant::now());
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            // However this ends, the reader ends too; and so does this when the reader has.
-            let _end = End(&saving);
+            // The reader and the writer stop each other, even after a panic.
+            let _clear = ClearOnDrop(&saving);
             for (value, &size) in (1..=250).zip(sizes.iter().cycle()) {
                 if !saving.load(Ordering::Acquire) || begin.elapsed() > LIMIT {
                     break;
                 }
-                write(at, value, size);
+                write(directory, value, size);
             }
         });
-        let _end = End(&saving);
+        let _clear = ClearOnDrop(&saving);
         let (mut opens, mut failures) = (0, Vec::new());
         while saving.load(Ordering::Acquire) {
             opens += 1;
-            // On a machine that is busy it may be replaced each time it is looked at.
-            let failed = whole(opened).err().filter(|error| error.kind() != ErrorKind::FileChanged);
+            // On a busy machine, the checkpoint may be replaced at each attempt to open it.
+            let failed = open_value(opened).err().filter(|error| error.kind() != ErrorKind::FileChanged);
             failures.extend(failed.map(|error| error.to_string()));
         }
         assert!(failures.is_empty(), "{} of {opens}: {:?}", failures.len(), failures[0]);
@@ -72,26 +72,26 @@ fn opens_during_saves(at: &Path, opened: &Path, sizes: &[u64]) {
 }
 
 #[test]
-fn who_opens_during_a_save_has_one_whole() {
-    // Files over one file, one file over files, files over files of the same names, and of others.
+fn a_directory_opened_during_a_save_is_complete() {
+    // Shards replace one file, one file replaces shards, shards replace shards of the same and of other names.
     for sizes in [&[9, 1][..], &[1], &[1, 2], &[2, 9, 1, 1, 2, 2, 9, 9]] {
         let directory = tempfile::tempdir().expect("a directory");
-        opens_during_saves(directory.path(), directory.path(), sizes);
+        open_during_saves(directory.path(), directory.path(), sizes);
     }
 }
 
 #[test]
-fn so_has_who_opens_the_index() {
+fn an_index_opened_during_a_save_is_complete() {
     for sizes in [&[1][..], &[1, 2]] {
         let directory = tempfile::tempdir().expect("a directory");
-        opens_during_saves(directory.path(), &directory.path().join(INDEX), sizes);
+        open_during_saves(directory.path(), &directory.path().join(INDEX), sizes);
     }
 }
 
 #[test]
-fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
+fn opening_before_the_first_save_reports_a_missing_checkpoint() {
     let (root, begin) = (tempfile::tempdir().expect("a directory"), Instant::now());
-    let (mut round, mut told) = (0, Vec::new());
+    let (mut round, mut unexpected) = (0, Vec::new());
     while round < 500 && begin.elapsed() < LIMIT {
         let at = &root.path().join(round.to_string());
         let barrier = &Barrier::new(2);
@@ -101,24 +101,24 @@ fn who_opens_before_the_first_save_is_told_that_there_is_nothing() {
                 write(at, 1, 1)
             });
             barrier.wait();
-            while let Err(error) = whole(at) {
-                // No directory, or an empty one.
+            while let Err(error) = open_value(at) {
+                // The directory is missing or empty.
                 let text = error.to_string();
-                let nothing = error.os_error() == Some(libc::ENOENT) || text.contains("holds no checkpoint");
-                told.extend((!nothing).then_some(text));
-                if saver.is_finished() && whole(at).is_err() {
+                let missing = error.os_error() == Some(libc::ENOENT) || text.contains("holds no checkpoint");
+                unexpected.extend((!missing).then_some(text));
+                if saver.is_finished() && open_value(at).is_err() {
                     break;
                 }
             }
         });
-        whole(at).expect("saved");
+        open_value(at).expect("saved");
         round += 1;
     }
-    assert!(told.is_empty(), "{} in {round} rounds: {:?}", told.len(), told[0]);
+    assert!(unexpected.is_empty(), "{} in {round} rounds: {:?}", unexpected.len(), unexpected[0]);
 }
 
 #[test]
-fn of_two_saves_at_once_one_stays_whole() {
+fn concurrent_saves_leave_one_complete_checkpoint() {
     for sizes in [[1, 1], [1, 2], [1, 9], [2, 9]] {
         let (directory, begin) = (tempfile::tempdir().expect("a directory"), Instant::now());
         let (at, barrier) = (directory.path(), Barrier::new(2));
@@ -134,8 +134,8 @@ fn of_two_saves_at_once_one_stays_whole() {
                 });
                 savers.map(|saver| saver.join().expect("no panic"))
             });
-            let last = whole(at).expect("whole");
-            // And nothing of the other one.
+            let last = open_value(at).expect("complete");
+            // No file of the other save is left.
             assert_eq!(names(at), written[last as usize], "{sizes:?}, round {round}");
             round += 1;
         }
@@ -144,7 +144,7 @@ fn of_two_saves_at_once_one_stays_whole() {
 }
 
 #[test]
-fn nobody_waits_for_ever_to_open() {
+fn opening_waits_for_a_locked_save_only_without_a_checkpoint() {
     let directory = tempfile::tempdir().expect("a directory");
     let at = directory.path();
     write(at, 7, 1);
@@ -152,13 +152,13 @@ fn nobody_waits_for_ever_to_open() {
     // SAFETY: a call without pointers on a descriptor that is open.
     let lock = |operation| assert_eq!(unsafe { libc::flock(saver.as_raw_fd(), operation) }, 0);
     lock(libc::LOCK_EX);
-    // As long as there is a checkpoint, nobody waits at all.
+    // A checkpoint that exists is opened without waiting for the lock.
     let timed = |path: &Path| {
         let begin = Instant::now();
-        (whole(path), begin.elapsed().as_secs())
+        (open_value(path), begin.elapsed().as_secs())
     };
     let (opened, seconds) = timed(at);
-    assert!(opened.expect("whole") == 7 && seconds < 4);
+    assert!(opened.expect("complete") == 7 && seconds < 4);
     fs::rename(at.join(INDEX), at.join("aside")).expect("renamed");
     let (refused, seconds) = timed(at);
     assert!(refused.expect_err("no index").kind() == ErrorKind::Index && (4..60).contains(&seconds));

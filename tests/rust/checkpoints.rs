@@ -1,5 +1,4 @@
-//! Checkpoints of several files: what is written can be read, what does not fit is refused, and an earlier checkpoint in
-//! the same directory is replaced as a whole.
+//! Checkpoints of several files: written and read, refused if index and shards disagree, and replaced atomically.
 
 mod common;
 
@@ -64,19 +63,19 @@ fn shards_and_index_are_written_and_read() {
         let error = checkpoint.require("b").expect_err("absent");
         assert_eq!(error.kind(), ErrorKind::TensorNotFound);
     }
-    // Each shard is a file like others.
+    // Each shard can be opened on its own.
     assert_eq!(open(&at.join(&written[0])).expect("valid").len(), 1);
 }
 
 #[test]
-fn a_checkpoint_takes_the_place_of_the_one_before() {
+fn a_save_replaces_the_earlier_checkpoint() {
     let directory = directory();
     let at = directory.path();
     let tensors: [(&str, &[u8]); 3] = [("a", &[1]), ("b", &[2]), ("c", &[3])];
     fs::write(at.join("config.json"), "{}").expect("written");
     save_one(&at.join("model2-00001-of-00009.safetensors"), "other", &[9]);
     let others = ["config.json", "model2-00001-of-00009.safetensors"];
-    // One file, three, two, three again, over the same names, and one.
+    // One file, three, two, three, three with the same names, and one.
     for max in [100, 1, 2, 1, 1, 100] {
         let mut expected = save(at, &tensors, max).expect("saved");
         assert_eq!(contents(&open(at).expect("valid")).len(), 3);
@@ -93,7 +92,7 @@ fn an_error_leaves_the_directory_as_it_was() {
     let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
     let bad = save(at, &[("a", &[7]), ("b", &[8]), ("a", &[9])], 1).expect_err("twice");
     assert_eq!(bad.kind(), ErrorKind::Duplicate);
-    // The second file cannot be made: a directory has its name. The first one is complete by then.
+    // A directory has the second file's name, so creating it fails after the first file is complete.
     fs::create_dir(at.join("model-00002-of-00003.safetensors")).expect("made");
     let error = save(at, &[("a", &[7]), ("b", &[8]), ("c", &[9])], 1).expect_err("a directory is in the way");
     assert_eq!(error.os_error(), Some(libc::EISDIR));
@@ -110,19 +109,19 @@ fn an_error_leaves_the_directory_as_it_was() {
 }
 
 #[test]
-fn links_are_replaced_and_what_they_point_to_stays() {
+fn links_are_replaced_and_their_targets_stay() {
     let directory = directory();
     let (blobs, at) = (directory.path().join("blobs"), directory.path().join("snapshot"));
     let tensors: [(&str, &[u8]); 2] = [("a", &[1]), ("b", &[2])];
     let expected = [("a".to_string(), vec![7]), ("b".to_string(), vec![8])];
     for max in [1, 9] {
-        // As in the cache of Hugging Face's tools: every file is a link to one that other directories share.
+        // As in the Hugging Face cache: every file is a symbolic link to a shared blob.
         for name in save(&blobs, &tensors, 1).expect("saved") {
             fs::create_dir_all(&at).expect("made");
             let _ = fs::remove_file(at.join(&name));
             symlink(blobs.join(&name), at.join(&name)).expect("linked");
         }
-        // And one file under two names.
+        // A second name for the first shard.
         symlink("model-00001-of-00002.safetensors", at.join("model.safetensors")).expect("linked");
         let written = save(&at, &[("a", &[7]), ("b", &[8])], max).expect("saved");
         assert_eq!(names(&at), written);
@@ -133,7 +132,7 @@ fn links_are_replaced_and_what_they_point_to_stays() {
 }
 
 #[test]
-fn a_directory_that_is_renamed_meanwhile_gets_its_checkpoint() {
+fn a_directory_renamed_during_a_save_gets_the_checkpoint() {
     let root = directory();
     let (at, aside) = (root.path().join("made/at"), root.path().join("aside"));
     let plan = ShardPlan::new([1, 1].into_iter(), "model", 1).expect("valid");
@@ -159,14 +158,14 @@ fn a_directory_that_is_renamed_meanwhile_gets_its_checkpoint() {
         } else {
             drop(writer);
         }
-        // Nothing is in the one that has the name now, nor is that removed.
+        // The new directory of the old name stays empty, and is not removed.
         assert!(names(&at).is_empty());
         fs::remove_dir_all(&aside).expect("removed");
         fs::remove_dir_all(root.path().join("made")).expect("removed");
     }
 }
 
-/// Saves `count` tensors, one a file, when the file of number `blocked` cannot get its name.
+/// Saves `count` tensors, one per file, while a directory blocks the file name `blocked`. Returns the error.
 fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
     let tensors: Vec<String> = (0..count).map(|i| format!("t{i}")).collect();
     let plan = ShardPlan::new((0..count).map(|_| 1), stem, 1).expect("valid");
@@ -177,11 +176,11 @@ fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
         writer.add(file);
     }
     let (blocked, aside) = (at.join(blocked), at.join("aside"));
-    let was_there = fs::rename(&blocked, &aside).is_ok();
+    let existed = fs::rename(&blocked, &aside).is_ok();
     fs::create_dir(&blocked).expect("made");
     let error = writer.commit(true).expect_err("a directory is in the way");
     fs::remove_dir(&blocked).expect("removed");
-    if was_there {
+    if existed {
         fs::rename(aside, blocked).expect("put back");
     }
     assert_eq!(error.os_error(), Some(libc::EISDIR), "{error}");
@@ -189,7 +188,7 @@ fn save_blocked(at: &Path, stem: &str, count: usize, blocked: &str) -> Error {
 }
 
 #[test]
-fn a_commit_that_fails_is_taken_back() {
+fn a_failed_commit_restores_the_checkpoint() {
     let directory = directory();
     let at = directory.path();
     let before = save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
@@ -200,12 +199,12 @@ fn a_commit_that_fails_is_taken_back() {
         let mode = fs::metadata(at.join(INDEX)).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o640);
     };
-    // Files of other names: those that are in place already go again.
+    // New file names: the files already in place are removed again.
     for blocked in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
         assert!(!save_blocked(at, "model", 3, blocked).to_string().contains("not complete"));
         unchanged();
     }
-    // The same names: the old index comes back if the first of them fails.
+    // The same file names: the old index is restored if the first file fails.
     assert!(
         !save_blocked(at, "model", 2, "model-00001-of-00002.safetensors")
             .to_string()
@@ -219,7 +218,7 @@ fn a_commit_that_fails_is_taken_back() {
 }
 
 #[test]
-fn as_many_names_and_bytes_as_tensors() {
+fn wrong_counts_of_names_or_buffers_are_refused() {
     let directory = directory();
     let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &[1] };
     for data in [&[][..], &[&[1u8][..], &[2]]] {
@@ -235,7 +234,7 @@ fn as_many_names_and_bytes_as_tensors() {
 }
 
 #[test]
-fn directorys_that_were_made_for_nothing_are_removed() {
+fn directories_created_by_a_failed_save_are_removed() {
     let directory = directory();
     let at = directory.path().join("x/y");
     let long = "n".repeat(300);
@@ -249,7 +248,7 @@ fn directorys_that_were_made_for_nothing_are_removed() {
 }
 
 #[test]
-fn files_that_the_index_does_not_fit() {
+fn an_index_that_does_not_match_its_files_is_refused() {
     let directory = directory();
     let at = directory.path();
     save(at, &[("a", &[1]), ("b", &[2])], 1).expect("saved");
@@ -257,13 +256,13 @@ fn files_that_the_index_does_not_fit() {
     let second = at.join("model-00002-of-00002.safetensors");
     let index = fs::read_to_string(at.join(INDEX)).expect("text");
 
-    // The files have changed places.
+    // The tensors are in each other's file.
     save_one(&first, "b", &[2]);
     save_one(&second, "a", &[1]);
     refused(at, ErrorKind::Index, &[INDEX, "\"a\"", "model-00001-of-00002", "it is in \"model-00002"]);
     save_one(&second, "b", &[2]);
     refused(at, ErrorKind::Index, &[INDEX, "\"a\"", "no shard has it"]);
-    // Both have a tensor that the index puts into the second; then one that it does not know.
+    // The first file has a tensor that the index assigns to the second, then one that the index does not list.
     save_one(&first, "a", &[1]);
     save(&at.join("two"), &[("a", &[1]), ("b", &[2])], 9).expect("saved");
     fs::copy(at.join("two/model.safetensors"), &first).expect("copied");
@@ -274,7 +273,7 @@ fn files_that_the_index_does_not_fit() {
     save_one(&first, "a", &[1]);
     open(at).expect("fits again");
 
-    // A shard that is missing, one that is cut short, one that is no file of ours.
+    // A missing shard, a truncated one, and one of a foreign format.
     fs::remove_file(&second).expect("removed");
     refused(at, ErrorKind::Io, &["No such file", "model-00002-of-00002", INDEX]);
     fs::write(&second, &fs::read(&first).expect("there")[..20]).expect("written");
@@ -283,7 +282,7 @@ fn files_that_the_index_does_not_fit() {
     refused(at, ErrorKind::ForeignFormat, &["model-00002-of-00002", "git lfs pull"]);
     fs::remove_file(&second).expect("removed");
 
-    // A name that leads out, even to a file that is there; a link that does is the directory's owner's business.
+    // File names must not lead out of the directory, even to an existing file; symbolic links may.
     let outside = at.join("inner");
     fs::create_dir(&outside).expect("made");
     fs::write(outside.join(INDEX), index.replace("model-00001-of", "../model-00001-of")).expect("written");
@@ -294,7 +293,7 @@ fn files_that_the_index_does_not_fit() {
 }
 
 #[test]
-fn an_index_that_lists_a_part_of_its_files() {
+fn extra_tensors_are_refused_or_ignored() {
     let directory = directory();
     let at = directory.path();
     save(at, &[("a", &[1]), ("b", &[2]), ("c", &[3]), ("d", &[4])], 2).expect("saved");
@@ -309,13 +308,13 @@ fn an_index_that_lists_a_part_of_its_files() {
     assert_eq!(contents(&checkpoint), [("b".to_string(), vec![2]), ("c".to_string(), vec![3])]);
     assert_eq!((checkpoint.len(), checkpoint.find("a"), checkpoint.find("d")), (2, None, None));
 
-    // The index says which of two files counts.
+    // If two files have a tensor, the index decides.
     save_one(&at.join(second), "b", &[9]);
     index(serde_json::json!({"a": first, "b": second}));
     let checkpoint = open_with(at, ignore).expect("each once");
     assert_eq!(contents(&checkpoint), [("a".to_string(), vec![1]), ("b".to_string(), vec![9])]);
 
-    // What it lists must be there all the same.
+    // Every listed tensor must still exist.
     index(serde_json::json!({"a": second, "b": first}));
     let error = open_with(at, ignore).expect_err("it is elsewhere");
     assert!(
@@ -346,7 +345,7 @@ fn variants_in_one_directory() {
     );
     assert_eq!(contents(&open(at).expect("without a variant")), plain);
     assert_eq!(contents(&open_with(at, fp16).expect("the variant")), half);
-    // Under the name of an index that other tools give.
+    // The other common name of a variant's index.
     let other = at.join("model.safetensors.index.fp16.json");
     fs::rename(at.join("model.fp16.safetensors.index.json"), &other).expect("renamed");
     let checkpoint = open_with(at, fp16).expect("the variant");
@@ -356,7 +355,7 @@ fn variants_in_one_directory() {
     assert!(error.to_string().contains("variant \"bf16\""), "{error}");
     let error = open_with(&at.join("model.safetensors"), fp16).expect_err("a file");
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-    // It is away while files that it lists are replaced, and back if none was.
+    // The index is moved aside while its files are replaced, and restored if none was replaced.
     let error = save_blocked(at, "model.fp16", 2, "model.fp16-00001-of-00002.safetensors");
     assert!(!error.to_string().contains("not complete"), "{error}");
     assert_eq!(contents(&open_with(at, fp16).expect("as before")), half);
@@ -364,7 +363,7 @@ fn variants_in_one_directory() {
     assert!(error.to_string().contains("1 of 2 files are in place, and no index"), "{error}");
     assert!(!other.exists());
     fs::write(&other, "{}").expect("written");
-    // A save of the variant leaves one index.
+    // Saving the variant leaves one index.
     let options = ShardedOptions { stem: "model.fp16", max_shard_size: 1, ..ShardedOptions::default() };
     save_with(at, &[("a", &[5]), ("b", &[6])], options).expect("saved");
     assert!(!other.exists());
@@ -376,7 +375,7 @@ fn variants_in_one_directory() {
 }
 
 #[test]
-fn nothing_there() {
+fn missing_checkpoints_are_reported() {
     let directory = directory();
     let at = directory.path();
     refused(at, ErrorKind::Index, &["no checkpoint"]);
@@ -390,7 +389,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn what_is_written_is_read(
+    fn written_checkpoints_are_read_back(
         sizes in prop::collection::vec(0..40usize, 0..12),
         max in 1..60u64,
     ) {

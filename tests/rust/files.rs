@@ -1,4 +1,4 @@
-//! Reading real files: the backends, whole tensors, slices, files that change, and misuse. Saving is in `saving`.
+//! Reading files: backends, tensors, slices, files that change, and misuse. `saving` tests saving.
 
 mod common;
 mod saving;
@@ -21,7 +21,7 @@ fn directory() -> TempDir {
     tempfile::tempdir().expect("a directory for the test")
 }
 
-/// A file of one tensor `a` of U8 with this shape, holding a pattern.
+/// Saves a file of one U8 tensor `a` of this shape, filled with a pattern. Returns its path and the data.
 fn one_tensor(directory: &TempDir, shape: &[u64]) -> (PathBuf, Vec<u8>) {
     let data = pattern(shape.iter().product::<u64>() as usize);
     let path = directory.path().join("one.safetensors");
@@ -72,8 +72,8 @@ fn backends_and_memory_agree() {
 }
 
 #[test]
-fn large_tensors_arrive_whole() {
-    // Several chunks of 8 MiB, and an end that fills none.
+fn large_tensors_are_read_completely() {
+    // Several chunks of 8 MiB, and a partial one.
     let directory = directory();
     let (path, data) = one_tensor(&directory, &[5, 4_194_304 + 3]);
     for backend in BACKENDS {
@@ -83,10 +83,10 @@ fn large_tensors_arrive_whole() {
 }
 
 #[test]
-fn many_tensors_at_once_in_any_order() {
+fn many_tensors_are_read_in_any_order() {
     let directory = directory();
     let path = directory.path().join("many.safetensors");
-    // More neighbours than one vectored read takes, some of them empty, and more bytes than one thread reads.
+    // More adjacent tensors than one vectored read takes, some empty, and more bytes than one thread reads.
     let count = 3000;
     let names: Vec<String> = (0..count).map(|i| format!("{i:04}")).collect();
     let shapes: Vec<[u64; 1]> = (0..count).map(|i| [if i % 7 == 0 { 0 } else { i * 3 % 5000 }]).collect();
@@ -121,7 +121,7 @@ fn many_tensors_at_once_in_any_order() {
 }
 
 #[test]
-fn slices_are_what_picking_elements_gives() {
+fn slices_equal_elements_picked_one_by_one() {
     let directory = directory();
     for (shape, ranges) in [
         (vec![], vec![]),
@@ -131,15 +131,15 @@ fn slices_are_what_picking_elements_gives() {
         (vec![4, 5, 6], vec![range(3, 4, 1), range(2, 3, 9), range(5, 6, 1)]),
         (vec![4, 5, 6], vec![range(0, 4, 1), range(2, 2, 1), range(0, 6, 1)]),
         (vec![3, 1, 7], vec![range(0, 3, 2), range(0, 1, 5), range(0, 7, 1)]),
-        // Runs that lie closer than a page are read together ...
+        // Runs less than a page apart are read together.
         (vec![300, 4000], vec![range(5, 300, 1), range(7, 3500, 1)]),
         (vec![700, 4000], vec![range(0, 700, 1), range(17, 18, 1)]),
-        // ... those that lie further apart one by one ...
+        // Runs further apart are read separately.
         (vec![50, 9000], vec![range(1, 50, 2), range(3, 30, 1)]),
-        // ... both in turn, and a group that ends at the limit of what is read at once.
+        // Both kinds alternate, and a group ends at the limit of one read.
         (vec![40, 2, 6000], vec![range(0, 40, 3), range(0, 2, 1), range(10, 5000, 1)]),
         (vec![3_000_000], vec![range(1, 2_999_999, 2)]),
-        // One run that is larger than what is gathered.
+        // One run exceeds the gather buffer.
         (vec![2, 3_000_000], vec![range(1, 2, 1), range(1, 2_900_001, 1)]),
     ] {
         let (path, data) = one_tensor(&directory, &shape);
@@ -183,7 +183,7 @@ fn an_open_file_outlives_its_replacement() {
 }
 
 #[test]
-fn a_file_cut_short_while_open_is_an_error() {
+fn reading_a_truncated_file_is_an_error() {
     let directory = directory();
     for shape in [vec![100], vec![300, 40_000]] {
         let (path, data) = one_tensor(&directory, &shape);
@@ -205,9 +205,9 @@ fn a_file_cut_short_while_open_is_an_error() {
     }
 }
 
-/// Copied piece by piece, and each is looked for before it is touched: an error, where touching would be a signal.
+/// Copying checks the file's size before each piece: touching a missing page would raise SIGBUS.
 #[test]
-fn a_mapped_file_cut_short_is_an_error_for_who_copies() {
+fn copying_from_a_truncated_mapping_is_an_error() {
     let directory = directory();
     let (path, data) = one_tensor(&directory, &[300, 40_000]);
     let file = TensorFile::open(&path, Backend::Mmap).expect("valid");
@@ -221,7 +221,7 @@ fn a_mapped_file_cut_short_is_an_error_for_who_copies() {
 }
 
 #[test]
-fn tensors_are_loaded_into_memory_of_their_own() {
+fn loaded_tensors_do_not_share_memory() {
     let directory = directory();
     let (path, data) = one_tensor(&directory, &[300, 40_000]);
     for backend in BACKENDS {
@@ -240,7 +240,7 @@ fn tensors_are_loaded_into_memory_of_their_own() {
 }
 
 #[test]
-fn what_cannot_be_opened() {
+fn opening_reports_the_error_of_the_system() {
     let directory = directory();
     let fifo = directory.path().join("fifo");
     let name = std::ffi::CString::new(fifo.as_os_str().as_bytes()).expect("no NUL");
@@ -300,11 +300,11 @@ fn misuse_is_refused() {
             (0, 17, ErrorKind::BufferSize),
             (1, 16, ErrorKind::InvalidArgument),
         ] {
-            // SAFETY: no more than the buffer's length is asked for.
+            // SAFETY: the requested lengths do not exceed the buffer.
             let refused = unsafe { file.read_tensors(&[(index, buffer.as_mut_ptr(), length)]) };
             assert_eq!(refused.expect_err("refused").kind(), kind);
         }
-        // One wrong size among many, and nothing is read.
+        // Nothing is read if one size is wrong.
         let start = buffer.as_mut_ptr();
         // SAFETY: as above; the second request is refused for its size.
         let refused = unsafe { file.read_tensors(&[(0, start, 16), (0, start, 1)]) };
@@ -326,7 +326,7 @@ fn misuse_is_refused() {
             assert_eq!(error.kind(), ErrorKind::Slice, "{ranges:?}");
             assert!(error.to_string().contains("\"a\""), "{error}");
         }
-        // A step beyond the dimension is as good as one element.
+        // A step larger than the dimension selects one element.
         assert_eq!(read_slice(&file, 0, &[range(0, 4, u64::MAX), range(0, 4, 1)]).expect("fits").len(), 4);
     }
     assert_eq!("mmap".parse::<Backend>().ok(), Some(Backend::Mmap));
@@ -336,7 +336,7 @@ fn misuse_is_refused() {
 }
 
 #[test]
-fn sparse_files_are_read_where_they_have_no_blocks() {
+fn holes_of_sparse_files_are_read_as_zeros() {
     let directory = directory();
     let path = directory.path().join("sparse");
     let length: u64 = 40 << 20;

@@ -1,4 +1,4 @@
-//! The header: what is accepted, what is refused and as which kind of error, and which bytes are written.
+//! The header: valid and invalid input with its kind of error, and the bytes written.
 
 mod common;
 
@@ -11,7 +11,7 @@ fn metadata(pairs: &[(&str, &str)]) -> Metadata {
     pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
 }
 
-/// The kind that a header of one tensor `a`, with these fields, gives for a file of `data` bytes of data.
+/// Returns the kind of error of a file with `data` bytes of data, whose one tensor `a` has these fields.
 fn tensor(fields: &str, data: usize) -> Option<ErrorKind> {
     kind_of(&file_bytes(format!("{{\"a\":{{{fields}}}}}"), &vec![0; data]))
 }
@@ -33,7 +33,7 @@ fn a_valid_header_is_read() {
 }
 
 #[test]
-fn the_smallest_files() {
+fn files_without_tensors_are_valid() {
     assert_eq!(kind_of(&file_bytes("{}", &[])), None);
     assert_eq!(
         with_file(&file_bytes(r#"{"__metadata__":null}"#, &[]), contents).expect("valid").metadata,
@@ -44,7 +44,7 @@ fn the_smallest_files() {
 }
 
 #[test]
-fn damaged_beginnings() {
+fn damaged_length_fields_are_refused() {
     for length in 0..8 {
         assert_eq!(kind_of(&vec![0; length]), Some(ErrorKind::FileTooSmall), "{length}");
     }
@@ -53,7 +53,7 @@ fn damaged_beginnings() {
     assert_eq!(kind_of(&MAX_HEADER_BYTES.to_le_bytes()), Some(ErrorKind::HeaderTruncated));
     assert_eq!(kind_of(&1u64.to_le_bytes()), Some(ErrorKind::HeaderTruncated));
     assert_eq!(kind_of(&file_bytes([b'{', 0xFF, b'}'], &[])), Some(ErrorKind::HeaderUtf8));
-    // A length that the caller made up is refused too, and does not wrap.
+    // A made-up length is refused too, and does not overflow.
     assert_eq!(Header::parse(b"{}", 3).map_err(|error| error.kind()).err(), Some(ErrorKind::HeaderTruncated));
 }
 
@@ -74,7 +74,7 @@ fn foreign_formats_are_named() {
 }
 
 #[test]
-fn what_is_no_json_object_of_tensors() {
+fn headers_that_are_not_objects_of_tensors_are_refused() {
     for json in [
         "",
         " ",
@@ -120,7 +120,7 @@ fn what_is_no_json_object_of_tensors() {
 }
 
 #[test]
-fn deep_nesting_is_no_overflow_of_the_stack() {
+fn deep_nesting_does_not_overflow_the_stack() {
     let deep = 200_000;
     for json in [
         "[".repeat(deep),
@@ -132,7 +132,7 @@ fn deep_nesting_is_no_overflow_of_the_stack() {
 }
 
 #[test]
-fn what_stands_twice() {
+fn duplicates_are_refused() {
     let field = r#""dtype":"U8","shape":[0],"data_offsets":[0,0]"#;
     for json in [
         format!("{{\"a\":{{{field}}},\"a\":{{{field}}}}}"),
@@ -301,7 +301,7 @@ fn alignment_of_the_data() {
 }
 
 #[test]
-fn what_is_not_written() {
+fn unwritable_files_are_refused() {
     let refused =
         |specs: &[TensorSpec<'_>], data: &[&[u8]]| saved(specs, data, None, 8).expect_err("refused").kind();
     let spec = |name, dtype, shape| TensorSpec { name, dtype, shape };
@@ -327,15 +327,15 @@ fn what_is_not_written() {
     assert_eq!((error.kind(), buffer), (ErrorKind::BufferSize, [0; 15]));
 }
 
-/// The processor time that this thread has used: what other programs take does not count.
+/// Returns the processor time of this thread, which does not depend on other programs.
 fn thread_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes to `time` alone.
+    // SAFETY: the call writes only to `time`.
     assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) }, 0);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// The quickest of a few parses of a header of `count` tensors.
+/// Returns the shortest time of a few parses of a header of `count` tensors.
 fn parse_time(count: usize) -> Duration {
     let entries: Vec<String> = (0..count)
         .map(|i| {
@@ -362,6 +362,6 @@ fn parse_time(count: usize) -> Duration {
 #[test]
 fn time_is_about_linear_in_the_number_of_tensors() {
     let (few, many) = (parse_time(10_000), parse_time(100_000));
-    // Ten times the work, in memory that no longer fits the caches; quadratic would be a hundred times.
+    // Ten times the tensors exceed the caches; a quadratic parser would take a hundred times as long.
     assert!(many < few * 60, "10,000 tensors: {few:?}; 100,000: {many:?}");
 }

@@ -1,4 +1,4 @@
-//! Reading through slabs: every byte arrives once, whatever the sizes, however long the caller keeps a slab.
+//! Reading through slabs: every byte arrives once, for all sizes and however long the caller keeps a slab.
 
 mod common;
 
@@ -13,7 +13,7 @@ use safetensors_torch::{
     SaveOptions, TensorFile, TensorSpec, save_file,
 };
 
-/// The caller's side: slabs, and tensors that are put together from what comes in them.
+/// The caller of a prefetcher, which owns the slabs.
 struct Caller {
     slabs: Vec<Vec<u8>>,
     slab_bytes: usize,
@@ -28,7 +28,7 @@ impl Caller {
         self.slabs.iter_mut().map(|slab| slab.as_mut_ptr()).collect()
     }
 
-    /// Takes everything, keeps up to `held` slabs, and spoils each before it gives it back.
+    /// Copies all parts into `results`. Keeps up to `held` slabs, and overwrites each before it releases it.
     fn collect(
         &mut self,
         prefetcher: &Prefetcher,
@@ -50,10 +50,10 @@ impl Caller {
                         );
                         end = part.slab_offset + part.length;
                         assert!(end <= self.slab_bytes);
-                        let whole = part.offset + part.length == results[part.request].len();
+                        let is_last = part.offset + part.length == results[part.request].len();
                         assert!(
-                            whole || part.length.is_multiple_of(SLAB_PART_ALIGNMENT),
-                            "elements stay whole"
+                            is_last || part.length.is_multiple_of(SLAB_PART_ALIGNMENT),
+                            "elements are not split"
                         );
                         results[part.request][part.offset..][..part.length]
                             .copy_from_slice(&self.slabs[slab][part.slab_offset..end]);
@@ -76,7 +76,7 @@ impl Caller {
 
 const SIZES: [usize; 9] = [0, 1, 15, 16, 17, 1000, 65_537, 900_001, 3_000_000];
 
-fn written(directory: &Path, sizes: &[usize]) -> (PathBuf, Vec<Vec<u8>>) {
+fn save_sizes(directory: &Path, sizes: &[usize]) -> (PathBuf, Vec<Vec<u8>>) {
     let path = directory.join("model.safetensors");
     let names: Vec<String> = (0..sizes.len()).map(|i| format!("t{i:06}")).collect();
     let data: Vec<Vec<u8>> =
@@ -94,14 +94,14 @@ fn open(path: &Path, backend: Backend) -> Arc<TensorFile> {
 }
 
 #[test]
-fn every_byte_arrives_whatever_the_slabs_and_threads() {
+fn every_byte_arrives_with_any_slabs_and_threads() {
     let directory = tempfile::tempdir().expect("a directory");
     let sizes: Vec<usize> = SIZES.iter().cycle().take(40).copied().collect();
-    let (path, data) = written(directory.path(), &sizes);
+    let (path, data) = save_sizes(directory.path(), &sizes);
     for (round, backend) in [Backend::Mmap, Backend::Pread].into_iter().cycle().take(16).enumerate() {
         let file = open(&path, backend);
         let (count, slab_bytes) = (1 + round % 5, [16, 4096, 100_000 / 16 * 16, 1 << 20][round % 4]);
-        // With the smallest slab, the small tensors alone.
+        // The smallest slab is used with small tensors only.
         let mut indices: Vec<usize> =
             (0..sizes.len()).filter(|&i| sizes[i] < 1001 || slab_bytes > 16).collect();
         if round % 2 == 1 {
@@ -110,7 +110,7 @@ fn every_byte_arrives_whatever_the_slabs_and_threads() {
         let mut results: Vec<Vec<u8>> = indices.iter().map(|&index| vec![0; sizes[index]]).collect();
         let mut caller = Caller::new(count, slab_bytes);
         let threads = [None, Some(1), Some(4)][round % 3];
-        // SAFETY: the caller's slabs outlive the prefetcher, and it touches them while it has them.
+        // SAFETY: the slabs outlive the prefetcher, and the caller touches a slab only between next and release.
         let prefetcher = unsafe {
             Prefetcher::new(
                 Arc::clone(&file),
@@ -134,7 +134,7 @@ fn every_byte_arrives_whatever_the_slabs_and_threads() {
 #[test]
 fn small_tensors_share_a_slab() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (path, _) = written(directory.path(), &[100; 1000]);
+    let (path, _) = save_sizes(directory.path(), &[100; 1000]);
     let mut caller = Caller::new(1, 1 << 20);
     let indices: Vec<usize> = (0..1000).collect();
     let starts = caller.starts();
@@ -151,9 +151,9 @@ fn small_tensors_share_a_slab() {
 }
 
 #[test]
-fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
+fn an_added_slab_wakes_a_starved_thread() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (path, data) = written(directory.path(), &[8 << 20]);
+    let (path, data) = save_sizes(directory.path(), &[8 << 20]);
     let mut caller = Caller::new(4, 1 << 20);
     let starts = caller.starts();
     // SAFETY: as above, for the slabs that are added too.
@@ -163,9 +163,9 @@ fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
     let prefetcher = prefetcher.expect("there");
     let first = prefetcher.next_slab(Duration::from_secs(20)).expect("read");
     let NextSlab::Filled(slab, parts) = first else { panic!("{first:?}") };
-    let until = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while !prefetcher.is_starved() {
-        assert!(Instant::now() < until, "the other threads have nothing to fill");
+        assert!(Instant::now() < deadline, "the other threads have nothing to fill");
         std::thread::yield_now();
     }
     let mut results = vec![vec![0; 8 << 20]];
@@ -180,9 +180,9 @@ fn a_slab_that_is_added_lets_a_starved_thread_go_on() {
 }
 
 #[test]
-fn a_feed_that_is_dropped_half_way_stops() {
+fn dropping_a_prefetcher_stops_its_threads() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (path, _) = written(directory.path(), &[16 << 20]);
+    let (path, _) = save_sizes(directory.path(), &[16 << 20]);
     for taken in 0..3 {
         let mut caller = Caller::new(2, 1 << 20);
         let starts = caller.starts();
@@ -194,13 +194,13 @@ fn a_feed_that_is_dropped_half_way_stops() {
         for _ in 0..taken {
             prefetcher.next_slab(Duration::from_millis(50)).expect("read");
         }
-        // Joins threads that wait for a slab.
+        // The threads wait for a slab; dropping joins them.
         drop(prefetcher);
     }
 }
 
 #[test]
-fn slices_come_through_slabs_too() {
+fn slices_are_prefetched() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("one.safetensors");
     let shape = [60, 50, 700];
@@ -234,10 +234,10 @@ fn slices_come_through_slabs_too() {
 }
 
 #[test]
-fn a_read_that_fails_names_file_and_tensor() {
+fn a_failed_read_names_file_and_tensor() {
     let directory = tempfile::tempdir().expect("a directory");
     for (sizes, threads) in [(vec![100, 200], None), (vec![3 << 20, 5 << 20], Some(3))] {
-        let (path, _) = written(directory.path(), &sizes);
+        let (path, _) = save_sizes(directory.path(), &sizes);
         let file = open(&path, Backend::Pread);
         let length = file.byte_range(&file.tensor(1).expect("there")).end - 1;
         OpenOptions::new().write(true).open(&path).expect("there").set_len(length).expect("cut");
@@ -251,18 +251,18 @@ fn a_read_that_fails_names_file_and_tensor() {
         assert_eq!(error.kind(), ErrorKind::FileChanged);
         assert_eq!(error.to_string().matches("model.safetensors").count(), 1, "{error}");
         assert!(error.to_string().contains("for tensor \"t00000"), "{error}");
-        // Nothing more comes, and nothing hangs.
-        let until = Instant::now() + Duration::from_secs(20);
+        // The prefetcher ends after the error, and does not hang.
+        let deadline = Instant::now() + Duration::from_secs(20);
         while prefetcher.next_slab(Duration::from_millis(1)).expect("failed before") != NextSlab::End {
-            assert!(Instant::now() < until);
+            assert!(Instant::now() < deadline);
         }
     }
 }
 
 #[test]
-fn a_tensor_that_is_not_there_is_refused() {
+fn an_index_out_of_range_is_refused() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (path, _) = written(directory.path(), &[10]);
+    let (path, _) = save_sizes(directory.path(), &[10]);
     // SAFETY: there is no slab.
     let refused =
         unsafe { Prefetcher::new(open(&path, Backend::Pread), &[1], ReadFrom::File, &[], 16, None) };

@@ -1,6 +1,6 @@
-//! What holds for every file: a round trip gives back what was saved, no bytes make the reader panic, a slice is what
-//! picking its elements one by one gives, tensors given in parts and in any order make the same file, and an edit of the
-//! metadata makes the file that a save with it would have made.
+//! Properties of every file: loading returns what was saved, no input makes the reader panic, a slice equals its
+//! elements picked one by one, tensors written in parts and in any order produce the same file as a save, and so does
+//! an edit of the metadata.
 
 mod common;
 
@@ -24,7 +24,7 @@ fn dtype() -> impl Strategy<Value = Dtype> {
     prop::sample::select(Dtype::ALL)
 }
 
-/// Names as they come: anything, and often something that JSON must escape.
+/// Any text, often with characters that JSON must escape.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof![
         vec(any::<char>(), 0..12).prop_map(String::from_iter),
@@ -40,7 +40,7 @@ fn metadata() -> impl Strategy<Value = Option<Metadata>> {
     prop::option::of(btree_map(text(), text(), 0..5))
 }
 
-/// A shape whose elements end on a byte.
+/// A shape whose elements fill whole bytes.
 fn shape(dtype: Dtype) -> impl Strategy<Value = Vec<u64>> {
     let whole_bytes = if dtype.bits() < 8 { 4 } else { 1 };
     vec(0u64..6, 0..4).prop_map(move |mut shape| {
@@ -77,7 +77,7 @@ fn save(tensors: &[Tensor], metadata: Option<&Metadata>, alignment: u64) -> Vec<
     saved(&specs, &data, metadata, alignment).expect("valid tensors")
 }
 
-/// A file to damage: two dtypes, metadata, an empty tensor.
+/// Returns a file to damage: two dtypes, metadata, an empty tensor.
 fn small_file() -> Vec<u8> {
     let tensor = |name: &str, dtype, shape: &[u64], data: &[u8]| Tensor {
         name: name.to_string(),
@@ -93,7 +93,7 @@ fn small_file() -> Vec<u8> {
     save(&tensors, Some(&[("format".to_string(), "pt".to_string())].into()), DEFAULT_ALIGNMENT)
 }
 
-/// Reads all that the reader believes to be there; damaged bytes may be valid, but never out of bounds.
+/// Reads all tensors and metadata: damaged bytes may be a valid file, but reads stay in bounds.
 fn read_all(bytes: &[u8]) {
     if let Ok(contents) = with_file(bytes, contents) {
         let data: usize = contents.tensors.iter().map(|(.., data)| data.len()).sum();
@@ -118,7 +118,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_round_trip_gives_back_what_was_saved(
+    fn loading_returns_what_was_saved(
         tensors in tensors(),
         metadata in metadata(),
         alignment in prop::sample::select(&[8u64, 16, 64, 4096]),
@@ -128,7 +128,7 @@ proptest! {
         prop_assert_eq!(start % alignment, 0);
         let mut expected = tensors.clone();
         expected.sort_by_key(|tensor| (tensor.dtype.layout_rank(), tensor.name.clone()));
-        // Empty tensors stand where they stand by dtype, but are read by offset, then by name.
+        // Empty tensors are written in the order of dtypes, but read in the order of offsets, then names.
         let mut offset = 0;
         let mut keyed: Vec<(u64, u64, Tensor)> = expected
             .into_iter()
@@ -144,7 +144,7 @@ proptest! {
     }
 
     #[test]
-    fn the_order_that_tensors_are_given_in_does_not_matter(
+    fn the_order_of_the_tensors_does_not_matter(
         (tensors, shuffled) in tensors().prop_flat_map(|t| (Just(t.clone()), Just(t).prop_shuffle())),
     ) {
         prop_assert_eq!(save(&tensors, None, 8), save(&shuffled, None, 8));
@@ -211,7 +211,7 @@ proptest! {
     }
 
     #[test]
-    fn slices_are_what_picking_elements_gives((dtype, shape, ranges) in slices()) {
+    fn slices_equal_elements_picked_one_by_one((dtype, shape, ranges) in slices()) {
         let item = (dtype.bits() / 8) as usize;
         let data = pattern(shape.iter().product::<u64>() as usize * item);
         let expected = naive_slice(&data, item, &shape, &ranges);
@@ -257,7 +257,7 @@ proptest! {
 }
 
 #[test]
-fn every_truncation_and_every_flipped_bit_is_survived() {
+fn truncated_files_and_flipped_bits_do_not_panic() {
     let whole = small_file();
     for length in 0..whole.len() {
         assert!(kind_of(&whole[..length]).is_some(), "cut at {length}");
@@ -269,7 +269,7 @@ fn every_truncation_and_every_flipped_bit_is_survived() {
     }
 }
 
-/// The header of a file, padding and all, and the data.
+/// Splits a file into its header, including padding, and its data.
 fn split(bytes: &[u8]) -> (&[u8], &[u8]) {
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     (&bytes[8..8 + length], &bytes[8 + length..])
@@ -279,7 +279,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn tensors_in_any_order_and_in_parts_make_the_same_file(
+    fn parts_in_any_order_produce_the_file_of_a_save(
         tensors in tensors(),
         metadata in metadata(),
         seeds in vec(any::<u64>(), 1..20),
@@ -291,7 +291,7 @@ proptest! {
             .map(|tensor| TensorSpec { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape })
             .collect();
         let writer = IncrementalWriter::create(&specs, metadata.as_ref(), &path, SaveOptions::default()).expect("begun");
-        // Each tensor in up to three parts, all of them in the order that the seeds give.
+        // Each tensor is written in up to three parts; the seeds define the order of all parts.
         let mut parts = Vec::new();
         for (number, tensor) in tensors.iter().enumerate() {
             let cut = |seed: u64| (seed % (tensor.data.len() as u64 + 1)) as usize;
@@ -314,7 +314,7 @@ proptest! {
     }
 
     #[test]
-    fn an_edit_makes_the_file_that_a_save_would_have_made(
+    fn an_edit_produces_the_file_of_a_save(
         tensors in tensors(),
         before in metadata(),
         changes in btree_map(text(), prop::option::of(text()), 0..4),
@@ -359,7 +359,7 @@ proptest! {
         if fits && (in_place || after == before) {
             prop_assert_eq!(new_header.len(), old_header.len());
         } else if reserve == 0 {
-            // What the data's start happened to be aligned to, it stays aligned to.
+            // The data keep their alignment.
             let alignment = 1 << (8 + old_header.len() as u64).trailing_zeros();
             prop_assert!(new == save(&tensors, after.as_ref(), alignment));
         }

@@ -1,5 +1,4 @@
-//! How many threads a call uses: no more than was set, those in the background among them. One test in a process of its
-//! own, as the setting is the process's.
+//! The limit on threads also holds for background threads. The setting is global, so this program has only one test.
 
 use std::fs;
 use std::path::Path;
@@ -14,41 +13,41 @@ const BYTES: usize = 96 << 20;
 
 const SPEC: TensorSpec<'static> = TensorSpec { name: "bytes", dtype: Dtype::U8, shape: &[BYTES as u64] };
 
-fn count() -> usize {
+fn thread_count() -> usize {
     fs::read_dir("/proc/self/task").expect("listed").count()
 }
 
-/// The most threads that this process has at a time while `work` runs, beside those that it has anyway.
+/// Returns the largest number of additional threads in this process while `work` runs.
 fn most_threads(work: impl FnOnce()) -> usize {
-    let over = AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let before = count() + 1;
-        let over = &over;
+        let before = thread_count() + 1;
+        let done = &done;
         let watch = scope.spawn(move || {
             let mut most = 0;
-            while !over.load(Ordering::Relaxed) {
-                most = most.max(count());
+            while !done.load(Ordering::Relaxed) {
+                most = most.max(thread_count());
             }
             most.saturating_sub(before)
         });
         work();
-        over.store(true, Ordering::Relaxed);
+        done.store(true, Ordering::Relaxed);
         watch.join().expect("no panic")
     })
 }
 
-/// Waits until the threads in the background have ended.
+/// Waits until background threads have ended.
 fn settle(threads: usize) {
     let deadline = Instant::now() + Duration::from_secs(20);
-    while count() > threads {
-        assert!(Instant::now() < deadline, "threads go on");
+    while thread_count() > threads {
+        assert!(Instant::now() < deadline, "threads have not ended");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// For each way of working, the most threads that it takes beside the calling one.
+/// Returns, for each kind of call, the largest number of threads that it uses beside the calling one.
 fn extra_threads(path: &Path, data: &[u8]) -> Vec<(&'static str, usize)> {
-    let idle = count();
+    let idle = thread_count();
     let mut target = vec![0; BYTES + 4096];
     let mut found = Vec::new();
     let mut watch = |what, work: &mut dyn FnMut()| {
@@ -80,7 +79,7 @@ fn extra_threads(path: &Path, data: &[u8]) -> Vec<(&'static str, usize)> {
 }
 
 #[test]
-fn a_call_uses_no_more_threads_than_are_set() {
+fn calls_respect_the_limit_on_threads() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("file");
     let data = vec![7; BYTES];
@@ -95,7 +94,7 @@ fn a_call_uses_no_more_threads_than_are_set() {
     set_threads(3);
     let some = extra_threads(&path, &data);
     assert!(some.iter().all(|&(_, extra)| extra <= 2), "{some:?}");
-    // Of how many there are, whatever the machine has: they read and copy at the same time.
+    // Reads and copies use all threads, independent of the number of processors.
     for what in ["load_tensors", "read_tensors", "save_into"] {
         assert!(some.iter().any(|&(name, extra)| name == what && extra == 2), "{what}: {some:?}");
     }

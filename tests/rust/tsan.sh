@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The threads of the core under ThreadSanitizer: its unit tests, and those of the prefetcher and the incremental writer.
+# Runs the tests of the core that use threads under ThreadSanitizer: unit tests, prefetcher and incremental writer.
 #
-# The stable compiler has the sanitizer's runtime, but asks to be told that its user knows it may change. Its standard
-# library is not instrumented: what that orders, the sanitizer knows (threads begin and end in libpthread), or
-# src/sys/mutex.rs announces, or tsan.suppressions says that it is well.
+# The stable compiler has the runtime of the sanitizer, but enables it only with RUSTC_BOOTSTRAP. The standard library
+# is not instrumented. The sanitizer intercepts libpthread itself, src/sys/mutex.rs announces its locks, and
+# tsan.suppressions lists the rest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=$(rustc -vV | sed -n 's/^host: //p')

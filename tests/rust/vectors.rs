@@ -1,11 +1,11 @@
-//! The shared test vectors: every malformed file is refused, for the reason that its list gives.
+//! Checks that each malformed file of the shared test vectors is refused with the status of the list.
 
 use std::fs;
 use std::path::Path;
 
 use safetensors_torch::{Backend, Error, TensorFile};
 
-/// The kind's name in the C header.
+/// Returns the name of the error's kind in the C header.
 fn status_name(error: &Error) -> String {
     let mut name = String::from("SFT_ERROR");
     for character in format!("{:?}", error.kind()).chars() {
@@ -18,7 +18,7 @@ fn status_name(error: &Error) -> String {
 }
 
 #[test]
-fn malformed_files_are_refused_for_the_right_reason() {
+fn malformed_files_are_refused_with_the_listed_status() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
     let list = fs::read_to_string(directory.join("malformed.tsv")).expect("the list");
     let mut count = 0;

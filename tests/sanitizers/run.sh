@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# The tests of C and C++ under sanitizers:
+# Builds and runs the C and C++ tests under sanitizers:
 #
 #     tests/sanitizers/run.sh build address && tests/sanitizers/run.sh test address
 #     tests/sanitizers/run.sh build thread && tests/sanitizers/run.sh test thread
 #
 # `address` is AddressSanitizer, with its search for leaks, and UndefinedBehaviorSanitizer; `thread` is ThreadSanitizer.
-# The core, cpp/, the bridge, the headers and the tests are instrumented; libtorch and Rust's standard library, which are
-# precompiled, are not. `build` needs the tree that `make` installs in out/prefix.
+# The core, cpp/, the bridge, the headers and the tests are instrumented; libtorch and Rust's standard library, which
+# are precompiled, are not. `build` needs the tree that `make` installs in out/prefix.
 #
-# The stable Rust compiler has the sanitizers behind RUSTC_BOOTSTRAP. It links no runtime into a library: the program does.
-# `address` uses gcc's runtime, which has the functions that rustc calls. `thread` uses rustc's: gcc 12's lacks
-# __tsan_memcpy, and does not start if the kernel randomizes addresses over 32 bits, which many now do.
+# RUSTC_BOOTSTRAP enables the sanitizers of the stable Rust compiler, which links no runtime into a library: the program
+# links it. `address` uses gcc's runtime, which has the functions that rustc calls. `thread` uses rustc's: gcc 12's
+# lacks __tsan_memcpy, and does not start if the kernel randomizes addresses over 32 bits, as many do.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [[ $# == 2 && $1 =~ ^(build|test)$ && $2 =~ ^(address|thread)$ ]] || {
     echo "usage: $0 build|test address|thread" >&2
     exit 2
 }
-# cargo and cmake would use the flags of an outer make.
+# Unset the flags of an outer make, which cargo and cmake would use.
 unset MAKEFLAGS MFLAGS
 kind=$2
 out=$PWD/out/sanitizers/$kind
@@ -36,7 +36,7 @@ runtime_of_rust() {
     echo "${found[0]}"
 }
 
-# Whether the C compiler accepts these flags for a program or, with -c, for an object.
+# Succeeds if the C compiler accepts these flags for a program or, with -c, for an object.
 compiles_with() {
     echo 'int main(void) { return 0; }' | ${CC:-cc} "$@" -x c - -o "$out/probe" 2>/dev/null
 }
@@ -63,8 +63,8 @@ esac
 export SANITIZE SANITIZE_LINK
 flags="-g1 -fno-omit-frame-pointer $SANITIZE"
 
-# build_library DIRECTORY FEATURE... builds the library there: optimised little and without LTO, which takes minutes with
-# instrumented code, and with the checks of a debug build, those of unsafe code among them.
+# build_library DIRECTORY FEATURE... builds the library there: with little optimization, without LTO (which takes
+# minutes for instrumented code), and with the checks of a debug build, including those of unsafe code.
 build_library() {
     local directory=$1
     shift
@@ -78,12 +78,12 @@ build_library() {
 build() {
     build_library "target/$kind/core" --no-default-features
     build_library "target/$kind"
-    # What make installed, but for the library.
+    # The installed tree of make, except for the library.
     rm -rf "$out/prefix"
     cp -a out/prefix "$out/prefix"
     cp "$library/libsafetensors_torch.so" "$(readlink -f "$out/prefix/lib/libsafetensors_torch.so")"
     torch=$(.venv/bin/python -c 'import torch; print(torch.utils.cmake_prefix_path)')
-    # No build type: its flags would come behind these.
+    # No build type: its flags would follow these.
     cmake -S tests/cpp -B "$out/cpp" -DCMAKE_BUILD_TYPE=Sanitized -DCMAKE_CXX_FLAGS="$flags" \
         -DCMAKE_EXE_LINKER_FLAGS="$SANITIZE_LINK" -DCMAKE_PREFIX_PATH="$out/prefix;$torch" >/dev/null
     cmake --build "$out/cpp"
@@ -99,8 +99,8 @@ run_tests() {
     tests/c/run.sh "target/$kind/core/$target/release"
     echo "C++, $kind:"
     if [[ $kind == thread ]]; then
-        # torch's own threads wait for each other in libgomp, of whose ways the sanitizer knows nothing. With one thread
-        # torch does its work on the caller's.
+        # torch's threads synchronize in libgomp, which is not instrumented. With one thread, torch works on the
+        # caller's.
         export OMP_NUM_THREADS=1
     fi
     "$out/cpp/cpp_tests"

@@ -1,12 +1,11 @@
-// A filesystem that shows the files of one directory, and takes its time: each request waits, and then its bytes come
-// at a fixed rate, as many requests at once as the kernel sends. A stand-in for storage across a network.
+// A slow filesystem over the files of one directory, which simulates network storage: each request has a latency and a
+// fixed bandwidth, and requests are served concurrently.
 //
 // Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND
 //
-// Serves until it is unmounted (umount MOUNTPOINT). The file `.requests` in it tells of the reads so far, and is never
-// cached: how many there were, how many of them were under way at once, and their bytes. Requests and readahead are
-// what the kernel makes of its defaults: nothing is asked for but reads in parallel, and pages in requests of up to 1
-// MiB.
+// Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`, which is never cached, contains the number of
+// reads so far, the largest number of concurrent reads, and the bytes read. Readahead has the kernel's defaults, except
+// that reads are parallel and requests have up to 1 MiB.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -44,7 +43,7 @@ static void fail(const char* what) {
 static void reply(uint64_t unique, int error, const void* body, size_t size) {
     struct fuse_out_header head = {(uint32_t)(sizeof head + size), -error, unique};
     struct iovec parts[2] = {{&head, sizeof head}, {(void*)body, size}};
-    // ENOENT: whoever waited for the answer was interrupted.
+    // ENOENT: the process that waited for the answer was interrupted.
     if (writev(device, parts, size ? 2 : 1) < 0 && errno != ENOENT) {
         fail("answer");
     }
@@ -57,7 +56,7 @@ static const char* name_of(uint64_t node) {
     return name;
 }
 
-// The node of a name; 0 if there is no room for more.
+// Returns the node of a name, or 0 if there are too many files.
 static uint64_t node_of(const char* name) {
     pthread_mutex_lock(&lock);
     size_t index = 0;
@@ -79,7 +78,7 @@ static size_t requests_text(char* text, size_t size) {
     return (size_t)length;
 }
 
-// What is said of a node; 0, or the error.
+// Fills in the attributes of a node. Returns 0 or the error.
 static int attributes(uint64_t node, struct fuse_attr* out) {
     memset(out, 0, sizeof *out);
     out->ino = node;
@@ -200,13 +199,13 @@ static void answer(const struct fuse_in_header* head, const void* body, char* bu
         case FUSE_STATFS:
             reply(head->unique, 0, &statfs, sizeof statfs);
             break;
-        // A directory without a listing; what is flushed was never written.
+        // Directories cannot be listed, and flush has nothing to write.
         case FUSE_READDIR:
         case FUSE_RELEASEDIR:
         case FUSE_FLUSH:
             reply(head->unique, 0, NULL, 0);
             break;
-        // These want no answer.
+        // These requests have no reply.
         case FUSE_FORGET:
         case FUSE_BATCH_FORGET:
         case FUSE_INTERRUPT:

@@ -1,16 +1,16 @@
 /*
- * Lists what safetensors files hold: names, dtypes, shapes, sizes, metadata, totals. Reads the headers alone, so that
- * neither time nor memory follows the size of the tensors.
+ * Lists the contents of safetensors files: names, dtypes, shapes, sizes, metadata, totals. Reads only the headers, so
+ * time and memory do not depend on the size of the tensors.
  *
- *     make PREFIX=/usr/local               # where `make install TORCH=0 PREFIX=...` of the library has put it
- *     ./inspect model.safetensors          # a line for each tensor, in the order of names
- *     ./inspect DIRECTORY                     # the shards of a checkpoint, by its index
- *     ./inspect --json *.safetensors       # a JSON object for each argument, on a line of its own
+ *     make PREFIX=/usr/local               # the prefix of `make install TORCH=0 PREFIX=...` of the library
+ *     ./inspect model.safetensors          # a line for each tensor, sorted by name
+ *     ./inspect DIRECTORY                  # the shards of a checkpoint
+ *     ./inspect --json *.safetensors       # a JSON object for each argument, one per line
  *
  * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch -o
  * inspect
  *
- * Ends with 0; with 1 if a file could not be read, or the output not be written; with 2 if the arguments are wrong.
+ * Exit status: 0; 1 if a file cannot be read or the output cannot be written; 2 if the arguments are wrong.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -25,7 +25,7 @@ typedef struct total {
     uint64_t nbytes;
 } total;
 
-/* More dtypes than there are: a library newer than this program may know others. */
+/* More dtypes than exist today: a newer library may know others. */
 enum { DTYPES = 256 };
 
 typedef struct totals {
@@ -35,7 +35,7 @@ typedef struct totals {
 
 /* ---- Text -------------------------------------------------------------------------------------------------------- */
 
-/* The length of the UTF-8 character at `text`; 0 if there is none. */
+/* Returns the length of the UTF-8 character at `text`, or 0 if it is not valid. */
 static size_t character_length(const char* text, size_t length) {
     const unsigned char* s = (const unsigned char*)text;
     const size_t expected = s[0] < 0x80 ? 1 : s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
@@ -47,16 +47,16 @@ static size_t character_length(const char* text, size_t length) {
             return 0;
         }
     }
-    /* Longer than needed, a surrogate, or beyond the last character. */
+    /* An overlong encoding, a surrogate, or beyond U+10FFFF. */
     const bool wrong = expected > 1 && ((s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xed && s[1] > 0x9f) ||
                                         (s[0] == 0xf0 && s[1] < 0x90) || (s[0] == 0xf4 && s[1] > 0x8f));
     return wrong ? 0 : expected;
 }
 
-/* Writes text as it stands in a JSON string, without the quotes. All control characters are escaped, so that none
- * reaches a terminal. What is no UTF-8 becomes U+FFFD: names never hold it, paths may. */
+/* Writes text escaped for a JSON string, without the quotes. All control characters are escaped, so that none reaches a
+ * terminal. Invalid UTF-8, which paths may contain, becomes U+FFFD. */
 static void put_text(const char* text, size_t length) {
-    size_t begin = 0; /* of what is to be written as it is */
+    size_t begin = 0; /* of the text not written yet */
     for (size_t i = 0; i < length;) {
         const unsigned char c = (unsigned char)text[i];
         const size_t step = character_length(text + i, length - i);
@@ -99,7 +99,7 @@ static void add(const sft_tensor_info* info, totals* sums) {
     }
 }
 
-/* The tensor at `position` in the order of names. */
+/* Gets the tensor at `position` in the order of names. */
 static bool tensor_at(const sft_file* file, size_t position, sft_tensor_info* info) {
     size_t index;
     return sft_file_get_sorted_index(file, position, &index) == SFT_OK &&
@@ -256,7 +256,7 @@ static bool print_checkpoint_json(const char* path, const sft_checkpoint* checkp
 }
 
 static bool inspect(const char* path, bool json) {
-    /* Read, not mapped: a file that another program cuts short meanwhile gives an error, and no signal. */
+    /* Read, not mapped: if another program truncates the file, reading fails, but accessing a mapping raises SIGBUS. */
     sft_checkpoint_options options = SFT_CHECKPOINT_OPTIONS_INIT;
     options.backend = SFT_BACKEND_PREAD;
     sft_checkpoint* checkpoint;
@@ -292,7 +292,7 @@ int main(int argc, char** argv) {
             fprintf(stderr, "inspect: %s\n", sft_last_error_get_message());
             status = 1;
         }
-        /* Now, so that messages about files stand between their lists. */
+        /* Flush, so that error messages appear between the lists. */
         if (fflush(stdout) == EOF || ferror(stdout)) {
             fprintf(stderr, "inspect: standard output: %s\n", strerror(errno));
             return 1;

@@ -1,15 +1,15 @@
-// Divides a checkpoint into files, puts one together again, or changes its floating-point dtype.
+// Divides a checkpoint into shards, merges shards into one file, or changes the floating-point dtype.
 //
 // Build:  cmake -S examples/cpp/convert -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
 // Run:    BUILD/convert shard IN DIRECTORY --max-shard-size 1GB    model-00001-of-00003.safetensors, ..., and the index
 //         BUILD/convert unshard DIRECTORY OUT                      one file
 //         BUILD/convert cast IN OUT --dtype bf16                one file; integers and 8-bit floats stay as they are
 //
-// IN: a file, a directory with a checkpoint, or the index of one in several files. PREFIX: where `make install PREFIX=`
-// put the library. TORCH: an unpacked libtorch, or the directory of the Python package torch.
+// IN: a file, the directory of a checkpoint, or the index of a sharded one. PREFIX: the prefix of `make install`.
+// TORCH: an unpacked libtorch, or the directory of the Python package torch.
 //
-// Metadata is kept. The tensors are mapped, not loaded: memory is needed for those that cast changes, and no others.
-// The output is complete, or what was there before; it may take the place of the input.
+// Metadata is kept. The tensors are mapped, not loaded: only those that `cast` converts need memory. The output is
+// replaced atomically, and may be the input.
 
 #include <getopt.h>
 
@@ -40,7 +40,7 @@ const std::map<std::string_view, std::int64_t> kUnits{
     {"", 1},          {"B", 1},         {"KB", 1'000},   {"MB", 1'000'000}, {"GB", 1'000'000'000},
     {"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}};
 
-// Bytes, from a number and a unit; nothing if `text` is something else, or too large for the number of bytes.
+// Parses a number with a unit as bytes. Returns nothing if `text` is invalid, or the number overflows.
 std::optional<std::int64_t> parse_size(std::string_view text) {
     std::int64_t number = 0, bytes = 0;
     const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), number);
@@ -67,7 +67,7 @@ void unshard(const std::string& in, const std::string& out) {
     safetensors_torch::save_file(checkpoint.get_tensors(), out, checkpoint.metadata());
 }
 
-// Refuses what would become infinite.
+// Throws if a finite value would become infinite.
 at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype, const std::string& name) {
     at::Tensor result = tensor.to(dtype);
     if (!at::equal(result.isfinite(), tensor.isfinite())) {

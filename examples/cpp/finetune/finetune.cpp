@@ -1,15 +1,13 @@
-// Trains a small module and saves it, so that Python can go on with it, and goes on with what Python saved.
+// Trains a small module and saves it. Python continues the training from the file, and C++ from the file of Python.
 //
 // Build:  cmake -S examples/cpp/finetune -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
-// Run:    BUILD/finetune DIRECTORY                                     makes DIRECTORY/data and
-// DIRECTORY/model.safetensors
-//         python examples/cpp/finetune/finetune.py DIRECTORY           trains on, in Python
-//         BUILD/finetune DIRECTORY                                     trains on, in C++
+// Run:    BUILD/finetune DIRECTORY                             creates DIRECTORY/data and DIRECTORY/model.safetensors
+//         python examples/cpp/finetune/finetune.py DIRECTORY   continues in Python
+//         BUILD/finetune DIRECTORY                             continues in C++
 //
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
-// package torch.
+// PREFIX: the prefix of `make install`. TORCH: an unpacked libtorch, or the directory of the Python package torch.
 //
-// Each checks that the model it loads has exactly the loss that the other one recorded.
+// Each program checks that the loaded model has exactly the loss that the other one recorded.
 
 #include <ATen/Parallel.h>
 #include <torch/nn/modules/batchnorm.h>
@@ -28,7 +26,7 @@ namespace {
 
 constexpr int kSteps = 200;
 
-// The same names as in finetune.py, as a file knows parameters and buffers by their names.
+// Parameters and buffers have the same names as in finetune.py: the file identifies them by name.
 struct Net : torch::nn::Module {
     torch::nn::Linear hidden = register_module("hidden", torch::nn::Linear(2, 64));
     torch::nn::BatchNorm1d norm = register_module("norm", torch::nn::BatchNorm1d(64));
@@ -53,7 +51,7 @@ void train(Net& net, const at::Tensor& x, const at::Tensor& y) {
     }
 }
 
-// Digits enough for the same double to come back.
+// Prints enough digits to restore the same double.
 std::string exact(double value) {
     char text[32];
     std::snprintf(text, sizeof text, "%.17g", value);
@@ -61,7 +59,7 @@ std::string exact(double value) {
 }
 
 void run(const std::filesystem::path& directory) {
-    // The order in which a sum is taken may follow the number of threads; finetune.py sets the same number.
+    // The order of a summation may depend on the number of threads; finetune.py sets the same number.
     at::set_num_threads(1);
     torch::manual_seed(2019);
     const std::string data_path = directory / "data.safetensors";

@@ -46,7 +46,7 @@ def train(net: Net, x: torch.Tensor, y: torch.Tensor) -> None:
 def main() -> None:
     directory = Path(sys.argv[1])
     model_path = directory / "model.safetensors"
-    # The order in which a sum is taken may follow the number of threads; finetune.cpp sets the same number.
+    # The order of a summation may depend on the number of threads; finetune.cpp sets the same number.
     torch.set_num_threads(1)
     net = Net()
     load_model(net, model_path)

@@ -1,15 +1,14 @@
-// Continues a text with a GPT-2 that Hugging Face's transformers saved: tokens in, the most likely next tokens out.
+// Continues a text with a GPT-2 model that Hugging Face's transformers saved: prints the most likely next tokens.
 //
 // Build:  cmake -S examples/cpp/inference -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH && cmake --build BUILD
 // Run:    BUILD/inference MODEL 464,3290,318 --new 20                 prints 20 tokens
 //         BUILD/inference MODEL 464,3290,318 --logits OUT.safetensors
 //
-// MODEL: what save_pretrained wrote: the directory, a model.safetensors, or the index of a model in several files.
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
-// package torch.
+// MODEL: the directory that save_pretrained wrote, a model.safetensors, or the index of a sharded model. PREFIX: the
+// prefix of `make install`. TORCH: an unpacked libtorch, or the directory of the Python package torch.
 //
-// Takes the operators that transformers takes with attn_implementation="eager", in the same order and on one thread, so
-// that its logits are the same to the last bit.
+// Calls the same operators as transformers with attn_implementation="eager", in the same order and on one thread, so
+// the logits are equal to the last bit.
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
@@ -45,7 +44,7 @@ struct Cache {
     at::Tensor keys, values;
 };
 
-// The module names and parameter names below are those of transformers, so that load_model fills them as they are.
+// Modules and parameters have the names of transformers, so load_model needs no renaming.
 
 // A linear layer whose weight is [in, out].
 struct Conv1D : nn::Module {
@@ -95,7 +94,7 @@ struct MLP : nn::Module {
 
     at::Tensor forward(const at::Tensor& x) const { return c_proj->forward(gelu(c_fc->forward(x))); }
 
-    // The approximation with tanh, as transformers spells it: at::gelu(x, "tanh") may differ in the last bit.
+    // The tanh approximation as transformers computes it: at::gelu(x, "tanh") may differ in the last bit.
     static at::Tensor gelu(const at::Tensor& x) {
         return 0.5 * x * (1.0 + at::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * at::pow(x, 3.0))));
     }
@@ -133,12 +132,12 @@ struct GPT2 : nn::Module {
         }
     }
 
-    // Without the initialization that nn::Embedding does, as load_model overwrites it.
+    // Not nn::Embedding, which would initialize the weights that load_model overwrites.
     static nn::Embedding embedding(std::int64_t count, std::int64_t width) {
         return nn::Embedding::from_pretrained(at::empty({count, width}));
     }
 
-    // What the last layer makes of the tokens, which go on where the last call ended.
+    // Returns the output of the last layer for tokens that continue those of the last call.
     at::Tensor forward(const at::Tensor& tokens) {
         const std::int64_t count = tokens.size(1), past = cache[0].keys.defined() ? cache[0].keys.size(-2) : 0;
         const at::Tensor mask = at::full({count, past + count}, std::numeric_limits<float>::lowest()).triu(past + 1);
@@ -149,7 +148,7 @@ struct GPT2 : nn::Module {
         return ln_f(x);
     }
 
-    // A score for each token of the vocabulary. GPT-2 has one weight for this and for its embedding.
+    // Returns a score for each token of the vocabulary. GPT-2 ties this weight to its embedding.
     at::Tensor logits(const at::Tensor& x) const { return at::linear(x, wte->weight); }
 
     nn::Embedding wte, wpe;
@@ -158,12 +157,12 @@ struct GPT2 : nn::Module {
     std::vector<Cache> cache;
 };
 
-// Fills a GPT-2 from the checkpoint at `path`, which says by its shapes how large the model is. It does not say how
-// many heads there are: 0 stands for the usual width of 64 each.
+// Loads a GPT-2 from the checkpoint at `path`. Its shapes define the size of the model, except for the number of heads:
+// 0 means heads of the usual width, 64.
 std::shared_ptr<GPT2> load(const std::string& path, std::int64_t heads) {
     const safetensors_torch::Checkpoint checkpoint(path);
     safetensors_torch::LoadModelOptions options;
-    // Those that were saved as GPT2Model have no prefix, and nothing else.
+    // Checkpoints of a GPT2Model have no prefix, and no other tensors.
     options.prefix = checkpoint.contains("transformer.wte.weight") ? "transformer." : "";
     const auto shape = [&](const std::string& name) { return checkpoint.shape(options.prefix + name); };
 
@@ -183,7 +182,7 @@ std::shared_ptr<GPT2> load(const std::string& path, std::int64_t heads) {
     }
 
     auto model = std::make_shared<GPT2>(config);
-    // Old files hold the causal masks too (h.0.attn.bias), which are no weights.
+    // Old files also contain the causal masks (h.0.attn.bias), which are not weights.
     options.strict = false;
     const safetensors_torch::LoadResult result = safetensors_torch::load_model(*model, path, options);
     if (!result.missing.empty()) {
@@ -200,7 +199,7 @@ struct Arguments {
 };
 
 void run(const Arguments& arguments) {
-    // The order in which a sum is taken may follow the number of threads.
+    // The order of a summation may depend on the number of threads.
     at::set_num_threads(1);
     const c10::InferenceMode inference;
     const std::shared_ptr<GPT2> model = load(arguments.model, arguments.heads);
@@ -229,7 +228,7 @@ void run(const Arguments& arguments) {
     }
 }
 
-// Numbers, all of `text`, separated by commas. Empty unless each is one of at least `least`.
+// Parses numbers separated by commas. Returns an empty vector if one is invalid or less than `least`.
 std::vector<std::int64_t> numbers(std::string_view text, std::int64_t least) {
     std::vector<std::int64_t> result;
     const char* const end = text.data() + text.size();

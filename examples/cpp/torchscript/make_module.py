@@ -38,7 +38,7 @@ def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(2019)
-    # The order in which a sum is taken may follow the number of threads; torchscript.cpp sets the same number.
+    # The order of a summation may depend on the number of threads; torchscript.cpp sets the same number.
     torch.set_num_threads(1)
 
     module = torch.jit.script(Adapted().eval().requires_grad_(False))
@@ -51,7 +51,7 @@ def main() -> None:
         expected[name] = module(expected["x"], str(adapter))
     save_file(expected, directory / "expected.safetensors")
 
-    # The weights come from model.safetensors alone.
+    # The weights come only from model.safetensors.
     for parameter in module.parameters():
         parameter.zero_()
     module.save(directory / "module.pt")

@@ -1,16 +1,14 @@
-// Runs a scripted module that reads safetensors files itself, after its weights were filled from one.
+// Loads weights into a scripted module, which itself reads safetensors files, and runs it.
 //
 // Build:  cmake -S examples/cpp/torchscript -B BUILD -DCMAKE_PREFIX_PATH=PREFIX -DLIBTORCH=TORCH &&
 //         cmake --build BUILD
 // Run:    python examples/cpp/torchscript/make_module.py DIRECTORY
 //         BUILD/torchscript DIRECTORY
 //
-// PREFIX: where `make install PREFIX=` put the library. TORCH: an unpacked libtorch, or the directory of the Python
-// package torch.
+// PREFIX: the prefix of `make install`. TORCH: an unpacked libtorch, or the directory of the Python package torch.
 //
-// The module calls torch.ops.safetensors_torch.load_file and get_tensor. It takes no more than to link the library for
-// torch::jit::load to find them. Ends with a status other than 0 unless the module gives to the last bit what it gave
-// in Python.
+// The module calls torch.ops.safetensors_torch.load_file and get_tensor, which torch::jit::load finds because the
+// program links the library. The exit status is not 0 unless the result equals Python's to the last bit.
 
 #include <ATen/Parallel.h>
 #include <torch/script.h>
@@ -26,7 +24,7 @@
 namespace {
 
 void run(const std::filesystem::path& directory) {
-    // The order in which a sum is taken may follow the number of threads; make_module.py sets the same number.
+    // The order of a summation may depend on the number of threads; make_module.py sets the same number.
     at::set_num_threads(1);
     const c10::InferenceMode inference;
 

@@ -1,4 +1,4 @@
-//! The calls that look at the open file.
+//! The calls that read the open file.
 
 use std::ptr::null;
 
@@ -8,9 +8,9 @@ use safetensors_torch::{AxisRange, Dtype, Slice};
 use super::{MANY, OK, Session, check, no_text, read};
 
 impl<'b> Session<'b> {
-    /// The tensor at `a`, told in a struct of one of several versions.
+    /// Reads the info of tensor `a` into a struct of one of several versions.
     pub(super) fn tensor(&self, a: usize, b: usize) -> Option<sft_tensor_info> {
-        // Its first version, which is this one; later ones; none.
+        // The current version, later ones, and sizes of no version.
         const SIZE: usize = size_of::<sft_tensor_info>();
         let size = [SIZE, SIZE + 8, SIZE + 16, 64, 0, usize::MAX][b % 6];
         let mut place = vec![u64::MAX; 16];
@@ -28,16 +28,16 @@ impl<'b> Session<'b> {
         let info = unsafe { place.as_ptr().cast::<sft_tensor_info>().read() };
         assert!(info.begin <= info.end && info.end <= self.bytes.len() as u64);
         assert_eq!(info.nbytes, info.end - info.begin);
-        // Looks at every byte of it.
+        // Compares every byte.
         read(&info.name);
         let mut nbytes = 0;
-        // SAFETY: the file lends `rank` dimensions.
+        // SAFETY: the pointer borrows `rank` dimensions of the open file (header).
         assert!(check(unsafe { sft_dtype_compute_nbytes(info.dtype, info.shape, info.rank, &mut nbytes) }));
         assert_eq!(nbytes, info.nbytes);
         Some(info)
     }
 
-    /// The tensor at `a`, with the struct as it is.
+    /// Returns the info of tensor `a`, with the current version of the struct.
     pub(super) fn info(&self, a: usize) -> Option<sft_tensor_info> {
         self.tensor(a, 0)
     }
@@ -59,9 +59,9 @@ impl<'b> Session<'b> {
         let Some(info) = self.info(a) else { return };
         let name = read(&info.name);
         let mut index = usize::MAX;
-        // Some of it, perhaps cut in the middle of a character.
+        // A part of the name, perhaps cut within a character.
         let length = name.len() - (b % 4).min(name.len());
-        // SAFETY: a handle, `length` bytes that are lent, and a place for a number.
+        // SAFETY: a handle, `length` borrowed bytes, and a place for a number.
         let found = check(unsafe { sft_file_find_tensor(self.file, info.name.data, length, &mut index) });
         assert!(found || length < name.len());
         if length == name.len() {
@@ -72,7 +72,7 @@ impl<'b> Session<'b> {
     pub(super) fn metadata(&self, a: usize, b: usize) {
         let (mut present, mut count) = (-1, usize::MAX);
         let (mut key, mut value, mut again) = (no_text(), no_text(), no_text());
-        // SAFETY: a handle, places for results, and a key that is lent.
+        // SAFETY: a handle, places for results, and a borrowed key.
         unsafe {
             if !self.check(sft_file_has_metadata(self.file, &mut present)) {
                 return;
@@ -99,7 +99,7 @@ impl<'b> Session<'b> {
         if ok {
             assert!(self.in_memory);
             let info = self.info(a).expect("it has data");
-            // SAFETY: the file lends as many bytes.
+            // SAFETY: the pointer borrows that many bytes of the open file (header).
             let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), info.nbytes as usize) };
             assert!(bytes == self.expected(&info));
         } else {
@@ -150,7 +150,7 @@ impl<'b> Session<'b> {
     pub(super) fn slice(&self, a: usize, b: usize, c: usize) {
         let info = self.info(a);
         let dims: Vec<u64> = info.map_or(Vec::new(), |info| {
-            // SAFETY: the file lends `rank` dimensions; a pointer to none is not NULL either.
+            // SAFETY: the pointer borrows `rank` dimensions of the open file (header); it is not NULL, even for rank 0.
             unsafe { std::slice::from_raw_parts(info.shape, info.rank) }.to_vec()
         });
         let mut ranges: Vec<sft_range> = dims
@@ -209,7 +209,7 @@ impl<'b> Session<'b> {
             let axes: Vec<AxisRange> =
                 ranges.iter().map(|r| AxisRange { start: r.start, stop: r.stop, step: r.step }).collect();
             let dtype = Dtype::from_number(info.dtype).expect("a dtype");
-            // What a plan takes is a matter of the target `slice`.
+            // The target `slice` checks the contents of slices.
             let plan = Slice::plan("t", dtype, &dims, &axes).expect("planned before");
             let data = self.expected(&info);
             let runs = plan.byte_ranges().map(|run| &data[run.start as usize..run.end as usize]);

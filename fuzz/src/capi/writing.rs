@@ -1,4 +1,4 @@
-//! The calls that write, and those on a checkpoint that was written.
+//! The calls that write, and those that read a written checkpoint.
 
 use std::fs;
 use std::ptr::{null, null_mut};
@@ -10,7 +10,7 @@ use super::{INVALID, MANY, OK, Session, check, no_text, read};
 use crate::directory::{replace, with_path};
 
 impl Session<'_> {
-    /// Adds the tensor at `a` to the writer, with its bytes as the file lends them, under a name that may stand twice.
+    /// Adds tensor `a` to the writer, with bytes borrowed from the file, and under a name that may be a duplicate.
     pub(super) fn add_tensor(&self, a: usize, b: usize, c: usize) {
         let mut data = null();
         let Some(info) = self.info(a) else { return };
@@ -21,7 +21,7 @@ impl Session<'_> {
         let length = info.name.length - usize::from(b == 1).min(info.name.length);
         let dtype = if c < 200 { info.dtype } else { c as u32 - 200 };
         let nbytes = info.nbytes as usize / (1 + usize::from(b == 2));
-        // SAFETY: the file lends the name, the shape and the data until it is closed, when the writer is freed too.
+        // SAFETY: name, shape and data are borrowed until the file is closed, and the writer is freed before.
         check(unsafe {
             sft_writer_add_tensor(
                 self.writer,
@@ -61,7 +61,7 @@ impl Session<'_> {
         }
     }
 
-    /// Writes what was added, and opens it.
+    /// Writes the added tensors to a buffer, and opens it.
     pub(super) fn write_buffer(&self, a: usize, b: usize) {
         let options = sft_save_options {
             struct_size: size_of::<sft_save_options>(),
@@ -90,7 +90,7 @@ impl Session<'_> {
         }
     }
 
-    /// Writes what was added to a file, which holds the same bytes as a buffer.
+    /// Writes the added tensors to a file, and checks that it has the same bytes as a buffer.
     pub(super) fn write_file(&self, a: usize) {
         let mut nbytes = 0;
         // SAFETY: a handle, no options, a place for a number.
@@ -102,7 +102,7 @@ impl Session<'_> {
         assert!(check(unsafe {
             sft_writer_write_buffer(self.writer, null(), buffer.as_mut_ptr().cast(), buffer.len())
         }));
-        // Over the file that the data is mapped from, or beside it.
+        // Replaces the file that the data is mapped from, or writes another.
         with_path(["f.safetensors", "g.safetensors"][a % 2], |path, text| {
             // SAFETY: a handle and a path.
             assert!(check(unsafe { sft_writer_write_file(self.writer, text.as_ptr(), null()) }));
@@ -110,7 +110,8 @@ impl Session<'_> {
         });
     }
 
-    /// The file as a shard, with an index that lists its tensors, or all but some, or is the file itself.
+    /// Opens the file as a shard, with an index that lists all or some of its tensors, or with the file itself as
+    /// index.
     pub(super) fn checkpoint(&mut self, a: usize, b: usize) {
         self.checkpoint_done = true;
         let names: Vec<String> = (0..self.count.min(256))
@@ -139,19 +140,19 @@ impl Session<'_> {
             let mut checkpoint = null_mut();
             // SAFETY: a path, options, and a place for a handle.
             let status = unsafe { sft_checkpoint_open(text.as_ptr(), &options, &mut checkpoint) };
-            // Without a tensor there is no name of a file.
+            // An index without tensors names no file.
             if a < 255 && (b < 200 || b.is_multiple_of(4)) && !map.is_empty() {
                 assert_eq!(check(status), whole || ignores, "{map:?}");
             }
             if check(status) {
                 self.look_through(checkpoint, &map);
             }
-            // SAFETY: a handle that nobody uses any more, or NULL.
+            // SAFETY: a handle that is not used again, or NULL.
             unsafe { sft_checkpoint_free(checkpoint) };
         });
     }
 
-    /// Compares an open checkpoint with what its index lists.
+    /// Compares an open checkpoint with its index.
     pub(super) fn look_through(&self, checkpoint: *const sft_checkpoint, map: &Metadata) {
         let (mut shards, mut count, mut shard, mut index) = (0, 0, 0, 0);
         // SAFETY: an open handle, and places for results.

@@ -1,5 +1,5 @@
-/* Loads the library at run time, as a plugin that is linked to it does, leaves it with a background thread at work, and
- * unloads it, again and again. Run with the library and a directory. */
+/* Repeatedly loads the library with dlopen, starts its background threads, and unloads it while they run. Arguments:
+ * the library and a directory. */
 #include <dlfcn.h>
 #include <pthread.h>
 #include <safetensors_torch.h>
@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #define ROUNDS 100
-#define NBYTES (24 << 20) /* enough for threads that bring pages in */
+#define NBYTES (24 << 20) /* enough for prefault to start threads */
 
 #define FIND(library, name) ((__typeof__(&(name)))dlsym(library, #name))
 
@@ -16,8 +16,8 @@ static const char* file_path;
 static sft_file* files[ROUNDS];
 static int opened;
 
-/* On a thread that ends, as what threads keep for their end holds a library too. The file is never freed, so that the
- * threads that bring it in go on. */
+/* Runs on a thread that ends, because destructors of thread-local storage keep a library loaded too. The file is never
+ * freed, so that the threads that prefault it continue. */
 static void* open_file(void* library) {
     sft_open_options options = SFT_OPEN_OPTIONS_INIT;
     options.prefault = SFT_PREFAULT_BACKGROUND;
@@ -38,8 +38,8 @@ static int load_and_unload(const char* path) {
     return dlclose(library);
 }
 
-/* Whether the library is still there after a dlclose. */
-static int stays(const char* path) {
+/* Returns whether the library is still loaded after a dlclose. */
+static int stays_loaded(const char* path) {
     void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     void* left = NULL;
     if (library == NULL || dlclose(library) != 0 || (left = dlopen(path, RTLD_NOW | RTLD_NOLOAD)) == NULL) {
@@ -70,8 +70,8 @@ int main(int argc, char** argv) {
     }
     file_path = path;
     for (int round = 0; round < ROUNDS; ++round) {
-        /* Nothing of this program keeps the library the first time. */
-        if ((round > 0 && load_and_unload(argv[1]) != 0) || !stays(argv[1])) {
+        /* In the first round, nothing in this program keeps the library loaded. */
+        if ((round > 0 && load_and_unload(argv[1]) != 0) || !stays_loaded(argv[1])) {
             return 1;
         }
     }

@@ -1,4 +1,4 @@
-//! Checkpoints of tensors of bytes, saved and read.
+//! Saves and reads checkpoints of U8 tensors.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use super::read;
 
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// Saves tensors of bytes, in this order.
+/// Saves U8 tensors, in this order.
 pub fn save(directory: &Path, tensors: &[(&str, &[u8])], max_shard_size: u64) -> Result<Vec<String>, Error> {
     save_with(directory, tensors, ShardedOptions { max_shard_size, ..ShardedOptions::default() })
 }
@@ -27,13 +27,13 @@ pub fn save_with(
     save_sharded(&specs, &data, Some(&metadata), directory, options)
 }
 
-/// Names and bytes, in the order of names.
+/// Returns the names and bytes of all tensors, sorted by name.
 pub fn contents(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
-    let places = checkpoint.sorted_by_name().iter().map(|place| {
+    let tensors = checkpoint.sorted_by_name().iter().map(|place| {
         let file = &checkpoint.shards()[place.shard as usize].file;
         let name = file.tensor(place.index as usize).expect("there").name.to_string();
         assert_eq!(checkpoint.find(&name), Some(*place));
         (name, read(file, place.index as usize))
     });
-    places.collect()
+    tensors.collect()
 }

@@ -1,6 +1,6 @@
-//! What several test programs need: files made by hand, and the bytes of tensors.
+//! Helpers of several test programs: handmade files, and the bytes of tensors.
 
-// Each test program uses a part of this.
+// Each test program uses some of them.
 #![allow(dead_code)]
 
 pub mod checkpoints;
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use safetensors_torch::{AxisRange, Error, ErrorKind, Layout, Metadata, TensorFile, TensorSpec, save_into};
 
-/// The bytes of a file with this header, as it stands, and this data.
+/// Returns the bytes of a file with this header, verbatim, and this data.
 pub fn file_bytes(json: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
     let json = json.as_ref();
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
@@ -19,19 +19,19 @@ pub fn file_bytes(json: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Opens bytes, and gives what `look` makes of the file.
-pub fn with_file<T>(bytes: &[u8], look: impl FnOnce(&TensorFile) -> T) -> Result<T, Error> {
+/// Opens a file in memory, and returns the result of `inspect`.
+pub fn with_file<T>(bytes: &[u8], inspect: impl FnOnce(&TensorFile) -> T) -> Result<T, Error> {
     // SAFETY: the bytes outlive the file, which is dropped here, and are not written to.
     let file = unsafe { TensorFile::from_memory(bytes.as_ptr(), bytes.len()) }?;
-    Ok(look(&file))
+    Ok(inspect(&file))
 }
 
-/// The kind of the error that opening bytes gives; `None` where they are a valid file.
+/// Returns the kind of error of opening a file in memory, or `None` if it is valid.
 pub fn kind_of(bytes: &[u8]) -> Option<ErrorKind> {
     with_file(bytes, |_| ()).err().map(|error| error.kind())
 }
 
-/// Everything that a file says and holds, in file order.
+/// The tensors of a file, in file order, and its metadata.
 #[derive(Debug, PartialEq)]
 pub struct Contents {
     pub tensors: Vec<(String, safetensors_torch::Dtype, Vec<u64>, Vec<u8>)>,
@@ -53,7 +53,7 @@ pub fn contents(file: &TensorFile) -> Contents {
 pub fn read(file: &TensorFile, index: usize) -> Vec<u8> {
     let mut bytes = vec![0xAA; file.tensor(index).expect("there").nbytes() as usize];
     let request = (index, bytes.as_mut_ptr(), bytes.len());
-    // SAFETY: the buffer is that long and nobody else's.
+    // SAFETY: the buffer has that length, and nothing else refers to it.
     unsafe { file.read_tensors(&[request]) }.expect("read");
     bytes
 }
@@ -62,12 +62,12 @@ pub fn read(file: &TensorFile, index: usize) -> Vec<u8> {
 pub fn read_slice(file: &TensorFile, index: usize, ranges: &[AxisRange]) -> Result<Vec<u8>, Error> {
     let slice = file.slice(index, ranges)?;
     let mut bytes = vec![0xAA; slice.nbytes() as usize];
-    // SAFETY: the buffer is that long and nobody else's.
+    // SAFETY: the buffer has that length, and nothing else refers to it.
     unsafe { file.read_slice(index, &slice, bytes.as_mut_ptr(), bytes.len()) }?;
     Ok(bytes)
 }
 
-/// The elements of a slice picked one by one: what `read_slice` must give.
+/// Returns the elements of a slice, picked one by one: the result that `read_slice` must have.
 pub fn naive_slice(data: &[u8], item: usize, shape: &[u64], ranges: &[AxisRange]) -> Vec<u8> {
     let mut offsets = vec![0usize];
     for (range, &dim) in ranges.iter().zip(shape) {
@@ -81,7 +81,7 @@ pub fn naive_slice(data: &[u8], item: usize, shape: &[u64], ranges: &[AxisRange]
     offsets.iter().flat_map(|&offset| data[offset * item..(offset + 1) * item].iter().copied()).collect()
 }
 
-/// The bytes of a file with these tensors.
+/// Returns the bytes of a file with these tensors.
 pub fn saved(
     tensors: &[TensorSpec<'_>],
     data: &[&[u8]],
@@ -93,12 +93,12 @@ pub fn saved(
     Ok(bytes)
 }
 
-/// Bytes that differ from their neighbours, so that a shift by one shows.
+/// Returns bytes that mostly differ from their neighbours, so that a shift by one is detected.
 pub fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
 }
 
-/// That an error is of this kind, and names the file and `part`.
+/// Checks that an error is of this kind, and that its message contains the path and `part`.
 pub fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKind, path: &Path, part: &str) {
     let error = outcome.expect_err(part);
     assert_eq!(error.kind(), kind, "{error}");
@@ -106,7 +106,7 @@ pub fn assert_error<T: std::fmt::Debug>(outcome: Result<T, Error>, kind: ErrorKi
     assert!(text.contains(&path.display().to_string()) && text.contains(part), "{text}");
 }
 
-/// The names in a directory, sorted.
+/// Returns the names in a directory, sorted.
 pub fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).expect("a directory");
     let mut names: Vec<String> =
