@@ -210,14 +210,6 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_has_the_text_of_python() {
-        let missing = io::Error::from_raw_os_error(libc::ENOENT);
-        let error = Error::io("open", Path::new("a/b"), missing);
-        assert_eq!(error.to_string(), "No such file or directory: a/b");
-        assert_eq!(error.os_error(), Some(libc::ENOENT));
-    }
-
-    #[test]
     fn long_texts_are_shortened() {
         let name = "n".repeat(1_000_000);
         let detail = format!("tensor {name:?}: dtype \"é\"; convert it");

@@ -117,7 +117,6 @@ impl ShardPlan {
         format!("{}-{:05}-of-{:05}{SUFFIX}", self.stem, shard + 1, self.count)
     }
 
-    /// Returns the name of the index.
     pub(super) fn index_name(&self) -> String {
         format!("{}{INDEX_SUFFIX}", self.stem)
     }

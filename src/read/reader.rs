@@ -66,10 +66,6 @@ pub(crate) unsafe fn read(
 
 /// As [`read`], on the calling thread, with the `strategy` of the larger read that this is part of.
 ///
-/// # Errors
-///
-/// As [`read`].
-///
 /// # Safety
 ///
 /// As for [`read`].
@@ -102,7 +98,9 @@ impl PendingRead {
     /// Those of [`threads`](crate::threads()).
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
         let chunks = Chunks::new(ranges.iter().map(|range| range.length));
-        let strategy = ReadStrategy::new(method, &ranges, &chunks, ThreadLimit::current()?);
+        let (threads, bytes) = (ThreadLimit::current()?, chunks.total_bytes());
+        let wanted = parallel::thread_count(threads, bytes, chunks.len());
+        let strategy = ReadStrategy::of(method, bytes, || extent(&ranges), wanted, threads);
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
@@ -120,10 +118,6 @@ impl PendingRead {
 
     /// Reads until all ranges are done or `deadline` has passed, but at least one chunk. `method` must be one of the
     /// source that the read was planned for; `fresh` is as for [`read`].
-    ///
-    /// # Errors
-    ///
-    /// As [`read`].
     ///
     /// # Safety
     ///
@@ -257,16 +251,6 @@ pub(crate) struct ReadStrategy {
 }
 
 impl ReadStrategy {
-    fn new(
-        method: ReadMethod<'_>,
-        ranges: &[ReadRange],
-        chunks: &Chunks,
-        threads: ThreadLimit,
-    ) -> ReadStrategy {
-        let wanted = parallel::thread_count(threads, chunks.total_bytes(), chunks.len());
-        ReadStrategy::of(method, chunks.total_bytes(), || extent(ranges), wanted, threads)
-    }
-
     /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
     pub(crate) fn of(
         method: ReadMethod<'_>,

@@ -41,7 +41,7 @@ pub(super) fn extent(requests: &[Request]) -> Range<u64> {
 }
 
 /// The position up to which requests were assigned to slabs, in file order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Cursor {
     order: Vec<usize>,
     /// An index into `order`.

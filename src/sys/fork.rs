@@ -7,12 +7,10 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct OwnerProcess(u32);
 
 impl OwnerProcess {
-    /// Returns the current process.
     pub fn current() -> OwnerProcess {
         OwnerProcess(std::process::id())
     }
 
-    /// Returns another process.
     #[cfg(test)]
     pub fn other() -> OwnerProcess {
         OwnerProcess(std::process::id() ^ 1)

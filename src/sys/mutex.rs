@@ -22,12 +22,10 @@ pub struct Guard<'a, T> {
 }
 
 impl<T> Mutex<T> {
-    /// Returns an unlocked mutex.
     pub fn new(data: T) -> Mutex<T> {
         Mutex { data: sync::Mutex::new(data) }
     }
 
-    /// Acquires the lock.
     pub fn lock(&self) -> Guard<'_, T> {
         let guard = self.data.lock().unwrap_or_else(PoisonError::into_inner);
         sanitizer::acquired(self);

@@ -86,7 +86,6 @@ fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     (status == 0).then(|| answer.cached.saturating_mul(page_size() as u64))
 }
 
-/// Returns the size of a page.
 pub fn page_size() -> usize {
     // SAFETY: sysconf takes no pointer and is defined for every argument.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };

@@ -33,10 +33,6 @@ pub fn for_each(items: usize, threads: usize, work: impl Fn(usize) -> Result<()>
 
 /// Calls `work` with the numbers in `items`, in order, and starts none after `deadline` except the first. Returns the first
 /// number that was not started; `work` has returned for all numbers below it.
-///
-/// # Errors
-///
-/// As [`for_each`].
 pub fn for_each_until(
     deadline: Option<Instant>,
     items: Range<usize>,
@@ -100,12 +96,10 @@ impl Chunks {
         Chunks { ends: ends.collect() }
     }
 
-    /// Returns the sum of the lengths.
     pub fn total_bytes(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Returns the number of chunks.
     pub fn len(&self) -> usize {
         self.total_bytes().div_ceil(CHUNK_BYTES)
     }

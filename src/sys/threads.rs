@@ -63,10 +63,6 @@ pub(crate) struct ThreadLimit {
 
 impl ThreadLimit {
     /// Returns the limit of the process.
-    ///
-    /// # Errors
-    ///
-    /// As [`threads`].
     pub(crate) fn current() -> Result<ThreadLimit> {
         Ok(ThreadLimit { limit: threads()? })
     }

@@ -51,20 +51,14 @@ pub fn encode_unpadded<'a>(
 }
 
 /// Pads the result of [`encode_unpadded`] to `padded` bytes with spaces, and sets the length.
-///
-/// # Errors
-///
-/// As [`encode`].
 pub fn pad(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
     let length = padded - LENGTH_BYTES;
     if length > MAX_HEADER_BYTES {
-        return Err(Error::new(
-            ErrorKind::HeaderTooLarge,
-            format!(
-                "the header would take {length} bytes, more than the {MAX_HEADER_BYTES} allowed: use shorter names, \
-                 less metadata, or several files"
-            ),
-        ));
+        let detail = format!(
+            "the header would take {length} bytes, more than the {MAX_HEADER_BYTES} allowed: use shorter names, less \
+             metadata, or several files"
+        );
+        return Err(Error::new(ErrorKind::HeaderTooLarge, detail));
     }
     out.resize(padded as usize, b' ');
     out[..LENGTH_BYTES as usize].copy_from_slice(&length.to_le_bytes());

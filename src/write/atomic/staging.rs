@@ -61,7 +61,6 @@ impl StagedFile {
         })
     }
 
-    /// The error of a failed write.
     pub(crate) fn fail(&self, source: io::Error) -> Error {
         Error::io("write", &self.path, source)
     }
@@ -96,7 +95,6 @@ impl StagedFile {
         write_back::finish(&self.file).map_err(|source| self.fail(source))
     }
 
-    /// Writes data and attributes to the disk.
     pub(crate) fn synchronize(&self) -> io::Result<()> {
         self.inherit_attributes()?;
         self.file.sync_all()?;
@@ -104,7 +102,6 @@ impl StagedFile {
         Ok(())
     }
 
-    /// Writes the target's directory entry to the disk.
     pub(crate) fn synchronize_directory(&self) -> Result<()> {
         self.directory.synchronize().map_err(|source| {
             Error::io("synchronize the directory of", &self.path, source).with_remedy(

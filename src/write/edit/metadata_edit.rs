@@ -170,7 +170,6 @@ impl MetadataEdit {
     }
 }
 
-/// Returns the metadata with the changes applied.
 fn changed(metadata: Option<&Metadata>, changes: &MetadataChanges) -> Option<Metadata> {
     let mut result = metadata.cloned();
     for (key, value) in changes {
