@@ -35,7 +35,6 @@ use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_me
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
-    /// A metadata entry.
     struct Entry {
         key: Vec<u8>,
         value: Vec<u8>,
@@ -79,7 +78,6 @@ mod ffi {
     /// What reads of a mapped file return.
     #[repr(u8)]
     enum ReadFrom {
-        /// The bytes of the file.
         File,
         /// The bytes of the mapping, with the changes that tensors over it have made.
         Mapping,
@@ -104,7 +102,6 @@ mod ffi {
         length: usize,
     }
 
-    /// A name or a key.
     struct Text<'a> {
         bytes: &'a [u8],
     }
@@ -231,7 +228,6 @@ mod ffi {
         fn header(self: &SavePlan) -> &[u8];
         /// Returns the index in `specs` of the tensor that is written as number `place`.
         fn tensor(self: &SavePlan, place: usize) -> usize;
-        /// Returns the size of that tensor.
         fn nbytes(self: &SavePlan, place: usize) -> u64;
 
         type FileWriter;
@@ -253,7 +249,6 @@ mod ffi {
         fn add(self: &mut ShardedWriter, file: Box<FileWriter>);
         /// Renames all files into place; returns false if another save has the directory locked for `milliseconds`.
         fn commit(self: &mut ShardedWriter, durable: bool, milliseconds: u64) -> Result<bool>;
-        /// Returns the names of the files, the index last.
         fn file_names(self: &ShardedWriter) -> Vec<String>;
 
         type MemoryWriter;
@@ -296,7 +291,6 @@ mod ffi {
         fn advance(self: &mut MetadataEdit, milliseconds: u64) -> Result<bool>;
         fn total_bytes(self: &MetadataEdit) -> u64;
         fn done_bytes(self: &MetadataEdit) -> u64;
-        /// Returns the metadata after the edit.
         fn metadata(self: &MetadataEdit) -> Vec<Entry>;
     }
 

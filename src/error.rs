@@ -108,7 +108,6 @@ fn shortened(text: &str) -> Cow<'_, str> {
     Cow::Owned(format!("{}... ({} bytes left out) ...{}", &text[..end], start - end, &text[start..]))
 }
 
-/// Returns the path as text, shortened.
 fn display_path(path: &Path) -> String {
     shortened(&path.to_string_lossy()).into_owned()
 }
@@ -136,14 +135,12 @@ impl Error {
         }
     }
 
-    /// Appends a remedy.
     #[must_use]
     pub(crate) fn with_remedy(mut self, remedy: &str) -> Error {
         self.detail = format!("{}; {remedy}", self.detail);
         self
     }
 
-    /// Sets the error of the operating system.
     #[must_use]
     pub(crate) fn with_os_error(mut self, source: io::Error) -> Error {
         self.source = Some(source);

@@ -97,7 +97,6 @@ impl CheckpointDirectory {
         self.is_kept = true;
     }
 
-    /// Makes the entries of the directory durable.
     pub(super) fn synchronize_entries(&self) -> Result<()> {
         synchronize(&self.handle, &self.path)
     }

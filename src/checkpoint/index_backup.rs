@@ -6,7 +6,6 @@ use super::directory::CheckpointDirectory;
 use crate::error::{Error, Result};
 use crate::write::atomic::rename_to_backup;
 
-/// The backups of one commit.
 #[derive(Debug, Default)]
 pub(super) struct IndexBackup {
     /// Pairs of original and hidden names.

@@ -132,7 +132,6 @@ fn is_present(directory: &Directory, file: &File) -> io::Result<bool> {
     Ok(identity(&entry.metadata()?) == identity(&file.metadata()?))
 }
 
-/// The result of waiting for a save.
 #[derive(Debug)]
 pub(super) enum WaitOutcome {
     /// No save holds the lock now: look again.
@@ -171,7 +170,6 @@ fn is_saving(directory: &Directory) -> bool {
     }
 }
 
-/// Pauses of increasing length.
 struct Pauses(Duration);
 
 impl Pauses {

@@ -22,7 +22,6 @@ pub(super) struct Replacement<'a> {
     pub(super) durable: bool,
 }
 
-/// How far a commit has got.
 #[derive(Debug, Default)]
 struct Progress {
     /// How many files are in place.

@@ -14,7 +14,6 @@ use crate::write::atomic::AtomicFile;
 /// A checkpoint in progress. If it is dropped before [`ShardedWriter::commit`], the directory stays as it was.
 #[derive(Debug)]
 pub struct ShardedWriter {
-    /// The names of the files.
     names: Vec<String>,
     /// Files that are complete, in the order of their names.
     complete: Vec<AtomicFile>,

@@ -31,7 +31,6 @@ macro_rules! dtypes {
                 match self { $( Dtype::$variant => $code, )* }
             }
 
-            /// Returns the code as a C string.
             pub(crate) const fn c_code(self) -> &'static CStr {
                 let bytes = match self { $( Dtype::$variant => concat!($code, "\0").as_bytes(), )* };
                 match CStr::from_bytes_with_nul(bytes) {

@@ -36,7 +36,6 @@ pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     outcome.map_err(|error| slot.take().unwrap_or_else(|| convert(error)))
 }
 
-/// Deserializes an object with a visitor.
 pub(crate) struct ObjectSeed<V>(pub(crate) V);
 
 impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {

@@ -105,7 +105,6 @@ struct Prefaulter {
     next: AtomicUsize,
 }
 
-/// How a mapping is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
     residency: Residency,

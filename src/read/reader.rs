@@ -39,7 +39,6 @@ unsafe impl Send for ReadRange {}
 // SAFETY: as above.
 unsafe impl Sync for ReadRange {}
 
-/// Returns the sum of the lengths of `ranges`.
 pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
 }
@@ -104,13 +103,11 @@ impl PendingRead {
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
-    /// Returns the bytes of all ranges.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
         self.chunks.total_bytes()
     }
 
-    /// Returns the bytes that were read.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn done_bytes(&self) -> usize {
         self.chunks.bytes_before(self.next)

@@ -62,7 +62,6 @@ impl Cursor {
         self.next == self.order.len()
     }
 
-    /// Returns the parts of the next slab.
     pub(super) fn next(&mut self, requests: &[Request], slab_bytes: usize) -> Vec<SlabPart> {
         let mut parts = Vec::new();
         let mut start = 0;

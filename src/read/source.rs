@@ -54,7 +54,6 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Maps a file of `length` bytes.
     pub(crate) fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
         let OpenFile { file, path } = file;
         let length = usize::try_from(length)
@@ -67,7 +66,6 @@ impl Mapping {
         Ok(Mapping { map: map.into(), path: path.clone(), identity: identity(&metadata) })
     }
 
-    /// Returns the path that the file was opened by.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -21,7 +21,6 @@ pub(crate) fn open_parent(path: &Path, action: &str) -> Result<(Directory, OsStr
     Directory::open_parent(path).map_err(|source| Error::io(action, path, source))
 }
 
-/// Returns the error for a path that contains NUL.
 pub(crate) fn nul_in_path(path: &Path) -> Error {
     let detail = format!("file name {path:?} contains a NUL byte; no file can have it");
     Error::new(ErrorKind::InvalidArgument, detail)
@@ -69,7 +68,6 @@ impl Directory {
         self.path.join(name)
     }
 
-    /// Returns the device and inode of this directory.
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
         self.file.metadata().map(|metadata| identity(&metadata))
     }
@@ -168,7 +166,6 @@ impl Directory {
         self.unlink(name, 0)
     }
 
-    /// Removes the empty directory `name`.
     pub(crate) fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
         self.unlink(name, libc::AT_REMOVEDIR)
     }
@@ -208,7 +205,6 @@ impl Directory {
     }
 }
 
-/// Iterates over the names in a directory.
 struct DirectoryStream(*mut libc::DIR);
 
 impl DirectoryStream {

@@ -7,7 +7,6 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{self, Condvar, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// A lock and the data that it protects.
 #[derive(Debug)]
 pub struct Mutex<T> {
     data: sync::Mutex<T>,

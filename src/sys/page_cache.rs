@@ -17,7 +17,6 @@ const SAMPLE_BYTES: u64 = 1 << 20;
 /// `cachestat(2)`, Linux 6.5 and later; the number is the same on every architecture of Rust's libc.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// The kernel's `struct cachestat_range`.
 #[repr(C)]
 struct CachestatRange {
     offset: u64,

@@ -16,7 +16,6 @@ pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// The more expensive kind is tried again after this many times the expected cost of the trial.
 const TRIAL_INTERVAL: u64 = 16;
 
-/// The two kinds of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageKind {
     Small,
@@ -80,7 +79,6 @@ impl Costs {
         costlier
     }
 
-    /// Records the time of a piece of that kind.
     fn add(&self, kind: PageKind, nanoseconds: u64) {
         match kind {
             PageKind::Small => self.small.add(nanoseconds),

@@ -62,7 +62,6 @@ pub(crate) struct ThreadLimit {
 }
 
 impl ThreadLimit {
-    /// Returns the limit of the process.
     pub(crate) fn current() -> Result<ThreadLimit> {
         Ok(ThreadLimit { limit: threads()? })
     }

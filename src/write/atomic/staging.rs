@@ -33,14 +33,12 @@ pub(crate) struct StagedFile {
     pub(crate) has_overwritten: bool,
 }
 
-/// Where a staged file is.
 #[derive(Debug)]
 pub(crate) enum Location {
     /// Nowhere (`O_TMPFILE`): it vanishes with the process.
     Unnamed,
     /// Beside the target, under this hidden name.
     Named(OsString),
-    /// In the target's place.
     Target,
 }
 

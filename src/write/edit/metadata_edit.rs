@@ -75,7 +75,6 @@ pub struct MetadataEdit {
     done_bytes: u64,
 }
 
-/// What remains to be done.
 #[derive(Debug)]
 enum Work {
     Nothing,

@@ -20,7 +20,6 @@ use crate::write::atomic::AtomicFile;
 use crate::write::save::SaveOptions;
 use ranges::Ranges;
 
-/// How many names an error lists.
 const MAX_LISTED: usize = 20;
 
 /// A writer of one file, tensor by tensor. The file appears under its name only once [`IncrementalWriter::commit`] has
@@ -81,7 +80,6 @@ struct State {
 #[derive(Debug, Default)]
 struct Given {
     bytes: Ranges,
-    /// The number of writes in progress.
     under_way: usize,
     /// Whether a tensor without bytes was written.
     is_given: bool,
