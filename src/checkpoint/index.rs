@@ -17,7 +17,6 @@ use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, ObjectSeed, f
 use crate::read::source::{open_regular_in, read_exact_at};
 use crate::sys::directory::Directory;
 
-/// The field that maps tensor names to file names.
 const WEIGHT_MAP: &str = "weight_map";
 
 #[derive(Debug, Default)]

@@ -3,11 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 
-/// Checks that this machine can read and write the elements of `tensors`.
-///
-/// # Errors
-///
-/// [`ErrorKind::UnsupportedDtype`] with the name of the first tensor that it cannot.
+/// Checks that this machine can read and write the elements of `tensors`. The error names the first that it cannot.
 pub fn check<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype)>) -> Result<()> {
     if !is_big_endian() {
         return Ok(());

@@ -19,10 +19,6 @@ pub(crate) fn fail_with<E: de::Error>(slot: &ErrorSlot, error: Error) -> E {
 }
 
 /// Parses `text` as one object with `visitor`, which stores its own errors in `slot`. `convert` converts those of serde.
-///
-/// # Errors
-///
-/// Returns the stored error, or the result of `convert`.
 pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     text: &'de str,
     slot: &ErrorSlot,

@@ -36,12 +36,7 @@ const POPULATE_BYTES: usize = 1 << 20;
 /// Smaller mappings are not worth a thread: starting it takes longer than all their page faults.
 const BACKGROUND_BYTES: usize = 16 << 20;
 
-/// Reads and maps all of `mappings`, one after the other.
-///
-/// # Errors
-///
-/// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] only: [`ErrorKind::Io`](crate::ErrorKind::Io) if a
-/// read fails, [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file is shorter than the mapping.
+/// Reads and maps all of `mappings`, one after the other. Reports errors of reads with [`Prefault::Wait`] only.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
         return mappings.iter().try_for_each(|mapping| wait(mapping));
@@ -70,12 +65,8 @@ fn residency_of(mapping: &Mapping, file: Option<&File>) -> Residency {
     file.map_or(Residency::Unknown, |file| residency(file, 0..mapping.len() as u64))
 }
 
-/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known.
-///
-/// # Errors
-///
-/// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file
-/// ends before them.
+/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known. The kind of the
+/// error is `FileChanged` if the file ends before them.
 pub(crate) fn read_and_map(
     mapping: &Mapping,
     file: Option<&OpenFile>,

@@ -91,10 +91,6 @@ pub(crate) struct PendingRead {
 
 impl PendingRead {
     /// Plans a read; reads nothing yet.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`threads`](crate::threads()).
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
         let chunks = Chunks::new(ranges.iter().map(|range| range.length));
         let (threads, bytes) = (ThreadLimit::current()?, chunks.total_bytes());

@@ -193,11 +193,8 @@ impl Source {
     }
 }
 
-/// Opens a regular file for reading. Returns its length in bytes too.
-///
-/// # Errors
-///
-/// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
+/// Opens a regular file for reading. Returns its length in bytes too. `EISDIR` for a directory, `ENODEV` for a pipe, a
+/// socket or a device.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     regular(open_to_read(path), path)
 }

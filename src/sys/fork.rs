@@ -22,10 +22,6 @@ impl OwnerProcess {
     }
 
     /// Checks that `object` ("save", "edit") is used by the process that created it.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::InvalidArgument`] after a fork.
     pub fn check(self, object: &str) -> Result<()> {
         if self.is_current() {
             return Ok(());

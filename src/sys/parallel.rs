@@ -22,11 +22,8 @@ pub fn thread_count(threads: ThreadLimit, bytes: usize, items: usize) -> usize {
     threads.max().min(items).max(1)
 }
 
-/// Calls `work` with each number below `items`, on `threads` threads including the calling one.
-///
-/// # Errors
-///
-/// Returns the first error of `work`; no items are started after it.
+/// Calls `work` with each number below `items`, on `threads` threads including the calling one. Returns the first error of
+/// `work`; no items are started after it.
 pub fn for_each(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     for_each_until(None, 0..items, threads, work).map(|_| ())
 }

@@ -5,10 +5,6 @@ use super::tensor::TensorInfo;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Encodes the bytes before the data: length, JSON, and spaces up to a multiple of `alignment`, a multiple of 8.
-///
-/// # Errors
-///
-/// [`ErrorKind::HeaderTooLarge`] if the JSON with its padding exceeds [`MAX_HEADER_BYTES`].
 pub fn encode<'a>(
     entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
