@@ -155,7 +155,7 @@ void test_checkpoints(void) {
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"../one/model.safetensors\"}}");
     refused("bad", SFT_ERROR_INDEX, "../one/model.safetensors");
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"gone.safetensors\"}}");
-    refused("bad", SFT_ERROR_IO, "model.safetensors.index.json names this shard");
+    refused("bad", SFT_ERROR_IO, "model.safetensors.index.json lists this shard");
     CHECK(sft_last_error_get_os_error() == ENOENT && strstr(sft_last_error_get_message(), "gone.safetensors") != NULL);
     write_text("bad/model.safetensors.index.json", "{\"weight_map\": {\"a\": \"x\", \"a\": \"x\"}}");
     refused("bad", SFT_ERROR_DUPLICATE, "twice");
