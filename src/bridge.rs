@@ -20,6 +20,7 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind};
 use crate::format::dtype::Dtype;
+use crate::format::header::Metadata;
 use crate::read::source::Mapping;
 use crate::sys::buffers::Block;
 use crate::sys::threads::set_threads;
@@ -34,7 +35,6 @@ use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_me
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
 mod ffi {
-    /// A metadata entry.
     struct Entry {
         key: Vec<u8>,
         value: Vec<u8>,
@@ -78,7 +78,6 @@ mod ffi {
     /// What reads of a mapped file return.
     #[repr(u8)]
     enum ReadFrom {
-        /// The bytes of the file.
         File,
         /// The bytes of the mapping, with the changes that tensors over it have made.
         Mapping,
@@ -103,7 +102,6 @@ mod ffi {
         length: usize,
     }
 
-    /// A name or a key.
     struct Text<'a> {
         bytes: &'a [u8],
     }
@@ -139,11 +137,9 @@ mod ffi {
         fn share_mapping(self: &File) -> *const Mapping;
         /// Prefaults the mapping: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
-        /// Reads ahead the tensor at `index`.
         fn read_ahead(self: &File, index: usize) -> Result<()>;
         /// Reads ahead `length` bytes at `address`, of which `used` will be used.
         fn read_ahead_at(self: &File, address: usize, length: usize, used: usize);
-        /// Begins to read tensors into new memory.
         fn load(self: &File, indices: &[usize]) -> Result<Box<PendingRead>>;
         /// Begins to read tensors into the caller's memory; from the mapping, if the file has one.
         unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<PendingRead>>;
@@ -204,13 +200,11 @@ mod ffi {
             variant: &[u8],
             extra: &[u8],
         ) -> Result<Box<PendingOpen>>;
-        /// Returns whether the checkpoint is open.
         fn advance(self: &mut PendingOpen, milliseconds: u64) -> Result<bool>;
         /// Returns the checkpoint, once, after `advance` has returned true.
         fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>>;
 
         type Checkpoint;
-        /// Returns the number of tensors.
         fn count(self: &Checkpoint) -> usize;
         fn shard_count(self: &Checkpoint) -> usize;
         fn shard_name(self: &Checkpoint, shard: usize) -> &str;
@@ -234,7 +228,6 @@ mod ffi {
         fn header(self: &SavePlan) -> &[u8];
         /// Returns the index in `specs` of the tensor that is written as number `place`.
         fn tensor(self: &SavePlan, place: usize) -> usize;
-        /// Returns the size of that tensor.
         fn nbytes(self: &SavePlan, place: usize) -> u64;
 
         type FileWriter;
@@ -256,7 +249,6 @@ mod ffi {
         fn add(self: &mut ShardedWriter, file: Box<FileWriter>);
         /// Renames all files into place; returns false if another save has the directory locked for `milliseconds`.
         fn commit(self: &mut ShardedWriter, durable: bool, milliseconds: u64) -> Result<bool>;
-        /// Returns the names of the files, the index last.
         fn file_names(self: &ShardedWriter) -> Vec<String>;
 
         type MemoryWriter;
@@ -296,11 +288,9 @@ mod ffi {
             reserve: u64,
             durable: bool,
         ) -> Result<Box<MetadataEdit>>;
-        /// Returns whether the edit is done.
         fn advance(self: &mut MetadataEdit, milliseconds: u64) -> Result<bool>;
         fn total_bytes(self: &MetadataEdit) -> u64;
         fn done_bytes(self: &MetadataEdit) -> u64;
-        /// Returns the metadata after the edit.
         fn metadata(self: &MetadataEdit) -> Vec<Entry>;
     }
 
@@ -313,7 +303,6 @@ mod ffi {
         fn env_number(name: &str, otherwise: u64) -> Result<u64>;
         /// Returns the code of a dtype number, such as `F32`.
         fn dtype_code(number: u8) -> &'static str;
-        /// Returns the number of a dtype code.
         fn dtype_number(code: &str) -> Result<u8>;
     }
 }
@@ -344,6 +333,11 @@ fn as_text<'a>(what: &str, bytes: &'a [u8]) -> Result<&'a str> {
         let detail = format!("{what} {:?} is not UTF-8", String::from_utf8_lossy(bytes));
         BridgeError(Error::new(ErrorKind::InvalidArgument, detail))
     })
+}
+
+fn entries(metadata: Option<&Metadata>) -> Vec<ffi::Entry> {
+    let entries = metadata.into_iter().flatten();
+    entries.map(|(key, value)| ffi::Entry { key: key.clone().into(), value: value.clone().into() }).collect()
 }
 
 fn threads() -> Result<usize> {

@@ -108,7 +108,6 @@ fn shortened(text: &str) -> Cow<'_, str> {
     Cow::Owned(format!("{}... ({} bytes left out) ...{}", &text[..end], start - end, &text[start..]))
 }
 
-/// Returns the path as text, shortened.
 fn display_path(path: &Path) -> String {
     shortened(&path.to_string_lossy()).into_owned()
 }
@@ -136,14 +135,12 @@ impl Error {
         }
     }
 
-    /// Appends a remedy.
     #[must_use]
     pub(crate) fn with_remedy(mut self, remedy: &str) -> Error {
         self.detail = format!("{}; {remedy}", self.detail);
         self
     }
 
-    /// Sets the error of the operating system.
     #[must_use]
     pub(crate) fn with_os_error(mut self, source: io::Error) -> Error {
         self.source = Some(source);
@@ -207,14 +204,6 @@ mod tests {
         for (index, kind) in ErrorKind::ALL.iter().enumerate() {
             assert_eq!(*kind as usize, index + 1);
         }
-    }
-
-    #[test]
-    fn a_missing_file_has_the_text_of_python() {
-        let missing = io::Error::from_raw_os_error(libc::ENOENT);
-        let error = Error::io("open", Path::new("a/b"), missing);
-        assert_eq!(error.to_string(), "No such file or directory: a/b");
-        assert_eq!(error.os_error(), Some(libc::ENOENT));
     }
 
     #[test]

@@ -11,10 +11,8 @@ use crate::error::{Error, ErrorKind};
 use crate::format::header::tensor_not_found;
 use crate::write::output::Output;
 
-/// An open checkpoint, for C++.
 pub struct Checkpoint(checkpoint::Checkpoint);
 
-/// An open in progress, for C++.
 pub struct PendingOpen {
     opening: checkpoint::open::PendingOpen,
     opened: Option<Box<Checkpoint>>,
@@ -98,7 +96,6 @@ impl Checkpoint {
     }
 }
 
-/// A division into files, for C++.
 pub struct ShardPlan(checkpoint::ShardPlan);
 
 pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>> {
@@ -116,7 +113,6 @@ impl ShardPlan {
     }
 }
 
-/// A checkpoint that is being written, for C++.
 pub struct ShardedWriter(checkpoint::ShardedWriter);
 
 pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text<'_>]) -> Result<Box<ShardedWriter>> {

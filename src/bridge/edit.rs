@@ -2,10 +2,9 @@
 
 use super::ffi::{Entry, Text};
 use super::save::{as_metadata, until};
-use super::{Result, as_path, as_text};
+use super::{Result, as_path, as_text, entries};
 use crate::write::edit::{self, EditOptions};
 
-/// An edit in steps.
 pub struct MetadataEdit(edit::MetadataEdit);
 
 pub fn begin_edit(
@@ -39,7 +38,6 @@ impl MetadataEdit {
     }
 
     pub fn metadata(&self) -> Vec<Entry> {
-        let entries = self.0.metadata().into_iter().flatten();
-        entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
+        entries(self.0.metadata())
     }
 }

@@ -1,10 +1,10 @@
 //! Open files, and reading them into host memory.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::ffi::{Entry, Range, Request};
-use super::{Result, as_path};
+use super::save::until;
+use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::file::TensorFile;
@@ -13,7 +13,6 @@ use crate::read::reader::{self, ReadRange, total_bytes};
 use crate::read::source::{Mapping, ReadFrom};
 use crate::sys::buffers::{Block, Buffers};
 
-/// An open file as C++ sees it.
 pub struct File(pub(super) Arc<TensorFile>);
 
 pub fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
@@ -79,8 +78,7 @@ impl File {
     }
 
     pub fn metadata(&self) -> Vec<Entry> {
-        let entries = self.0.header().metadata().into_iter().flatten();
-        entries.map(|(key, value)| Entry { key: key.clone().into(), value: value.clone().into() }).collect()
+        entries(self.0.header().metadata())
     }
 
     pub fn begin(&self, index: usize) -> u64 {
@@ -172,13 +170,12 @@ impl PendingRead {
     }
 
     pub fn advance(&mut self, milliseconds: u64) -> Result<()> {
-        let until = Instant::now().checked_add(Duration::from_millis(milliseconds));
         // For this step alone: many of these may wait for their turns.
         let reopened = self.file.source().reopen(self.read.total_bytes() - self.read.done_bytes());
         let method = self.file.source().method(self.from, reopened.as_ref());
         // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
         // it until this is gone.
-        let done = unsafe { self.read.advance(method, self.memory.as_ref(), until) };
+        let done = unsafe { self.read.advance(method, self.memory.as_ref(), until(milliseconds)) };
         Ok(done.map_err(|error| self.file.locate(error))?)
     }
 

@@ -8,7 +8,6 @@ use crate::format::layout::{DEFAULT_ALIGNMENT, TensorSpec};
 use crate::write::incremental;
 use crate::write::save::SaveOptions;
 
-/// A file that is written tensor by tensor.
 pub struct IncrementalWriter(incremental::IncrementalWriter);
 
 pub fn create_incremental_writer(
@@ -61,7 +60,7 @@ impl TensorWriter {
     /// The bytes of `pieces` must be valid for reads during the call.
     pub unsafe fn write(&mut self, pieces: &[Piece]) -> Result<()> {
         // SAFETY: the clause above.
-        Ok(unsafe { raw_bytes(pieces) }.try_for_each(|bytes| self.0.write_raw(bytes))?)
+        Ok(unsafe { raw_bytes(pieces) }.try_for_each(|bytes| self.0.write(bytes))?)
     }
 }
 

@@ -9,7 +9,6 @@ use super::file::File;
 use crate::read::{prefetch, source};
 use crate::sys::threads::threads;
 
-/// A prefetch as C++ sees it.
 pub struct Prefetcher(prefetch::Prefetcher);
 
 fn starts(slabs: &[Slab]) -> Vec<*mut u8> {

@@ -13,7 +13,6 @@ use crate::sys::raw_bytes::RawBytes;
 use crate::write::output::Output;
 use crate::write::save;
 
-/// The layout of a file to save.
 pub struct SavePlan(Layout);
 
 pub fn plan_save(
@@ -72,7 +71,6 @@ pub(super) unsafe fn raw_bytes<'a>(pieces: &'a [Piece]) -> impl Iterator<Item = 
     pieces.iter().map(|piece| unsafe { RawBytes::new(piece.start, piece.length) })
 }
 
-/// A file that is being saved.
 pub struct FileWriter(pub(super) Output);
 
 pub fn create_file(path: &[u8], length: u64) -> Result<Box<FileWriter>> {
@@ -101,7 +99,6 @@ pub(super) fn until(milliseconds: u64) -> Option<Instant> {
     Instant::now().checked_add(Duration::from_millis(milliseconds))
 }
 
-/// Memory that a save fills.
 pub struct MemoryWriter(save::MemoryWriter);
 
 /// Returns a writer of newly allocated memory that nobody has written to.

@@ -81,7 +81,6 @@ fn store(error: &Error) {
     let _ = LAST_ERROR.try_with(|stored| stored.replace(last));
 }
 
-/// Returns the message of the thread's last failed call.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_last_error_get_message() -> *const c_char {
     boundary!(c"".as_ptr(); {
@@ -89,7 +88,6 @@ pub extern "C" fn sft_last_error_get_message() -> *const c_char {
     })
 }
 
-/// Returns `errno` of the thread's last failed call, or 0.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_last_error_get_os_error() -> i32 {
     boundary!(0; { LAST_ERROR.try_with(|stored| stored.borrow().os_error).unwrap_or(0) })

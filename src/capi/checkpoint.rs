@@ -11,7 +11,6 @@ use super::types::{sft_status, sft_str};
 use crate::checkpoint::{Checkpoint, TensorLocation};
 use crate::error::Result;
 
-/// An open checkpoint.
 pub struct sft_checkpoint {
     checkpoint: Checkpoint,
     /// One for each shard; callers borrow them.
@@ -39,7 +38,6 @@ impl LocationOut<'_> {
     }
 }
 
-/// Opens the checkpoint at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_open(
     path: *const c_char,
@@ -65,7 +63,6 @@ pub unsafe extern "C" fn sft_checkpoint_open(
     })
 }
 
-/// Frees the handle and closes its files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_free(checkpoint: *mut sft_checkpoint) {
     boundary!((); {
@@ -74,7 +71,6 @@ pub unsafe extern "C" fn sft_checkpoint_free(checkpoint: *mut sft_checkpoint) {
     })
 }
 
-/// Returns the number of files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_shard_count(
     checkpoint: *const sft_checkpoint,
@@ -89,7 +85,6 @@ pub unsafe extern "C" fn sft_checkpoint_get_shard_count(
     })
 }
 
-/// Returns one of the files and its name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_shard(
     checkpoint: *const sft_checkpoint,
@@ -113,7 +108,6 @@ pub unsafe extern "C" fn sft_checkpoint_get_shard(
     })
 }
 
-/// Returns the number of tensors in all files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_tensor_count(
     checkpoint: *const sft_checkpoint,
@@ -128,7 +122,6 @@ pub unsafe extern "C" fn sft_checkpoint_get_tensor_count(
     })
 }
 
-/// Returns the location of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     checkpoint: *const sft_checkpoint,
@@ -150,7 +143,6 @@ pub unsafe extern "C" fn sft_checkpoint_get_sorted_tensor(
     })
 }
 
-/// Returns the location of the tensor `name`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_checkpoint_find_tensor(
     checkpoint: *const sft_checkpoint,

@@ -17,19 +17,16 @@ pub(super) fn require(dtype: sft_dtype) -> Result<Dtype> {
     })
 }
 
-/// Returns the code of a dtype, or NULL if the number is unknown.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_dtype_get_code(dtype: sft_dtype) -> *const c_char {
     boundary!(std::ptr::null(); { Dtype::from_number(dtype).map_or(std::ptr::null(), |dtype| dtype.c_code().as_ptr()) })
 }
 
-/// Returns the width of an element in bits, or 0 if the number is unknown.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_dtype_get_bits(dtype: sft_dtype) -> u32 {
     boundary!(0; { Dtype::from_number(dtype).map_or(0, |dtype| dtype.bits() as u32) })
 }
 
-/// Returns the dtype of a code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_dtype_parse(code: *const c_char, dtype: *mut sft_dtype) -> sft_status {
     boundary!({
@@ -43,7 +40,6 @@ pub unsafe extern "C" fn sft_dtype_parse(code: *const c_char, dtype: *mut sft_dt
     })
 }
 
-/// Returns the size in bytes of a tensor of `dtype` and `shape`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_dtype_compute_nbytes(
     dtype: sft_dtype,
@@ -57,21 +53,4 @@ pub unsafe extern "C" fn sft_dtype_compute_nbytes(
         out.set(shape_nbytes(require(dtype)?, shape).map_err(|(kind, fault)| Error::new(kind, fault))?);
         Ok(())
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::ffi::CStr;
-
-    use super::*;
-
-    #[test]
-    fn c_codes_are_the_codes() {
-        for &dtype in Dtype::ALL {
-            // SAFETY: a constant that ends in NUL (`codes!`).
-            let code = unsafe { CStr::from_ptr(sft_dtype_get_code(dtype as u32)) };
-            assert_eq!(code.to_str(), Ok(dtype.code()));
-        }
-        assert!(sft_dtype_get_code(99).is_null());
-    }
 }

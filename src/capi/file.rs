@@ -6,54 +6,37 @@ use std::sync::Arc;
 use super::boundary::boundary;
 use super::handle::sft_file;
 use super::options::sft_open_options;
-use super::pointer::{self, Out, Versioned, VersionedOut, invalid};
+use super::pointer::{self, Out, VersionedOut, invalid, versioned};
 use super::types::{sft_dtype, sft_status, sft_str};
 use crate::error::Result;
 use crate::read::file::TensorFile;
 
-/// The description of one tensor.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct sft_tensor_info {
     /// The size of the struct.
     pub struct_size: usize,
-    /// The name.
     pub name: sft_str,
-    /// The number of dimensions.
     pub rank: usize,
-    /// The dimensions, in elements.
     pub shape: *const u64,
-    /// The number of bytes.
     pub nbytes: u64,
-    /// The offset of its first byte in the file.
     pub begin: u64,
-    /// The offset after its last byte.
     pub end: u64,
-    /// The element type.
     pub dtype: sft_dtype,
-    /// 0.
     pub reserved: u32,
 }
 
 // SAFETY: `repr(C)`, begins with its size, holds only integers and raw pointers, without padding.
-unsafe impl Versioned for sft_tensor_info {
-    const NAME: &'static str = "sft_tensor_info";
-    const FIRST_SIZE: usize = 72;
-}
+versioned!(unsafe sft_tensor_info, 72);
 
-/// One tensor of a call that reads several.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct sft_read_request {
-    /// The tensor's index in file order.
     pub index: usize,
-    /// The destination of its bytes.
     pub buffer: *mut c_void,
-    /// The number of bytes of `buffer`.
     pub nbytes: usize,
 }
 
-/// Opens the file at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_open(
     path: *const c_char,
@@ -73,7 +56,6 @@ pub unsafe extern "C" fn sft_file_open(
     })
 }
 
-/// Opens a file whose bytes are in memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_open_buffer(
     data: *const c_void,
@@ -93,7 +75,6 @@ pub unsafe extern "C" fn sft_file_open_buffer(
     })
 }
 
-/// Closes the file and keeps the handle.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_close(file: *mut sft_file) -> sft_status {
     boundary!({
@@ -103,7 +84,6 @@ pub unsafe extern "C" fn sft_file_close(file: *mut sft_file) -> sft_status {
     })
 }
 
-/// Frees the handle; closes the file if it is open.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_free(file: *mut sft_file) {
     boundary!((); {
@@ -112,7 +92,6 @@ pub unsafe extern "C" fn sft_file_free(file: *mut sft_file) {
     })
 }
 
-/// Returns the number of tensors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_tensor_count(file: *const sft_file, count: *mut usize) -> sft_status {
     boundary!({
@@ -123,7 +102,6 @@ pub unsafe extern "C" fn sft_file_get_tensor_count(file: *const sft_file, count:
     })
 }
 
-/// Describes the tensor at `index` in file order.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_tensor_info(
     file: *const sft_file,
@@ -150,7 +128,6 @@ pub unsafe extern "C" fn sft_file_get_tensor_info(
     })
 }
 
-/// Returns the index in file order of the tensor at `position` in the order of names.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_sorted_index(
     file: *const sft_file,
@@ -170,7 +147,6 @@ pub unsafe extern "C" fn sft_file_get_sorted_index(
     })
 }
 
-/// Returns the index in file order of the tensor `name`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_find_tensor(
     file: *const sft_file,
@@ -188,7 +164,6 @@ pub unsafe extern "C" fn sft_file_find_tensor(
     })
 }
 
-/// Returns a pointer to the bytes of the tensor at `index`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_data(
     file: *const sft_file,
@@ -211,7 +186,6 @@ pub unsafe extern "C" fn sft_file_get_data(
     })
 }
 
-/// Reads the tensor at `index` into `buffer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_read_tensor(
     file: *const sft_file,
@@ -228,7 +202,6 @@ pub unsafe extern "C" fn sft_file_read_tensor(
     })
 }
 
-/// Reads `count` tensors, each into its own buffer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_read_tensors(
     file: *const sft_file,

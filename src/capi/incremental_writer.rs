@@ -7,28 +7,13 @@ use super::options::sft_save_options;
 use super::pointer::{self, Out};
 use super::types::sft_status;
 use super::writer::sft_writer;
-use crate::error::Result;
 use crate::write::incremental::IncrementalWriter;
 
-/// A file in progress.
 pub struct sft_incremental_writer(IncrementalWriter);
-
-impl sft_incremental_writer {
-    /// Returns the writer of a handle.
-    ///
-    /// # Safety
-    ///
-    /// As for [`pointer::shared`].
-    unsafe fn writer<'a>(writer: *const sft_incremental_writer) -> Result<&'a IncrementalWriter> {
-        // SAFETY: this function has the contract of `pointer::shared`.
-        Ok(&unsafe { pointer::shared(writer, "writer") }?.0)
-    }
-}
 
 // Several threads may use one handle at once (header, "Threads").
 const _: () = pointer::assert_sync::<IncrementalWriter>();
 
-/// Begins the file at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_create(
     writer: *const sft_writer,
@@ -51,14 +36,13 @@ pub unsafe extern "C" fn sft_incremental_writer_create(
         let borrowed = unsafe { writer.borrowed() }?;
         let created = IncrementalWriter::create(&writer.specs(), writer.metadata(), path, options)?;
         for (name, bytes) in borrowed {
-            created.write_raw(name, bytes)?;
+            created.write(name, bytes)?;
         }
         out.set(pointer::new_handle(sft_incremental_writer(created)));
         Ok(())
     })
 }
 
-/// Writes one tensor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_write_tensor(
     writer: *const sft_incremental_writer,
@@ -71,16 +55,15 @@ pub unsafe extern "C" fn sft_incremental_writer_write_tensor(
         // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
-                sft_incremental_writer::writer(writer)?,
+                &pointer::shared(writer, "writer")?.0,
                 pointer::text(name, name_length, "name")?,
                 pointer::bytes(data, nbytes, "data")?,
             )
         };
-        writer.write_raw(name, bytes)
+        writer.write(name, bytes)
     })
 }
 
-/// Writes a part of one tensor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_write_part(
     writer: *const sft_incremental_writer,
@@ -94,25 +77,23 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
         // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
-                sft_incremental_writer::writer(writer)?,
+                &pointer::shared(writer, "writer")?.0,
                 pointer::text(name, name_length, "name")?,
                 pointer::bytes(data, nbytes, "data")?,
             )
         };
-        writer.write_part_raw(name, offset, bytes)
+        writer.write_part(name, offset, bytes)
     })
 }
 
-/// Replaces the target by the file.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_commit(writer: *mut sft_incremental_writer) -> sft_status {
     boundary!({
         // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
-        unsafe { sft_incremental_writer::writer(writer) }?.commit()
+        unsafe { pointer::shared(writer, "writer") }?.0.commit()
     })
 }
 
-/// Frees the handle; discards the file unless it was committed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_incremental_writer_free(writer: *mut sft_incremental_writer) {
     boundary!((); {

@@ -7,13 +7,11 @@ use super::pointer::Out;
 use super::types::sft_status;
 use crate::sys::threads;
 
-/// Returns the version of the library, as in `Cargo.toml`.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_get_version() -> *const c_char {
     boundary!(c"".as_ptr(); { concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast() })
 }
 
-/// Sets the most threads that one call uses.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_set_threads(threads: usize) -> sft_status {
     boundary!({
@@ -22,7 +20,6 @@ pub extern "C" fn sft_set_threads(threads: usize) -> sft_status {
     })
 }
 
-/// Returns the most threads that one call uses.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_get_threads(threads: *mut usize) -> sft_status {
     boundary!({

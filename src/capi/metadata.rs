@@ -10,17 +10,13 @@ use super::types::{sft_status, sft_str};
 use crate::error::{Error, ErrorKind};
 use crate::write::edit::{MetadataChanges, edit_metadata};
 
-/// A metadata entry to set or remove.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct sft_metadata_change {
-    /// The key.
     pub key: sft_str,
-    /// The new value; NULL removes the entry.
     pub value: sft_str,
 }
 
-/// Returns whether the header has metadata, even if it is empty.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_has_metadata(file: *const sft_file, present: *mut i32) -> sft_status {
     boundary!({
@@ -31,7 +27,6 @@ pub unsafe extern "C" fn sft_file_has_metadata(file: *const sft_file, present: *
     })
 }
 
-/// Returns the number of metadata entries.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_metadata_count(file: *const sft_file, count: *mut usize) -> sft_status {
     boundary!({
@@ -42,7 +37,6 @@ pub unsafe extern "C" fn sft_file_get_metadata_count(file: *const sft_file, coun
     })
 }
 
-/// Returns the entry at `position` in the order of keys.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_metadata_entry(
     file: *const sft_file,
@@ -65,7 +59,6 @@ pub unsafe extern "C" fn sft_file_get_metadata_entry(
     })
 }
 
-/// Returns the value of `key`, or NULL if there is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_find_metadata(
     file: *const sft_file,
@@ -85,7 +78,6 @@ pub unsafe extern "C" fn sft_file_find_metadata(
     })
 }
 
-/// Edits the metadata of the file at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_edit_metadata(
     path: *const c_char,

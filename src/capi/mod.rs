@@ -15,8 +15,8 @@
 //!
 //! Everything else is checked: NULL, alignment, lengths, UTF-8. All casts of pointers are in `pointer`.
 
-// The header states the contract of each function; the part that its caller must keep is above.
-#![allow(clippy::missing_safety_doc)]
+// The header documents every public item; the part of a contract that the caller must keep is above.
+#![allow(missing_docs, clippy::missing_safety_doc)]
 // The types have their C names.
 #![allow(non_camel_case_types)]
 

@@ -229,6 +229,17 @@ pub(super) unsafe trait Versioned: Copy {
     const FIRST_SIZE: usize;
 }
 
+/// Declares that a struct is [`Versioned`], and its size in the first version of the ABI.
+macro_rules! versioned {
+    (unsafe $name:ident, $first_size:literal) => {
+        unsafe impl $crate::capi::pointer::Versioned for $name {
+            const NAME: &'static str = stringify!($name);
+            const FIRST_SIZE: usize = $first_size;
+        }
+    };
+}
+pub(super) use versioned;
+
 /// Reads and checks `struct_size`.
 ///
 /// # Safety
@@ -248,15 +259,17 @@ unsafe fn struct_size<T: Versioned>(pointer: *const T) -> Result<usize> {
     Ok(size)
 }
 
-/// Reads options of this or another version of the header, or returns `defaults` for NULL. Fields that the caller's
-/// version lacks keep their defaults; fields that this version lacks must be zero.
+/// Reads options of this or another version of the header. Fields that the caller's version lacks are zero, the default of
+/// every option, as are all fields if `pointer` is NULL; fields that this version lacks must be zero.
 ///
 /// # Safety
 ///
 /// "Pointers" and "Versions": `pointer` is NULL, or valid for reads of as many bytes as its `struct_size` says.
-pub(super) unsafe fn options<T: Versioned>(pointer: *const T, defaults: T) -> Result<T> {
+pub(super) unsafe fn options<T: Versioned>(pointer: *const T) -> Result<T> {
+    // SAFETY: every bit pattern is a `T` (`Versioned`), zero too.
+    let mut options = unsafe { std::mem::zeroed::<T>() };
     if pointer.is_null() {
-        return Ok(defaults);
+        return Ok(options);
     }
     // SAFETY: valid for a read of its first field ("Pointers").
     let size = unsafe { struct_size(pointer) }?;
@@ -270,7 +283,6 @@ pub(super) unsafe fn options<T: Versioned>(pointer: *const T, defaults: T) -> Re
             env!("CARGO_PKG_VERSION")
         )));
     }
-    let mut options = defaults;
     // SAFETY: both sides have `known` bytes (the minimum of their sizes), and every bit pattern is a `T` (`Versioned`).
     unsafe { std::ptr::copy_nonoverlapping(given.as_ptr(), (&raw mut options).cast::<u8>(), known) };
     Ok(options)

@@ -10,15 +10,11 @@ use super::types::sft_status;
 use crate::error::Result;
 use crate::format::slice::{AxisRange, Slice};
 
-/// The part of one dimension that a slice takes.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct sft_range {
-    /// The first index.
     pub start: u64,
-    /// The index to stop before.
     pub stop: u64,
-    /// The distance between two indices.
     pub step: u64,
 }
 
@@ -28,7 +24,6 @@ fn plan(state: &OpenState, index: usize, ranges: &[sft_range]) -> Result<Slice> 
     state.file.slice(index, &ranges)
 }
 
-/// Computes the shape and the size of a slice.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_get_slice_size(
     file: *const sft_file,
@@ -57,7 +52,6 @@ pub unsafe extern "C" fn sft_file_get_slice_size(
     })
 }
 
-/// Reads a slice into `buffer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_file_read_slice(
     file: *const sft_file,

@@ -45,13 +45,11 @@ fn find(status: sft_status) -> Option<&'static (sft_status, &'static CStr, &'sta
     STATUSES.iter().find(|(number, ..)| *number == status)
 }
 
-/// Returns the name of a status in the header.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_status_get_name(status: sft_status) -> *const c_char {
     boundary!(c"".as_ptr(); { find(status).map_or(c"unknown status", |(_, name, _)| name).as_ptr() })
 }
 
-/// Returns the meaning of a status, in a few words.
 #[unsafe(no_mangle)]
 pub extern "C" fn sft_status_get_message(status: sft_status) -> *const c_char {
     boundary!(c"".as_ptr(); {

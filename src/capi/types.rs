@@ -5,19 +5,15 @@ use std::ffi::c_char;
 /// 0, or the number of an [`ErrorKind`](crate::error::ErrorKind).
 pub type sft_status = i32;
 
-/// The status of a successful call.
 pub const SFT_OK: sft_status = 0;
 
-/// A dtype's number: the discriminant of [`Dtype`](crate::format::dtype::Dtype).
+/// The discriminant of a [`Dtype`](crate::format::dtype::Dtype).
 pub type sft_dtype = u32;
 
-/// UTF-8 text with a length; it may contain NUL.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct sft_str {
-    /// The first byte.
     pub data: *const c_char,
-    /// The number of bytes.
     pub length: usize,
 }
 

@@ -15,7 +15,6 @@ use crate::format::layout::{Layout, TensorSpec};
 use crate::sys::raw_bytes::RawBytes;
 use crate::write::save::{save_file_raw, save_into_raw};
 
-/// The tensors and the metadata to write.
 #[derive(Default)]
 pub struct sft_writer {
     tensors: Vec<Tensor>,
@@ -27,15 +26,27 @@ struct Tensor {
     name: String,
     dtype: Dtype,
     shape: Vec<u64>,
-    data: Data,
+    nbytes: u64,
+    /// Memory of the caller; `None` if the caller passes the bytes to an `sft_incremental_writer`.
+    data: Option<*const c_void>,
 }
 
-/// The source of a tensor's bytes.
-enum Data {
-    /// Memory of the caller.
-    Borrowed { start: *const c_void, nbytes: usize },
-    /// The caller passes them to an `sft_incremental_writer`.
-    Declared,
+impl Tensor {
+    /// # Safety
+    ///
+    /// As for [`pointer::text`] and [`pointer::array`].
+    unsafe fn new(
+        (name, name_length): (*const c_char, usize),
+        dtype: sft_dtype,
+        (shape, rank): (*const u64, usize),
+    ) -> Result<Tensor> {
+        // SAFETY: this function has the contracts of both.
+        let (name, shape) =
+            unsafe { (pointer::text(name, name_length, "name")?, pointer::array(shape, rank, "shape")?) };
+        let dtype = dtype::require(dtype)?;
+        let nbytes = tensor_nbytes(name, dtype, shape)?;
+        Ok(Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), nbytes, data: None })
+    }
 }
 
 impl sft_writer {
@@ -52,19 +63,15 @@ impl sft_writer {
     ///
     /// "Ownership": the data of every tensor is valid, and nobody changes it while the result is used.
     unsafe fn data(&self) -> Result<Vec<RawBytes<'_>>> {
-        let mut all = Vec::with_capacity(self.tensors.len());
-        for tensor in &self.tensors {
-            let Data::Borrowed { start, nbytes } = tensor.data else {
-                let detail = format!(
-                    "tensor {:?} was declared without data; write the file with sft_incremental_writer_create",
-                    tensor.name
-                );
-                return Err(pointer::invalid(detail));
-            };
-            // SAFETY: valid and unchanged ("Ownership", this function's contract).
-            all.push(unsafe { pointer::bytes(start, nbytes, "data") }?);
+        if let Some(tensor) = self.tensors.iter().find(|tensor| tensor.data.is_none()) {
+            let detail = format!(
+                "tensor {:?} was declared without data; write the file with sft_incremental_writer_create",
+                tensor.name
+            );
+            return Err(pointer::invalid(detail));
         }
-        Ok(all)
+        // SAFETY: this function has the contract of `borrowed`.
+        Ok(unsafe { self.borrowed() }?.into_iter().map(|(_, bytes)| bytes).collect())
     }
 
     /// Returns the name and the bytes of every tensor that was added with data.
@@ -75,9 +82,10 @@ impl sft_writer {
     pub(super) unsafe fn borrowed(&self) -> Result<Vec<(&str, RawBytes<'_>)>> {
         let mut all = Vec::new();
         for tensor in &self.tensors {
-            if let Data::Borrowed { start, nbytes } = tensor.data {
-                // SAFETY: valid and unchanged ("Ownership", this function's contract).
-                all.push((tensor.name.as_str(), unsafe { pointer::bytes(start, nbytes, "data") }?));
+            if let Some(start) = tensor.data {
+                // SAFETY: valid and unchanged ("Ownership", this function's contract); `nbytes` was given as a `usize`.
+                let bytes = unsafe { pointer::bytes(start, tensor.nbytes as usize, "data") }?;
+                all.push((tensor.name.as_str(), bytes));
             }
         }
         Ok(all)
@@ -88,7 +96,6 @@ impl sft_writer {
     }
 }
 
-/// Creates a writer without tensors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_new(writer: *mut *mut sft_writer) -> sft_status {
     boundary!({
@@ -99,7 +106,6 @@ pub unsafe extern "C" fn sft_writer_new(writer: *mut *mut sft_writer) -> sft_sta
     })
 }
 
-/// Frees the handle.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_free(writer: *mut sft_writer) {
     boundary!((); {
@@ -108,7 +114,6 @@ pub unsafe extern "C" fn sft_writer_free(writer: *mut sft_writer) {
     })
 }
 
-/// Adds a tensor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_add_tensor(
     writer: *mut sft_writer,
@@ -123,28 +128,22 @@ pub unsafe extern "C" fn sft_writer_add_tensor(
     boundary!({
         // SAFETY: a live handle that no other thread uses (header, "Ownership", "Threads"); `name_length` bytes, `rank`
         // dimensions, `nbytes` bytes ("Pointers").
-        let (writer, name, shape, given) = unsafe {
-            (
-                pointer::exclusive(writer, "writer")?,
-                pointer::text(name, name_length, "name")?,
-                pointer::array(shape, rank, "shape")?,
-                pointer::bytes(data, nbytes, "data")?.len(),
-            )
+        let (writer, tensor) = unsafe {
+            let writer = pointer::exclusive(writer, "writer")?;
+            pointer::bytes(data, nbytes, "data")?;
+            (writer, Tensor::new((name, name_length), dtype, (shape, rank))?)
         };
-        let dtype = dtype::require(dtype)?;
-        let needed = tensor_nbytes(name, dtype, shape)?;
-        if needed != given as u64 {
+        if tensor.nbytes != nbytes as u64 {
+            let Tensor { name, nbytes: needed, .. } = tensor;
             let detail =
-                format!("tensor {name:?}: dtype and shape need {needed} bytes, but nbytes is {given}");
+                format!("tensor {name:?}: dtype and shape need {needed} bytes, but nbytes is {nbytes}");
             return Err(Error::new(ErrorKind::BufferSize, detail));
         }
-        let data = Data::Borrowed { start: data, nbytes };
-        writer.tensors.push(Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), data });
+        writer.tensors.push(Tensor { data: Some(data), ..tensor });
         Ok(())
     })
 }
 
-/// Adds a tensor whose bytes the caller passes to an `sft_incremental_writer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_declare_tensor(
     writer: *mut sft_writer,
@@ -157,22 +156,15 @@ pub unsafe extern "C" fn sft_writer_declare_tensor(
     boundary!({
         // SAFETY: a live handle that no other thread uses (header, "Ownership", "Threads"); `name_length` bytes, `rank`
         // dimensions ("Pointers").
-        let (writer, name, shape) = unsafe {
-            (
-                pointer::exclusive(writer, "writer")?,
-                pointer::text(name, name_length, "name")?,
-                pointer::array(shape, rank, "shape")?,
-            )
+        let (writer, tensor) = unsafe {
+            let writer = pointer::exclusive(writer, "writer")?;
+            (writer, Tensor::new((name, name_length), dtype, (shape, rank))?)
         };
-        let dtype = dtype::require(dtype)?;
-        tensor_nbytes(name, dtype, shape)?;
-        let (name, shape) = (name.to_string(), shape.to_vec());
-        writer.tensors.push(Tensor { name, dtype, shape, data: Data::Declared });
+        writer.tensors.push(tensor);
         Ok(())
     })
 }
 
-/// Writes metadata even if no entry is added.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_enable_metadata(writer: *mut sft_writer) -> sft_status {
     boundary!({
@@ -182,7 +174,6 @@ pub unsafe extern "C" fn sft_writer_enable_metadata(writer: *mut sft_writer) -> 
     })
 }
 
-/// Adds a metadata entry.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_add_metadata(
     writer: *mut sft_writer,
@@ -211,7 +202,6 @@ pub unsafe extern "C" fn sft_writer_add_metadata(
     })
 }
 
-/// Returns the size of the whole file in bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_get_size(
     writer: *const sft_writer,
@@ -234,7 +224,6 @@ pub unsafe extern "C" fn sft_writer_get_size(
     })
 }
 
-/// Writes the file at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_write_file(
     writer: *const sft_writer,
@@ -253,7 +242,6 @@ pub unsafe extern "C" fn sft_writer_write_file(
     })
 }
 
-/// Writes a checkpoint of one file or several to `directory`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_write_sharded(
     writer: *const sft_writer,
@@ -277,7 +265,6 @@ pub unsafe extern "C" fn sft_writer_write_sharded(
     })
 }
 
-/// Writes the file into `buffer`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_writer_write_buffer(
     writer: *const sft_writer,

@@ -70,7 +70,6 @@ impl CheckpointDirectory {
         Error::io(action, &self.path.join(name), source)
     }
 
-    /// Begins the file `name` of `length` bytes.
     pub(super) fn create_file(&self, name: &str, length: u64) -> Result<AtomicFile> {
         AtomicFile::create_in(Arc::clone(&self.handle), name.into(), &self.path.join(name), length)
     }
@@ -94,12 +93,10 @@ impl CheckpointDirectory {
         self.process.check("save").map_err(|error| error.in_file(&self.path))
     }
 
-    /// Keeps the created directories from now on.
     pub(super) fn keep(&mut self) {
         self.is_kept = true;
     }
 
-    /// Makes the entries of the directory durable.
     pub(super) fn synchronize_entries(&self) -> Result<()> {
         synchronize(&self.handle, &self.path)
     }

@@ -11,16 +11,14 @@ use std::path::{Component, Path};
 
 use serde::de::{MapAccess, Visitor};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind};
 use crate::format::header::{MAX_HEADER_BYTES, detect_foreign};
 use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, ObjectSeed, fail_with};
 use crate::read::source::{open_regular_in, read_exact_at};
 use crate::sys::directory::Directory;
 
-/// The field that maps tensor names to file names.
 const WEIGHT_MAP: &str = "weight_map";
 
-/// The contents of an index.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     /// The files, sorted and unique: paths relative to the directory of the index, which do not lead out of it.
@@ -31,7 +29,7 @@ pub(super) struct Index {
 
 impl Index {
     /// Reads and checks the index `name`, but not its files. Returns the open file too. `path` is for errors.
-    pub(super) fn read(directory: &Directory, name: &OsStr, path: &Path) -> Result<(Index, File)> {
+    pub(super) fn read(directory: &Directory, name: &OsStr, path: &Path) -> Result<(Index, File), Error> {
         let (file, length) = open_regular_in(directory, name, path)?;
         let fail = |error: Error| error.in_file(path);
         if length > MAX_HEADER_BYTES {
@@ -44,7 +42,7 @@ impl Index {
         Ok((Index::parse(&json).map_err(fail)?, file))
     }
 
-    pub(super) fn parse(json: &[u8]) -> Result<Index> {
+    pub(super) fn parse(json: &[u8]) -> Result<Index, Error> {
         let invalid = |what: &dyn fmt::Display| {
             // JSON is an invalid index, not another format.
             let is_json = json.trim_ascii_start().first().is_some_and(|byte| b"{[".contains(byte));
@@ -53,11 +51,11 @@ impl Index {
         };
         let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let slot = RefCell::new(None);
-        Index::sort(json::parse_object(text, &slot, Root { slot: &slot }, |error| invalid(&error))?)
+        Index::sort(json::parse_object(text, &slot, Root(&slot), |error| invalid(&error))?)
     }
 
     /// Sorts files and tensors; refuses duplicate names.
-    fn sort(Entries { files, mut tensors }: Entries) -> Result<Index> {
+    fn sort(Entries { files, mut tensors }: Entries) -> Result<Index, Error> {
         tensors.sort();
         if let Some(pair) = tensors.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             let detail = format!("{WEIGHT_MAP:?} has the tensor {:?} twice", pair[0].0);
@@ -87,7 +85,7 @@ pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, tota
 }
 
 /// Refuses a file name that leads out of the directory of the index.
-fn check_file_name(tensor: &str, file: &str) -> Result<()> {
+fn check_file_name(tensor: &str, file: &str) -> Result<(), Error> {
     let inside = !file.is_empty()
         && !file.contains('\0')
         && Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
@@ -111,9 +109,7 @@ struct Entries {
 }
 
 /// The index: an object with a weight map and other fields.
-struct Root<'f> {
-    slot: &'f ErrorSlot,
-}
+struct Root<'f>(&'f ErrorSlot);
 
 impl<'de> Visitor<'de> for Root<'_> {
     type Value = Entries;
@@ -122,30 +118,25 @@ impl<'de> Visitor<'de> for Root<'_> {
         write!(f, "a JSON object with a {WEIGHT_MAP:?}")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries = None;
         while let Some(JsonText(field)) = map.next_key()? {
             if field != WEIGHT_MAP {
                 map.next_value::<IgnoredValue>()?;
-            } else if entries
-                .replace(map.next_value_seed(ObjectSeed(WeightMap { slot: self.slot }))?)
-                .is_some()
-            {
+            } else if entries.replace(map.next_value_seed(ObjectSeed(WeightMap(self.0)))?).is_some() {
                 let detail = format!("the index has {WEIGHT_MAP:?} twice");
-                return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
+                return Err(fail_with(self.0, Error::new(ErrorKind::Duplicate, detail)));
             }
         }
         entries.ok_or_else(|| {
             let detail = format!("the index is not valid: {WEIGHT_MAP:?} is missing");
-            fail_with(self.slot, Error::new(ErrorKind::Index, detail))
+            fail_with(self.0, Error::new(ErrorKind::Index, detail))
         })
     }
 }
 
 /// `weight_map`: an object with string values.
-struct WeightMap<'f> {
-    slot: &'f ErrorSlot,
-}
+struct WeightMap<'f>(&'f ErrorSlot);
 
 impl<'de> Visitor<'de> for WeightMap<'_> {
     type Value = Entries;
@@ -154,14 +145,14 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
         write!(f, "{WEIGHT_MAP:?} to be an object that maps names of tensors to file names")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries = Entries::default();
         while let Some(JsonText(tensor)) = map.next_key()? {
             let JsonText(file) = map.next_value().map_err(|error| {
                 let detail = format!("the index is not valid: the file of tensor {tensor:?}: {error}");
-                fail_with(self.slot, Error::new(ErrorKind::Index, detail))
+                fail_with(self.0, Error::new(ErrorKind::Index, detail))
             })?;
-            check_file_name(&tensor, &file).map_err(|error| fail_with(self.slot, error))?;
+            check_file_name(&tensor, &file).map_err(|error| fail_with(self.0, error))?;
             let next = entries.files.len() as u32;
             let number = match entries.files.get(&*file) {
                 Some(&number) => number,
@@ -175,7 +166,7 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
 
 /// Returns the file names of an index, and for each tensor its file. For the fuzz targets.
 #[cfg(fuzzing)]
-pub fn parse_index(json: &[u8]) -> Result<(Vec<String>, Vec<(String, u32)>)> {
+pub fn parse_index(json: &[u8]) -> Result<(Vec<String>, Vec<(String, u32)>), Error> {
     Index::parse(json).map(|index| (index.shards, index.tensors))
 }
 

@@ -6,7 +6,6 @@ use super::directory::CheckpointDirectory;
 use crate::error::{Error, Result};
 use crate::write::atomic::rename_to_backup;
 
-/// The backups of one commit.
 #[derive(Debug, Default)]
 pub(super) struct IndexBackup {
     /// Pairs of original and hidden names.
@@ -14,7 +13,6 @@ pub(super) struct IndexBackup {
 }
 
 impl IndexBackup {
-    /// Renames `name` to a hidden name.
     pub(super) fn add(&mut self, directory: &CheckpointDirectory, name: &str) -> Result<()> {
         let hidden = rename_to_backup(directory.handle(), name.as_ref());
         let hidden = hidden.map_err(|source| directory.error("rename", name, source))?;
@@ -22,7 +20,6 @@ impl IndexBackup {
         Ok(())
     }
 
-    /// Renames all of them back.
     pub(super) fn restore(self, directory: &CheckpointDirectory) -> Result<()> {
         self.names.into_iter().try_for_each(|(name, hidden)| {
             let renamed = directory.handle().rename(&hidden, &name);
@@ -30,7 +27,6 @@ impl IndexBackup {
         })
     }
 
-    /// Removes all of them.
     pub(super) fn discard(self, directory: &CheckpointDirectory) {
         for (_, hidden) in self.names {
             // A hidden file that stays is not a reason to fail a save that is complete.

@@ -50,7 +50,6 @@ pub(super) fn locate(path: &Path, variant: Option<&str>) -> Result<CheckpointPat
     })
 }
 
-/// Returns the checkpoint in `directory`.
 fn locate_in(directory: &Path, variant: Option<&str>) -> Result<CheckpointPath, OpenFailure> {
     let read = |source| OpenFailure::Final(Error::io("read the directory", directory, source));
     let mut names = Vec::new();
@@ -61,7 +60,6 @@ fn locate_in(directory: &Path, variant: Option<&str>) -> Result<CheckpointPath, 
     choose(directory, names, variant)
 }
 
-/// The name of a file, an index or a shard.
 struct Candidate {
     kind: NameKind,
     stem: String,
@@ -149,7 +147,6 @@ fn choose(
     }
 }
 
-/// Returns `stem` without `.variant` at its end.
 fn stem_without<'a>(stem: &'a str, variant: &str) -> Option<&'a str> {
     stem.strip_suffix(variant)?.strip_suffix('.')
 }

@@ -119,10 +119,6 @@ impl PendingOpen {
     }
 
     /// Opens the checkpoint. Returns `None` if there is none, but a save that may create one still runs at `deadline`.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Checkpoint::open`].
     pub(crate) fn advance(&mut self, deadline: Option<Instant>) -> Result<Option<Checkpoint>> {
         while self.attempts < OPEN_ATTEMPTS {
             let (backend, variant, extra) = (self.backend, self.variant.as_deref(), self.extra);
@@ -148,7 +144,6 @@ impl PendingOpen {
     }
 }
 
-/// Opens the checkpoint once.
 fn try_open(path: &Path, options: CheckpointOptions<'_>) -> std::result::Result<Checkpoint, OpenFailure> {
     let is_missing = |error: &Error| error.os_error() == Some(libc::ENOENT);
     let is_directory = |error: &Error| error.os_error() == Some(libc::EISDIR);
@@ -174,7 +169,7 @@ fn single_file(file: TensorFile, path: PathBuf) -> Checkpoint {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let shards = vec![Shard { name, file: Arc::new(file) }];
     let by_name = sorted_locations(&shards);
-    Checkpoint::new(shards, by_name, path)
+    Checkpoint { shards, by_name, path }
 }
 
 /// Returns `path` if it is a directory, otherwise the directory that contains it.
@@ -240,7 +235,7 @@ impl OpenIndex {
             Extra::Ignore => listed_locations(&self.index, &shards),
         };
         let by_name = by_name.map_err(|error| error.in_file(&path))?;
-        Ok(Checkpoint::new(shards, by_name, path))
+        Ok(Checkpoint { shards, by_name, path })
     }
 }
 

@@ -8,10 +8,8 @@ pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 /// The default beginning of the file names.
 pub const DEFAULT_STEM: &str = "model";
 
-/// The end of file names.
 pub(super) const SUFFIX: &str = ".safetensors";
 
-/// The end of index names.
 pub(super) const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The division of a checkpoint's tensors into files.
@@ -117,7 +115,6 @@ impl ShardPlan {
         format!("{}-{:05}-of-{:05}{SUFFIX}", self.stem, shard + 1, self.count)
     }
 
-    /// Returns the name of the index.
     pub(super) fn index_name(&self) -> String {
         format!("{}{INDEX_SUFFIX}", self.stem)
     }

@@ -22,7 +22,6 @@ pub(super) struct Replacement<'a> {
     pub(super) durable: bool,
 }
 
-/// How far a commit has got.
 #[derive(Debug, Default)]
 struct Progress {
     /// How many files are in place.
@@ -91,7 +90,7 @@ impl Replacement<'_> {
         let synchronize = || if self.durable { directory.synchronize_entries() } else { Ok(()) };
         synchronize()?;
         for mut file in std::mem::take(&mut self.files) {
-            file.try_commit(false).inspect_err(|_| progress.is_torn = file.has_overwritten())?;
+            file.commit_if(false, || Ok(())).inspect_err(|_| progress.is_torn = file.has_overwritten())?;
             progress.done += 1;
         }
         let Some(index) = self.index.take() else { return Ok(()) };

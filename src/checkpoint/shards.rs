@@ -11,10 +11,10 @@ use crate::read::prefault::{self, Prefault};
 /// An open checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
-    shards: Vec<Shard>,
+    pub(super) shards: Vec<Shard>,
     /// Sorted by the tensors' names.
-    by_name: Vec<TensorLocation>,
-    path: PathBuf,
+    pub(super) by_name: Vec<TensorLocation>,
+    pub(super) path: PathBuf,
 }
 
 /// One file of a checkpoint.
@@ -36,11 +36,6 @@ pub struct TensorLocation {
 }
 
 impl Checkpoint {
-    /// `by_name` is sorted by the tensors' names.
-    pub(super) fn new(shards: Vec<Shard>, by_name: Vec<TensorLocation>, path: PathBuf) -> Checkpoint {
-        Checkpoint { shards, by_name, path }
-    }
-
     /// Returns the files, sorted by name.
     pub fn shards(&self) -> &[Shard] {
         &self.shards
@@ -104,7 +99,6 @@ pub(super) fn sorted_locations(shards: &[Shard]) -> Vec<TensorLocation> {
     locations
 }
 
-/// Returns the name of the tensor at a location.
 pub(super) fn name_at(shards: &[Shard], at: TensorLocation) -> &str {
     let tensor = shards[at.shard as usize].file.header().get(at.index as usize);
     tensor.map_or("", |tensor| tensor.name)

@@ -14,7 +14,6 @@ use crate::write::atomic::AtomicFile;
 /// A checkpoint in progress. If it is dropped before [`ShardedWriter::commit`], the directory stays as it was.
 #[derive(Debug)]
 pub struct ShardedWriter {
-    /// The names of the files.
     names: Vec<String>,
     /// Files that are complete, in the order of their names.
     complete: Vec<AtomicFile>,
@@ -99,11 +98,7 @@ impl ShardedWriter {
     }
 
     /// Commits as [`ShardedWriter::commit`] does. Returns false if another save still has the directory locked at
-    /// `deadline`; call it again.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`ShardedWriter::commit`], after which nothing is left to commit.
+    /// `deadline`; call it again. After an error, nothing is left to commit.
     pub(crate) fn try_commit(&mut self, durable: bool, deadline: Option<Instant>) -> Result<bool> {
         self.directory.check_process()?;
         let (index, since) = match self.pending.take() {

@@ -31,7 +31,6 @@ macro_rules! dtypes {
                 match self { $( Dtype::$variant => $code, )* }
             }
 
-            /// Returns the code as a C string.
             pub(crate) const fn c_code(self) -> &'static CStr {
                 let bytes = match self { $( Dtype::$variant => concat!($code, "\0").as_bytes(), )* };
                 match CStr::from_bytes_with_nul(bytes) {
@@ -126,31 +125,5 @@ impl Dtype {
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.code())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn codes_and_numbers_are_inverse() {
-        for &dtype in Dtype::ALL {
-            assert_eq!(Dtype::from_code(dtype.code()), Some(dtype));
-            assert_eq!(Dtype::from_number(dtype as u32), Some(dtype));
-            assert_eq!(dtype.c_code().to_str(), Ok(dtype.code()));
-        }
-        assert_eq!(Dtype::ALL.len(), 22);
-        assert_eq!(Dtype::from_number(22), None);
-        assert_eq!(Dtype::from_code("f32"), None);
-    }
-
-    #[test]
-    fn layout_puts_wider_alignment_first() {
-        let widths: Vec<u64> = Dtype::ALL.iter().filter(|d| **d != Dtype::Bool).map(|d| d.bits()).collect();
-        assert!(widths.is_sorted_by(|a, b| a >= b), "{widths:?}");
-        for (rank, dtype) in Dtype::ALL.iter().enumerate() {
-            assert_eq!(dtype.layout_rank(), rank);
-        }
     }
 }

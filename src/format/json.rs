@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::error::{Error, Result};
+use crate::error::Error;
 
 /// Holds an error with a kind while serde propagates a placeholder.
 pub(crate) type ErrorSlot = RefCell<Option<Error>>;
@@ -19,16 +19,12 @@ pub(crate) fn fail_with<E: de::Error>(slot: &ErrorSlot, error: Error) -> E {
 }
 
 /// Parses `text` as one object with `visitor`, which stores its own errors in `slot`. `convert` converts those of serde.
-///
-/// # Errors
-///
-/// Returns the stored error, or the result of `convert`.
 pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     text: &'de str,
     slot: &ErrorSlot,
     visitor: V,
     convert: impl FnOnce(serde_json::Error) -> Error,
-) -> Result<V::Value> {
+) -> Result<V::Value, Error> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let outcome = ObjectSeed(visitor)
         .deserialize(&mut deserializer)
@@ -36,16 +32,12 @@ pub(crate) fn parse_object<'de, V: Visitor<'de>>(
     outcome.map_err(|error| slot.take().unwrap_or_else(|| convert(error)))
 }
 
-/// Deserializes an object with a visitor.
 pub(crate) struct ObjectSeed<V>(pub(crate) V);
 
 impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {
     type Value = V::Value;
 
-    fn deserialize<D: Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> std::result::Result<Self::Value, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self.0)
     }
 }
@@ -55,9 +47,15 @@ impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for ObjectSeed<V> {
 pub(crate) struct IgnoredValue;
 
 impl<'de> de::Deserialize<'de> for IgnoredValue {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(IgnoredValue)
     }
+}
+
+macro_rules! ignore {
+    ($( $visit:ident($value:ty) )*) => {
+        $( fn $visit<E: de::Error>(self, _: $value) -> Result<IgnoredValue, E> { Ok(self) } )*
+    };
 }
 
 impl<'de> Visitor<'de> for IgnoredValue {
@@ -67,36 +65,24 @@ impl<'de> Visitor<'de> for IgnoredValue {
         f.write_str("any value")
     }
 
-    fn visit_bool<E: de::Error>(self, _: bool) -> std::result::Result<IgnoredValue, E> {
+    ignore! {
+        visit_bool(bool)
+        visit_i64(i64)
+        visit_u64(u64)
+        visit_f64(f64)
+        visit_str(&str)
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<IgnoredValue, E> {
         Ok(self)
     }
 
-    fn visit_i64<E: de::Error>(self, _: i64) -> std::result::Result<IgnoredValue, E> {
-        Ok(self)
-    }
-
-    fn visit_u64<E: de::Error>(self, _: u64) -> std::result::Result<IgnoredValue, E> {
-        Ok(self)
-    }
-
-    fn visit_f64<E: de::Error>(self, _: f64) -> std::result::Result<IgnoredValue, E> {
-        Ok(self)
-    }
-
-    fn visit_str<E: de::Error>(self, _: &str) -> std::result::Result<IgnoredValue, E> {
-        Ok(self)
-    }
-
-    fn visit_unit<E: de::Error>(self) -> std::result::Result<IgnoredValue, E> {
-        Ok(self)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> std::result::Result<IgnoredValue, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<IgnoredValue, A::Error> {
         while elements.next_element::<IgnoredValue>()?.is_some() {}
         Ok(self)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<IgnoredValue, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<IgnoredValue, A::Error> {
         while map.next_entry::<JsonText<'de>, IgnoredValue>()?.is_some() {}
         Ok(self)
     }
@@ -106,7 +92,7 @@ impl<'de> Visitor<'de> for IgnoredValue {
 pub(crate) struct JsonText<'de>(pub(crate) Cow<'de, str>);
 
 impl<'de> de::Deserialize<'de> for JsonText<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct TextVisitor;
 
         impl<'de> Visitor<'de> for TextVisitor {
@@ -116,14 +102,11 @@ impl<'de> de::Deserialize<'de> for JsonText<'de> {
                 f.write_str("a string")
             }
 
-            fn visit_borrowed_str<E: de::Error>(
-                self,
-                text: &'de str,
-            ) -> std::result::Result<JsonText<'de>, E> {
+            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<JsonText<'de>, E> {
                 Ok(JsonText(Cow::Borrowed(text)))
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<JsonText<'de>, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<JsonText<'de>, E> {
                 Ok(JsonText(Cow::Owned(text.to_owned())))
             }
         }

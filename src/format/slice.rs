@@ -183,28 +183,4 @@ mod tests {
             }
         }
     }
-
-    #[test]
-    fn an_empty_range_has_no_bytes() {
-        let slice = Slice::plan("t", Dtype::F64, &[3, 3], &[range(1, 1, 1), range(0, 3, 1)]).expect("valid");
-        assert_eq!((slice.shape(), slice.nbytes()), (&[0, 3][..], 0));
-        assert_eq!(slice.byte_ranges().count(), 0);
-    }
-
-    #[test]
-    fn half_bytes_are_refused() {
-        assert_eq!(ranges(Dtype::F4, &[2, 4], &[range(0, 2, 1), range(2, 4, 1)]), [1..2, 3..4]);
-        for axes in [[range(0, 2, 1), range(1, 3, 1)], [range(0, 2, 1), range(0, 3, 1)]] {
-            let error = Slice::plan("t", Dtype::F4, &[2, 4], &axes).expect_err("splits a byte");
-            assert_eq!(error.kind(), ErrorKind::Slice);
-        }
-    }
-
-    #[test]
-    fn out_of_range_is_refused() {
-        for axis in [range(0, 4, 1), range(2, 1, 1), range(0, 3, 0)] {
-            let error = Slice::plan("t", Dtype::U8, &[3], &[axis]).expect_err("outside");
-            assert_eq!(error.kind(), ErrorKind::Slice);
-        }
-    }
 }

@@ -99,7 +99,7 @@ impl TensorFile {
         expect_sequential(&file);
         let file = OpenFile { file, path: path.to_path_buf() };
         let source = match backend {
-            Backend::Mmap => Source::mapped(&file, length)?,
+            Backend::Mmap => Source::Mapped(Arc::new(Mapping::new(&file, length)?)),
             Backend::Pread => Source::File(file),
         };
         Ok(TensorFile { header, source, path: Some(path.to_path_buf()) })
@@ -129,7 +129,6 @@ impl TensorFile {
         &self.header
     }
 
-    /// Returns the source of the bytes.
     pub(crate) fn source(&self) -> &Source {
         &self.source
     }

@@ -36,12 +36,7 @@ const POPULATE_BYTES: usize = 1 << 20;
 /// Smaller mappings are not worth a thread: starting it takes longer than all their page faults.
 const BACKGROUND_BYTES: usize = 16 << 20;
 
-/// Reads and maps all of `mappings`, one after the other.
-///
-/// # Errors
-///
-/// Those of [`threads`](crate::threads()). With [`Prefault::Wait`] only: [`ErrorKind::Io`](crate::ErrorKind::Io) if a
-/// read fails, [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file is shorter than the mapping.
+/// Reads and maps all of `mappings`, one after the other. Reports errors of reads with [`Prefault::Wait`] only.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
     if when == Prefault::Wait {
         return mappings.iter().try_for_each(|mapping| wait(mapping));
@@ -70,12 +65,8 @@ fn residency_of(mapping: &Mapping, file: Option<&File>) -> Residency {
     file.map_or(Residency::Unknown, |file| residency(file, 0..mapping.len() as u64))
 }
 
-/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known.
-///
-/// # Errors
-///
-/// [`ErrorKind::Io`](crate::ErrorKind::Io), and [`ErrorKind::FileChanged`](crate::ErrorKind::FileChanged) if the file
-/// ends before them.
+/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known. The kind of the
+/// error is `FileChanged` if the file ends before them.
 pub(crate) fn read_and_map(
     mapping: &Mapping,
     file: Option<&OpenFile>,
@@ -105,7 +96,6 @@ struct Prefaulter {
     next: AtomicUsize,
 }
 
-/// How a mapping is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
     residency: Residency,
@@ -184,7 +174,6 @@ fn chunk_count(mapping: &Mapping) -> usize {
     mapping.len().div_ceil(CHUNK_BYTES)
 }
 
-/// Returns the range of chunk number `chunk`.
 fn chunk_range(mapping: &Mapping, chunk: usize) -> Range<usize> {
     let start = chunk * CHUNK_BYTES;
     start..mapping.len().min(start + CHUNK_BYTES)
@@ -229,20 +218,32 @@ fn populate(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::read::source::Source;
     use std::io::Write;
+    use std::path::Path;
     use std::time::{Duration, Instant};
 
     const BYTES: usize = 2 * BACKGROUND_BYTES + 12345;
 
     /// A mapped file of [`BYTES`] bytes.
-    fn mapped() -> (tempfile::NamedTempFile, Source) {
+    fn mapped() -> (tempfile::NamedTempFile, Arc<Mapping>) {
         let mut file = tempfile::NamedTempFile::new().expect("a file");
         file.write_all(&vec![7; BYTES]).expect("write");
-        let opened =
-            OpenFile { file: File::open(file.path()).expect("open"), path: file.path().to_path_buf() };
-        let source = Source::mapped(&opened, BYTES as u64).expect("map");
-        (file, source)
+        let opened = file.reopen().expect("open");
+        let mapping = map(opened, file.path(), BYTES);
+        (file, mapping)
+    }
+
+    fn map(file: File, path: &Path, length: usize) -> Arc<Mapping> {
+        let file = OpenFile { file, path: path.to_path_buf() };
+        Arc::new(Mapping::new(&file, length as u64).expect("map"))
+    }
+
+    fn assert_soon(condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !condition() {
+            assert!(Instant::now() < deadline, "not within 20 seconds");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// How many bytes of the mapping this process has page table entries for.
@@ -272,8 +273,7 @@ mod tests {
 
     #[test]
     fn reopens_only_the_same_file() {
-        let (file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        let (file, mapping) = mapped();
         let path = file.path().to_path_buf();
         let opened = mapping.reopen().expect("exists");
         assert_eq!((opened.path, opened.file.metadata().expect("open").len()), (path.clone(), BYTES as u64));
@@ -283,91 +283,66 @@ mod tests {
         std::fs::write(&path, vec![7; BYTES]).expect("written");
         assert!(mapping.reopen().is_none(), "another file");
         // Its pages can only be read through the mapping.
-        prefault(&[mapping], Prefault::Wait).expect("prefault");
-        assert!(resident(mapping) >= BYTES as u64);
+        prefault(&[&mapping], Prefault::Wait).expect("prefault");
+        assert!(resident(&mapping) >= BYTES as u64);
         std::fs::rename(&moved, &path).expect("renamed");
         assert!(mapping.reopen().is_some(), "back again");
     }
 
     #[test]
     fn maps_files_of_unknown_residency() {
-        let (_file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        read_and_map(mapping, None, 0..BYTES, Residency::Unknown).expect("mapped");
-        assert!(resident(mapping) >= BYTES as u64);
+        let (_file, mapping) = mapped();
+        read_and_map(&mapping, None, 0..BYTES, Residency::Unknown).expect("mapped");
+        assert!(resident(&mapping) >= BYTES as u64);
     }
 
     #[test]
     fn starts_no_thread_for_a_small_mapping() {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BACKGROUND_BYTES as u64 - 1).expect("grow");
-        let opened = OpenFile { file, path: "small".into() };
-        let source = Source::mapped(&opened, BACKGROUND_BYTES as u64 - 1).expect("map");
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        prefault(&[mapping], Prefault::Background).expect("prefault");
-        assert_eq!((Arc::strong_count(mapping), Arc::weak_count(mapping)), (1, 0));
+        let mapping = map(file, "small".as_ref(), BACKGROUND_BYTES - 1);
+        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        assert_eq!((Arc::strong_count(&mapping), Arc::weak_count(&mapping)), (1, 0));
     }
 
     #[test]
     fn prefaults_several_mappings() {
         let several = [mapped(), mapped(), mapped()];
-        let parts: Vec<&Arc<Mapping>> = several
-            .iter()
-            .map(|(_, source)| match source {
-                Source::Mapped(mapping) => mapping,
-                _ => panic!("mapped"),
-            })
-            .collect();
-        prefault(&parts, Prefault::Background).expect("prefault");
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while parts.iter().any(|mapping| resident(mapping) < BYTES as u64) {
-            assert!(Instant::now() < deadline, "not all pages were mapped");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let mappings: Vec<&Arc<Mapping>> = several.iter().map(|(_, mapping)| mapping).collect();
+        prefault(&mappings, Prefault::Background).expect("prefault");
+        assert_soon(|| mappings.iter().all(|mapping| resident(mapping) >= BYTES as u64));
     }
 
     #[test]
     fn wait_maps_every_page() {
-        let (_file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        assert_eq!(resident(mapping), 0);
-        prefault(&[mapping], Prefault::Wait).expect("prefault");
-        assert!(resident(mapping) >= BYTES as u64, "{}", resident(mapping));
+        let (_file, mapping) = mapped();
+        assert_eq!(resident(&mapping), 0);
+        prefault(&[&mapping], Prefault::Wait).expect("prefault");
+        assert!(resident(&mapping) >= BYTES as u64, "{}", resident(&mapping));
     }
 
     #[test]
     fn background_maps_every_page() {
-        let (_file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        prefault(&[mapping], Prefault::Background).expect("prefault");
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while resident(mapping) < BYTES as u64 {
-            assert!(Instant::now() < deadline, "only {} bytes were mapped", resident(mapping));
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let (_file, mapping) = mapped();
+        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        assert_soon(|| resident(&mapping) >= BYTES as u64);
     }
 
     #[test]
     fn wait_fails_for_a_truncated_file() {
-        let (file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
+        let (file, mapping) = mapped();
         file.as_file().set_len(100_000).expect("cut");
-        let error = prefault(&[mapping], Prefault::Wait).expect_err("cut short");
+        let error = prefault(&[&mapping], Prefault::Wait).expect_err("cut short");
         assert_eq!(error.kind(), crate::ErrorKind::FileChanged);
-        prefault(&[mapping], Prefault::Background).expect("errors are ignored");
+        prefault(&[&mapping], Prefault::Background).expect("errors are ignored");
     }
 
     #[test]
     fn background_threads_stop_when_the_mapping_is_dropped() {
-        let (_file, source) = mapped();
-        let Source::Mapped(mapping) = &source else { panic!("mapped") };
-        let watched = Arc::downgrade(mapping);
-        prefault(&[mapping], Prefault::Background).expect("prefault");
-        drop(source);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while watched.strong_count() > 0 {
-            assert!(Instant::now() < deadline, "still mapped");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let (_file, mapping) = mapped();
+        let watched = Arc::downgrade(&mapping);
+        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        drop(mapping);
+        assert_soon(|| watched.strong_count() == 0);
     }
 }

@@ -61,7 +61,7 @@ struct Shared {
     filled: Condvar,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     cursor: Cursor,
     slabs: Vec<Slab>,
@@ -76,7 +76,6 @@ struct State {
     stopped: bool,
 }
 
-/// The address of a slab.
 #[derive(Clone, Copy, Debug)]
 struct Slab(*mut u8);
 
@@ -116,10 +115,6 @@ impl Prefetcher {
     }
 
     /// As [`Prefetcher::new`], for a `slice` that was made for the tensor at `index`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Prefetcher::new`].
     ///
     /// # Safety
     ///
@@ -175,11 +170,7 @@ impl Prefetcher {
             cursor: Cursor::new(&requests),
             free: (0..slabs.len()).rev().collect(),
             slabs: slabs.iter().copied().map(Slab).collect(),
-            full: VecDeque::new(),
-            filling: 0,
-            waiting: 0,
-            failure: None,
-            stopped: false,
+            ..State::default()
         };
         let shared = Arc::new(Shared {
             file,

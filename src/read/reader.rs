@@ -39,7 +39,6 @@ unsafe impl Send for ReadRange {}
 // SAFETY: as above.
 unsafe impl Sync for ReadRange {}
 
-/// Returns the sum of the lengths of `ranges`.
 pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
 }
@@ -65,10 +64,6 @@ pub(crate) unsafe fn read(
 }
 
 /// As [`read`], on the calling thread, with the `strategy` of the larger read that this is part of.
-///
-/// # Errors
-///
-/// As [`read`].
 ///
 /// # Safety
 ///
@@ -96,23 +91,19 @@ pub(crate) struct PendingRead {
 
 impl PendingRead {
     /// Plans a read; reads nothing yet.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`threads`](crate::threads()).
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
         let chunks = Chunks::new(ranges.iter().map(|range| range.length));
-        let strategy = ReadStrategy::new(method, &ranges, &chunks, ThreadLimit::current()?);
+        let (threads, bytes) = (ThreadLimit::current()?, chunks.total_bytes());
+        let wanted = parallel::thread_count(threads, bytes, chunks.len());
+        let strategy = ReadStrategy::of(method, bytes, || extent(&ranges), wanted, threads);
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
-    /// Returns the bytes of all ranges.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
         self.chunks.total_bytes()
     }
 
-    /// Returns the bytes that were read.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn done_bytes(&self) -> usize {
         self.chunks.bytes_before(self.next)
@@ -120,10 +111,6 @@ impl PendingRead {
 
     /// Reads until all ranges are done or `deadline` has passed, but at least one chunk. `method` must be one of the
     /// source that the read was planned for; `fresh` is as for [`read`].
-    ///
-    /// # Errors
-    ///
-    /// As [`read`].
     ///
     /// # Safety
     ///
@@ -257,16 +244,6 @@ pub(crate) struct ReadStrategy {
 }
 
 impl ReadStrategy {
-    fn new(
-        method: ReadMethod<'_>,
-        ranges: &[ReadRange],
-        chunks: &Chunks,
-        threads: ThreadLimit,
-    ) -> ReadStrategy {
-        let wanted = parallel::thread_count(threads, chunks.total_bytes(), chunks.len());
-        ReadStrategy::of(method, chunks.total_bytes(), || extent(ranges), wanted, threads)
-    }
-
     /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
     pub(crate) fn of(
         method: ReadMethod<'_>,

@@ -41,7 +41,7 @@ pub(super) fn extent(requests: &[Request]) -> Range<u64> {
 }
 
 /// The position up to which requests were assigned to slabs, in file order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Cursor {
     order: Vec<usize>,
     /// An index into `order`.
@@ -62,7 +62,6 @@ impl Cursor {
         self.next == self.order.len()
     }
 
-    /// Returns the parts of the next slab.
     pub(super) fn next(&mut self, requests: &[Request], slab_bytes: usize) -> Vec<SlabPart> {
         let mut parts = Vec::new();
         let mut start = 0;

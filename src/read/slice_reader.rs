@@ -28,10 +28,6 @@ pub(crate) struct SliceReader<'a> {
 impl SliceReader<'_> {
     /// Reads the given range of the slice's own bytes to `destination`, without gaps.
     ///
-    /// # Errors
-    ///
-    /// As [`reader::read`].
-    ///
     /// # Safety
     ///
     /// `destination` must be valid for writes of as many bytes and must not overlap the source.

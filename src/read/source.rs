@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -12,8 +12,7 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::directory::Directory;
-use crate::sys::directory::nul_in_path;
+use crate::sys::directory::{Directory, identity, nul_in_path};
 use crate::sys::page_cache::COLD_READ_BYTES;
 
 /// How tensors are read from a file.
@@ -55,19 +54,18 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
+    pub(crate) fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
         let OpenFile { file, path } = file;
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
-        let identity = identity(file).map_err(|source| Error::io("inspect", path, source))?;
+        let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
         // Without reserved swap, a model larger than memory can be mapped: most of it is never written to.
         // SAFETY: the pages may change, but no reference to them is made: reads copy by address, saves take `RawBytes`.
         let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
         let map = map.map_err(|source| cannot_map(path, source))?;
-        Ok(Mapping { map: map.into(), path: path.clone(), identity })
+        Ok(Mapping { map: map.into(), path: path.clone(), identity: identity(&metadata) })
     }
 
-    /// Returns the path that the file was opened by.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -75,7 +73,7 @@ impl Mapping {
     /// Opens the file again. Returns `None` if it was replaced or removed, or cannot be opened.
     pub(crate) fn reopen(&self) -> Option<OpenFile> {
         let file = open_to_read(&self.path).ok()?;
-        let is_same = identity(&file).is_ok_and(|identity| identity == self.identity);
+        let is_same = file.metadata().is_ok_and(|metadata| identity(&metadata) == self.identity);
         is_same.then(|| OpenFile { file, path: self.path.clone() })
     }
 
@@ -100,7 +98,6 @@ impl Mapping {
     }
 }
 
-/// Memory that the caller owns.
 #[derive(Debug)]
 pub(crate) struct ExternalMemory {
     pub(crate) start: *const u8,
@@ -132,7 +129,6 @@ impl ExternalMemory {
     }
 }
 
-/// An open file and its path.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
     pub(crate) file: File,
@@ -142,11 +138,8 @@ pub(crate) struct OpenFile {
 /// Where the bytes of a safetensors file are.
 #[derive(Debug)]
 pub(crate) enum Source {
-    /// A mapped file.
     Mapped(Arc<Mapping>),
-    /// A file that is read.
     File(OpenFile),
-    /// Memory.
     Memory(ExternalMemory),
 }
 
@@ -171,11 +164,6 @@ pub(crate) enum ReadMethod<'a> {
 }
 
 impl Source {
-    /// Maps a file of `length` bytes.
-    pub(crate) fn mapped(file: &OpenFile, length: u64) -> Result<Source> {
-        Ok(Source::Mapped(Arc::new(Mapping::new(file, length)?)))
-    }
-
     /// Reopens a mapped file before `bytes` of it are copied, if they are many: reading pages that are not in memory is
     /// faster than touching them. Pass the result to [`Source::method`].
     pub(crate) fn reopen(&self, bytes: usize) -> Option<OpenFile> {
@@ -205,11 +193,8 @@ impl Source {
     }
 }
 
-/// Opens a regular file for reading. Returns its length in bytes too.
-///
-/// # Errors
-///
-/// [`ErrorKind::Io`], with `EISDIR` for a directory and `ENODEV` for a pipe, a socket or a device.
+/// Opens a regular file for reading. Returns its length in bytes too. `EISDIR` for a directory, `ENODEV` for a pipe, a
+/// socket or a device.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     regular(open_to_read(path), path)
 }
@@ -232,12 +217,6 @@ fn regular(opened: io::Result<File>, path: &Path) -> Result<(File, u64)> {
 fn open_to_read(path: &Path) -> io::Result<File> {
     // Without O_NONBLOCK, opening a pipe would wait for a writer.
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)
-}
-
-/// Returns the device and inode number of a file.
-fn identity(file: &File) -> io::Result<(u64, u64)> {
-    let metadata = file.metadata()?;
-    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Makes the kernel read further ahead in `file`, also when a mapping of it is touched.

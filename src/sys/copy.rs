@@ -8,11 +8,8 @@ use crate::sys::threads::ThreadLimit;
 /// A run of bytes and its destination.
 #[derive(Clone, Copy, Debug)]
 pub struct CopyRange {
-    /// The first byte.
     pub source: *const u8,
-    /// The first byte of the destination.
     pub destination: *mut u8,
-    /// The number of bytes.
     pub length: usize,
 }
 
@@ -67,7 +64,6 @@ pub unsafe fn copy_ranges(ranges: &[CopyRange], fresh: Option<&PagePopulator>) -
 pub unsafe fn copy_nontemporal(source: *const u8, destination: *mut u8, length: usize) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
 
-    /// A cache line.
     const LINE: usize = 64;
     const LANE: usize = size_of::<__m128i>();
 

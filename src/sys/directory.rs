@@ -21,7 +21,6 @@ pub(crate) fn open_parent(path: &Path, action: &str) -> Result<(Directory, OsStr
     Directory::open_parent(path).map_err(|source| Error::io(action, path, source))
 }
 
-/// Returns the error for a path that contains NUL.
 pub(crate) fn nul_in_path(path: &Path) -> Error {
     let detail = format!("file name {path:?} contains a NUL byte; no file can have it");
     Error::new(ErrorKind::InvalidArgument, detail)
@@ -35,7 +34,6 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    /// Opens the directory at `path`.
     pub(crate) fn open(path: &Path) -> io::Result<Directory> {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC);
@@ -62,24 +60,16 @@ impl Directory {
         Ok(Directory { file, path: self.path_of(name) })
     }
 
-    /// Returns the path that opened this directory, for messages.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the path of `name`, for messages.
     pub(crate) fn path_of(&self, name: &OsStr) -> PathBuf {
         self.path.join(name)
     }
 
-    /// Returns the device and inode of this directory.
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
         self.file.metadata().map(|metadata| identity(&metadata))
-    }
-
-    /// Returns the metadata of the directory itself.
-    pub(crate) fn metadata(&self) -> io::Result<Metadata> {
-        self.file.metadata()
     }
 
     /// Returns the `O_PATH` descriptor.
@@ -138,7 +128,6 @@ impl Directory {
         Err(io::Error::from_raw_os_error(libc::ESTALE))
     }
 
-    /// Returns the target of the symbolic link `name`.
     pub(crate) fn read_link(&self, name: &OsStr) -> io::Result<PathBuf> {
         let name = c_string(name)?;
         let mut target = vec![0u8; libc::PATH_MAX as usize];
@@ -173,12 +162,10 @@ impl Directory {
         check_status(unsafe { libc::renameat(fd, from.as_ptr(), fd, to.as_ptr()) })
     }
 
-    /// Removes the file `name`.
     pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
         self.unlink(name, 0)
     }
 
-    /// Removes the empty directory `name`.
     pub(crate) fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
         self.unlink(name, libc::AT_REMOVEDIR)
     }
@@ -189,7 +176,6 @@ impl Directory {
         check_status(unsafe { libc::unlinkat(self.file.as_raw_fd(), name.as_ptr(), flags) })
     }
 
-    /// Creates the directory `name`.
     pub(crate) fn create_directory(&self, name: &OsStr) -> io::Result<()> {
         let name = c_string(name)?;
         // SAFETY: `self.file` keeps the descriptor open; `c_string` ends the name in NUL, and it outlives the call.
@@ -219,7 +205,6 @@ impl Directory {
     }
 }
 
-/// Iterates over the names in a directory.
 struct DirectoryStream(*mut libc::DIR);
 
 impl DirectoryStream {
@@ -296,30 +281,8 @@ fn check_status(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A C string that allocates only if it is longer than a file name can be.
-struct Name {
-    short: [u8; 256],
-    long: Option<CString>,
-}
-
-impl Name {
-    fn as_ptr(&self) -> *const libc::c_char {
-        self.long.as_ref().map_or(self.short.as_ptr().cast(), |long| long.as_ptr())
-    }
-}
-
-fn c_string(name: &OsStr) -> io::Result<Name> {
-    let bytes = name.as_bytes();
-    if bytes.contains(&0) {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
-    let mut short = [0; 256];
-    // The byte after the name stays 0.
-    let long = if bytes.len() < short.len() { None } else { Some(CString::new(bytes)?) };
-    if long.is_none() {
-        short[..bytes.len()].copy_from_slice(bytes);
-    }
-    Ok(Name { short, long })
+fn c_string(name: &OsStr) -> io::Result<CString> {
+    CString::new(name.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 #[cfg(test)]
@@ -377,13 +340,8 @@ mod tests {
         }
         let opened = Directory::open(directory.path()).expect("opened");
         let is_link = |at: &str| {
-            opened
-                .open_entry(name(at))
-                .expect("inspected")
-                .expect("exists")
-                .metadata()
-                .expect("metadata")
-                .is_symlink()
+            let entry = opened.open_entry(name(at)).expect("inspected").expect("exists");
+            entry.metadata().expect("metadata").is_symlink()
         };
         assert!(is_link("link") && is_link("dangling") && is_link("loop") && !is_link("file"));
         let target = opened.open_link_target(name("link")).expect("inspected").expect("exists");

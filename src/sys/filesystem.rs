@@ -22,7 +22,6 @@ pub(crate) fn is_local(file: &File) -> bool {
     kind_of(file).is_some_and(|kind| LOCAL.contains(&kind))
 }
 
-/// Returns whether `file` is under /proc.
 pub(crate) fn is_proc(file: &File) -> bool {
     kind_of(file) == Some(libc::PROC_SUPER_MAGIC as libc::c_long)
 }

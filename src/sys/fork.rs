@@ -7,12 +7,10 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct OwnerProcess(u32);
 
 impl OwnerProcess {
-    /// Returns the current process.
     pub fn current() -> OwnerProcess {
         OwnerProcess(std::process::id())
     }
 
-    /// Returns another process.
     #[cfg(test)]
     pub fn other() -> OwnerProcess {
         OwnerProcess(std::process::id() ^ 1)
@@ -24,10 +22,6 @@ impl OwnerProcess {
     }
 
     /// Checks that `object` ("save", "edit") is used by the process that created it.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::InvalidArgument`] after a fork.
     pub fn check(self, object: &str) -> Result<()> {
         if self.is_current() {
             return Ok(());

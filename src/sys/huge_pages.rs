@@ -16,7 +16,6 @@ pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// The more expensive kind is tried again after this many times the expected cost of the trial.
 const TRIAL_INTERVAL: u64 = 16;
 
-/// The two kinds of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageKind {
     Small,
@@ -40,10 +39,6 @@ struct Cost(AtomicU64);
 static COSTS: Costs = Costs::new();
 
 impl Cost {
-    const fn new() -> Cost {
-        Cost(AtomicU64::new(0))
-    }
-
     /// Returns the smaller of the last two times, to ignore a single disturbed piece.
     fn recent(&self) -> Option<u64> {
         let both = self.0.load(Ordering::Relaxed);
@@ -61,7 +56,11 @@ impl Cost {
 
 impl Costs {
     const fn new() -> Costs {
-        Costs { small: Cost::new(), huge: Cost::new(), since_trial: AtomicU64::new(0) }
+        Costs {
+            small: Cost(AtomicU64::new(0)),
+            huge: Cost(AtomicU64::new(0)),
+            since_trial: AtomicU64::new(0),
+        }
     }
 
     /// Returns the kind for the next piece. Report its time with [`Costs::add`].
@@ -80,7 +79,6 @@ impl Costs {
         costlier
     }
 
-    /// Records the time of a piece of that kind.
     fn add(&self, kind: PageKind, nanoseconds: u64) {
         match kind {
             PageKind::Small => self.small.add(nanoseconds),
@@ -113,7 +111,6 @@ impl PagePopulator {
         PagePopulator { start, length, advice: AtomicU8::new(NO_ADVICE) }
     }
 
-    /// Returns the number of bytes.
     pub(crate) fn len(&self) -> usize {
         self.length
     }
@@ -309,14 +306,5 @@ mod tests {
         fresh.populate(0..7 * HUGE_PAGE_BYTES - 9000);
         assert_eq!(resident(), pages(HUGE_PAGE_BYTES..6 * HUGE_PAGE_BYTES));
         assert!(map.iter().all(|&byte| byte == 0));
-    }
-
-    #[test]
-    fn a_page_is_resident_after_a_write() {
-        let mut map = memmap2::MmapMut::map_anon(HUGE_PAGE_BYTES).expect("memory");
-        let address = map.as_mut_ptr().wrapping_add(123_456);
-        assert!(!is_resident(address));
-        map[123_000] = 1;
-        assert!(is_resident(address));
     }
 }

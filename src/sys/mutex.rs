@@ -7,7 +7,6 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{self, Condvar, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// A lock and the data that it protects.
 #[derive(Debug)]
 pub struct Mutex<T> {
     data: sync::Mutex<T>,
@@ -22,12 +21,10 @@ pub struct Guard<'a, T> {
 }
 
 impl<T> Mutex<T> {
-    /// Returns an unlocked mutex.
     pub fn new(data: T) -> Mutex<T> {
         Mutex { data: sync::Mutex::new(data) }
     }
 
-    /// Acquires the lock.
     pub fn lock(&self) -> Guard<'_, T> {
         let guard = self.data.lock().unwrap_or_else(PoisonError::into_inner);
         sanitizer::acquired(self);

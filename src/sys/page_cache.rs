@@ -17,7 +17,6 @@ const SAMPLE_BYTES: u64 = 1 << 20;
 /// `cachestat(2)`, Linux 6.5 and later; the number is the same on every architecture of Rust's libc.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// The kernel's `struct cachestat_range`.
 #[repr(C)]
 struct CachestatRange {
     offset: u64,
@@ -86,7 +85,6 @@ fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     (status == 0).then(|| answer.cached.saturating_mul(page_size() as u64))
 }
 
-/// Returns the size of a page.
 pub fn page_size() -> usize {
     // SAFETY: sysconf takes no pointer and is defined for every argument.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };

@@ -22,21 +22,14 @@ pub fn thread_count(threads: ThreadLimit, bytes: usize, items: usize) -> usize {
     threads.max().min(items).max(1)
 }
 
-/// Calls `work` with each number below `items`, on `threads` threads including the calling one.
-///
-/// # Errors
-///
-/// Returns the first error of `work`; no items are started after it.
+/// Calls `work` with each number below `items`, on `threads` threads including the calling one. Returns the first error of
+/// `work`; no items are started after it.
 pub fn for_each(items: usize, threads: usize, work: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     for_each_until(None, 0..items, threads, work).map(|_| ())
 }
 
 /// Calls `work` with the numbers in `items`, in order, and starts none after `deadline` except the first. Returns the first
 /// number that was not started; `work` has returned for all numbers below it.
-///
-/// # Errors
-///
-/// As [`for_each`].
 pub fn for_each_until(
     deadline: Option<Instant>,
     items: Range<usize>,
@@ -100,12 +93,10 @@ impl Chunks {
         Chunks { ends: ends.collect() }
     }
 
-    /// Returns the sum of the lengths.
     pub fn total_bytes(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Returns the number of chunks.
     pub fn len(&self) -> usize {
         self.total_bytes().div_ceil(CHUNK_BYTES)
     }

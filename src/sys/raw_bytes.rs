@@ -24,8 +24,9 @@ unsafe impl Send for RawBytes<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for RawBytes<'_> {}
 
-impl<'a> From<&'a [u8]> for RawBytes<'a> {
-    fn from(bytes: &'a [u8]) -> RawBytes<'a> {
+impl<'a, T: AsRef<[u8]> + ?Sized> From<&'a T> for RawBytes<'a> {
+    fn from(bytes: &'a T) -> RawBytes<'a> {
+        let bytes = bytes.as_ref();
         RawBytes { start: bytes.as_ptr(), length: bytes.len(), lifetime: PhantomData }
     }
 }
@@ -40,7 +41,6 @@ impl<'a> RawBytes<'a> {
         RawBytes { start, length, lifetime: PhantomData }
     }
 
-    /// Returns the memory of each slice.
     pub(crate) fn of_slices(slices: &[&'a [u8]]) -> Vec<RawBytes<'a>> {
         slices.iter().map(|&bytes| bytes.into()).collect()
     }

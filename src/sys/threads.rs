@@ -39,11 +39,8 @@ pub fn threads() -> Result<usize> {
     }
 }
 
-/// Returns the number in the environment variable `name`, or `default` if it is unset or empty.
-///
-/// # Errors
-///
-/// [`ErrorKind::InvalidArgument`] if the variable is not a number, rather than ignoring a setting silently.
+/// Returns the number in the environment variable `name`, or `default` if it is unset or empty. An error if it is not a
+/// number, rather than ignoring a setting silently.
 pub(crate) fn env_number(name: &str, default: u64) -> Result<u64> {
     let Some(text) = std::env::var_os(name).filter(|text| !text.is_empty()) else { return Ok(default) };
     text.to_str().and_then(|text| text.trim().parse().ok()).ok_or_else(|| {
@@ -62,11 +59,6 @@ pub(crate) struct ThreadLimit {
 }
 
 impl ThreadLimit {
-    /// Returns the limit of the process.
-    ///
-    /// # Errors
-    ///
-    /// As [`threads`].
     pub(crate) fn current() -> Result<ThreadLimit> {
         Ok(ThreadLimit { limit: threads()? })
     }

@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::sys::directory::open_parent;
 use crate::sys::raw_bytes::RawBytes;
 
-/// A save that has been started.
 #[derive(Debug)]
 pub(crate) enum Output {
     Atomic(AtomicFile),

@@ -139,11 +139,7 @@ impl MemoryWriter {
         MemoryWriter { next: start, left: length, fresh }
     }
 
-    /// Appends `pieces`.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::BufferSize`] if they are more than is left; nothing is written then.
+    /// Appends `pieces`. Writes nothing if they are more than is left.
     pub(crate) fn write<'a>(&mut self, pieces: impl Iterator<Item = RawBytes<'a>>) -> Result<()> {
         let mut ranges = Vec::with_capacity(pieces.size_hint().0);
         let (mut next, mut left) = (self.next, self.left);

@@ -29,7 +29,6 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    /// Returns what `name` is.
     pub(crate) fn find(directory: &Directory, name: &OsStr) -> io::Result<Target> {
         let Some(entry) = directory.open_entry(name)? else { return Ok(Target::Replaced) };
         let kind = entry.metadata()?.file_type();

@@ -72,7 +72,6 @@ fn sync_file_range(file: &File, range: Range<u64>, flags: libc::c_uint) -> io::R
     }
 }
 
-/// Writes all of `bytes` at `offset`.
 pub(crate) fn write_all_at(file: &File, mut bytes: RawBytes<'_>, mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         let (part, rest) = bytes.split_at(in_block(offset, bytes.len()));
@@ -96,7 +95,6 @@ impl<'a> Appender<'a> {
         Appender { file, length }
     }
 
-    /// Records that `count` bytes were appended.
     pub(crate) fn appended(&mut self, count: u64) {
         let end = *self.length + count;
         start(self.file, *self.length..end);

@@ -5,10 +5,6 @@ use super::tensor::TensorInfo;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Encodes the bytes before the data: length, JSON, and spaces up to a multiple of `alignment`, a multiple of 8.
-///
-/// # Errors
-///
-/// [`ErrorKind::HeaderTooLarge`] if the JSON with its padding exceeds [`MAX_HEADER_BYTES`].
 pub fn encode<'a>(
     entries: impl Iterator<Item = TensorInfo<'a>>,
     metadata: Option<&Metadata>,
@@ -51,20 +47,14 @@ pub fn encode_unpadded<'a>(
 }
 
 /// Pads the result of [`encode_unpadded`] to `padded` bytes with spaces, and sets the length.
-///
-/// # Errors
-///
-/// As [`encode`].
 pub fn pad(mut out: Vec<u8>, padded: u64) -> Result<Vec<u8>> {
     let length = padded - LENGTH_BYTES;
     if length > MAX_HEADER_BYTES {
-        return Err(Error::new(
-            ErrorKind::HeaderTooLarge,
-            format!(
-                "the header would take {length} bytes, more than the {MAX_HEADER_BYTES} allowed: use shorter names, \
-                 less metadata, or several files"
-            ),
-        ));
+        let detail = format!(
+            "the header would take {length} bytes, more than the {MAX_HEADER_BYTES} allowed: use shorter names, less \
+             metadata, or several files"
+        );
+        return Err(Error::new(ErrorKind::HeaderTooLarge, detail));
     }
     out.resize(padded as usize, b' ');
     out[..LENGTH_BYTES as usize].copy_from_slice(&length.to_le_bytes());

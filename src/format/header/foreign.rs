@@ -83,12 +83,10 @@ mod tests {
     #[test]
     fn names_the_format_and_the_remedy() {
         for (start, expected) in [
-            (&b"version https://git-lfs.github.com/spec/v1\noid"[..], "git lfs pull"),
-            (b"  <!DOCTYPE HTML><p>", "HTML page"),
+            (&b"  <!DOCTYPE HTML><p>"[..], "HTML page"),
             (b"<html lang=en>", "HTML page"),
             (b"PK\x03\x04rest", "torch.load"),
             (b"{\"error\":\"not found\"}", "JSON without"),
-            (b"GGUF\x03\0\0\0", "GGUF"),
             (b"Entry not found", "a server's answer instead of the file"),
             (b"Invalid username or password.", "access token"),
             (b"404: Not Found", "fetch it again"),

@@ -6,21 +6,19 @@ use std::fmt;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::table::{ArenaRange, Header, METADATA_KEY, Metadata, TensorRecord};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind};
 use crate::format::dtype::Dtype;
 use crate::format::json::{self, ErrorSlot, IgnoredValue, JsonText, fail_with};
 
-pub(super) fn parse(json: &[u8]) -> Result<Header> {
+pub(super) fn parse(json: &[u8]) -> Result<Header, Error> {
     if json.is_empty() {
         let detail = "the header length is 0: space was set aside for the file, but it was never written (a download \
                       that was interrupted?), or it is not a safetensors file; fetch or save it again";
         return Err(Error::new(ErrorKind::HeaderJson, detail));
     }
     let text = std::str::from_utf8(json).map_err(|error| {
-        Error::new(
-            ErrorKind::HeaderUtf8,
-            format!("the header is not UTF-8: bad byte at {}", error.valid_up_to()),
-        )
+        let detail = format!("the header is not UTF-8: bad byte at {}", error.valid_up_to());
+        Error::new(ErrorKind::HeaderUtf8, detail)
     })?;
     let mut header = Header {
         tensors: Vec::new(),
@@ -59,7 +57,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
         f.write_str("a JSON object that maps tensor names to their dtype, shape and data_offsets")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut seen_metadata = false;
         while let Some(JsonText(name)) = map.next_key()? {
             if name == METADATA_KEY {
@@ -67,7 +65,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
                     let detail = format!("the header has {METADATA_KEY:?} twice");
                     return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
                 }
-                self.header.metadata = map.next_value_seed(MetadataSeed { slot: self.slot })?;
+                self.header.metadata = map.next_value_seed(MetadataSeed(self.slot))?;
                 continue;
             }
             let raw = map.next_value_seed(TensorSeed {
@@ -90,17 +88,12 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
 }
 
 /// `__metadata__`: an object of strings, or null.
-struct MetadataSeed<'h> {
-    slot: &'h ErrorSlot,
-}
+struct MetadataSeed<'h>(&'h ErrorSlot);
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
     type Value = Option<Metadata>;
 
-    fn deserialize<D: Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> std::result::Result<Self::Value, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
@@ -112,20 +105,20 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         write!(f, "{METADATA_KEY:?} to be an object of strings, or null")
     }
 
-    fn visit_unit<E: de::Error>(self) -> std::result::Result<Self::Value, E> {
+    fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
         Ok(None)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut metadata = Metadata::new();
         while let Some(JsonText(key)) = map.next_key()? {
             let JsonText(value) = map.next_value().map_err(|error| {
                 let detail = format!("{METADATA_KEY:?}: the value of {key:?} must be a string: {error}");
-                fail_with(self.slot, Error::new(ErrorKind::HeaderJson, detail))
+                fail_with(self.0, Error::new(ErrorKind::HeaderJson, detail))
             })?;
             if metadata.insert(key.to_string(), value.into_owned()).is_some() {
                 let detail = format!("{METADATA_KEY:?} has the key {key:?} twice");
-                return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
+                return Err(fail_with(self.0, Error::new(ErrorKind::Duplicate, detail)));
             }
         }
         Ok(Some(metadata))
@@ -157,7 +150,7 @@ impl TensorSeed<'_> {
 impl<'de> DeserializeSeed<'de> for TensorSeed<'_> {
     type Value = RawTensor;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<RawTensor, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawTensor, D::Error> {
         let (name, slot) = (self.name, self.slot);
         deserializer.deserialize_map(self).map_err(|error| {
             if slot.borrow().is_some() {
@@ -175,7 +168,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
         f.write_str("an object with dtype, shape and data_offsets")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<RawTensor, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawTensor, A::Error> {
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
         while let Some(JsonText(field)) = map.next_key()? {
             let in_field =
@@ -226,7 +219,7 @@ struct Shape<'h>(&'h mut Vec<u64>);
 impl<'de> DeserializeSeed<'de> for Shape<'_> {
     type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<(), D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
         deserializer.deserialize_seq(self)
     }
 }
@@ -238,7 +231,7 @@ impl<'de> Visitor<'de> for Shape<'_> {
         f.write_str("an array of non-negative integers")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<(), A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         while let Some(dim) = seq.next_element()? {
             self.0.push(dim);
         }

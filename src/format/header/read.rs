@@ -12,13 +12,11 @@ impl Header {
     pub fn length(start: &[u8], file_length: u64) -> Result<u64> {
         let Some((length, rest)) = start.split_first_chunk::<8>() else {
             return Err(foreign::detect_foreign(start).unwrap_or_else(|| {
-                Error::new(
-                    ErrorKind::FileTooSmall,
-                    format!(
-                        "a safetensors file begins with 8 bytes of header length, but this has {file_length} byte(s) \
-                         in all; it was probably cut short: fetch or save it again"
-                    ),
-                )
+                let detail = format!(
+                    "a safetensors file begins with 8 bytes of header length, but this has {file_length} byte(s) in all; \
+                     it was probably cut short: fetch or save it again"
+                );
+                Error::new(ErrorKind::FileTooSmall, detail)
             }));
         };
         let length = u64::from_le_bytes(*length);
@@ -47,22 +45,18 @@ impl Header {
 fn check_length(length: u64, file_length: u64) -> Result<()> {
     let available = file_length.saturating_sub(LENGTH_BYTES);
     if length > MAX_HEADER_BYTES {
-        return Err(Error::new(
-            ErrorKind::HeaderTooLarge,
-            format!(
-                "the first 8 bytes say that the header has {length} bytes, more than the {MAX_HEADER_BYTES} \
+        let detail = format!(
+            "the first 8 bytes say that the header has {length} bytes, more than the {MAX_HEADER_BYTES} \
                  allowed: the file is damaged, or not a safetensors file"
-            ),
-        ));
+        );
+        return Err(Error::new(ErrorKind::HeaderTooLarge, detail));
     }
     if length > available {
-        return Err(Error::new(
-            ErrorKind::HeaderTruncated,
-            format!(
-                "the header should have {length} bytes, but only {available} follow its length: the file was cut short, \
+        let detail = format!(
+            "the header should have {length} bytes, but only {available} follow its length: the file was cut short, \
                  or is not a safetensors file"
-            ),
-        ));
+        );
+        return Err(Error::new(ErrorKind::HeaderTruncated, detail));
     }
     Ok(())
 }

@@ -25,7 +25,6 @@ impl TensorInfo<'_> {
     }
 }
 
-/// Returns the error for a missing tensor.
 pub(crate) fn tensor_not_found(name: &str) -> Error {
     Error::new(ErrorKind::TensorNotFound, format!("File does not contain tensor {name}"))
 }

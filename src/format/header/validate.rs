@@ -40,33 +40,27 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
     for tensor in header.iter() {
         let (begin, end, name) = (tensor.begin, tensor.end, tensor.name);
         if end < begin {
-            return Err(Error::new(
-                ErrorKind::Offsets,
-                format!("tensor {name:?}: data_offsets [{begin}, {end}] end before they begin"),
-            ));
+            let detail = format!("tensor {name:?}: data_offsets [{begin}, {end}] end before they begin");
+            return Err(Error::new(ErrorKind::Offsets, detail));
         }
         let needed = tensor_nbytes(name, tensor.dtype, tensor.shape)?;
         if end - begin != needed {
-            return Err(Error::new(
-                ErrorKind::SizeMismatch,
-                format!(
-                    "tensor {name:?}: data_offsets [{begin}, {end}] span {} bytes, but {} of shape {:?} takes {needed}",
-                    end - begin,
-                    tensor.dtype,
-                    tensor.shape
-                ),
-            ));
+            let detail = format!(
+                "tensor {name:?}: data_offsets [{begin}, {end}] span {} bytes, but {} of shape {:?} takes {needed}",
+                end - begin,
+                tensor.dtype,
+                tensor.shape
+            );
+            return Err(Error::new(ErrorKind::SizeMismatch, detail));
         }
         if begin != position {
             let after =
                 previous.map_or("the start of the data".to_string(), |name| format!("tensor {name:?}"));
             let fault = if begin > position { "leave a hole behind" } else { "overlap" };
-            return Err(Error::new(
-                ErrorKind::Offsets,
-                format!(
-                    "tensor {name:?}: data_offsets [{begin}, {end}] {fault} {after}, which ends at {position}"
-                ),
-            ));
+            let detail = format!(
+                "tensor {name:?}: data_offsets [{begin}, {end}] {fault} {after}, which ends at {position}"
+            );
+            return Err(Error::new(ErrorKind::Offsets, detail));
         }
         position = end;
         previous = Some(name);
@@ -79,10 +73,9 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
             "bytes that belong to no tensor follow the last one"
         };
         let last = previous.map_or(String::new(), |name| format!(" (the last is {name:?})"));
-        return Err(Error::new(
-            ErrorKind::DataLength,
-            format!("the tensors{last} need {position} bytes of data, but the file has {available}: {cause}"),
-        ));
+        let detail =
+            format!("the tensors{last} need {position} bytes of data, but the file has {available}: {cause}");
+        return Err(Error::new(ErrorKind::DataLength, detail));
     }
     Ok(())
 }

@@ -20,7 +20,6 @@ const GROUP_OBJ: u16 = 0x04;
 const MASK: u16 = 0x10;
 const OTHER: u16 = 0x20;
 
-/// An access control list.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Acl(Vec<Entry>);
 

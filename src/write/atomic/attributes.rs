@@ -28,7 +28,7 @@ impl Attributes {
 
     /// Returns those of a file that locks `directory`: only users who may write there may open it.
     pub(crate) fn for_lock(directory: &Directory) -> io::Result<Attributes> {
-        let of = Attributes::of(directory.file(), &directory.metadata()?)?;
+        let of = Attributes::of(directory.file(), &directory.file().metadata()?)?;
         let class = |shift: u32| writers_only(of.mode >> shift & 0o7) << shift;
         // The owner created the file, whatever their rights in the directory.
         let mode = 0o600 | class(3) | class(0);

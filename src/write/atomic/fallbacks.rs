@@ -21,7 +21,9 @@ pub(crate) fn cannot_rename(error: &io::Error, directory: &Directory) -> bool {
     match error.raw_os_error() {
         Some(libc::EBUSY | libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL) => true,
         // In a sticky directory EPERM means that the target belongs to another user.
-        Some(libc::EPERM) => directory.metadata().is_ok_and(|metadata| metadata.mode() & libc::S_ISVTX == 0),
+        Some(libc::EPERM) => {
+            directory.file().metadata().is_ok_and(|metadata| metadata.mode() & libc::S_ISVTX == 0)
+        }
         _ => false,
     }
 }

@@ -67,17 +67,14 @@ impl AtomicFile {
         length: u64,
     ) -> Result<AtomicFile> {
         let fail = |source| Error::io("create", path, source);
-        let refuse = |errno| Err(fail(io::Error::from_raw_os_error(errno)));
+        let refusal = |errno| fail(io::Error::from_raw_os_error(errno));
         match Target::find(&directory, &name).map_err(fail)? {
             Target::Replaced => {}
-            Target::Refused(errno) => return refuse(errno),
-            Target::Special(_) => return refuse(libc::ENODEV),
+            Target::Refused(errno) => return Err(refusal(errno)),
+            Target::Special(_) => return Err(refusal(libc::ENODEV)),
             Target::Descriptor(_) | Target::Foreign => {
-                return refuse(libc::ENODEV).map_err(|error: Error| {
-                    error.with_remedy(
-                        "it stands for an open file, which cannot be replaced: name the file itself",
-                    )
-                });
+                let remedy = "it stands for an open file, which cannot be replaced: name the file itself";
+                return Err(refusal(libc::ENODEV).with_remedy(remedy));
             }
         }
         let staged = StagedFile::create(directory, name, path).map_err(fail)?;
@@ -151,7 +148,6 @@ impl AtomicFile {
         Ok(shared.is_ok())
     }
 
-    /// Reserves the space of `length` bytes.
     pub(crate) fn reserve(&self, length: u64) -> Result<()> {
         deferred_close::reserve(&self.staged.file, length)
             .map_err(|source| Error::io("reserve space for", &self.staged.path, source))
@@ -164,10 +160,6 @@ impl AtomicFile {
     }
 
     /// Writes the data to the disk, but not the file's size and block map: those follow with its name.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub(crate) fn write_back(&self) -> Result<()> {
         self.staged.write_back()
     }
@@ -201,11 +193,6 @@ impl AtomicFile {
     /// but its directory entry could not be synchronized. [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument)
     /// in another process.
     pub fn commit(mut self, durable: bool) -> Result<()> {
-        self.try_commit(durable)
-    }
-
-    /// As [`AtomicFile::commit`], once; [`AtomicFile::has_overwritten`] may be asked afterwards.
-    pub(crate) fn try_commit(&mut self, durable: bool) -> Result<()> {
         self.commit_if(durable, || Ok(()))
     }
 

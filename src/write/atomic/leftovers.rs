@@ -37,7 +37,6 @@ const LOCAL: Rule = Rule { abandoned_after: 60 * 60, process_has_ended: false, i
 /// On a filesystem that several machines may mount.
 const SHARED: Rule = Rule { abandoned_after: 24 * 60 * 60, process_has_ended: true, interval: 60 * 60 };
 
-/// How many directories to remember.
 const MAX_DIRECTORIES: usize = 1000;
 
 /// The time during which a directory is not scanned again. Initialized at compile time: a lazy initializer that is

@@ -33,14 +33,12 @@ pub(crate) struct StagedFile {
     pub(crate) has_overwritten: bool,
 }
 
-/// Where a staged file is.
 #[derive(Debug)]
 pub(crate) enum Location {
     /// Nowhere (`O_TMPFILE`): it vanishes with the process.
     Unnamed,
     /// Beside the target, under this hidden name.
     Named(OsString),
-    /// In the target's place.
     Target,
 }
 
@@ -61,7 +59,6 @@ impl StagedFile {
         })
     }
 
-    /// The error of a failed write.
     pub(crate) fn fail(&self, source: io::Error) -> Error {
         Error::io("write", &self.path, source)
     }
@@ -96,7 +93,6 @@ impl StagedFile {
         write_back::finish(&self.file).map_err(|source| self.fail(source))
     }
 
-    /// Writes data and attributes to the disk.
     pub(crate) fn synchronize(&self) -> io::Result<()> {
         self.inherit_attributes()?;
         self.file.sync_all()?;
@@ -104,7 +100,6 @@ impl StagedFile {
         Ok(())
     }
 
-    /// Writes the target's directory entry to the disk.
     pub(crate) fn synchronize_directory(&self) -> Result<()> {
         self.directory.synchronize().map_err(|source| {
             Error::io("synchronize the directory of", &self.path, source).with_remedy(

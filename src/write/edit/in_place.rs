@@ -12,7 +12,6 @@ use crate::read::source::read_exact_at;
 use crate::sys::signals::block_write_signals;
 use crate::write::write_back::check_deferred_errors;
 
-/// A header that is to be overwritten.
 #[derive(Debug)]
 pub(super) struct HeaderOverwrite {
     file: File,

@@ -75,7 +75,6 @@ pub struct MetadataEdit {
     done_bytes: u64,
 }
 
-/// What remains to be done.
 #[derive(Debug)]
 enum Work {
     Nothing,
@@ -170,7 +169,6 @@ impl MetadataEdit {
     }
 }
 
-/// Returns the metadata with the changes applied.
 fn changed(metadata: Option<&Metadata>, changes: &MetadataChanges) -> Option<Metadata> {
     let mut result = metadata.cloned();
     for (key, value) in changes {

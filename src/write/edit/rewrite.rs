@@ -21,7 +21,6 @@ const MIN_SHARED_BYTES: u64 = 1 << 20;
 /// The largest block size of a filesystem that shares blocks.
 const MAX_BLOCK_BYTES: u64 = 64 << 10;
 
-/// A rewrite that has written the header.
 #[derive(Debug)]
 pub(super) struct Rewrite {
     file: AtomicFile,

@@ -20,7 +20,6 @@ use crate::write::atomic::AtomicFile;
 use crate::write::save::SaveOptions;
 use ranges::Ranges;
 
-/// How many names an error lists.
 const MAX_LISTED: usize = 20;
 
 /// A writer of one file, tensor by tensor. The file appears under its name only once [`IncrementalWriter::commit`] has
@@ -60,7 +59,6 @@ struct Shared {
     state: Mutex<State>,
 }
 
-/// A declared tensor.
 #[derive(Debug)]
 struct Declared {
     name: String,
@@ -82,7 +80,6 @@ struct State {
 #[derive(Debug, Default)]
 struct Given {
     bytes: Ranges,
-    /// The number of writes in progress.
     under_way: usize,
     /// Whether a tensor without bytes was written.
     is_given: bool,
@@ -131,12 +128,8 @@ impl IncrementalWriter {
     ///
     /// [`ErrorKind::TensorNotFound`]; [`ErrorKind::Duplicate`] if it was written before; [`ErrorKind::BufferSize`];
     /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be written again.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        self.write_raw(name, bytes.into())
-    }
-
-    /// As [`IncrementalWriter::write`], for bytes that others may change.
-    pub(crate) fn write_raw(&self, name: &str, bytes: RawBytes<'_>) -> Result<()> {
+    pub fn write<'a>(&self, name: &str, bytes: impl Into<RawBytes<'a>>) -> Result<()> {
+        let bytes = bytes.into();
         let index = self.require(name)?;
         let tensor = &self.shared.tensors[index];
         if bytes.len() as u64 != tensor.nbytes {
@@ -152,12 +145,8 @@ impl IncrementalWriter {
     /// # Errors
     ///
     /// As [`IncrementalWriter::write`].
-    pub fn write_part(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_part_raw(name, offset, bytes.into())
-    }
-
-    /// As [`IncrementalWriter::write_part`], for bytes that others may change.
-    pub(crate) fn write_part_raw(&self, name: &str, offset: u64, bytes: RawBytes<'_>) -> Result<()> {
+    pub fn write_part<'a>(&self, name: &str, offset: u64, bytes: impl Into<RawBytes<'a>>) -> Result<()> {
+        let bytes = bytes.into();
         let index = self.require(name)?;
         let tensor = &self.shared.tensors[index];
         let end = offset.checked_add(bytes.len() as u64).filter(|&end| end <= tensor.nbytes);
@@ -381,12 +370,8 @@ impl TensorWriter {
     /// # Errors
     ///
     /// [`ErrorKind::BufferSize`] if they are more than the tensor has; [`ErrorKind::Io`].
-    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.write_raw(bytes.into())
-    }
-
-    /// As [`TensorWriter::write`], for bytes that others may change.
-    pub(crate) fn write_raw(&mut self, bytes: RawBytes<'_>) -> Result<()> {
+    pub fn write<'a>(&mut self, bytes: impl Into<RawBytes<'a>>) -> Result<()> {
+        let bytes = bytes.into();
         let end = self.next + bytes.len() as u64;
         if end > self.nbytes {
             return Err(self.wrong_size(end));
