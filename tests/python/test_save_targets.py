@@ -19,18 +19,16 @@ import torch
 from proc import ctrl_c_interrupts
 from safetensors_torch import (
     IncrementalWriter,
-    _save,
+    _progress,
     edit_metadata,
     load,
     load_file,
     load_sharded,
-    metadata,
     safe_open,
     save_file,
     save_model,
     save_sharded,
 )
-from safetensors_torch._progress import run
 from support import entries, mode
 
 ONES = {"a": torch.ones(1000)}
@@ -108,25 +106,28 @@ def test_current_directory_that_changes_during_a_save(
     here, there = directories
     left: list[str] = []
 
-    def leave(*args: object) -> None:
-        left.append(name)
-        os.chdir(there)
-        run(*args)
+    large = {"a": torch.arange(1 << 22), "b": torch.arange(1 << 22)}
 
-    save_file({**LARGE, "other": torch.zeros(3)}, "model.safetensors")
-    for module in (_save, metadata):
-        monkeypatch.setattr(module, "run", leave)
+    def leave(done: int, total: int) -> None:
+        if not left:
+            assert (here / "model.safetensors").stat().st_ino == replaced  # not renamed yet
+            left.append(name)
+            os.chdir(there)
+
+    save_file({**large, "other": torch.zeros(3)}, "model.safetensors")
+    replaced = (here / "model.safetensors").stat().st_ino
+    monkeypatch.setattr(_progress, "STEP_SECONDS", 0.0)
     if name == "save_file":
-        save_file(LARGE, "model.safetensors", progress=lambda done, total: None)
+        save_file(large, "model.safetensors", progress=leave)
     elif name == "save_sharded":
-        save_sharded(LARGE, ".", progress=lambda done, total: None)
+        save_sharded(large, ".", progress=leave)
     else:
-        edit_metadata("model.safetensors", {"k": "v"})
+        edit_metadata("model.safetensors", {"k": "v"}, progress=leave)
     assert left == [name] and Path.cwd() == there
     assert (there / "model.safetensors").read_bytes() == b"theirs"
     assert entries(there) == entries(here) == ["model.safetensors"]
     with safe_open(here / "model.safetensors", "pt") as file:
-        assert len(file) == (2 if name == "edit_metadata" else 1)
+        assert len(file) == (3 if name == "edit_metadata" else 2)
         assert (file.metadata() or {}).get("k") == ("v" if name == "edit_metadata" else None)
 
 
