@@ -206,7 +206,7 @@ static long run_one(const scenario* what, long call, fault kind, int error, long
     const bool complete = strstr(said, "complete at") != NULL;
     expect(!complete || what->new_shard != 0 || is_complete(said), said, what->name, call, error);
     const bool excused =
-        cannot_remove() || complete || strstr(said, "are still there") != NULL || strstr(said, "be restored") != NULL;
+        cannot_remove() || complete || strstr(said, "were kept") != NULL || strstr(said, "be restored") != NULL;
     const int after_it = entries(path_of(""));
     expect(excused || after_it == (value == 2 ? 1 : before), "something is left", what->name, call, error);
     if (what->new_shard != 0 && !excused && value != 0) {
