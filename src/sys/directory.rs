@@ -281,8 +281,31 @@ fn check_status(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn c_string(name: &OsStr) -> io::Result<CString> {
-    CString::new(name.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+/// A C string that allocates only if it is longer than a file name can be: a save that allocated between the link and the
+/// rename of its file would leave that file behind if memory ran out.
+struct Name {
+    short: [u8; 256],
+    long: Option<CString>,
+}
+
+impl Name {
+    fn as_ptr(&self) -> *const libc::c_char {
+        self.long.as_ref().map_or(self.short.as_ptr().cast(), |long| long.as_ptr())
+    }
+}
+
+fn c_string(name: &OsStr) -> io::Result<Name> {
+    let bytes = name.as_bytes();
+    if bytes.contains(&0) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut short = [0; 256];
+    if bytes.len() >= short.len() {
+        return Ok(Name { short, long: Some(CString::new(bytes)?) });
+    }
+    // The byte after the name stays 0.
+    short[..bytes.len()].copy_from_slice(bytes);
+    Ok(Name { short, long: None })
 }
 
 #[cfg(test)]
