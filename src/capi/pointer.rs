@@ -232,6 +232,7 @@ pub(super) unsafe trait Versioned: Copy {
 /// Declares that a struct is [`Versioned`], and its size in the first version of the ABI.
 macro_rules! versioned {
     (unsafe $name:ident, $first_size:literal) => {
+        // SAFETY: whoever writes `unsafe` here has checked the contract of [`Versioned`] for this struct.
         unsafe impl $crate::capi::pointer::Versioned for $name {
             const NAME: &'static str = stringify!($name);
             const FIRST_SIZE: usize = $first_size;
