@@ -17,7 +17,7 @@ namespace safetensors_torch::layer {
 // Registers `Work` as `torch.classes.safetensors_torch.NAME`, with the methods of the protocol:
 //   advance(seconds)  works for about that long; returns whether all is done
 //   total(), done()   return bytes
-//   cancel()          releases everything, and undoes what is not finished
+//   cancel()          releases everything and undoes unfinished work
 template <typename Work>
 torch::class_<Work> register_pending(torch::Library& library, const char* name) {
     using Self = c10::intrusive_ptr<Work>;

@@ -71,7 +71,7 @@ class Loader {
     std::vector<size_t> places_;
     // The tensors that the constructor has allocated: undefined for others, empty if there are none.
     std::vector<at::Tensor> allocated_;
-    // What is copied into them; moved into the upload when that starts.
+    // The copies into them, moved into the upload when it starts.
     std::vector<Destination> destinations_;
     std::unique_ptr<Upload> upload_;
     uint64_t upload_bytes_ = 0;

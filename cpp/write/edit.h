@@ -29,7 +29,7 @@ class PendingEdit : public torch::CustomClassHolder {
     uint64_t total() const { return edit().total_bytes(); }
     uint64_t done() const { return edit().done_bytes(); }
 
-    // Leaves the file as it was, if advance() has not returned true.
+    // Leaves the file unchanged unless advance() has returned true.
     void cancel() { edit_.reset(); }
 
     // Returns the metadata of the file, once advance() has returned true; empty if it has none.

@@ -65,7 +65,7 @@ class PendingSave : public torch::CustomClassHolder {
     uint64_t total() const { return plan_->total_bytes(); }
     uint64_t done() const;
 
-    // Undoes what is not finished: no file is left, neither the target nor another. Forgets the target.
+    // Undoes an unfinished save: leaves no new file behind. Forgets the target.
     void cancel();
 
     // Writes everything, and forgets the target.

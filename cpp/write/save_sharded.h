@@ -28,7 +28,7 @@ class PendingShardedSave : public torch::CustomClassHolder {
     uint64_t total() const;
     uint64_t done() const;
 
-    // Leaves the directory as it was, if advance() has not returned true.
+    // Leaves the directory unchanged unless advance() has returned true.
     void cancel();
 
     // Returns the names of the files, the index last, once advance() has returned true.
@@ -77,7 +77,7 @@ class ShardedWriter : public torch::CustomClassHolder {
     uint64_t total() const { return total_; }
     uint64_t done() const { return current_ ? current_->done() : total_; }
 
-    // Leaves the directory as it was, if it is not committed.
+    // Leaves the directory unchanged unless it is committed.
     void cancel();
 
     // Returns the names of the files, the index last, once they are in place.
