@@ -66,84 +66,116 @@ struct Candidate {
     name: String,
 }
 
+/// The files of one or more checkpoints in a directory, sorted by name.
+struct Candidates(Vec<Candidate>);
+
 /// Chooses the checkpoint among `names`, an earlier listing of `directory`.
 fn choose(
     directory: &Path,
     names: Vec<String>,
     variant: Option<&str>,
 ) -> Result<CheckpointPath, OpenFailure> {
-    let mut all = Vec::new();
-    for name in names.into_iter().filter(|name| !name.starts_with('.')) {
-        let Some((kind, stem)) = parse_name(&name) else { continue };
-        let at = directory.join(&name);
-        match fs::metadata(&at) {
-            _ if kind == NameKind::Shard => all.push(Candidate { kind, stem, name }),
-            Ok(metadata) if metadata.is_file() => all.push(Candidate { kind, stem, name }),
-            // Removed since the listing, which may lack the files that replaced it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && is_absent(&at) => {
-                return Err(OpenFailure::Changed);
-            }
-            // A dangling link, which an interrupted download may leave, or not a file.
-            _ => {}
-        }
-    }
-    all.sort_by(|a, b| a.name.cmp(&b.name));
-    // A file comes before the index of the same stem: while one replaces the other, both exist.
-    let has = |kind, stem: &str| all.iter().any(|one| one.kind == kind && one.stem == stem);
-    let is_whole = |stem: &str| has(NameKind::File, stem) || has(NameKind::Index, stem);
-    let counts = |one: &&Candidate| match one.kind {
-        NameKind::File => true,
-        NameKind::Index => !has(NameKind::File, &one.stem),
-        NameKind::Shard => !is_whole(&one.stem),
-    };
-    // Without a variant, variants of a checkpoint that exists without one do not count.
-    let is_variant = |stem: &str| stem.match_indices('.').any(|(dot, _)| is_whole(&stem[..dot]));
-    let is_wanted = |one: &&Candidate| match variant {
+    let candidates = Candidates::find(directory, names)?;
+    let present = candidates.present();
+    let mut wanted = present.clone();
+    wanted.retain(|one| match variant {
         Some(variant) => stem_without(&one.stem, variant).is_some(),
-        None => !is_variant(&one.stem),
-    };
+        // Without a variant, variants of a checkpoint that exists without one do not count.
+        None => !candidates.is_variant(&one.stem),
+    });
     let is_default = |one: &&Candidate| {
         let stem = variant.map_or(Some(&one.stem[..]), |variant| stem_without(&one.stem, variant));
         one.kind != NameKind::Shard && stem == Some(DEFAULT_STEM)
     };
-    let present: Vec<&Candidate> = all.iter().filter(counts).collect();
-    let wanted: Vec<&Candidate> = present.iter().copied().filter(is_wanted).collect();
-    let defaults: Vec<&Candidate> = wanted.iter().copied().filter(is_default).collect();
-    let found = if defaults.is_empty() { &wanted } else { &defaults };
-    let shard = found.iter().find(|one| one.kind == NameKind::Shard);
-    let fail =
-        |detail: String| Err(OpenFailure::Missing(Error::new(ErrorKind::Index, detail).in_file(directory)));
-    match (&found[..], shard) {
-        ([one], None) if one.kind == NameKind::File => Ok(CheckpointPath::File(directory.join(&one.name))),
-        ([one], None) => Ok(CheckpointPath::Index(directory.join(&one.name))),
-        // A save removes the index first and creates it last, so an interrupted one leaves shards. Other files of the
-        // directory may be of another model.
-        (_, Some(shard)) => {
-            let stem = &shard.stem;
-            let mut detail = format!(
-                "the directory holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
-                 interrupted; save or fetch the checkpoint again, or load the shards one by one"
-            );
-            let others = listed(&present);
-            if !others.is_empty() {
-                detail += &format!(". To open another checkpoint of this directory, pass its path: {others}");
-            }
-            fail(detail)
+    if wanted.iter().any(is_default) {
+        wanted.retain(is_default);
+    }
+    match wanted[..] {
+        [one] if one.kind == NameKind::File => Ok(CheckpointPath::File(directory.join(&one.name))),
+        [one] if one.kind == NameKind::Index => Ok(CheckpointPath::Index(directory.join(&one.name))),
+        _ => {
+            let error = Error::new(ErrorKind::Index, describe_failure(&wanted, &present, variant));
+            Err(OpenFailure::Missing(error.in_file(directory)))
         }
-        ([], None) => match variant {
-            Some(variant) if present.iter().any(|one| one.kind != NameKind::Shard) => fail(format!(
-                "the directory holds no checkpoint of variant {variant:?}, such as {DEFAULT_STEM}.{variant}{SUFFIX}; it \
-                 holds {}",
-                listed(&present)
-            )),
-            _ => fail(format!(
-                "the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"
-            )),
-        },
-        (several, None) => fail(format!(
+    }
+}
+
+impl Candidates {
+    /// Keeps those `names` of `directory` that belong to a checkpoint.
+    fn find(directory: &Path, names: Vec<String>) -> Result<Candidates, OpenFailure> {
+        let mut all = Vec::new();
+        for name in names.into_iter().filter(|name| !name.starts_with('.')) {
+            let Some((kind, stem)) = parse_name(&name) else { continue };
+            let path = directory.join(&name);
+            match fs::metadata(&path) {
+                _ if kind == NameKind::Shard => all.push(Candidate { kind, stem, name }),
+                Ok(metadata) if metadata.is_file() => all.push(Candidate { kind, stem, name }),
+                // Removed since the listing, which may lack the files that replaced it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && is_absent(&path) => {
+                    return Err(OpenFailure::Changed);
+                }
+                // A dangling link, which an interrupted download may leave, or not a file.
+                _ => {}
+            }
+        }
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Candidates(all))
+    }
+
+    fn has(&self, kind: NameKind, stem: &str) -> bool {
+        self.0.iter().any(|one| one.kind == kind && one.stem == stem)
+    }
+
+    fn has_checkpoint(&self, stem: &str) -> bool {
+        self.has(NameKind::File, stem) || self.has(NameKind::Index, stem)
+    }
+
+    fn is_variant(&self, stem: &str) -> bool {
+        stem.match_indices('.').any(|(dot, _)| self.has_checkpoint(&stem[..dot]))
+    }
+
+    /// Returns the files, the indexes, and the shards without an index.
+    fn present(&self) -> Vec<&Candidate> {
+        let mut present: Vec<&Candidate> = self.0.iter().collect();
+        present.retain(|one| match one.kind {
+            NameKind::File => true,
+            // While a file replaces an index of the same stem, both exist.
+            NameKind::Index => !self.has(NameKind::File, &one.stem),
+            NameKind::Shard => !self.has_checkpoint(&one.stem),
+        });
+        present
+    }
+}
+
+/// Explains why `wanted`, chosen from the `present` files of a directory, is not one checkpoint.
+fn describe_failure(wanted: &[&Candidate], present: &[&Candidate], variant: Option<&str>) -> String {
+    // A save removes the index first and creates it last, so an interrupted one leaves shards. Other files of the
+    // directory may be of another model.
+    if let Some(shard) = wanted.iter().find(|one| one.kind == NameKind::Shard) {
+        let stem = &shard.stem;
+        let mut detail = format!(
+            "the directory holds shards of {stem:?}, but not their index {stem}{INDEX_SUFFIX}: a save or a download was \
+             interrupted; save or fetch the checkpoint again, or load the shards one by one"
+        );
+        let others = list_names(present);
+        if !others.is_empty() {
+            detail += &format!(". To open another checkpoint of this directory, pass its path: {others}");
+        }
+        return detail;
+    }
+    if !wanted.is_empty() {
+        return format!(
             "the directory holds several checkpoints: open one by its path, or choose a variant; it holds {}",
-            listed(several)
-        )),
+            list_names(wanted)
+        );
+    }
+    match variant {
+        Some(variant) if present.iter().any(|one| one.kind != NameKind::Shard) => format!(
+            "the directory holds no checkpoint of variant {variant:?}, such as {DEFAULT_STEM}.{variant}{SUFFIX}; it \
+             holds {}",
+            list_names(present)
+        ),
+        _ => format!("the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"),
     }
 }
 
@@ -157,13 +189,13 @@ fn is_absent(path: &Path) -> bool {
 }
 
 /// Lists the names of files and indexes, each with its possible variant.
-fn listed(candidates: &[&Candidate]) -> String {
-    let whole = candidates.iter().filter(|one| one.kind != NameKind::Shard);
-    let shown = whole.map(|one| match one.stem.rsplit_once('.') {
+fn list_names(candidates: &[&Candidate]) -> String {
+    let complete = candidates.iter().filter(|one| one.kind != NameKind::Shard);
+    let described = complete.map(|one| match one.stem.rsplit_once('.') {
         Some((_, variant)) => format!("{} (variant {variant:?})", one.name),
         None => one.name.clone(),
     });
-    shown.collect::<Vec<String>>().join(", ")
+    described.collect::<Vec<String>>().join(", ")
 }
 
 #[cfg(test)]
