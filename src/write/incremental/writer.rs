@@ -1,0 +1,198 @@
+//! The writer of a file, tensor by tensor.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::state::{Declared, Shared, State, Written};
+use super::tensor_writer::{Claim, TensorWriter};
+use crate::error::{ErrorKind, Result};
+use crate::format::header::Metadata;
+use crate::format::layout::{Layout, TensorSpec};
+use crate::sys::fork::OwnerProcess;
+use crate::sys::mutex::Mutex;
+use crate::sys::raw_bytes::RawBytes;
+use crate::write::atomic::AtomicFile;
+use crate::write::save::SaveOptions;
+
+/// A writer of one file, tensor by tensor. The file appears under its name only once [`IncrementalWriter::commit`] has
+/// returned; dropped before that, the writer leaves the target as it was and nothing beside it.
+///
+/// ```
+/// # fn main() -> safetensors_torch::Result<()> {
+/// use safetensors_torch::{Dtype, SaveOptions, IncrementalWriter, TensorSpec};
+///
+/// let path = std::env::temp_dir().join(format!("doc-incremental-{}.safetensors", std::process::id()));
+/// let first = TensorSpec { name: "first", dtype: Dtype::U8, shape: &[3] };
+/// let second = TensorSpec { name: "second", dtype: Dtype::U8, shape: &[2] };
+/// let writer = IncrementalWriter::create(&[first, second], None, &path, SaveOptions::default())?;
+/// writer.write("second", &[4, 5])?;
+/// writer.write("first", &[1, 2, 3])?;
+/// writer.commit()?;
+/// # std::fs::remove_file(&path).expect("removed");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct IncrementalWriter {
+    shared: Arc<Shared>,
+}
+
+impl IncrementalWriter {
+    /// Creates a file with `tensors` and `metadata` that will be at `path`. Reserves its space and writes its header.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Layout::plan`] and of [`AtomicFile::create`].
+    pub fn create(
+        tensors: &[TensorSpec<'_>],
+        metadata: Option<&Metadata>,
+        path: &Path,
+        options: SaveOptions,
+    ) -> Result<IncrementalWriter> {
+        let layout =
+            Layout::plan(tensors, metadata, options.alignment).map_err(|error| error.in_file(path))?;
+        let file = AtomicFile::create(path, layout.total_bytes())?;
+        file.write_at(layout.header(), 0)?;
+        let data_start = layout.header().len() as u64;
+        let declared = layout.order().iter().map(|place| {
+            let spec = tensors[place.index];
+            Declared {
+                name: spec.name.to_string(),
+                dtype: spec.dtype,
+                shape: spec.shape.to_vec(),
+                begin: data_start + place.begin,
+                nbytes: place.end - place.begin,
+            }
+        });
+        let tensors: Vec<Declared> = declared.collect();
+        let by_name =
+            tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+        let written = (0..tensors.len()).map(|_| Written::default()).collect();
+        let state = Mutex::new(State { file: Some(Arc::new(file)), written });
+        let (path, process) = (path.to_path_buf(), OwnerProcess::current());
+        let shared = Shared { path, tensors, by_name, durable: options.durable, process, state };
+        Ok(IncrementalWriter { shared: Arc::new(shared) })
+    }
+
+    /// Writes all bytes of the tensor `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::TensorNotFound`]; [`ErrorKind::Duplicate`] if it was written before; [`ErrorKind::BufferSize`];
+    /// [`ErrorKind::Closed`]; [`ErrorKind::Io`], after which it may be written again.
+    pub fn write<'a>(&self, name: &str, bytes: impl Into<RawBytes<'a>>) -> Result<()> {
+        let bytes = bytes.into();
+        let index = self.require(name)?;
+        let tensor = &self.shared.tensors[index];
+        if bytes.len() as u64 != tensor.nbytes {
+            let detail =
+                format!("tensor {name:?} takes {} bytes, but {} were given", tensor.nbytes, bytes.len());
+            return Err(self.shared.fail(ErrorKind::BufferSize, detail));
+        }
+        self.write_range(index, 0, bytes)
+    }
+
+    /// Writes a part of the tensor `name`, from its byte `offset` on. Parts may arrive in any order, and must not overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`IncrementalWriter::write`].
+    pub fn write_part<'a>(&self, name: &str, offset: u64, bytes: impl Into<RawBytes<'a>>) -> Result<()> {
+        let bytes = bytes.into();
+        let index = self.require(name)?;
+        let tensor = &self.shared.tensors[index];
+        let end = offset.checked_add(bytes.len() as u64).filter(|&end| end <= tensor.nbytes);
+        if end.is_none() {
+            let detail = format!(
+                "tensor {name:?} takes {} bytes, but {} were given for byte {offset} and those behind",
+                tensor.nbytes,
+                bytes.len()
+            );
+            return Err(self.shared.fail(ErrorKind::BufferSize, detail));
+        }
+        self.write_range(index, offset, bytes)
+    }
+
+    fn write_range(&self, index: usize, offset: u64, bytes: RawBytes<'_>) -> Result<()> {
+        let claim = Claim::new(&self.shared, index, offset..offset + bytes.len() as u64)?;
+        claim.write(offset, bytes)?;
+        claim.keep();
+        Ok(())
+    }
+
+    /// Returns a writer for the tensor `spec`, to which its bytes are appended.
+    ///
+    /// # Errors
+    ///
+    /// As [`IncrementalWriter::write`]; [`ErrorKind::InvalidArgument`] if the tensor was declared with another dtype or
+    /// shape.
+    pub fn begin(&self, spec: TensorSpec<'_>) -> Result<TensorWriter> {
+        let index = self.require(spec.name)?;
+        let tensor = &self.shared.tensors[index];
+        if (tensor.dtype, tensor.shape.as_slice()) != (spec.dtype, spec.shape) {
+            let detail = format!(
+                "tensor {:?} was declared as {} of shape {:?}, but given as {} of shape {:?}",
+                spec.name, tensor.dtype, tensor.shape, spec.dtype, spec.shape
+            );
+            return Err(self.shared.fail(ErrorKind::InvalidArgument, detail));
+        }
+        Ok(TensorWriter::new(Claim::new(&self.shared, index, 0..tensor.nbytes)?))
+    }
+
+    fn require(&self, name: &str) -> Result<usize> {
+        self.shared.by_name.get(name).copied().ok_or_else(|| {
+            let detail =
+                format!("no tensor {name:?} was declared when the file was begun: declare all of them");
+            self.shared.fail(ErrorKind::TensorNotFound, detail)
+        })
+    }
+
+    /// Returns the tensors that are incomplete, in file order.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] in another process.
+    pub fn missing(&self) -> Result<Vec<&str>> {
+        let state = self.shared.lock()?;
+        Ok(self.shared.missing(&state).into_iter().map(|tensor| tensor.name.as_str()).collect())
+    }
+
+    /// Whether tensors can be written: the writer belongs to this process, and was neither committed nor discarded.
+    pub fn is_open(&self) -> bool {
+        self.shared.lock().is_ok_and(|state| state.file.is_some())
+    }
+
+    /// Replaces the target by the file.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLength`] lists the tensors that are missing, and [`ErrorKind::InvalidArgument`] says that another
+    /// thread is still writing; the writer then stays open. [`ErrorKind::InvalidArgument`] in another process;
+    /// [`ErrorKind::Closed`]; those of [`AtomicFile::commit`].
+    pub fn commit(&self) -> Result<()> {
+        let shared = &self.shared;
+        let file = {
+            let mut state = shared.lock()?;
+            if state.file.is_none() {
+                return Err(shared.closed());
+            }
+            if let Some(index) = state.written.iter().position(|written| written.writers > 0) {
+                let name = &shared.tensors[index].name;
+                let detail = format!("tensor {name:?} is still being written: commit when that has returned");
+                return Err(shared.fail(ErrorKind::InvalidArgument, detail));
+            }
+            shared.check_complete(&state)?;
+            // A thread that writes is counted in `writers`, and drops its `Arc` before it is uncounted: this is the last.
+            state.file.take().and_then(Arc::into_inner).expect("no claim is left")
+        };
+        file.commit(shared.durable)
+    }
+
+    /// Discards the file: the target stays as it was, and writes in progress have no effect. Does nothing in another
+    /// process.
+    pub fn discard(&self) {
+        // Dropped after the lock is released, because removing a file takes a while.
+        let file = self.shared.lock().ok().and_then(|mut state| state.file.take());
+        drop(file);
+    }
+}
