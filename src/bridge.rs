@@ -4,7 +4,8 @@
 //! as bytes, because only Rust checks UTF-8.
 //!
 //! Pending work (`PendingRead`, `PendingOpen`, `MetadataEdit`) has one protocol: `advance` works until the work is done or
-//! so many milliseconds have passed, `done_bytes` of `total_bytes` are done, and dropping it cancels it.
+//! so many milliseconds have passed, and returns whether it is done. Dropping it cancels it. Work on data counts its bytes:
+//! `done_bytes` of `total_bytes`.
 
 mod checkpoint;
 mod edit;
@@ -153,7 +154,7 @@ mod ffi {
         ) -> Result<()>;
 
         type PendingRead;
-        fn advance(self: &mut PendingRead, milliseconds: u64) -> Result<()>;
+        fn advance(self: &mut PendingRead, milliseconds: u64) -> Result<bool>;
         fn total_bytes(self: &PendingRead) -> u64;
         fn done_bytes(self: &PendingRead) -> u64;
         /// Returns the memory of tensor number `place` of a `load`.

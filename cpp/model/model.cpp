@@ -201,9 +201,7 @@ bool StateLoader::advance(Deadline until) {
         memory_[i].check(matches_[i].name, matches_[i].destination);
     }
     for (; next_reading_ < reading_.size(); ++next_reading_) {
-        core::PendingRead& reading = *reading_[next_reading_];
-        reading.advance(until.milliseconds_left());
-        if (reading.done_bytes() < reading.total_bytes()) {
+        if (!reading_[next_reading_]->advance(until.milliseconds_left())) {
             return false;
         }
     }

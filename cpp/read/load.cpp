@@ -141,13 +141,7 @@ void Loader::allocate_destination(size_t i, c10::ScalarType stored, c10::ScalarT
 }
 
 bool Loader::advance(Deadline until) {
-    if (loading_) {
-        (*loading_)->advance(until.milliseconds_left());
-        if ((*loading_)->done_bytes() < (*loading_)->total_bytes()) {
-            return false;
-        }
-    }
-    return upload(until);
+    return (!loading_ || (*loading_)->advance(until.milliseconds_left())) && upload(until);
 }
 
 // Several loaders may be waiting for their turns: slabs and a stream are taken for the first copy and returned after

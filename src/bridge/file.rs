@@ -28,7 +28,8 @@ pub fn prefault_mode(wait: bool) -> Prefault {
 ///
 /// As for [`TensorFile::from_memory`].
 pub unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> {
-    // SAFETY: the C++ caller keeps the tensor that owns the bytes alive for as long as the `File`.
+    // SAFETY: the bytes stay valid and unwritten until the `File` is dropped; cpp/read/open_file.cpp keeps the tensor that
+    // owns them as long.
     Ok(Box::new(File(Arc::new(unsafe { TensorFile::from_memory(start, length) }?))))
 }
 
@@ -143,7 +144,7 @@ impl File {
         length: usize,
     ) -> Result<()> {
         let slice = self.slice(index, ranges)?;
-        // SAFETY: the C++ caller made the destination for this slice, with the length that it gives.
+        // SAFETY: `destination` is valid for writes of `length` bytes; cpp/read/load.cpp allocates it for this slice.
         Ok(unsafe { self.0.read_slice(index, &slice, destination, length) }?)
     }
 }
@@ -169,14 +170,15 @@ impl PendingRead {
         Ok(Box::new(PendingRead { file: Arc::clone(file), from, read, memory }))
     }
 
-    pub fn advance(&mut self, milliseconds: u64) -> Result<()> {
+    pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
         // For this step alone: many of these may wait for their turns.
         let reopened = self.file.source().reopen(self.read.total_bytes() - self.read.done_bytes());
         let method = self.file.source().method(self.from, reopened.as_ref());
-        // SAFETY: the destinations are places of `memory`, one for each tensor; or C++ made each for one tensor, and keeps
-        // it until this is gone.
-        let done = unsafe { self.read.advance(method, self.memory.as_ref(), until(milliseconds)) };
-        Ok(done.map_err(|error| self.file.locate(error))?)
+        // SAFETY: the destinations are valid and do not overlap: `plan_load` made one in `memory` for each tensor, or the
+        // contract of `File::read` lasts until this is dropped.
+        let step = unsafe { self.read.advance(method, self.memory.as_ref(), until(milliseconds)) };
+        step.map_err(|error| self.file.locate(error))?;
+        Ok(self.read.done_bytes() == self.read.total_bytes())
     }
 
     pub fn total_bytes(&self) -> u64 {
@@ -188,7 +190,7 @@ impl PendingRead {
     }
 
     fn memory(&self) -> &Buffers {
-        self.memory.as_ref().expect("cpp/ asks for memory where it began a load")
+        self.memory.as_ref().expect("cpp/ takes memory of a load only")
     }
 
     pub fn data(&self, place: usize) -> *mut u8 {
@@ -202,16 +204,16 @@ impl PendingRead {
 
 /// # Safety
 ///
-/// `mapping` must come from [`File::share_mapping`], which this call makes undone.
+/// `mapping` must come from [`File::share_mapping`], and be released once.
 pub unsafe fn release_mapping(mapping: *const Mapping) {
-    // SAFETY: the pointer of an `Arc` that was given up there, and that nobody else takes back (caller).
+    // SAFETY: `share_mapping` made the pointer with `Arc::into_raw`, and it is released once (both by the clause above).
     drop(unsafe { Arc::from_raw(mapping) });
 }
 
 /// # Safety
 ///
-/// `block` must come from [`PendingRead::share_block`], which this call makes undone.
+/// `block` must come from [`PendingRead::share_block`], and be released once.
 pub unsafe fn release_block(block: *const Block) {
-    // SAFETY: as in `release_mapping`.
+    // SAFETY: `share_block` made the pointer with `Arc::into_raw`, and it is released once (both by the clause above).
     drop(unsafe { Arc::from_raw(block) });
 }

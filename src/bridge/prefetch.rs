@@ -15,7 +15,7 @@ fn starts(slabs: &[Slab]) -> Vec<*mut u8> {
     slabs.iter().map(|slab| slab.start).collect()
 }
 
-/// The threads of a prefetch's own: the one that takes its slabs is one of those that the process may use.
+/// Returns the number of threads a prefetcher starts. The thread that takes its slabs counts too.
 fn own_threads() -> Result<Option<usize>> {
     Ok(threads()?.checked_sub(1))
 }
@@ -36,7 +36,8 @@ impl File {
             _ => source::ReadFrom::File,
         };
         let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
-        // SAFETY: as the caller promised.
+        // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
+        // and returns them after it has dropped the prefetcher.
         Ok(Box::new(Prefetcher(unsafe {
             prefetch::Prefetcher::new(file, indices, from, &slabs, slab_bytes, threads)
         }?)))
@@ -54,7 +55,8 @@ impl File {
     ) -> Result<Box<Prefetcher>> {
         let slice = self.slice(index, ranges)?;
         let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
-        // SAFETY: as the caller promised.
+        // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
+        // and returns them after it has dropped the prefetcher.
         Ok(Box::new(Prefetcher(unsafe {
             prefetch::Prefetcher::for_slice(file, index, slice, &slabs, slab_bytes, threads)
         }?)))
@@ -83,7 +85,7 @@ impl Prefetcher {
     ///
     /// As for [`prefetch::Prefetcher::add_slab`].
     pub unsafe fn add_slab(&self, slab: Slab) -> usize {
-        // SAFETY: as the caller promised.
+        // SAFETY: as in `File::prefetch`: the slab comes from the same pool.
         unsafe { self.0.add_slab(slab.start) }
     }
 
