@@ -12,8 +12,8 @@ class Deadline {
   public:
     // `seconds` from now; an infinite number never passes.
     static Deadline in(double seconds) {
-        constexpr double kAge = 1e9;
-        const auto duration = std::chrono::duration<double>(std::clamp(seconds, 0.0, kAge));
+        constexpr double kLongest = 1e9;
+        const auto duration = std::chrono::duration<double>(std::clamp(seconds, 0.0, kLongest));
         return Deadline(Clock::now() + std::chrono::duration_cast<Clock::duration>(duration));
     }
 

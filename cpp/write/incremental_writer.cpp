@@ -45,8 +45,9 @@ IncrementalWriter::IncrementalWriter(std::string path, const NamedTensors& specs
                                      const std::optional<Metadata>& metadata, bool durable)
     : path_(std::move(path)), writer_(create(path_, specs, metadata, durable)) {}
 
-c10::intrusive_ptr<PendingSave> IncrementalWriter::start_write(const std::string& name,
-                                                               const at::Tensor& tensor) const {
+std::optional<c10::intrusive_ptr<PendingSave>> IncrementalWriter::write(const std::string& name,
+                                                                        const at::Tensor& tensor,
+                                                                        Deadline until) const {
     const NamedTensors one{{name, tensor}};
     auto save = c10::make_intrusive<PendingSave>(one, std::nullopt, path_);
     const Specs specs(one);
@@ -54,6 +55,10 @@ c10::intrusive_ptr<PendingSave> IncrementalWriter::start_write(const std::string
     const auto writer =
         std::make_shared<std::optional<rust::Box<core::TensorWriter>>>(writer_->begin(specs.slice()[0]));
     save->set_sink([writer] { return std::make_unique<TensorSink>(std::move(**writer)); });
+    // The first step, so that a small tensor takes one call from Python.
+    if (save->advance(until)) {
+        return std::nullopt;
+    }
     return save;
 }
 
@@ -75,9 +80,9 @@ void register_incremental_writer(torch::Library& library) {
                                                               metadata, durable);
             });
         }))
-        .def("start_write",
-             [](const Self& self, const std::string& name, const at::Tensor& tensor) {
-                 return guarded([&] { return self->start_write(name, tensor); });
+        .def("write",
+             [](const Self& self, const std::string& name, const at::Tensor& tensor, double seconds) {
+                 return guarded([&] { return self->write(name, tensor, Deadline::in(seconds)); });
              })
         .def("missing", [](const Self& self) { return guarded([&] { return self->missing(); }); })
         .def("is_open", [](const Self& self) { return self->is_open(); })

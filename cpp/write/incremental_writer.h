@@ -20,9 +20,10 @@ class IncrementalWriter : public torch::CustomClassHolder {
     IncrementalWriter(std::string path, const NamedTensors& specs, const std::optional<Metadata>& metadata,
                       bool durable);
 
-    // Checks the tensor, as every save does, and returns the save that writes it. If that is cancelled or dropped
-    // before its end, the tensor can be written again.
-    c10::intrusive_ptr<PendingSave> start_write(const std::string& name, const at::Tensor& tensor) const;
+    // Checks the tensor, as every save does, and writes it. Returns the save if it is not done at the deadline. If that
+    // is cancelled or dropped before its end, the tensor can be written again.
+    std::optional<c10::intrusive_ptr<PendingSave>> write(const std::string& name, const at::Tensor& tensor,
+                                                         Deadline until) const;
 
     // Returns the names of tensors that are not written yet, in file order.
     std::vector<std::string> missing() const;

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,7 +49,7 @@ class IncrementalWriter {
     /// save_file refuses the tensor; the writer is committed; the file cannot be written. Does not check whether
     /// tensors share memory.
     void write(const std::string& name, const at::Tensor& tensor) {
-        detail::run(call("start_write", name, tensor).toObject());
+        call("write", name, tensor, std::numeric_limits<double>::infinity());
     }
 
     /// Returns the names of the tensors that are not written yet, in file order.

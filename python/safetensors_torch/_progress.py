@@ -79,14 +79,17 @@ def run(work: Any, progress: Progress, title: str) -> None:
     """
     from ._errors import call  # not above: the shell command draws bars without torch
 
-    with progress_bar(title, progress is True) as bar:
-        report = bar if progress is True else progress
-        try:
-            while not call(work.advance, STEP_SECONDS):
-                if report:
-                    report(call(work.done), call(work.total))
+    bar = _ProgressBar(title) if progress is True else None
+    report = bar or progress
+    try:
+        while not call(work.advance, STEP_SECONDS):
             if report:
-                report(call(work.total), call(work.total))
-        except BaseException:
-            work.cancel()
-            raise
+                report(call(work.done), call(work.total))
+        if report:
+            report(call(work.total), call(work.total))
+    except BaseException:
+        work.cancel()
+        raise
+    finally:
+        if bar is not None:
+            bar.close()

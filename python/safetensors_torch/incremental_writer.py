@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import Path, check_bool, check_metadata, check_name, encode_path
 from ._errors import SafetensorError, call, short_repr
-from ._progress import run
+from ._progress import STEP_SECONDS, run
 from ._save_checks import DisableTorchFunction, check_tensors
 from ._tracing import is_traced
 
@@ -155,8 +155,9 @@ class IncrementalWriter:
         check_tensors({name: tensor}, None)
         with _disable_current_modes() if is_traced() else nullcontext():
             with DisableTorchFunction():
-                pending = call(native.start_write, name, tensor)
-            run(pending, None, "save")
+                pending = call(native.write, name, tensor, STEP_SECONDS)
+            if pending is not None:
+                run(pending, None, "save")
 
     def missing(self) -> list[str]:
         """Returns the names of the tensors not written yet, in the order of their data in the file."""
