@@ -51,9 +51,9 @@ pub fn run(bytes: &[u8]) {
 /// Returns the contents of a file, read by the model.
 fn contents(file: &[u8]) -> Option<Contents> {
     let json = frame::header_of(file);
-    let whole = file.len() >= 8 && file[..8] == (json.len() as u64).to_le_bytes();
+    let is_complete = file.len() >= 8 && file[..8] == (json.len() as u64).to_le_bytes();
     let tree = json::read(json);
-    model::contents(tree.as_ref().filter(|_| whole), json.len() as u64, file.len() as u64)
+    model::contents(tree.as_ref().filter(|_| is_complete), json.len() as u64, file.len() as u64)
 }
 
 /// Returns the changes of a script: each a key, which may be one of the file's, and a value or none.

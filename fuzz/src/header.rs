@@ -11,8 +11,9 @@ pub fn run(bytes: &[u8]) {
     let json = frame::header_of(bytes);
     let tree = json::read(json);
     // If the file is shorter than the length says, the bytes after the length are not a header.
-    let whole = bytes.len() >= 8 && bytes[..8] == (json.len() as u64).to_le_bytes();
-    let expected = model::contents(tree.as_ref().filter(|_| whole), json.len() as u64, bytes.len() as u64);
+    let is_complete = bytes.len() >= 8 && bytes[..8] == (json.len() as u64).to_le_bytes();
+    let expected =
+        model::contents(tree.as_ref().filter(|_| is_complete), json.len() as u64, bytes.len() as u64);
     check_outcome(file.as_ref().map(TensorFile::header), expected.as_ref());
     if let Ok(file) = &file {
         check_data(file, bytes);
@@ -83,11 +84,11 @@ fn check_error(error: &Error) {
 /// Checks that every tensor has the bytes at its data offsets.
 fn check_data(file: &TensorFile, bytes: &[u8]) {
     for (index, tensor) in file.header().iter().enumerate() {
-        let place = file.byte_range(&tensor);
+        let range = file.byte_range(&tensor);
         let mut data = vec![0; tensor.nbytes() as usize];
         let request = (index, data.as_mut_ptr(), data.len());
         // SAFETY: the buffer has that length, and nothing else refers to it.
         unsafe { file.read_tensors(&[request]) }.expect("the bytes are there");
-        assert_eq!(data, bytes[place.start as usize..place.end as usize]);
+        assert_eq!(data, bytes[range.start as usize..range.end as usize]);
     }
 }

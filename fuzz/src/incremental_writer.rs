@@ -45,10 +45,10 @@ enum Call {
 }
 
 /// The bytes of a tensor that the writer must have accepted.
-struct Given {
-    marks: Vec<bool>,
+struct Written {
+    bytes: Vec<bool>,
     /// Whether an empty tensor was written.
-    is_given: bool,
+    is_written: bool,
 }
 
 /// An incremental writer and its expected state.
@@ -56,7 +56,7 @@ struct Session<'i> {
     writer: IncrementalWriter,
     specs: &'i [TensorSpec<'i>],
     data: &'i [Vec<u8>],
-    given: Vec<Given>,
+    written: Vec<Written>,
     is_open: bool,
     is_there: bool,
 }
@@ -106,8 +106,9 @@ fn check(path: &Path, input: &Input, calls: &[Call]) {
     };
     assert!(faults.is_empty(), "{input:?} was accepted in spite of {faults:?}");
     let data: Vec<Vec<u8>> = input.tensors.iter().map(tensors::Tensor::data).collect();
-    let given = data.iter().map(|data| Given { marks: vec![false; data.len()], is_given: false }).collect();
-    let mut session = Session { writer, specs: &specs, data: &data, given, is_open: true, is_there: false };
+    let written =
+        data.iter().map(|data| Written { bytes: vec![false; data.len()], is_written: false }).collect();
+    let mut session = Session { writer, specs: &specs, data: &data, written, is_open: true, is_there: false };
     for call in calls {
         session.call(call);
         assert_eq!(session.writer.is_open(), session.is_open, "{input:?} {calls:?}");
@@ -144,7 +145,7 @@ fn assert_old(path: &Path) {
 impl Session<'_> {
     fn call(&mut self, call: &Call) {
         match *call {
-            Call::Whole { tensor, extra } => self.whole(tensor, extra),
+            Call::Whole { tensor, extra } => self.write_tensor(tensor, extra),
             Call::Part { tensor, offset, length } => self.part(tensor, offset, length),
             Call::Pieces { tensor, piece, count, finish } => self.pieces(tensor, piece, count, finish),
             Call::Mismatched { tensor } => self.mismatched(tensor),
@@ -171,7 +172,7 @@ impl Session<'_> {
         self.specs.get(tensor).map_or("no such tensor", |spec| spec.name)
     }
 
-    fn whole(&mut self, tensor: usize, extra: i8) {
+    fn write_tensor(&mut self, tensor: usize, extra: i8) {
         let mut bytes = self.data.get(tensor).cloned().unwrap_or_default();
         let declared = bytes.len();
         bytes.resize(declared.saturating_add_signed(extra.into()), 7);
@@ -181,8 +182,8 @@ impl Session<'_> {
     }
 
     fn part(&mut self, tensor: usize, offset: u64, length: usize) {
-        let whole = self.data.get(tensor).map_or(&[][..], Vec::as_slice);
-        let range = usize::try_from(offset).ok().and_then(|from| whole.get(from..from.checked_add(length)?));
+        let all = self.data.get(tensor).map_or(&[][..], Vec::as_slice);
+        let range = usize::try_from(offset).ok().and_then(|from| all.get(from..from.checked_add(length)?));
         let bytes = range.map_or_else(|| vec![7; length], <[u8]>::to_vec);
         let is_right = range.is_some();
         let result = self.writer.write_part(self.name(tensor), offset, &bytes);
@@ -273,21 +274,21 @@ impl Session<'_> {
     }
 
     fn is_taken(&self, tensor: usize, from: usize, length: usize) -> bool {
-        let given = &self.given[tensor];
-        given.marks[from..from + length].contains(&true) || (given.marks.is_empty() && given.is_given)
+        let written = &self.written[tensor];
+        written.bytes[from..from + length].contains(&true) || (written.bytes.is_empty() && written.is_written)
     }
 
     fn mark(&mut self, tensor: usize, from: usize, length: usize) {
-        let given = &mut self.given[tensor];
-        given.marks[from..from + length].fill(true);
-        given.is_given = true;
+        let written = &mut self.written[tensor];
+        written.bytes[from..from + length].fill(true);
+        written.is_written = true;
     }
 
     /// Returns the names of incomplete tensors.
     fn missing(&self) -> Vec<&str> {
-        let is_missing = |given: &Given| given.marks.contains(&false) || !given.is_given;
-        let pairs = self.specs.iter().zip(&self.given);
-        pairs.filter(|(_, given)| is_missing(given)).map(|(spec, _)| spec.name).collect()
+        let is_missing = |written: &Written| written.bytes.contains(&false) || !written.is_written;
+        let pairs = self.specs.iter().zip(&self.written);
+        pairs.filter(|(_, written)| is_missing(written)).map(|(spec, _)| spec.name).collect()
     }
 
     fn check_missing(&self) {
@@ -301,13 +302,13 @@ impl Session<'_> {
     fn complete(&mut self) {
         for tensor in 0..self.specs.len() {
             if self.data[tensor].is_empty() {
-                if !self.given[tensor].is_given {
-                    self.whole(tensor, 0);
+                if !self.written[tensor].is_written {
+                    self.write_tensor(tensor, 0);
                 }
                 continue;
             }
             for at in 0..self.data[tensor].len() {
-                if !self.given[tensor].marks[at] {
+                if !self.written[tensor].bytes[at] {
                     self.part(tensor, at as u64, 1);
                 }
             }

@@ -89,8 +89,8 @@ fn check(input: &Input) {
         (Ok(slice), Some(expected)) => {
             let all: Vec<u64> = slice.byte_ranges().flatten().collect();
             assert_eq!(all, expected, "{input:?}");
-            let place = |share: u8| expected.len() * usize::from(share) / 255;
-            let (from, to) = (place(part.0.min(part.1)), place(part.0.max(part.1)));
+            let byte_at = |share: u8| expected.len() * usize::from(share) / 255;
+            let (from, to) = (byte_at(part.0.min(part.1)), byte_at(part.0.max(part.1)));
             let some: Vec<u64> = slice.byte_ranges_of(from as u64..to as u64).flatten().collect();
             assert_eq!(some, expected[from..to], "{input:?}");
             check_read(&layout, spec, &slice, &expected);
@@ -104,7 +104,7 @@ fn check(input: &Input) {
 fn check_read(layout: &Layout, spec: TensorSpec<'_>, slice: &Slice, expected: &[u64]) {
     let size = layout.total_bytes() as usize - layout.header().len();
     let data: Vec<u8> =
-        (0..size).map(|place| (place as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+        (0..size).map(|index| (index as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     let mut bytes = vec![0; layout.total_bytes() as usize];
     save_into(&[spec], &[&data], None, &mut bytes, 8).expect("a tensor");
     // SAFETY: the bytes outlive the file, and are not written to.
@@ -112,7 +112,7 @@ fn check_read(layout: &Layout, spec: TensorSpec<'_>, slice: &Slice, expected: &[
     let mut read = vec![0; expected.len()];
     // SAFETY: the buffer has that length, and nothing else refers to it.
     unsafe { file.read_slice(0, slice, read.as_mut_ptr(), read.len()) }.expect("in memory");
-    assert!(read.iter().eq(expected.iter().map(|&place| &data[place as usize])));
+    assert!(read.iter().eq(expected.iter().map(|&index| &data[index as usize])));
 }
 
 fn length(range: &AxisRange) -> u64 {
@@ -134,10 +134,10 @@ fn picked_bits(dtype: Dtype, shape: &[u64], ranges: &[AxisRange]) -> Vec<u64> {
 
 /// Returns the bytes of these bits, or `None` if they do not fill whole bytes.
 fn picked_bytes(bits: &[u64]) -> Option<Vec<u64>> {
-    let whole = |byte: &[u64]| {
+    let byte_of = |byte: &[u64]| {
         let first = byte[0];
         (byte.len() == 8 && first.is_multiple_of(8) && byte.iter().copied().eq(first..first + 8))
             .then_some(first / 8)
     };
-    bits.chunks(8).map(whole).collect()
+    bits.chunks(8).map(byte_of).collect()
 }

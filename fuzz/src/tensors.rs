@@ -78,7 +78,7 @@ impl Tensor {
     /// Returns the bytes of the tensor, whose bits must fill whole bytes.
     pub fn data(&self) -> Vec<u8> {
         let bytes = self.bits().expect("checked") / 8;
-        (0..bytes as usize).map(|place| (place as u8).wrapping_mul(37).wrapping_add(self.seed)).collect()
+        (0..bytes as usize).map(|index| (index as u8).wrapping_mul(37).wrapping_add(self.seed)).collect()
     }
 }
 
@@ -89,11 +89,11 @@ pub fn faults(input: &Input) -> Vec<ErrorKind> {
         faults.push(ErrorKind::InvalidArgument);
     }
     let mut total = 0;
-    for (place, tensor) in input.tensors.iter().enumerate() {
+    for (index, tensor) in input.tensors.iter().enumerate() {
         if tensor.name == METADATA_KEY {
             faults.push(ErrorKind::ReservedName);
         }
-        if input.tensors[..place].iter().any(|other| other.name == tensor.name) {
+        if input.tensors[..index].iter().any(|other| other.name == tensor.name) {
             faults.push(ErrorKind::Duplicate);
         }
         match tensor.bits().filter(|_| fits_torch(&tensor.shape)) {

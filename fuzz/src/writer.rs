@@ -61,8 +61,8 @@ fn check_read(input: &Input, data: &[Vec<u8>], bytes: &[u8]) {
     for (tensor, data) in input.tensors.iter().zip(data) {
         let read = file.tensor(file.require(&tensor.name).expect("there")).expect("there");
         assert_eq!((read.dtype, read.shape), (tensor.dtype, &tensor.shape[..]));
-        let place = file.byte_range(&read);
-        assert!(bytes[place.start as usize..place.end as usize] == data[..], "{input:?}");
+        let range = file.byte_range(&read);
+        assert!(bytes[range.start as usize..range.end as usize] == data[..], "{input:?}");
     }
 }
 

@@ -13,19 +13,19 @@ impl<'b> Session<'b> {
         // The current version, later ones, and sizes of no version.
         const SIZE: usize = size_of::<sft_tensor_info>();
         let size = [SIZE, SIZE + 8, SIZE + 16, 64, 0, usize::MAX][b % 6];
-        let mut place = vec![u64::MAX; 16];
-        place[0] = size as u64;
+        let mut info = vec![u64::MAX; 16];
+        info[0] = size as u64;
         // SAFETY: an open or closed handle, and room for 128 bytes, more than every size above.
-        let status = unsafe { sft_file_get_tensor_info(self.file, self.index(a), place.as_mut_ptr().cast()) };
+        let status = unsafe { sft_file_get_tensor_info(self.file, self.index(a), info.as_mut_ptr().cast()) };
         if !self.check(status) {
-            assert!(place[1..].iter().all(|&word| word == u64::MAX));
+            assert!(info[1..].iter().all(|&word| word == u64::MAX));
             return None;
         }
         assert!((SIZE..=SIZE + 16).contains(&size));
         assert!(self.index(a) < self.count);
-        assert!(place[size.div_ceil(8)..].iter().all(|&word| word == u64::MAX));
+        assert!(info[size.div_ceil(8)..].iter().all(|&word| word == u64::MAX));
         // SAFETY: the struct is `repr(C)`, holds integers and pointers, and its first version is what was filled.
-        let info = unsafe { place.as_ptr().cast::<sft_tensor_info>().read() };
+        let info = unsafe { info.as_ptr().cast::<sft_tensor_info>().read() };
         assert!(info.begin <= info.end && info.end <= self.bytes.len() as u64);
         assert_eq!(info.nbytes, info.end - info.begin);
         // Compares every byte.
@@ -120,7 +120,7 @@ impl<'b> Session<'b> {
     }
 
     pub(super) fn read_many(&self, a: usize, b: usize, c: usize) {
-        let indices: Vec<usize> = (0..b % MANY).map(|place| self.index(a + place * (c % 5))).collect();
+        let indices: Vec<usize> = (0..b % MANY).map(|i| self.index(a + i * (c % 5))).collect();
         let mut buffers: Vec<Vec<u8>> = indices
             .iter()
             .map(|&index| vec![0; self.info(index).map_or(c, |info| info.nbytes as usize)])
@@ -174,7 +174,7 @@ impl<'b> Session<'b> {
         let mut shape = vec![u64::MAX; ranges.len()];
         let mut nbytes = u64::MAX;
         let rank = ranges.len();
-        // SAFETY: a handle, `rank` ranges, room for `rank` dimensions, a place for a number.
+        // SAFETY: a handle, `rank` ranges, room for `rank` dimensions and a number.
         let status = unsafe {
             sft_file_get_slice_size(
                 self.file,
