@@ -311,6 +311,7 @@ mod tests {
         assert!(text.contains("cannot lock the directory a/b") && text.contains("for 60 seconds"), "{text}");
         assert!(error(libc::EACCES).to_string().contains("a/b/.safetensors.lock belongs to another user"));
         assert!(!error(libc::EIO).to_string().contains("another"));
+        assert!(has_no_locks(&io::Error::from_raw_os_error(libc::ENOLCK)));
         assert!(!has_no_locks(&io::Error::from_raw_os_error(libc::EIO)));
     }
 }

@@ -307,4 +307,12 @@ mod tests {
         assert_eq!(resident(), pages(HUGE_PAGE_BYTES..6 * HUGE_PAGE_BYTES));
         assert!(map.iter().all(|&byte| byte == 0));
     }
+    #[test]
+    fn a_page_is_resident_after_a_write() {
+        let mut map = memmap2::MmapMut::map_anon(HUGE_PAGE_BYTES).expect("memory");
+        let address = map.as_mut_ptr().wrapping_add(123_456);
+        assert!(!is_resident(address));
+        map[123_000] = 1;
+        assert!(is_resident(address));
+    }
 }

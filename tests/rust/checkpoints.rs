@@ -7,17 +7,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use common::checkpoints::{INDEX, contents, save, save_with};
-use common::names;
+use common::{directory, names};
 use proptest::prelude::*;
 use safetensors_torch::{
     Backend, Checkpoint, CheckpointOptions, Dtype, Error, ErrorKind, Extra, SaveOptions, ShardPlan,
     ShardedOptions, ShardedWriter, TensorSpec, save_file, save_sharded,
 };
-use tempfile::TempDir;
-
-fn directory() -> TempDir {
-    tempfile::tempdir().expect("a directory for the test")
-}
 
 fn save_one(path: &Path, name: &str, data: &[u8]) {
     let shape = [data.len() as u64];

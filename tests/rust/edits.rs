@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::{Contents, assert_error, contents, file_bytes, pattern, read};
+use common::{Contents, assert_error, contents, directory, file_bytes, pattern, read};
 use safetensors_torch::{
     Backend, Dtype, EditOptions, ErrorKind, Metadata, MetadataChanges, MetadataEdit, SaveOptions, TensorFile,
     TensorSpec, edit_metadata, save_file,
@@ -16,10 +16,6 @@ use tempfile::TempDir;
 
 const IN_PLACE: EditOptions = EditOptions { in_place: true, reserve: 0, durable: false };
 const REWRITE: EditOptions = EditOptions { in_place: false, reserve: 0, durable: false };
-
-fn directory() -> TempDir {
-    tempfile::tempdir().expect("a directory for the test")
-}
 
 fn changes(pairs: &[(&str, Option<&str>)]) -> MetadataChanges {
     pairs.iter().map(|(key, value)| (key.to_string(), value.map(str::to_string))).collect()

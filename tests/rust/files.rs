@@ -1,6 +1,7 @@
-//! Reading files: backends, tensors, slices, files that change, and misuse. `saving` tests saving.
+//! Reading files: backends, tensors, slices, files that change, and misuse. `saving` and `save_targets` test saves.
 
 mod common;
+mod save_targets;
 mod saving;
 
 use std::fs::{self, File, OpenOptions};
@@ -9,17 +10,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use common::{contents, naive_slice, pattern, read, read_slice, saved, with_file};
+use common::{contents, directory, naive_slice, pattern, read, read_slice, saved, with_file};
 use safetensors_torch::{
     AxisRange, Backend, Dtype, ErrorKind, Metadata, SaveOptions, TensorFile, TensorSpec, save_file,
 };
 use tempfile::TempDir;
 
 const BACKENDS: [Backend; 2] = [Backend::Mmap, Backend::Pread];
-
-fn directory() -> TempDir {
-    tempfile::tempdir().expect("a directory for the test")
-}
 
 /// Saves a file of one U8 tensor `a` of this shape, filled with a pattern. Returns its path and the data.
 fn one_tensor(directory: &TempDir, shape: &[u64]) -> (PathBuf, Vec<u8>) {

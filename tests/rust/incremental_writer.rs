@@ -8,22 +8,17 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{assert_error, contents, names, pattern};
+use common::{assert_error, contents, directory, names, pattern};
 use safetensors_torch::{
     Backend, DEFAULT_ALIGNMENT, Dtype, ErrorKind, IncrementalWriter, Metadata, SaveOptions, TensorFile,
     TensorSpec,
 };
-use tempfile::TempDir;
 
 const SPECS: [TensorSpec<'static>; 3] = [
     TensorSpec { name: "bytes", dtype: Dtype::U8, shape: &[5] },
     TensorSpec { name: "floats", dtype: Dtype::F32, shape: &[2, 3] },
     TensorSpec { name: "none", dtype: Dtype::I64, shape: &[0, 7] },
 ];
-
-fn directory() -> TempDir {
-    tempfile::tempdir().expect("a directory for the test")
-}
 
 fn begin(path: &Path) -> IncrementalWriter {
     IncrementalWriter::create(&SPECS, None, path, SaveOptions::default()).expect("begun")

@@ -8,7 +8,11 @@ pub mod checkpoints;
 use std::fs;
 use std::path::Path;
 
-use safetensors_torch::{AxisRange, Error, ErrorKind, Layout, Metadata, TensorFile, TensorSpec, save_into};
+use safetensors_torch::{
+    AxisRange, Backend, Dtype, Error, ErrorKind, Layout, Metadata, SaveOptions, TensorFile, TensorSpec,
+    save_file, save_into,
+};
+use tempfile::TempDir;
 
 /// Returns the bytes of a file with this header, verbatim, and this data.
 pub fn file_bytes(json: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
@@ -113,4 +117,21 @@ pub fn names(directory: &Path) -> Vec<String> {
         entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
     names.sort();
     names
+}
+
+/// Creates a directory for the test.
+pub fn directory() -> TempDir {
+    tempfile::tempdir().expect("a directory")
+}
+
+/// Saves a tensor `a` of these bytes.
+pub fn save(path: &Path, data: &[u8]) -> Result<(), Error> {
+    let shape = [data.len() as u64];
+    let spec = TensorSpec { name: "a", dtype: Dtype::U8, shape: &shape };
+    save_file(&[spec], &[data], None, path, SaveOptions::default())
+}
+
+/// Loads the first tensor.
+pub fn load(path: &Path) -> Vec<u8> {
+    read(&TensorFile::open(path, Backend::Pread).expect("valid"), 0)
 }
