@@ -169,6 +169,7 @@ WHILE_A_LOCK_IS_TAKEN = """
 # If a fork did not take the lock first, about one child in sixty would wait forever.
 lock = torch.ops.safetensors_torch._transfer_memory.default
 over = False
+sys.setswitchinterval(1e-4)  # the forks need not wait for the threads
 
 def hammers():
     while not over:

@@ -15,20 +15,13 @@ from random_state import DTYPES
 ops = torch.ops.safetensors_torch
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     write(tmp_path / "model.safetensors", 1.0)
     return str(tmp_path / "model.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No earlier compilation, of this process or another, is reused."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def write(path: str | Path, value: float) -> None:

@@ -36,15 +36,6 @@ def path(tmp_path: Path, state: dict[str, torch.Tensor]) -> str:
     return str(tmp_path / "model.safetensors")
 
 
-@pytest.fixture
-def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No earlier compilation, of this process or another, is reused."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # In eager mode
 
 
