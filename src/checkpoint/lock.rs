@@ -134,8 +134,10 @@ fn is_present(directory: &Directory, file: &File) -> io::Result<bool> {
 
 #[derive(Debug)]
 pub(super) enum WaitOutcome {
-    /// No save holds the lock now: look again.
-    Unlocked,
+    /// No save holds the lock.
+    NoSave,
+    /// The save that held the lock has ended.
+    Ended,
     /// A save still holds the lock at the deadline.
     StillLocked,
     /// A save has held the lock for as long as an open waits.
@@ -144,8 +146,9 @@ pub(super) enum WaitOutcome {
 
 /// Waits while a save holds the lock of `directory`. `since` is when the first wait began.
 pub(super) fn wait_for_save(directory: &Directory, since: Instant, deadline: Option<Instant>) -> WaitOutcome {
-    let mut pauses = Pauses::new();
+    let (mut pauses, mut waited) = (Pauses::new(), false);
     while is_saving(directory) {
+        waited = true;
         if since.elapsed() >= OPEN_WAIT {
             return WaitOutcome::TimedOut;
         }
@@ -154,7 +157,7 @@ pub(super) fn wait_for_save(directory: &Directory, since: Instant, deadline: Opt
         }
         pauses.sleep();
     }
-    WaitOutcome::Unlocked
+    if waited { WaitOutcome::Ended } else { WaitOutcome::NoSave }
 }
 
 /// Returns whether a save holds the lock. If this process may not open the file, assumes so: a killed save may have left it,
@@ -242,7 +245,7 @@ mod tests {
         let long_ago = Instant::now() - OPEN_WAIT;
         assert!(matches!(wait_for_save(&held, long_ago, None), WaitOutcome::TimedOut));
         drop(lock);
-        assert!(matches!(wait_for_save(&held, Instant::now(), None), WaitOutcome::Unlocked));
+        assert!(matches!(wait_for_save(&held, Instant::now(), None), WaitOutcome::NoSave));
         assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 0);
         drop(locked(&held));
     }

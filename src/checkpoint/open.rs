@@ -20,9 +20,6 @@ use crate::sys::directory::{Directory, identity, open_parent};
 /// How often a checkpoint is opened again because it was replaced.
 const OPEN_ATTEMPTS: usize = 20;
 
-/// How often an open that finds no checkpoint waits for a save that may be creating one.
-const MAX_WAITS: usize = 10;
-
 /// Options for [`Checkpoint::open`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CheckpointOptions<'a> {
@@ -106,16 +103,17 @@ pub(crate) struct PendingOpen {
     variant: Option<String>,
     extra: Extra,
     attempts: usize,
-    waits: usize,
     /// When the first wait began.
     since: Option<Instant>,
+    /// What was missing at the last attempt, if no save has been seen since.
+    missing: Option<String>,
 }
 
 impl PendingOpen {
     pub(crate) fn new(path: &Path, options: CheckpointOptions<'_>) -> PendingOpen {
         let CheckpointOptions { backend, variant, extra } = options;
         let (path, variant) = (path.to_path_buf(), variant.map(str::to_owned));
-        PendingOpen { path, backend, variant, extra, attempts: 0, waits: 0, since: None }
+        PendingOpen { path, backend, variant, extra, attempts: 0, since: None, missing: None }
     }
 
     /// Opens the checkpoint. Returns `None` if there is none, but a save that may create one still runs at `deadline`.
@@ -125,17 +123,26 @@ impl PendingOpen {
             match try_open(&self.path, CheckpointOptions { backend, variant, extra }) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(OpenFailure::Changed) => {}
-                Err(OpenFailure::Missing(_)) if self.waits < MAX_WAITS => {
+                Err(OpenFailure::Missing(error)) => {
                     // A save may be between removing the old index and creating the new one.
                     let since = *self.since.get_or_insert_with(Instant::now);
-                    let directory = Directory::open(directory_of(&self.path));
-                    match directory.map(|directory| wait_for_save(&directory, since, deadline)) {
-                        Ok(WaitOutcome::StillLocked) => return Ok(None),
-                        Ok(WaitOutcome::Unlocked) => self.waits += 1,
-                        Ok(WaitOutcome::TimedOut) | Err(_) => self.waits = MAX_WAITS,
+                    let missing = Some(error.to_string());
+                    let outcome = match Directory::open(directory_of(&self.path)) {
+                        Ok(directory) => wait_for_save(&directory, since, deadline),
+                        Err(_) => WaitOutcome::NoSave,
+                    };
+                    match outcome {
+                        WaitOutcome::Ended => self.missing = None,
+                        WaitOutcome::StillLocked => {
+                            self.missing = None;
+                            return Ok(None);
+                        }
+                        // The lock was free before this attempt and is free after it, so it met no save.
+                        _ if missing == self.missing => return Err(error),
+                        WaitOutcome::NoSave | WaitOutcome::TimedOut => self.missing = missing,
                     }
                 }
-                Err(OpenFailure::Missing(error) | OpenFailure::Final(error)) => return Err(error),
+                Err(OpenFailure::Final(error)) => return Err(error),
             }
             self.attempts += 1;
         }
