@@ -1,5 +1,5 @@
 # make demo      the main job, with real files, from Python and C++
-# make check     what to run before a commit: lint, the tests of the core, the tests of Python
+# make check     what to run before a commit: lint, the tests of the core, and those of Python that are not slow
 # make test      every test, in every language; each part also runs alone: make test-c
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
@@ -47,7 +47,7 @@ PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cma
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build library demo install wheel bench bench-header docs clean fuzz torture miri filesystems \
-    check test test-sanitizers test-python $(SUITES) lint lint-rust lint-python lint-cpp
+    check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
 
@@ -148,7 +148,7 @@ test: build out/core.stamp filesystems
 	$(RUN_SUITES) $(SUITES) --alone test-python
 
 check: build out/core.stamp
-	$(RUN_SUITES) lint test-rust --alone test-python
+	$(RUN_SUITES) lint test-rust --alone test-python-quick
 
 # The core does not use torch, so its tests do not either.
 test-rust: $(VENV)/requirements.stamp
@@ -221,11 +221,12 @@ test-docs: build
 test-install: out/library.stamp out/core.stamp
 	MAKE="$(MAKE)" PYTHON=$(CURDIR)/$(PY) WORK=$(CURDIR)/out/install tests/install/run.sh
 
-# Tests with the mark "alone" measure time or memory; the others share two processes.
+# Tests with the mark "alone" measure time or memory; the others share two processes. test-python-quick leaves out those
+# with the mark "slow".
 PYTEST := $(PY) -m pytest --quiet
-test-python: out/python.stamp
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
-	$(PYTEST) -m alone
+test-python test-python-quick: out/python.stamp
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not alone$(if $(filter %-quick,$@), and not slow)"
+	$(PYTEST) -m alone $$(grep -l mark.alone tests/python/test_*.py)
 
 # Transfers to and from a simulated device that runs everything late. A separate process, because the device changes torch.
 test-accelerator: out/python.stamp

@@ -355,6 +355,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_fork(scenario: str, tmp_path: Path) -> None:
     done = run_python(SHARED + scenario, tmp_path, seconds=SECONDS)

@@ -25,6 +25,8 @@ import fresh
 import safetensors_torch
 from safetensors_torch import _native_library
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(safetensors_torch.__file__).parent
 SHIPPED = PACKAGE / "native" / "lib" / _native_library.library_name()
 COMPILING = "safetensors_torch: compiling"
