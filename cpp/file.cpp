@@ -83,46 +83,35 @@ int64_t File::size() const { return static_cast<int64_t>(opened()->count()); }
 
 bool File::contains(const std::string& name) const { return opened()->contains(name); }
 
-std::vector<int64_t> File::shape(const std::string& name) const {
+std::vector<int64_t> File::shape(const std::string& name) const { return std::get<0>(shape_and_dtype(name)); }
+
+std::string File::dtype(const std::string& name) const { return std::get<1>(shape_and_dtype(name)); }
+
+std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    const auto shape = checkpoint->file(place).shape(place.index);
-    return {shape.begin(), shape.end()};
+    const auto [file, index] = checkpoint->at(name);
+    const auto shape = file.shape(index);
+    return {std::vector<int64_t>(shape.begin(), shape.end()), std::string(core::dtype_code(file.dtype(index)))};
 }
 
 std::vector<int64_t> File::tensor_shape(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    const auto shape = describe(checkpoint->file(place), place.index).second;
+    const auto [file, index] = checkpoint->at(name);
+    const auto shape = describe(file, index).second;
     return {shape.begin(), shape.end()};
 }
 
 c10::ScalarType File::tensor_dtype(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    return describe(checkpoint->file(place), place.index).first;
-}
-
-std::string File::dtype(const std::string& name) const {
-    const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    return std::string(core::dtype_code(checkpoint->file(place).dtype(place.index)));
-}
-
-std::tuple<std::vector<int64_t>, std::string> File::shape_and_dtype(const std::string& name) const {
-    const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    const core::File& file = checkpoint->file(place);
-    const auto shape = file.shape(place.index);
-    return {std::vector<int64_t>(shape.begin(), shape.end()), std::string(core::dtype_code(file.dtype(place.index)))};
+    const auto [file, index] = checkpoint->at(name);
+    return describe(file, index).first;
 }
 
 std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
     const auto checkpoint = opened();
-    const core::TensorLocation place = checkpoint->find(name);
-    const core::File& file = checkpoint->file(place);
-    const auto begin = static_cast<int64_t>(file.begin(place.index));
-    return {begin, begin + static_cast<int64_t>(file.nbytes(place.index))};
+    const auto [file, index] = checkpoint->at(name);
+    const auto begin = static_cast<int64_t>(file.begin(index));
+    return {begin, begin + static_cast<int64_t>(file.nbytes(index))};
 }
 
 std::vector<std::string> File::shards() const { return opened()->file_names(); }

@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpp/read/open_file.h"
@@ -30,6 +31,10 @@ class Checkpoint {
 
     // Fails if there is no such tensor.
     core::TensorLocation find(const std::string& name) const;
+    std::pair<const core::File&, size_t> at(const std::string& name) const {
+        const core::TensorLocation place = find(name);
+        return {file(place), place.index};
+    }
 
     // Returns all tensors, sorted by name.
     std::vector<core::TensorLocation> sorted_by_name() const;

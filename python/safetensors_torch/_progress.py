@@ -5,8 +5,7 @@ Owns the loop and the meaning of ``progress``. The threads of the native object 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 # No progress, a bar of tqdm, or a function of the bytes done and the total.
@@ -36,34 +35,28 @@ def check_progress(progress: Any) -> Progress:
     return progress
 
 
-class _ProgressBar:
-    """A progress function that draws a bar, unless the total is 0, as in a load that maps the file."""
+class ProgressBar:
+    """A progress function that draws a bar if one is wanted and the total is not 0, as in a load that maps the file."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, is_wanted: bool) -> None:
         self._title = title
+        self._is_wanted = is_wanted
         self._bar: Any = None
 
+    def __enter__(self) -> ProgressBar:
+        return self
+
     def __call__(self, done: int, total: int) -> None:
-        if self._bar is None and total > 0:
+        if self._bar is None and self._is_wanted and total > 0:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(desc=self._title, total=total, unit="B", unit_scale=True, unit_divisor=1024)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-@contextmanager
-def progress_bar(title: str, is_wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields a progress function, which draws a bar if ``is_wanted``."""
-    bar = _ProgressBar(title)
-    try:
-        yield bar if is_wanted else lambda done, total: None
-    finally:
-        bar.close()
 
 
 def run(work: Any, progress: Progress, title: str) -> None:
@@ -79,17 +72,14 @@ def run(work: Any, progress: Progress, title: str) -> None:
     """
     from ._errors import call  # not above: the shell command draws bars without torch
 
-    bar = _ProgressBar(title) if progress is True else None
-    report = bar or progress
-    try:
-        while not call(work.advance, STEP_SECONDS):
+    with ProgressBar(title, progress is True) as bar:
+        report = bar if progress is True else progress
+        try:
+            while not call(work.advance, STEP_SECONDS):
+                if report:
+                    report(call(work.done), call(work.total))
             if report:
-                report(call(work.done), call(work.total))
-        if report:
-            report(call(work.total), call(work.total))
-    except BaseException:
-        work.cancel()
-        raise
-    finally:
-        if bar is not None:
-            bar.close()
+                report(call(work.total), call(work.total))
+        except BaseException:
+            work.cancel()
+            raise

@@ -11,13 +11,9 @@ use crate::sys::threads::threads;
 
 pub struct Prefetcher(prefetch::Prefetcher);
 
-fn starts(slabs: &[Slab]) -> Vec<*mut u8> {
-    slabs.iter().map(|slab| slab.start).collect()
-}
-
-/// Returns the number of threads a prefetcher starts. The thread that takes its slabs counts too.
-fn own_threads() -> Result<Option<usize>> {
-    Ok(threads()?.checked_sub(1))
+/// Returns the memory of the slabs, and the number of threads to start. The thread that takes the slabs counts too.
+fn slabs_and_threads(slabs: &[Slab]) -> Result<(Vec<*mut u8>, Option<usize>)> {
+    Ok((slabs.iter().map(|slab| slab.start).collect(), threads()?.checked_sub(1)))
 }
 
 impl File {
@@ -35,7 +31,7 @@ impl File {
             ReadFrom::Mapping => source::ReadFrom::Mapping,
             _ => source::ReadFrom::File,
         };
-        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
+        let (file, (slabs, threads)) = (Arc::clone(&self.0), slabs_and_threads(slabs)?);
         // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
         // and returns them after it has dropped the prefetcher.
         Ok(Box::new(Prefetcher(unsafe {
@@ -54,7 +50,7 @@ impl File {
         slab_bytes: usize,
     ) -> Result<Box<Prefetcher>> {
         let slice = self.slice(index, ranges)?;
-        let (file, slabs, threads) = (Arc::clone(&self.0), starts(slabs), own_threads()?);
+        let (file, (slabs, threads)) = (Arc::clone(&self.0), slabs_and_threads(slabs)?);
         // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
         // and returns them after it has dropped the prefetcher.
         Ok(Box::new(Prefetcher(unsafe {

@@ -47,11 +47,7 @@ pub unsafe extern "C" fn sft_checkpoint_open(
     boundary!({
         // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a string ("Text").
         let (out, path, (options, prefault)) = unsafe {
-            (
-                Out::null(checkpoint, "checkpoint")?,
-                pointer::path(path)?,
-                sft_checkpoint_options::read(options)?,
-            )
+            (Out::null(checkpoint, "checkpoint")?, pointer::path(path)?, pointer::options(options)?.parse()?)
         };
         let opened = Checkpoint::open(path, options)?;
         if let Some(when) = prefault {

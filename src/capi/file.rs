@@ -46,7 +46,7 @@ pub unsafe extern "C" fn sft_file_open(
     boundary!({
         // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a string ("Text").
         let (out, path, (backend, prefault)) =
-            unsafe { (Out::null(file, "file")?, pointer::path(path)?, sft_open_options::read(options)?) };
+            unsafe { (Out::null(file, "file")?, pointer::path(path)?, pointer::options(options)?.parse()?) };
         let opened = TensorFile::open(path, backend)?;
         if let Some(when) = prefault {
             opened.prefault(when)?;

@@ -29,7 +29,7 @@ pub unsafe extern "C" fn sft_incremental_writer_create(
                 Out::null(incremental, "incremental")?,
                 pointer::shared(writer, "writer")?,
                 pointer::path(path)?,
-                sft_save_options::read(options)?,
+                pointer::options(options)?.parse()?,
             )
         };
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").

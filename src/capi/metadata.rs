@@ -91,7 +91,7 @@ pub unsafe extern "C" fn sft_edit_metadata(
             (
                 pointer::path(path)?,
                 pointer::array(changes, count, "changes")?,
-                sft_edit_options::read(options)?,
+                pointer::options(options)?.parse()?,
             )
         };
         let mut changes = MetadataChanges::new();

@@ -37,13 +37,8 @@ pub struct sft_open_options {
 versioned!(unsafe sft_open_options, 16);
 
 impl sft_open_options {
-    /// # Safety
-    ///
-    /// As for [`pointer::options`].
-    pub(super) unsafe fn read(options: *const sft_open_options) -> Result<(Backend, Option<Prefault>)> {
-        // SAFETY: this function has the contract of `pointer::options`.
-        let options = unsafe { pointer::options(options) }?;
-        Ok((backend_of(options.backend)?, prefault_of(options.prefault)?))
+    pub(super) fn parse(self) -> Result<(Backend, Option<Prefault>)> {
+        Ok((backend_of(self.backend)?, prefault_of(self.prefault)?))
     }
 }
 
@@ -99,14 +94,10 @@ versioned!(unsafe sft_checkpoint_options, 32);
 impl sft_checkpoint_options {
     /// # Safety
     ///
-    /// As for [`pointer::options`]; as for [`pointer::c_string`] for `variant`, while the result is used.
-    pub(super) unsafe fn read<'a>(
-        options: *const sft_checkpoint_options,
-    ) -> Result<(CheckpointOptions<'a>, Option<Prefault>)> {
-        // SAFETY: this function has the contract of `pointer::options`.
-        let options = unsafe { pointer::options(options) }?;
-        check_reserved(Self::NAME, options.reserved)?;
-        let extra = match options.extra {
+    /// As for [`pointer::c_string`] for `variant`, while the result is used.
+    pub(super) unsafe fn parse<'a>(self) -> Result<(CheckpointOptions<'a>, Option<Prefault>)> {
+        check_reserved(Self::NAME, self.reserved)?;
+        let extra = match self.extra {
             SFT_EXTRA_ERROR => Extra::Error,
             SFT_EXTRA_IGNORE => Extra::Ignore,
             other => {
@@ -115,9 +106,9 @@ impl sft_checkpoint_options {
             }
         };
         // SAFETY: a string or NULL ("Text", this function's contract).
-        let variant = unsafe { pointer::optional_string(options.variant, Self::NAME, "variant") }?;
-        let backend = backend_of(options.backend)?;
-        Ok((CheckpointOptions { backend, variant, extra }, prefault_of(options.prefault)?))
+        let variant = unsafe { pointer::optional_string(self.variant, Self::NAME, "variant") }?;
+        let backend = backend_of(self.backend)?;
+        Ok((CheckpointOptions { backend, variant, extra }, prefault_of(self.prefault)?))
     }
 }
 
@@ -135,13 +126,8 @@ pub struct sft_save_options {
 versioned!(unsafe sft_save_options, 24);
 
 impl sft_save_options {
-    /// # Safety
-    ///
-    /// As for [`pointer::options`].
-    pub(super) unsafe fn read(options: *const sft_save_options) -> Result<SaveOptions> {
-        // SAFETY: this function has the contract of `pointer::options`.
-        let options = unsafe { pointer::options(options) }?;
-        save_options(Self::NAME, options.alignment, options.durable, options.reserved)
+    pub(super) fn parse(self) -> Result<SaveOptions> {
+        save_options(Self::NAME, self.alignment, self.durable, self.reserved)
     }
 }
 
@@ -170,19 +156,17 @@ versioned!(unsafe sft_sharded_options, 40);
 impl sft_sharded_options {
     /// # Safety
     ///
-    /// As for [`pointer::options`]; as for [`pointer::c_string`] for `stem`, while the result is used.
-    pub(super) unsafe fn read<'a>(options: *const sft_sharded_options) -> Result<ShardedOptions<'a>> {
-        // SAFETY: this function has the contract of `pointer::options`.
-        let options = unsafe { pointer::options(options) }?;
+    /// As for [`pointer::c_string`] for `stem`, while the result is used.
+    pub(super) unsafe fn parse<'a>(self) -> Result<ShardedOptions<'a>> {
         let mut result = ShardedOptions {
-            save: save_options(Self::NAME, options.alignment, options.durable, options.reserved)?,
+            save: save_options(Self::NAME, self.alignment, self.durable, self.reserved)?,
             ..ShardedOptions::default()
         };
-        if options.max_shard_size != 0 {
-            result.max_shard_size = options.max_shard_size;
+        if self.max_shard_size != 0 {
+            result.max_shard_size = self.max_shard_size;
         }
         // SAFETY: a string or NULL ("Text", this function's contract).
-        if let Some(stem) = unsafe { pointer::optional_string(options.stem, Self::NAME, "stem") }? {
+        if let Some(stem) = unsafe { pointer::optional_string(self.stem, Self::NAME, "stem") }? {
             result.stem = stem;
         }
         Ok(result)
@@ -203,16 +187,11 @@ pub struct sft_edit_options {
 versioned!(unsafe sft_edit_options, 24);
 
 impl sft_edit_options {
-    /// # Safety
-    ///
-    /// As for [`pointer::options`].
-    pub(super) unsafe fn read(options: *const sft_edit_options) -> Result<EditOptions> {
-        // SAFETY: this function has the contract of `pointer::options`.
-        let options = unsafe { pointer::options(options) }?;
+    pub(super) fn parse(self) -> Result<EditOptions> {
         Ok(EditOptions {
-            in_place: flag(Self::NAME, "in_place", options.in_place)?,
-            reserve: options.reserve,
-            durable: flag(Self::NAME, "durable", options.durable)?,
+            in_place: flag(Self::NAME, "in_place", self.in_place)?,
+            reserve: self.reserve,
+            durable: flag(Self::NAME, "durable", self.durable)?,
         })
     }
 }

@@ -214,7 +214,7 @@ pub unsafe extern "C" fn sft_writer_get_size(
         let (writer, options, out) = unsafe {
             (
                 pointer::shared(writer, "writer")?,
-                sft_save_options::read(options)?,
+                pointer::options(options)?.parse()?,
                 Out::new(nbytes, "nbytes")?,
             )
         };
@@ -234,7 +234,7 @@ pub unsafe extern "C" fn sft_writer_write_file(
         // SAFETY: a live handle (header, "Ownership", "Threads"); a string ("Text"); options or NULL ("Pointers",
         // "Versions").
         let (writer, path, options) = unsafe {
-            (pointer::shared(writer, "writer")?, pointer::path(path)?, sft_save_options::read(options)?)
+            (pointer::shared(writer, "writer")?, pointer::path(path)?, pointer::options(options)?.parse()?)
         };
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;
@@ -255,7 +255,7 @@ pub unsafe extern "C" fn sft_writer_write_sharded(
             (
                 pointer::shared(writer, "writer")?,
                 pointer::path(directory)?,
-                sft_sharded_options::read(options)?,
+                pointer::options(options)?.parse()?,
             )
         };
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
@@ -275,7 +275,7 @@ pub unsafe extern "C" fn sft_writer_write_buffer(
     boundary!({
         // SAFETY: a live handle (header, "Ownership", "Threads"); options or NULL ("Pointers", "Versions").
         let (writer, options) =
-            unsafe { (pointer::shared(writer, "writer")?, sft_save_options::read(options)?) };
+            unsafe { (pointer::shared(writer, "writer")?, pointer::options(options)?.parse()?) };
         let buffer = pointer::buffer(buffer, nbytes, "buffer")?;
         // SAFETY: the data of every tensor is valid and unchanged during a write (header, "Ownership").
         let data = unsafe { writer.data() }?;

@@ -66,22 +66,28 @@ struct Candidate {
     name: String,
 }
 
-/// The files of one or more checkpoints in a directory, sorted by name.
-struct Candidates(Vec<Candidate>);
-
 /// Chooses the checkpoint among `names`, an earlier listing of `directory`.
 fn choose(
     directory: &Path,
     names: Vec<String>,
     variant: Option<&str>,
 ) -> Result<CheckpointPath, OpenFailure> {
-    let candidates = Candidates::find(directory, names)?;
-    let present = candidates.present();
+    let candidates = list_candidates(directory, names)?;
+    let has = |kind, stem: &str| candidates.iter().any(|one| one.kind == kind && one.stem == stem);
+    let has_checkpoint = |stem: &str| has(NameKind::File, stem) || has(NameKind::Index, stem);
+    let is_variant = |stem: &str| stem.match_indices('.').any(|(dot, _)| has_checkpoint(&stem[..dot]));
+    let mut present: Vec<&Candidate> = candidates.iter().collect();
+    present.retain(|one| match one.kind {
+        NameKind::File => true,
+        // While a file replaces an index of the same stem, both exist.
+        NameKind::Index => !has(NameKind::File, &one.stem),
+        NameKind::Shard => !has_checkpoint(&one.stem),
+    });
     let mut wanted = present.clone();
     wanted.retain(|one| match variant {
         Some(variant) => stem_without(&one.stem, variant).is_some(),
         // Without a variant, variants of a checkpoint that exists without one do not count.
-        None => !candidates.is_variant(&one.stem),
+        None => !is_variant(&one.stem),
     });
     let is_default = |one: &&Candidate| {
         let stem = variant.map_or(Some(&one.stem[..]), |variant| stem_without(&one.stem, variant));
@@ -100,51 +106,25 @@ fn choose(
     }
 }
 
-impl Candidates {
-    /// Keeps those `names` of `directory` that belong to a checkpoint.
-    fn find(directory: &Path, names: Vec<String>) -> Result<Candidates, OpenFailure> {
-        let mut all = Vec::new();
-        for name in names.into_iter().filter(|name| !name.starts_with('.')) {
-            let Some((kind, stem)) = parse_name(&name) else { continue };
-            let path = directory.join(&name);
-            match fs::metadata(&path) {
-                _ if kind == NameKind::Shard => all.push(Candidate { kind, stem, name }),
-                Ok(metadata) if metadata.is_file() => all.push(Candidate { kind, stem, name }),
-                // Removed since the listing, which may lack the files that replaced it.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && is_absent(&path) => {
-                    return Err(OpenFailure::Changed);
-                }
-                // A dangling link, which an interrupted download may leave, or not a file.
-                _ => {}
+/// Returns those of `names` that belong to a checkpoint, sorted.
+fn list_candidates(directory: &Path, names: Vec<String>) -> Result<Vec<Candidate>, OpenFailure> {
+    let mut candidates = Vec::new();
+    for name in names.into_iter().filter(|name| !name.starts_with('.')) {
+        let Some((kind, stem)) = parse_name(&name) else { continue };
+        let path = directory.join(&name);
+        match fs::metadata(&path) {
+            _ if kind == NameKind::Shard => candidates.push(Candidate { kind, stem, name }),
+            Ok(metadata) if metadata.is_file() => candidates.push(Candidate { kind, stem, name }),
+            // Removed since the listing, which may lack the files that replaced it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && is_absent(&path) => {
+                return Err(OpenFailure::Changed);
             }
+            // A dangling link, which an interrupted download may leave, or not a file.
+            _ => {}
         }
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Candidates(all))
     }
-
-    fn has(&self, kind: NameKind, stem: &str) -> bool {
-        self.0.iter().any(|one| one.kind == kind && one.stem == stem)
-    }
-
-    fn has_checkpoint(&self, stem: &str) -> bool {
-        self.has(NameKind::File, stem) || self.has(NameKind::Index, stem)
-    }
-
-    fn is_variant(&self, stem: &str) -> bool {
-        stem.match_indices('.').any(|(dot, _)| self.has_checkpoint(&stem[..dot]))
-    }
-
-    /// Returns the files, the indexes, and the shards without an index.
-    fn present(&self) -> Vec<&Candidate> {
-        let mut present: Vec<&Candidate> = self.0.iter().collect();
-        present.retain(|one| match one.kind {
-            NameKind::File => true,
-            // While a file replaces an index of the same stem, both exist.
-            NameKind::Index => !self.has(NameKind::File, &one.stem),
-            NameKind::Shard => !self.has_checkpoint(&one.stem),
-        });
-        present
-    }
+    candidates.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(candidates)
 }
 
 /// Explains why `wanted`, chosen from the `present` files of a directory, is not one checkpoint.

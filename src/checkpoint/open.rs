@@ -126,19 +126,14 @@ impl PendingOpen {
                 Err(OpenFailure::Missing(error)) => {
                     // A save may be between removing the old index and creating the new one.
                     let since = *self.since.get_or_insert_with(Instant::now);
-                    let missing = Some(error.to_string());
-                    let outcome = match Directory::open(directory_of(&self.path)) {
-                        Ok(directory) => wait_for_save(&directory, since, deadline),
-                        Err(_) => WaitOutcome::NoSave,
-                    };
+                    let (last_missing, missing) = (self.missing.take(), Some(error.to_string()));
+                    let outcome = Directory::open(directory_of(&self.path))
+                        .map_or(WaitOutcome::NoSave, |directory| wait_for_save(&directory, since, deadline));
                     match outcome {
-                        WaitOutcome::Ended => self.missing = None,
-                        WaitOutcome::StillLocked => {
-                            self.missing = None;
-                            return Ok(None);
-                        }
+                        WaitOutcome::StillLocked => return Ok(None),
+                        WaitOutcome::Ended => {}
                         // The lock was free before this attempt and is free after it, so it met no save.
-                        _ if missing == self.missing => return Err(error),
+                        _ if missing == last_missing => return Err(error),
                         WaitOutcome::NoSave | WaitOutcome::TimedOut => self.missing = missing,
                     }
                 }

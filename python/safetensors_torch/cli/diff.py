@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._headers import Tensor
-from .._progress import progress_bar
+from .._progress import ProgressBar
 from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
 HELP = "compare names, shapes and values"
@@ -91,7 +91,7 @@ def _compare_values(
 
     sides = [open_checkpoint(one.path, "mmap") for one in (left, right)]
     total, done = sum(entry.nbytes for entry in entries), 0
-    with progress_bar("diff", wants_bar(options)) as report_progress:
+    with ProgressBar("diff", wants_bar(options)) as report_progress:
         for entry in entries:
             ours, theirs = (values.flat(side, entry.name) for side in sides)
             difference = values.compare(ours, theirs, options.rtol, options.atol)

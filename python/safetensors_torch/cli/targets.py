@@ -10,7 +10,7 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
-from .._progress import progress_bar, run
+from .._progress import ProgressBar, run
 from ..incremental_writer import IncrementalWriter
 from ..sharded import parse_size
 
@@ -34,7 +34,7 @@ def write_file(specs: Specs, read: Read, path: str, options: Options) -> list[st
     """Writes the tensors that ``specs`` declares and ``read`` returns into a file. Returns its path in a list."""
     done, total = 0, sum(spec.nbytes for spec in specs.values())
     with (
-        progress_bar("convert", options.bar) as report_progress,
+        ProgressBar("convert", options.bar) as report_progress,
         IncrementalWriter(path, specs, options.metadata, durable=options.durable) as writer,
     ):
         for names in _batches(specs):
@@ -54,7 +54,7 @@ def write_directory(specs: Specs, read: Read, path: str, max_shard_size: int | s
     size = parse_size(max_shard_size)
     writer = call(native, list(specs), list(specs.values()), options.metadata, encode_path(path), "model", size)
     done, total = 0, sum(spec.nbytes for spec in specs.values())
-    with progress_bar("convert", options.bar) as report_progress:
+    with ProgressBar("convert", options.bar) as report_progress:
         try:
             for names in call(writer.members):
                 call(writer.start, read(names))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._exceptions import SafetensorError
-from .._progress import progress_bar
+from .._progress import ProgressBar
 from .listing import Listing, add_quiet, printable, size_text, wants_bar
 
 HELP = "check structure, readability and checksums"
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     expected = _read_list(options.checksums) if options.checksums else None
     digests = bool(options.checksums or options.write_checksums)
     results, sums = [], {}
-    with progress_bar("verify", wants_bar(options)) as report_progress:
+    with ProgressBar("verify", wants_bar(options)) as report_progress:
         files = _files(options.path, results)
         total, done = sum(os.path.getsize(file) for file in files), 0
         for file in files:

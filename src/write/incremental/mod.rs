@@ -4,8 +4,6 @@
 
 mod ranges;
 mod state;
-mod tensor_writer;
 mod writer;
 
-pub use tensor_writer::TensorWriter;
-pub use writer::IncrementalWriter;
+pub use writer::{IncrementalWriter, TensorWriter};
