@@ -221,7 +221,7 @@ test-docs: build
 test-install: out/library.stamp out/core.stamp
 	MAKE="$(MAKE)" PYTHON=$(CURDIR)/$(PY) WORK=$(CURDIR)/out/install tests/install/run.sh
 
-# Tests with the mark "alone" measure time or memory; the others share two processes. test-python-quick leaves out those
+# Tests with the mark "alone" measure time, memory or reads; the others share two processes. test-python-quick leaves out those
 # with the mark "slow".
 PYTEST := $(PY) -m pytest --quiet
 test-python test-python-quick: out/python.stamp

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import safetensors_torch
 from random_state import DTYPES
+from support import bytes_read
 
 ops = torch.ops.safetensors_torch
 BACKENDS = ["eager", "aot_eager", "inductor"]
@@ -187,11 +188,6 @@ def test_fake_tensors_read_no_data(tmp_path: Path) -> None:
         fake = ops.get_tensor(str(path), "huge")
     assert (list(fake.shape), fake.dtype) == ([size], torch.uint8)
     assert bytes_read() - before < 2**20
-
-
-def bytes_read() -> int:
-    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(counters["rchar"])
 
 
 def test_fake_tensors_name_the_device(path: str) -> None:

@@ -87,6 +87,7 @@ def test_get_slice_refuses(
     assert "frame #" not in str(refusal.value)
 
 
+@pytest.mark.alone
 def test_get_slice_reads_only_what_it_needs(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     path.write_bytes(pack({"a": entry("F32", [4096, 4096], 0, 64 << 20)}))

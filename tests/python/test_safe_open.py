@@ -295,6 +295,7 @@ NARROW = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("index, rows", NARROW.values(), ids=NARROW)
 def test_pread_reads_only_what_a_slice_needs(index: object, rows: int, write: Callable[..., Path]) -> None:
     """A slice of 64 MiB in rows of 16 KiB reads at most this many rows."""

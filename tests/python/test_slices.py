@@ -237,6 +237,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return make
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("columns, index, selected, most", READS.values(), ids=READS)
 def test_pread_reads_only_what_is_needed(
     columns: int, index: Any, selected: int, most: int, sparse: Callable[[int], Path]
@@ -250,6 +251,7 @@ def test_pread_reads_only_what_is_needed(
     assert selected <= read <= most + NOISE
 
 
+@pytest.mark.alone
 def test_refused_indices_read_nothing(sparse: Callable[[int], Path]) -> None:
     with safe_open(sparse(4096), backend="pread") as file:
         part = file.get_slice("a")
@@ -260,6 +262,7 @@ def test_refused_indices_read_nothing(sparse: Callable[[int], Path]) -> None:
         assert bytes_read() - before <= NOISE
 
 
+@pytest.mark.alone
 def test_whole_arrays_read_the_whole_tensor(sparse: Callable[[int], Path]) -> None:
     """The count of bytes detects a read of a whole tensor."""
     with safe_open(sparse(4096), backend="pread") as file:
