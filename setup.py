@@ -1,8 +1,8 @@
 """Builds the Python package: the core with cargo, and the libtorch layer ahead of time if torch is installed.
 
 Fills ``safetensors_torch/native`` of the wheel, or of the checkout for an editable install (``pip install -e .``).
-``safetensors_torch/_native_library.py`` defines how the libtorch layer is compiled, and compiles it at the first import
-if none was built for the installed torch.
+``safetensors_torch/_native_build.py`` defines how the libtorch layer is compiled. The first import compiles it if none
+was built for the installed torch.
 
 SAFETENSORS_TORCH_AOT=0 leaves the libtorch layer to the first import.
 """
@@ -193,12 +193,12 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def load_native_library() -> ModuleType:
-    """Imports the package's _native_library by its path: the package cannot be imported before it is built."""
-    spec = importlib.util.spec_from_file_location("_native_library", ROOT / "python" / PACKAGE / "_native_library.py")
-    loader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loader)
-    return loader
+def load_native_build() -> ModuleType:
+    """Imports the package's _native_build by its path: the package cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location("_native_build", ROOT / "python" / PACKAGE / "_native_build.py")
+    native_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native_build)
+    return native_build
 
 
 def ahead_of_time() -> dict:
@@ -206,36 +206,37 @@ def ahead_of_time() -> dict:
     if os.environ.get("SAFETENSORS_TORCH_AOT", "").lower() in ("0", "false", "no", "off"):
         return {}
     try:
+        import torch
         from torch.utils.cpp_extension import TORCH_LIB_PATH, BuildExtension, CppExtension
     except ImportError:
         return {}
-    loader = load_native_library()
+    native_build = load_native_build()
 
     class BuildLayer(BuildExtension):
         """Builds a plain shared library: without PyInit, libpython, and paths of this machine."""
 
         def __init__(self, *args, **kwargs) -> None:
-            with loader.ninja_on_path():  # torch looks for ninja here, and again when it compiles
+            with native_build.ninja_on_path():  # torch looks for ninja here, and again when it compiles
                 super().__init__(*args, **kwargs)
 
         def run(self) -> None:
             self.run_command("build_py")
             native = self.get_finalized_command("build_py").native()
             (extension,) = self.extensions
-            extension.sources = loader.sources(native)
+            extension.sources = native_build.sources(native)
             system = [flag for directory in extension.include_dirs for flag in ("-isystem", directory)]
-            extension.include_dirs = loader.include_dirs(native)
+            extension.include_dirs = native_build.include_dirs(native)
             # No debug information, which Python's own flags request, and no paths of this machine.
             headers = Path(TORCH_LIB_PATH).parent
             private = ["-g0", f"-ffile-prefix-map={native}=native", f"-ffile-prefix-map={headers}=torch"]
             # g++ resolves symbolic links in the names of headers.
             private.append(f"-ffile-prefix-map={headers.resolve()}=torch")
-            extension.extra_compile_args = [*loader.COMPILE_FLAGS, *private, *system]
-            extension.extra_link_args = loader.link_flags(native)
+            extension.extra_compile_args = [*native_build.COMPILE_FLAGS, *private, *system]
+            extension.extra_link_args = native_build.link_flags(native)
             extension.libraries = ["torch_cpu", "c10"]
             extension.library_dirs = [TORCH_LIB_PATH]
             extension.runtime_library_dirs = []
-            with loader.ninja_on_path():
+            with native_build.ninja_on_path():
                 super().run()
             extension.sources = []  # an editable build would list absolute paths among the project's sources
 
@@ -248,7 +249,8 @@ def ahead_of_time() -> dict:
             super().build_extensions()
 
         def get_ext_fullpath(self, fullname: str) -> str:
-            return str(self.get_finalized_command("build_py").native() / "lib" / loader.library_name())
+            name = native_build.library_name(torch.__version__, torch.compiled_with_cxx11_abi())
+            return str(self.get_finalized_command("build_py").native() / "lib" / name)
 
         def copy_extensions_to_source(self) -> None:
             """Does nothing: build_py puts the library of an editable install into the checkout."""

@@ -2,7 +2,6 @@
 
 Owns finding, compiling and loading the libtorch layer: the library that the package was built with if it fits the
 installed torch, otherwise one compiled here, once for each torch, from the sources and the static core in ``native/``.
-setup.py uses the names and flags below too.
 """
 
 from __future__ import annotations
@@ -14,57 +13,29 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from . import _native_build
 
 PROJECT = "safetensors-torch"
 NATIVE = Path(__file__).resolve().parent / "native"
 # A digest of everything that is compiled, which setup.py writes last.
 FINGERPRINT = "fingerprint"
 CACHE_VARIABLE = "SAFETENSORS_TORCH_CACHE"
-OLDEST_TORCH = (2, 6)
-# No -std: torch.utils.cpp_extension passes the standard that torch's headers need.
-COMPILE_FLAGS = ["-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 
 def library_name() -> str:
-    """Returns the file name of the layer for the installed torch, which contains its version and C++ ABI."""
-    abi = "cxx11" if torch.compiled_with_cxx11_abi() else "precxx11"
-    return f"libsafetensors_torch_py-torch{torch.__version__}-{abi}.so"
+    """Returns the file name of the layer for exactly the installed torch."""
+    return _native_build.library_name(torch.__version__, torch.compiled_with_cxx11_abi())
 
 
-def sources(native: Path) -> list[str]:
-    """Returns the C++ files to compile."""
-    return [str(path) for pattern in ("cpp/layer.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]
-
-
-def include_dirs(native: Path) -> list[str]:
-    """Returns the include directories of the sources and of the generated bridge."""
-    return [str(native), str(native / "bridge" / "include"), str(native / "include")]
-
-
-def link_flags(native: Path) -> list[str]:
-    """Returns the linker's inputs and options.
-
-    The library exports no symbol: torch finds its operators by name, and programs link another build of the same code.
-    It is never unloaded: torch keeps its operators, and threads may run its code.
-    """
-    archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
-    return [
-        *archives,
-        "-Wl,--exclude-libs,ALL",  # keeps the C functions of the core inside, which the script would export
-        f"-Wl,--version-script={native / 'lib/cmake/SafetensorsTorch/SafetensorsTorchLayer.map'}",
-        "-Wl,--gc-sections",
-        "-Wl,--as-needed",
-        "-Wl,-z,nodelete",
-        "-lpthread",
-        "-ldl",
-        "-lm",
-    ]
+def shipped_libraries() -> list[Path]:
+    """Returns where the package may have a layer for the installed torch: for exactly it, or for its minor version."""
+    minor = _native_build.minor_library_name(torch.__version__, torch.compiled_with_cxx11_abi())
+    return [NATIVE / "lib" / name for name in (library_name(), minor) if name]
 
 
 def ensure_loaded() -> None:
@@ -75,17 +46,18 @@ def ensure_loaded() -> None:
     """
     if _registered():
         return
-    if _torch_version() < OLDEST_TORCH:
+    if _torch_version() < _native_build.OLDEST_TORCH:
+        oldest = ".".join(map(str, _native_build.OLDEST_TORCH))
         raise ImportError(
-            f"safetensors_torch needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, and torch {torch.__version__}"
-            " is installed. Upgrade it: pip install --upgrade torch"
+            f"safetensors_torch needs torch {oldest} or later, and torch {torch.__version__} is installed. Upgrade it:"
+            " pip install --upgrade torch"
         )
     if not (NATIVE / FINGERPRINT).exists():
         raise ImportError(
             f"safetensors_torch is not built: setup.py has not filled {NATIVE}. Install the package (pip install"
             " safetensors-torch, or in a checkout pip install . or pip install -e .)"
         )
-    if not _load(NATIVE / "lib" / library_name()):
+    if not any(_load(library) for library in shipped_libraries()):
         _load_compiled()
 
 
@@ -179,13 +151,13 @@ def _compile(library: Path, is_locked: bool) -> None:
     if is_locked:
         for leftover in library.parent.glob(f"{prefix}*"):  # left by a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=library.parent) as directory, ninja_on_path():
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=library.parent) as directory, _native_build.ninja_on_path():
         cpp_extension.load(
             name="safetensors_torch_native",
-            sources=sources(NATIVE),
-            extra_cflags=COMPILE_FLAGS,
-            extra_include_paths=include_dirs(NATIVE),
-            extra_ldflags=[shlex.quote(flag) for flag in link_flags(NATIVE)],
+            sources=_native_build.sources(NATIVE),
+            extra_cflags=_native_build.COMPILE_FLAGS,
+            extra_include_paths=_native_build.include_dirs(NATIVE),
+            extra_ldflags=[shlex.quote(flag) for flag in _native_build.link_flags(NATIVE)],
             build_directory=directory,
             is_python_module=False,
         )
@@ -193,29 +165,12 @@ def _compile(library: Path, is_locked: bool) -> None:
         _native_cache.install(next(Path(directory).glob("safetensors_torch_native*.so")), library)
 
 
-@contextmanager
-def ninja_on_path() -> Iterator[None]:
-    """Adds the ninja of the Python package to PATH, which lacks it if the environment is not activated."""
-    before = os.environ.get("PATH", "")
-    if shutil.which("ninja") is None:
-        try:
-            import ninja
-        except ImportError:
-            pass
-        else:
-            os.environ["PATH"] = os.pathsep.join(filter(None, [before, ninja.BIN_DIR]))
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
 def _refuse_missing_tools() -> None:
     """Raises ImportError, with the remedies, if a tool for compiling is missing."""
     words = shlex.split(os.environ.get("CXX", "c++"))
     compiler = words[0] if words else "c++"
     headers = Path(torch.__file__).parent / "include" / "torch" / "library.h"
-    with ninja_on_path():
+    with _native_build.ninja_on_path():
         has_ninja = shutil.which("ninja") is not None
     missing = {
         f"a C++ compiler ({compiler})": (

@@ -32,6 +32,7 @@ TORCH_NEEDS = ("typing_extensions", "filelock", "fsspec", "jinja2", "networkx", 
 WHEEL_NEEDS = ("setuptools", "ninja")
 # The wheel has these files. The core is its only compiled library.
 NEEDED = (
+    "_native_build.py",
     "_native_library.py",
     "py.typed",
     "native/cpp/layer.cpp",

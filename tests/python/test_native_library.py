@@ -23,7 +23,7 @@ import torch
 
 import fresh
 import safetensors_torch
-from safetensors_torch import _native_library
+from safetensors_torch import _native_build, _native_library
 
 pytestmark = pytest.mark.slow
 
@@ -226,6 +226,30 @@ def test_the_shipped_library_is_loaded_silently() -> None:
     status, stdout, stderr = outcome(start(USE, CXX="/nonexistent/c++"))
     assert (status, stderr) == (0, "")
     assert said(stdout, "mapped") == [str(SHIPPED)]
+
+
+@needs_shipped
+@pytest.mark.parametrize("torch_version", ["{minor}.0", "{minor}.7+cu130", "{minor}.0a0+git1234567"])
+def test_a_layer_for_the_minor_version_serves_its_releases(torch_version: str, tmp_path: Path) -> None:
+    """A wheel has one for each. A pre-release may have other symbols."""
+    minor = ".".join(torch.__version__.split(".")[:2])
+    site = copy_package(tmp_path / "site")
+    name = _native_build.minor_library_name(torch.__version__, torch.compiled_with_cxx11_abi())
+    assert name == f"libsafetensors_torch_py-torch{minor}-cxx11.so"
+    layer = shutil.copy(SHIPPED, site / "safetensors_torch" / "native" / "lib" / name)
+    version = torch_version.format(minor=minor)
+    pretend = f"""
+    import torch
+    torch.__version__ = type(torch.__version__)({version!r})
+    """
+    is_release = "a0" not in version
+    environment = {"PYTHONPATH": str(site), "CXX": "/nonexistent/c++"}
+    status, stdout, stderr = outcome(start(pretend + (USE if is_release else REPORT), **environment))
+    assert (status, stderr) == (0, "")
+    if is_release:
+        assert said(stdout, "mapped") == [str(layer)]
+    else:
+        assert f"libtorch layer for torch {version}" in stdout
 
 
 @needs_shipped

@@ -1,0 +1,78 @@
+"""How the libtorch layer is compiled, and the names of its libraries. Imports no torch.
+
+setup.py and packaging/wheels.py compile layers ahead of time, ``_native_library.py`` at the first import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OLDEST_TORCH = (2, 6)
+# No -std: torch.utils.cpp_extension passes the standard that torch's headers need.
+COMPILE_FLAGS = ["-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+
+
+def library_name(torch_version: str, cxx11_abi: bool) -> str:
+    """Returns the file name of the layer for exactly one version of torch, such as 2.11.0+cu130, and its C++ ABI."""
+    return f"libsafetensors_torch_py-torch{torch_version}-{'cxx11' if cxx11_abi else 'precxx11'}.so"
+
+
+def minor_library_name(torch_version: str, cxx11_abi: bool) -> str | None:
+    """Returns the file name of the layer for every release of a minor version, such as 2.11; None for a pre-release.
+
+    The builds of a release for CPU, CUDA and ROCm share what the layer uses: docs/packaging.md.
+    """
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", torch_version)
+    return library_name(release[1], cxx11_abi) if release else None
+
+
+def sources(native: Path) -> list[str]:
+    """Returns the C++ files to compile."""
+    return [str(path) for pattern in ("cpp/layer.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]
+
+
+def include_dirs(native: Path) -> list[str]:
+    """Returns the include directories of the sources and of the generated bridge."""
+    return [str(native), str(native / "bridge" / "include"), str(native / "include")]
+
+
+def link_flags(native: Path) -> list[str]:
+    """Returns the linker's inputs and options.
+
+    The library exports no symbol: torch finds its operators by name, and programs link another build of the same code.
+    It is never unloaded: torch keeps its operators, and threads may run its code.
+    """
+    archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
+    return [
+        *archives,
+        "-Wl,--exclude-libs,ALL",  # keeps the C functions of the core inside, which the script would export
+        f"-Wl,--version-script={native / 'lib/cmake/SafetensorsTorch/SafetensorsTorchLayer.map'}",
+        "-Wl,--gc-sections",
+        "-Wl,--as-needed",
+        "-Wl,-z,nodelete",
+        "-lpthread",
+        "-ldl",
+        "-lm",
+    ]
+
+
+@contextmanager
+def ninja_on_path() -> Iterator[None]:
+    """Adds the ninja of the Python package to PATH, which lacks it if the environment is not activated."""
+    before = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        try:
+            import ninja
+        except ImportError:
+            pass
+        else:
+            os.environ["PATH"] = os.pathsep.join(filter(None, [before, ninja.BIN_DIR]))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
