@@ -12,6 +12,7 @@
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
+# make wheels    the same with a compiled layer for every torch, for machines without a compiler
 # make clean     deletes what was built, except .venv
 #
 # Each target sets up what it needs, once: .venv with the pinned torch, the build, the package in .venv.
@@ -46,7 +47,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build library demo install wheel bench bench-header docs clean fuzz torture miri filesystems \
+.PHONY: build library demo install wheel wheels bench bench-header docs clean fuzz torture miri filesystems \
     check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
@@ -237,6 +238,16 @@ test-accelerator: out/python.stamp
 
 fuzz:
 	fuzz/run.sh $(or $(SECONDS),60)
+
+# The wheel with a layer for every torch. Downloads the headers of each and a C library, about 100 MB; needs no torch.
+PACKAGING := out/packaging
+wheels: $(PACKAGING)/requirements.stamp
+	PATH=$(CURDIR)/$(PACKAGING)/bin:$$PATH $(PACKAGING)/bin/python packaging/wheels.py
+
+$(PACKAGING)/requirements.stamp: packaging/requirements.txt
+	test -x $(PACKAGING)/bin/python || $(PYTHON) -m venv $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip install --quiet --disable-pip-version-check -r packaging/requirements.txt
+	touch $@
 
 wheel: $(VENV)/requirements.stamp
 	SAFETENSORS_TORCH_AOT=0 $(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
