@@ -4,7 +4,7 @@ Run: make wheels    or    .venv/bin/python packaging/wheels.py [--torch 2.11 ...
 
 Compiles the core with cargo and the layers with g++, both for an old C library, so that the wheel installs on every
 system that torch's own wheels support. Needs no torch: it downloads the headers of each (7 to 10 MB), and the linker
-takes empty libraries with the names of torch's. auditwheel has the last word.
+takes empty libraries with the names of torch's. auditwheel checks the result.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ pub(crate) struct PendingOpen {
     attempts: usize,
     /// When the first wait began.
     since: Option<Instant>,
-    /// What was missing at the last attempt, if no save has been seen since.
+    /// The error of the last attempt, if that found no checkpoint and no save has run since.
     missing: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! Properties of every file: loading returns what was saved, no input makes the reader panic, a slice equals its
+//! Properties of every file: a load returns the saved tensors, no input makes the reader panic, a slice equals its
 //! elements picked one by one, tensors written in parts and in any order produce the same file as a save, and so does
 //! an edit of the metadata.
 

@@ -1,4 +1,4 @@
-//! Saves to what is already at the path: files, links, pipes, devices, descriptors, and their permissions.
+//! Saves to a path that exists: a file, a link, a pipe, a device, a descriptor. Checks permissions too.
 
 use std::ffi::CString;
 use std::fs::{self, File, Permissions};
