@@ -92,12 +92,18 @@ fn calls_respect_the_limit_on_threads() {
         assert_eq!(extra, 0, "{what}");
     }
     set_threads(3);
-    let some = extra_threads(&path, &data);
-    assert!(some.iter().all(|&(_, extra)| extra <= 2), "{some:?}");
-    // Reads and copies use all threads, independent of the number of processors.
-    for what in ["load_tensors", "read_tensors", "save_into"] {
-        assert!(some.iter().any(|&(name, extra)| name == what && extra == 2), "{what}: {some:?}");
+    // Reads and copies use all threads, independent of the number of processors. On a busy machine a thread may have
+    // ended before another begins.
+    let mut missing = vec!["load_tensors", "read_tensors", "save_into"];
+    for _ in 0..10 {
+        let some = extra_threads(&path, &data);
+        assert!(some.iter().all(|&(_, extra)| extra <= 2), "{some:?}");
+        missing.retain(|&what| !some.contains(&(what, 2)));
+        if missing.is_empty() {
+            break;
+        }
     }
+    assert!(missing.is_empty(), "these never used all threads: {missing:?}");
     set_threads(0);
     assert_eq!(threads().expect("set"), 0);
 }
