@@ -5,6 +5,7 @@
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
 #                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
+# make uninstall   deletes what make install has put into PREFIX
 # make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600, Miri
 # make fuzz      every fuzz target of the core, SECONDS=60 each
 # make miri      the core under Miri, if a nightly compiler with it is installed
@@ -12,7 +13,7 @@
 # make bench-header   micro-benchmarks of the header
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
-# make wheels    the same with a compiled layer for every torch, for machines without a compiler
+# make wheels    wheels with a compiled layer for every torch, for machines without a compiler, and the sdist
 # make clean     deletes what was built, except .venv
 #
 # Each target sets up what it needs, once: .venv with the pinned torch, the build, the package in .venv.
@@ -47,7 +48,7 @@ CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -t
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build library demo install wheel wheels bench bench-header docs clean fuzz torture miri filesystems \
+.PHONY: build library demo install uninstall wheel wheels bench bench-header docs clean fuzz torture miri filesystems \
     check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
@@ -64,7 +65,7 @@ library: out/prefix.stamp
 # The shared library with its torch layer, for the libtorch that LIBTORCH and similar variables name (see build.rs), or
 # for the torch of .venv if none of them is set.
 out/library.stamp: $(CORE_SOURCES) out/libtorch $(if $(LIBTORCH_NAMED),,$(VENV)/requirements.stamp)
-	cargo build --release --locked
+	cargo build --release --locked --features torch
 	mkdir -p out && touch $@
 
 # Changes when one of those variables does.
@@ -75,7 +76,7 @@ FORCE:
 
 # The core alone, as a shared and as a static library for C.
 out/core.stamp: $(CORE_SOURCES)
-	cargo build --release --locked --no-default-features --target-dir target/core
+	cargo build --release --locked --target-dir target/core
 	mkdir -p out && touch $@
 
 out/python.stamp: $(CORE_SOURCES) $(PYTHON_SOURCES) $(VENV)/requirements.stamp
@@ -90,43 +91,47 @@ CORE   := target/core/release
 # The libraries that the static library needs.
 SYSTEM_LIBS := -lgcc_s -lutil -lrt -lpthread -lm -ldl
 
-# C programs do not need libtorch, so they link the static library if the shared one needs libtorch.
-ifeq ($(TORCH),0)
-SHARED := $(CORE)/libsafetensors_torch.so
-PC_FILES := safetensors_torch-c
-C_LIBS := -L$${libdir} -lsafetensors_torch
-C_LIBS_PRIVATE := $(SYSTEM_LIBS)
-install: out/core.stamp
-else
-SHARED := target/release/libsafetensors_torch.so
-PC_FILES := safetensors_torch safetensors_torch-c
-C_LIBS := $${libdir}/libsafetensors_torch.a $(SYSTEM_LIBS)
-C_LIBS_PRIVATE :=
-install: out/library.stamp out/core.stamp
-endif
 
-# The library contains a line that names its torch: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
+SHARED := target/release/libsafetensors_torch.so
+# That library contains a line that names its torch: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
 BUILT_FOR = $(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED))
 
-install:
+# install_library FILE NAME: installs FILE as libNAME.so, with the links by which linkers find it.
+define install_library
+	install -m 755 $(1) $(LIB)/lib$(2).so.$(VERSION)
+	ln -sf lib$(2).so.$(VERSION) $(LIB)/lib$(2).so.$(MAJOR)
+	ln -sf lib$(2).so.$(MAJOR) $(LIB)/lib$(2).so
+endef
+# install_pc NAME: installs a pkg-config file.
+define install_pc
+	sed -e 's|@VERSION@|$(VERSION)|' -e 's|@SYSTEM_LIBS@|$(SYSTEM_LIBS)|' \
+	    -e 's|@TORCH_VERSION@|$(word 1,$(BUILT_FOR))|' -e 's|@CXX11_ABI@|$(word 2,$(BUILT_FOR))|' \
+	    pkgconfig/$(1).pc.in >$(LIB)/pkgconfig/$(1).pc
+	chmod 644 $(LIB)/pkgconfig/$(1).pc
+endef
+
+install: out/core.stamp $(if $(filter-out 0,$(TORCH)),out/library.stamp)
 	install -d $(LIB)/cmake/SafetensorsTorch $(LIB)/pkgconfig $(INCLUDE)
 	install -m 644 include/safetensors_torch.h $(INCLUDE)
+	$(call install_library,$(CORE)/libsafetensors_torch.so,safetensors_torch_c)
+	strip -g -o $(LIB)/libsafetensors_torch_c.a $(CORE)/libsafetensors_torch.a
+	chmod 644 $(LIB)/libsafetensors_torch_c.a
+	$(call install_pc,safetensors_torch-c)
+	install -m 644 $(addprefix cmake/SafetensorsTorch,Config.cmake ConfigVersion.cmake Libtorch.cmake) \
+	    $(LIB)/cmake/SafetensorsTorch
 ifneq ($(TORCH),0)
 	install -d $(INCLUDE)/safetensors_torch
 	install -m 644 include/safetensors_torch.hpp $(INCLUDE)
 	install -m 644 include/safetensors_torch/*.hpp $(INCLUDE)/safetensors_torch
+	$(call install_library,$(SHARED),safetensors_torch)
+	$(call install_pc,safetensors_torch)
 endif
-	install -m 755 $(SHARED) $(LIB)/libsafetensors_torch.so.$(VERSION)
-	ln -sf libsafetensors_torch.so.$(VERSION) $(LIB)/libsafetensors_torch.so.$(MAJOR)
-	ln -sf libsafetensors_torch.so.$(MAJOR) $(LIB)/libsafetensors_torch.so
-	install -m 644 $(CORE)/libsafetensors_torch.a $(LIB)
-	install -m 644 $(addprefix cmake/SafetensorsTorch,Config.cmake ConfigVersion.cmake Libtorch.cmake) \
-	    $(LIB)/cmake/SafetensorsTorch
-	for name in $(PC_FILES); do \
-	    sed -e 's|@VERSION@|$(VERSION)|' -e 's|@LIBS@|$(C_LIBS)|' -e 's|@LIBS_PRIVATE@|$(C_LIBS_PRIVATE)|' \
-	        -e 's|@TORCH_VERSION@|$(word 1,$(BUILT_FOR))|' -e 's|@CXX11_ABI@|$(word 2,$(BUILT_FOR))|' \
-	        pkgconfig/$$name.pc.in >$(LIB)/pkgconfig/$$name.pc && chmod 644 $(LIB)/pkgconfig/$$name.pc || exit 1; \
-	done
+
+uninstall:
+	rm -f $(LIB)/libsafetensors_torch.so* $(LIB)/libsafetensors_torch_c.so* $(LIB)/libsafetensors_torch_c.a \
+	    $(LIB)/pkgconfig/safetensors_torch.pc $(LIB)/pkgconfig/safetensors_torch-c.pc \
+	    $(INCLUDE)/safetensors_torch.h $(INCLUDE)/safetensors_torch.hpp
+	rm -rf $(LIB)/cmake/SafetensorsTorch $(INCLUDE)/safetensors_torch
 
 # The installed trees that tests, examples and the demo are built against: with torch, and the C library alone.
 out/prefix.stamp: out/library.stamp out/core.stamp Makefile $(wildcard cmake/* pkgconfig/*)
@@ -153,7 +158,7 @@ check: build out/core.stamp
 
 # The core does not use torch, so its tests do not either.
 test-rust: $(VENV)/requirements.stamp
-	cargo test --profile tests --locked --no-default-features --target-dir target/core
+	cargo test --profile tests --locked --target-dir target/core
 
 # The threads of the core under ThreadSanitizer, if the compiler has it.
 test-tsan:
@@ -239,7 +244,7 @@ test-accelerator: out/python.stamp
 fuzz:
 	fuzz/run.sh $(or $(SECONDS),60)
 
-# The wheel with a layer for every torch. Downloads the headers of each and a C library, about 100 MB; needs no torch.
+# Downloads the headers of each torch and C libraries, about 200 MB, and compilers for aarch64; needs no torch.
 PACKAGING := out/packaging
 wheels: $(PACKAGING)/requirements.stamp
 	PATH=$(CURDIR)/$(PACKAGING)/bin:$$PATH $(PACKAGING)/bin/python packaging/wheels.py
@@ -249,8 +254,8 @@ $(PACKAGING)/requirements.stamp: packaging/requirements.txt
 	$(PACKAGING)/bin/python -m pip install --quiet --disable-pip-version-check -r packaging/requirements.txt
 	touch $@
 
-wheel: $(VENV)/requirements.stamp
-	SAFETENSORS_TORCH_AOT=0 $(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+wheel: $(PACKAGING)/requirements.stamp
+	SAFETENSORS_TORCH_AOT=0 $(PACKAGING)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	    --wheel-dir out/dist .
 
 $(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
@@ -273,15 +278,15 @@ docs:
 	doxygen docs/Doxyfile
 
 bench-header:
-	cargo bench --locked --no-default-features --target-dir target/core --bench header
+	cargo bench --locked --target-dir target/core --bench header
 
 lint: lint-rust lint-python lint-cpp
 
 lint-rust: out/library.stamp
 	cargo fmt --check
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
-	cargo clippy --quiet --release --locked --all-targets -- -D warnings
-	cargo clippy --quiet --release --locked --all-targets --no-default-features --target-dir target/core -- -D warnings
+	cargo clippy --quiet --release --locked --all-targets --features torch -- -D warnings
+	cargo clippy --quiet --release --locked --all-targets --target-dir target/core -- -D warnings
 	RUSTFLAGS="--cfg fuzzing" cargo clippy --quiet --locked --all-targets --no-default-features \
 	    --manifest-path fuzz/Cargo.toml --target-dir target/fuzz-replay -- -D warnings
 

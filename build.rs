@@ -5,10 +5,12 @@
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    // Only the major version, because a program runs with every library of the same major version. cargo-c uses the
-    // same soname, from [package.metadata.capi.library] in Cargo.toml.
+    // The C library has a name of its own, so that no C++ program loads it by mistake. Only the major version, because a
+    // program runs with every library of the same major version. cargo-c uses the same soname, from
+    // [package.metadata.capi.library] in Cargo.toml.
+    let name = if cfg!(feature = "torch") { "safetensors_torch" } else { "safetensors_torch_c" };
     let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libsafetensors_torch.so.{major}");
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,lib{name}.so.{major}");
     // dlclose must not unload the library: its threads may be running, and its operators are registered with torch.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     #[cfg(feature = "bridge")]
@@ -162,10 +164,10 @@ mod torch {
                 });
             }
         }
-        panic!(
-            "libtorch was not found. Set LIBTORCH to its directory (the one with include/ and lib/), or have a Python with \
-             torch on PATH or in .venv, or build the C library alone with --no-default-features. Asked: {candidates:?}"
-        );
+        fail(format_args!(
+            "libtorch was not found; set LIBTORCH to its directory (the one with include/ and lib/), or have a Python with \
+             torch on PATH or in .venv, or build the C library alone, without the feature torch. Asked: {candidates:?}"
+        ))
     }
 
     /// Returns the directory of the torch that `python` imports, and its ABI.
@@ -182,22 +184,29 @@ mod torch {
 
     /// Returns the path without symbolic links.
     fn canonical(path: &Path) -> PathBuf {
-        path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        path.canonicalize().unwrap_or_else(|error| fail(format_args!("{}: {error}", path.display())))
     }
 
-    /// Panics if headers or libraries are missing.
+    /// Fails if headers or libraries are missing.
     fn check(torch: LibTorch) -> LibTorch {
         for file in [
             torch.include.join("torch/library.h"),
             torch.lib.join("libtorch_cpu.so"),
             torch.lib.join("libc10.so"),
         ] {
-            assert!(
-                file.exists(),
-                "{} is missing: LIBTORCH and its variants must name a libtorch directory",
-                file.display()
-            );
+            if !file.exists() {
+                fail(format_args!(
+                    "{} is missing; set LIBTORCH to a libtorch directory (the one with include/ and lib/)",
+                    file.display()
+                ));
+            }
         }
         torch
+    }
+
+    /// Ends the build with an error of cargo, without a backtrace.
+    fn fail(message: std::fmt::Arguments) -> ! {
+        println!("cargo::error={message}");
+        std::process::exit(1)
     }
 }

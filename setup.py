@@ -69,7 +69,6 @@ class Core:
             find_cargo(),
             "build",
             "--release",
-            "--no-default-features",
             "--features=bridge",
             f"--target-dir={TARGET}",
             f"--config=build.rustflags={json.dumps(remap)}",
@@ -115,13 +114,13 @@ class Core:
         # ABI.
         copy(self.cxx / "src" / "cxx.cc", native / "bridge" / "cxx.cc")
         copy(self.cxx / "include" / "cxx.h", native / "bridge" / "include" / "cxx.h")
-        archive = native / "lib" / self.archive.name
+        archive = native / "lib" / "libsafetensors_torch_c.a"
         copy(self.archive, archive)
-        strip = shutil.which("strip")
+        strip = shutil.which(os.environ.get("STRIP", "strip"))
         if strip:
             subprocess.run([strip, "-g", str(archive)], check=True)
         # For the shell command, which reads headers without torch.
-        core = native / "lib" / "libsafetensors_torch_core.so"
+        core = native / "lib" / "libsafetensors_torch_c.so"
         copy(self.library, core)
         if strip:
             subprocess.run([strip, str(core)], check=True)

@@ -38,7 +38,7 @@ function(safetensors_torch_add_layer root problem)
   set(script "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/SafetensorsTorchLayer.map")
   target_link_libraries(safetensors_torch
     PUBLIC SafetensorsTorch::torch
-    PRIVATE "${root}/lib/libsafetensors_torch.a" pthread dl m)
+    PRIVATE "${root}/lib/libsafetensors_torch_c.a" pthread dl m)
   target_link_options(safetensors_torch PRIVATE ${exported} "-Wl,--version-script=${script}" -Wl,--gc-sections
     -Wl,-z,nodelete)
   set_target_properties(safetensors_torch PROPERTIES

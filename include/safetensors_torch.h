@@ -9,7 +9,7 @@
  *         use(data);                                   // points into the file, until it is freed
  *     sft_file_free(file);
  *
- * Link with -lsafetensors_torch, or with the output of `pkg-config --libs safetensors_torch-c`. Requires C11 or C++.
+ * Link with -lsafetensors_torch_c, or with the output of `pkg-config --libs safetensors_torch-c`. Requires C11 or C++.
  *
  * Status. A function that can fail returns an sft_status: SFT_OK or an SFT_ERROR_ number. sft_last_error_get_message()
  * then returns a line that names the object, the fault and the remedy. A failed call does not change its results,
@@ -59,6 +59,9 @@ extern "C" {
 
 /** The version of this header: text such as "0.1.0". */
 #define SFT_VERSION_STRING "0.1.0"
+
+/** The same as a number, 10000 * major + 100 * minor + patch: `#if SFT_VERSION_NUMBER >= 100` is true from 0.1.0 on. */
+#define SFT_VERSION_NUMBER 100
 
 /** Returns the version of the linked library. The string is static. */
 const char* sft_get_version(void);

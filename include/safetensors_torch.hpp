@@ -28,6 +28,8 @@
 /// Exceptions of a filter, a Rename or a Progress pass through unchanged. Paths are bytes, as the operating system
 /// takes them.
 ///
+/// SFT_VERSION_STRING and SFT_VERSION_NUMBER, of safetensors_torch.h, are the version of this header.
+///
 /// This header includes all others: file.hpp (open files and checkpoints), save.hpp, incremental_writer.hpp (files that
 /// are written tensor by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files),
 /// model.hpp (modules), maps.hpp (other maps of tensors), transfer.hpp (threads, pinned memory), types.hpp (all

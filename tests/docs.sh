@@ -48,7 +48,7 @@ cd - >/dev/null
 begin c
 for source in $(grep '\.c$' <<<"$names"); do
     cc -std=c11 -Wall -Wextra -Wpedantic -Werror "$source" -I"$C_PREFIX/include" -L"$C_PREFIX/lib" \
-        -lsafetensors_torch -pthread -Wl,-rpath,"$C_PREFIX/lib" -o "${source%.c}"
+        -lsafetensors_torch_c -pthread -Wl,-rpath,"$C_PREFIX/lib" -o "${source%.c}"
     check "$source.expected" "$PWD/${source%.c}"
 done
 cp map.c app.c

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ._exceptions import SafetensorError, os_error
 
-LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_core.so"
+LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_c.so"
 _IO = 2
 
 

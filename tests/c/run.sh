@@ -2,7 +2,7 @@
 # Builds and runs the tests of the C interface with sanitizers, with the shared and with the static library in the given
 # directory:
 #
-#     cargo build --release --no-default-features --target-dir target/core
+#     cargo build --release --target-dir target/core
 #     tests/c/run.sh target/core/release
 #
 # Uses $CC, $CXX and $CFLAGS if they are set. $SANITIZE replaces the flags of the sanitizers (address and undefined),

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Has every system call of a save fail in turn, then every allocation, with the shared library in the directory that is given:
 #
-#     cargo build --release --no-default-features --target-dir target/core
+#     cargo build --release --target-dir target/core
 #     tests/faults/run.sh target/core/release
 set -eu
 library=$(cd "${1:?usage: $0 DIRECTORY_OF_THE_LIBRARY}" && pwd)

@@ -57,7 +57,7 @@ check_mistakes() {
     pass "a wrong version, an unknown component"
 
     local file
-    for file in lib/libsafetensors_torch.so lib/libsafetensors_torch.a include/safetensors_torch.h; do
+    for file in lib/libsafetensors_torch.so lib/libsafetensors_torch_c.so lib/libsafetensors_torch_c.a include/safetensors_torch.h; do
         mv "$prefix/$file" "$WORK/missing"
         # The version is read from the header.
         if [ "$file" != include/safetensors_torch.h ]; then

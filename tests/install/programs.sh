@@ -96,12 +96,13 @@ build_programs() {
     pass "C++ with pkg-config"
 
     # Without libtorch and without a C++ compiler.
-    consumer c-static "-DCMAKE_PREFIX_PATH=$prefix" -DCONSUMER_COMPONENTS=c
-    consumer c-shared "-DCMAKE_PREFIX_PATH=$WORK/prefix-c" -DCONSUMER_COMPONENTS=c
+    consumer c-both "-DCMAKE_PREFIX_PATH=$prefix" -DCONSUMER_COMPONENTS=c
+    consumer c-alone "-DCMAKE_PREFIX_PATH=$WORK/prefix-c" -DCONSUMER_COMPONENTS=c
     consumer c-package "-DCMAKE_PREFIX_PATH=$package" -DCONSUMER_COMPONENTS=c
-    loads "$WORK/build-c-shared/use_c" "$WORK/prefix-c/lib/libsafetensors_torch.so.$major"
+    loads "$WORK/build-c-both/use_c" "$prefix/lib/libsafetensors_torch_c.so.$major"
+    loads "$WORK/build-c-alone/use_c" "$WORK/prefix-c/lib/libsafetensors_torch_c.so.$major"
     local name
-    for name in c-static c-shared c-package; do
+    for name in c-both c-alone c-package; do
         needs_no_torch "$WORK/build-$name/use_c"
     done
     compile_c_with_pkg_config prefix
@@ -116,7 +117,7 @@ build_programs() {
 
 # Checks what cargo-c installs: the C library, its links, header and pkg-config file, and no CMake package.
 check_cargo_c() {
-    cargo cinstall --locked --no-default-features --release --target-dir target/capi \
+    cargo cinstall --locked --release --target-dir target/capi \
         --prefix /opt/somewhere --libdir lib --destdir "$WORK/stage" >"$WORK/cargo-c.log" 2>&1 ||
         { cat "$WORK/cargo-c.log" >&2; fail "cargo cinstall"; }
     mv "$WORK/stage/opt/somewhere" "$WORK/prefix-cargo"
@@ -124,7 +125,7 @@ check_cargo_c() {
     # Here both links lead to the file; after make install one leads to the other.
     diff <(expected_c | grep -v cmake/ | sed "s/\(\.so -> .*\.so\)\.$major\$/\1.$version/" | LC_ALL=C sort) \
         <(listing "$WORK/prefix-cargo") || fail "cargo cinstall: another list of files"
-    check_library "$WORK/prefix-cargo/lib/libsafetensors_torch.so" "$WORK/prefix-cargo/include/safetensors_torch.h"
+    check_library "$WORK/prefix-cargo/lib/libsafetensors_torch_c.so" "$WORK/prefix-cargo/include/safetensors_torch.h"
     sed -i "s|^prefix=.*|prefix=$WORK/prefix-cargo|" "$WORK/prefix-cargo/lib/pkgconfig/safetensors_torch-c.pc"
     compile_c_with_pkg_config prefix-cargo
 }

@@ -34,28 +34,29 @@ include/safetensors_torch.h
 lib/cmake/SafetensorsTorch/SafetensorsTorchConfig.cmake
 lib/cmake/SafetensorsTorch/SafetensorsTorchConfigVersion.cmake
 lib/cmake/SafetensorsTorch/SafetensorsTorchLibtorch.cmake
-lib/libsafetensors_torch.a
-lib/libsafetensors_torch.so -> libsafetensors_torch.so.$major
-lib/libsafetensors_torch.so.$major -> libsafetensors_torch.so.$version
-lib/libsafetensors_torch.so.$version
+lib/libsafetensors_torch_c.a
+lib/libsafetensors_torch_c.so -> libsafetensors_torch_c.so.$major
+lib/libsafetensors_torch_c.so.$major -> libsafetensors_torch_c.so.$version
+lib/libsafetensors_torch_c.so.$version
 lib/pkgconfig/safetensors_torch-c.pc
 LIST
 }
 
 expected_cpp() {
     expected_c
+    expected_c | sed -n 's/torch_c\.so/torch.so/gp'
     (cd include && find . -name '*.hpp' -printf 'include/%P\n')
     echo lib/pkgconfig/safetensors_torch.pc
 }
 
-# check_exports LIBRARY HEADER: the dynamic symbols are exactly the functions of the C header; the SONAME has the major
-# version.
+# check_exports LIBRARY HEADER: the dynamic symbols are exactly the functions of the C header; the SONAME is the file's name
+# with the major version.
 check_exports() {
     local library=$1 header=$2
     diff <(grep -v '^ \*\|^/\*' "$header" | grep -o '\bsft_[a-z0-9_]*(' | tr -d '(' | LC_ALL=C sort -u) \
         <(nm -D --defined-only "$library" | awk '{ print $3 }' | LC_ALL=C sort -u) >"$WORK/symbols" ||
         { cat "$WORK/symbols" >&2; fail "$library must export what $header declares (<), and nothing else (>)"; }
-    LC_ALL=C readelf --wide --dynamic "$library" | grep "(SONAME).*\[libsafetensors_torch.so.$major\]" >/dev/null ||
+    LC_ALL=C readelf --wide --dynamic "$library" | grep "(SONAME).*\[${library##*/}.$major\]" >/dev/null ||
         fail "$library: SONAME"
 }
 
@@ -78,14 +79,23 @@ check_trees() {
     diff <(expected_cpp | LC_ALL=C sort) <(listing "$WORK/prefix") || fail "make install: another list of files"
     diff <(expected_c | LC_ALL=C sort) <(listing "$WORK/prefix-c") || fail "make install TORCH=0: another list of files"
     pass "the files of make install, with torch and without"
-    local name
-    for name in prefix prefix-c; do
-        check_library "$WORK/$name/lib/libsafetensors_torch.so" "$WORK/$name/include/safetensors_torch.h"
-        check_paths "$WORK/$name"
+    local library
+    for library in prefix/lib/libsafetensors_torch.so prefix{,-c}/lib/libsafetensors_torch_c.so; do
+        check_library "$WORK/$library" include/safetensors_torch.h
     done
-    ! LC_ALL=C readelf --dynamic "$WORK/prefix-c/lib/libsafetensors_torch.so" | grep torch_cpu >&2 ||
+    check_paths "$WORK/prefix"
+    check_paths "$WORK/prefix-c"
+    ! LC_ALL=C readelf --dynamic "$WORK"/prefix{,-c}/lib/libsafetensors_torch_c.so | grep torch_cpu >&2 ||
         fail "the C library needs libtorch"
     pass "exported symbols, SONAME, no search path, no path of this machine"
+    ! LC_ALL=C readelf --wide --sections "$WORK/prefix-c/lib/libsafetensors_torch_c.a" | grep '\.debug_' >"$WORK/debug" ||
+        fail "the static library contains debug information: $(head -n 1 "$WORK/debug")"
+    pass "no debug information in the static library"
+    cp -a "$WORK/prefix" "$WORK/uninstalled"
+    touch "$WORK/uninstalled/lib/other.so"
+    "$MAKE" --no-print-directory -s uninstall PREFIX="$WORK/uninstalled" DESTDIR=
+    [ "$(listing "$WORK/uninstalled")" = lib/other.so ] || fail "make uninstall leaves $(listing "$WORK/uninstalled")"
+    pass "make uninstall"
     diff <(cd include && find . -type f | sort) <(cd "$package/include" && find . -type f | sort) ||
         fail "the Python package has other headers"
     check_paths "$package"

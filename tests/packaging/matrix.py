@@ -37,8 +37,8 @@ NEEDED = (
     "py.typed",
     "native/cpp/layer.cpp",
     "native/bridge/bridge.rs.cc",
-    "native/lib/libsafetensors_torch.a",
-    "native/lib/libsafetensors_torch_core.so",
+    "native/lib/libsafetensors_torch_c.a",
+    "native/lib/libsafetensors_torch_c.so",
 )
 
 
@@ -59,7 +59,7 @@ def check_wheel(wheel: Path) -> None:
     wrong = [
         name
         for name in names
-        if (name.endswith((".so", ".o", ".pyc")) and not name.endswith("_core.so"))
+        if (name.endswith((".so", ".o", ".pyc")) and not name.endswith("_c.so"))
         or not name.lstrip("_").startswith("safetensors_torch")
     ]
     if missing or wrong:

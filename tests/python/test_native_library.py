@@ -235,7 +235,7 @@ def test_a_layer_for_the_minor_version_serves_its_releases(torch_version: str, t
     minor = ".".join(torch.__version__.split(".")[:2])
     site = copy_package(tmp_path / "site")
     name = _native_build.minor_library_name(torch.__version__, torch.compiled_with_cxx11_abi())
-    assert name == f"libsafetensors_torch_py-torch{minor}-cxx11.so"
+    assert name == f"libsafetensors_torch-torch{minor}-cxx11.so"
     layer = shutil.copy(SHIPPED, site / "safetensors_torch" / "native" / "lib" / name)
     version = torch_version.format(minor=minor)
     pretend = f"""

@@ -62,9 +62,9 @@ def test_every_licence_is_permissive(manifest: str) -> None:
 
 
 def test_the_core_is_linked_with_what_security_md_lists() -> None:
-    assert set(tree("--no-default-features", "-e", "normal")) - OWN == listed("## Made of")
+    assert set(tree("-e", "normal")) - OWN == listed("## Made of")
 
 
 def test_the_layer_is_built_with_what_security_md_lists() -> None:
-    core = set(tree("--no-default-features", "-e", "normal,build"))
-    assert set(tree("-e", "normal,build")) - core == listed("With the libtorch layer")
+    core = set(tree("-e", "normal,build"))
+    assert set(tree("--features=torch", "-e", "normal,build")) - core == listed("With the libtorch layer")

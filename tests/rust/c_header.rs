@@ -347,7 +347,12 @@ fn aliases_and_initializers_agree() {
 #[test]
 fn versions_agree() {
     let defined = format!("#define SFT_VERSION_STRING \"{}\"", env!("CARGO_PKG_VERSION"));
-    assert!(header_text().lines().any(|line| line == defined), "the header lacks: {defined}");
+    let number = env!("CARGO_PKG_VERSION")
+        .split('.')
+        .fold(0, |number, part| 100 * number + part.parse::<u32>().expect("a version has numbers"));
+    for line in [defined, format!("#define SFT_VERSION_NUMBER {number}")] {
+        assert!(header_text().lines().any(|other| other == line), "the header lacks: {line}");
+    }
     // SAFETY: a constant that ends in NUL.
     let linked = unsafe { std::ffi::CStr::from_ptr(sft_get_version()) };
     assert_eq!(linked.to_str(), Ok(env!("CARGO_PKG_VERSION")));

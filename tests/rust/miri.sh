@@ -17,7 +17,7 @@ fi
 # The tests need temporary files and the time.
 export MIRIFLAGS="-Zmiri-disable-isolation"
 export PROPTEST_CASES=16
-miri=(cargo +nightly miri test --quiet --locked --no-default-features --target-dir target/miri)
+miri=(cargo +nightly miri test --quiet --locked --target-dir target/miri)
 unsupported=(--skip edit:: --skip lock:: --skip page_cache:: --skip prefault:: --skip write::
     --skip the_machine_has_memory --skip a_page_is_resident_after_a_write --skip too_large_a_size_is_an_error)
 "${miri[@]}" --lib -- "${unsupported[@]}"

@@ -76,8 +76,8 @@ build_library() {
 }
 
 build() {
-    build_library "target/$kind/core" --no-default-features
-    build_library "target/$kind"
+    build_library "target/$kind/core"
+    build_library "target/$kind" --features torch
     # The installed tree of make, except for the library.
     rm -rf "$out/prefix"
     cp -a out/prefix "$out/prefix"

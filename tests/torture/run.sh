@@ -1,7 +1,7 @@
 #!/bin/sh
 # Hard tests of saving and loading, with the shared library in the directory that is given:
 #
-#     cargo build --release --no-default-features --target-dir target/core
+#     cargo build --release --target-dir target/core
 #     tests/torture/run.sh target/core/release [PROGRAM...]
 #
 # PROGRAM is "kills", "order", "manners", "changes", "leaks", "soak", "attacks" or "power", "quick" for those that take

@@ -7,7 +7,7 @@
  *     ./inspect DIRECTORY                  # the shards of a checkpoint
  *     ./inspect --json *.safetensors       # a JSON object for each argument, one per line
  *
- * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch -o
+ * Without make: cc -std=c11 inspect.c -I$PREFIX/include -L$PREFIX/lib -Wl,-rpath,$PREFIX/lib -lsafetensors_torch_c -o
  * inspect
  *
  * Exit status: 0; 1 if a file cannot be read or the output cannot be written; 2 if the arguments are wrong.

@@ -4,6 +4,10 @@
 #include <stdio.h>
 #include <string.h>
 
+#if SFT_VERSION_NUMBER < 100
+#error "the header has no version that the preprocessor can compare"
+#endif
+
 static int failed(const char* what) {
     fprintf(stderr, "%s: %s\n", what, sft_last_error_get_message());
     return 1;

@@ -6,6 +6,10 @@
 #include <safetensors_torch.hpp>
 #include <string>
 
+#if SFT_VERSION_NUMBER < 100
+#error "the header has no version that the preprocessor can compare"
+#endif
+
 namespace {
 
 int failures = 0;
