@@ -1,6 +1,6 @@
-"""Downloads what layers are compiled against: the headers of a torch, and an old C library.
+"""Downloads what layers are compiled with: the headers of a torch, an old C library, and compilers for other machines.
 
-Everything is kept in a directory, and not downloaded again.
+Nothing is downloaded again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import urllib.request
@@ -167,3 +168,20 @@ def sysroot(machine: str, directory: Path) -> Path:
                 link.symlink_to(to)
         os.rename(state / "root", target)
     return target
+
+
+def install_compilers(machine: str, compiler: str) -> None:
+    """Installs g++ and Rust's standard library for another machine if they are missing, or says how to."""
+    install = ["apt-get", "install", "-qq", "-y", f"g++-{machine.replace('_', '-')}-linux-gnu"]
+    if shutil.which(compiler) is None:
+        if os.geteuid() != 0:
+            raise SystemExit(f"{compiler} is missing; as root: {' '.join(install)}")
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+    target = f"{machine}-unknown-linux-gnu"
+    query = ["rustc", "--print", "target-libdir", "--target", target]
+    libraries = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    if not Path(libraries).exists():
+        if shutil.which("rustup") is None:
+            raise SystemExit(f"Rust's standard library for {target} is missing; install it into {libraries}")
+        subprocess.run(["rustup", "target", "add", target], check=True)

@@ -1,6 +1,6 @@
-"""Builds the wheel with a compiled layer for every supported torch, and checks it.
+"""Builds the wheels with a compiled layer for every supported torch, and the sdist, and checks them.
 
-Run: make wheels    or    .venv/bin/python packaging/wheels.py [--torch 2.11 ...]
+Run: make wheels    or    out/packaging/bin/python packaging/wheels.py [--torch 2.11 ...] [--machine aarch64]
 
 Compiles the core with cargo and the layers with g++, both for an old C library, so that the wheel installs on every
 system that torch's own wheels support. Needs no torch: it downloads the headers of each (7 to 10 MB), and the linker
@@ -23,12 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from downloads import TorchHeaders, sysroot, torch_releases
+from downloads import TorchHeaders, install_compilers, sysroot, torch_releases
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "safetensors_torch"
 OUT, DOWNLOADS = ROOT / "out" / "dist", ROOT / "out" / "downloads"
 PLATFORM = "manylinux_2_28"
+MACHINES = ("x86_64", "aarch64")
 # Of torch: a process that imports torch has loaded them.
 TORCH_LIBRARIES = ("torch_cpu", "c10")
 LIMIT_BYTES = 40_000_000
@@ -68,6 +69,9 @@ class Toolchain:
         self.machine = machine
         prefix = "" if machine == platform.machine() else f"{machine}-linux-gnu-"
         self._compiler, self._directory = f"{prefix}g++", directory
+        self.strip = f"{prefix}strip"
+        if prefix:
+            install_compilers(machine, self._compiler)
         root, triple = sysroot(machine, DOWNLOADS), f"{machine}-linux-gnu"
         # Before this machine's libraries, which g++ looks for outside of the sysroot too.
         first = [f"-{kind}{root / path / triple}" for path in ("usr/lib", "lib") for kind in "BL"]
@@ -126,29 +130,36 @@ def old_symbols(table: str) -> tuple[str, str]:
     return ".data\n" + "\n".join(assembly) + "\n.byte 0\n", "\n".join(script) + "\n"
 
 
-def build_layer(build: ModuleType, tools: Toolchain, native: Path, release: str) -> Path:
-    """Compiles the layer for a release of torch into ``native``, and returns it."""
-    torch = TorchHeaders(release, tools.machine, DOWNLOADS)
+def build_layer(build: ModuleType, tools: Toolchain, native: Path, torch: TorchHeaders, cxx11_abi: bool) -> Path:
+    """Compiles the layer for a release of torch with a C++ ABI into ``native``, and returns it."""
     includes = [f"-I{path}" for path in build.include_dirs(native)]
     for path in (torch.include, torch.include / "torch" / "csrc" / "api" / "include"):
         includes += ["-isystem", str(path)]
     # No paths of this machine.
     private = [f"-ffile-prefix-map={native}=native", f"-ffile-prefix-map={torch.include.parent}=torch"]
-    flags = [f"-std={torch.standard}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *build.COMPILE_FLAGS]
+    flags = [f"-std={torch.standard}", f"-D_GLIBCXX_USE_CXX11_ABI={int(cxx11_abi)}", *build.COMPILE_FLAGS]
     with tempfile.TemporaryDirectory() as directory:
         objects = []
         for source in build.sources(native):
             objects.append(Path(directory) / f"{Path(source).name}.o")
             tools.compile(source, objects[-1], *flags, *private, *includes)
-        library = native / "lib" / build.minor_library_name(release, torch.cxx11_abi)
+        library = native / "lib" / build.minor_library_name(torch.version, cxx11_abi)
         tools.link(library, *map(str, objects), *build.link_flags(native), "-Wl,--strip-debug")
     return library
 
 
 def build_core(tools: Toolchain, directory: Path) -> Path:
     """Builds the wheel without layers, and returns its unpacked directory."""
-    target = f"CARGO_TARGET_{tools.machine.upper()}_UNKNOWN_LINUX_GNU_LINKER"
-    environment = {**os.environ, "SAFETENSORS_TORCH_AOT": "0", target: str(tools.linker)}
+    target = f"{tools.machine}-unknown-linux-gnu"
+    environment = {
+        **os.environ,
+        "SAFETENSORS_TORCH_AOT": "0",
+        "CARGO_BUILD_TARGET": target,
+        f"CARGO_TARGET_{target.upper().replace('-', '_')}_LINKER": str(tools.linker),
+        "STRIP": tools.strip,
+        # What Python takes for its own platform, which is part of the wheel's name.
+        "_PYTHON_HOST_PLATFORM": f"linux-{tools.machine}",
+    }
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-build-isolation")
     run(*pip, "--no-deps", "--wheel-dir", directory / "core", ROOT, env=environment)
     (wheel,) = (directory / "core").glob("*.whl")
@@ -158,43 +169,54 @@ def build_core(tools: Toolchain, directory: Path) -> Path:
 
 
 def pack(unpacked: Path, machine: str, directory: Path) -> Path:
-    """Packs and checks the wheel, and returns its path in OUT."""
+    """Packs the wheel, makes sure that every system of PLATFORM can load its libraries, and returns its path in OUT."""
     directory.mkdir()
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", directory, unpacked)
     (packed,) = directory.glob("*.whl")
     exclude = [f"--exclude=lib{name}.so" for name in TORCH_LIBRARIES]
-    repair = (sys.executable, "-m", "auditwheel", "repair", *exclude, "--plat", f"{PLATFORM}_{machine}")
-    run(*repair, "--only-plat", "--wheel-dir", OUT, packed)
-    (wheel,) = OUT.glob(f"*{PLATFORM}_{machine}.whl")
-    run(sys.executable, "-m", "auditwheel", "show", wheel)
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel)
+    # auto: auditwheel accepts the name of a platform only for the machine that it runs on.
+    repair = (sys.executable, "-m", "auditwheel", "repair", *exclude, "--plat", "auto", "--only-plat")
+    run(*repair, "--wheel-dir", OUT, packed)
+    (wheel,) = OUT.glob(f"*_{machine}.whl")
+    if f"-{PLATFORM}_{machine}." not in wheel.name:
+        raise SystemExit(f"{wheel.name} must be for {PLATFORM}")
     size = wheel.stat().st_size
     if size > LIMIT_BYTES:
         raise SystemExit(f"{wheel.name} has {size:,} bytes, more than {LIMIT_BYTES:,}")
     return wheel
 
 
+def build_wheel(build: ModuleType, machine: str, releases: dict[str, str], directory: Path) -> Path:
+    tools = Toolchain(machine, directory)
+    unpacked = build_core(tools, directory)
+    native = unpacked / "safetensors_torch" / "native"
+    torches = [TorchHeaders(release, machine, DOWNLOADS) for release in releases.values()]
+    # The wheels of torch 2.6 have the older C++ ABI on the package index, and the newer one elsewhere.
+    layers = [(torch, abi) for torch in torches for abi in sorted({torch.cxx11_abi, True})]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for layer in pool.map(lambda layer: build_layer(build, tools, native, *layer), layers):
+            print(f"{layer.name}: {layer.stat().st_size:,} bytes", flush=True)
+    return pack(unpacked, machine, directory / "packed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", action="append", metavar="MINOR", help="only these, such as 2.11")
-    parser.add_argument("--machine", default=platform.machine(), choices=("x86_64", "aarch64"))
+    parser.add_argument("--machine", action="append", choices=MACHINES, help="only these")
     arguments = parser.parse_args()
-    begin, build = time.monotonic(), native_build()
+    build = native_build()
     releases = torch_releases(build.OLDEST_TORCH)
-    minors = arguments.torch or list(releases)
+    releases = {minor: releases[minor] for minor in arguments.torch or releases}
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        tools = Toolchain(arguments.machine, directory)
-        unpacked = build_core(tools, directory)
-        native = unpacked / "safetensors_torch" / "native"
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            layers = pool.map(lambda minor: build_layer(build, tools, native, releases[minor]), minors)
-            for layer in layers:
-                print(f"{layer.name}: {layer.stat().st_size:,} bytes", flush=True)
-        wheel = pack(unpacked, arguments.machine, directory / "packed")
-    print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size:,} bytes, in {time.monotonic() - begin:.0f} s")
+    for machine in arguments.machine or MACHINES:
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            wheel = build_wheel(build, machine, releases, Path(directory))
+        run(sys.executable, "-m", "auditwheel", "show", wheel)
+        print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size:,} bytes, in {time.monotonic() - begin:.0f} s")
+    run(sys.executable, "-m", "build", "--quiet", "--no-isolation", "--sdist", "--outdir", OUT, ROOT)
+    run(sys.executable, "-m", "twine", "check", "--strict", *OUT.iterdir())
 
 
 if __name__ == "__main__":
