@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -135,8 +136,13 @@ def _debian_server() -> str:
 
 def sysroot(machine: str, directory: Path) -> Path:
     """Returns a directory with the headers and the libraries of Debian's older C library."""
+    return debian_packages(machine, DEBIAN, SYSROOT_PACKAGES, directory)
+
+
+def debian_packages(machine: str, release: str, packages: Iterable[str], directory: Path) -> Path:
+    """Returns a directory with the files of Debian packages for a machine. Does not add the packages that they need."""
     architecture = {"x86_64": "amd64", "aarch64": "arm64"}[machine]
-    target = directory / f"{DEBIAN}-{architecture}"
+    target = directory / f"{release}-{architecture}"
     if target.exists():
         return target
     directory.mkdir(parents=True, exist_ok=True)
@@ -144,7 +150,7 @@ def sysroot(machine: str, directory: Path) -> Path:
         state = Path(temporary)
         for part in ("lists/partial", "cache/archives/partial", "root"):
             (state / part).mkdir(parents=True)
-        (state / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_debian_server()} {DEBIAN} main\n")
+        (state / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_debian_server()} {release} main\n")
         options = {
             "Dir::Etc::sourcelist": state / "sources.list",
             "Dir::Etc::sourceparts": "/dev/null",
@@ -157,7 +163,7 @@ def sysroot(machine: str, directory: Path) -> Path:
         }
         apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
         subprocess.run([*apt, "update"], check=True)
-        subprocess.run([*apt, "download", *SYSROOT_PACKAGES], cwd=state / "root", check=True)
+        subprocess.run([*apt, "download", *packages], cwd=state / "root", check=True)
         for package in (state / "root").glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", package, state / "root"], check=True)
             package.unlink()
