@@ -31,6 +31,11 @@ PYTHON_PACKAGES = (
 )
 # What torch and check.py import.
 NEEDED = "typing_extensions filelock fsspec jinja2 MarkupSafe networkx sympy mpmath numpy safetensors==0.8.0".split()
+# Tests that qemu's emulation cannot pass: its madvise does nothing, and it starts no program of another machine.
+SKIPPED = (
+    *("read::prefault::tests", "copying_from_a_truncated_mapping_is_an_error"),
+    *("a_failed_write_leaves_nothing", "a_killed_process_leaves"),
+)
 
 
 def test_core() -> None:
@@ -42,7 +47,8 @@ def test_core() -> None:
         f"CARGO_TARGET_{name}_RUNNER": f"{QEMU} -L /usr/{MACHINE}-linux-gnu",
     }
     command = ("cargo", "test", "--quiet", "--profile=tests", "--locked", f"--target={TARGET}", "--target-dir")
-    run(*command, ROOT / "target" / MACHINE, environment=environment)
+    skip = [f"--skip={name}" for name in SKIPPED]
+    run(*command, ROOT / "target" / MACHINE, "--no-fail-fast", "--", *skip, environment=environment)
 
 
 def check_wheel(wheel: Path, torch: str, directory: Path) -> str:
