@@ -1,4 +1,4 @@
-"""How the native library is found, compiled and loaded, and the dependencies of the shipped one.
+"""How the libtorch layer is found, compiled and loaded.
 
 Every case is a process of its own. The package is copied without its ahead-of-time library where compilation at first
 import is what is tested.
@@ -24,6 +24,7 @@ import torch
 import fresh
 import safetensors_torch
 from safetensors_torch import _native_build, _native_library
+from test_native_symbols import expect_portable
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +154,11 @@ def test_nothing_but_the_library_stays_in_the_cache(compiled: dict) -> None:
     assert compiled["left"], "the process that was killed left nothing, so that nothing is shown here"
     files = [path for path in (compiled["directory"] / "cache").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".so", ".lock"}, files
+
+
+def test_the_compiled_library_is_portable(compiled: dict) -> None:
+    (library,) = libraries(compiled)
+    expect_portable(library)
 
 
 def test_second_import_is_quick_and_silent(compiled: dict) -> None:
@@ -408,48 +414,3 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     cache = re.escape(environment[_native_library.CACHE_VARIABLE])
     assert re.search(rf"{cache} cannot be used .*{_native_library.CACHE_VARIABLE}", stdout), stdout
     assert "install g++" not in stdout, "the compiler is there"
-
-
-def tool(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-ALLOWED = re.compile(r"lib(c10|torch_cpu|torch)\.so|lib(stdc\+\+|gcc_s|c|m|dl|pthread)\.so\.\d|ld-linux[\w-]*\.so\.\d")
-
-
-def expect_portable(library: Path) -> None:
-    dynamic = tool("readelf", "--wide", "--dynamic", str(library))
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
-    assert {"libc10.so", "libtorch_cpu.so"} <= set(needed)
-    assert [name for name in needed if not ALLOWED.fullmatch(name)] == []
-    assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic) == []
-    assert re.search(r"\(FLAGS_1\).*NODELETE", dynamic), "a dlclose would unload it"
-    undefined = tool("nm", "--dynamic", "--undefined-only", str(library)).split()
-    assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
-
-
-@needs_shipped
-def test_the_shipped_library_depends_on_torch_alone() -> None:
-    expect_portable(SHIPPED)
-
-
-def test_the_compiled_library_depends_on_torch_alone(compiled: dict) -> None:
-    for library in libraries(compiled):
-        expect_portable(library)
-
-
-def test_no_path_of_the_build_is_shipped() -> None:
-    root = Path(__file__).resolve().parents[2]
-    for path in (PACKAGE / "native").rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            assert os.fsencode(root) not in content, path
-            assert os.fsencode(Path.home() / ".cargo") not in content, path
-
-
-def test_the_library_exports_no_symbol(compiled: dict) -> None:
-    """The process may also load another build of the same code, or another Rust library."""
-    for library in [*libraries(compiled), *([SHIPPED] if SHIPPED.exists() else [])]:
-        assert tool("nm", "--dynamic", "--defined-only", "--demangle", str(library)) == ""
