@@ -31,6 +31,13 @@ def minor_library_name(torch_version: str, cxx11_abi: bool) -> str | None:
     return library_name(release[1], cxx11_abi) if release else None
 
 
+def layer_versions(directory: Path, cxx11_abi: bool) -> list[str]:
+    """Returns the versions of torch that a directory has layers for, in ascending order."""
+    before, after = library_name("*", cxx11_abi).split("*")
+    versions = [path.name.removeprefix(before).removesuffix(after) for path in directory.glob(f"{before}*{after}")]
+    return sorted(versions, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
+
+
 def sources(native: Path) -> list[str]:
     """Returns the C++ files to compile."""
     return [str(path) for pattern in ("cpp/layer.cpp", "bridge/*.cc") for path in sorted(native.glob(pattern))]

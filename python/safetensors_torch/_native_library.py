@@ -135,6 +135,17 @@ def _identity(path: Path) -> tuple[int, ...]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+def _why_compile() -> tuple[str, str]:
+    """Returns why no layer of the package serves, and a remedy, or an empty string if there is none."""
+    if any(library.exists() for library in shipped_libraries()):
+        return "the layer of this package does not load", f"pip install --force-reinstall --no-deps {PROJECT}"
+    versions = _native_build.layer_versions(NATIVE / "lib", torch.compiled_with_cxx11_abi())
+    if not versions:
+        return "this package has no compiled layers", ""
+    reason = f"this package has compiled layers only for the releases of torch {', '.join(versions)}"
+    return reason, "install one of these releases of torch"
+
+
 def _compile(library: Path, is_locked: bool) -> None:
     """Compiles and loads the libtorch layer, and installs it at ``library``."""
     from torch.utils import cpp_extension
@@ -143,7 +154,7 @@ def _compile(library: Path, is_locked: bool) -> None:
 
     print(
         f"safetensors_torch: compiling its libtorch layer for torch {torch.__version__} into {library.parent} (once,"
-        " some 20 seconds of one core) ...",
+        f" 25 to 50 s of processor time), because {_why_compile()[0]} ...",
         file=sys.stderr,
         flush=True,
     )
@@ -177,16 +188,18 @@ def _refuse_missing_tools() -> None:
             shutil.which(compiler) is None,
             "install g++ (apt-get install g++), or name a compiler in the environment variable CXX",
         ),
-        "ninja": (not has_ninja, "pip install ninja"),
-        "setuptools": (importlib.util.find_spec("setuptools") is None, "pip install setuptools"),
+        "ninja": (not has_ninja, f"pip install '{PROJECT}[compile]'"),
+        "setuptools": (importlib.util.find_spec("setuptools") is None, f"pip install '{PROJECT}[compile]'"),
         f"torch's C++ headers ({headers})": (not headers.exists(), "install torch from a wheel, which has them"),
     }
     found = {what: remedy for what, (is_missing, remedy) in missing.items() if is_missing}
     if found:
+        reason, remedy = _why_compile()
+        tools = "; ".join(dict.fromkeys(found.values()))
         raise ImportError(
-            f"safetensors_torch must compile its libtorch layer for torch {torch.__version__} once, and lacks"
-            f" {', '.join(found)}.\n"
-            f"What to do: {'; '.join(found.values())}.\n"
+            f"safetensors_torch must compile its libtorch layer for torch {torch.__version__} once, because"
+            f" {reason}; it lacks {', '.join(found)}.\n"
+            f"What to do: {', or '.join(filter(None, [remedy, tools]))}.\n"
             f"Or compile it on another machine of this kind, and set {CACHE_VARIABLE} to a copy of its cache directory."
         )
 

@@ -7,6 +7,7 @@ import is what is tested.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import re
 import shutil
@@ -143,7 +144,8 @@ def test_first_import_compiles_once(compiled: dict) -> None:
     assert sum(COMPILING in message for message in messages) == 1, messages
     assert sum("waiting" in message for message in messages) == 1, messages
     (library,) = libraries(compiled)
-    assert f"for torch {torch.__version__} into {library.parent} (once" in "".join(messages)
+    announcement = f"for torch {torch.__version__} into {library.parent} (once, 25 to 50 s of processor time)"
+    assert f"{announcement}, because this package has no compiled layers ..." in "".join(messages)
 
 
 def libraries(compiled: dict):
@@ -224,6 +226,7 @@ def test_a_library_that_does_not_load_is_replaced(compiled: dict, tmp_path: Path
     status, stdout, stderr = outcome(start(USE, **{**compiled["environment"], "PYTHONPATH": str(site)}))
     assert status == 0, stderr
     assert broken.name in stderr
+    assert COMPILING not in stderr, "the cache has one"
     assert said(stdout, "mapped") == [str(path) for path in libraries(compiled)]
 
 
@@ -234,28 +237,75 @@ def test_the_shipped_library_is_loaded_silently() -> None:
     assert said(stdout, "mapped") == [str(SHIPPED)]
 
 
-@needs_shipped
-@pytest.mark.parametrize("torch_version", ["{minor}.0", "{minor}.7+cu130", "{minor}.0a0+git1234567"])
-def test_a_layer_for_the_minor_version_serves_its_releases(torch_version: str, tmp_path: Path) -> None:
-    """A wheel has one for each. A pre-release may have other symbols."""
-    minor = ".".join(torch.__version__.split(".")[:2])
-    site = copy_package(tmp_path / "site")
-    name = _native_build.minor_library_name(torch.__version__, torch.compiled_with_cxx11_abi())
-    assert name == f"libsafetensors_torch-torch{minor}-cxx11.so"
-    layer = shutil.copy(SHIPPED, site / "safetensors_torch" / "native" / "lib" / name)
-    version = torch_version.format(minor=minor)
-    pretend = f"""
+def pretend(version: str) -> str:
+    """Returns the start of a program that sees another version of torch."""
+    return f"""
     import torch
     torch.__version__ = type(torch.__version__)({version!r})
     """
-    is_release = "a0" not in version
-    environment = {"PYTHONPATH": str(site), "CXX": "/nonexistent/c++"}
-    status, stdout, stderr = outcome(start(pretend + (USE if is_release else REPORT), **environment))
+
+
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def package_with_layers(directory: Path, *versions: str) -> Path:
+    """Copies the package with the shipped layer under the names of layers for several minor versions of torch."""
+    site = copy_package(directory)
+    for version in versions:
+        shutil.copy(SHIPPED, site / "safetensors_torch" / "native" / "lib" / _native_build.library_name(version, True))
+    return site
+
+
+@needs_shipped
+@pytest.mark.parametrize("patch", ["0", "7+cu130"])
+def test_a_layer_for_the_minor_version_serves_its_releases(patch: str, tmp_path: Path) -> None:
+    site = package_with_layers(tmp_path / "site", MINOR, "2.98")
+    program = pretend(f"{MINOR}.{patch}") + USE
+    status, stdout, stderr = outcome(start(program, PYTHONPATH=str(site), CXX="/nonexistent/c++"))
     assert (status, stderr) == (0, "")
-    if is_release:
-        assert said(stdout, "mapped") == [str(layer)]
-    else:
-        assert f"libtorch layer for torch {version}" in stdout
+    layer = _native_build.minor_library_name(torch.__version__, True)
+    assert said(stdout, "mapped") == [str(site / "safetensors_torch" / "native" / "lib" / layer)]
+
+
+# A later minor version, and a pre-release, which may have other symbols than the release.
+UNSERVED = ["2.99.0", f"{MINOR}.0a0+git1234567"]
+
+
+@needs_shipped
+@pytest.mark.parametrize("version", UNSERVED)
+def test_a_torch_without_a_layer_compiles_and_says_why(version: str, tmp_path: Path) -> None:
+    compiler = make_compiler(tmp_path, "exit 1")
+    environment = {
+        "PYTHONPATH": str(package_with_layers(tmp_path / "site", "2.6", MINOR, "2.9")),
+        _native_library.CACHE_VARIABLE: str(tmp_path / "cache"),
+        "CXX": compiler,
+    }
+    status, stdout, stderr = outcome(start(pretend(version) + REPORT, **environment))
+    assert status == 0
+    assert f"compiling its libtorch layer for torch {version} into {tmp_path / 'cache'}/" in stderr
+    assert f", because this package has compiled layers only for the releases of torch 2.6, 2.9, {MINOR} ..." in stderr
+    assert f"could not compile its libtorch layer for torch {version}" in stdout, "the compiler was called"
+
+
+@needs_shipped
+@pytest.mark.parametrize("version", UNSERVED)
+def test_without_a_compiler_the_error_names_the_layers(version: str, tmp_path: Path) -> None:
+    site = package_with_layers(tmp_path / "site", "2.6", MINOR, "2.9")
+    status, stdout, stderr = outcome(start(pretend(version) + REPORT, PYTHONPATH=str(site), CXX="/nonexistent/c++"))
+    assert (status, stderr) == (0, "")
+    what, remedy, _ = stdout.splitlines()
+    assert f"for torch {version} once, because this package has compiled layers only for the releases of torch" in what
+    assert f"of torch 2.6, 2.9, {MINOR}; it lacks a C++ compiler (/nonexistent/c++)." in what
+    assert remedy.startswith("What to do: install one of these releases of torch, or install g++ "), remedy
+
+
+def test_without_a_compiler_a_damaged_layer_is_reported(tmp_path: Path) -> None:
+    site = copy_package(tmp_path / "site")
+    (site / "safetensors_torch" / "native" / "lib" / _native_library.library_name()).touch()
+    status, stdout, stderr = outcome(start(REPORT, PYTHONPATH=str(site), CXX="/nonexistent/c++"))
+    assert status == 0, stderr
+    assert "once, because the layer of this package does not load; it lacks a C++ compiler" in stdout
+    assert "What to do: pip install --force-reinstall --no-deps safetensors-torch, or install g++ " in stdout
 
 
 @needs_shipped
@@ -370,11 +420,27 @@ def test_a_missing_compiler_is_reported(how: str, tmp_path: Path) -> None:
     assert (status, stderr) == (0, "")
     lines = stdout.splitlines()
     assert len(lines) == 4 and lines[3] == "False", stdout
-    assert f"libtorch layer for torch {torch.__version__} once" in lines[0]
-    assert f"lacks a C++ compiler ({missing['CXX'] or 'c++'})." in lines[0], "ninja and the headers are there"
+    assert f"libtorch layer for torch {torch.__version__} once, because this package has no compiled layers" in lines[0]
+    assert f"; it lacks a C++ compiler ({missing['CXX'] or 'c++'})." in lines[0], "ninja and the headers are there"
     assert "apt-get install g++" in lines[1] and "variable CXX" in lines[1]
     assert _native_library.CACHE_VARIABLE in lines[2] and lines[2].endswith(".")
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("missing", ["ninja", "setuptools"])
+def test_missing_build_tools_are_an_extra_of_the_package(missing: str, tmp_path: Path) -> None:
+    """The name of the extra is in the metadata, too."""
+    (tmp_path / "c++").symlink_to("/bin/true")
+    program = f"""
+    import sys
+    sys.modules[{missing!r}] = None
+    """
+    environment = {"PYTHONPATH": str(copy_package(tmp_path / "site")), "CXX": None, "PATH": str(tmp_path)}
+    status, stdout, stderr = outcome(start(program + REPORT, **environment))
+    assert (status, stderr) == (0, "")
+    assert f"; it lacks {missing}.\nWhat to do: pip install 'safetensors-torch[compile]'.\n" in stdout
+    requirements = importlib.metadata.requires("safetensors-torch")
+    assert {"torch>=2.6", 'ninja; extra == "compile"', 'setuptools; extra == "compile"'} == set(requirements)
 
 
 def test_the_import_without_a_compiler_shows_one_traceback(tmp_path: Path) -> None:
