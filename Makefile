@@ -230,6 +230,8 @@ test-install: out/library.stamp out/core.stamp
 # Tests with the mark "alone" measure time, memory or reads; the others share two processes. test-python-quick leaves out those
 # with the mark "slow".
 PYTEST := $(PY) -m pytest --quiet
+# A test loads the installed library beside the package.
+test-python: library
 test-python test-python-quick: out/python.stamp
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not alone$(if $(filter %-quick,$@), and not slow)"
 	$(PYTEST) -m alone $$(grep -l mark.alone tests/python/test_*.py)

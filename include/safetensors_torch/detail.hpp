@@ -72,7 +72,8 @@ inline c10::OperatorHandle find_op(const char* name) {
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
         fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_get_version() +
-                 ") was built without libtorch, or is not of the version of safetensors_torch.hpp",
+                 ") was built without libtorch, or is not of the version of safetensors_torch.hpp; a Python extension "
+                 "must import safetensors_torch first",
              ErrorCategory::runtime);
     }
     return *op;

@@ -45,6 +45,8 @@ if not _is_shell_command():
         transfer_options,
     )
 
+    # For C++ extensions, see docs/extensions.md.
+    extension_link_args = _native_library.extension_link_args
     # For C and C++ programs: the entry of CMAKE_PREFIX_PATH for find_package(SafetensorsTorch), and the headers.
     cmake_prefix_path: str = str(_native_library.NATIVE)
     include_path: str = str(_native_library.NATIVE / "include")
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "edit_metadata",
+    "extension_link_args",
     "include_path",
     "load",
     "load_file",

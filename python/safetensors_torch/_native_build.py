@@ -48,23 +48,26 @@ def include_dirs(native: Path) -> list[str]:
     return [str(native), str(native / "bridge" / "include"), str(native / "include")]
 
 
-def link_flags(native: Path) -> list[str]:
-    """Returns the linker's inputs and options.
+def core_link_flags(native: Path) -> list[str]:
+    """Returns the linker's inputs and options for a library that contains a copy of the core.
 
-    The library exports no symbol: torch finds its operators by name, and programs link another build of the same code.
-    It is never unloaded: torch keeps its operators, and threads may run its code.
+    The copy is hidden, because the process may have others. The library is never unloaded, because threads may run its
+    code.
     """
-    archives = [str(path) for path in sorted(native.glob("lib/*.a"))]
+    (archive,) = native.glob("lib/*.a")
+    return [str(archive), f"-Wl,--exclude-libs,{archive.name}", "-Wl,-z,nodelete", "-lpthread", "-ldl", "-lm"]
+
+
+def link_flags(native: Path) -> list[str]:
+    """Returns the linker's inputs and options for the layer.
+
+    It exports no symbol: torch finds its operators by name, and programs link another build of the same code.
+    """
     return [
-        *archives,
-        "-Wl,--exclude-libs,ALL",  # keeps the C functions of the core inside, which the script would export
         f"-Wl,--version-script={native / 'lib/cmake/SafetensorsTorch/SafetensorsTorchLayer.map'}",
         "-Wl,--gc-sections",
         "-Wl,--as-needed",
-        "-Wl,-z,nodelete",
-        "-lpthread",
-        "-ldl",
-        "-lm",
+        *core_link_flags(native),
     ]
 
 

@@ -38,6 +38,23 @@ def shipped_libraries() -> list[Path]:
     return [NATIVE / "lib" / name for name in (library_name(), minor) if name]
 
 
+def extension_link_args() -> list[str]:
+    """Returns the linker's arguments for a C++ extension that includes ``safetensors_torch.hpp``.
+
+    They link a hidden copy of the C library. ``include_path`` is the directory of the headers. The extension must be
+    built with the version of this package that it runs with, and needs its import before the first call.
+
+    The list is a new one for each call, because torch.utils.cpp_extension.load extends its argument.
+
+    Example:
+        >>> from torch.utils.cpp_extension import CppExtension
+        >>> extension = CppExtension(
+        ...     "app", ["app.cpp"], include_dirs=[include_path], extra_link_args=extension_link_args()
+        ... )
+    """
+    return _native_build.core_link_flags(NATIVE)
+
+
 def ensure_loaded() -> None:
     """Loads the operators, unless the process has them already. Compiles the layer first if there is none that fits.
 

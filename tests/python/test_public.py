@@ -119,6 +119,7 @@ SIGNATURES = {
     "reserve_transfer_memory": [("nbytes", REQUIRED)],
     "release_transfer_memory": [],
     "transfer_memory": [],
+    "extension_link_args": [],
 }
 CLASSES = ["safe_open", "IncrementalWriter"]
 FUNCTIONS = [name for name in SIGNATURES if name not in CLASSES]

@@ -59,6 +59,10 @@ def use_edit_metadata(path: Path) -> None:
     safetensors_torch.edit_metadata(path, {"step": 1})  # type: ignore[dict-item]
 
 
+def use_extension_link_args() -> None:
+    assert_type(safetensors_torch.extension_link_args(), list[str])
+
+
 def use_include_path() -> None:
     assert_type(safetensors_torch.include_path, str)
 
