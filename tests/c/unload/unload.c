@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define ROUNDS 100
+#define ROUNDS 200
 #define NBYTES (24 << 20) /* enough for prefault to start threads */
 
 #define FIND(library, name) ((__typeof__(&(name)))dlsym(library, #name))
