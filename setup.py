@@ -37,13 +37,21 @@ CRATE = "safetensors_torch"
 TARGET = ROOT / "target" / "python"
 
 
-def cargo_version() -> str:
-    """Returns the version in Cargo.toml, which is also the package's."""
+def cargo_field(name: str) -> str | None:
+    """Returns a text of the section [package] of Cargo.toml, which is also the package's."""
     section = (ROOT / "Cargo.toml").read_text(encoding="utf-8").partition("[package]")[2].partition("\n[")[0]
-    found = re.search(r'^version\s*=\s*"([^"]+)"', section, re.MULTILINE)
-    if found is None:
-        raise SystemExit("Cargo.toml names no version")
-    return found.group(1)
+    found = re.search(rf'^{name}\s*=\s*"([^"]+)"', section, re.MULTILINE)
+    return found and found.group(1)
+
+
+def index_page(repository: str | None) -> str:
+    """Returns README.md for the package index, where its relative links would lead nowhere.
+
+    They become links into the repository, or plain text if there is none.
+    """
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    replacement = rf"[\1]({repository}/blob/HEAD/\2)" if repository else r"\1"
+    return re.sub(r"\[([^]]+)\]\((?!https?:)([^)]+)\)", replacement, page)
 
 
 def find_cargo() -> str:
@@ -270,8 +278,12 @@ if sys.platform != "linux":
     raise SystemExit("safetensors-torch supports Linux only")
 
 layer = ahead_of_time()
+repository = cargo_field("repository")
 setup(
-    version=cargo_version(),
+    version=cargo_field("version"),
+    long_description=index_page(repository),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": repository} if repository else {},
     license="Apache-2.0",
     packages=[PACKAGE, f"{PACKAGE}.cli"],
     py_modules=[START_MODULE],
