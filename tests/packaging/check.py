@@ -88,7 +88,6 @@ def main(arguments: list[str]) -> None:
         "version": safetensors_torch.__version__,
         "torch_s": between - start,
         "package_s": end - between,
-        "cpu_s": after.user + after.system - before.user - before.system,
         "compiler_s": sum(after[2:4]) - sum(before[2:4]),
     }
     if "--import-only" not in arguments:
