@@ -239,7 +239,7 @@ def ahead_of_time() -> dict:
             # g++ resolves symbolic links in the names of headers.
             private.append(f"-ffile-prefix-map={headers.resolve()}=torch")
             extension.extra_compile_args = [*native_build.COMPILE_FLAGS, *private, *system]
-            extension.extra_link_args = native_build.link_flags(native)
+            extension.extra_link_args = native_build.link_flags(native, self.library_name())
             extension.libraries = ["torch_cpu", "c10"]
             extension.library_dirs = [TORCH_LIB_PATH]
             extension.runtime_library_dirs = []
@@ -255,9 +255,11 @@ def ahead_of_time() -> dict:
                     setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])
             super().build_extensions()
 
+        def library_name(self) -> str:
+            return native_build.library_name(torch.__version__, torch.compiled_with_cxx11_abi())
+
         def get_ext_fullpath(self, fullname: str) -> str:
-            name = native_build.library_name(torch.__version__, torch.compiled_with_cxx11_abi())
-            return str(self.get_finalized_command("build_py").native() / "lib" / name)
+            return str(self.get_finalized_command("build_py").native() / "lib" / self.library_name())
 
         def copy_extensions_to_source(self) -> None:
             """Does nothing: build_py puts the library of an editable install into the checkout."""

@@ -144,7 +144,7 @@ def build_layer(build: ModuleType, tools: Toolchain, native: Path, torch: TorchH
             objects.append(Path(directory) / f"{Path(source).name}.o")
             tools.compile(source, objects[-1], *flags, *private, *includes)
         library = native / "lib" / build.minor_library_name(torch.version, cxx11_abi)
-        tools.link(library, *map(str, objects), *build.link_flags(native), "-Wl,--strip-debug")
+        tools.link(library, *map(str, objects), *build.link_flags(native, library.name), "-Wl,--strip-debug")
     return library
 
 

@@ -51,20 +51,25 @@ def include_dirs(native: Path) -> list[str]:
 def core_link_flags(native: Path) -> list[str]:
     """Returns the linker's inputs and options for a library that contains a copy of the core.
 
-    The copy is hidden, because the process may have others. The library is never unloaded, because threads may run its
-    code.
+    The library is never unloaded, because threads may run its code.
     """
     (archive,) = native.glob("lib/*.a")
-    return [str(archive), f"-Wl,--exclude-libs,{archive.name}", "-Wl,-z,nodelete", "-lpthread", "-ldl", "-lm"]
+    return [str(archive), "-Wl,-z,nodelete", "-lpthread", "-ldl", "-lm"]
 
 
-def link_flags(native: Path) -> list[str]:
-    """Returns the linker's inputs and options for the layer.
+def link_flags(native: Path, name: str) -> list[str]:
+    """Returns the linker's inputs and options for the layer with the file name ``name``.
 
-    It exports no symbol: torch finds its operators by name, and programs link another build of the same code.
+    It exports the functions of the C header, for C++ programs that link it, and nothing else: torch finds its operators
+    by name.
     """
+    header = (native / "include" / "safetensors_torch.h").read_text(encoding="utf-8")
+    functions = re.findall(r"^(?!static |typedef )[a-z].*?[ *](sft_\w+)\(", header, re.MULTILINE)
     return [
+        # Nothing in the layer calls them; -u makes the linker take them from the core.
+        *(f"-Wl,-u,{function}" for function in functions),
         f"-Wl,--version-script={native / 'lib/cmake/SafetensorsTorch/SafetensorsTorchLayer.map'}",
+        f"-Wl,-soname,{name}",
         "-Wl,--gc-sections",
         "-Wl,--as-needed",
         *core_link_flags(native),

@@ -52,7 +52,8 @@ def extension_link_args() -> list[str]:
         ...     "app", ["app.cpp"], include_dirs=[include_path], extra_link_args=extension_link_args()
         ... )
     """
-    return _native_build.core_link_flags(NATIVE)
+    # Hidden, because the process has other copies.
+    return [*_native_build.core_link_flags(NATIVE), "-Wl,--exclude-libs,libsafetensors_torch_c.a"]
 
 
 def ensure_loaded() -> None:
@@ -185,7 +186,7 @@ def _compile(library: Path, is_locked: bool) -> None:
             sources=_native_build.sources(NATIVE),
             extra_cflags=_native_build.COMPILE_FLAGS,
             extra_include_paths=_native_build.include_dirs(NATIVE),
-            extra_ldflags=[shlex.quote(flag) for flag in _native_build.link_flags(NATIVE)],
+            extra_ldflags=[shlex.quote(flag) for flag in _native_build.link_flags(NATIVE, library.name)],
             build_directory=directory,
             is_python_module=False,
         )

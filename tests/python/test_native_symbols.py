@@ -24,9 +24,9 @@ def tool(*command: str) -> str:
 
 
 def expect_portable(library: Path) -> None:
-    """Checks that a layer needs torch alone, is never unloaded, and exports nothing.
+    """Checks that a layer needs torch alone, is never unloaded, and exports the functions of the C header alone.
 
-    The process may also load another build of the same code, or another Rust library.
+    A C++ program links it. The process may also load another build of the same code, or another Rust library.
     """
     dynamic = tool("readelf", "--wide", "--dynamic", str(library))
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
@@ -36,7 +36,13 @@ def expect_portable(library: Path) -> None:
     assert re.search(r"\(FLAGS_1\).*NODELETE", dynamic), "a dlclose would unload it"
     undefined = tool("nm", "--dynamic", "--undefined-only", str(library)).split()
     assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
-    assert tool("nm", "--dynamic", "--defined-only", "--demangle", str(library)) == ""
+    header = (NATIVE / "include" / "safetensors_torch.h").read_text(encoding="utf-8")
+    declared = set(re.findall(r"\b(sft_\w+)\(", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)))
+    symbols = tool("nm", "--dynamic", "--defined-only", str(library)).splitlines()
+    assert {line.split()[-1] for line in symbols} == declared
+    # Its own calls do not go through the dynamic linker, which could choose another library's function.
+    assert "sft_" not in tool("readelf", "--wide", "--relocs", str(library))
+    assert f"[{library.name}]" in dynamic, "SONAME"
 
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="installed without an ahead-of-time library")
