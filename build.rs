@@ -149,7 +149,8 @@ mod torch {
         if let (Some(include), Some(lib), false) = (include, lib, prefer_python) {
             return check(LibTorch {
                 include: include.join("include"),
-                lib: lib.join("lib"),
+                // CMake names the directory of the libraries, because some systems do not call it lib.
+                lib: if lib.join("libtorch_cpu.so").exists() { lib } else { lib.join("lib") },
                 cxx11_abi: abi.unwrap_or_else(|| "1".into()),
             });
         }

@@ -1,5 +1,5 @@
-# Finds libtorch for the package config, and checks that the library was built for it. Defines SafetensorsTorch::torch, and
-# SafetensorsTorch::torch_cuda if libtorch has CUDA.
+# Finds libtorch for the package config and for CMakeLists.txt, and checks that a library was built for it. Defines
+# SafetensorsTorch::torch, and SafetensorsTorch::torch_cuda if libtorch has CUDA.
 
 # Sets `result` to the directories that may contain a libtorch (include/ and lib/), best first.
 function(_safetensors_torch_libtorch_roots beside result)
@@ -95,7 +95,8 @@ function(_safetensors_torch_of_target version abi place)
 endfunction()
 
 # Finds the torch for the library `shared`, or for the layer if `shared` is empty. Also searches the directory `beside`,
-# unless it is empty. Sets SafetensorsTorch_TORCH_VERSION, and `problem` to the error with its remedy, or to nothing.
+# unless it is empty. Sets `problem` to the error with its remedy, or to nothing. Without an error, sets the variables
+# SafetensorsTorch_TORCH_VERSION, _ABI and _ROOT (the directory with include/).
 function(safetensors_torch_find_libtorch shared beside problem)
   set(${problem} "" PARENT_SCOPE)
   if(TARGET SafetensorsTorch::torch)
@@ -119,6 +120,9 @@ function(safetensors_torch_find_libtorch shared beside problem)
       set_target_properties(SafetensorsTorch::torch_cuda PROPERTIES INTERFACE_LINK_LIBRARIES SafetensorsTorch::torch)
     endif()
     set(SafetensorsTorch_TORCH_VERSION "${version}" PARENT_SCOPE)
+    set(SafetensorsTorch_TORCH_ABI "${abi}" PARENT_SCOPE)
+    get_filename_component(root "${place}" DIRECTORY)
+    set(SafetensorsTorch_TORCH_ROOT "${root}" PARENT_SCOPE)
     return()
   endif()
 
@@ -203,6 +207,8 @@ or -DCMAKE_PREFIX_PATH=\"$(python3 -c 'import torch; print(torch.utils.cmake_pre
       "-Wl,--push-state,--no-as-needed,${libraries}/libtorch_cuda.so,--pop-state;SafetensorsTorch::torch")
   endif()
   set(SafetensorsTorch_TORCH_VERSION "${version}" PARENT_SCOPE)
+  set(SafetensorsTorch_TORCH_ABI "${abi}" PARENT_SCOPE)
+  set(SafetensorsTorch_TORCH_ROOT "${root}" PARENT_SCOPE)
   if(NOT SafetensorsTorch_FIND_QUIETLY)
     message(STATUS "SafetensorsTorch: libtorch is ${root} (torch ${version})")
   endif()

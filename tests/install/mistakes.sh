@@ -51,6 +51,12 @@ check_mistakes() {
     refuses "contains only the C library" "-DCMAKE_PREFIX_PATH=$WORK/prefix-c" "-DLIBTORCH=$torch"
     pass "no libtorch, in the project or in the installation"
 
+    local sources=("-DCONSUMER_FETCHES=$PWD" "-DFETCHCONTENT_SOURCE_DIR_SAFETENSORSTORCH=$PWD")
+    refuses "libtorch was not found; pass -DLIBTORCH=DIR" "${sources[@]}"
+    refuses "cargo was not found; install Rust with rustup" "${sources[@]}" "-DLIBTORCH=$torch" \
+        "-DCMAKE_IGNORE_PATH=$(dirname "$(command -v cargo)");$HOME/.cargo/bin"
+    pass "sources without libtorch or cargo"
+
     refuses "version \"9.1\"" "-DCMAKE_PREFIX_PATH=$prefix;$torch" -DCONSUMER_VERSION=9.1
     refuses "$version" "-DCMAKE_PREFIX_PATH=$prefix;$torch" -DCONSUMER_VERSION=9.1
     refuses "unknown component fortran; the components are c and cpp" "-DCMAKE_PREFIX_PATH=$prefix" "-DCONSUMER_COMPONENTS=c;fortran"
