@@ -224,7 +224,7 @@ test-docs: build
 	    WORK=$(CURDIR)/out/docs-programs tests/docs.sh
 
 # Installs the library in every supported way, and builds programs with it.
-test-install: out/library.stamp out/core.stamp
+test-install: out/library.stamp out/core.stamp out/python.stamp
 	MAKE="$(MAKE)" PYTHON=$(CURDIR)/$(PY) WORK=$(CURDIR)/out/install tests/install/run.sh
 
 # Tests with the mark "alone" measure time, memory or reads; the others share two processes. test-python-quick leaves out those

@@ -1,5 +1,5 @@
 # CMake package of safetensors-torch: defines the targets and finds libtorch. Used by `make install` and by the Python
-# package, whose libtorch layer is compiled with the project.
+# package, which has compiled libtorch layers or compiles one with the project.
 #
 #   find_package(SafetensorsTorch CONFIG REQUIRED)                 # C, and C++ if the project enables CXX
 #   find_package(SafetensorsTorch CONFIG REQUIRED COMPONENTS c)    # C only; libtorch is not searched for
@@ -65,6 +65,14 @@ foreach(_st_file IN LISTS _st_needed)
   endif()
 endforeach()
 
+# Names the file and the SONAME of a shared library, not the links to it, so that a project can install both.
+function(_safetensors_torch_set_location target link)
+  get_filename_component(file "${link}" REALPATH)
+  get_filename_component(name "${link}" NAME)
+  string(REGEX MATCH "^[0-9]+" major "${SafetensorsTorch_VERSION}")
+  set_target_properties(${target} PROPERTIES IMPORTED_LOCATION "${file}" IMPORTED_SONAME "${name}.${major}")
+endfunction()
+
 set(SafetensorsTorch_c_FOUND TRUE)
 if(NOT TARGET SafetensorsTorch::c)
   if(_st_compile)
@@ -77,7 +85,7 @@ if(NOT TARGET SafetensorsTorch::c)
       INTERFACE_LINK_LIBRARIES "stdc++;gcc_s;util;rt;pthread;m;dl")
   else()
     add_library(SafetensorsTorch::c SHARED IMPORTED)
-    set_target_properties(SafetensorsTorch::c PROPERTIES IMPORTED_LOCATION "${_st_c_shared}")
+    _safetensors_torch_set_location(SafetensorsTorch::c "${_st_c_shared}")
   endif()
   set_target_properties(SafetensorsTorch::c PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${_st_include}")
 endif()
@@ -99,8 +107,8 @@ libtorch: make install PREFIX=DIR")
       safetensors_torch_find_libtorch("${_st_shared}" "" _st_problem)
       if(NOT _st_problem AND NOT TARGET SafetensorsTorch::safetensors_torch)
         add_library(SafetensorsTorch::safetensors_torch SHARED IMPORTED)
+        _safetensors_torch_set_location(SafetensorsTorch::safetensors_torch "${_st_shared}")
         set_target_properties(SafetensorsTorch::safetensors_torch PROPERTIES
-          IMPORTED_LOCATION "${_st_shared}"
           INTERFACE_INCLUDE_DIRECTORIES "${_st_include}"
           INTERFACE_COMPILE_FEATURES cxx_std_17
           INTERFACE_LINK_LIBRARIES SafetensorsTorch::torch)

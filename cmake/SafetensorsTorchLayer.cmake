@@ -1,5 +1,44 @@
-# Compiles the libtorch layer, which the Python package contains as sources, for the torch that was found: the target
-# SafetensorsTorch::safetensors_torch, a shared library in the project's build directory.
+# The libtorch layer of the Python package for the torch that was found: the target SafetensorsTorch::safetensors_torch. It is
+# a compiled layer of the package if one fits, otherwise compiled from the package's sources in the project's build directory.
+
+# Sets `layer` to the compiled layer in the directory `libraries` that fits the torch, or `reason` to why there is none.
+function(_safetensors_torch_compiled_layer libraries layer reason)
+  set(${layer} "" PARENT_SCOPE)
+  # The headers have the number of the release even for a pre-release, whose symbols may differ. Python's torch has
+  # version.py, and an unpacked libtorch build-version.
+  set(root "${SafetensorsTorch_TORCH_ROOT}")
+  set(version "")
+  foreach(file version.py build-version)
+    if(EXISTS "${root}/${file}")
+      file(READ "${root}/${file}" text)
+      if(text MATCHES "(^|__version__ = ')([0-9]+\\.[0-9]+[^'\n]*)")
+        set(version "${CMAKE_MATCH_2}")
+        break()
+      endif()
+    endif()
+  endforeach()
+  if(NOT version)
+    set(${reason} "neither version.py nor build-version in ${root} says whether that torch is a release" PARENT_SCOPE)
+    return()
+  endif()
+  set(versions "${version}")
+  if(version MATCHES "^([0-9]+\\.[0-9]+)\\.[0-9]+(\\+.*)?$")
+    list(APPEND versions "${CMAKE_MATCH_1}")
+  endif()
+  set(abi cxx11)
+  if(NOT SafetensorsTorch_TORCH_ABI)
+    set(abi precxx11)
+  endif()
+  foreach(version IN LISTS versions)
+    set(file "${libraries}/libsafetensors_torch-torch${version}-${abi}.so")
+    if(EXISTS "${file}")
+      set(${layer} "${file}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  list(JOIN versions " or " versions)
+  set(${reason} "the package has none for torch ${versions} with C++ ABI ${SafetensorsTorch_TORCH_ABI}" PARENT_SCOPE)
+endfunction()
 
 # `root` contains include/, cpp/, bridge/ and lib/. Sets `problem` to the error, or to nothing.
 function(safetensors_torch_add_layer root problem)
@@ -11,6 +50,22 @@ function(safetensors_torch_add_layer root problem)
   if(NOT "CXX" IN_LIST languages)
     set(${problem} "the project does not enable C++, which the libtorch layer needs; add it: project(... LANGUAGES CXX)"
         PARENT_SCOPE)
+    return()
+  endif()
+
+  _safetensors_torch_compiled_layer("${root}/lib" layer reason)
+  if(layer)
+    get_filename_component(name "${layer}" NAME)
+    add_library(SafetensorsTorch::safetensors_torch SHARED IMPORTED)
+    set_target_properties(SafetensorsTorch::safetensors_torch PROPERTIES
+      IMPORTED_LOCATION "${layer}"
+      IMPORTED_SONAME "${name}"
+      INTERFACE_INCLUDE_DIRECTORIES "${root}/include"
+      INTERFACE_COMPILE_FEATURES cxx_std_17
+      INTERFACE_LINK_LIBRARIES SafetensorsTorch::torch)
+    if(NOT SafetensorsTorch_FIND_QUIETLY)
+      message(STATUS "SafetensorsTorch: using the compiled libtorch layer ${layer}")
+    endif()
     return()
   endif()
 
@@ -53,6 +108,6 @@ function(safetensors_torch_add_layer root problem)
     SOVERSION "${major}")
   if(NOT SafetensorsTorch_FIND_QUIETLY)
     message(STATUS "SafetensorsTorch: compiling the libtorch layer with this project, for torch \
-${SafetensorsTorch_TORCH_VERSION}")
+${SafetensorsTorch_TORCH_VERSION}: ${reason}")
   endif()
 endfunction()

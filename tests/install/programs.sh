@@ -25,6 +25,18 @@ consumer() {
     done
 }
 
+# installs NAME: installs the C++ program of that build directory with its library, and runs it.
+installs() {
+    local prefix=$WORK/build-$1/installed
+    cmake --install "$WORK/build-$1" --prefix "$prefix" >>"$WORK/$1.log" 2>&1 || {
+        cat "$WORK/$1.log" >&2
+        fail "$1: cannot be installed"
+    }
+    ldd "$prefix/bin/use_cpp" | grep -qF "=> $prefix/bin/../lib/libsafetensors_torch" ||
+        fail "$1: the library is not installed"
+    "$prefix/bin/use_cpp" "$prefix/file" >>"$WORK/$1.log" || fail "$1: the installed program fails"
+}
+
 # loads PROGRAM LIBRARY: checks that the program loads this library.
 loads() {
     local program=$1 library=$2 loaded
@@ -63,12 +75,14 @@ compile_c_with_pkg_config() {
 }
 
 build_programs() {
-    local prefix=$WORK/prefix cmake_prefix jobs=()
+    local prefix=$WORK/prefix cmake_prefix installed jobs=()
+    installed=$("$PYTHON" -c 'import safetensors_torch; print(safetensors_torch.cmake_prefix_path)')
     cmake_prefix=$("$PYTHON" -c 'import torch; print(torch.utils.cmake_prefix_path)')
     # Two at a time: compiling torch's headers takes most of the time.
     {
         consumer pypi "-DCMAKE_PREFIX_PATH=$prefix;$cmake_prefix"
         consumer found-before "-DCMAKE_PREFIX_PATH=$prefix;$cmake_prefix" -DCONSUMER_FINDS_TORCH=ON
+        consumer compiled-layer "-DCMAKE_PREFIX_PATH=$installed"
         compile_cpp_with_pkg_config
     } &
     jobs+=($!)
@@ -93,6 +107,16 @@ build_programs() {
     grep -q 'compiling the libtorch layer' "$WORK/package.log" || fail "the Python package does not report that it compiles"
     check_exports "$WORK/build-package/libsafetensors_torch.so" "$package/include/safetensors_torch.h"
     pass "C++ and C from the Python package"
+    grep -q "using the compiled libtorch layer $installed/lib/" "$WORK/compiled-layer.log" ||
+        { cat "$WORK/compiled-layer.log" >&2; fail "the Python package's layer for exactly this torch is not used"; }
+    loads "$WORK/build-compiled-layer/use_cpp" "$installed/lib/$(basename "$installed"/lib/*-torch*.so)"
+    pass "C++ and C with the compiled layer of the Python package"
+    check_choice_of_layer
+    pass "a compiled layer for the minor version: for releases of the same C++ ABI"
+    installs pypi
+    installs package
+    installs compiled-layer
+    pass "a program that is installed with the library"
     pass "C++ with pkg-config"
 
     # Without libtorch and without a C++ compiler.
@@ -105,14 +129,58 @@ build_programs() {
     for name in c-both c-alone c-package; do
         needs_no_torch "$WORK/build-$name/use_c"
     done
+    check_fetched
     compile_c_with_pkg_config prefix
     compile_c_with_pkg_config prefix-c
-    pass "C without torch: both installations and the Python package; pkg-config"
+    pass "C without torch: both installations, the Python package, the sources; pkg-config"
 
     if cargo cinstall --version >/dev/null 2>&1; then
         check_cargo_c
         pass "C with what cargo cinstall installs"
     fi
+}
+
+# says WORDS: checks that the consumer, configured with the Python package and the unpacked libtorch, prints these words.
+says() {
+    configure choice "-DCMAKE_PREFIX_PATH=$package" "-DLIBTORCH=$WORK/libtorch" "${@:2}" &&
+        grep -qF -- "$1" "$WORK/choice.log" || { cat "$WORK/choice.log" >&2; fail "CMake does not say: $1"; }
+}
+
+# Checks which releases of torch take a package's layer for their minor version. Configuring does not read the layer.
+check_choice_of_layer() {
+    local minor layer release stated=$WORK/libtorch/build-version
+    minor=$("$PYTHON" -c 'import torch; print(*torch.__version__.split(".")[:2], sep=".")')
+    layer=$package/lib/libsafetensors_torch-torch$minor-cxx11.so
+    says "compiling the libtorch layer with this project, for torch $minor"
+    touch "$layer"
+    says "neither version.py nor build-version in $WORK/libtorch says whether that torch is a release"
+    for release in "$minor.0.dev20260102+cpu" "$minor.0a0+git1234567"; do
+        echo "$release" >"$stated"
+        says "the package has none for torch $release with C++ ABI 1"
+    done
+    echo "$minor.7+cpu" >"$stated"
+    says "using the compiled libtorch layer $layer"
+    says "the package has none for torch $minor.7+cpu or $minor with C++ ABI 0" -DLIBTORCH_CXX11_ABI=0
+    rm "$layer" "$stated"
+}
+
+# Checks a project that builds the sources. Only configures it for C++: compiling takes minutes.
+check_fetched() {
+    local sources=("-DCONSUMER_FETCHES=$PWD" "-DFETCHCONTENT_SOURCE_DIR_SAFETENSORSTORCH=$PWD")
+    local output=$WORK/build-fetched-c/_deps/safetensorstorch-build
+    mkdir -p "$output"
+    # cargo finds there that the C library has been built already.
+    ln -s "$PWD/target/core" "$output/safetensors_torch_cargo_c"
+    consumer fetched-c "${sources[@]}" -DCONSUMER_COMPONENTS=c
+    needs_no_torch "$WORK/build-fetched-c/use_c"
+    local torch_options
+    for torch_options in "-DLIBTORCH=$torch" "-DCMAKE_PREFIX_PATH=$torch -DCONSUMER_FINDS_TORCH=ON"; do
+        rm -rf "$WORK/build-fetched-cpp"
+        # shellcheck disable=SC2086
+        configure fetched-cpp "${sources[@]}" $torch_options &&
+            grep -rqF "LIBTORCH_LIB=$torch/lib " "$WORK/build-fetched-cpp/_deps/safetensorstorch-build" ||
+            { cat "$WORK/fetched-cpp.log" >&2; fail "sources are not built for the torch of $torch_options"; }
+    done
 }
 
 # Checks what cargo-c installs: the C library, its links, header and pkg-config file, and no CMake package.
