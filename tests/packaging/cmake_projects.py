@@ -43,7 +43,7 @@ class Project:
         """Configures and builds the project, runs its programs, and returns what CMake said."""
         begin = time.monotonic()
         configure = ("cmake", "-G", "Ninja", "-S", PROJECT, "-B", self.directory)
-        said = self._run(*configure, "-DCMAKE_BUILD_TYPE=Plain", *options)
+        said = self._run(*configure, "-DCMAKE_BUILD_TYPE=Release", *options)
         self._run("cmake", "--build", self.directory)
         print(f"{self.directory.name}: built in {time.monotonic() - begin:.0f} s", flush=True)
         for program in ("use_c", "use_cpp"):
