@@ -32,7 +32,7 @@ installs() {
         cat "$WORK/$1.log" >&2
         fail "$1: cannot be installed"
     }
-    ldd "$prefix/bin/use_cpp" | grep -qF "=> $prefix/bin/../lib/libsafetensors_torch" ||
+    grep -qF "=> $prefix/bin/../lib/libsafetensors_torch" <<<"$(ldd "$prefix/bin/use_cpp")" ||
         fail "$1: the library is not installed"
     "$prefix/bin/use_cpp" "$prefix/file" >>"$WORK/$1.log" || fail "$1: the installed program fails"
 }
