@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,5 +17,14 @@ def run(*command: str | Path, environment: dict[str, str] | None = None, directo
         [str(part) for part in command], env=environment, cwd=directory, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
+        words = " ".join(map(str, command))
+        raise SystemExit(f"{words} failed with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result.stdout
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Prints what was checked and how long it took, if no exception ended it."""
+    began = time.monotonic()
+    yield
+    print(f"ok: {what} ({time.monotonic() - began:.0f} s)", flush=True)
