@@ -14,6 +14,7 @@
 # make docs      the guides and the reference of both headers as HTML in out/docs, with Doxygen
 # make wheel     the Python package as a wheel in out/dist, for machines without Rust
 # make wheels    wheels with a compiled layer for every torch, for machines without a compiler, and the sdist
+# make deb       the C library as Debian packages in out/deb; needs Debian's dpkg-dev
 # make clean     deletes what was built, except .venv
 #
 # Each target sets up what it needs, once: .venv with the pinned torch, the build, the package in .venv.
@@ -45,10 +46,11 @@ SUITES := test-accelerator test-install test-examples test-docs test-address tes
     test-tsan test-cpp test-rust test-c test-fuzz
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
-PYTHON_SOURCES := setup.py pyproject.toml $(shell find cmake python -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
-CPP_FILES      := benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+PYTHON_SOURCES := setup.py pyproject.toml $(shell find $(wildcard cmake python) -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
+# Expanded only where it is used: packages are built without tests and benches.
+CPP_FILES       = benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: build library demo install uninstall wheel wheels bench bench-header docs clean fuzz torture miri filesystems \
+.PHONY: build library demo install uninstall wheel wheels deb bench bench-header docs clean fuzz torture miri filesystems \
     check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
@@ -94,7 +96,7 @@ SYSTEM_LIBS := -lgcc_s -lutil -lrt -lpthread -lm -ldl
 
 SHARED := target/release/libsafetensors_torch.so
 # That library contains a line that names its torch: safetensors_torch 0.1.0 built for torch 2.11.0, C++ ABI 1
-BUILT_FOR = $(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED))
+BUILT_FOR = $(if $(filter-out 0,$(TORCH)),$(shell LC_ALL=C sed -n 's/.*built for torch \([0-9][^,]*\), C++ ABI \([01]\).*/\1 \2/p' $(SHARED)))
 
 # install_library FILE NAME: installs FILE as libNAME.so, with the links by which linkers find it.
 define install_library
@@ -259,6 +261,9 @@ $(PACKAGING)/requirements.stamp: packaging/requirements.txt
 wheel: $(PACKAGING)/requirements.stamp
 	SAFETENSORS_TORCH_AOT=0 $(PACKAGING)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	    --wheel-dir out/dist .
+
+deb:
+	$(PYTHON) packaging/debian/build.py
 
 $(VENV)/bench.stamp: benches/requirements.txt $(VENV)/requirements.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check -r benches/requirements.txt
