@@ -165,6 +165,9 @@ def build_core(tools: Toolchain, directory: Path) -> Path:
     (wheel,) = (directory / "core").glob("*.whl")
     run(sys.executable, "-m", "wheel", "unpack", "--dest", directory / "unpacked", wheel)
     (unpacked,) = (directory / "unpacked").iterdir()
+    (licenses,) = unpacked.glob("*.dist-info/licenses")
+    crates = output(sys.executable, ROOT / "packaging" / "licenses.py", "--features=bridge")
+    (licenses / "crates").write_text(crates + "\n", encoding="utf-8")
     return unpacked
 
 

@@ -86,3 +86,28 @@ with open("/proc/self/maps") as maps:
     # The extension's libraries are loaded before it imports the package.
     expected = {"safetensors_torch": "2\n", "checkpoint": "1\n"}[first]
     assert run(tmp_path, sys.executable, "-c", program, PYTHONPATH=str(tmp_path)) == expected
+
+
+@pytest.mark.skipif(not INSTALLED.exists(), reason="needs what make library installs")
+def test_the_installed_library_is_loaded_and_closed_while_its_threads_run(tmp_path: Path) -> None:
+    program = f"""
+import ctypes, threading, _ctypes
+import torch
+path = "{INSTALLED}/libsafetensors_torch.so"
+library = ctypes.CDLL(path)
+ops, done, loads = torch.ops.safetensors_torch, threading.Event(), []
+ops.save_file({{"a": torch.ones(1 << 22)}}, "file")
+def load():
+    while not done.is_set():
+        loads.append(ops.load_file("file", backend="pread")["a"].sum().item())
+thread = threading.Thread(target=load)
+thread.start()
+_ctypes.dlclose(library._handle)
+for _ in range(200):
+    _ctypes.dlclose(_ctypes.dlopen(path, 0))
+    ops.load_file("file", prefault=True)  # in background threads
+done.set()
+thread.join()
+assert loads and set(loads) == {{float(1 << 22)}}
+"""
+    run(tmp_path, sys.executable, "-c", program)
