@@ -88,7 +88,8 @@ def install_torch(inside: Path, install: tuple, torch: str, cuda_of: Path | None
     run(*install, "--no-deps", f"torch=={torch}")
     run(*install, *TORCH_NEEDS, *REFERENCE)
     site = Path(run(inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    for path in cuda_of.glob("nvidia*"):
+    # Until torch 2.6, one of them is not in the directory nvidia.
+    for path in (*cuda_of.glob("nvidia*"), *cuda_of.glob("cusparselt*")):
         (site / path.name).symlink_to(path.resolve())
 
 
