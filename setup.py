@@ -127,7 +127,7 @@ class Core:
         strip = shutil.which(os.environ.get("STRIP", "strip"))
         if strip:
             subprocess.run([strip, "-g", str(archive)], check=True)
-        # For the shell command, which reads headers without torch.
+        # For the shell command, which does without torch.
         core = native / "lib" / "libsafetensors_torch_c.so"
         copy(self.library, core)
         if strip:

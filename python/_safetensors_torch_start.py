@@ -1,4 +1,4 @@
-"""Patches safetensors once a program has imported it and torch, if SAFETENSORS_TORCH_PATCH=1.
+"""Patches safetensors once a program has imported it and torch, if SAFETENSORS_TORCH_PATCH=1; starts the shell command.
 
 Owns the reading of the variable and the import hook; safetensors_torch/patch.py does the patching.
 safetensors_torch_patch.pth calls it when an interpreter starts with the variable set. It is outside the package,
@@ -19,6 +19,18 @@ _REFERENCE = "safetensors"
 _WATCHED = ("torch", _REFERENCE, "safetensors.torch", "safetensors_torch")
 
 _finder = None
+
+# Whether the process is the script safetensors-torch: then the package does not import torch.
+is_shell_command = False
+
+
+def shell_command() -> int:
+    """Runs the script safetensors-torch."""
+    global is_shell_command
+    is_shell_command = True
+    from safetensors_torch.cli import main
+
+    return main()
 
 
 def install() -> None:

@@ -13,7 +13,9 @@ __version__: str = _version("safetensors-torch")
 
 
 def _is_shell_command() -> bool:
-    """Returns whether Python imports the package for ``python -m safetensors_torch``."""
+    """Returns whether Python imports the package for ``safetensors-torch`` or ``python -m safetensors_torch``."""
+    if getattr(_sys.modules.get("_safetensors_torch_start"), "is_shell_command", False):
+        return True
     argv = getattr(_sys, "argv", [])
     original = getattr(_sys, "orig_argv", [])[-len(argv) :]  # Python 3.10
     return argv[:1] == ["-m"] and original[:1] in ([__name__], [f"-m{__name__}"])

@@ -1,4 +1,4 @@
-"""``python -m safetensors_torch``: runs the shell command of the package cli."""
+"""``python -m safetensors_torch``: the shell command, as ``safetensors-torch``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""Reads the headers of files and checkpoints through the core's C library, without the seconds of importing torch.
+"""Reads headers, edits metadata and copies tensors through the core's C library, without importing torch.
 
 Owns the ctypes declarations of the C functions that it calls; include/safetensors_torch.h documents them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +66,14 @@ class _TensorInfo(ctypes.Structure):
     ]
 
 
+class _Change(ctypes.Structure):
+    _fields_ = [("key", _Str), ("value", _Str)]
+
+
+class _EditOptions(ctypes.Structure):
+    _fields_ = [("struct_size", c_size_t), ("reserve", c_uint64), ("in_place", c_uint32), ("durable", c_uint32)]
+
+
 _SIGNATURES = {
     "checkpoint_open": [c_char_p, c_void_p, POINTER(c_void_p)],
     "checkpoint_get_shard_count": [c_void_p, POINTER(c_size_t)],
@@ -73,6 +83,15 @@ _SIGNATURES = {
     "file_has_metadata": [c_void_p, POINTER(c_int32)],
     "file_get_metadata_count": [c_void_p, POINTER(c_size_t)],
     "file_get_metadata_entry": [c_void_p, c_size_t, POINTER(_Str), POINTER(_Str)],
+    "file_get_data": [c_void_p, c_size_t, POINTER(c_void_p)],
+    "edit_metadata": [c_char_p, POINTER(_Change), c_size_t, POINTER(_EditOptions)],
+    "writer_new": [POINTER(c_void_p)],
+    "writer_enable_metadata": [c_void_p],
+    "writer_add_metadata": [c_void_p, c_char_p, c_size_t, c_char_p, c_size_t],
+    "writer_declare_tensor": [c_void_p, c_char_p, c_size_t, c_int32, POINTER(c_uint64), c_size_t],
+    "incremental_writer_create": [c_void_p, c_char_p, c_void_p, POINTER(c_void_p)],
+    "incremental_writer_write_tensor": [c_void_p, c_char_p, c_size_t, c_void_p, c_size_t],
+    "incremental_writer_commit": [c_void_p],
 }
 
 
@@ -88,7 +107,9 @@ def _library() -> Any:
     for name, types in _SIGNATURES.items():
         function = getattr(library, f"sft_{name}")
         function.argtypes, function.restype, function.errcheck = types, c_int32, _check
-    library.sft_checkpoint_free.argtypes, library.sft_checkpoint_free.restype = [c_void_p], None
+    for handle in ("checkpoint", "writer", "incremental_writer"):
+        free = getattr(library, f"sft_{handle}_free")
+        free.argtypes, free.restype = [c_void_p], None
     library.sft_dtype_get_code.argtypes, library.sft_dtype_get_code.restype = [c_int32], c_char_p
     library.sft_last_error_get_message.restype = c_char_p
     return library
@@ -113,20 +134,96 @@ def read_headers(path: str) -> Headers:
         SafetensorError: a file is not valid safetensors, or does not fit the index.
         OSError: a file cannot be read, or the package lacks the C library.
     """
-    library, checkpoint = _library(), c_void_p()
-    library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
-    try:
-        headers = Headers([], None, [])
-        for shard in range(_count(library.sft_checkpoint_get_shard_count, checkpoint)):
-            name, file = _Str(), c_void_p()
-            library.sft_checkpoint_get_shard(checkpoint, shard, byref(name), byref(file))
-            headers.files.append(os.fsdecode(name.bytes()))
-            headers.tensors.extend(_tensors(library, file, headers.files[-1]))
+    library, headers = _library(), Headers([], None, [])
+    with _shards(library, path) as shards:
+        for name, file in shards:
+            headers.files.append(name)
+            for info in _infos(library, file):
+                dtype = library.sft_dtype_get_code(info.dtype).decode()
+                shape = info.shape[: info.rank]
+                headers.tensors.append(Tensor(info.name.text(), dtype, shape, info.nbytes, name, info.begin))
             metadata = _metadata(library, file)
             if metadata is not None:
                 # The first file that has a key counts, as for safe_open.
                 headers = headers._replace(metadata={**metadata, **(headers.metadata or {})})
-        return headers
+    return headers
+
+
+def edit_metadata(path: str, changes: Mapping[str, str | None], in_place: bool) -> None:
+    """Changes the metadata of one file, as safetensors_torch.edit_metadata does; None removes a key."""
+    texts = [(key.encode(), None if value is None else value.encode()) for key, value in changes.items()]
+    array = (_Change * len(texts))(*[_Change(_str(key), _str(value)) for key, value in texts])
+    options = _EditOptions(struct_size=ctypes.sizeof(_EditOptions), in_place=in_place)
+    _library().sft_edit_metadata(os.fsencode(path), array, len(array), byref(options))
+
+
+def copy_tensors(
+    path: str,
+    names: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
+    target: str,
+    report_progress: Callable[[int, int], None],
+) -> None:
+    """Writes tensors of the checkpoint at ``path`` into the file ``target``, which is replaced once it is complete.
+
+    Args:
+        path: a file, an index, or a directory with either.
+        names: the name of each tensor, and its name in ``target``.
+        metadata: the metadata of ``target``.
+        target: the path of the file; it may be the one that is read.
+        report_progress: called with the bytes done and the total, after each tensor.
+
+    Raises:
+        SafetensorError: a file is not valid safetensors, or a new name is reserved or occurs twice.
+        OSError: a file cannot be read or written.
+    """
+    library, writer, incremental = _library(), c_void_p(), c_void_p()
+    library.sft_writer_new(byref(writer))
+    try:
+        with _shards(library, path) as shards:
+            tensors = []
+            for _, file in shards:
+                for index, info in enumerate(_infos(library, file)):
+                    if (old := info.name.text()) in names:
+                        name, data = names[old].encode(), c_void_p()
+                        library.sft_writer_declare_tensor(writer, name, len(name), info.dtype, info.shape, info.rank)
+                        library.sft_file_get_data(file, index, byref(data))
+                        tensors.append((name, data, info.nbytes))
+            if len(tensors) != len(names):
+                raise SafetensorError(f"{path}: lacks {len(names) - len(tensors)} of the tensors to copy; list it")
+            if metadata is not None:
+                library.sft_writer_enable_metadata(writer)
+            for key, value in (metadata or {}).items():
+                key, value = key.encode(), value.encode()
+                library.sft_writer_add_metadata(writer, key, len(key), value, len(value))
+            library.sft_incremental_writer_create(writer, os.fsencode(target), None, byref(incremental))
+            done, total = 0, sum(nbytes for _, _, nbytes in tensors)
+            for name, data, nbytes in tensors:
+                library.sft_incremental_writer_write_tensor(incremental, name, len(name), data, nbytes)
+                done += nbytes
+                report_progress(done, total)
+            library.sft_incremental_writer_commit(incremental)
+    finally:
+        library.sft_incremental_writer_free(incremental)
+        library.sft_writer_free(writer)
+
+
+def _str(text: bytes | None) -> _Str:
+    """Returns a view of ``text``, which must stay alive; None is NULL."""
+    return _Str() if text is None else _Str(ctypes.cast(c_char_p(text), c_void_p), len(text))
+
+
+@contextlib.contextmanager
+def _shards(library: Any, path: str) -> Iterator[list[tuple[str, c_void_p]]]:
+    """Opens the checkpoint at ``path``. Yields the name and the handle of each file."""
+    checkpoint, shards = c_void_p(), []
+    library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
+    try:
+        for shard in range(_count(library.sft_checkpoint_get_shard_count, checkpoint)):
+            name, file = _Str(), c_void_p()
+            library.sft_checkpoint_get_shard(checkpoint, shard, byref(name), byref(file))
+            shards.append((os.fsdecode(name.bytes()), file))
+        yield shards
     finally:
         library.sft_checkpoint_free(checkpoint)
 
@@ -137,13 +234,12 @@ def _count(function: Any, handle: c_void_p) -> int:
     return count.value
 
 
-def _tensors(library: Any, file: c_void_p, name: str) -> list[Tensor]:
-    info, tensors = _TensorInfo(struct_size=ctypes.sizeof(_TensorInfo)), []
+def _infos(library: Any, file: c_void_p) -> Iterator[_TensorInfo]:
+    """Returns the description of each tensor in turn, in one structure."""
+    info = _TensorInfo(struct_size=ctypes.sizeof(_TensorInfo))
     for index in range(_count(library.sft_file_get_tensor_count, file)):
         library.sft_file_get_tensor_info(file, index, byref(info))
-        dtype = library.sft_dtype_get_code(info.dtype).decode()
-        tensors.append(Tensor(info.name.text(), dtype, info.shape[: info.rank], info.nbytes, name, info.begin))
-    return tensors
+        yield info
 
 
 def _metadata(library: Any, file: c_void_p) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""``python -m safetensors_torch``: what each command prints, its status, and that the examples in its help work."""
+"""The shell command: what each of its commands prints, its status, and that the examples in its help work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from safetensors_torch._headers import read_headers
 from safetensors_torch.cli import values
 from safetensors_torch.sharded import open_checkpoint
 
-COMMANDS = ("ls", "verify", "diff", "convert")
+COMMANDS = ("ls", "verify", "diff", "convert", "extract", "rename", "metadata")
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def json_of(capsys: pytest.CaptureFixture[str]) -> Any:
 def examples(command: str) -> list[str]:
     (actions,) = (action for action in cli.parser()._actions if action.dest == "==SUPPRESS==" or action.choices)
     lines = actions.choices[command].format_help().splitlines()
-    return [line.strip() for line in lines if line.startswith("  python -m safetensors_torch ")]
+    return [line.strip() for line in lines if line.startswith("  safetensors-torch ")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -74,28 +75,37 @@ def test_the_examples_in_the_help_work(here: Path, command: str, capsys: pytest.
     assert len(found) >= 3
     for example in found:
         words = shlex.split(example)
-        assert words[:4] == ["python", "-m", "safetensors_torch", command]
-        assert run(*words[3:]) == 0, example
+        assert words[:2] == ["safetensors-torch", command]
+        assert run(*words[1:]) == 0, example
         captured = capsys.readouterr()
         assert captured.out and not captured.err
         if "--json" in words:
             json.loads(captured.out)
 
 
-def test_as_a_module(here: Path) -> None:
+def script() -> list[str]:
+    """Returns the words that run the console script."""
+    (entry,) = entry_points(group="console_scripts", name="safetensors-torch")
+    return [sys.executable, "-c", f"import sys; from {entry.module} import {entry.attr}; sys.exit({entry.attr}())"]
+
+
+@pytest.mark.parametrize("command", [script(), [sys.executable, "-m", "safetensors_torch"]], ids=["script", "module"])
+def test_as_a_process(command: list[str], here: Path) -> None:
     def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "safetensors_torch", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
 
     assert process("ls", "model.safetensors").returncode == 0
+    assert process("--version").stdout == f"safetensors-torch {version('safetensors-torch')}\n"
+    Path("one.safetensors").touch()
     gone = process("ls", "gone.safetensors")
     assert (gone.returncode, gone.stdout) == (2, "")
-    assert gone.stderr == "ls: No such file or directory: gone.safetensors\n"
+    assert gone.stderr == "ls: No such file or directory: gone.safetensors; did you mean one.safetensors?\n"
     assert process("guess").returncode == 2
+    size = os.path.getsize("model.safetensors")
     # A reader that closes the pipe after the first line is not an error.
-    piped = f"{shlex.quote(sys.executable)} -m safetensors_torch ls {'model.safetensors ' * 3000} | head -n 1"
+    piped = f"{shlex.join(command)} ls {'model.safetensors ' * 3000} | head -n 1"
     closed = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, check=False)
-    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "model.safetensors:\n", "")
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, f"model.safetensors: {size} B\n", "")
 
 
 WITHOUT_TORCH = {
@@ -111,6 +121,10 @@ WITHOUT_TORCH = {
     "verify model.safetensors checkpoint": 0,
     "diff model.safetensors other.safetensors --no-values": 0,
     "diff model.safetensors changed.safetensors --no-values": 1,
+    "extract checkpoint part.safetensors layer.*": 0,
+    "rename model.safetensors renamed.safetensors s/layer/h/": 0,
+    "metadata set renamed.safetensors epoch=3": 0,
+    "metadata get renamed.safetensors": 0,
 }
 
 
@@ -120,15 +134,18 @@ def test_commands_without_tensors_import_no_torch(here: Path) -> None:
     Path("site", "torch", "__init__.py").write_text("raise RuntimeError('torch is imported')\n")
     environment = {**os.environ, "PYTHONPATH": "site", "CXX": "/nonexistent/c++"}
 
-    def process(line: str, module: str = "-m safetensors_torch") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *shlex.split(module), *shlex.split(line)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    module = [sys.executable, "-m", "safetensors_torch"]
+
+    def process(line: str, command: list[str] = module) -> subprocess.CompletedProcess[str]:
+        words = [*command, *shlex.split(line)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
     for line, status in WITHOUT_TORCH.items():
         done = process(line)
         assert done.returncode == status, (line, done)
         assert "Traceback" not in done.stderr and "torch is imported" not in done.stderr, (line, done)
-    assert process("ls model.safetensors", "-msafetensors_torch").returncode == 0
+    for command in ([sys.executable, "-msafetensors_torch"], script()):
+        assert process("ls model.safetensors", command).returncode == 0
     for line in ("diff model.safetensors other.safetensors", "convert model.safetensors new.safetensors"):
         assert "torch is imported" in process(line).stderr, line
 
@@ -196,6 +213,16 @@ def test_control_characters_are_printed_as_escapes(here: Path, capsys: pytest.Ca
         *([command, f"bad{codes}"] for command in ("ls", "verify")),
         ["diff", name, f"bad{codes}"],
         ["convert", f"bad{codes}", "new.safetensors"],
+        ["convert", name, f"new{codes}.bin"],
+        ["extract", name, "part.safetensors", f"gone{codes}"],
+        ["extract", name, f"part{codes}", "*"],
+        ["rename", name, "renamed.safetensors", f"s/t/u{codes}/", "--force"],
+        ["rename", name, "renamed.safetensors", f"t{codes}"],
+        ["metadata", "get", name],
+        ["metadata", "get", name, f"gone{codes}"],
+        ["metadata", "set", name, f"k{codes}=w{codes}"],
+        ["metadata", "remove", name],
+        [name],
     ):
         for options in ([], ["--json"]):
             try:
@@ -212,20 +239,31 @@ def test_control_characters_are_printed_as_escapes(here: Path, capsys: pytest.Ca
 def test_ls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("ls", "model.safetensors") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "I64   []       8 B  steps",
-        "F32   [3, 4]  48 B  layer.weight",
+        f"model.safetensors: {os.path.getsize('model.safetensors')} B",
+        "metadata: format = pt",
         "BF16  [3]      6 B  layer.bias",
-        "metadata format = pt",
-        "3 tensor(s), 62 B (62 bytes)",
+        "F32   [3, 4]  48 B  layer.weight",
+        "I64   []       8 B  steps",
+        "total: 3 tensors, 16 parameters, 62 B",
+        "BF16: 1 tensor, 3 parameters, 6 B",
+        "F32: 1 tensor, 12 parameters, 48 B",
+        "I64: 1 tensor, 1 parameter, 8 B",
     ]
-    assert run("ls", "checkpoint", "--match", "*.weight") == 0
     name = "model-00001-of-00002.safetensors"
-    assert f"F32  [3, 4]  48 B  layer.weight  {name}" in capsys.readouterr().out.splitlines()
+    assert run("ls", "checkpoint", "--match", "*.weight") == 0
+    assert capsys.readouterr().out.splitlines()[2:4] == [f"{name}:", "F32  [3, 4]  48 B  layer.weight"]
+    assert run("ls", "checkpoint", "--sort", "size") == 0
+    assert f"F32   [3, 4]  48 B  layer.weight  {name}" in capsys.readouterr().out.splitlines()
+    # One of the paths has a match.
+    save_file({"new": torch.ones(1)}, "new.safetensors")
+    assert run("ls", "model.safetensors", "new.safetensors", "--match", "new") == 0
+    assert capsys.readouterr().out.startswith("new.safetensors: ")
     assert run("ls", "checkpoint", "--json", "--sort", "name") == 0
     (listed,) = json_of(capsys)
-    assert [entry["name"] for entry in listed["tensors"]] == sorted(state())
-    assert (listed["count"], listed["nbytes"], listed["metadata"]) == (3, 62, {"format": "pt"})
-    entry = listed["tensors"][1]
+    assert [entry["name"] for entry in listed["tensors"]] == ["layer.weight", "layer.bias", "steps"]
+    assert (listed["count"], listed["parameters"], listed["nbytes"]) == (3, 16, 62)
+    assert listed["metadata"] == {"format": "pt"}
+    entry = listed["tensors"][0]
     assert (entry["dtype"], entry["shape"], entry["nbytes"], entry["file"]) == ("F32", [3, 4], 48, name)
     data = Path("checkpoint", name).read_bytes()[entry["begin"] : entry["begin"] + 48]
     assert data == state()["layer.weight"].numpy().tobytes()
@@ -235,7 +273,10 @@ def test_ls_prints_names_on_one_line(here: Path, capsys: pytest.CaptureFixture[s
     save_file({"a\nb\x1b[31m": torch.ones(1)}, "odd.safetensors", {"k\n": "\x07"})
     assert run("ls", "odd.safetensors") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("  a\\nb\\x1b[31m") and lines[1] == "metadata k\\n = \\x07"
+    assert lines[2].endswith("  a\\nb\\x1b[31m") and lines[1] == "metadata: k\\n = \\x07"
+    save_file({}, "long.safetensors", {"k": "x" * 5000})
+    assert run("ls", "long.safetensors") == 0
+    assert f"metadata: k = {'x' * 100}... (5,000 characters)\n" in capsys.readouterr().out
 
 
 def test_verify_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,16 +288,16 @@ def test_verify_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[st
     assert "short.safetensors" in results["short.safetensors"]["fault"]
     Path("checkpoint", "model-00002-of-00002.safetensors").unlink()
     assert run("verify", "checkpoint") == 1
-    assert capsys.readouterr().out.startswith("FAILED  checkpoint: No such file or directory: checkpoint/model-00002")
+    assert capsys.readouterr().out.startswith("FAILED  No such file or directory: checkpoint/model-00002")
 
 
 @pytest.mark.parametrize("gone", ["gone.safetensors", "gone/model.safetensors.index.json", "nowhere/"])
 def test_verify_of_a_missing_path_fails(gone: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", gone) == 2
-    assert f"FAILED  {gone}: No such file or directory" in capsys.readouterr().out
+    assert f"FAILED  No such file or directory: {gone}" in capsys.readouterr().out
     Path("short.safetensors").write_bytes(b"short")
     assert run("verify", "model.safetensors", gone, "short.safetensors", "--json") == 2
-    assert [result["ok"] for result in json_of(capsys)].count(False) == 2
+    assert [result["ok"] for result in json_of(capsys)] == [True, False, False]
 
 
 def test_checksums(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +337,7 @@ def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "left_only": ["layer.weight"],
         "right_only": ["new"],
         "kinds": [{"name": "layer.bias", "left": "BF16 [3]", "right": "F32 [3]"}],
-        "values": [{"name": "steps", "differing": 1, "elements": 1, "max_difference": float(2**62 - 6)}],
+        "values": [{"name": "steps", "differing": 1, "elements": 1, "nan": 0, "max_difference": float(2**62 - 6)}],
         "metadata": [{"key": "k", "left": None, "right": "v"}],
     }
     # They differ by one, which a double cannot represent.
@@ -309,11 +350,12 @@ def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("left", "right", "tolerance", "expected"),
     [
         (float("nan"), float("nan"), 0.0, None),
-        (0.0, -0.0, 0.0, {"differing": 1, "elements": 2, "max_difference": 0.0}),
+        (0.0, -0.0, 0.0, {"differing": 1, "elements": 2, "nan": 0, "max_difference": 0.0}),
         (0.0, -0.0, 1e-9, None),
         (1.0, 1.1, 0.2, None),
-        (1.0, 2.0, 0.2, {"differing": 1, "elements": 2, "max_difference": 1.0}),
-        (1.0, float("inf"), 0.2, {"differing": 1, "elements": 2, "max_difference": None}),
+        (1.0, 2.0, 0.2, {"differing": 1, "elements": 2, "nan": 0, "max_difference": 1.0}),
+        (1.0, float("inf"), 0.2, {"differing": 1, "elements": 2, "nan": 0, "max_difference": None}),
+        (1.0, float("nan"), 0.2, {"differing": 1, "elements": 2, "nan": 1, "max_difference": None}),
     ],
 )
 def test_values(left: float, right: float, tolerance: float, expected: Any) -> None:
@@ -325,11 +367,11 @@ def test_tensors_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(values, "_PIECE", 3)
     left, right = torch.zeros(10), torch.zeros(10)
     right[[0, 9]] = torch.tensor([1.0, 3.0])
-    assert values.compare(left, right, 0.0, 0.0) == {"differing": 2, "elements": 10, "max_difference": 3.0}
+    assert values.compare(left, right, 0.0, 0.0) == {"differing": 2, "elements": 10, "nan": 0, "max_difference": 3.0}
     for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8, torch.uint64):
         ours = torch.zeros(7, dtype=torch.float32).to(dtype)
         theirs = torch.tensor([0, 0, 0, 1, 0, 0, 0], dtype=torch.float32).to(dtype)
-        expected = {"differing": 1, "elements": 7, "max_difference": 1.0}
+        expected = {"differing": 1, "elements": 7, "nan": 0, "max_difference": 1.0}
         assert values.compare(ours, theirs, 0.0, 0.0) == expected, dtype
 
 
@@ -342,7 +384,8 @@ def test_convert_what_torch_saved(here: Path, capsys: pytest.CaptureFixture[str]
     assert run("convert", "trained.pt", "a.safetensors", "--key", "gone") == 2
     assert "no entry 'gone'" in capsys.readouterr().err
     assert run("convert", "trained.pt", "a.safetensors", "--key", "model", "--json") == 0
-    assert json_of(capsys) == {"files": ["a.safetensors"], "count": 2, "nbytes": 72, "skipped": []}
+    result = {"files": ["a.safetensors"], "count": 2, "nbytes": 72, "skipped": [], "tied": {"tied": "a"}}
+    assert json_of(capsys) == result
     loaded = load_file("a.safetensors")
     assert torch.equal(loaded["a"], base) and torch.equal(loaded["bent"], saved["model"]["bent"])
     with safe_open("a.safetensors") as file:

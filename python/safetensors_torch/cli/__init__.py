@@ -1,10 +1,9 @@
-"""The command line: ``python -m safetensors_torch ls``, ``verify``, ``diff`` and ``convert``.
+"""The shell command ``safetensors-torch``, which is also ``python -m safetensors_torch``.
 
-Owns the parser, the exit status and the output of errors; each command has a module of its own. The status is 0 for
-success, 1 if a file is damaged or differs, and 2 if the command failed.
+Owns the parser, the exit status and the output of errors; each command has a module of its own. An error is one line.
 
 torch, which takes seconds to import, and the libtorch layer are loaded only for convert and for the values in diff. The
-core's C library reads headers.
+core's C library does the rest.
 """
 
 from __future__ import annotations
@@ -15,28 +14,49 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .. import __version__
 from .._exceptions import SafetensorError
-from . import convert, diff, ls, verify
-from .listing import printable
+from . import convert, diff, extract, ls, metadata, rename, verify
+from .listing import NoMatchError, near, printable
 
-_COMMANDS = (ls, verify, diff, convert)
+PROGRAM = "safetensors-torch"
+_COMMANDS = {
+    module.__name__.rpartition(".")[2]: module for module in (ls, verify, diff, convert, extract, rename, metadata)
+}
+_OTHER_NAMES = {
+    **dict.fromkeys(("list", "info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),
+    **dict.fromkeys(("check", "validate", "test"), "verify"),
+    **dict.fromkeys(("compare", "cmp"), "diff"),
+    **dict.fromkeys(("cast", "shard", "unshard", "split", "merge", "join", "save", "cp", "copy"), "convert"),
+    **dict.fromkeys(("filter", "select", "get"), "extract"),
+    **dict.fromkeys(("mv", "map", "prefix"), "rename"),
+    **dict.fromkeys(("edit", "set"), "metadata"),
+}
+_STATUS = """exit status:
+  0  success
+  1  a file is damaged or differs, or nothing matches
+  2  the command is wrong or failed; the last line on stderr says why
+"""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.exit(2, f"{printable(message)}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser, with a subparser for each command."""
     root = _Parser(
-        prog="python -m safetensors_torch",
-        description="Lists, verifies, compares and converts safetensors files and checkpoints of several files.",
+        prog=PROGRAM,
+        description="Lists, verifies, compares, converts and edits safetensors files and checkpoints of several files.",
+        epilog=_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for module in _COMMANDS:
+    root.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = root.add_subparsers(metavar="COMMAND")
+    for name, module in _COMMANDS.items():
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2],
+            name,
             help=module.HELP,
             description=module.__doc__,
             epilog=module.EXAMPLES,
@@ -44,13 +64,21 @@ def parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in ``arguments``, by default those of the process, and returns the exit status."""
-    options = parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    root = parser()
+    _check_command(root, next((word for word in arguments if not word.startswith("-")), None))
+    options, others = root.parse_known_args(arguments)
+    if not hasattr(options, "run"):
+        *most, last = _COMMANDS
+        root.error(f"name a command: {', '.join(most)} or {last}")
+    if others:
+        options.command.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         status = options.run(options)
         sys.stdout.flush()
@@ -60,9 +88,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except NoMatchError as error:
+        _print_error(options, error)
+        return 1
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
-        # Names of files and tensors may contain escape sequences for the terminal.
-        lines = [printable(line) for line in str(error).split("\n")]
-        print(f"{options.run.__module__.rpartition('.')[2]}:", "\n".join(lines), file=sys.stderr)
+        _print_error(options, error)
         return 2
     return status
+
+
+def _check_command(root: argparse.ArgumentParser, word: str | None) -> None:
+    """Ends the process if ``word`` is not a command. argparse would not name the one that is meant."""
+    if word is None or word in _COMMANDS:
+        return
+    if os.path.exists(word):
+        root.error(f"{word}: not a command; to list it: {PROGRAM} ls {word}")
+    meant = _OTHER_NAMES.get(word) or near(word, _COMMANDS)
+    root.error(
+        f"{word}: unknown command; " + (f"did you mean {meant}?" if meant else f"choose from {', '.join(_COMMANDS)}")
+    )
+
+
+def _print_error(options: argparse.Namespace, error: BaseException) -> None:
+    # Names of files and tensors may contain escape sequences for the terminal.
+    lines = [printable(line) for line in str(error).split("\n")]
+    print(f"{options.run.__module__.rpartition('.')[2]}:", "\n".join(lines), file=sys.stderr)

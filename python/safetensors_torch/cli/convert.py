@@ -2,9 +2,9 @@
 
 The source is a safetensors file, an index, or a directory with either; or a file of torch.save (.pt, .pth, .bin,
 .ckpt), an index of several (pytorch_model.bin.index.json), or a directory with either. Those are loaded with
-weights_only=True, so that they cannot run code. A target that ends in .safetensors is a file; any other target is a
-directory, written as by save_sharded. One of several tied tensors is kept, as by save_model. Only a few tensors at a
-time are in memory.
+weights_only=True, so that they cannot run code. A target that ends in .safetensors is a file; another target is a
+directory, written as by save_sharded. One of several tied tensors is kept, as by save_model; the others are listed.
+Only a few tensors at a time are in memory.
 """
 
 from __future__ import annotations
@@ -12,24 +12,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+from typing import TYPE_CHECKING
 
-from .listing import add_quiet, printable, size_text, wants_bar
+from .._dtype_names import dtype_name
+from .listing import (
+    add_quiet,
+    check_absent,
+    check_file_target,
+    counted,
+    file_name,
+    printable,
+    remedies,
+    size_text,
+    wants_bar,
+)
+
+if TYPE_CHECKING:
+    from .sources import Source
 
 HELP = "convert from torch.save, shard, unshard, cast"
 EXAMPLES = """examples:
-  python -m safetensors_torch convert pytorch_model.bin converted.safetensors
-  python -m safetensors_torch convert trained.ckpt weights.safetensors --key model.state_dict --skip
-  python -m safetensors_torch convert model.safetensors sharded/ --max-shard-size 1MB
-  python -m safetensors_torch convert checkpoint/ whole.safetensors --dtype bfloat16
+  safetensors-torch convert pytorch_model.bin converted.safetensors
+  safetensors-torch convert trained.ckpt weights.safetensors --key model.state_dict --skip
+  safetensors-torch convert model.safetensors sharded/ --max-shard-size 1MB
+  safetensors-torch convert checkpoint/ whole.safetensors --dtype bfloat16
 """
-
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="a safetensors file, a file of torch.save, an index (.json), or a directory")
     command.add_argument("target", help="a file that ends in .safetensors, or a directory")
-    command.add_argument("--dtype", choices=_DTYPES, help="the dtype to convert floating-point tensors to")
+    command.add_argument(
+        "--dtype", type=_dtype, help="the dtype to convert floating-point tensors to: float16, fp16, bf16, ..."
+    )
     command.add_argument(
         "--max-shard-size", metavar="SIZE", help="the most bytes of a file in a directory: 5GB (the default), 500MiB"
     )
@@ -45,10 +61,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    is_file = options.target.endswith(".safetensors")
+    is_file = options.target.endswith(".safetensors") and not os.path.isdir(options.target)
     if is_file and options.max_shard_size:
         raise ValueError(f"{options.target} is one file: --max-shard-size needs a directory")
-    _refuse_replacing(options)
+    _check_target(options.target, is_file, options.force)
     from .._native_library import ensure_loaded
 
     ensure_loaded()
@@ -57,32 +73,51 @@ def run(options: argparse.Namespace) -> int:
     from . import sources, targets
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = sources.open_source(options.source, sources.Options(dtype, options.key, options.skip))
+    with remedies(options.source):
+        source = sources.open_source(options.source, sources.Options(dtype, options.key, options.skip))
     how = targets.Options({"format": "pt", **source.metadata}, options.durable, wants_bar(options))
     if is_file:
         written = targets.write_file(source.specs, source.read, options.target, how)
     else:
         size = options.max_shard_size or "5GB"
         written = targets.write_directory(source.specs, source.read, options.target, size, how)
-    nbytes = sum(spec.nbytes for spec in source.specs.values())
-    _report(len(source.specs), nbytes, source.skipped, written, options.json)
+    _report(source, written, options.json)
     return 0
 
 
-def _refuse_replacing(options: argparse.Namespace) -> None:
-    if options.force or not os.path.lexists(options.target):
-        return
-    if not os.path.isdir(options.target) or any(name.endswith(".safetensors") for name in os.listdir(options.target)):
-        raise ValueError(f"{options.target} exists already: give another target, or --force to replace it")
+def _dtype(text: str) -> str:
+    try:
+        return dtype_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _report(count: int, nbytes: int, skipped: list[str], written: list[str], as_json: bool) -> None:
+def _check_target(target: str, is_file: bool, force: bool) -> None:
+    if is_file:
+        check_file_target(target, force)
+    elif os.path.isdir(target):
+        if any(name.endswith(".safetensors") for name in os.listdir(target)):
+            check_absent(target, force)
+    elif target.endswith(".index.json"):
+        raise ValueError(f"{target}: the name of an index; write {os.path.dirname(target) or '.'} for its directory")
+    elif re.search(r"\.[A-Za-z]+[0-9]?$", target):
+        raise ValueError(
+            f"{target}: not a name of a safetensors file; write {file_name(target)}, or {target}/ for a directory"
+        )
+    else:
+        check_absent(target, force)
+
+
+def _report(source: Source, written: list[str], as_json: bool) -> None:
+    count, nbytes = len(source.specs), sum(spec.nbytes for spec in source.specs.values())
     if as_json:
-        result = {"files": written, "count": count, "nbytes": nbytes, "skipped": skipped}
+        result = {"files": written, "count": count, "nbytes": nbytes, "skipped": source.skipped, "tied": source.tied}
         print(json.dumps(result, indent=2))
         return
-    for what in skipped:
+    for what in source.skipped:
         print(f"skipped   {printable(what)}")
+    for dropped, kept in source.tied.items():
+        print(f"tied      {printable(dropped)} = {printable(kept)}: only {printable(kept)} is in the target")
     for path in written:
         print(f"{size_text(os.path.getsize(path)):>10}  {printable(path)}")
-    print(f"{count} tensor(s), {size_text(nbytes)}")
+    print(f"{counted(count, 'tensor')}, {size_text(nbytes)}")

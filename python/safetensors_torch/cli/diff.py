@@ -17,9 +17,9 @@ from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
 HELP = "compare names, shapes and values"
 EXAMPLES = """examples:
-  python -m safetensors_torch diff model.safetensors checkpoint/
-  python -m safetensors_torch diff model.safetensors other.safetensors --no-values
-  python -m safetensors_torch diff model.safetensors other.safetensors --rtol 1e-3 --atol 1e-6 --json
+  safetensors-torch diff model.safetensors checkpoint/
+  safetensors-torch diff model.safetensors other.safetensors --no-values
+  safetensors-torch diff model.safetensors other.safetensors --rtol 1e-3 --atol 1e-6 --json
 """
 
 
@@ -109,8 +109,9 @@ def _print(found: Differences, compared: int) -> None:
     for kind in found.kinds:
         print(f"dtype, shape  {printable(kind['name'])}: {kind['left']} and {kind['right']}")
     for value in found.values:
-        most = value["max_difference"]
+        most, nan = value["max_difference"], value["nan"]
         by = "" if most is None else f", by up to {most:.6g}"
+        by += f", NaN in {nan}" if nan else ""
         print(f"values  {printable(value['name'])}: {value['differing']} of {value['elements']} differ{by}")
     for entry in found.metadata:
         print(f"metadata {printable(entry['key'])}: {_quoted(entry['left'])} and {_quoted(entry['right'])}")

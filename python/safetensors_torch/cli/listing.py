@@ -1,12 +1,28 @@
-"""The tensors, metadata and files of a path, from its headers, and the output of sizes, shapes and names."""
+"""The tensors, metadata and files of a path, from its headers: their selection by name, their output, and what to do
+about a path that cannot be opened.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
+import re
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .._exceptions import SafetensorError, os_error
 from .._headers import Tensor, read_headers
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""The ends of the names of torch.save's files."""
+
+_MOST_VALUE = 100
+
+
+class NoMatchError(LookupError):
+    """Nothing in a file matches: the exit status is 1."""
 
 
 class Listing:
@@ -15,12 +31,135 @@ class Listing:
     def __init__(self, path: str) -> None:
         """Reads the headers of ``path``: a file, an index, or a directory with either."""
         self.path = path
-        self.files, self.metadata, tensors = read_headers(path)
+        with remedies(path):
+            self.files, self.metadata, tensors = read_headers(path)
         self.entries = {tensor.name: tensor for tensor in tensors}
 
-    def directory(self) -> str:
-        """Returns the directory of the files."""
-        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+    def paths(self) -> list[str]:
+        """Returns the paths of the files."""
+        if not os.path.isdir(self.path) and not self.path.endswith(".json"):
+            return [self.path]
+        directory = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+        return [os.path.join(directory, name) for name in self.files]
+
+    def select(self, patterns: Iterable[str]) -> list[Tensor]:
+        """Returns the tensors whose names match one of ``patterns``: names, or globs such as ``*.bias``.
+
+        Raises:
+            NoMatchError: no name matches one of them.
+        """
+        selected = set()
+        for pattern in patterns:
+            found = [name for name in self.entries if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise NoMatchError(f"{self.path}: no tensor matches {pattern!r}; {self._instead(pattern)}")
+            selected.update(found)
+        return [entry for name, entry in self.entries.items() if name in selected]
+
+    def _instead(self, pattern: str) -> str:
+        kept = (self.metadata or {}).get(pattern)
+        if kept in self.entries:
+            return f"the metadata says that {kept} has its values"
+        part = sum(pattern in name for name in self.entries)
+        if part:
+            return f"'*{pattern}*' matches {part}"
+        similar = near(pattern, self.entries)
+        return f"did you mean {similar}?" if similar else f"`ls {self.path}` lists the names"
+
+
+@contextlib.contextmanager
+def remedies(path: str) -> Iterator[None]:
+    """Adds to an error of opening ``path`` what to do about it."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        remedy = _remedy(path)
+        if not remedy:
+            raise
+        if isinstance(error, OSError):
+            raise os_error(error.errno or 0, f"{error}; {remedy}") from None
+        explained = SafetensorError(f"{error}; {remedy}")
+        explained._code = error._code
+        raise explained from None
+
+
+def _remedy(path: str) -> str:
+    directory, name = os.path.split(path.rstrip("/"))
+    if not os.path.lexists(path):
+        if not os.path.isdir(directory or "."):
+            if directory and "/" not in directory and not name.endswith((".safetensors", ".json", *TORCH_SUFFIXES)):
+                return f"if it is a repository of Hugging Face, download it first: hf download {path}"
+            return f"{directory} does not exist either"
+        similar = near(name, os.listdir(directory or "."))
+        return f"did you mean {os.path.join(directory, similar)}?" if similar else ""
+    if os.path.isdir(path):
+        names = os.listdir(path)
+        if any(name.endswith(".safetensors") for name in names):
+            return ""
+        old = any(name.lower().endswith(TORCH_SUFFIXES) for name in names)
+        return _convert(path, path.rstrip("/")) if old else ""
+    if name.lower().endswith(TORCH_SUFFIXES):
+        return _convert(path, os.path.splitext(path)[0])
+    if name.endswith(".json") and not name.endswith(".index.json"):
+        return f"open its directory: {directory or '.'}"
+    return ""
+
+
+def _convert(path: str, stem: str) -> str:
+    return f"convert it: safetensors-torch convert {path} {stem}.safetensors"
+
+
+def near(word: str, words: Iterable[str]) -> str | None:
+    """Returns the one of ``words`` that is most like ``word``, or None if none is like it."""
+    import difflib  # not above: only errors need it
+
+    return next(iter(difflib.get_close_matches(word, words, 1)), None)
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Returns a key that sorts ``layer.2`` before ``layer.10``."""
+    return [int(part) if position % 2 else part for position, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def check_file_target(path: str, force: bool) -> None:
+    """Checks that ``path`` is the name of a safetensors file, which exists only if ``force`` is set.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if os.path.isdir(path) or path.endswith("/"):
+        raise ValueError(f"{path}: a directory; write {os.path.join(path, 'model.safetensors')} for a file in it")
+    if not path.endswith(".safetensors"):
+        raise ValueError(f"{path}: not a name of a safetensors file; write {file_name(path)}")
+    check_absent(path, force)
+
+
+def check_absent(path: str, force: bool) -> None:
+    """Checks that a target does not exist, unless ``force`` is set.
+
+    Raises:
+        ValueError: it exists.
+    """
+    if not force and os.path.lexists(path):
+        raise ValueError(f"{path} exists already: give another target, or --force to replace it")
+
+
+def file_name(path: str) -> str:
+    """Returns ``path`` with the end of a safetensors file in place of another one."""
+    return re.sub(r"\.[A-Za-z]+[0-9]?$", "", path) + ".safetensors"
+
+
+def parameters(tensor: Tensor) -> int:
+    """Returns the number of elements."""
+    count = 1
+    for dimension in tensor.shape:
+        count *= dimension
+    return count
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a count and a noun: ``1 tensor``, ``1,024 tensors``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def kind_text(tensor: Tensor) -> str:
@@ -41,6 +180,11 @@ def size_text(nbytes: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def value_text(value: str) -> str:
+    """Returns a value of metadata, or the beginning and the length of a long one."""
+    return printable(value if len(value) <= _MOST_VALUE else f"{value[:_MOST_VALUE]}... ({len(value):,} characters)")
 
 
 def printable(text: str) -> str:

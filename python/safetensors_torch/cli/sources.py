@@ -17,8 +17,8 @@ import torch
 from .._errors import call
 from .._load import load_in_steps
 from ..sharded import open_checkpoint
+from .listing import TORCH_SUFFIXES
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = re.compile(r"(?P<stem>.+)\.(?:pt|pth|bin|ckpt)\.(?:index|index\..+|.+\.index)\.json")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})(?P<rest>\..+)")
 _FIRST = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -35,7 +35,7 @@ class Options(NamedTuple):
     """Whether to skip entries that cannot be converted."""
 
 
-class _Source:
+class Source:
     """Tensors by name, in their order in the target."""
 
     def __init__(self) -> None:
@@ -44,6 +44,8 @@ class _Source:
         self.metadata: dict[str, str] = {}
         self.skipped: list[str] = []
         """Descriptions of the entries that were skipped."""
+        self.tied: dict[str, str] = {}
+        """For each name that shares the values of another, the name that is kept."""
 
     def read(self, names: list[str]) -> list[torch.Tensor]:
         """Returns the tensors of these names, contiguous, on the CPU."""
@@ -54,7 +56,7 @@ class _Source:
         self.specs[name] = torch.empty(tensor.shape, dtype=converted, device="meta")
 
 
-def open_source(path: str, options: Options) -> _Source:
+def open_source(path: str, options: Options) -> Source:
     """Opens the source at ``path``.
 
     Raises:
@@ -70,7 +72,7 @@ def open_source(path: str, options: Options) -> _Source:
     return _Safetensors(path, options.dtype)
 
 
-class _Safetensors(_Source):
+class _Safetensors(Source):
     def __init__(self, path: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._file, self._dtype = open_checkpoint(path, "mmap"), dtype
@@ -83,7 +85,7 @@ class _Safetensors(_Source):
         return [tensors[name] for name in names]
 
 
-class _TorchSource(_Source):
+class _TorchSource(Source):
     def __init__(self, found: _TorchFiles, options: Options) -> None:
         super().__init__()
         self._found, self._options = found, options
@@ -97,6 +99,7 @@ class _TorchSource(_Source):
                 state = self._listed(file, state, found.index)
             dropped = call(torch.ops.safetensors_torch._tied.default, state, [])
             self.metadata.update(dropped)
+            self.tied.update(dropped)
             for name, tensor in state.items():
                 if name in self._file_of:
                     raise ValueError(f"{file} holds the tensor {name!r}, and so does {self._file_of[name]}")
@@ -158,7 +161,7 @@ def _find(path: str) -> _TorchFiles | None:
     if path.endswith(".json"):
         index = _read_index(path)
         return None if index is None else _TorchFiles(path, sorted(set(index.values())), index)
-    return _TorchFiles(path, [path]) if path.lower().endswith(_SUFFIXES) else None
+    return _TorchFiles(path, [path]) if path.lower().endswith(TORCH_SUFFIXES) else None
 
 
 def _find_in_directory(path: str) -> _TorchFiles | None:
@@ -169,7 +172,7 @@ def _find_in_directory(path: str) -> _TorchFiles | None:
     for name in names:
         if _INDEX.fullmatch(name):
             whole.append(name)
-        elif name.lower().endswith(_SUFFIXES):
+        elif name.lower().endswith(TORCH_SUFFIXES):
             match = _SHARD.fullmatch(name)
             if match is None:
                 whole.append(name)
@@ -198,7 +201,7 @@ def _read_index(path: str) -> dict[str, str] | None:
             files = set(weight_map.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return None  # opening it as an index of safetensors files reports the error
-    if not files or not all(isinstance(name, str) and name.lower().endswith(_SUFFIXES) for name in files):
+    if not files or not all(isinstance(name, str) and name.lower().endswith(TORCH_SUFFIXES) for name in files):
         return None
     for name in files:
         if os.path.isabs(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):

@@ -23,22 +23,25 @@ def flat(side: Any, name: str) -> torch.Tensor:
 def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> dict[str, Any] | None:
     """Compares two flat tensors. Returns None if they are equal.
 
-    Otherwise returns how many elements differ, and by how much at most, which is None if it is not finite.
+    Otherwise returns how many elements differ, in how many of them a side is NaN, and by how much the others differ at
+    most: None if that is not finite, or if there are no others.
     """
-    differing = 0
-    distances: list[float | None] = [0.0]
+    differing = nan = 0
+    distances: list[float | None] = []
     for start in range(0, left.numel(), _PIECE):
         ours, theirs = (tensor[start : start + _PIECE] for tensor in (left, right))
         if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
             continue
-        unequal, distance = _compare_piece(ours, theirs, rtol, atol)
+        unequal, with_nan, distance = _compare_piece(ours, theirs, rtol, atol)
         differing += unequal
-        distances.append(distance)
+        nan += with_nan
+        if unequal > with_nan:
+            distances.append(distance)
     if not differing:
         return None
     finite = [distance for distance in distances if distance is not None]
-    most = max(finite) if len(finite) == len(distances) else None
-    return {"differing": differing, "elements": left.numel(), "max_difference": most}
+    most = max(finite) if finite and len(finite) == len(distances) else None
+    return {"differing": differing, "elements": left.numel(), "nan": nan, "max_difference": most}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,17 +49,18 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
 
 
-def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, float | None]:
+def _compare_piece(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -> tuple[int, int, float | None]:
+    """Returns how many elements differ, in how many of them a side is NaN, and by how much the others differ."""
     # By bits: a double cannot hold every value.
     different = (_bytes(left) != _bytes(right)).any(dim=1)
     if left.dtype == _FLOAT4:
-        return int(different.sum()), None  # each holds two values, which torch cannot convert
+        return int(different.sum()), 0, None  # each holds two values, which torch cannot convert
     wide = torch.complex128 if left.is_complex() else torch.float64
     ours, theirs = left[different].to(wide), right[different].to(wide)
     if rtol or atol:
         outside = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
         ours, theirs = ours[outside], theirs[outside]
-    if not ours.numel():
-        return 0, 0.0
-    distance = (ours - theirs).abs().max().item()
-    return ours.numel(), distance if math.isfinite(distance) else None
+    nan = ours.isnan() | theirs.isnan()
+    distances = (ours[~nan] - theirs[~nan]).abs()
+    most = distances.max().item() if distances.numel() else None
+    return ours.numel(), int(nan.sum()), most if most is not None and math.isfinite(most) else None

@@ -1,5 +1,5 @@
 """Verifies files or checkpoints: each header, the index against its files, that every byte can be read, and checksums
-if a list is given. Prints the faults; the status is then 1, or 2 if a path does not exist.
+if a list is given. Prints the faults last; the status is then 1, or 2 if a path does not exist.
 
 Checksums are SHA-256 of whole files, in the format of sha256sum, with names relative to the directory of the list.
 """
@@ -19,9 +19,9 @@ from .listing import Listing, add_quiet, printable, size_text, wants_bar
 
 HELP = "check structure, readability and checksums"
 EXAMPLES = """examples:
-  python -m safetensors_torch verify model.safetensors checkpoint/
-  python -m safetensors_torch verify checkpoint/ --write-checksums checkpoint/SHA256SUMS
-  python -m safetensors_torch verify checkpoint/ --checksums checkpoint/SHA256SUMS
+  safetensors-torch verify model.safetensors checkpoint/
+  safetensors-torch verify checkpoint/ --write-checksums checkpoint/SHA256SUMS
+  safetensors-torch verify checkpoint/ --checksums checkpoint/SHA256SUMS
 """
 
 _PIECE = 8 << 20
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
                 fault = _compare(file, digest, expected)
             done += os.path.getsize(file)
             results.append({"path": file, "ok": fault is None, "fault": fault, "sha256": digest})
+    results.sort(key=lambda result: not result["ok"])
     if options.write_checksums and all(result["ok"] for result in results):
         _write_list(options.write_checksums, sums)
     _report(results, options.json)
@@ -74,10 +75,7 @@ def _files(paths: list[str], results: list[dict[str, Any]]) -> list[str]:
         except (SafetensorError, OSError) as error:
             results.append({"path": path, "ok": False, "fault": str(error), "sha256": None})
             continue
-        if os.path.isdir(path) or path.endswith(".json"):
-            files.update(dict.fromkeys(os.path.join(listing.directory(), name) for name in listing.files))
-        else:
-            files[path] = None
+        files.update(dict.fromkeys(listing.paths()))
     return list(files)
 
 
@@ -135,4 +133,6 @@ def _report(results: list[dict[str, Any]], as_json: bool) -> None:
         if result["ok"]:
             print(f"ok      {printable(result['path'])}  {size_text(os.path.getsize(result['path']))}")
         else:
-            print(f"FAILED  {printable(result['path'])}: {printable(result['fault'])}")
+            # The core's errors name the path, or the file of a checkpoint.
+            named = "" if result["path"] in result["fault"] else f"{result['path']}: "
+            print(f"FAILED  {printable(named + result['fault'])}")
