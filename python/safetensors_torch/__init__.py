@@ -7,9 +7,6 @@ thin libtorch layer if there is none for the installed torch.
 from __future__ import annotations
 
 import sys as _sys
-from importlib.metadata import version as _version
-
-__version__: str = _version("safetensors-torch")
 
 
 def _is_shell_command() -> bool:
@@ -21,11 +18,15 @@ def _is_shell_command() -> bool:
     return argv[:1] == ["-m"] and original[:1] in ([__name__], [f"-m{__name__}"])
 
 
-# The shell command loads torch and the operators itself, if it needs them.
+# The shell command loads torch and the operators itself, if it needs them, and importlib.metadata, which is slow too.
 if not _is_shell_command():
+    from importlib.metadata import version as _version
+
     from . import _native_library
 
     _native_library.ensure_loaded()
+
+    __version__: str = _version("safetensors-torch")
 
     # The modules below look the operators up when they are imported.
     from . import _fake_kernels  # noqa: F401

@@ -31,6 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(tied, "old.pt", _use_new_zipfile_serialization=False)
     os.mkdir("old")
     torch.save(tied, "old/pytorch_model.bin")
+    os.mkdir("sub")
+    save_file(state, "sub/other.safetensors")
     os.mkdir("two")
     save_file(state, "two/a.safetensors")
     save_file(state, "two/b.safetensors")

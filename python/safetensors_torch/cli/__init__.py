@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import __version__
 from .._exceptions import SafetensorError
 from . import convert, diff, extract, ls, metadata, rename, verify
 from .listing import NoMatchError, near, printable
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    root.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    root.add_argument("--version", action="store_true", help="print the version")
     commands = root.add_subparsers(metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
@@ -74,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = parser()
     _check_command(root, next((word for word in arguments if not word.startswith("-")), None))
     options, others = root.parse_known_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        return 0
     if not hasattr(options, "run"):
         *most, last = _COMMANDS
         root.error(f"name a command: {', '.join(most)} or {last}")

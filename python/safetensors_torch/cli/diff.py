@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._headers import Tensor
 from .._progress import ProgressBar
@@ -32,29 +31,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_quiet(command)
 
 
-@dataclass
-class Differences:
+class Differences(NamedTuple):
     """The differences between the two sides."""
 
-    left_only: list[str] = field(default_factory=list)
-    right_only: list[str] = field(default_factory=list)
-    kinds: list[dict[str, str]] = field(default_factory=list)
+    left_only: list[str]
+    right_only: list[str]
+    kinds: list[dict[str, str]]
     """Tensors whose dtypes or shapes differ."""
-    values: list[dict[str, Any]] = field(default_factory=list)
-    metadata: list[dict[str, str | None]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return any((self.left_only, self.right_only, self.kinds, self.values, self.metadata))
+    values: list[dict[str, Any]]
+    metadata: list[dict[str, str | None]]
 
 
 def run(options: argparse.Namespace) -> int:
     if options.rtol < 0 or options.atol < 0:
         raise ValueError("--rtol and --atol must not be negative")
     left, right = Listing(options.left), Listing(options.right)
-    found = Differences(
-        left_only=[name for name in left.entries if name not in right.entries],
-        right_only=[name for name in right.entries if name not in left.entries],
-    )
+    left_only = [name for name in left.entries if name not in right.entries]
+    right_only = [name for name in right.entries if name not in left.entries]
+    found = Differences(left_only, right_only, [], [], [])
     both = [(entry, right.entries[name]) for name, entry in left.entries.items() if name in right.entries]
     same = []
     for ours, theirs in both:
@@ -66,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
     if not options.no_values:
         _compare_values(left, right, same, options, found)
     if options.json:
-        print(json.dumps({"equal": not found, "compared": len(both), **found.__dict__}, indent=2))
+        print(json.dumps({"equal": not any(found), "compared": len(both), **found._asdict()}, indent=2))
     else:
         _print(found, len(both))
-    return 1 if found else 0
+    return 1 if any(found) else 0
 
 
 def _compare_metadata(left: dict[str, str], right: dict[str, str], found: Differences) -> None:
@@ -115,7 +109,7 @@ def _print(found: Differences, compared: int) -> None:
         print(f"values  {printable(value['name'])}: {value['differing']} of {value['elements']} differ{by}")
     for entry in found.metadata:
         print(f"metadata {printable(entry['key'])}: {_quoted(entry['left'])} and {_quoted(entry['right'])}")
-    if not found:
+    if not any(found):
         print(f"equal: {compared} tensor(s)")
 
 

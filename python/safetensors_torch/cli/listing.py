@@ -86,12 +86,7 @@ def remedies(path: str) -> Iterator[None]:
 def _remedy(path: str) -> str:
     directory, name = os.path.split(path.rstrip("/"))
     if not os.path.lexists(path):
-        if not os.path.isdir(directory or "."):
-            if directory and "/" not in directory and not name.endswith((".safetensors", ".json", *TORCH_SUFFIXES)):
-                return f"if it is a repository of Hugging Face, download it first: hf download {path}"
-            return f"{directory} does not exist either"
-        similar = near(name, os.listdir(directory or "."))
-        return f"did you mean {os.path.join(directory, similar)}?" if similar else ""
+        return _remedy_for_missing(path, directory, name)
     if os.path.isdir(path):
         names = os.listdir(path)
         if any(name.endswith(".safetensors") for name in names):
@@ -99,10 +94,25 @@ def _remedy(path: str) -> str:
         old = any(name.lower().endswith(TORCH_SUFFIXES) for name in names)
         return _convert(path, path.rstrip("/")) if old else ""
     if name.lower().endswith(TORCH_SUFFIXES):
-        return _convert(path, os.path.splitext(path)[0])
+        return f"or {_convert(path, os.path.splitext(path)[0])}"
     if name.endswith(".json") and not name.endswith(".index.json"):
         return f"open its directory: {directory or '.'}"
     return ""
+
+
+def _remedy_for_missing(path: str, directory: str, name: str) -> str:
+    if "://" in path:
+        return "download it first, such as with curl -LO"
+    if not os.path.isdir(directory or "."):
+        if "/" not in directory and not name.endswith((".safetensors", ".json", *TORCH_SUFFIXES)):
+            return f"if it is a repository of Hugging Face, download it first: hf download {path}"
+        return f"{directory} does not exist either"
+    names = os.listdir(directory or ".")
+    if similar := near(name, names):
+        return f"did you mean {os.path.join(directory, similar)}?"
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    first = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    return f"{directory or 'the current directory'} has {first or 'no safetensors file'}"
 
 
 def _convert(path: str, stem: str) -> str:
@@ -131,6 +141,9 @@ def check_file_target(path: str, force: bool) -> None:
         raise ValueError(f"{path}: a directory; write {os.path.join(path, 'model.safetensors')} for a file in it")
     if not path.endswith(".safetensors"):
         raise ValueError(f"{path}: not a name of a safetensors file; write {file_name(path)}")
+    directory = os.path.dirname(path)
+    if directory and not os.path.isdir(directory):
+        raise ValueError(f"{directory}: no such directory; create it: mkdir -p {directory}")
     check_absent(path, force)
 
 

@@ -82,7 +82,10 @@ def _result(listing: Listing, entries: list[Tensor]) -> dict:
 def _print(listing: Listing, entries: list[Tensor], by_file: bool) -> None:
     files = listing.paths()
     size = size_text(sum(os.path.getsize(file) for file in files))
-    print(f"{printable(listing.path)}: {f'{len(files)} files, ' if len(files) > 1 else ''}{size}")
+    if len(files) > 1:
+        print(f"{printable(listing.path)}: {len(files)} files, {size}")
+    else:
+        print(f"{printable(files[0])}: {size}")
     for key, value in sorted((listing.metadata or {}).items()):
         print(f"metadata: {printable(key)} = {value_text(value)}")
     rows = [(entry.dtype, shape_text(entry.shape), size_text(entry.nbytes), entry) for entry in entries]

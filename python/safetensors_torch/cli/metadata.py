@@ -33,9 +33,9 @@ _OTHER_NAMES = {
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("action", type=_action, help="get, set or remove", metavar="ACTION")
-    command.add_argument("path", help="a file, an index (.json), or a directory with either", metavar="PATH")
-    command.add_argument("entry", nargs="*", help="KEY=VALUE for set, KEY for the others", metavar="ENTRY")
+    command.add_argument("action", type=_action, help="get, set or remove")
+    command.add_argument("path", help="a file, an index (.json), or a directory with either")
+    command.add_argument("entry", nargs="*", default=[], help="KEY=VALUE for set, KEY for the others")
     command.add_argument(
         "--in-place", action="store_true", help="overwrite the header only: fast, but a power cut can tear it"
     )

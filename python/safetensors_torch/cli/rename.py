@@ -24,7 +24,7 @@ EXAMPLES = r"""examples:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="a file, an index (.json), or a directory with either")
     command.add_argument("target", help="the new file, which ends in .safetensors")
-    command.add_argument("rule", nargs="+", help="s/OLD/NEW/ or s/OLD/NEW/g")
+    command.add_argument("rule", nargs="+", metavar="s/OLD/NEW/", help="a rule; s/OLD/NEW/g for every match")
     command.add_argument("--force", action="store_true", help="replace an existing target, which may be the source")
     add_quiet(command)
 
