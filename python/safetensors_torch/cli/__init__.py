@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,6 +31,8 @@ _OTHER_NAMES = {
     **dict.fromkeys(("filter", "select", "get"), "extract"),
     **dict.fromkeys(("mv", "map", "prefix"), "rename"),
     **dict.fromkeys(("edit", "set"), "metadata"),
+    "help": "--help",
+    "version": "--version",
 }
 _STATUS = """exit status:
   0  success
@@ -40,7 +43,8 @@ _STATUS = """exit status:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{printable(message)}; see {self.prog} --help\n")
+        see = " See" if message.endswith("?") else "; see"
+        self.exit(2, f"{printable(message)}{see} {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *most, last = _COMMANDS
         root.error(f"name a command: {', '.join(most)} or {last}")
     if others:
-        options.command.error(f"unrecognized arguments: {' '.join(others)}")
+        meant = near(others[0], re.findall("--[a-z-]+", options.command.format_usage()))
+        options.command.error(
+            f"unrecognized arguments: {' '.join(others)}" + (f"; did you mean {meant}?" if meant else "")
+        )
     try:
         status = options.run(options)
         sys.stdout.flush()

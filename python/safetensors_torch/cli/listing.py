@@ -50,11 +50,15 @@ class Listing:
         """
         selected = set()
         for pattern in patterns:
-            found = [name for name in self.entries if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+            found = self.matching(pattern)
             if not found:
                 raise NoMatchError(f"{self.path}: no tensor matches {pattern!r}; {self._instead(pattern)}")
             selected.update(found)
         return [entry for name, entry in self.entries.items() if name in selected]
+
+    def matching(self, pattern: str) -> list[str]:
+        """Returns the names that are ``pattern`` or match it as a glob."""
+        return [name for name in self.entries if name == pattern or fnmatch.fnmatchcase(name, pattern)]
 
     def _instead(self, pattern: str) -> str:
         kept = (self.metadata or {}).get(pattern)

@@ -48,6 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     results, misses = [], []
+    _check_paths(options.path)
     for path in options.path:
         listing = Listing(path)
         try:
@@ -65,6 +66,18 @@ def run(options: argparse.Namespace) -> int:
     if len(misses) == len(options.path):
         raise misses[0]
     return 0
+
+
+def _check_paths(paths: list[str]) -> None:
+    """Checks that no name of a tensor follows the path of its file.
+
+    Raises:
+        ValueError: one does.
+    """
+    first, *others = paths
+    missing = [path for path in others if not os.path.lexists(path)]
+    if missing and Listing(first).matching(missing[0]):
+        raise ValueError(f"{missing[0]}: not a path; to list only some tensors: --match '{missing[0]}'")
 
 
 def _result(listing: Listing, entries: list[Tensor]) -> dict:
