@@ -20,7 +20,7 @@ LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_t
 _IO = 2
 
 
-class Tensor(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor's entry in a header."""
 
     name: str
@@ -38,7 +38,7 @@ class Headers(NamedTuple):
 
     files: list[str]
     metadata: dict[str, str] | None
-    tensors: list[Tensor]
+    tensors: list[TensorInfo]
     """File after file, in the order of their data."""
 
 
@@ -127,7 +127,7 @@ def _check(status: int, function: Any, arguments: Any) -> int:
     raise error
 
 
-def read_headers(path: str) -> Headers:
+def read_headers(path: str | bytes) -> Headers:
     """Reads the headers of the checkpoint at ``path``: a file, an index, or a directory with either.
 
     Raises:
@@ -141,7 +141,7 @@ def read_headers(path: str) -> Headers:
             for info in _infos(library, file):
                 dtype = library.sft_dtype_get_code(info.dtype).decode()
                 shape = info.shape[: info.rank]
-                headers.tensors.append(Tensor(info.name.text(), dtype, shape, info.nbytes, name, info.begin))
+                headers.tensors.append(TensorInfo(info.name.text(), dtype, shape, info.nbytes, name, info.begin))
             metadata = _metadata(library, file)
             if metadata is not None:
                 # The first file that has a key counts, as for safe_open.
@@ -214,7 +214,7 @@ def _str(text: bytes | None) -> _Str:
 
 
 @contextlib.contextmanager
-def _shards(library: Any, path: str) -> Iterator[list[tuple[str, c_void_p]]]:
+def _shards(library: Any, path: str | bytes) -> Iterator[list[tuple[str, c_void_p]]]:
     """Opens the checkpoint at ``path``. Yields the name and the handle of each file."""
     checkpoint, shards = c_void_p(), []
     library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))

@@ -39,6 +39,8 @@ EXAMPLES = """examples:
   safetensors-torch convert checkpoint/ whole.safetensors --dtype bfloat16
 """
 
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="a safetensors file, a file of torch.save, an index (.json), or a directory")
@@ -86,10 +88,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _dtype(text: str) -> str:
-    try:
-        return dtype_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    name = dtype_name(text)
+    if name not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{text}: not a floating-point dtype; choose from {', '.join(_DTYPES)}")
+    return name
 
 
 def _check_target(target: str, is_file: bool, force: bool) -> None:

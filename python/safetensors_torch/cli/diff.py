@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import Any, NamedTuple
 
-from .._headers import Tensor
+from .._headers import TensorInfo
 from .._progress import ProgressBar
 from .listing import Listing, add_quiet, kind_text, printable, wants_bar
 
@@ -73,7 +73,7 @@ def _compare_metadata(left: dict[str, str], right: dict[str, str], found: Differ
 
 
 def _compare_values(
-    left: Listing, right: Listing, entries: list[Tensor], options: argparse.Namespace, found: Differences
+    left: Listing, right: Listing, entries: list[TensorInfo], options: argparse.Namespace, found: Differences
 ) -> None:
     if not entries:
         return

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .._exceptions import SafetensorError, os_error
-from .._headers import Tensor, read_headers
+from .._headers import TensorInfo, read_headers
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """The ends of the names of torch.save's files."""
@@ -42,7 +42,7 @@ class Listing:
         directory = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         return [os.path.join(directory, name) for name in self.files]
 
-    def select(self, patterns: Iterable[str]) -> list[Tensor]:
+    def select(self, patterns: Iterable[str]) -> list[TensorInfo]:
         """Returns the tensors whose names match one of ``patterns``: names, or globs such as ``*.bias``.
 
         Raises:
@@ -166,7 +166,7 @@ def file_name(path: str) -> str:
     return re.sub(r"\.[A-Za-z]+[0-9]?$", "", path) + ".safetensors"
 
 
-def parameters(tensor: Tensor) -> int:
+def parameters(tensor: TensorInfo) -> int:
     """Returns the number of elements."""
     count = 1
     for dimension in tensor.shape:
@@ -179,7 +179,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def kind_text(tensor: Tensor) -> str:
+def kind_text(tensor: TensorInfo) -> str:
     """Returns the dtype and the shape of a tensor as text."""
     return f"{tensor.dtype} {shape_text(tensor.shape)}"
 

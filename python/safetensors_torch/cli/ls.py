@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 
-from .._headers import Tensor
+from .._headers import TensorInfo
 from .listing import (
     Listing,
     NoMatchError,
@@ -80,7 +80,7 @@ def _check_paths(paths: list[str]) -> None:
         raise ValueError(f"{missing[0]}: not a path; to list only some tensors: --match '{missing[0]}'")
 
 
-def _result(listing: Listing, entries: list[Tensor]) -> dict:
+def _result(listing: Listing, entries: list[TensorInfo]) -> dict:
     return {
         "path": listing.path,
         "files": listing.files,
@@ -92,7 +92,7 @@ def _result(listing: Listing, entries: list[Tensor]) -> dict:
     }
 
 
-def _print(listing: Listing, entries: list[Tensor], by_file: bool) -> None:
+def _print(listing: Listing, entries: list[TensorInfo], by_file: bool) -> None:
     files = listing.paths()
     size = size_text(sum(os.path.getsize(file) for file in files))
     if len(files) > 1:
@@ -115,6 +115,6 @@ def _print(listing: Listing, entries: list[Tensor], by_file: bool) -> None:
         print(f"{dtype}: {_total([entry for entry in entries if entry.dtype == dtype])}")
 
 
-def _total(entries: list[Tensor]) -> str:
+def _total(entries: list[TensorInfo]) -> str:
     size = size_text(sum(entry.nbytes for entry in entries))
     return f"{counted(len(entries), 'tensor')}, {counted(sum(map(parameters, entries)), 'parameter')}, {size}"
