@@ -193,8 +193,8 @@ def copy_tensors(
                 raise SafetensorError(f"{path}: lacks {len(names) - len(tensors)} of the tensors to copy; list it")
             if metadata is not None:
                 library.sft_writer_enable_metadata(writer)
-            for key, value in (metadata or {}).items():
-                key, value = key.encode(), value.encode()
+            for entry in (metadata or {}).items():
+                key, value = map(str.encode, entry)
                 library.sft_writer_add_metadata(writer, key, len(key), value, len(value))
             library.sft_incremental_writer_create(writer, os.fsencode(target), None, byref(incremental))
             done, total = 0, sum(nbytes for _, _, nbytes in tensors)

@@ -269,6 +269,14 @@ def test_ls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data == state()["layer.weight"].numpy().tobytes()
 
 
+def test_ls_sorts_numbers_by_value(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """int() refuses more than 4300 digits."""
+    names = ["a", "a.1", "a.1.b", "a.02", "a.2", "a.10", f"a.{'9' * 5000}", "a.b", "b1"]
+    save_file({name: torch.ones(1) for name in names}, "numbers.safetensors")
+    assert run("ls", "numbers.safetensors", "--json") == 0
+    assert [entry["name"] for entry in json_of(capsys)[0]["tensors"]] == names
+
+
 def test_ls_prints_names_on_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"a\nb\x1b[31m": torch.ones(1)}, "odd.safetensors", {"k\n": "\x07"})
     assert run("ls", "odd.safetensors") == 0

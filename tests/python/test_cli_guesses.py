@@ -29,6 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tied = {"embed.weight": base, "lm_head.weight": base, "w": torch.zeros(1)}
     torch.save(tied, "pytorch_model.bin")
     torch.save(tied, "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(tied, "my model.bin")
     os.mkdir("old")
     torch.save(tied, "old/pytorch_model.bin")
     os.mkdir("sub")

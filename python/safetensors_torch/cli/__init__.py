@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from .._exceptions import SafetensorError
 from . import convert, diff, extract, ls, metadata, rename, verify
-from .listing import NoMatchError, near, printable
+from .listing import NoMatchError, command_text, near, printable
 
 PROGRAM = "safetensors-torch"
 _COMMANDS = {
@@ -113,7 +113,7 @@ def _check_command(root: argparse.ArgumentParser, word: str | None) -> None:
     if word is None or word in _COMMANDS:
         return
     if os.path.exists(word):
-        root.error(f"{word}: not a command; to list it: {PROGRAM} ls {word}")
+        root.error(f"{word}: not a command; to list it: {command_text('ls', word)}")
     meant = _OTHER_NAMES.get(word) or near(word, _COMMANDS)
     root.error(
         f"{word}: unknown command; " + (f"did you mean {meant}?" if meant else f"choose from {', '.join(_COMMANDS)}")

@@ -68,7 +68,7 @@ class Listing:
         if part:
             return f"'*{pattern}*' matches {part}"
         similar = near(pattern, self.entries)
-        return f"did you mean {similar}?" if similar else f"`ls {self.path}` lists the names"
+        return f"did you mean {similar}?" if similar else f"{command_text('ls', self.path)} lists the names"
 
 
 @contextlib.contextmanager
@@ -120,7 +120,14 @@ def _remedy_for_missing(path: str, directory: str, name: str) -> str:
 
 
 def _convert(path: str, stem: str) -> str:
-    return f"convert it: safetensors-torch convert {path} {stem}.safetensors"
+    return f"convert it: {command_text('convert', path, f'{stem}.safetensors')}"
+
+
+def command_text(*words: str) -> str:
+    """Returns the command line of the shell command with these arguments."""
+    import shlex  # not above: only errors need it
+
+    return f"safetensors-torch {shlex.join(words)}"
 
 
 def near(word: str, words: Iterable[str]) -> str | None:
@@ -130,9 +137,12 @@ def near(word: str, words: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> list[Any]:
     """Returns a key that sorts ``layer.2`` before ``layer.10``."""
-    return [int(part) if position % 2 else part for position, part in enumerate(re.split("([0-9]+)", name))]
+    parts: list[Any] = re.split("([0-9]+)", name)
+    # int() refuses thousands of digits, and longer numbers are larger.
+    parts[1::2] = [(len(digits.lstrip("0")), digits.lstrip("0"), digits) for digits in parts[1::2]]
+    return parts
 
 
 def check_file_target(path: str, force: bool) -> None:

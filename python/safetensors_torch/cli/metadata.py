@@ -15,7 +15,7 @@ import os
 import signal
 
 from .._headers import edit_metadata
-from .listing import Listing, NoMatchError, near, printable
+from .listing import Listing, NoMatchError, command_text, near, printable
 
 HELP = "print, set and remove metadata"
 EXAMPLES = """examples:
@@ -47,7 +47,7 @@ def _action(text: str) -> str:
     meant = _OTHER_NAMES.get(text) or near(text, _ACTIONS)
     instead = f"did you mean {meant}?" if meant else f"choose from {', '.join(_ACTIONS)}"
     if os.path.exists(text):
-        instead += f": safetensors-torch metadata get {text}"
+        instead += f": {command_text('metadata', 'get', text)}"
     raise argparse.ArgumentTypeError(f"{text}: unknown action; {instead}")
 
 

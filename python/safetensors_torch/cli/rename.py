@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 from .extract import copy
-from .listing import Listing, NoMatchError, add_quiet, check_file_target
+from .listing import Listing, NoMatchError, add_quiet, check_file_target, command_text
 
 HELP = "copy under other names"
 EXAMPLES = r"""examples:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
     names = {name: renamed(name) for name in listing.entries}
     if all(old == new for old, new in names.items()):
-        raise NoMatchError(f"{options.source}: no name changes; `ls {options.source}` lists the names")
+        raise NoMatchError(f"{options.source}: no name changes; {command_text('ls', options.source)} lists the names")
     olds: dict[str, str] = {}
     for old, new in names.items():
         if olds.setdefault(new, old) != old:
