@@ -107,7 +107,11 @@ def _compare(file: str, digest: str, expected: dict[str, str] | None) -> str | N
 def _read_list(path: str) -> dict[str, str]:
     """Returns the checksums of a list, by the real paths of the files."""
     directory, sums = os.path.dirname(path), {}
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+    try:
+        lines = open(path, encoding="utf-8", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{error.strerror}: {path!r}; --write-checksums FILE writes such a list") from None
+    with lines:
         for number, line in enumerate(lines, 1):
             digest, _, name = line.rstrip("\n").partition(" ")
             if not name:
