@@ -1,6 +1,6 @@
 """Patches safetensors once a program has imported it and torch, if SAFETENSORS_TORCH_PATCH=1; starts the shell command.
 
-Owns the reading of the variable and the import hook; safetensors_torch/patch.py does the patching.
+Owns the reading of the variable and the import hook; safetensors_torch/_patch.py does the patching.
 safetensors_torch_patch.pth calls it when an interpreter starts with the variable set. It is outside the package,
 because importing the package imports torch, which takes seconds and which the program may never need.
 """

@@ -31,15 +31,16 @@ if not _is_shell_command():
     # The modules below look the operators up when they are imported.
     from . import _fake_kernels  # noqa: F401
     from ._errors import SafetensorError
+    from ._incremental_writer import IncrementalWriter
+    from ._inspect import CheckpointInfo, TensorInfo, inspect
     from ._load import load, load_file
+    from ._metadata import edit_metadata
+    from ._model import load_model, save_model
+    from ._patch import patch_safetensors, unpatch_safetensors
+    from ._safe_open import safe_open
     from ._save import save, save_file
-    from .incremental_writer import IncrementalWriter
-    from .metadata import edit_metadata
-    from .model import load_model, save_model
-    from .patch import patch_safetensors, unpatch_safetensors
-    from .safe_open import safe_open
-    from .sharded import load_sharded, save_sharded
-    from .transfer import (
+    from ._sharded import load_sharded, save_sharded
+    from ._transfer import (
         TransferOptions,
         release_transfer_memory,
         reserve_transfer_memory,
@@ -55,14 +56,17 @@ if not _is_shell_command():
     include_path: str = str(_native_library.NATIVE / "include")
 
 __all__ = [
+    "CheckpointInfo",
     "IncrementalWriter",
     "SafetensorError",
+    "TensorInfo",
     "TransferOptions",
     "__version__",
     "cmake_prefix_path",
     "edit_metadata",
     "extension_link_args",
     "include_path",
+    "inspect",
     "load",
     "load_file",
     "load_model",

@@ -6,20 +6,43 @@ file or the tensors are left to the native library.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from typing import Any
 
 import torch
 
-from ._errors import short_repr
+from ._errors import near_names, short_repr
+from ._exceptions import os_error
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Device = str | int | torch.device | None
+Dtype = torch.dtype | str | None
 Metadata = dict[str, str] | None
 
 _OTHER_FUNCTIONS = (
     'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
 )
+
+_SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*):/+.")
+_HUB = 'huggingface_hub.hf_hub_download(repo_id="org/model", filename="model.safetensors")'
+_REMOTE = {
+    b"hf": f"download it first: {_HUB} returns its path",
+    b"https": f"download it first: from the Hugging Face Hub, {_HUB} returns its path",
+    b"file": "pass the path without the scheme",
+}
+_REMOTE[b"http"] = _REMOTE[b"https"]
+_OTHER_REMOTE = (
+    'only local paths work: load(file) reads within `with fsspec.open(url, "rb") as file`, and save(tensors) returns'
+    " the bytes to write"
+)
+_REPOSITORY = re.compile(rb"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.safetensors)(?<!\.json)")
+
+# How the format's codes ("BF16", "I64") and other short names begin, and how torch's do.
+_DTYPE_KINDS = {"bf": "bfloat", "f": "float", "fp": "float", "i": "int", "u": "uint", "c": "complex"}
+_DTYPE_KIND = re.compile("(bf|fp|f|i|u|c)(?=[0-9])")
+_DTYPE_CODES = {"float8_e4m3": "float8_e4m3fn", "float8_e8m0": "float8_e8m0fnu"}
 
 
 def encode_path(filename: Path) -> bytes:
@@ -28,6 +51,7 @@ def encode_path(filename: Path) -> bytes:
     Raises:
         TypeError: ``filename`` is not a path.
         ValueError: it contains a null byte.
+        FileNotFoundError: it is a URL.
     """
     if not isinstance(filename, (str, bytes, os.PathLike)):
         raise TypeError(
@@ -36,7 +60,28 @@ def encode_path(filename: Path) -> bytes:
     path = os.fsencode(filename)
     if b"\0" in path:
         raise ValueError(f"embedded null byte in the file name {short_repr(filename)}: {_OTHER_FUNCTIONS}")
+    scheme = _SCHEME.match(path)
+    # A URL is a path too: save_sharded would create a directory `s3:`.
+    if scheme and not os.path.lexists(scheme[1] + b":"):
+        raise _not_found(path, _REMOTE.get(scheme[1].lower(), _OTHER_REMOTE))
     return path
+
+
+def encode_input_path(filename: Path) -> bytes:
+    """Returns ``filename`` as encode_path does, for a file that must exist.
+
+    Raises:
+        FileNotFoundError: it is also not the name of a local file, but may be that of a repository.
+    """
+    path = encode_path(filename)
+    if _REPOSITORY.fullmatch(path) and not os.path.lexists(os.path.dirname(path)):
+        call = f'huggingface_hub.snapshot_download("{os.fsdecode(path)}")'
+        raise _not_found(path, f"if it is a repository of the Hugging Face Hub, {call} returns a local directory")
+    return path
+
+
+def _not_found(path: bytes, remedy: str) -> OSError:
+    return os_error(errno.ENOENT, f"No such file or directory: {path.decode(errors='replace')}; {remedy}")
 
 
 def to_device(device: Device) -> torch.device:
@@ -101,19 +146,38 @@ def _is_int(value: Any) -> bool:
 
 
 def check_dtype(dtype: Any) -> torch.dtype | None:
-    """Returns ``dtype`` if floating-point tensors can be converted to it.
+    """Returns ``dtype``, or the dtype of that name, if floating-point tensors can be converted to it.
 
     Raises:
         TypeError: it is not a dtype.
-        ValueError: it is a dtype of integers, bools or complex numbers.
+        ValueError: torch has no dtype of that name, or it is one of integers, bools or complex numbers.
     """
     if dtype is None:
         return None
+    if isinstance(dtype, str):
+        dtype = parse_dtype(dtype)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}")
+        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}; pass torch.float16")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, not {dtype}: tensors of other dtypes are not converted")
     return dtype
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Returns the dtype called ``name``: torch's, with or without "torch.", the format's code, or "bf16" and so on.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    bare = _DTYPE_KIND.sub(lambda kind: _DTYPE_KINDS[kind[1]], name.lower().removeprefix("torch."), count=1)
+    dtype = getattr(torch, _DTYPE_CODES.get(bare, bare), None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if bare == "auto":
+        raise ValueError("dtype 'auto' is unknown; leave it out: tensors have the dtypes in the file")
+    known = [known for known, value in vars(torch).items() if isinstance(value, torch.dtype)]
+    near = near_names(bare, known)
+    raise ValueError(f"dtype {short_repr(name)} is unknown; " + (f"did you mean {near}?" if near else "pass 'float16'"))
 
 
 def check_metadata(metadata: Any) -> None:
@@ -129,6 +193,11 @@ def check_metadata(metadata: Any) -> None:
 def check_metadata_entry(key: Any, value: Any) -> None:
     """Checks that a key and a value of metadata are text."""
     check_text(key, f"the metadata key {short_repr(key)}")
+    if not isinstance(value, str):
+        raise TypeError(
+            f"the metadata value of {short_repr(key)} must be a str, not {type(value).__name__}; convert it with str()"
+            " or json.dumps()"
+        )
     check_text(value, f"the metadata value of {short_repr(key)}")
 
 

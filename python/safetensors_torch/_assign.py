@@ -95,5 +95,5 @@ def warn_of_meta(model: nn.Module) -> None:
         warnings.warn(
             f"buffers of {type(model).__name__} are not part of its state_dict (persistent=False) and stay on the meta"
             f" device: {', '.join(left)}. Compute them again, or create them on another device",
-            stacklevel=3,
+            stacklevel=4,  # the caller of load_model, past the check of its keywords
         )

@@ -69,9 +69,10 @@ def _memoryview(data: Any) -> memoryview:
     except TypeError:
         if hasattr(data, "readinto"):
             return _read(data)
+        remedy = "; load_file(filename) reads a file" if isinstance(data, (str, os.PathLike)) else ""
         raise TypeError(
             "data must be bytes or another object with the buffer protocol (bytearray, memoryview, mmap, an array), or"
-            f' an open file with `readinto` (open it with "rb"), not {type(data).__name__}'
+            f' an open file with `readinto` (open it with "rb"), not {type(data).__name__}{remedy}'
         ) from None
 
 

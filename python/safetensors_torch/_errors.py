@@ -6,7 +6,8 @@ an error; its operator ``_last_error`` reports the kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,31 @@ def short_repr(value: Any) -> str:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{value[:_MAX_LENGTH]!r}... ({len(value)} {unit})"
     return truncate(repr(value))
+
+
+def near_names(name: str, names: Sequence[str]) -> str:
+    """Returns the nearest of ``names``, quoted, for "did you mean"; an empty text if none is near."""
+    # Long names, and more than a few thousand, take seconds to compare.
+    candidates = [known for known in names[:5000] if len(known) <= _MAX_LENGTH]
+    return " or ".join(map(repr, difflib.get_close_matches(name[:_MAX_LENGTH], candidates, n=3)))
+
+
+def names_instead(name: str, names: Sequence[str]) -> str:
+    """Returns the remedy for a ``name`` that is not among ``names``: the nearest ones, or some of them."""
+    near = near_names(name, names)
+    if near:
+        return f"did you mean {near}?"
+    if not names:
+        return "it has no tensors"
+    more = ", ..." if len(names) > 3 else ""
+    return f"it has {len(names)} names: {', '.join(map(short_repr, names[:3]))}{more}"
+
+
+def with_remedy(error: SafetensorError, remedy: str) -> SafetensorError:
+    """Returns ``error`` with ``remedy`` after its text."""
+    longer = SafetensorError(f"{error}; {remedy}")
+    longer._code = error._code
+    return longer
 
 
 def translate(error: RuntimeError) -> Exception:

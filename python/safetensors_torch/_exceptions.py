@@ -10,6 +10,8 @@ class _Base(Exception):
 class SafetensorError(_Base):
     """A file or buffer that is not valid safetensors, a tensor that the format cannot hold, or a wrong request."""
 
+    __module__ = __package__  # the public one, for tracebacks
+
     _code: int = 0
     """The number of the error in the C header; 0 if it was raised in Python."""
 

@@ -6,8 +6,10 @@ library checks the format and makes the tensors.
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,13 +18,25 @@ from typing import Any
 import torch
 
 from . import _buffer
-from ._arguments import Device, Path, check_bool, check_dtype, check_text, encode_path, to_device, to_keyword
-from ._errors import call, short_repr
+from ._arguments import (
+    Device,
+    Dtype,
+    Path,
+    check_bool,
+    check_dtype,
+    check_text,
+    encode_input_path,
+    to_device,
+    to_keyword,
+)
+from ._errors import SafetensorError, call, names_instead, short_repr, with_remedy
+from ._keywords import explains_keywords
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable, is_traced
 
-# The tensors to load: all of them, those of these names, or those for whose name the function is true.
-Names = Iterable[str] | Callable[[str], Any] | None
+# The tensors to load: all of them, those of these names or globs, those that the pattern finds, or those for whose name
+# the function is true.
+Names = Iterable[str] | re.Pattern[str] | Callable[[str], Any] | None
 
 _ops = torch.ops.safetensors_torch
 _load_file = _ops._load_file_lists.default
@@ -72,7 +86,7 @@ os.register_at_fork(after_in_child=_resume_gc)
 
 def open_file(filename: Path, backend: str) -> Any:
     """Opens the native File for ``filename``."""
-    return call(_File, encode_path(filename), to_keyword(backend))
+    return call(_File, encode_input_path(filename), to_keyword(backend))
 
 
 def open_bytes(data: torch.Tensor) -> Any:
@@ -88,14 +102,41 @@ def select(file: Any, names: Names) -> list[str] | None:
     """
     if names is None:
         return None
+    if isinstance(names, re.Pattern):
+        names = names.search
     if callable(names):
         return [name for name in call(file.offset_keys) if names(name)]
     if isinstance(names, (str, bytes)):
-        raise TypeError(f"names must be a list of names, or a function of a name, not {short_repr(names)} alone")
-    chosen = list(names)
-    for name in chosen:
+        alone = short_repr(names)
+        raise TypeError(
+            f"names must be a list of names or globs, a compiled pattern, or a function of a name, not {alone} alone;"
+            f" pass names=[{alone}]"
+        )
+    chosen: list[str] = []
+    for name in names:
         check_text(name, f"the name {short_repr(name)}")
-    return chosen
+        chosen += _expand(file, name)
+    return list(dict.fromkeys(chosen))
+
+
+def _expand(file: Any, name: str) -> list[str]:
+    """Returns the names that a glob matches, or ``name`` itself if a tensor has it or nothing matches."""
+    if not any(character in name for character in "*?[") or call(file.contains, name):
+        return [name]
+    return fnmatch.filter(call(file.offset_keys), name) or [name]
+
+
+def _call_with_names(
+    file: Any, chosen: list[str] | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls ``function``, and adds the remedy to its error about a chosen name that the file lacks."""
+    try:
+        return call(function, *args, **kwargs)
+    except SafetensorError as error:
+        missing = next((name for name in chosen or () if not call(file.contains, name)), None)
+        if missing is None:
+            raise
+        raise with_remedy(error, names_instead(missing, call(file.keys))) from None
 
 
 def _is_small(path: bytes) -> bool:
@@ -121,19 +162,21 @@ def load_in_steps(
     progress: Progress,
     prefault: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    pending = call(file.start_load, select(file, names), device, dtype, prefault)
+    chosen = select(file, names)
+    pending = _call_with_names(file, chosen, file.start_load, chosen, device, dtype, prefault)
     run(pending, progress, "load")
     return _load_with(pending.result)
 
 
 @dynamo_disable
+@explains_keywords
 def load_file(
     filename: Path,
     device: Device = "cpu",
     *,
     backend: str = "mmap",
     prefault: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
@@ -150,9 +193,10 @@ def load_file(
             returns, if all tensors are loaded; they skip a file that is not in the page cache and larger than half of
             the available memory. True: all pages are in memory when the call returns. False: on first access. Ignored
             with "pread", for other devices, and before Linux 5.14.
-        dtype: a floating-point dtype to convert floating-point tensors to, on the device, in pieces of a few MiB. None
-            converts nothing.
-        names: the names of the tensors to load, or a function that returns whether to load a name.
+        dtype: a floating-point dtype, or its name ("float16", "bf16"), to convert floating-point tensors to, on the
+            device, in pieces of a few MiB. None converts nothing.
+        names: the names of the tensors to load, which may be globs ("layers.0.*"); a compiled pattern, which is
+            searched for in each name; or a function that returns whether to load a name.
         progress: True shows a bar of tqdm. A function is called with the bytes done and the total, about ten times a
             second and at the end; an exception from it ends the load. A load that maps the file reads nothing: there is
             no bar, and the function is called once, with 0 and 0. It is not called under torch's dispatch modes.
@@ -165,7 +209,7 @@ def load_file(
             backend; a name that the file lacks.
         OSError: the file cannot be read (FileNotFoundError, IsADirectoryError, PermissionError and so on).
         MemoryError, torch.OutOfMemoryError: there is not enough memory for the tensors, or to map the file.
-        ValueError: a negative device, a dtype that is not floating-point, or a null byte in the file name.
+        ValueError: a negative device, a dtype that is unknown or not floating-point, or a null byte in the file name.
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
         ImportError: progress=True without tqdm.
@@ -179,9 +223,9 @@ def load_file(
     """
     if prefault is not None:
         check_bool(prefault, "prefault")
-    path, target, backend = encode_path(filename), to_device(device), to_keyword(backend)
-    dtype, progress = check_dtype(dtype), check_progress(progress)
-    is_plain = dtype is None and names is None and not progress
+    path, target, backend = encode_input_path(filename), to_device(device), to_keyword(backend)
+    to_dtype, progress = check_dtype(dtype), check_progress(progress)
+    is_plain = to_dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
     is_quick = mapped or target.type == "meta" or (target.type == "cpu" and _is_small(path))
     if is_plain and (is_quick or is_traced()):
@@ -189,17 +233,19 @@ def load_file(
     file = open_file(path, backend)
     if is_traced():
         chosen = select(file, names)
-        return call(_ops.load_file, path, device=target, backend=backend, prefault=prefault, dtype=dtype, names=chosen)
-    return load_in_steps(file, target, dtype, names, progress, prefault)
+        options = {"device": target, "backend": backend, "prefault": prefault, "dtype": to_dtype, "names": chosen}
+        return _call_with_names(file, chosen, _ops.load_file, path, **options)
+    return load_in_steps(file, target, to_dtype, names, progress, prefault)
 
 
 @dynamo_disable
+@explains_keywords
 def load(
     data: Any,
     device: Device = "cpu",
     *,
     copy: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     names: Names = None,
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
@@ -239,21 +285,22 @@ def load(
         >>> load(data)
         {'x': tensor([1., 1.])}
     """
-    target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
+    target, to_dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     if copy:
         with _buffer.borrowed(data) as tensor:
-            is_plain = dtype is None and names is None and not progress
+            is_plain = to_dtype is None and names is None and not progress
             if is_plain and target.type == "cpu" and tensor.numel() < _LARGE_BYTES:
                 return _load_with(_load, tensor, device=target)
             if not is_traced():
-                return load_in_steps(open_bytes(tensor), target, dtype, names, progress)
-            if dtype is None and names is None:
+                return load_in_steps(open_bytes(tensor), target, to_dtype, names, progress)
+            if to_dtype is None and names is None:
                 return _load_with(_load, tensor, device=target)
-            chosen = select(open_bytes(tensor), names)
-            return call(_ops.load, tensor, device=target, dtype=dtype, names=chosen)
+            file = open_bytes(tensor)
+            chosen = select(file, names)
+            return _call_with_names(file, chosen, _ops.load, tensor, device=target, dtype=to_dtype, names=chosen)
     if target.type != "cpu":
         raise ValueError(f"copy=False shares the buffer's memory, which tensors on {target} cannot. Pass copy=True")
-    if dtype is not None or names is not None:
+    if to_dtype is not None or names is not None:
         raise ValueError(
             "copy=False returns all tensors of the buffer as they are. Pass copy=True, or neither dtype nor names"
         )

@@ -5,6 +5,7 @@ Owns the order of the checks and the steps of a save. The native library lays th
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _buffer
 from ._arguments import Metadata, Path, check_bool, encode_path, to_keyword
 from ._errors import call
+from ._keywords import explains_keywords
 from ._progress import Progress, check_progress, run
 from ._save_checks import DisableTorchFunction, Tensors, check_tensors
 from ._tracing import dynamo_disable
@@ -21,6 +23,7 @@ _PendingSave = torch.classes.safetensors_torch.PendingSave
 
 
 @dynamo_disable
+@explains_keywords
 def save_file(
     tensors: dict[str, torch.Tensor],
     filename: Path,
@@ -70,7 +73,7 @@ def save_file(
     """
     check_bool(durable, "durable")
     progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
-    tensors, metadata = check_tensors(tensors, metadata, **rules)
+    tensors, metadata = check_tensors(tensors, metadata, "save_file(tensors, filename)", **rules)
     path = encode_path(filename)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, path, **rules)
@@ -79,6 +82,7 @@ def save_file(
 
 
 @dynamo_disable
+@explains_keywords
 def save(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str] | None = None,
@@ -107,7 +111,12 @@ def save(
         {'x': tensor([0, 1, 2])}
     """
     progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
-    tensors, metadata = check_tensors(tensors, metadata, **rules)
+    if isinstance(metadata, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"metadata must be a dict of str to str or None, not {type(metadata).__name__}: save() returns bytes;"
+            " save_file(tensors, filename) writes a file"
+        )
+    tensors, metadata = check_tensors(tensors, metadata, "save(tensors)", **rules)
     with _disable_current_modes():
         plan = _plan(tensors, metadata, b"", **rules)
 

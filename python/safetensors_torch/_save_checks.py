@@ -5,6 +5,7 @@ Owns these checks and the order of their errors. The native library checks the m
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -26,25 +27,39 @@ Tensors = dict[str, torch.Tensor]
 DisableTorchFunction = torch._C.DisableTorchFunction
 
 
-def check_tensors(tensors: Any, metadata: Any, **rules: Any) -> tuple[Tensors, Metadata]:
+def check_tensors(tensors: Any, metadata: Any, call_text: str, **rules: Any) -> tuple[Tensors, Metadata]:
     """Checks what is to be saved. Errors about names come last, after those of the native library.
 
     Args:
         tensors: the tensors by name.
         metadata: the text for the header.
+        call_text: the call, with its arguments in order, for the error about another type.
         rules: force_contiguous and shared, for the native library.
 
     Returns:
         Copies of both dicts, which no other thread changes.
     """
     if not isinstance(tensors, dict):
-        raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
+        raise ValueError(
+            f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}; {_remedy(tensors, call_text)}"
+        )
     tensors = dict(tensors)
     if isinstance(metadata, dict):
         metadata = dict(metadata)
     with DisableTorchFunction():
         _check_tensors(tensors, metadata, rules)
     return tensors, metadata
+
+
+def _remedy(tensors: Any, call_text: str) -> str:
+    """Returns what to do with ``tensors``, which are not a dict."""
+    if isinstance(tensors, (str, bytes, os.PathLike)):
+        return f"the order of the arguments is {call_text}"
+    if isinstance(tensors, torch.nn.Module):
+        return "save_model(model, filename) saves a module"
+    if isinstance(tensors, torch.Tensor):
+        return 'pass {"name": tensor}'
+    return f"call {call_text} with a dict"
 
 
 def _check_tensors(tensors: dict[Any, Any], metadata: Any, rules: dict[str, Any]) -> None:

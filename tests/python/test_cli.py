@@ -28,8 +28,8 @@ from safetensors_torch import (
     save_sharded,
 )
 from safetensors_torch._headers import read_headers
+from safetensors_torch._sharded import open_checkpoint
 from safetensors_torch.cli import values
-from safetensors_torch.sharded import open_checkpoint
 
 COMMANDS = ("ls", "verify", "diff", "convert", "extract", "rename", "metadata")
 

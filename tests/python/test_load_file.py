@@ -60,8 +60,8 @@ def test_missing_file(opener: Callable, kind: Callable, tmp_path: Path, backend:
 
 @by_every_opener
 def test_directory(opener: Callable, tmp_path: Path, backend: str) -> None:
-    # load_model accepts a directory with a checkpoint.
-    error = SafetensorError if opener is OPENERS["load_model"] else IsADirectoryError
+    # All except load_file accept a directory with a checkpoint.
+    error = IsADirectoryError if opener is OPENERS["load_file"] else SafetensorError
     with pytest.raises(error) as caught:
         opener(tmp_path, backend=backend)
     assert str(tmp_path) in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import safetensors_torch.model
+import safetensors_torch._model
 from random_state import difference
 from safetensors_torch import load_model, save_model
 from support import DTYPES, Tied, sample, snapshot
@@ -101,7 +101,7 @@ def test_plain_modules_are_loaded_directly(
         raise AssertionError("a detour")
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
-    monkeypatch.setattr(safetensors_torch.model, "load_opened", refuse)
+    monkeypatch.setattr(safetensors_torch._model, "load_opened", refuse)
     source, model = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Tied()) for _ in range(2))
     state = snapshot(source)
     del state["2.head.weight"]

@@ -340,7 +340,7 @@ class Attributed(nn.Parameter):
 
 
 def test_a_parameter_subclass_is_loaded_directly(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safetensors_torch.model.load_opened", None)
+    monkeypatch.setattr("safetensors_torch._model.load_opened", None)
     model = model_of()
     model[1].bias = Attributed(torch.zeros(2))
     assert load_model(model, write(STATE)) == (set(), [])

@@ -16,7 +16,7 @@ import torch
 
 import safetensors_torch
 from patching import BEFORE, FUNCTIONS, MODULES, is_unpatched
-from safetensors_torch import patch, patch_safetensors, unpatch_safetensors
+from safetensors_torch import _patch, patch_safetensors, unpatch_safetensors
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +238,7 @@ def test_threads(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def test_two_threads_do_not_patch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the second would take the replacements of the first for the reference, or see half of them."""
     applied = []
-    apply = patch._apply
+    apply = _patch._apply
 
     def slowly() -> None:
         applied.append("begin")
@@ -246,7 +246,7 @@ def test_two_threads_do_not_patch_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         apply()
         applied.append("end")
 
-    monkeypatch.setattr(patch, "_apply", slowly)
+    monkeypatch.setattr(_patch, "_apply", slowly)
     threads = [threading.Thread(target=patch_safetensors) for _ in range(3)]
     for thread in threads:
         thread.start()

@@ -143,6 +143,40 @@ def test_torch_is_ours(framework: str, path: Path, reference: types.SimpleNamesp
     assert not isinstance(path, safetensors.safe_open)
 
 
+def test_the_error_about_an_absent_tensor_is_the_references(
+    path: Path, reference: types.SimpleNamespace, patched: None
+) -> None:
+    texts = []
+    for opener in (reference.safe_open, safetensors.safe_open):
+        with opener(path, framework="pt") as file, pytest.raises(safetensors.SafetensorError) as caught:
+            file.get_tensor("wieght")
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+def test_a_file_may_have_the_name_of_an_index(path: Path, patched: None) -> None:
+    path = path.rename(path.with_suffix(".json"))
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert "weight" in file.keys()
+
+
+def test_a_slice_is_true(tmp_path: Path, patched: None) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(0), "b": torch.tensor(1)}, tmp_path / "file")
+    with safetensors.safe_open(tmp_path / "file", "pt") as file:
+        assert file.get_slice("a") and file.get_slice("b")
+
+
+def test_a_pickle_is_of_the_references_name(path: Path, reference: types.SimpleNamespace, patched: None) -> None:
+    with safetensors.safe_open(path, "pt") as file:
+        data = pickle.dumps(file)
+    assert isinstance(pickle.loads(data), safetensors_torch.safe_open)
+    unpatch_safetensors()
+    try:
+        assert type(pickle.loads(data)) is reference.safe_open
+    finally:
+        patch_safetensors()  # which the fixture undoes
+
+
 def test_a_class_that_derives_from_safe_open(path: Path, patched: None) -> None:
     class Mine(safetensors.safe_open):
         pass

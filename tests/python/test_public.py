@@ -101,7 +101,16 @@ SIGNATURES = {
         ("durable", False),
         ("progress", None),
     ],
-    "safe_open": [("filename", REQUIRED), ("framework", "pt"), ("device", "cpu"), "*", ("backend", "mmap")],
+    "inspect": [("path", REQUIRED)],
+    "safe_open": [
+        ("filename", REQUIRED),
+        ("framework", "pt"),
+        ("device", "cpu"),
+        "*",
+        ("backend", "mmap"),
+        ("variant", None),
+        ("extra", "error"),
+    ],
     "patch_safetensors": [],
     "unpatch_safetensors": [],
     "IncrementalWriter": [("filename", REQUIRED), ("tensors", REQUIRED), ("metadata", None), "*", ("durable", False)],
@@ -155,7 +164,10 @@ def test_type_hints_resolve_and_cover_every_parameter(name: str) -> None:
     assert set(hints) == {*inspect.signature(function).parameters, "return"}
 
 
-METHODS = "__enter__ __exit__ __contains__ __len__ __iter__ keys offset_keys metadata get_tensor get_tensors get_slice"
+METHODS = (
+    "__enter__ __exit__ __contains__ __getitem__ __len__ __iter__ keys values items offset_keys metadata get_tensor"
+    " get_tensors get_slice get_shape get_dtype close"
+)
 
 
 @pytest.mark.parametrize("method", ["__init__", *METHODS.split()])

@@ -71,7 +71,7 @@ def test_dtypes_that_are_not_floating_point(read: Callable, path: Path, dtype: t
 
 
 @every_reader
-@pytest.mark.parametrize("dtype", ["float16", 1, float])
+@pytest.mark.parametrize("dtype", [b"float16", 1, float])
 def test_values_that_are_not_dtypes(read: Callable, path: Path, dtype: object) -> None:
     with pytest.raises(TypeError, match="dtype must be a torch.dtype or None"):
         read(path, dtype=dtype)

@@ -21,7 +21,7 @@ from safetensors_torch import (
     save_model,
     save_sharded,
 )
-from safetensors_torch.sharded import parse_size
+from safetensors_torch._sharded import parse_size
 
 INDEX = "model.safetensors.index.json"
 

@@ -80,7 +80,7 @@ def _compare_values(
     from .._native_library import ensure_loaded  # not above: it imports torch
 
     ensure_loaded()
-    from ..sharded import open_checkpoint
+    from .._sharded import open_checkpoint
     from . import values
 
     sides = [open_checkpoint(one.path, "mmap") for one in (left, right)]

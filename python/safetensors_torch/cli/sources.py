@@ -16,7 +16,7 @@ import torch
 
 from .._errors import call
 from .._load import load_in_steps
-from ..sharded import open_checkpoint
+from .._sharded import open_checkpoint
 from .listing import TORCH_SUFFIXES
 
 _INDEX = re.compile(r"(?P<stem>.+)\.(?:pt|pth|bin|ckpt)\.(?:index|index\..+|.+\.index)\.json")

@@ -10,9 +10,9 @@ import torch
 
 from .._arguments import encode_path
 from .._errors import call
+from .._incremental_writer import IncrementalWriter
 from .._progress import ProgressBar, run
-from ..incremental_writer import IncrementalWriter
-from ..sharded import parse_size
+from .._sharded import parse_size
 
 Specs = dict[str, torch.Tensor]
 Read = Callable[[list[str]], list[torch.Tensor]]

@@ -9,6 +9,7 @@ marked ``type: ignore``, which mypy --strict refuses if there is no error.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def use_include_path() -> None:
     assert_type(safetensors_torch.include_path, str)
 
 
+def use_inspect(path: Path) -> None:
+    info = safetensors_torch.inspect(path)
+    assert_type(info, safetensors_torch.CheckpointInfo)
+    assert_type(info.files, list[str])
+    assert_type(info.metadata, dict[str, str] | None)
+    assert_type(info.tensors["a"], safetensors_torch.TensorInfo)
+    assert_type(info.tensors["a"].shape, list[int])
+    assert_type(info.tensors["a"].dtype, str)
+
+
 def use_load(data: bytes, view: memoryview) -> None:
     assert_type(safetensors_torch.load(data), Tensors)
     safetensors_torch.load(bytearray(data), torch.device("cuda"), copy=False, names=["a"])
@@ -81,7 +92,8 @@ def use_load_file(path: Path) -> None:
     safetensors_torch.load_file(bytes(path), 0, dtype=torch.bfloat16, names=lambda name: name.startswith("a"))
     safetensors_torch.load_file(path, device=None, progress=lambda done, total: print(done / total))
     safetensors_torch.load_file(3.5)  # type: ignore[arg-type]
-    safetensors_torch.load_file(path, dtype="float16")  # type: ignore[arg-type]
+    safetensors_torch.load_file(path, dtype="float16", names=re.compile("a"))
+    safetensors_torch.load_file(path, map_location="cpu")  # type: ignore[call-arg]
 
 
 def use_load_model(model: torch.nn.Module, path: Path) -> None:
@@ -126,14 +138,25 @@ def use_safe_open(path: Path, data: bytes) -> None:
         assert_type(file.metadata(), dict[str, str] | None)
         assert_type(file.get_tensor("a"), torch.Tensor)
         assert_type(file.get_tensors(), Tensors)
+        assert_type(file["a"], torch.Tensor)
+        assert_type(file.get_shape("a"), list[int])
+        assert_type(file.get_dtype("a"), str)
+        assert_type(dict(file.items()), Tensors)
+        assert_type(list(file.values()), list[torch.Tensor])
         part = file.get_slice("a")
         assert_type(part.get_shape(), list[int])
         assert_type(part.get_dtype(), str)
+        assert_type(part.shape, torch.Size)
+        assert_type(part.dtype, torch.dtype)
+        assert_type(part.ndim, int)
+        assert_type(len(part), int)
         assert_type(part[0, :, ..., ::2], torch.Tensor)
         assert_type(iter(file), Iterator[str])
         assert_type(len(file), int)
         assert_type("a" in file, bool)
         file.get_tensor(0)  # type: ignore[arg-type]
+    file.close()
+    safetensors_torch.safe_open(path, variant="fp16", extra="ignore")
 
 
 def use_save(tensors: Tensors) -> None:

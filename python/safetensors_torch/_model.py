@@ -7,6 +7,7 @@ library decides which of several tied names is kept, and which names are missing
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +17,19 @@ from torch.nn.parameter import is_lazy
 from ._arguments import Device, Path, check_bool, encode_path, to_device
 from ._assign import warn_of_meta
 from ._errors import call, truncate
+from ._keywords import explains_keywords
 from ._load_state_dict import StateDictLoad
 from ._module_state import allows_direct_load, has_post_hooks, optional_names, own_state
 from ._name_mapping import NameMapping, Rename
 from ._progress import Progress, check_progress, run
 from ._save import save_file
 from ._save_checks import DisableTorchFunction
+from ._sharded import load_opened, open_checkpoint, save_sharded
 from ._tracing import dynamo_disable
-from .sharded import load_opened, open_checkpoint, save_sharded
 
 
 @dynamo_disable
+@explains_keywords
 def load_model(
     model: nn.Module,
     filename: Path,
@@ -93,6 +96,7 @@ def load_model(
         >>> model.weight[0]
         tensor([1., 1., 1.], grad_fn=<SelectBackward0>)
     """
+    _check_model(model, filename, "load_model")
     target, progress = to_device(device), check_progress(progress)
     check_bool(assign, "assign")
     check_bool(backup, "backup")
@@ -122,6 +126,7 @@ def load_model(
 
 
 @dynamo_disable
+@explains_keywords
 def save_model(
     model: nn.Module,
     filename: Path,
@@ -162,6 +167,7 @@ def save_model(
         >>> sorted(load_file(path))
         ['0.bias', '0.weight', '1.bias']
     """
+    _check_model(model, filename, "save_model")
     names = NameMapping(type(model).__name__, prefix, rename)
     state, path = names.state_in_file(model.state_dict()), encode_path(filename)
     options: dict[str, Any] = {
@@ -182,6 +188,25 @@ def save_model(
         raise ValueError(
             f"{error} Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         ) from None
+
+
+def _check_model(model: Any, filename: Any, function: str) -> None:
+    """Raises TypeError if ``model`` is not a module, or something that works like one."""
+    if hasattr(model, "state_dict") and not isinstance(model, type):
+        return
+    if isinstance(filename, nn.Module):
+        remedy = f"the order of the arguments is {function}(model, filename)"
+    elif isinstance(model, type):
+        remedy = "pass an instance of the class"
+    elif isinstance(model, Mapping):
+        remedy = "load_file(filename) returns a dict for load_state_dict, and save_file(tensors, filename) saves one"
+    else:
+        remedy = f"call {function}(model, filename)"
+    raise TypeError(f"model must be a torch.nn.Module, not {_class_name(model)}; {remedy}")
+
+
+def _class_name(model: Any) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
 
 
 def _refuse_meta(model: nn.Module, state: dict[str, Any]) -> None:

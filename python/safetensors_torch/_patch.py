@@ -16,16 +16,19 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ._arguments import Device
-from ._errors import SafetensorError
+from ._errors import SafetensorError, truncate
+from ._load import load, load_file
+from ._model import load_model, save_model
+from ._safe_open import _FRAMEWORKS, safe_open
+from ._save import save, save_file
 from ._tracing import dynamo_disable
-from .safe_open import _FRAMEWORKS, safe_open
 
 _package = sys.modules[__package__]
 
 # The other modules of the reference serve other frameworks.
 _PATCHED_MODULES = ("safetensors", "safetensors.torch")
-# The names in ``safetensors.torch`` that are replaced, besides safe_open.
-_FUNCTIONS = ("load", "load_file", "load_model", "save", "save_file", "save_model")
+# What is replaced in ``safetensors.torch``, besides safe_open.
+_FUNCTIONS = (load, load_file, load_model, save, save_file, save_model)
 
 _ERROR_BASES = SafetensorError.__bases__
 
@@ -69,15 +72,17 @@ def _with_reference_wording() -> Iterator[None]:
         raise
 
 
-def _replacement(name: str) -> Callable[..., Any]:
-    """Returns a function that calls ours of the same ``name``.
+def _replacement(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls ``ours``, or what the package has under its name now.
 
     It is not ours itself, because unpatching must distinguish modules that imported the name from safetensors from
     those that imported it from here. Its ``__module__`` is the reference's, so that any process can unpickle it.
     """
 
+    name = ours.__name__
+
     @dynamo_disable
-    @functools.wraps(getattr(_package, name))
+    @functools.wraps(ours)
     def function(*args: Any, **kwargs: Any) -> Any:
         if not name.startswith("load"):
             return getattr(_package, name)(*args, **kwargs)
@@ -114,13 +119,16 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
         with _with_reference_wording():
             super().__init__(*args, **kwargs)
 
+    def _missing(self, name: str) -> SafetensorError:
+        return SafetensorError(f"File does not contain tensor {truncate(name)}")  # programs may compare the text
+
     def __bool__(self) -> bool:
         return True  # like the reference's, which has no length
 
 
 _SafeOpen.__module__, _SafeOpen.__name__, _SafeOpen.__qualname__ = "safetensors", "safe_open", "safe_open"
 
-_replacements: dict[str, Any] = {**{name: _replacement(name) for name in _FUNCTIONS}, "safe_open": _SafeOpen}
+_replacements: dict[str, Any] = {**{ours.__name__: _replacement(ours) for ours in _FUNCTIONS}, "safe_open": _SafeOpen}
 
 
 class _Patch(AbstractContextManager):

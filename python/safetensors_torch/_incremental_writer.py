@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._arguments import Path, check_bool, check_metadata, check_name, encode_path
-from ._errors import SafetensorError, call, short_repr
+from ._arguments import Path, check_bool, check_metadata, check_name, encode_path, parse_dtype
+from ._errors import SafetensorError, call, names_instead, short_repr, with_remedy
+from ._keywords import explains_keywords
 from ._progress import STEP_SECONDS, run
 from ._save_checks import DisableTorchFunction, check_tensors
 from ._tracing import is_traced
 
 # The declaration of a tensor: a dtype and a shape, or a tensor that has them.
-Spec = torch.Tensor | tuple[torch.dtype, Iterable[int]]
+Spec = torch.Tensor | tuple[torch.dtype | str, Iterable[int]]
 
 
 def _meta_tensor(name: str, spec: Any) -> torch.Tensor:
@@ -46,8 +47,8 @@ def _from_tensor(name: str, spec: torch.Tensor) -> tuple[torch.dtype, torch.Size
 
 
 def _from_pair(name: str, spec: Any) -> tuple[torch.dtype, Any]:
-    if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], torch.dtype):
-        return spec[0], spec[1]
+    if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[0], (torch.dtype, str)):
+        return parse_dtype(spec[0]) if isinstance(spec[0], str) else spec[0], spec[1]
     raise TypeError(
         f"tensor {short_repr(name)}: declare it as (dtype, shape) or by a tensor, not by {short_repr(spec)}"
     )
@@ -64,7 +65,8 @@ class IncrementalWriter:
 
     Args:
         filename: the file, replaced if it exists, as by save_file; str, bytes or os.PathLike.
-        tensors: for each name the dtype and the shape, as a pair or as a tensor, which may be on the meta device.
+        tensors: for each name the dtype, or its name ("float16"), and the shape, as a pair or as a tensor, which may be
+            on the meta device.
         metadata: as for save_file.
         durable: as for save_file.
 
@@ -85,6 +87,7 @@ class IncrementalWriter:
         {'a': tensor([0., 0.]), 'b': tensor([1., 1., 1.])}
     """
 
+    @explains_keywords
     def __init__(
         self,
         filename: Path,
@@ -97,15 +100,18 @@ class IncrementalWriter:
         self._open: Any | None = None
         check_bool(durable, "durable")
         if not isinstance(tensors, Mapping):
-            raise TypeError(f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}")
+            raise TypeError(
+                f"tensors must map names to dtypes and shapes, not {type(tensors).__name__}; the order of the arguments"
+                " is IncrementalWriter(filename, tensors)"
+            )
         for name in tensors:
             check_name(name)
         check_metadata(metadata)
-        path = encode_path(filename)
+        path, self._names = encode_path(filename), list(tensors)
         with _disable_current_modes():
             specs = [_meta_tensor(name, spec) for name, spec in tensors.items()]
             native = torch.classes.safetensors_torch.IncrementalWriter
-            self._open = call(native, path, list(tensors), specs, metadata, durable)
+            self._open = call(native, path, self._names, specs, metadata, durable)
 
     def __enter__(self) -> IncrementalWriter:
         self._native()
@@ -135,7 +141,9 @@ class IncrementalWriter:
     def _native(self) -> Any:
         native = self._open
         if native is None:
-            raise SafetensorError("File is closed")
+            raise SafetensorError(
+                f"File is closed: {short_repr(self._filename)}; a new IncrementalWriter writes the file again"
+            )
         return native
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -152,10 +160,15 @@ class IncrementalWriter:
             OSError: the file cannot be written.
         """
         native = self._native()
-        check_tensors({name: tensor}, None)
+        check_tensors({name: tensor}, None, "write(name, tensor)")
         with _disable_current_modes() if is_traced() else nullcontext():
-            with DisableTorchFunction():
-                pending = call(native.write, name, tensor, STEP_SECONDS)
+            try:
+                with DisableTorchFunction():
+                    pending = call(native.write, name, tensor, STEP_SECONDS)
+            except SafetensorError as error:
+                if name in self._names:
+                    raise
+                raise with_remedy(error, names_instead(name, self._names)) from None
             if pending is not None:
                 run(pending, None, "save")
 

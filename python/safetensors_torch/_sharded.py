@@ -14,15 +14,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import (
     Device,
+    Dtype,
     Path,
     check_bool,
     check_dtype,
     check_variant,
+    encode_input_path,
     encode_path,
     to_device,
     to_keyword,
 )
 from ._errors import call, short_repr
+from ._keywords import explains_keywords
 from ._load import Names, load_file, load_in_steps, select
 from ._progress import Progress, check_progress, run
 from ._save import check_rules
@@ -38,20 +41,21 @@ _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GI
 
 def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """Opens the native File over the checkpoint at ``path``; the arguments are those of load_sharded."""
-    arguments = (encode_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
+    arguments = (encode_input_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
     pending = call(_PendingFile, *arguments)
     run(pending, None, "open")
     return call(pending.result)
 
 
 @dynamo_disable
+@explains_keywords
 def load_sharded(
     path: Path,
     device: Device = "cpu",
     *,
     backend: str = "mmap",
     prefault: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     names: Names = None,
     variant: str | None = None,
     extra: str = "error",
@@ -95,9 +99,9 @@ def load_sharded(
     """
     if prefault is not None:
         check_bool(prefault, "prefault")
-    target, dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
+    target, to_dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     file = open_checkpoint(path, backend, variant, extra)
-    return load_opened(file, path, target, backend, prefault, dtype, names, progress)
+    return load_opened(file, path, target, backend, prefault, to_dtype, names, progress)
 
 
 def load_opened(
@@ -138,6 +142,7 @@ def _load_file_by_file(
 
 
 @dynamo_disable
+@explains_keywords
 def save_sharded(
     tensors: dict[str, torch.Tensor],
     directory: Path,
@@ -185,7 +190,7 @@ def save_sharded(
     progress, rules, size = check_progress(progress), check_rules(force_contiguous, shared), parse_size(max_shard_size)
     if not isinstance(stem, str):
         raise TypeError(f"stem must be a str, not {type(stem).__name__}")
-    tensors, metadata = check_tensors(tensors, metadata, **rules)
+    tensors, metadata = check_tensors(tensors, metadata, "save_sharded(tensors, directory)", **rules)
     entries = {"format": "pt", **(metadata or {})}
     with _disable_current_modes():
         with DisableTorchFunction():

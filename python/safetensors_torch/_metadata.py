@@ -9,13 +9,15 @@ from collections.abc import Mapping
 
 import torch
 
-from ._arguments import Path, check_bool, check_int, check_metadata_entry, encode_path
+from ._arguments import Path, check_bool, check_int, check_metadata_entry, encode_input_path
 from ._errors import call
+from ._keywords import explains_keywords
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable
 
 
 @dynamo_disable
+@explains_keywords
 def edit_metadata(
     filename: Path,
     changes: Mapping[str, str | None],
@@ -57,13 +59,16 @@ def edit_metadata(
         {'epoch': '2'}
     """
     if not isinstance(changes, Mapping):
-        raise TypeError(f"changes must map keys to str or None, not {type(changes).__name__}")
+        raise TypeError(
+            f"changes must map keys to str or None, not {type(changes).__name__}; the order of the arguments is"
+            " edit_metadata(filename, changes)"
+        )
     for key, value in changes.items():
         check_metadata_entry(key, "" if value is None else value)
     check_bool(in_place, "in_place")
     reserve = check_int(reserve, "reserve")
     check_bool(durable, "durable")
-    progress, path = check_progress(progress), encode_path(filename)
+    progress, path = check_progress(progress), encode_input_path(filename)
     kept = {key: value for key, value in changes.items() if value is not None}
     removed = [key for key, value in changes.items() if value is None]
     edit = call(torch.classes.safetensors_torch.PendingEdit, path, kept, removed, in_place, reserve, durable)

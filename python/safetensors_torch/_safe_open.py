@@ -1,4 +1,4 @@
-"""safe_open: reads a safetensors file, or one in memory, tensor by tensor or slice by slice.
+"""safe_open: reads a file, a checkpoint of several files, or bytes in memory, tensor by tensor or slice by slice.
 
 Owns the Python classes over the native File. _slice_index turns an index into one range for each dimension, and File
 reads the bytes of those ranges.
@@ -6,17 +6,20 @@ reads the bytes of those ranges.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from typing import Any, NoReturn
 
 import torch
 
 from . import _buffer
 from ._arguments import Device, to_device
-from ._errors import SafetensorError, call, short_repr, truncate
+from ._errors import SafetensorError, call, names_instead, short_repr, truncate
+from ._keywords import explains_keywords
 from ._load import open_bytes, open_file
 from ._progress import run
+from ._sharded import open_checkpoint
 from ._slice_index import bounding_box
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
@@ -36,27 +39,30 @@ def _is_contents(filename: Any) -> bool:
     return True
 
 
-def _check_tensor_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a tensor must be a str, not {type(name).__name__}")
-    if not _has_utf8(name):
-        raise _missing_tensor(name.encode("utf-8", "backslashreplace").decode())
-    return name
+def _open(filename: Any, backend: str, variant: str | None, extra: str) -> Any:
+    """Opens the native File: of a file whatever its name, else of an index or a directory."""
+    if variant is None and extra == "error":
+        try:
+            return open_file(filename, backend)
+        except IsADirectoryError:
+            pass
+        except SafetensorError:
+            if not os.fsencode(filename).endswith(b".json"):
+                raise
+    return open_checkpoint(filename, backend, variant, extra)
 
 
-def _missing_tensor(name: str) -> SafetensorError:
-    """Returns the error with the reference's text, which programs look for. The native text also names the file."""
-    return SafetensorError(f"File does not contain tensor {truncate(name)}")
+def _text(filename: Any) -> Any:
+    """Returns a path as text for messages; anything else, which is refused later, as it is."""
+    return os.fsdecode(filename) if isinstance(filename, (bytes, os.PathLike)) else filename
 
 
-def _get_existing(file: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
-    """Returns ``get(file, name)``, and raises the reference's error if there is no such tensor."""
+def _absolute(filename: Any) -> Any:
+    """Returns the path, absolute if the working directory has a name that the process may see."""
     try:
-        return get(file, name)
-    except SafetensorError:
-        if not call(file.contains, name):
-            raise _missing_tensor(name) from None
-        raise
+        return os.path.abspath(filename)
+    except OSError:
+        return os.fspath(filename)
 
 
 def _has_utf8(text: str) -> bool:
@@ -69,22 +75,27 @@ def _has_utf8(text: str) -> bool:
 
 
 class safe_open:  # noqa: N801 - the name that users of safetensors know
-    """A safetensors file, open for reading. It is a context manager, whose end closes the file.
+    """A safetensors file, or a checkpoint of several files, open for reading.
 
-    Tensors and slices remain valid after that. Threads and forked processes may share it; it cannot be pickled or
-    copied.
+    It is a context manager, whose end closes the file. Tensors and slices remain valid after that. ``file[name]``,
+    ``name in file``, ``len(file)``, ``file.items()`` and iteration work as for a dict. Threads and forked processes may
+    share it. A copy of it, or a pickle as for the worker of a DataLoader, opens the path again; contents cannot be
+    pickled.
 
     Args:
-        filename: the file; str, bytes or os.PathLike. Or contents, as for load: bytes, another object with the buffer
-            protocol, which stays exported as long as this is open or a slice of it exists, or an open file, which is
-            read to its end. Tensors are then copies.
+        filename: the file, or an index or a directory as for load_sharded; str, bytes or os.PathLike. Or contents, as
+            for load: bytes, another object with the buffer protocol, which stays exported as long as this is open or a
+            slice of it exists, or an open file, which is read to its end. Tensors are then copies.
         framework: "pt", "torch" or "pytorch", which all mean torch.
         device: the device of the tensors, as for load_file.
         backend: "mmap" or "pread", as for load_file. Two reads of one tensor share memory with "mmap", and do not with
             "pread". Ignored for contents.
+        variant: the variant to open in a directory, as for load_sharded.
+        extra: the treatment of tensors that an index does not list, as for load_sharded.
 
     Raises:
-        SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend.
+        SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend; and what
+            load_sharded raises for an index or a directory.
         OSError: the file cannot be read.
 
     Example:
@@ -94,20 +105,33 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         ['weight'] tensor([3., 5.])
     """
 
-    def __init__(self, filename: Any, framework: str = "pt", device: Device = "cpu", *, backend: str = "mmap") -> None:
+    @explains_keywords
+    def __init__(
+        self,
+        filename: Any,
+        framework: str = "pt",
+        device: Device = "cpu",
+        *,
+        backend: str = "mmap",
+        variant: str | None = None,
+        extra: str = "error",
+    ) -> None:
         if framework not in _FRAMEWORKS:
             raise SafetensorError(
                 f"framework {short_repr(framework)} is invalid: this library is for torch (one of"
-                f" {', '.join(map(repr, _FRAMEWORKS))}); the package safetensors serves the others"
+                f" {', '.join(map(repr, _FRAMEWORKS))}); .numpy() of a tensor returns an array, and the package"
+                " safetensors serves the others"
             )
         self._device = to_device(device)
         is_contents = _is_contents(filename)
-        self._title = type(filename).__name__ if is_contents else short_repr(filename)
+        self._title = type(filename).__name__ if is_contents else short_repr(_text(filename))
         # Whether tensors are views of a mapping.
         self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
         # Keeps the memory of contents alive.
         self._view: memoryview | None = None
         self._open: Any | None = None
+        # Opens the path again.
+        self._reopen: functools.partial[safe_open] | None = None
         if is_contents:
             data, view = _buffer.exported(filename)
             try:
@@ -116,22 +140,38 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
                 view.release()  # the traceback would keep it
                 raise
         else:
-            self._open = open_file(filename, backend)
+            self._open = _open(filename, backend, variant, extra)
+            options = {"backend": backend, "variant": variant, "extra": extra}
+            # Options that only checkpoints have are left out, because the reference, which may unpickle it, lacks them.
+            given = {name: value for name, value in options.items() if value not in (None, "error")}
+            self._reopen = functools.partial(type(self), _absolute(filename), "pt", str(self._device), **given)
 
     def __enter__(self) -> safe_open:
         self._file()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; tensors and slices remain valid. Does nothing if it is closed."""
         # Not File.close(): slices share the File, and the last of them closes it.
         self._open = self._view = None
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled or copied: in another process, the path may lead to another file."""
-        raise TypeError(
-            f"cannot pickle or copy {self!r}: threads and forked processes may share it; any other process must open"
-            f" the file itself: safe_open({self._title})"
-        )
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[], safe_open], tuple[()]]:
+        """Returns how to open the path again, with the same options.
+
+        Raises:
+            TypeError: it was opened over contents.
+            SafetensorError: the file is closed.
+        """
+        self._file()
+        if self._reopen is None:
+            raise TypeError(
+                f"cannot pickle or copy {self!r}: threads and forked processes may share it; for other processes, save"
+                " the bytes to a file and open that, or send the bytes"
+            )
+        return self._reopen, ()
 
     def __repr__(self) -> str:
         state = "closed" if self._open is None else "open"
@@ -140,8 +180,27 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     def _file(self) -> Any:
         file = self._open
         if file is None:
-            raise SafetensorError("File is closed")
+            raise SafetensorError(f"File is closed: {self._title}; call safe_open again")
         return file
+
+    def _get(self, name: Any, get: Callable[[Any, str], Any]) -> Any:
+        """Returns ``get(file, name)``; the error about an absent tensor names the file and the nearest names."""
+        file = self._file()
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a tensor must be a str, not {type(name).__name__}")
+        if not _has_utf8(name):
+            raise self._missing(name.encode("utf-8", "backslashreplace").decode())
+        try:
+            return get(file, name)
+        except SafetensorError:
+            if not call(file.contains, name):
+                raise self._missing(name) from None
+            raise
+
+    def _missing(self, name: str) -> SafetensorError:
+        # It begins with the reference's text, which programs look for.
+        remedy = names_instead(name, self.keys())
+        return SafetensorError(f"File does not contain tensor {truncate(name)} ({self._title}); {remedy}")
 
     def keys(self) -> list[str]:
         """Returns the names of the tensors, sorted."""
@@ -161,9 +220,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: there is no such tensor, the file is closed, or torch lacks the dtype.
         """
-        return _get_existing(
-            self._file(), _check_tensor_name(name), lambda file, name: _get_tensor(file, name, self._device)
-        )
+        return self._get(name, lambda file, name: _get_tensor(file, name, self._device))
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Returns all tensors by name, in the order of their data in the file, on the device of this handle.
@@ -182,7 +239,35 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: there is no such tensor, or the file is closed.
         """
-        return _get_existing(self._file(), _check_tensor_name(name), self._slice)
+        return self._get(name, self._slice)
+
+    def get_shape(self, name: str) -> list[int]:
+        """Returns the shape of the tensor in the header, as a slice's get_shape does.
+
+        Raises:
+            SafetensorError: there is no such tensor, or the file is closed.
+        """
+        return self._get(name, lambda file, name: call(file.shape, name))
+
+    def get_dtype(self, name: str) -> str:
+        """Returns the code of the tensor's dtype in the header, such as "F32", as a slice's get_dtype does.
+
+        Raises:
+            SafetensorError: there is no such tensor, or the file is closed.
+        """
+        return self._get(name, lambda file, name: call(file.dtype, name))
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """Returns a view of the names, sorted, with their tensors: each is read when the iteration reaches it."""
+        return ItemsView(self)  # type: ignore[arg-type]
+
+    def values(self) -> ValuesView[torch.Tensor]:
+        """Returns a view of the tensors, in the order of keys(): each is read when the iteration reaches it."""
+        return ValuesView(self)  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Returns get_tensor(name)."""
+        return self.get_tensor(name)
 
     def _slice(self, file: Any, name: str) -> PySafeSlice:
         return PySafeSlice(file, name, self._device, self._is_mapped, self._view)
@@ -240,6 +325,37 @@ class PySafeSlice:
         """Returns the dtype's code in the header, such as "F32"."""
         return self._dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor, as torch has it."""
+        return torch.Size(call(self._file.tensor_shape, self._name))
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self._shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's dtype of the tensor.
+
+        Raises:
+            SafetensorError: torch lacks it.
+        """
+        return self._meta().dtype
+
+    def _meta(self) -> torch.Tensor:
+        return call(self._file.get_tensor, self._name, torch.device("meta"))
+
+    def __len__(self) -> int:
+        """Returns the size of the first dimension."""
+        if not self._shape:
+            raise TypeError("len() of a 0-d tensor")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        return True  # like the reference's, which has no length
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Returns the part that ``index`` selects, on the device of the handle.
 
@@ -253,7 +369,7 @@ class PySafeSlice:
             if part.nbytes >= _READ_AHEAD_BYTES:
                 call(self._file.read_ahead, self._name, part)
             return part
-        like = call(self._file.get_tensor, self._name, torch.device("meta"))
+        like = self._meta()
         items = index if isinstance(index, tuple) else (index,)
         box = bounding_box(items, like.shape, is_packed=list(like.shape) != self._shape)
         if box is None:
