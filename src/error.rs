@@ -131,6 +131,8 @@ impl Error {
                 "this process has as many files open as it may ({}): close some, or raise the limit (ulimit -n)",
                 max_open_files()
             )),
+            Some(libc::ENOENT) if action.starts_with("create") => error.with_remedy("create its directory first"),
+            Some(libc::EISDIR) if action == "create" => error.with_remedy("name a file in it"),
             _ => error,
         }
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._errors import near_names, short_repr
+from ._errors import near_names, short_repr, truncate
 from ._exceptions import os_error
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -80,8 +80,13 @@ def encode_input_path(filename: Path) -> bytes:
     return path
 
 
+def path_text(path: bytes) -> str:
+    """Returns a path for an error text, as the native library writes it."""
+    return truncate(path.decode(errors="replace"))
+
+
 def _not_found(path: bytes, remedy: str) -> OSError:
-    return os_error(errno.ENOENT, f"No such file or directory: {path.decode(errors='replace')}; {remedy}")
+    return os_error(errno.ENOENT, f"No such file or directory: {path_text(path)}; {remedy}")
 
 
 def to_device(device: Device) -> torch.device:
@@ -192,7 +197,7 @@ def check_metadata(metadata: Any) -> None:
 
 def check_metadata_entry(key: Any, value: Any) -> None:
     """Checks that a key and a value of metadata are text."""
-    check_text(key, f"the metadata key {short_repr(key)}")
+    _check_key(key, f"the metadata key {short_repr(key)}")
     if not isinstance(value, str):
         raise TypeError(
             f"the metadata value of {short_repr(key)} must be a str, not {type(value).__name__}; convert it with str()"
@@ -203,7 +208,13 @@ def check_metadata_entry(key: Any, value: Any) -> None:
 
 def check_name(name: Any) -> None:
     """Checks that the key of a tensor is text."""
-    check_text(name, f"the key {short_repr(name)}")
+    _check_key(name, f"the key {short_repr(name)}")
+
+
+def _check_key(key: Any, what: str) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"{what} must be a str, not {type(key).__name__}; convert it with str()")
+    check_text(key, what)
 
 
 def check_text(text: Any, what: str) -> None:

@@ -17,6 +17,8 @@ from ._tracing import dynamo_disable
 
 _BUILTIN = {kind.__name__: kind for kind in (ValueError, TypeError, IndexError, MemoryError)}
 
+_UNSUPPORTED_DTYPE = 17  # in the C header
+
 # The most characters of a name or other value in an error text.
 _MAX_LENGTH = 200
 
@@ -59,6 +61,20 @@ def with_remedy(error: SafetensorError, remedy: str) -> SafetensorError:
     longer = SafetensorError(f"{error}; {remedy}")
     longer._code = error._code
     return longer
+
+
+class NamedFile:
+    """Puts a file before errors about a dtype that torch lacks or cannot convert: the operators name only tensors."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if kind is SafetensorError and error._code == _UNSUPPORTED_DTYPE:
+            error.args = (f"{self._title}: {error}",)
 
 
 def translate(error: RuntimeError) -> Exception:

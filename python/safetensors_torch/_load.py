@@ -26,10 +26,11 @@ from ._arguments import (
     check_dtype,
     check_text,
     encode_input_path,
+    path_text,
     to_device,
     to_keyword,
 )
-from ._errors import SafetensorError, call, names_instead, short_repr, with_remedy
+from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, with_remedy
 from ._keywords import explains_keywords
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable, is_traced
@@ -106,7 +107,7 @@ def select(file: Any, names: Names) -> list[str] | None:
         names = names.search
     if callable(names):
         return [name for name in call(file.offset_keys) if names(name)]
-    if isinstance(names, (str, bytes)):
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         alone = short_repr(names)
         raise TypeError(
             f"names must be a list of names or globs, a compiled pattern, or a function of a name, not {alone} alone;"
@@ -228,14 +229,15 @@ def load_file(
     is_plain = to_dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
     is_quick = mapped or target.type == "meta" or (target.type == "cpu" and _is_small(path))
-    if is_plain and (is_quick or is_traced()):
-        return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
-    file = open_file(path, backend)
-    if is_traced():
-        chosen = select(file, names)
-        options = {"device": target, "backend": backend, "prefault": prefault, "dtype": to_dtype, "names": chosen}
-        return _call_with_names(file, chosen, _ops.load_file, path, **options)
-    return load_in_steps(file, target, to_dtype, names, progress, prefault)
+    with NamedFile(path_text(path)):
+        if is_plain and (is_quick or is_traced()):
+            return _load_with(_load_file, path, device=target, backend=backend, prefault=prefault)
+        file = open_file(path, backend)
+        if is_traced():
+            chosen = select(file, names)
+            options = {"device": target, "backend": backend, "prefault": prefault, "dtype": to_dtype, "names": chosen}
+            return _call_with_names(file, chosen, _ops.load_file, path, **options)
+        return load_in_steps(file, target, to_dtype, names, progress, prefault)
 
 
 @dynamo_disable

@@ -15,7 +15,7 @@ import torch
 
 from . import _buffer
 from ._arguments import Device, to_device
-from ._errors import SafetensorError, call, names_instead, short_repr, truncate
+from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, truncate
 from ._keywords import explains_keywords
 from ._load import open_bytes, open_file
 from ._progress import run
@@ -191,7 +191,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         if not _has_utf8(name):
             raise self._missing(name.encode("utf-8", "backslashreplace").decode())
         try:
-            return get(file, name)
+            with NamedFile(self._title):
+                return get(file, name)
         except SafetensorError:
             if not call(file.contains, name):
                 raise self._missing(name) from None
@@ -228,9 +229,10 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         Raises:
             SafetensorError: the file is closed, or torch lacks a dtype.
         """
-        pending = call(self._file().start_load, None, self._device, None, False)
-        run(pending, None, "load")
-        names, tensors = call(pending.result)
+        with NamedFile(self._title):
+            pending = call(self._file().start_load, None, self._device, None, False)
+            run(pending, None, "load")
+            names, tensors = call(pending.result)
         return dict(zip(names, tensors, strict=True))
 
     def get_slice(self, name: str) -> PySafeSlice:
@@ -270,7 +272,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         return self.get_tensor(name)
 
     def _slice(self, file: Any, name: str) -> PySafeSlice:
-        return PySafeSlice(file, name, self._device, self._is_mapped, self._view)
+        return PySafeSlice(file, name, self._title, self._device, self._is_mapped, self._view)
 
     def __contains__(self, name: object) -> bool:
         file = self._file()
@@ -296,10 +298,17 @@ class PySafeSlice:
     """
 
     def __init__(
-        self, file: Any, name: str, device: torch.device, is_mapped: bool, view: memoryview | None = None
+        self,
+        file: Any,
+        name: str,
+        title: str,
+        device: torch.device,
+        is_mapped: bool,
+        view: memoryview | None = None,
     ) -> None:
         self._file = file
         self._name = name
+        self._title = title
         self._device = device
         self._is_mapped = is_mapped
         self._view = view
@@ -345,7 +354,8 @@ class PySafeSlice:
         return self._meta().dtype
 
     def _meta(self) -> torch.Tensor:
-        return call(self._file.get_tensor, self._name, torch.device("meta"))
+        with NamedFile(self._title):
+            return call(self._file.get_tensor, self._name, torch.device("meta"))
 
     def __len__(self) -> int:
         """Returns the size of the first dimension."""
@@ -365,7 +375,9 @@ class PySafeSlice:
         """
         if self._is_mapped:
             # A view of the mapping: only the pages that are accessed are read.
-            part = call(self._file.view, self._name)[index]
+            with NamedFile(self._title):
+                view = call(self._file.view, self._name)
+            part = view[index]
             if part.nbytes >= _READ_AHEAD_BYTES:
                 call(self._file.read_ahead, self._name, part)
             return part

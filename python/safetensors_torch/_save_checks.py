@@ -69,7 +69,8 @@ def _check_tensors(tensors: dict[Any, Any], metadata: Any, rules: dict[str, Any]
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(
-                f"Key `{truncate(str(name))}` is invalid, expected torch.Tensor but received {type(tensor)}"
+                f"Key `{truncate(str(name))}` is invalid, expected torch.Tensor but received {type(tensor)};"
+                " convert it with torch.as_tensor(), or store text in metadata"
             )
         if isinstance(tensor, UninitializedTensorMixin):
             raise ValueError(

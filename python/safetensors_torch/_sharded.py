@@ -21,10 +21,11 @@ from ._arguments import (
     check_variant,
     encode_input_path,
     encode_path,
+    path_text,
     to_device,
     to_keyword,
 )
-from ._errors import call, short_repr
+from ._errors import NamedFile, call, short_repr
 from ._keywords import explains_keywords
 from ._load import Names, load_file, load_in_steps, select
 from ._progress import Progress, check_progress, run
@@ -117,7 +118,8 @@ def load_opened(
     """Loads from ``file``, the open checkpoint at ``path``, as load_sharded does."""
     if is_traced():
         return _load_file_by_file(file, encode_path(path), select(file, names), device, backend, prefault, dtype)
-    return load_in_steps(file, device, dtype, names, progress, prefault)
+    with NamedFile(path_text(encode_path(path))):
+        return load_in_steps(file, device, dtype, names, progress, prefault)
 
 
 def _load_file_by_file(

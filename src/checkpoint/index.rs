@@ -47,7 +47,7 @@ impl Index {
             // JSON is an invalid index, not another format.
             let is_json = json.trim_ascii_start().first().is_some_and(|byte| b"{[".contains(byte));
             let other = if is_json { None } else { detect_foreign(json) };
-            other.unwrap_or_else(|| Error::new(ErrorKind::Index, format!("the index is not valid: {what}")))
+            other.unwrap_or_else(|| invalid_index(what))
         };
         let text = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let slot = RefCell::new(None);
@@ -82,6 +82,11 @@ pub(super) fn encode<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, tota
     let mut json = serde_json::to_vec_pretty(&index).expect("strings and integers serialize into a Vec");
     json.push(b'\n');
     json
+}
+
+fn invalid_index(what: impl fmt::Display) -> Error {
+    let detail = format!("the index is not valid: {what}; fetch the checkpoint again, or save it again");
+    Error::new(ErrorKind::Index, detail)
 }
 
 /// Refuses a file name that leads out of the directory of the index.
@@ -128,10 +133,7 @@ impl<'de> Visitor<'de> for Root<'_> {
                 return Err(fail_with(self.0, Error::new(ErrorKind::Duplicate, detail)));
             }
         }
-        entries.ok_or_else(|| {
-            let detail = format!("the index is not valid: {WEIGHT_MAP:?} is missing");
-            fail_with(self.0, Error::new(ErrorKind::Index, detail))
-        })
+        entries.ok_or_else(|| fail_with(self.0, invalid_index(format_args!("{WEIGHT_MAP:?} is missing"))))
     }
 }
 
@@ -149,8 +151,7 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
         let mut entries = Entries::default();
         while let Some(JsonText(tensor)) = map.next_key()? {
             let JsonText(file) = map.next_value().map_err(|error| {
-                let detail = format!("the index is not valid: the file of tensor {tensor:?}: {error}");
-                fail_with(self.0, Error::new(ErrorKind::Index, detail))
+                fail_with(self.0, invalid_index(format_args!("the file of tensor {tensor:?}: {error}")))
             })?;
             check_file_name(&tensor, &file).map_err(|error| fail_with(self.0, error))?;
             let next = entries.files.len() as u32;

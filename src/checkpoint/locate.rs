@@ -155,7 +155,10 @@ fn describe_failure(wanted: &[&Candidate], present: &[&Candidate], variant: Opti
              holds {}",
             list_names(present)
         ),
-        _ => format!("the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}"),
+        _ => format!(
+            "the directory holds no checkpoint: neither a *{SUFFIX} file nor a *{INDEX_SUFFIX}; pass the \
+                      directory or the file of one"
+        ),
     }
 }
 

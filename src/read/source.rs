@@ -285,6 +285,7 @@ pub(crate) fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset:
 
 /// Returns the error for a file that was truncated after it was opened.
 pub(crate) fn shrank(path: &Path) -> Error {
-    let detail = "the file became shorter while it was read: something is writing to it";
+    let detail = "the file became shorter while it was read: something is writing to it; read it again when \
+                  that is done";
     Error::new(ErrorKind::FileChanged, detail).in_file(path)
 }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use super::malformed;
 use super::table::{ArenaRange, Header, METADATA_KEY, Metadata, TensorRecord};
 use crate::error::{Error, ErrorKind};
 use crate::format::dtype::Dtype;
@@ -18,7 +19,7 @@ pub(super) fn parse(json: &[u8]) -> Result<Header, Error> {
     }
     let text = std::str::from_utf8(json).map_err(|error| {
         let detail = format!("the header is not UTF-8: bad byte at {}", error.valid_up_to());
-        Error::new(ErrorKind::HeaderUtf8, detail)
+        malformed(ErrorKind::HeaderUtf8, detail)
     })?;
     let mut header = Header {
         tensors: Vec::new(),
@@ -37,7 +38,7 @@ pub(super) fn parse(json: &[u8]) -> Result<Header, Error> {
             rest if rest.len() < text.len() => "the header is padded with NUL bytes: the format pads with spaces; replace \
                                                 the NUL bytes with spaces (0x20), or save the file with another program"
                 .to_string(),
-            _ => format!("the header is not valid: {error}"),
+            _ => return malformed(ErrorKind::HeaderJson, format!("the header is not valid: {error}")),
         };
         Error::new(ErrorKind::HeaderJson, fault)
     })?;
@@ -63,7 +64,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
             if name == METADATA_KEY {
                 if std::mem::replace(&mut seen_metadata, true) {
                     let detail = format!("the header has {METADATA_KEY:?} twice");
-                    return Err(fail_with(self.slot, Error::new(ErrorKind::Duplicate, detail)));
+                    return Err(fail_with(self.slot, malformed(ErrorKind::Duplicate, detail)));
                 }
                 self.header.metadata = map.next_value_seed(MetadataSeed(self.slot))?;
                 continue;
@@ -114,11 +115,11 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         while let Some(JsonText(key)) = map.next_key()? {
             let JsonText(value) = map.next_value().map_err(|error| {
                 let detail = format!("{METADATA_KEY:?}: the value of {key:?} must be a string: {error}");
-                fail_with(self.0, Error::new(ErrorKind::HeaderJson, detail))
+                fail_with(self.0, malformed(ErrorKind::HeaderJson, detail))
             })?;
             if metadata.insert(key.to_string(), value.into_owned()).is_some() {
                 let detail = format!("{METADATA_KEY:?} has the key {key:?} twice");
-                return Err(fail_with(self.0, Error::new(ErrorKind::Duplicate, detail)));
+                return Err(fail_with(self.0, malformed(ErrorKind::Duplicate, detail)));
             }
         }
         Ok(Some(metadata))
@@ -143,7 +144,7 @@ struct TensorSeed<'h> {
 impl TensorSeed<'_> {
     /// Stores an error of this tensor.
     fn refuse<E: de::Error>(&self, kind: ErrorKind, what: impl fmt::Display) -> E {
-        fail_with(self.slot, Error::new(kind, format!("tensor {:?}: {what}", self.name)))
+        fail_with(self.slot, malformed(kind, format!("tensor {:?}: {what}", self.name)))
     }
 }
 
@@ -156,7 +157,7 @@ impl<'de> DeserializeSeed<'de> for TensorSeed<'_> {
             if slot.borrow().is_some() {
                 return error;
             }
-            fail_with(slot, Error::new(ErrorKind::HeaderJson, format!("tensor {name:?}: {error}")))
+            fail_with(slot, malformed(ErrorKind::HeaderJson, format!("tensor {name:?}: {error}")))
         })
     }
 }
@@ -185,7 +186,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                     let start = self.dims.len();
                     map.next_value_seed(Shape(self.dims)).map_err(|error| {
                         let what = format!("tensor {:?}: shape: {error}", self.name);
-                        fail_with(self.slot, Error::new(ErrorKind::HeaderJson, what))
+                        fail_with(self.slot, malformed(ErrorKind::HeaderJson, what))
                     })?;
                     shape.replace(ArenaRange::new(start, self.dims.len())).is_some()
                 }

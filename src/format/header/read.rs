@@ -1,7 +1,7 @@
 //! Reads a header from the bytes of a file.
 
 use super::table::{Header, LENGTH_BYTES, MAX_HEADER_BYTES};
-use super::{foreign, parse, validate};
+use super::{foreign, malformed, parse, validate};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Header {
@@ -49,14 +49,14 @@ fn check_length(length: u64, file_length: u64) -> Result<()> {
             "the first 8 bytes say that the header has {length} bytes, more than the {MAX_HEADER_BYTES} \
                  allowed: the file is damaged, or not a safetensors file"
         );
-        return Err(Error::new(ErrorKind::HeaderTooLarge, detail));
+        return Err(malformed(ErrorKind::HeaderTooLarge, detail));
     }
     if length > available {
         let detail = format!(
             "the header should have {length} bytes, but only {available} follow its length: the file was cut short, \
                  or is not a safetensors file"
         );
-        return Err(Error::new(ErrorKind::HeaderTruncated, detail));
+        return Err(malformed(ErrorKind::HeaderTruncated, detail));
     }
     Ok(())
 }

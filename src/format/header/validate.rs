@@ -1,9 +1,10 @@
 //! Validates a parsed header: unique names, offsets that cover the data without hole or overlap, sizes that match dtype and
 //! shape. Sorts the tensors into file order.
 
+use super::malformed;
 use super::table::{Header, METADATA_KEY};
-use super::tensor::tensor_nbytes;
-use crate::error::{Error, ErrorKind, Result};
+use super::tensor::shape_nbytes;
+use crate::error::{ErrorKind, Result};
 
 pub(super) fn validate(header: &mut Header, file_length: u64) -> Result<()> {
     sort_into_file_order(header);
@@ -25,11 +26,11 @@ fn index_by_name(header: &mut Header) -> Result<()> {
     by_name.sort_by(|&a, &b| header.name_at(a).cmp(header.name_at(b)));
     if let Some(pair) = by_name.windows(2).find(|pair| header.name_at(pair[0]) == header.name_at(pair[1])) {
         let name = header.name_at(pair[0]);
-        return Err(Error::new(ErrorKind::Duplicate, format!("the header has two tensors named {name:?}")));
+        return Err(malformed(ErrorKind::Duplicate, format!("the header has two tensors named {name:?}")));
     }
     header.by_name = by_name;
     if header.find(METADATA_KEY).is_some() {
-        return Err(Error::new(ErrorKind::ReservedName, format!("no tensor may be named {METADATA_KEY:?}")));
+        return Err(malformed(ErrorKind::ReservedName, format!("no tensor may be named {METADATA_KEY:?}")));
     }
     Ok(())
 }
@@ -41,9 +42,10 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
         let (begin, end, name) = (tensor.begin, tensor.end, tensor.name);
         if end < begin {
             let detail = format!("tensor {name:?}: data_offsets [{begin}, {end}] end before they begin");
-            return Err(Error::new(ErrorKind::Offsets, detail));
+            return Err(malformed(ErrorKind::Offsets, detail));
         }
-        let needed = tensor_nbytes(name, tensor.dtype, tensor.shape)?;
+        let needed = shape_nbytes(tensor.dtype, tensor.shape)
+            .map_err(|(kind, fault)| malformed(kind, format!("tensor {name:?}: {fault}")))?;
         if end - begin != needed {
             let detail = format!(
                 "tensor {name:?}: data_offsets [{begin}, {end}] span {} bytes, but {} of shape {:?} takes {needed}",
@@ -51,7 +53,7 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
                 tensor.dtype,
                 tensor.shape
             );
-            return Err(Error::new(ErrorKind::SizeMismatch, detail));
+            return Err(malformed(ErrorKind::SizeMismatch, detail));
         }
         if begin != position {
             let after =
@@ -60,7 +62,7 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
             let detail = format!(
                 "tensor {name:?}: data_offsets [{begin}, {end}] {fault} {after}, which ends at {position}"
             );
-            return Err(Error::new(ErrorKind::Offsets, detail));
+            return Err(malformed(ErrorKind::Offsets, detail));
         }
         position = end;
         previous = Some(name);
@@ -68,14 +70,14 @@ fn check_offsets(header: &Header, file_length: u64) -> Result<()> {
     let available = file_length - header.data_start;
     if position != available {
         let cause = if position > available {
-            "the file was cut short: fetch or save it again"
+            "the file was cut short"
         } else {
             "bytes that belong to no tensor follow the last one"
         };
         let last = previous.map_or(String::new(), |name| format!(" (the last is {name:?})"));
         let detail =
             format!("the tensors{last} need {position} bytes of data, but the file has {available}: {cause}");
-        return Err(Error::new(ErrorKind::DataLength, detail));
+        return Err(malformed(ErrorKind::DataLength, detail));
     }
     Ok(())
 }

@@ -131,7 +131,7 @@ impl IncrementalWriter {
         let tensor = &self.shared.tensors[index];
         if (tensor.dtype, tensor.shape.as_slice()) != (spec.dtype, spec.shape) {
             let detail = format!(
-                "tensor {:?} was declared as {} of shape {:?}, but given as {} of shape {:?}",
+                "tensor {:?} was declared as {} of shape {:?}, but given as {} of shape {:?}; convert it",
                 spec.name, tensor.dtype, tensor.shape, spec.dtype, spec.shape
             );
             return Err(self.shared.fail(ErrorKind::InvalidArgument, detail));
