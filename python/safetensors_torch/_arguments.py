@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._dtype_names import dtype_name
 from ._errors import near_names, short_repr, truncate
 from ._exceptions import os_error
 
@@ -38,11 +39,6 @@ _OTHER_REMOTE = (
     " the bytes to write"
 )
 _REPOSITORY = re.compile(rb"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.safetensors)(?<!\.json)")
-
-# How the format's codes ("BF16", "I64") and other short names begin, and how torch's do.
-_DTYPE_KINDS = {"bf": "bfloat", "f": "float", "fp": "float", "i": "int", "u": "uint", "c": "complex"}
-_DTYPE_KIND = re.compile("(bf|fp|f|i|u|c)(?=[0-9])")
-_DTYPE_CODES = {"float8_e4m3": "float8_e4m3fn", "float8_e8m0": "float8_e8m0fnu"}
 
 
 def encode_path(filename: Path) -> bytes:
@@ -174,8 +170,8 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: there is no such dtype.
     """
-    bare = _DTYPE_KIND.sub(lambda kind: _DTYPE_KINDS[kind[1]], name.lower().removeprefix("torch."), count=1)
-    dtype = getattr(torch, _DTYPE_CODES.get(bare, bare), None)
+    bare = dtype_name(name)
+    dtype = getattr(torch, bare, None)
     if isinstance(dtype, torch.dtype):
         return dtype
     if bare == "auto":
