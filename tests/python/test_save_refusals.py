@@ -110,7 +110,9 @@ def test_an_ordered_dict_is_a_dict() -> None:
 def test_value_that_is_not_a_tensor(wrong: object, kind: str, saver: Callable) -> None:
     with pytest.raises(ValueError) as caught:
         saver({"good": ONES, "test": wrong})
-    assert str(caught.value) == f"Key `test` is invalid, expected torch.Tensor but received <class '{kind}'>"
+    text, _, remedy = str(caught.value).partition("; ")
+    assert text == f"Key `test` is invalid, expected torch.Tensor but received <class '{kind}'>"
+    assert "torch.as_tensor()" in remedy
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CS")
