@@ -59,10 +59,13 @@ def _text(filename: Any) -> Any:
 
 def _absolute(filename: Any) -> Any:
     """Returns the path, absolute if the working directory has a name that the process may see."""
+    path = os.fspath(filename)
+    if os.path.isabs(path):
+        return path
     try:
-        return os.path.abspath(filename)
+        return os.path.join(os.getcwdb() if isinstance(path, bytes) else os.getcwd(), path)
     except OSError:
-        return os.fspath(filename)
+        return path
 
 
 def _has_utf8(text: str) -> bool:
@@ -130,8 +133,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         # Keeps the memory of contents alive.
         self._view: memoryview | None = None
         self._open: Any | None = None
-        # Opens the path again.
-        self._reopen: functools.partial[safe_open] | None = None
+        self._path: str | bytes | None = None
         if is_contents:
             data, view = _buffer.exported(filename)
             try:
@@ -141,10 +143,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
                 raise
         else:
             self._open = _open(filename, backend, variant, extra)
-            options = {"backend": backend, "variant": variant, "extra": extra}
-            # Options that only checkpoints have are left out, because the reference, which may unpickle it, lacks them.
-            given = {name: value for name, value in options.items() if value not in (None, "error")}
-            self._reopen = functools.partial(type(self), _absolute(filename), "pt", str(self._device), **given)
+            self._path = _absolute(filename)
+            self._options = {"backend": backend, "variant": variant, "extra": extra}
 
     def __enter__(self) -> safe_open:
         self._file()
@@ -166,12 +166,14 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
             SafetensorError: the file is closed.
         """
         self._file()
-        if self._reopen is None:
+        if self._path is None:
             raise TypeError(
                 f"cannot pickle or copy {self!r}: threads and forked processes may share it; for other processes, save"
                 " the bytes to a file and open that, or send the bytes"
             )
-        return self._reopen, ()
+        # Without the defaults of what only checkpoints have: the reference, which may unpickle it, lacks those options.
+        options = {name: value for name, value in self._options.items() if value not in (None, "error")}
+        return functools.partial(type(self), self._path, "pt", str(self._device), **options), ()
 
     def __repr__(self) -> str:
         state = "closed" if self._open is None else "open"
