@@ -26,7 +26,7 @@ _OTHER_FUNCTIONS = (
     'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
 )
 
-_SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*):/+.")
+_SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]+):/+.")
 _HUB = 'huggingface_hub.hf_hub_download(repo_id="org/model", filename="model.safetensors")'
 _REMOTE = {
     b"hf": f"download it first: {_HUB} returns its path",
