@@ -4,8 +4,9 @@
 ///
 ///     #include <safetensors_torch.hpp>
 ///
-///     auto weights = safetensors_torch::load_file("model.safetensors", at::kCUDA);
+///     auto weights = safetensors_torch::load_file("model.safetensors", "cuda:0");
 ///     at::Tensor bias = weights.at("encoder.bias");
+///     for (auto& [name, tensor] : weights) std::cout << name << " " << tensor.sizes() << "\n";
 ///     safetensors_torch::save_file(weights, "copy.safetensors", {{"format", "pt"}});
 ///
 ///     safetensors_torch::File file("model.safetensors");
@@ -32,17 +33,19 @@
 ///
 /// This header includes all others: file.hpp (open files and checkpoints), save.hpp, incremental_writer.hpp (files that
 /// are written tensor by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files),
-/// model.hpp (modules), maps.hpp (other maps of tensors), transfer.hpp (threads, pinned memory), types.hpp (all
-/// options) and error.hpp.
+/// model.hpp (modules), transfer.hpp (threads, pinned memory), tensors.hpp (tensors by name), types.hpp (all options)
+/// and error.hpp.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "safetensors_torch.h"
@@ -50,11 +53,11 @@
 #include "safetensors_torch/error.hpp"
 #include "safetensors_torch/file.hpp"
 #include "safetensors_torch/incremental_writer.hpp"
-#include "safetensors_torch/maps.hpp"
 #include "safetensors_torch/metadata.hpp"
 #include "safetensors_torch/model.hpp"
 #include "safetensors_torch/save.hpp"
 #include "safetensors_torch/sharded.hpp"
+#include "safetensors_torch/tensors.hpp"
 #include "safetensors_torch/transfer.hpp"
 #include "safetensors_torch/types.hpp"
 
@@ -71,48 +74,45 @@ namespace safetensors_torch {
 /// Throws Error: `No such file or directory: PATH`; the file cannot be read; it is not a safetensors file, or is
 /// truncated; torch does not have a dtype. Throws c10::OutOfMemoryError, which names the tensor, if the device has too
 /// little memory.
-inline Tensors load_file(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
-                         std::optional<bool> prefault = std::nullopt) {
-    using Names = std::optional<std::vector<std::string>>;
-    using Signature = Tensors(const std::string&, at::Device, const std::string&, std::optional<bool>,
-                              std::optional<at::ScalarType>, const Names&);
-    const auto op = detail::find_op("safetensors_torch::load_file").typed<Signature>();
-    return detail::call(op, path, device, detail::name_of(backend), prefault, std::nullopt, std::nullopt);
+inline Tensors load_file(const std::filesystem::path& path, DeviceLike device = at::kCPU,
+                         Backend backend = Backend::mmap, std::optional<bool> prefault = std::nullopt) {
+    using Lists = std::tuple<std::vector<std::string>, std::vector<at::Tensor>>;
+    using Signature = Lists(const std::string&, at::Device, const std::string&, std::optional<bool>);
+    const auto op = detail::find_op("safetensors_torch::_load_file_lists").typed<Signature>();
+    auto [names, tensors] = detail::call(op, path.native(), at::Device(device), detail::name_of(backend), prefault);
+    return detail::to_tensors(std::move(names), tensors);
 }
 
 /// Loads the tensors of the file at `path` that `options` select to `device`, in file order.
 ///
 /// If the device has streams, later work of its current stream sees the tensors.
 ///
-/// Throws Error: as the other load_file; `options.dtype` is not floating-point, or a tensor cannot be converted to it.
-inline Tensors load_file(const std::string& path, at::Device device, const LoadOptions& options) {
+/// Throws Error: as the other load_file; the file has no tensor of a name in `options.names`; `options.dtype` is not
+/// floating-point, or a tensor cannot be converted to it.
+inline Tensors load_file(const std::filesystem::path& path, DeviceLike device, const LoadOptions& options) {
     return detail::load(detail::open(path, options.backend), device, options);
 }
 
-/// Loads all tensors of a safetensors file whose bytes are in memory. The tensors are copies: `bytes` may be freed.
-///
-/// Pass a std::string, or a pointer and a length: a `const char*` converts to a view that ends at the first zero byte.
-///
-/// Throws Error as load_file does for the contents.
-inline Tensors load(std::string_view bytes, at::Device device = at::kCPU) {
-    using Names = std::optional<std::vector<std::string>>;
-    using Signature = Tensors(const at::Tensor&, at::Device, std::optional<at::ScalarType>, const Names&);
-    const auto op = detail::find_op("safetensors_torch::load").typed<Signature>();
-    // from_blob asks for a mutable pointer; the operator only reads.
-    const at::Tensor data =
-        at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
-    return detail::call(op, data, device, std::nullopt, std::nullopt);
+/// The same to the CPU.
+inline Tensors load_file(const std::filesystem::path& path, const LoadOptions& options) {
+    return load_file(path, at::kCPU, options);
 }
 
 /// Loads the tensors that `options` select of a safetensors file whose bytes are in memory; ignores backend and
 /// prefault. The tensors are copies: `bytes` may be freed.
 ///
-/// Throws Error as load_file does for the contents and the options.
-inline Tensors load(std::string_view bytes, at::Device device, const LoadOptions& options) {
-    const auto op = detail::find_op("safetensors_torch::_open_bytes");
+/// Throws Error as load_file does for the contents and the options, and for the path of a file instead of its bytes.
+inline Tensors load(BytesView bytes, DeviceLike device = at::kCPU, const LoadOptions& options = {}) {
+    const std::string_view text = bytes;
+    detail::refuse_path(text);
+    // from_blob asks for a mutable pointer; the operator only reads.
     const at::Tensor data =
-        at::from_blob(const_cast<char*>(bytes.data()), {static_cast<int64_t>(bytes.size())}, at::kByte);
+        at::from_blob(const_cast<char*>(text.data()), {static_cast<int64_t>(text.size())}, at::kByte);
+    const auto op = detail::find_op("safetensors_torch::_open_bytes");
     return detail::load(detail::call_boxed(op, data).toObject(), device, options);
 }
+
+/// The same to the CPU.
+inline Tensors load(BytesView bytes, const LoadOptions& options) { return load(bytes, at::kCPU, options); }
 
 }  // namespace safetensors_torch

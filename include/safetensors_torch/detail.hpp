@@ -13,10 +13,13 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -27,6 +30,7 @@
 
 namespace safetensors_torch::detail {
 
+using Dict = c10::Dict<std::string, at::Tensor>;
 using Strings = c10::Dict<std::string, std::string>;
 using OptionalStrings = std::optional<Strings>;
 
@@ -143,21 +147,14 @@ inline Metadata to_metadata(const Strings& dict) {
     return metadata;
 }
 
-// Names and tensors as two lists, which the library's classes take.
-struct Lists {
-    std::vector<std::string> names;
-    std::vector<at::Tensor> tensors;
-};
-
-inline Lists to_lists(const Tensors& tensors) {
-    Lists lists;
-    lists.names.reserve(tensors.size());
-    lists.tensors.reserve(tensors.size());
-    for (const auto& entry : tensors) {
-        lists.names.push_back(entry.key());
-        lists.tensors.push_back(entry.value());
+// Returns each tensor under the name at its position.
+inline Tensors to_tensors(std::vector<std::string> names, const std::vector<at::Tensor>& list) {
+    Tensors tensors;
+    tensors.reserve(names.size());
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        tensors.insert(std::move(names[i]), list[i]);
     }
-    return lists;
+    return tensors;
 }
 
 // An object of a class that the library registers with torch.
@@ -200,35 +197,51 @@ inline void run(const Object& work, const Progress& progress = {}) {
 }
 
 // Opens the file at `path`.
-inline Object open(const std::string& path, Backend backend) { return make("File", path, name_of(backend)); }
+inline Object open(const std::filesystem::path& path, Backend backend) {
+    return make("File", path.native(), name_of(backend));
+}
 
 // Opens the checkpoint at `path`.
-inline Object open_checkpoint(const std::string& path, Backend backend, const CheckpointOptions& options) {
+inline Object open_checkpoint(const std::filesystem::path& path, Backend backend, const CheckpointOptions& options) {
     const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
-    const Object pending = make("PendingFile", path, name_of(backend), options.variant, extra);
+    const Object pending = make("PendingFile", path.native(), name_of(backend), options.variant, extra);
     run(pending);
     return call_method(pending, "result").toObject();
 }
 
-// Returns the names in `file` that `filter` accepts; no value if it is empty.
-inline std::optional<std::vector<std::string>> select(const Object& file, const NameFilter& filter) {
-    if (!filter) {
-        return std::nullopt;
+// Returns the names in `file` that `selection` accepts; no value if it accepts all.
+inline std::optional<std::vector<std::string>> select(const Object& file, const NameSelection& selection) {
+    if (!selection.filter()) {
+        return selection.names();
     }
     std::vector<std::string> names;
     for (std::string& name : call_method(file, "offset_keys").to<std::vector<std::string>>()) {
-        if (filter(name)) {
+        if (selection.filter()(name)) {
             names.push_back(std::move(name));
         }
     }
     return names;
 }
 
+// Fails if `bytes` are the path of a file. Bytes that could be loaded contain a zero: no header has 2^56 bytes.
+inline void refuse_path(std::string_view bytes) {
+    constexpr std::size_t most = 4096;  // PATH_MAX
+    if (bytes.size() > most || bytes.find('\0') != std::string_view::npos) {
+        return;
+    }
+    const std::filesystem::path path(bytes);
+    std::error_code ignored;
+    if (path.extension() == ".safetensors" || std::filesystem::is_regular_file(path, ignored)) {
+        fail(path.native() + ": load takes the bytes of a file, and this is a path; call load_file",
+             ErrorCategory::value);
+    }
+}
+
 // Checks and lays out a save. `path` is for the errors.
-inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::string& path,
+inline Object plan_save(const Tensors& tensors, const Metadata& metadata, const std::filesystem::path& path,
                         const SaveOptions& options) {
-    const auto [names, list] = to_lists(tensors);
-    return make("PendingSave", names, list, to_dict(metadata), path, options.force_contiguous, name_of(options.shared));
+    return make("PendingSave", tensors.keys(), tensors.values(), to_dict(metadata), path.native(),
+                options.force_contiguous, name_of(options.shared));
 }
 
 // Loads the tensors of an open file or checkpoint that `options` select.
@@ -240,12 +253,7 @@ inline Tensors load(const Object& file, at::Device device, const LoadOptions& op
     const auto result = call_method(pending, "result").toTuple();
     auto names = result->elements()[0].to<std::vector<std::string>>();
     const auto tensors = result->elements()[1].to<std::vector<at::Tensor>>();
-    Tensors dict;
-    dict.reserve(names.size());
-    for (std::size_t i = 0; i < names.size(); ++i) {
-        dict.insert(std::move(names[i]), tensors[i]);
-    }
-    return dict;
+    return to_tensors(std::move(names), tensors);
 }
 
 }  // namespace safetensors_torch::detail

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <optional>
 #include <string>
@@ -33,7 +34,7 @@ class File {
   public:
     /// Opens the file at `path` and checks its header, without reading data. Tensors are loaded to `device`.
     /// Throws Error as load_file does, except for a dtype that torch does not have.
-    explicit File(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap)
+    explicit File(const std::filesystem::path& path, DeviceLike device = at::kCPU, Backend backend = Backend::mmap)
         : File(detail::open(path, backend), device) {}
 
     /// Returns the names, sorted bytewise.
@@ -81,21 +82,21 @@ class File {
 
     /// Loads one tensor, to `device` if one is given, otherwise to that of this handle.
     /// Throws Error `PATH: File does not contain tensor NAME`, that torch has no such dtype, or that reading failed.
-    at::Tensor get_tensor(const std::string& name, std::optional<at::Device> device = std::nullopt) const {
-        return call("get_tensor", name, device.value_or(device_)).toTensor();
+    at::Tensor get_tensor(const std::string& name, std::optional<DeviceLike> device = std::nullopt) const {
+        return call("get_tensor", name, chosen(device)).toTensor();
     }
 
     /// Loads several tensors in parallel, in the order of `names`; to `device` if one is given.
     /// Throws Error as get_tensor does.
     std::vector<at::Tensor> get_tensors(const std::vector<std::string>& names,
-                                        std::optional<at::Device> device = std::nullopt) const {
-        return call("get_tensors", names, device.value_or(device_)).toTensorVector();
+                                        std::optional<DeviceLike> device = std::nullopt) const {
+        return call("get_tensors", names, chosen(device)).toTensorVector();
     }
 
     /// Loads the tensors whose names `filter` accepts, as in LoadOptions, in file order; others are not read. An empty
     /// std::function accepts all. Throws Error as get_tensor does.
     template <typename Filter, typename = std::enable_if_t<std::is_convertible_v<Filter, NameFilter>>>
-    Tensors get_tensors(const Filter& filter, std::optional<at::Device> device = std::nullopt) const {
+    Tensors get_tensors(const Filter& filter, std::optional<DeviceLike> device = std::nullopt) const {
         const NameFilter takes = filter;
         std::vector<std::string> names = offset_keys();
         if (takes) {
@@ -103,12 +104,7 @@ class File {
             names.erase(std::remove_if(names.begin(), names.end(), refused), names.end());
         }
         const std::vector<at::Tensor> tensors = get_tensors(names, device);
-        Tensors result;
-        result.reserve(names.size());
-        for (std::size_t i = 0; i < names.size(); ++i) {
-            result.insert(names[i], tensors[i]);
-        }
-        return result;
+        return detail::to_tensors(std::move(names), tensors);
     }
 
     /// Loads all tensors, in file order. Throws Error as get_tensor does.
@@ -121,10 +117,9 @@ class File {
     /// Throws Error as get_tensor does; c10::IndexError for an integer outside its dimension, more indices than
     /// dimensions or two ellipses; c10::ValueError for a step that is not positive; Error for part of a byte.
     at::Tensor get_slice(const std::string& name, const std::vector<at::indexing::TensorIndex>& index,
-                         std::optional<at::Device> device = std::nullopt) const {
+                         std::optional<DeviceLike> device = std::nullopt) const {
         const detail::Box box = detail::bounding_box(index, tensor_shape(name), name);
-        const at::Tensor part =
-            call("get_slice", name, box.starts, box.stops, box.steps, device.value_or(device_)).toTensor();
+        const at::Tensor part = call("get_slice", name, box.starts, box.stops, box.steps, chosen(device)).toTensor();
         return box.has_rest ? part.index(box.rest) : part;
     }
 
@@ -152,6 +147,8 @@ class File {
     }
 
   private:
+    at::Device chosen(std::optional<DeviceLike> device) const { return device ? at::Device(*device) : device_; }
+
     detail::Object object_;
     at::Device device_;
 };
@@ -171,8 +168,8 @@ class Checkpoint : public File {
     /// Throws Error: as File does, for each file; the index is malformed, names a file outside its directory, or does
     /// not match its files; a shard is missing; a directory has no checkpoint, or several; a variant of a path that is
     /// a file. The text names the index, the shard and the tensor.
-    explicit Checkpoint(const std::string& path, at::Device device = at::kCPU, Backend backend = Backend::mmap,
-                        const CheckpointOptions& options = {})
+    explicit Checkpoint(const std::filesystem::path& path, DeviceLike device = at::kCPU,
+                        Backend backend = Backend::mmap, const CheckpointOptions& options = {})
         : File(detail::open_checkpoint(path, backend, options), device) {}
 
     /// Returns the names of the files, relative to the directory of the checkpoint, sorted.

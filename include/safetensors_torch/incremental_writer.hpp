@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <filesystem>
 #include <limits>
 #include <string>
 #include <utility>
@@ -32,15 +33,15 @@ class IncrementalWriter {
     ///
     /// Throws Error: the format does not have a dtype; a tensor is called `__metadata__`; names or metadata are not
     /// UTF-8; the file cannot be written, or the disk has too little space.
-    IncrementalWriter(const std::string& path, const TensorSpecs& specs, const Metadata& metadata = {},
+    IncrementalWriter(const std::filesystem::path& path, const TensorSpecs& specs, const Metadata& metadata = {},
                       const IncrementalWriterOptions& options = {})
         : IncrementalWriter(path, empty(specs), metadata, options) {}
 
     /// The same with the dtypes and shapes of `tensors`, which may be on the meta device. Their values are not written.
-    IncrementalWriter(const std::string& path, const Tensors& tensors, const Metadata& metadata = {},
+    IncrementalWriter(const std::filesystem::path& path, const Tensors& tensors, const Metadata& metadata = {},
                       const IncrementalWriterOptions& options = {}) {
-        const auto [names, list] = detail::to_lists(tensors);
-        object_ = detail::make("IncrementalWriter", path, names, list, detail::to_dict(metadata), options.durable);
+        object_ = detail::make("IncrementalWriter", path.native(), tensors.keys(), tensors.values(),
+                               detail::to_dict(metadata), options.durable);
     }
 
     /// Writes one tensor, from any device, with the declared dtype and shape. If this fails, it may be called again.

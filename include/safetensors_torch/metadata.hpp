@@ -2,6 +2,7 @@
 /// Changing the metadata of a file. Part of safetensors_torch.hpp, which includes it.
 #pragma once
 
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ namespace safetensors_torch {
 /// Throws Error: as File does; if `options.in_place` is impossible; a header of more than 100 MB; a negative reserve;
 /// text that is not UTF-8; another program changes the file during the edit; a system error. The file is then as it
 /// was, unless the text says otherwise.
-inline Metadata edit_metadata(const std::string& path, const MetadataChanges& changes,
+inline Metadata edit_metadata(const std::filesystem::path& path, const MetadataChanges& changes,
                               const EditOptions& options = {}) {
     detail::Strings set;
     std::vector<std::string> removed;
@@ -30,7 +31,7 @@ inline Metadata edit_metadata(const std::string& path, const MetadataChanges& ch
         }
     }
     const detail::Object edit =
-        detail::make("PendingEdit", path, set, removed, options.in_place, options.reserve, options.durable);
+        detail::make("PendingEdit", path.native(), set, removed, options.in_place, options.reserve, options.durable);
     detail::run(edit, options.progress);
     return detail::to_metadata(detail::call_method(edit, "result").to<detail::Strings>());
 }

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -93,10 +94,10 @@ State state_of(const Module& module, const std::string& prefix, const Rename& re
     }
     const auto outside = [&](const std::string& name) { return prefix + (rename ? rename(name) : name); };
     State result;
-    for (const auto& entry : state.tensors) {
-        const std::string name = outside(entry.key());
-        if (!result.tensors.insert(name, entry.value()).second) {
-            fail("two tensors of " + class_of(module) + " are called " + name + " by `rename`, `" + entry.key() +
+    for (const auto& [inside, tensor] : state.tensors) {
+        const std::string name = outside(inside);
+        if (!result.tensors.insert(name, tensor).second) {
+            fail("two tensors of " + class_of(module) + " are called " + name + " by `rename`, `" + inside +
                      "` and one before it: give each its own name",
                  ErrorCategory::value);
         }
@@ -108,11 +109,11 @@ State state_of(const Module& module, const std::string& prefix, const Rename& re
 }
 
 template <typename Module>
-LoadResult load_model(const Module& module, const std::string& path, const LoadModelOptions& options) {
+LoadResult load_model(const Module& module, const std::filesystem::path& path, const LoadModelOptions& options) {
     const c10::NoGradGuard no_grad;
     const State state = state_of(module, options.prefix, options.rename);
     const Object files = open_checkpoint(path, options.backend, {options.variant, options.extra});
-    const Object pending = call_method(files, "start_state", state.tensors, state.optional, class_of(module),
+    const Object pending = call_method(files, "start_state", Dict(state.tensors), state.optional, class_of(module),
                                        options.strict, options.prefix)
                                .toObject();
     run(pending, options.progress);
@@ -121,7 +122,7 @@ LoadResult load_model(const Module& module, const std::string& path, const LoadM
 }
 
 template <typename Module>
-void save_model(const Module& module, const std::string& path, const Metadata& metadata,
+void save_model(const Module& module, const std::filesystem::path& path, const Metadata& metadata,
                 const SaveModelOptions& options) {
     const c10::NoGradGuard no_grad;
     const Tensors tensors = state_of(module, options.prefix, options.rename).tensors;
@@ -185,24 +186,14 @@ class ModuleRef {
 /// `strict` is true, or if a shape or a dtype does not fit; a parameter is on the meta device (members of the module
 /// refer to it, so it cannot be replaced as by Python's `assign`), or its storage is too small; a tensor is an
 /// inference tensor, outside of InferenceMode; `rename` returns one name for two tensors.
-inline LoadResult load_model(ModuleRef module, const std::string& path, const LoadModelOptions& options = {}) {
-    return detail::load_model(*module, path, options);
-}
-
-/// The same with the most common options. Only a bool converts to `strict`.
-template <typename Strict, typename = std::enable_if_t<std::is_same_v<Strict, bool>>>
-LoadResult load_model(ModuleRef module, const std::string& path, Strict strict, Backend backend = Backend::mmap,
-                      const Progress& progress = {}) {
-    LoadModelOptions options;
-    options.strict = strict;
-    options.backend = backend;
-    options.progress = progress;
+inline LoadResult load_model(ModuleRef module, const std::filesystem::path& path,
+                             const LoadModelOptions& options = {}) {
     return detail::load_model(*module, path, options);
 }
 
 /// The same for a TorchScript module, with all of its buffers: TorchScript does not record which ones Python left out
 /// of the state_dict.
-inline LoadResult load_model(torch::jit::Module& module, const std::string& path,
+inline LoadResult load_model(torch::jit::Module& module, const std::filesystem::path& path,
                              const LoadModelOptions& options = {}) {
     return detail::load_model(module, path, options);
 }
@@ -216,25 +207,14 @@ inline LoadResult load_model(torch::jit::Module& module, const std::string& path
 ///
 /// Throws Error: as save_file does; none of several tied tensors covers their memory; `rename` returns one name for two
 /// tensors.
-inline void save_model(ModuleRef module, const std::string& path, const Metadata& metadata = {},
+inline void save_model(ModuleRef module, const std::filesystem::path& path, const Metadata& metadata = {},
                        const SaveModelOptions& options = {}) {
     detail::save_model(*module, path, metadata, options);
 }
 
-/// The same with the most common options. Only a bool converts to `force_contiguous`.
-template <typename Force, typename = std::enable_if_t<std::is_same_v<Force, bool>>>
-void save_model(ModuleRef module, const std::string& path, const Metadata& metadata, Force force_contiguous,
-                const SaveOptions& options = {}) {
-    SaveModelOptions all;
-    all.force_contiguous = force_contiguous;
-    all.durable = options.durable;
-    all.progress = options.progress;
-    detail::save_model(*module, path, metadata, all);
-}
-
 /// The same for a TorchScript module, with all of its buffers.
-inline void save_model(const torch::jit::Module& module, const std::string& path, const Metadata& metadata = {},
-                       const SaveModelOptions& options = {}) {
+inline void save_model(const torch::jit::Module& module, const std::filesystem::path& path,
+                       const Metadata& metadata = {}, const SaveModelOptions& options = {}) {
     detail::save_model(module, path, metadata, options);
 }
 

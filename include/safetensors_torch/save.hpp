@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 
 #include "detail.hpp"
@@ -23,10 +24,10 @@ namespace safetensors_torch {
 /// Throws Error, before anything is written: a tensor is sparse, or on the meta device; tensors share memory, or one is
 /// not contiguous, unless `options` allow it; a storage is too small for its tensor; the format does not have a dtype;
 /// a tensor is called `__metadata__`; names or metadata are not UTF-8. Also throws Error if the file cannot be written.
-inline void save_file(const Tensors& tensors, const std::string& path, const Metadata& metadata = {},
+inline void save_file(const Tensors& tensors, const std::filesystem::path& path, const Metadata& metadata = {},
                       const SaveOptions& options = {}) {
     const auto plan = detail::plan_save(tensors, metadata, path, options);
-    detail::call_method(plan, "set_file", path, options.durable);
+    detail::call_method(plan, "set_file", path.native(), options.durable);
     detail::run(plan, options.progress);
 }
 

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -17,10 +18,16 @@ namespace safetensors_torch {
 /// `checkpoint` are as for Checkpoint.
 ///
 /// Throws Error: as Checkpoint and as load_file do.
-inline Tensors load_sharded(const std::string& path, at::Device device = at::kCPU, const LoadOptions& options = {},
-                            const CheckpointOptions& checkpoint = {}) {
+inline Tensors load_sharded(const std::filesystem::path& path, DeviceLike device = at::kCPU,
+                            const LoadOptions& options = {}, const CheckpointOptions& checkpoint = {}) {
     const auto files = detail::open_checkpoint(path, options.backend, checkpoint);
     return detail::load(files, device, options);
+}
+
+/// The same to the CPU.
+inline Tensors load_sharded(const std::filesystem::path& path, const LoadOptions& options,
+                            const CheckpointOptions& checkpoint = {}) {
+    return load_sharded(path, at::kCPU, options, checkpoint);
 }
 
 /// Writes `tensors`, from any device, as a checkpoint into `directory`, which is created if necessary: one file
@@ -37,14 +44,14 @@ inline Tensors load_sharded(const std::string& path, at::Device device = at::kCP
 ///
 /// Throws Error: as save_file does, before anything is written; max_shard_size is less than 1; the stem cannot begin a
 /// file name.
-inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::string& directory,
+inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::filesystem::path& directory,
                                              const Metadata& metadata = {}, const ShardedSaveOptions& options = {}) {
     Metadata entries = metadata;
     entries.emplace("format", "pt");
-    const auto [names, list] = detail::to_lists(tensors);
-    const detail::Object save = detail::make("PendingShardedSave", names, list, detail::to_dict(entries), directory,
-                                             options.stem, options.max_shard_size, options.force_contiguous,
-                                             detail::name_of(options.shared), options.durable);
+    const detail::Object save =
+        detail::make("PendingShardedSave", tensors.keys(), tensors.values(), detail::to_dict(entries),
+                     directory.native(), options.stem, options.max_shard_size, options.force_contiguous,
+                     detail::name_of(options.shared), options.durable);
     detail::run(save, options.progress);
     return detail::call_method(save, "result").to<std::vector<std::string>>();
 }

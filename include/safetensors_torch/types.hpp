@@ -1,25 +1,92 @@
 /// @file
-/// The types of safetensors_torch.hpp, which includes this: tensors and metadata by name, and all options.
+/// The types of safetensors_torch.hpp, which includes this: metadata, what functions accept, and all options.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/core/Dict.h>
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "error.hpp"
+#include "tensors.hpp"
 
 /// Loads and saves of safetensors files.
 namespace safetensors_torch {
 
-/// Tensors by name. A loaded one iterates in the order of the data in the file.
-using Tensors = c10::Dict<std::string, at::Tensor>;
-
 /// Text in the header of a file. Empty means that the file has no `__metadata__`.
 using Metadata = std::map<std::string, std::string>;
+
+/// A device: an at::Device, a type such as at::kCUDA, or a name such as "cuda:0".
+class DeviceLike {
+  public:
+    /// This device.
+    DeviceLike(at::Device device) : device_(device) {}
+    /// The current device of this type.
+    DeviceLike(at::DeviceType type) : device_(type) {}
+    /// The device of this name. Throws Error if torch has none.
+    DeviceLike(const std::string& name) : device_(parsed(name)) {}
+    /// The device of this name. Throws Error if torch has none.
+    DeviceLike(const char* name) : device_(parsed(name)) {}
+    /// A number does not name a device: write "cuda:0". 0 would be a null pointer.
+    DeviceLike(int) = delete;
+
+    /// The device.
+    operator at::Device() const { return device_; }
+
+  private:
+    static at::Device parsed(const std::string& name) {
+        try {
+            return at::Device(name);
+        } catch (const c10::Error&) {
+            throw Error(
+                "device \"" + name + "\": torch has no device of this name; use one such as \"cpu\" or \"cuda:0\"",
+                ErrorCategory::value, 0, 0);
+        }
+    }
+
+    at::Device device_;
+};
+
+namespace detail {
+
+template <typename Buffer, typename = void>
+inline constexpr bool is_bytes = false;
+template <typename Buffer>
+inline constexpr bool is_bytes<Buffer, std::void_t<decltype(std::declval<const Buffer&>().data()),
+                                                   decltype(std::declval<const Buffer&>().size())>> =
+    sizeof(*std::declval<const Buffer&>().data()) == 1;
+
+}  // namespace detail
+
+/// The bytes of a safetensors file, in memory that belongs to the caller: a std::string, a std::string_view, or a
+/// container of char, unsigned char or std::byte, such as std::vector<uint8_t>.
+class BytesView {
+  public:
+    /// A view of all bytes of `buffer`.
+    template <typename Buffer>
+    BytesView(const Buffer& buffer) {
+        static_assert(detail::is_bytes<Buffer>,
+                      "safetensors_torch::load takes the bytes of a file, as a std::string, a std::string_view or a "
+                      "container of bytes; for the path of a file, call load_file");
+        if constexpr (detail::is_bytes<Buffer>) {
+            bytes_ = {reinterpret_cast<const char*>(buffer.data()), buffer.size()};
+        }
+    }
+
+    /// The bytes.
+    operator std::string_view() const { return bytes_; }
+
+  private:
+    std::string_view bytes_;
+};
 
 /// How the bytes of a file are loaded into host memory.
 enum class Backend {
@@ -41,6 +108,29 @@ using Progress = std::function<void(int64_t done, int64_t total)>;
 /// Returns whether to load the tensor of this name.
 using NameFilter = std::function<bool(const std::string& name)>;
 
+/// The tensors to load: all, those of a list of names, or those whose names a function accepts.
+class NameSelection {
+  public:
+    /// All tensors.
+    NameSelection() = default;
+    /// The tensors of these names. A name that the file does not contain is an error.
+    NameSelection(std::vector<std::string> names) : names_(std::move(names)) {}
+    /// The tensors of these names. A name that the file does not contain is an error.
+    NameSelection(std::initializer_list<std::string> names) : names_(names) {}
+    /// The tensors whose names `filter` accepts; all if it is an empty std::function.
+    template <typename Filter, typename = std::enable_if_t<std::is_convertible_v<Filter, NameFilter>>>
+    NameSelection(Filter filter) : filter_(std::move(filter)) {}
+
+    /// The list, if there is one.
+    const std::optional<std::vector<std::string>>& names() const { return names_; }
+    /// The function; empty if there is none.
+    const NameFilter& filter() const { return filter_; }
+
+  private:
+    std::optional<std::vector<std::string>> names_;
+    NameFilter filter_;
+};
+
 /// Which tensors are loaded, and how.
 struct LoadOptions {
     /// How the bytes are loaded into host memory. Tensors for a device are always read.
@@ -51,8 +141,8 @@ struct LoadOptions {
     std::optional<bool> prefault = std::nullopt;
     /// A floating-point dtype to which floating-point tensors are converted, on their device, a few MiB at a time.
     std::optional<at::ScalarType> dtype = std::nullopt;
-    /// Loads the tensors whose names it accepts; others are not read. Empty means all.
-    NameFilter names = {};
+    /// The tensors to load, as a list of names or a function; others are not read. By default all.
+    NameSelection names = {};
     /// Called with the progress of the load, if it is not empty.
     Progress progress = {};
 };
