@@ -4,7 +4,8 @@
 # make build     the library, and the Python package in .venv
 # make lint      formatters, linters, and the compiler's warnings
 # make install   the library, headers, CMake package and pkg-config files into PREFIX, for the libtorch of LIBTORCH=DIR,
-#                of python3 with LIBTORCH_USE_PYTORCH=1, else of .venv; with TORCH=0 the C library alone
+#                of .venv if it exists, else of python3, with LIBTORCH_USE_PYTORCH=1; by default of .venv, which make
+#                creates; with TORCH=0 the C library alone
 # make uninstall   deletes what make install has put into PREFIX
 # make torture   hard tests of saving and loading, not all in make test: kills, leaks, a soak of SECONDS=600, Miri
 # make fuzz      every fuzz target of the core, SECONDS=60 each
@@ -48,7 +49,7 @@ SUITES := test-accelerator test-install test-examples test-docs test-address tes
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
 PYTHON_SOURCES := setup.py pyproject.toml $(shell find $(wildcard cmake python) -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
 # Expanded only where it is used: packages are built without tests and benches.
-CPP_FILES       = benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
+CPP_FILES       = benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator tests/guesses examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build library demo install uninstall wheel wheels deb bench bench-header docs clean fuzz torture miri filesystems \
     check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles and runs every program in docs/cpp.md and docs/c.md against installed trees, and runs those in docs/python.md.
+# Compiles and runs every program in docs/cpp.md, docs/c.md and tests/guesses/cpp against installed trees, and runs those in
+# docs/python.md.
 # The programs of a page run in their order, in one directory; their output must be the one on the page. Also runs the
 # pages' build commands.
 # Environment: PYTHON, PREFIX (an installed tree), C_PREFIX (one without torch), WORK (a build directory).
@@ -30,16 +31,24 @@ check() {
 begin cpp
 sources=$(grep '\.cpp$' <<<"$names")
 # shellcheck disable=SC2086 # names without spaces
-"$PYTHON" "$tests/one_program.py" $sources >new.cpp
+"$PYTHON" "$tests/one_program.py" $sources "$tests"/guesses/cpp/*.cpp >new.cpp
 # Compiled again only if the page or the installed tree has changed.
 if ! cmp -s new.cpp all.cpp || [ -n "$(find "$PREFIX/" -newer all 2>&1 | head -n 1)" ]; then
-    g++ -std=c++17 -Wall -Wextra -Werror new.cpp -I"$PREFIX/include" -isystem "$libtorch/include" \
+    g++ -std=c++17 -Wall -Wextra -Wconversion -Wshadow -Werror new.cpp -I"$PREFIX/include" -isystem "$libtorch/include" \
         -isystem "$libtorch/include/torch/csrc/api/include" -L"$PREFIX/lib" -Wl,--as-needed -lsafetensors_torch \
         -L"$libtorch/lib" -ltorch_cpu -lc10 -pthread -Wl,-rpath,"$PREFIX/lib:$libtorch/lib" -o all
     mv new.cpp all.cpp
 fi
 for source in $sources; do
     check "$source.expected" "$PWD/all" "${source%.cpp}"
+done
+# Programs as people write them who know torch and safetensors. They check their results themselves.
+mkdir run/guesses
+for guess in "$tests"/guesses/cpp/*.cpp; do
+    name=$(basename "$guess" .cpp)
+    output=$(cd run/guesses && "$PWD/../../all" "$name" 2>&1) ||
+        { echo "tests/guesses/cpp/$name.cpp failed; its output: $output" >&2; exit 1; }
+    passed=$((passed + 1))
 done
 cp load.cpp app.cpp
 cmake -B build "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch" >/dev/null # the examples compile it
@@ -72,4 +81,4 @@ for source in $names; do
     check "$source.expected" "$PYTHON" "$PWD/$source"
 done
 cd - >/dev/null
-echo "programs in docs/cpp.md, docs/c.md and docs/python.md: $passed passed, 0 failed"
+echo "programs in docs/cpp.md, docs/c.md, docs/python.md and tests/guesses/cpp: $passed passed, 0 failed"

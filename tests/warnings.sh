@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Compiles our own C++ with -Wall -Wextra -Werror and discards the result. Torch's headers are not checked.
+# Compiles our own C++ with -Wall -Wextra -Werror and discards the result. Torch's headers are not checked. The public
+# header gets more flags, because projects with these include it; tests/packaging/header_warnings.py checks it with
+# other compilers and standards.
 #
 #     tests/warnings.sh SOURCE STAMP    one file, or - for the standard input; touches STAMP, and writes beside it what
 #                                       it depends on, for make
@@ -12,6 +14,8 @@ cd "$(dirname "$0")/.."
 torch=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
 bridge=$(ls -dt target/release/build/safetensors-torch-*/out/cxxbridge/include | head -n 1)
 
+of_header=(-Wconversion -Wshadow)
+
 check() {
     g++ -std=c++17 -fsyntax-only -Wall -Wextra -Wpedantic -Werror -I. -Iinclude -isystem "$bridge" \
         -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" "$@"
@@ -19,7 +23,9 @@ check() {
 
 if [ $# -gt 0 ]; then
     mkdir -p "$(dirname "$2")"
-    check -MMD -MP -MF "${2%.stamp}.d" -MT "$2" -x c++ "$1"
+    flags=()
+    [ "$1" != - ] || flags=("${of_header[@]}")
+    check "${flags[@]}" -MMD -MP -MF "${2%.stamp}.d" -MT "$2" -x c++ "$1"
     touch "$2"
     exit
 fi
@@ -27,5 +33,5 @@ fi
 find cpp -name '*.cpp' ! -name layer.cpp | while read -r source; do
     check "$source"
 done
-check -x c++ - <<<'#include "safetensors_torch.hpp"'
+check "${of_header[@]}" -x c++ - <<<'#include "safetensors_torch.hpp"'
 echo "no warnings in cpp/ and include/"

@@ -78,21 +78,13 @@ bool identical(const st::Tensors& a, const st::Tensors& b) {
     if (a.size() != b.size()) {
         return false;
     }
-    for (const auto& entry : a) {
-        const auto found = b.find(entry.key());
-        if (found == b.end() || !identical(entry.value(), found->value())) {
+    for (const auto& [name, tensor] : a) {
+        const auto found = b.find(name);
+        if (found == b.end() || !identical(tensor, found->second)) {
             return false;
         }
     }
     return true;
-}
-
-std::vector<std::string> names_of(const st::Tensors& tensors) {
-    std::vector<std::string> names;
-    for (const auto& entry : tensors) {
-        names.push_back(entry.key());
-    }
-    return names;
 }
 
 std::string read_file(const std::string& path) {

@@ -48,8 +48,6 @@ bool identical(const at::Tensor& a, const at::Tensor& b);
 // Returns whether names and tensors are the same, in any order.
 bool identical(const st::Tensors& a, const st::Tensors& b);
 
-std::vector<std::string> names_of(const st::Tensors& tensors);
-
 std::string read_file(const std::string& path);
 void write_file(const std::string& path, const std::string& bytes);
 

@@ -46,7 +46,7 @@ TEST(sharded_round_trip) {
             const st::Tensors loaded = st::load_sharded(path, at::kCPU, options);
             EXPECT(identical(loaded, five()));
             // In the order of shards, then names, because all have the same dtype.
-            EXPECT_EQ(names_of(loaded), (Names{"b", "e", "a", "d", "c"}));
+            EXPECT_EQ(loaded.keys(), (Names{"b", "e", "a", "d", "c"}));
         }
     }
     EXPECT(st::File(dir.file("model-00002-of-00003.safetensors")).metadata() ==
@@ -86,7 +86,7 @@ TEST(sharded_options) {
         total = all;
     };
     const st::Tensors loaded = st::load_sharded(dir.file(""), at::kCPU, load);
-    EXPECT_EQ(names_of(loaded), (Names{"a", "c"}));
+    EXPECT_EQ(loaded.keys(), (Names{"a", "c"}));
     EXPECT(at::equal(loaded.at("c"), five().at("c").to(at::kHalf)));
     EXPECT(last == 32 && total == 32);
     EXPECT(st::load_sharded(dir.file(""), at::kMeta).at("a").is_meta());
@@ -130,7 +130,7 @@ TEST(checkpoint_is_read_like_a_file) {
         EXPECT(identical(some[0], all.at("c")) && identical(some[1], all.at("a")) && identical(some[2], all.at("e")));
         EXPECT(identical(checkpoint.get_tensors(), all));
         const auto is_low = [](const std::string& name) { return name < "c"; };
-        EXPECT_EQ(names_of(checkpoint.get_tensors(is_low)), (Names{"b", "a"}));
+        EXPECT_EQ(checkpoint.get_tensors(is_low).keys(), (Names{"b", "a"}));
         EXPECT(checkpoint.get_tensors(is_low, at::kMeta).at("a").is_meta());
         EXPECT(checkpoint.get_tensor("a", at::kMeta).is_meta());
         EXPECT(identical(checkpoint.get_slice("c", {at::indexing::Slice(1, 3)}), all.at("c").slice(0, 1, 3)));
@@ -197,32 +197,14 @@ TEST(invalid_sharded_saves_are_refused) {
     EXPECT(identical(st::load_sharded(dir.file("")), five()));
 }
 
-TEST(tensors_in_other_maps) {
-    const st::Tensors all = five();
-    const auto ordered = st::to_ordered_dict(all);
-    EXPECT_EQ(ordered.keys(), names_of(all));
-    EXPECT_EQ(names_of(st::to_tensors(ordered)), names_of(all));
-    const std::unordered_map<std::string, at::Tensor> map = st::to_unordered_map(all);
-    EXPECT_EQ(map.size(), 5U);
-    EXPECT(map.at("d").is_same(all.at("d")) && ordered["d"].is_same(all.at("d")));
-    EXPECT_EQ(names_of(st::to_tensors(map)), (Names{"a", "b", "c", "d", "e"}));
-    EXPECT(identical(st::to_tensors(map), all));
-    EXPECT_EQ(st::to_tensors(std::map<std::string, at::Tensor>()).size(), 0U);
-
-    const TempDir dir;
-    torch::nn::Linear layer(3, 2);
-    st::save_file(st::to_tensors(layer->named_parameters()), dir.file("f"));
-    EXPECT(identical(st::load_file(dir.file("f")).at("weight"), layer->weight.detach()));
-}
-
 TEST(variants_and_extra_tensors) {
     const TempDir dir;
     save_five(dir);
     st::ShardedSaveOptions half = of_at_most(40);
     half.stem = "model.fp16";
     st::Tensors others;
-    for (const auto& entry : five()) {
-        others.insert(entry.key(), entry.value() + 1);
+    for (const auto& [name, tensor] : five()) {
+        others.insert(name, tensor + 1);
     }
     st::save_sharded(others, dir.file(""), {}, half);
     std::filesystem::rename(dir.file("model.fp16.safetensors.index.json"),

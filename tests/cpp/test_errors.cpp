@@ -195,8 +195,8 @@ TEST(errors_have_categories) {
     check_numbers(caught([&] { st::File(dir.file(".")); }), Kind::os, SFT_ERROR_IO, EISDIR);
     check_numbers(caught([&] { st::save_file(tensors, dir.file("no/f")); }), Kind::os, SFT_ERROR_IO, ENOENT);
     check_numbers(caught([&] { st::load_file(dir.file("short")); }), Kind::safetensor, SFT_ERROR_FILE_TOO_SMALL, 0);
-    check_numbers(caught([&] { st::load("1234"); }), Kind::safetensor, SFT_ERROR_FILE_TOO_SMALL, 0);
-    check_numbers(caught([&] { st::load("1234", at::kCPU, st::LoadOptions()); }), Kind::safetensor,
+    check_numbers(caught([&] { st::load(std::string("1234")); }), Kind::safetensor, SFT_ERROR_FILE_TOO_SMALL, 0);
+    check_numbers(caught([&] { st::load(std::string("1234"), at::kCPU, st::LoadOptions()); }), Kind::safetensor,
                   SFT_ERROR_FILE_TOO_SMALL, 0);
     check_numbers(caught([&] { file.get_tensor("y"); }), Kind::safetensor, SFT_ERROR_TENSOR_NOT_FOUND, 0);
     check_numbers(caught([&] { st::load_sharded(dir.file(".")); }), Kind::safetensor, SFT_ERROR_INDEX, 0);

@@ -46,12 +46,12 @@ TEST(file_returns_tensors) {
     st::save_file(tensors, dir.file("f"));
     for (const st::Backend backend : kBackends) {
         const st::File file(dir.file("f"), at::kCPU, backend);
-        for (const auto& entry : tensors) {
-            EXPECT(identical(file.get_tensor(entry.key()), entry.value()));
+        for (const auto& [name, tensor] : tensors) {
+            EXPECT(identical(file.get_tensor(name), tensor));
         }
         const st::Tensors all = file.get_tensors();
         EXPECT(identical(all, tensors));
-        EXPECT_EQ(names_of(all), file.offset_keys());
+        EXPECT_EQ(all.keys(), file.offset_keys());
         // In the order of the given names, which may repeat.
         const std::vector<at::Tensor> some = file.get_tensors({"a", "scalar", "a"});
         EXPECT_EQ(some.size(), 3U);
@@ -72,7 +72,7 @@ TEST(file_puts_tensors_on_its_device) {
     EXPECT(file.get_slice("b", {0}).is_meta());
     EXPECT_EQ(file.get_slice("b", {0}).sizes(), (at::IntArrayRef{3}));
     for (const auto& entry : file.get_tensors()) {
-        EXPECT(entry.value().is_meta());
+        EXPECT(entry.second.is_meta());
     }
     EXPECT(file.get_tensors({"a"}).front().is_meta());
 }

@@ -19,8 +19,8 @@ st::Tensors tensors_to_write() {
 
 st::TensorSpecs specs_of(const st::Tensors& tensors) {
     st::TensorSpecs specs;
-    for (const auto& entry : tensors) {
-        specs[entry.key()] = {entry.value().scalar_type(), entry.value().sizes().vec()};
+    for (const auto& [name, tensor] : tensors) {
+        specs[name] = {tensor.scalar_type(), tensor.sizes().vec()};
     }
     return specs;
 }
@@ -64,8 +64,8 @@ TEST(incremental_writer_takes_every_dtype) {
         tensors.insert(dtype.code, make({2, 4}, dtype.type));
     }
     st::IncrementalWriter writer(dir.file("f"), specs_of(tensors));
-    for (const auto& entry : tensors) {
-        writer.write(entry.key(), entry.value());
+    for (const auto& [name, tensor] : tensors) {
+        writer.write(name, tensor);
     }
     writer.commit();
     EXPECT(read_file(dir.file("f")) == st::save(tensors));

@@ -70,7 +70,7 @@ TEST(writing_to_a_loaded_tensor_does_not_change_the_file) {
     for (const st::Backend backend : kBackends) {
         const st::Tensors loaded = st::load_file(dir.file("f"), at::kCPU, backend);
         for (const auto& entry : loaded) {
-            entry.value().fill_(42);
+            entry.second.fill_(42);
         }
         EXPECT(loaded.at("a").eq(42).all().item<bool>());
         EXPECT(read_file(dir.file("f")) == before);
@@ -127,8 +127,8 @@ TEST(each_tensor_owns_a_storage_of_its_size) {
     for (const st::Tensors& loaded :
          {st::load_file(dir.file("f")), st::load(bytes), st::load_file(dir.file("f"), at::kCPU, st::Backend::pread)}) {
         for (const auto& entry : loaded) {
-            EXPECT_EQ(entry.value().storage().nbytes(), entry.value().nbytes());
-            EXPECT_EQ(entry.value().storage_offset(), 0);
+            EXPECT_EQ(entry.second.storage().nbytes(), entry.second.nbytes());
+            EXPECT_EQ(entry.second.storage_offset(), 0);
         }
         // Loaded tensors can therefore be saved again.
         EXPECT(st::save(loaded) == bytes);

@@ -45,20 +45,19 @@ Net net(std::uint64_t seed) {
 st::Tensors state_of(const torch::nn::Module& module) {
     st::Tensors state;
     for (const auto& entry : module.named_parameters()) {
-        state.insert(entry.key(), entry.value().detach().clone());
+        state[entry.key()] = entry.value().detach().clone();
     }
     for (const auto& entry : module.named_buffers()) {
         if (entry.value().defined()) {
-            state.insert(entry.key(), entry.value().clone());
+            state[entry.key()] = entry.value().clone();
         }
     }
     return state;
 }
 
-st::Tensors without(const st::Tensors& tensors, const std::string& name) {
-    st::Tensors rest = tensors.copy();
-    EXPECT_EQ(rest.erase(name), 1U);
-    return rest;
+st::Tensors without(st::Tensors tensors, const std::string& name) {
+    EXPECT_EQ(tensors.erase(name), 1U);
+    return tensors;
 }
 
 const Names kSaved = {"body.0.bias",         "body.0.weight",      "body.1.bias",   "body.1.num_batches_tracked",
@@ -76,7 +75,7 @@ TEST(model_round_trip) {
         Net target = net(2);
         const at::Tensor weight = target->embedding->weight;
         EXPECT(!identical(state_of(*target), state_of(*source)));
-        const st::LoadResult result = st::load_model(*target, dir.file("m"), true, backend);
+        const st::LoadResult result = st::load_model(*target, dir.file("m"), {/*strict=*/true, backend});
         EXPECT(result.missing.empty() && result.unexpected.empty());
         EXPECT(identical(state_of(*target), state_of(*source)));
         // Loading is in place: other handles of a parameter see the new values, and it still requires a gradient.
@@ -126,7 +125,7 @@ TEST(model_with_a_tied_weight_missing_under_every_name) {
     const TempDir dir;
     st::save_file(without(without(state_of(*net(1)), "embedding.weight"), "head.weight"), dir.file("m"));
     Net target = net(2);
-    EXPECT_EQ(st::load_model(*target, dir.file("m"), false).missing, (Names{"embedding.weight"}));
+    EXPECT_EQ(st::load_model(*target, dir.file("m"), {/*strict=*/false}).missing, (Names{"embedding.weight"}));
 }
 
 TEST(model_with_missing_and_unexpected_tensors) {
@@ -144,7 +143,7 @@ TEST(model_with_missing_and_unexpected_tensors) {
                         "\n    Unexpected key(s) in state_dict: \"extra\", \"zz\"");
     EXPECT(identical(state_of(*target), before));
 
-    const st::LoadResult result = st::load_model(*target, dir.file("m"), /*strict=*/false);
+    const st::LoadResult result = st::load_model(*target, dir.file("m"), {/*strict=*/false});
     EXPECT_EQ(result.missing, (Names{"body.0.bias", "scale"}));
     EXPECT_EQ(result.unexpected, (Names{"extra", "zz"}));
     EXPECT(identical(target->scale.detach(), before.at("scale")));
@@ -172,7 +171,7 @@ TEST(model_with_a_shape_mismatch) {
     for (const bool strict : {true, false}) {
         Net target = net(2);
         const st::Tensors before = state_of(*target);
-        const std::string text = ERROR_OF(st::load_model(*target, dir.file("m"), strict));
+        const std::string text = ERROR_OF(st::load_model(*target, dir.file("m"), {strict}));
         EXPECT_HAS(text, "Error(s) in loading state_dict for " + target->name() + ":");
         EXPECT_HAS(text, "size mismatch for body.2.weight");
         EXPECT(identical(state_of(*target), before));
@@ -193,7 +192,7 @@ TEST(model_is_not_changed_by_a_truncated_file) {
     Net target = net(2);
     const st::Tensors before = state_of(*target);
     for (const st::Backend backend : kBackends) {
-        EXPECT_HAS(ERROR_OF(st::load_model(*target, dir.file("m"), true, backend)), dir.file("m"));
+        EXPECT_HAS(ERROR_OF(st::load_model(*target, dir.file("m"), {/*strict=*/true, backend})), dir.file("m"));
         EXPECT(identical(state_of(*target), before));
     }
 }
@@ -238,15 +237,16 @@ TEST(model_that_is_not_contiguous) {
     EXPECT(at::equal(st::load_file(dir.file("m")).at("weight"), module->weight));
     EXPECT(!module->weight.is_contiguous());
 
-    const std::string text = ERROR_OF(st::save_model(*module, dir.file("new"), {}, /*force_contiguous=*/false));
+    const std::string text = ERROR_OF(st::save_model(*module, dir.file("new"), {}, {/*force_contiguous=*/false}));
     EXPECT_HAS(text, "`weight`");
     EXPECT_HAS(text, "`force_contiguous`");
     EXPECT_EQ(dir.count(), 1U);
 
     // Other errors do not contain this advice.
     module->weight.set_data(module->weight.contiguous());
-    EXPECT(!has(ERROR_OF(st::save_model(*module, dir.file("no/directory"), {}, false)), "force_contiguous"));
-    st::save_model(*module, dir.file("new"), {}, false);
+    EXPECT(!has(ERROR_OF(st::save_model(*module, dir.file("no/directory"), {}, {/*force_contiguous=*/false})),
+                "force_contiguous"));
+    st::save_model(*module, dir.file("new"), {}, {/*force_contiguous=*/false});
     EXPECT(at::equal(st::load_file(dir.file("new")).at("weight"), module->weight));
 }
 

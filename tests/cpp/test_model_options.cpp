@@ -67,7 +67,7 @@ TEST(modules_by_holder_and_by_shared_pointer) {
 TEST(braces_mean_the_defaults) {
     const TempDir dir;
     torch::nn::Linear layer(2, 3);
-    st::Tensors state = st::to_tensors(layer->named_parameters());
+    st::Tensors state = layer->named_parameters();
     EXPECT_EQ(state.erase("bias"), 1U);
     st::save_file(state, dir.file("m"));
     EXPECT_HAS(ERROR_OF(st::load_model(layer, dir.file("m"), {})), "Missing key(s)");
@@ -150,7 +150,7 @@ TEST(model_in_several_files) {
     for (const std::string& path : {dir.file("m"), dir.file("m/model.safetensors.index.json")}) {
         for (const st::Backend backend : kBackends) {
             auto target = layers(2);
-            EXPECT(st::load_model(*target, path, true, backend).missing.empty());
+            EXPECT(st::load_model(*target, path, {/*strict=*/true, backend}).missing.empty());
             EXPECT(same(*source, *target));
         }
     }

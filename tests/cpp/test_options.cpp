@@ -84,7 +84,7 @@ TEST(progress_reaches_the_total) {
     EXPECT(static_cast<int64_t>(st::save(tensors, {}, save_options).size()) == in_memory.last);
     int64_t bytes = 0;
     for (const auto& entry : tensors) {
-        bytes += static_cast<int64_t>(entry.value().nbytes());
+        bytes += static_cast<int64_t>(entry.second.nbytes());
     }
     st::LoadOptions options;
     options.backend = st::Backend::pread;

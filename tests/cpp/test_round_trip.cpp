@@ -27,8 +27,8 @@ st::Tensors one_of_each() {
 
 st::Tensors to_cpu(const st::Tensors& tensors) {
     st::Tensors result;
-    for (const auto& entry : tensors) {
-        result.insert(entry.key(), entry.value().cpu());
+    for (const auto& [name, tensor] : tensors) {
+        result.insert(name, tensor.cpu());
     }
     return result;
 }
@@ -55,15 +55,15 @@ TEST(every_dtype_on_every_backend_and_device) {
     EXPECT(tensors.size() >= 18);
     for (const at::Device device : devices()) {
         st::Tensors source;
-        for (const auto& entry : tensors) {
-            source.insert(entry.key(), entry.value().to(device));
+        for (const auto& [name, tensor] : tensors) {
+            source.insert(name, tensor.to(device));
         }
         st::save_file(source, dir.file("all"));
         for (const st::Backend backend : kBackends) {
             const st::Tensors loaded = st::load_file(dir.file("all"), device, backend);
             EXPECT(identical(to_cpu(loaded), tensors));
             for (const auto& entry : loaded) {
-                EXPECT_EQ(entry.value().device(), device);
+                EXPECT_EQ(entry.second.device(), device);
             }
         }
         EXPECT(identical(to_cpu(st::load(read_file(dir.file("all")), device)), tensors));
@@ -133,9 +133,9 @@ TEST(unusual_names) {
         EXPECT(identical(st::load_file(dir.file("names"), at::kCPU, backend), tensors));
     }
     const st::File file(dir.file("names"));
-    for (const auto& entry : tensors) {
-        EXPECT(file.contains(entry.key()));
-        EXPECT(identical(file.get_tensor(entry.key()), entry.value()));
+    for (const auto& [name, tensor] : tensors) {
+        EXPECT(file.contains(name));
+        EXPECT(identical(file.get_tensor(name), tensor));
     }
 }
 
@@ -148,7 +148,7 @@ TEST(tensors_come_in_file_order) {
                                                "\x0a\x0b\x0c"));
     for (const st::Backend backend : kBackends) {
         const st::Tensors loaded = st::load_file(dir.file("foreign"), at::kCPU, backend);
-        EXPECT_EQ(names_of(loaded), (Names{"c", "a", "b"}));
+        EXPECT_EQ(loaded.keys(), (Names{"c", "a", "b"}));
         EXPECT_EQ(loaded.at("c").item<int>(), 10);
         EXPECT_EQ(loaded.at("a").item<int>(), 11);
         EXPECT_EQ(loaded.at("b").item<int>(), 12);
@@ -159,7 +159,7 @@ TEST(tensors_come_in_file_order) {
     tensors.insert("B", make({2}, at::kFloat));
     tensors.insert("a", make({2}, at::kByte));
     tensors.insert("c", make({2}, at::kLong));
-    EXPECT_EQ(names_of(st::load(st::save(tensors))), (Names{"c", "B", "b", "a"}));
+    EXPECT_EQ(st::load(st::save(tensors)).keys(), (Names{"c", "B", "b", "a"}));
 }
 
 TEST(bytes_on_disk) {
@@ -231,9 +231,9 @@ TEST(gradients_are_not_saved) {
     tensors.insert("leaf", make({2}, at::kFloat).requires_grad_());
     tensors.insert("result", tensors.at("leaf") * 2);
     st::save_file(tensors, dir.file("grad"));
-    for (const auto& entry : st::load_file(dir.file("grad"))) {
-        EXPECT(!entry.value().requires_grad());
-        EXPECT(identical(entry.value(), tensors.at(entry.key()).detach()));
+    for (const auto& [name, tensor] : st::load_file(dir.file("grad"))) {
+        EXPECT(!tensor.requires_grad());
+        EXPECT(identical(tensor, tensors.at(name).detach()));
     }
 }
 

@@ -151,10 +151,10 @@ TEST(slice_of_every_dtype) {
     st::save_file(tensors, dir.file("all"));
     for (const st::Backend backend : kBackends) {
         const st::File file(dir.file("all"), at::kCPU, backend);
-        for (const auto& entry : tensors) {
-            const at::Tensor expected = entry.value().slice(0, 1, 3);
-            EXPECT(identical(file.get_slice(entry.key(), {Slice(1, 3)}), expected));
-            EXPECT_EQ(file.get_slice(entry.key(), {2, Slice(2, 4)}).sizes(), (at::IntArrayRef{2}));
+        for (const auto& [name, tensor] : tensors) {
+            const at::Tensor expected = tensor.slice(0, 1, 3);
+            EXPECT(identical(file.get_slice(name, {Slice(1, 3)}), expected));
+            EXPECT_EQ(file.get_slice(name, {2, Slice(2, 4)}).sizes(), (at::IntArrayRef{2}));
         }
     }
 }

@@ -62,7 +62,7 @@ TEST(storages_that_are_too_small_are_refused) {
         }
         st::save_file(dict(at::ones(bad.sizes())), dir.file("good"));
         for (const st::Backend backend : kBackends) {
-            EXPECT_HAS(ERROR_OF(st::load_model(*module, dir.file("good"), true, backend)), said);
+            EXPECT_HAS(ERROR_OF(st::load_model(*module, dir.file("good"), {/*strict=*/true, backend})), said);
         }
     }
     EXPECT_EQ(dir.count(), 1U);
@@ -103,9 +103,9 @@ TEST(a_tensor_that_changes_between_two_steps) {
     const std::string said = "tensor 't3': its memory was freed, resized or replaced";
     // As the functions of the header do with a progress function, except that those use steps of a tenth of a second.
     const auto files = st::detail::open_checkpoint(dir.file("f"), st::Backend::pread, {});
-    const auto load =
-        st::detail::call_method(files, "start_state", tensors, std::vector<std::string>(), "Module", true, "")
-            .toObject();
+    const auto load = st::detail::call_method(files, "start_state", st::detail::Dict(tensors),
+                                              std::vector<std::string>(), "Module", true, "")
+                          .toObject();
     const auto save = st::detail::plan_save(tensors, {}, "", {});
     st::detail::call_method(save, "set_file", dir.file("g"), false);
     EXPECT(!st::detail::call_method(save, "advance", 0.0).toBool());

@@ -190,7 +190,7 @@ TEST(threads_save_one_model_and_load_their_own) {
         const std::string path = dir.file("own" + std::to_string(number));
         for (int round = 0; round < kRounds; ++round) {
             st::save_model(model, path);
-            const st::LoadResult result = st::load_model(*own[number], path, true, kBackends[round % 2]);
+            const st::LoadResult result = st::load_model(*own[number], path, {/*strict=*/true, kBackends[round % 2]});
             EXPECT(result.missing.empty() && result.unexpected.empty());
         }
     });

@@ -83,7 +83,7 @@ void cast(const std::string& in, const std::string& out, at::ScalarType dtype) {
     for (const std::string& name : checkpoint.offset_keys()) {
         const at::Tensor tensor = checkpoint.get_tensor(name);
         const bool converts = tensor.is_floating_point() && tensor.element_size() > 1;
-        tensors.insert(name, converts ? cast(tensor, dtype, name) : tensor);
+        tensors[name] = converts ? cast(tensor, dtype, name) : tensor;
     }
     safetensors_torch::save_file(tensors, out, checkpoint.metadata());
 }

@@ -62,26 +62,25 @@ void run(const std::filesystem::path& directory) {
     // The order of a summation may depend on the number of threads; finetune.py sets the same number.
     at::set_num_threads(1);
     torch::manual_seed(2019);
-    const std::string data_path = directory / "data.safetensors";
-    const std::string model_path = directory / "model.safetensors";
+    const std::filesystem::path data_path = directory / "data.safetensors";
+    const std::filesystem::path model_path = directory / "model.safetensors";
     Net net;
     if (std::filesystem::exists(model_path)) {
         safetensors_torch::load_model(net, model_path);
     } else {
         std::filesystem::create_directories(directory);
-        safetensors_torch::Tensors data;
-        data.insert("x", at::randn({256, 2}));
-        data.insert("y", at::sin(2 * data.at("x")).sum(1, /*keepdim=*/true));
-        safetensors_torch::save_file(data, data_path);
+        const at::Tensor x = at::randn({256, 2});
+        safetensors_torch::save_file({{"x", x}, {"y", at::sin(2 * x).sum(1, /*keepdim=*/true)}}, data_path);
     }
     const safetensors_torch::Tensors data = safetensors_torch::load_file(data_path);
-    const at::Tensor x = data.at("x"), y = data.at("y");
+    const at::Tensor x = data["x"], y = data["y"];
 
     const double before = evaluate(net, x, y);
     if (std::filesystem::exists(model_path)) {
         const auto metadata = safetensors_torch::File(model_path).metadata();
         if (exact(before) != exact(std::stod(metadata.at("loss")))) {
-            throw std::runtime_error(model_path + ": its loss was " + metadata.at("loss") + ", not " + exact(before));
+            throw std::runtime_error(model_path.string() + ": its loss was " + metadata.at("loss") + ", not " +
+                                     exact(before));
         }
     }
     train(net, x, y);
