@@ -38,7 +38,7 @@ using OptionalStrings = std::optional<Strings>;
     throw Error(std::move(message), category, code, 0);
 }
 
-// Fails if the operators are of another version of the library, or were built for another torch.
+// Fails if nothing has registered the operators, or if they are of another version of the library, or of another torch.
 //
 // If a process has several copies of the library, the first registers the operators. Objects of torch's classes pass
 // between program and library, so both must be compiled for one torch. The CMake package checks that too.
@@ -46,7 +46,10 @@ inline void check_library() {
     using BuiltFor = std::tuple<std::string, std::string>();
     const auto op = c10::Dispatcher::singleton().findSchema({"safetensors_torch::_built_for", ""});
     if (!op) {
-        return;  // find_op reports it
+        fail(
+            "operators of safetensors_torch: none are registered; a program must link libsafetensors_torch, not "
+            "libsafetensors_torch_c, and a Python extension must import safetensors_torch first",
+            ErrorCategory::runtime);
     }
     const auto [version, built_for] = op->typed<BuiltFor>().call();
     if (version != sft_get_version()) {
@@ -75,9 +78,8 @@ inline c10::OperatorHandle find_op(const char* name) {
     }
     auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     if (!op) {
-        fail(std::string("the operator ") + name + " is missing: this libsafetensors_torch (" + sft_get_version() +
-                 ") was built without libtorch, or is not of the version of safetensors_torch.hpp; a Python extension "
-                 "must import safetensors_torch first",
+        fail(std::string("operator ") + name + ": this libsafetensors_torch (" + sft_get_version() +
+                 ") does not have it; use the safetensors_torch.hpp of the same version, not of " SFT_VERSION_STRING,
              ErrorCategory::runtime);
     }
     return *op;

@@ -212,6 +212,11 @@ inline void save_model(ModuleRef module, const std::filesystem::path& path, cons
     detail::save_model(*module, path, metadata, options);
 }
 
+/// The same without metadata of the caller.
+inline void save_model(ModuleRef module, const std::filesystem::path& path, const SaveModelOptions& options) {
+    detail::save_model(*module, path, {}, options);
+}
+
 /// The same for a TorchScript module, with all of its buffers.
 inline void save_model(const torch::jit::Module& module, const std::filesystem::path& path,
                        const Metadata& metadata = {}, const SaveModelOptions& options = {}) {

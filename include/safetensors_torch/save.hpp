@@ -31,6 +31,11 @@ inline void save_file(const Tensors& tensors, const std::filesystem::path& path,
     detail::run(plan, options.progress);
 }
 
+/// The same without metadata.
+inline void save_file(const Tensors& tensors, const std::filesystem::path& path, const SaveOptions& options) {
+    save_file(tensors, path, Metadata(), options);
+}
+
 /// Returns the bytes that save_file would write; ignores SaveOptions::durable.
 ///
 /// Throws Error for tensors and metadata that save_file refuses.

@@ -56,4 +56,10 @@ inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::
     return detail::call_method(save, "result").to<std::vector<std::string>>();
 }
 
+/// The same without metadata of the caller.
+inline std::vector<std::string> save_sharded(const Tensors& tensors, const std::filesystem::path& directory,
+                                             const ShardedSaveOptions& options) {
+    return save_sharded(tensors, directory, Metadata(), options);
+}
+
 }  // namespace safetensors_torch

@@ -102,8 +102,11 @@ class Tensors {
         }
     }
 
+    /// Copies the entries; the tensors share memory.
     Tensors(const Tensors& other) { add(other); }
+    /// Takes the entries of `other`, and leaves it empty.
     Tensors(Tensors&& other) noexcept { swap(other); }
+    /// Replaces all entries.
     Tensors& operator=(Tensors other) noexcept {
         swap(other);
         return *this;
@@ -138,9 +141,13 @@ class Tensors {
     /// Returns whether there are no tensors.
     bool empty() const { return entries_.empty(); }
 
+    /// Returns the first entry.
     iterator begin() { return entries_.begin(); }
+    /// Returns the end of the entries.
     iterator end() { return entries_.end(); }
+    /// Returns the first entry.
     const_iterator begin() const { return entries_.begin(); }
+    /// Returns the end of the entries.
     const_iterator end() const { return entries_.end(); }
 
     /// Returns the names, in order.

@@ -66,7 +66,7 @@ TEST(a_name_that_does_not_exist) {
     }
     const std::string expected =
         "tensor \"layers.77.wieght\": does not exist; the most similar names are \"layers.77.weight\", "
-        "\"layers.7.weight\", \"layers.17.weight\"";
+        "\"layers.17.weight\", \"layers.177.weight\"";
     EXPECT_EQ(ERROR_OF(tensors.at("layers.77.wieght")), expected);
     EXPECT_EQ(ERROR_OF(std::as_const(tensors)["layers.77.wieght"]), expected);
     EXPECT_EQ(ERROR_OF(st::Tensors{tensors}["layers.77.wieght"]), expected);

@@ -27,6 +27,11 @@ int main() {
     TORCH_CHECK(st::load_file(name, options)["w"].scalar_type() == torch::kHalf);
     TORCH_CHECK(st::load_file(name, "cpu", options)["w"].scalar_type() == torch::kHalf);
 
+    st::SaveOptions save;
+    save.durable = true;
+    st::save_file(st::load_file(name), dir / "saved.safetensors", save);
+    TORCH_CHECK(st::load_file("saved.safetensors", {})["w"].sum().item<int>() == 6);
+
     st::File file(dir / name, "cpu");
     TORCH_CHECK(file.get_tensor("w", "meta").is_meta());
     TORCH_CHECK(st::Checkpoint(name, "meta").get_tensor("w").is_meta());
