@@ -93,9 +93,8 @@ enum class Backend {
     /// One private copy-on-write mapping and no copy; it lives until the last tensor over it is destroyed. Writing to a
     /// tensor never changes the file. The file must not be truncated: touching a lost page raises SIGBUS.
     mmap,
-    /// Parallel reads into memory that the tensors own. A file that is truncated during the load is an error; of one
-    /// that
-    /// is changed in place, the load returns old or new bytes.
+    /// Parallel reads into memory that the tensors own. A file that is truncated during the load is an error. If it is
+    /// changed in place, the load returns old or new bytes.
     pread,
 };
 
