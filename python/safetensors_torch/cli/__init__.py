@@ -24,7 +24,7 @@ _COMMANDS = {
     module.__name__.rpartition(".")[2]: module for module in (ls, verify, diff, convert, extract, rename, metadata)
 }
 _OTHER_NAMES = {
-    **dict.fromkeys(("list", "info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),
+    **dict.fromkeys(("info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),
     **dict.fromkeys(("check", "validate", "test"), "verify"),
     **dict.fromkeys(("compare", "cmp"), "diff"),
     **dict.fromkeys(("cast", "shard", "unshard", "split", "merge", "join", "save", "cp", "copy"), "convert"),
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in ``arguments``, by default those of the process, and returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _complete(list(sys.argv[1:] if arguments is None else arguments))
     root = parser()
     _check_command(root, next((word for word in arguments if not word.startswith("-")), None))
     options, others = root.parse_known_args(arguments)
@@ -106,6 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(options, error)
         return 2
     return status
+
+
+def _complete(arguments: list[str]) -> list[str]:
+    """Returns ``arguments`` with ``ls`` for ``list``, and ``metadata get PATH`` for ``metadata PATH``."""
+    words = [index for index, word in enumerate(arguments) if not word.startswith("-")]
+    if words and arguments[words[0]] == "list":
+        arguments[words[0]] = "ls"
+    if len(words) > 1 and arguments[words[0]] == "metadata":
+        action = arguments[words[1]]
+        if action not in metadata.ACTIONS and os.path.exists(action):
+            arguments.insert(words[1], "get")
+    return arguments
 
 
 def _check_command(root: argparse.ArgumentParser, word: str | None) -> None:

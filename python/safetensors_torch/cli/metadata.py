@@ -1,6 +1,6 @@
 """Prints or changes the metadata of files and checkpoints. The tensors stay as they are.
 
-  metadata get PATH [KEY]             prints all entries, or the value of a key
+  metadata [get] PATH [KEY]           prints all entries, or the value of a key
   metadata set PATH KEY=VALUE ...     adds or replaces entries
   metadata remove PATH KEY ...        removes entries
 
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 
 from .._headers import edit_metadata
-from .listing import Listing, NoMatchError, command_text, near, printable
+from .listing import Listing, NoMatchError, near, printable
 
 HELP = "print, set and remove metadata"
 EXAMPLES = """examples:
@@ -24,7 +23,7 @@ EXAMPLES = """examples:
   safetensors-torch metadata remove model.safetensors author
 """
 
-_ACTIONS = ("get", "set", "remove")
+ACTIONS = ("get", "set", "remove")
 _OTHER_NAMES = {
     **dict.fromkeys(("show", "list", "ls", "print", "read"), "get"),
     **dict.fromkeys(("add", "edit", "put", "update", "write"), "set"),
@@ -42,12 +41,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _action(text: str) -> str:
-    if text in _ACTIONS:
+    if text in ACTIONS:
         return text
-    meant = _OTHER_NAMES.get(text) or near(text, _ACTIONS)
-    instead = f"did you mean {meant}?" if meant else f"choose from {', '.join(_ACTIONS)}"
-    if os.path.exists(text):
-        instead += f": {command_text('metadata', 'get', text)}"
+    meant = _OTHER_NAMES.get(text) or near(text, ACTIONS)
+    instead = f"did you mean {meant}?" if meant else f"choose from {', '.join(ACTIONS)}"
     raise argparse.ArgumentTypeError(f"{text}: unknown action; {instead}")
 
 
