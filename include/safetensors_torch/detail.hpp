@@ -7,14 +7,17 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function.h>
 #include <ATen/core/stack.h>
+#include <fnmatch.h>
 #include <torch/custom_class.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <string>
@@ -211,15 +214,39 @@ inline Object open_checkpoint(const std::filesystem::path& path, Backend backend
     return call_method(pending, "result").toObject();
 }
 
-// Returns the names in `file` that `selection` accepts; no value if it accepts all.
-inline std::optional<std::vector<std::string>> select(const Object& file, const NameSelection& selection) {
-    if (!selection.filter()) {
-        return selection.names();
+// Returns the elements of `names` that match the glob, or the glob itself if it is one of them or nothing matches it:
+// then the load reports that there is no such tensor.
+inline std::vector<std::string> expand(const std::string& glob, const std::vector<std::string>& names) {
+    std::vector<std::string> matching;
+    for (const std::string& name : names) {
+        if (name == glob) {
+            return {name};
+        }
+        if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) {
+            matching.push_back(name);
+        }
     }
+    return matching.empty() ? std::vector<std::string>{glob} : matching;
+}
+
+// Returns the names in `file` that `selection` accepts, each once; no value if it accepts all.
+inline std::optional<std::vector<std::string>> select(const Object& file, const NameSelection& selection) {
+    const auto is_glob = [](const std::string& name) { return name.find_first_of("*?[") != std::string::npos; };
+    const std::optional<std::vector<std::string>>& wanted = selection.names();
+    if (!selection.filter() && (!wanted || std::none_of(wanted->begin(), wanted->end(), is_glob))) {
+        return wanted;
+    }
+    const auto all = call_method(file, "offset_keys").to<std::vector<std::string>>();
     std::vector<std::string> names;
-    for (std::string& name : call_method(file, "offset_keys").to<std::vector<std::string>>()) {
-        if (selection.filter()(name)) {
-            names.push_back(std::move(name));
+    if (selection.filter()) {
+        std::copy_if(all.begin(), all.end(), std::back_inserter(names), selection.filter());
+        return names;
+    }
+    for (const std::string& one : *wanted) {
+        for (std::string& name : expand(one, all)) {
+            if (std::find(names.begin(), names.end(), name) == names.end()) {
+                names.push_back(std::move(name));
+            }
         }
     }
     return names;

@@ -153,6 +153,12 @@ class File {
     at::Device device_;
 };
 
+/// Opens the file at `path`, as safe_open of Python does: `File(path, device, backend)`.
+inline File safe_open(const std::filesystem::path& path, DeviceLike device = at::kCPU,
+                      Backend backend = Backend::mmap) {
+    return File(path, device, backend);
+}
+
 /// The tensors of one file, or of several that an index lists, opened like one File.
 ///
 /// Opening checks the index against its files: each file contains the tensors that the index lists for it and no

@@ -107,14 +107,14 @@ using Progress = std::function<void(int64_t done, int64_t total)>;
 /// Returns whether to load the tensor of this name.
 using NameFilter = std::function<bool(const std::string& name)>;
 
-/// The tensors to load: all, those of a list of names, or those whose names a function accepts.
+/// The tensors to load: all, those of a list of names or globs, or those whose names a function accepts.
 class NameSelection {
   public:
     /// All tensors.
     NameSelection() = default;
-    /// The tensors of these names. A name that the file does not contain is an error.
+    /// The tensors of these names, which may be globs ("layers.0.*"). One that no tensor has or matches is an error.
     NameSelection(std::vector<std::string> names) : names_(std::move(names)) {}
-    /// The tensors of these names. A name that the file does not contain is an error.
+    /// The tensors of these names, which may be globs ("layers.0.*"). One that no tensor has or matches is an error.
     NameSelection(std::initializer_list<std::string> names) : names_(names) {}
     /// The tensors whose names `filter` accepts; all if it is an empty std::function.
     template <typename Filter, typename = std::enable_if_t<std::is_convertible_v<Filter, NameFilter>>>

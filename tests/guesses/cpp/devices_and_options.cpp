@@ -32,6 +32,7 @@ int main() {
     st::save_file(st::load_file(name), dir / "saved.safetensors", save);
     TORCH_CHECK(st::load_file("saved.safetensors", {})["w"].sum().item<int>() == 6);
 
+    TORCH_CHECK(st::safe_open(name).keys() == std::vector<std::string>{"w"});
     st::File file(dir / name, "cpu");
     TORCH_CHECK(file.get_tensor("w", "meta").is_meta());
     TORCH_CHECK(st::Checkpoint(name, "meta").get_tensor("w").is_meta());

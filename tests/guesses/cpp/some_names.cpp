@@ -16,6 +16,18 @@ int main() {
     options.names = [](const std::string& name) { return name.find("layer.") == 0; };
     TORCH_CHECK(load_file("names.safetensors", options).size() == 2);
 
+    options.names = {"layer.*", "layer.bias", "head"};
+    TORCH_CHECK(load_file("names.safetensors", options).keys() ==
+                std::vector<std::string>({"head", "layer.bias", "layer.weight"}));
+
+    options.names = {"layers.*"};
+    try {
+        load_file("names.safetensors", options);
+        TORCH_CHECK(false, "not thrown");
+    } catch (const Error& e) {
+        TORCH_CHECK(std::string(e.what()).find("layers.*") != std::string::npos);
+    }
+
     options.names = {"layer.wieght"};
     try {
         load_file("names.safetensors", options);
