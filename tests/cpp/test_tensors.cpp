@@ -114,7 +114,7 @@ TEST(a_path_is_not_taken_for_bytes) {
     EXPECT_EQ(ERROR_OF(st::load(std::string("absent.safetensors"))), "absent.safetensors" + advice);
     write_file(dir.file("model"), "x");
     EXPECT_EQ(ERROR_OF(st::load(dir.file("model"))), dir.file("model") + advice);
-    // Other bytes that are no file are not called a path.
+    // Bytes that do not name a file are not called a path.
     EXPECT(!has(ERROR_OF(st::load(std::string("<html>"))), "path"));
     EXPECT(!has(ERROR_OF(st::load(std::string())), "path"));
 }

@@ -61,7 +61,7 @@ def _metadata(listing: Listing, names: dict[str, str], renamed: Callable[[str], 
 
 
 def _parse(text: str) -> Callable[[str], str]:
-    """Returns the function that a rule stands for."""
+    """Returns the function that applies a rule to a name."""
     delimiter = text[1:2]
     parts = re.split(rf"(?<!\\){re.escape(delimiter)}", text[2:]) if delimiter else []
     if text[:1] != "s" or delimiter.isalnum() or len(parts) != 3 or parts[2] not in ("", "g"):

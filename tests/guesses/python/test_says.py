@@ -88,7 +88,7 @@ GUESSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "save to a path": (lambda: save(ONES, "out"), TypeError, "save_file(tensors, filename)"),
     "load from a path": (lambda: load(FILE), TypeError, "load_file(filename)"),
     "load from a Path": (lambda: load(Path(FILE)), TypeError, "load_file(filename)"),
-    # what is not a local file
+    # paths of remote files
     "an open file": (lambda: load_file(open(FILE, "rb")), TypeError, "load()"),
     "an open file to save to": (lambda: save_file(ONES, io.BytesIO()), TypeError, "save()"),
     "a repository": (lambda: load_file("org/model"), FileNotFoundError, 'snapshot_download("org/model")'),
