@@ -37,7 +37,7 @@ static void expect(bool holds, const char* what, const char* scenario, long call
  * large file yet. */
 static bool are_open(int descriptors) {
     for (int tries = 0; entries("/proc/self/fd") != descriptors; tries++) {
-        if (tries == 500) return false;
+        if (tries == 5000) return false;
         usleep(2000);
     }
     return true;
