@@ -214,8 +214,8 @@ inline Object open_checkpoint(const std::filesystem::path& path, Backend backend
     return call_method(pending, "result").toObject();
 }
 
-// Returns the elements of `names` that match the glob, or the glob itself if it is one of them or nothing matches it:
-// then the load reports that there is no such tensor.
+// Returns the elements of `names` that match the glob. Returns the glob itself if it is one of them, or if it matches
+// none: the load then reports the missing tensor.
 inline std::vector<std::string> expand(const std::string& glob, const std::vector<std::string>& names) {
     std::vector<std::string> matching;
     for (const std::string& name : names) {

@@ -27,7 +27,7 @@ _package = sys.modules[__package__]
 
 # The other modules of the reference serve other frameworks.
 _PATCHED_MODULES = ("safetensors", "safetensors.torch")
-# What is replaced in ``safetensors.torch``, besides safe_open.
+# The functions that replace those of ``safetensors.torch``.
 _FUNCTIONS = (load, load_file, load_model, save, save_file, save_model)
 
 _ERROR_BASES = SafetensorError.__bases__

