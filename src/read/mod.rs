@@ -8,3 +8,4 @@ pub(crate) mod reader;
 pub mod slab_layout;
 mod slice_reader;
 pub mod source;
+pub(crate) mod strategy;

@@ -8,10 +8,11 @@ use std::time::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
 use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
+use crate::read::strategy::ReadStrategy;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
 use crate::sys::huge_pages::is_resident;
-use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
+use crate::sys::page_cache::Residency;
 use crate::sys::parallel::{self, Chunks};
 use crate::sys::threads::ThreadLimit;
 
@@ -231,46 +232,6 @@ unsafe fn copy_mapped(
         }
     }
     Ok(())
-}
-
-/// How to read a source: with how many threads, and how much with one call.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ReadStrategy {
-    residency: Residency,
-    /// The threads that its bytes are worth.
-    pub(crate) threads: usize,
-    /// The most bytes of one read.
-    most_bytes: usize,
-}
-
-impl ReadStrategy {
-    /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
-    pub(crate) fn of(
-        method: ReadMethod<'_>,
-        bytes: usize,
-        extent: impl FnOnce() -> Range<u64>,
-        wanted: usize,
-        threads: ThreadLimit,
-    ) -> ReadStrategy {
-        let residency = match method {
-            // It makes no difference for small reads.
-            ReadMethod::File(file) | ReadMethod::Mapping(_, Some(file))
-                if bytes >= parallel::MIN_PARALLEL_BYTES =>
-            {
-                residency(&file.file, extent())
-            }
-            _ => Residency::Unknown,
-        };
-        match residency {
-            Residency::Cold => {
-                let readers = wanted.max(threads.cap(COLD_READERS));
-                ReadStrategy { residency, threads: readers, most_bytes: COLD_READ_BYTES }
-            }
-            Residency::Cached | Residency::Unknown => {
-                ReadStrategy { residency, threads: wanted, most_bytes: usize::MAX }
-            }
-        }
-    }
 }
 
 /// Returns the smallest range that contains all of `ranges`.

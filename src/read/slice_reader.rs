@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::format::slice::Slice;
-use crate::read::reader::{self, ReadRange, ReadStrategy};
+use crate::read::reader::{self, ReadRange};
 use crate::read::source::ReadMethod;
+use crate::read::strategy::ReadStrategy;
 
 /// Runs with gaps below this are read together: the kernel reads whole pages anyway.
 const GATHER_GAP: u64 = 4096;
