@@ -1,11 +1,12 @@
 // A slow filesystem over the files of one directory, which simulates network storage: each request has a latency and a
 // fixed bandwidth, and requests are served concurrently.
 //
-// Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND
+// Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND [GOOD_BYTES]]
 //
-// Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`, which is never cached, contains the number of
-// reads so far, the largest number of concurrent reads, and the bytes read. Readahead has the kernel's defaults, except
-// that reads are parallel and requests have up to 1 MiB.
+// The kernel sends at most MAX_BACKGROUND requests of its readahead at once: 12 by default, as with libfuse. Reads
+// beyond GOOD_BYTES of a file fail with EIO. Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`,
+// which is never cached, contains the number of reads so far, the largest number of concurrent reads, and the bytes
+// read. Readahead has the kernel's defaults, except that reads are parallel and requests have up to 1 MiB.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -29,6 +30,8 @@ static int device;
 static int directory;
 static long wait_ns;
 static double ns_per_byte;
+static uint16_t max_background;  // 0 for the kernel's default
+static uint64_t good_bytes = UINT64_MAX;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char* names[MOST_FILES];  // of node FIRST_NODE + index
@@ -126,8 +129,12 @@ static void read_file(const struct fuse_in_header* head, const struct fuse_read_
     reads++;
     most_at_once = ++at_once > most_at_once ? at_once : most_at_once;
     pthread_mutex_unlock(&lock);
-    const ssize_t length = pread((int)in->fh, buffer, in->size < MOST_BYTES ? in->size : MOST_BYTES, (off_t)in->offset);
-    const int error = errno;
+    ssize_t length = pread((int)in->fh, buffer, in->size < MOST_BYTES ? in->size : MOST_BYTES, (off_t)in->offset);
+    int error = errno;
+    if (length > 0 && in->offset + (uint64_t)length > good_bytes) {
+        length = -1;
+        error = EIO;
+    }
     take_time(length > 0 ? (size_t)length : 0);
     pthread_mutex_lock(&lock);
     at_once--;
@@ -159,6 +166,8 @@ static void start(const struct fuse_in_header* head, const struct fuse_init_in* 
         .minor = FUSE_KERNEL_MINOR_VERSION,
         .max_readahead = in->max_readahead,
         .flags = FUSE_ASYNC_READ | FUSE_MAX_PAGES,
+        .max_background = max_background,
+        .congestion_threshold = (uint16_t)(max_background * 3 / 4),
         .max_write = MOST_BYTES,
         .max_pages = MOST_BYTES / 4096,
     };
@@ -236,12 +245,15 @@ static void* serve(void* unused) {
 }
 
 int main(int argc, char** argv) {
-    if (argc != 5) {
-        fprintf(stderr, "usage: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND\n");
+    if (argc < 5 || argc > 7) {
+        fprintf(stderr,
+                "usage: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND [GOOD_BYTES]]\n");
         return 2;
     }
     wait_ns = (long)(atof(argv[3]) * 1e6);
     ns_per_byte = 1e3 / atof(argv[4]);
+    max_background = argc > 5 ? (uint16_t)atoi(argv[5]) : 0;
+    good_bytes = argc > 6 ? strtoull(argv[6], NULL, 10) : good_bytes;
     if ((directory = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) {
         fail(argv[1]);
     }
