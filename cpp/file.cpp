@@ -149,7 +149,8 @@ void File::read_ahead(const std::string& name, const at::Tensor& part) const {
         elements += static_cast<size_t>((part.size(axis) - 1) * part.stride(axis));
     }
     const auto address = reinterpret_cast<uintptr_t>(part.const_data_ptr());
-    checkpoint->file(checkpoint->find(name)).read_ahead_at(address, elements * part.itemsize(), part.nbytes());
+    const core::TensorLocation place = checkpoint->find(name);
+    checkpoint->file(place).read_ahead_at(place.index, address, elements * part.itemsize(), part.nbytes());
 }
 
 std::vector<at::Tensor> File::get_tensors(const std::vector<std::string>& names, c10::Device device) const {

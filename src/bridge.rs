@@ -140,7 +140,7 @@ mod ffi {
         fn prefault(self: &File, wait: bool) -> Result<()>;
         fn read_ahead(self: &File, index: usize) -> Result<()>;
         /// Reads ahead `length` bytes at `address`, of which `used` will be used.
-        fn read_ahead_at(self: &File, address: usize, length: usize, used: usize);
+        fn read_ahead_at(self: &File, index: usize, address: usize, length: usize, used: usize);
         fn load(self: &File, indices: &[usize]) -> Result<Box<PendingRead>>;
         /// Begins to read tensors into the caller's memory; from the mapping, if the file has one.
         unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<PendingRead>>;

@@ -57,6 +57,7 @@ pub use read::prefetch::{NextSlab, Prefetcher};
 pub use read::slab_layout::{SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Buffers};
+pub use sys::direct_io::{Direct, direct, set_direct};
 pub use sys::raw_bytes::RawBytes;
 pub use sys::threads::{set_threads, threads};
 pub use write::atomic::AtomicFile;

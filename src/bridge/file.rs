@@ -106,8 +106,8 @@ impl File {
         Ok(self.0.read_ahead(index)?)
     }
 
-    pub fn read_ahead_at(&self, address: usize, length: usize, used: usize) {
-        self.0.read_ahead_at(address, length, used);
+    pub fn read_ahead_at(&self, index: usize, address: usize, length: usize, used: usize) {
+        self.0.read_ahead_at(index, address, length, used);
     }
 
     pub fn load(&self, indices: &[usize]) -> Result<Box<PendingRead>> {

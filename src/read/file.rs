@@ -11,7 +11,7 @@ use crate::format::byte_order;
 use crate::format::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::prefault::{self, Prefault};
-use crate::read::read_ahead;
+use crate::read::read_ahead::ReadAhead;
 use crate::read::reader::{self, ReadRange, total_bytes};
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{
@@ -30,6 +30,7 @@ pub struct TensorFile {
     header: Header,
     source: Source,
     path: Option<PathBuf>,
+    read_ahead: ReadAhead,
 }
 
 /// Reads and validates the header of a file of `length` bytes. `read` fills a buffer with the bytes from an offset on.
@@ -97,12 +98,12 @@ impl TensorFile {
         let header = read_header(length, |buffer, offset| read_exact_at(&file, path, buffer, offset))
             .map_err(|error| error.in_file(path))?;
         expect_sequential(&file);
-        let file = OpenFile { file, path: path.to_path_buf() };
+        let file = OpenFile::new(file, path);
         let source = match backend {
             Backend::Mmap => Source::Mapped(Arc::new(Mapping::new(&file, length)?)),
             Backend::Pread => Source::File(file),
         };
-        Ok(TensorFile { header, source, path: Some(path.to_path_buf()) })
+        Ok(TensorFile { header, source, path: Some(path.to_path_buf()), read_ahead: ReadAhead::default() })
     }
 
     /// Opens a buffer that holds the contents of a file.
@@ -121,7 +122,12 @@ impl TensorFile {
             memory.copy_to(buffer, offset as usize);
             Ok(())
         })?;
-        Ok(TensorFile { header, source: Source::Memory(memory), path: None })
+        Ok(TensorFile {
+            header,
+            source: Source::Memory(memory),
+            path: None,
+            read_ahead: ReadAhead::default(),
+        })
     }
 
     /// Returns the header.
@@ -190,17 +196,18 @@ impl TensorFile {
         prefault::prefault(&mapped, when)
     }
 
-    /// Starts to read the tensor at `index` of a mapped file that is not in memory; does not wait. Does nothing for other
-    /// files.
+    /// Starts to read the tensor at `index` of a mapped file that is not in memory; does not wait. On a network filesystem,
+    /// starts to read the tensors after it too if the one before it was asked for last. Does nothing for other files.
     ///
     /// # Errors
     ///
     /// As [`TensorFile::tensor`].
     pub fn read_ahead(&self, index: usize) -> Result<()> {
         let bytes = self.byte_range(&self.tensor(index)?);
-        if let Some(mapping) = self.mapping() {
-            // The header was checked against the length of the mapping.
-            read_ahead::read_ahead(mapping, bytes.start as usize..bytes.end as usize);
+        if let Some(mapping) = self.mapping()
+            && !bytes.is_empty()
+        {
+            self.read_ahead.part(mapping, &self.header, index, bytes);
         }
         Ok(())
     }
@@ -208,11 +215,13 @@ impl TensorFile {
     /// As [`TensorFile::read_ahead`], for `length` bytes at `address` in the mapping. Does nothing if less than half of
     /// them, `used`, are needed.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ has views"))]
-    pub(crate) fn read_ahead_at(&self, address: usize, length: usize, used: usize) {
-        let Some(mapping) = self.mapping() else { return };
+    pub(crate) fn read_ahead_at(&self, index: usize, address: usize, length: usize, used: usize) {
+        let (Some(mapping), Ok(tensor)) = (self.mapping(), self.tensor(index)) else { return };
+        let bytes = self.byte_range(&tensor);
         let Some(begin) = address.checked_sub(mapping.as_ptr().addr()) else { return };
-        if begin < mapping.len() && length <= mapping.len() - begin && used >= length / 2 {
-            read_ahead::read_ahead(mapping, begin..begin + length);
+        let part = begin as u64..(begin + length) as u64;
+        if length > 0 && bytes.start <= part.start && part.end <= bytes.end && used >= length / 2 {
+            self.read_ahead.part(mapping, &self.header, index, part);
         }
     }
 

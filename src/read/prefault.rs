@@ -15,8 +15,9 @@ use memmap2::Advice;
 use crate::error::{Error, Result};
 use crate::read::read_ahead::{self, spawn};
 use crate::read::source::{Mapping, OpenFile, shrank};
+use crate::read::strategy::{COLD_READ_BYTES, DISK_READERS, ReadStrategy};
 use crate::sys::memory_limit::available_memory;
-use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, is_cached, residency};
+use crate::sys::page_cache::{Residency, is_cached};
 use crate::sys::parallel::{self, CHUNK_BYTES};
 use crate::sys::threads::ThreadLimit;
 
@@ -50,31 +51,38 @@ pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()>
 }
 
 fn wait(mapping: &Mapping) -> Result<()> {
-    let count = chunk_count(mapping);
     let reopened = mapping.reopen();
     let file = reopened.as_ref();
-    let residency = residency_of(mapping, file.map(|opened| &opened.file));
     let threads = ThreadLimit::current()?;
-    let readers = if residency == Residency::Cold { threads.cap(COLD_READERS) } else { 1 };
-    parallel::for_each(count, parallel::thread_count(threads, mapping.len(), count).max(readers), |chunk| {
-        read_and_map(mapping, file, chunk_range(mapping, chunk), residency)
+    let wanted = parallel::thread_count(threads, mapping.len(), mapping.len().div_ceil(CHUNK_BYTES));
+    let strategy = strategy_of(mapping, file, wanted, threads);
+    parallel::for_each(mapping.len().div_ceil(strategy.chunk_bytes), strategy.threads, |chunk| {
+        read_and_map(mapping, file, chunk_range(mapping, strategy, chunk), strategy)
     })
 }
 
-fn residency_of(mapping: &Mapping, file: Option<&File>) -> Residency {
-    file.map_or(Residency::Unknown, |file| residency(file, 0..mapping.len() as u64))
+fn strategy_of(
+    mapping: &Mapping,
+    file: Option<&OpenFile>,
+    wanted: usize,
+    threads: ThreadLimit,
+) -> ReadStrategy {
+    let bytes = mapping.len();
+    match file {
+        Some(file) => ReadStrategy::of_mapped(file, bytes, || 0..bytes as u64, wanted, threads),
+        None => ReadStrategy::in_memory(Residency::Unknown, wanted),
+    }
 }
 
-/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened and its `residency` is known. The kind of the
-/// error is `FileChanged` if the file ends before them.
+/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened. The kind of the error is `FileChanged` if the file ends before them.
 pub(crate) fn read_and_map(
     mapping: &Mapping,
     file: Option<&OpenFile>,
     bytes: Range<usize>,
-    residency: Residency,
+    strategy: ReadStrategy,
 ) -> Result<()> {
     let (end, path) = (bytes.end as u64, mapping.path());
-    populate(mapping, file.map(|opened| &opened.file), bytes, residency).map_err(|source| {
+    populate(mapping, file.map(|opened| &opened.file), bytes, strategy).map_err(|source| {
         let is_shorter = |file: &OpenFile| file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
         let is_short = || file.map_or_else(|| mapping.reopen().as_ref().is_some_and(is_shorter), is_shorter);
         match source.raw_os_error() {
@@ -92,33 +100,28 @@ struct Prefaulter {
     /// Weak, so that the threads stop when the last tensor is freed.
     mapping: Weak<Mapping>,
     /// None if the file could not be reopened.
-    file: Option<File>,
+    file: Option<OpenFile>,
     next: AtomicUsize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
-    residency: Residency,
-    threads: usize,
+    strategy: ReadStrategy,
     /// Whether to go from the end of the file to its start.
     backwards: bool,
 }
 
 impl Plan {
     /// Returns the plan for one of several mappings with `bytes` together, or `None` if demand paging is better.
-    fn new(residency: Residency, bytes: u64, available: Option<u64>, cores: usize) -> Option<Plan> {
+    fn new(strategy: ReadStrategy, bytes: u64, available: Option<u64>) -> Option<Plan> {
         // Files that would evict themselves, or everything else, from memory are not read.
         let fits = available.is_some_and(|available| bytes <= available / 2);
-        match residency {
+        match strategy.residency {
             // Backwards, so that the threads and a caller that reads forwards meet once. From the same end, they would
             // wait for each other all the way.
-            Residency::Cached => {
-                Some(Plan { residency, threads: (cores / 2).clamp(1, COLD_READERS), backwards: true })
-            }
+            Residency::Cached => Some(Plan { strategy, backwards: true }),
             // In the order in which tensors are usually read.
-            Residency::Cold if fits => Some(Plan { residency, threads: COLD_READERS, backwards: false }),
-            Residency::Unknown if fits => Some(Plan { residency, threads: 1, backwards: false }),
-            Residency::Cold | Residency::Unknown => None,
+            Residency::Cold | Residency::Unknown => fits.then_some(Plan { strategy, backwards: false }),
         }
     }
 }
@@ -133,13 +136,13 @@ impl Prefaulter {
     /// Prefaults one mapping on this thread and as many others as are worth it.
     fn run(mapping: Weak<Mapping>, total: u64, threads: ThreadLimit) {
         let Some(mapped) = mapping.upgrade() else { return };
-        let file = mapped.reopen().map(|opened| opened.file);
+        let file = mapped.reopen();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let plan = Plan::new(residency_of(&mapped, file.as_ref()), total, available_memory(), cores);
+        let strategy = strategy_of(&mapped, file.as_ref(), (cores / 2).clamp(1, DISK_READERS), threads);
         drop(mapped);
-        let Some(plan) = plan else { return };
+        let Some(plan) = Plan::new(strategy, total, available_memory()) else { return };
         let shared = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
-        for _ in 1..threads.cap_background(plan.threads) {
+        for _ in 1..threads.cap_background(plan.strategy.threads) {
             let shared = Arc::clone(&shared);
             spawn(move || shared.work(plan));
         }
@@ -149,58 +152,48 @@ impl Prefaulter {
     /// Takes chunks until none is left or the mapping is gone.
     fn work(&self, plan: Plan) {
         while let Some(mapping) = self.mapping.upgrade() {
-            let (count, turn) = (chunk_count(&mapping), self.next.fetch_add(1, Ordering::Relaxed));
+            let count = mapping.len().div_ceil(plan.strategy.chunk_bytes);
+            let turn = self.next.fetch_add(1, Ordering::Relaxed);
             if turn >= count {
                 return;
             }
             let chunk = if plan.backwards { count - 1 - turn } else { turn };
-            let bytes = chunk_range(&mapping, chunk);
+            let bytes = chunk_range(&mapping, plan.strategy, chunk);
             // The residency is that of samples. Chunks that turn out to be cold are left to demand paging.
             let range = bytes.start as u64..bytes.end as u64;
-            if plan.residency == Residency::Cached
-                && self.file.as_ref().is_some_and(|file| !is_cached(file, range))
+            let file = self.file.as_ref().map(|opened| &opened.file);
+            if plan.strategy.residency == Residency::Cached
+                && file.is_some_and(|file| !is_cached(file, range))
             {
                 continue;
             }
             // The error will show when the page is touched.
-            if populate(&mapping, self.file.as_ref(), bytes, plan.residency).is_err() {
+            if populate(&mapping, file, bytes, plan.strategy).is_err() {
                 return;
             }
         }
     }
 }
 
-fn chunk_count(mapping: &Mapping) -> usize {
-    mapping.len().div_ceil(CHUNK_BYTES)
+fn chunk_range(mapping: &Mapping, strategy: ReadStrategy, chunk: usize) -> Range<usize> {
+    let start = chunk * strategy.chunk_bytes;
+    start..mapping.len().min(start + strategy.chunk_bytes)
 }
 
-fn chunk_range(mapping: &Mapping, chunk: usize) -> Range<usize> {
-    let start = chunk * CHUNK_BYTES;
-    start..mapping.len().min(start + CHUNK_BYTES)
-}
-
-/// Maps the pages of `bytes`, after reading those that are not in memory. If residency is unknown, asks the kernel to read
-/// them instead.
+/// Maps the pages of `bytes`, after reading those that are not in memory.
 fn populate(
     mapping: &Mapping,
     file: Option<&File>,
     bytes: Range<usize>,
-    residency: Residency,
+    strategy: ReadStrategy,
 ) -> io::Result<()> {
     let (from, to) = (bytes.start as u64, bytes.end as u64);
-    let known = file.filter(|_| residency != Residency::Unknown);
-    if known.is_none() {
-        read_ahead::request(mapping, bytes.clone());
-    }
-    if let Some(file) = known
-        && !is_cached(file, from..to)
-    {
-        let mut scratch = vec![0; COLD_READ_BYTES.min(bytes.len())];
-        let mut position = from;
-        while position < to {
-            let wanted = (scratch.len() as u64).min(to - position) as usize;
-            file.read_exact_at(&mut scratch[..wanted], position)?;
-            position += wanted as u64;
+    if let Some(file) = file {
+        match strategy.residency {
+            // They are probably cached, and copying them would take as long as a load.
+            Residency::Unknown if !strategy.is_remote => read_ahead::request(file, from..to),
+            Residency::Cached | Residency::Cold if is_cached(file, from..to) => {}
+            _ => read_through(file, from..to)?,
         }
     }
     for start in bytes.clone().step_by(POPULATE_BYTES) {
@@ -211,6 +204,18 @@ fn populate(
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
             Err(error) => return Err(error),
         }
+    }
+    Ok(())
+}
+
+/// Reads `range` into the page cache, and waits for it.
+fn read_through(file: &File, range: Range<u64>) -> io::Result<()> {
+    let mut scratch = vec![0; COLD_READ_BYTES.min((range.end - range.start) as usize)];
+    let mut position = range.start;
+    while position < range.end {
+        let wanted = (scratch.len() as u64).min(range.end - position) as usize;
+        file.read_exact_at(&mut scratch[..wanted], position)?;
+        position += wanted as u64;
     }
     Ok(())
 }
@@ -234,7 +239,7 @@ mod tests {
     }
 
     fn map(file: File, path: &Path, length: usize) -> Arc<Mapping> {
-        let file = OpenFile { file, path: path.to_path_buf() };
+        let file = OpenFile::new(file, path);
         Arc::new(Mapping::new(&file, length as u64).expect("map"))
     }
 
@@ -258,17 +263,13 @@ mod tests {
     #[test]
     fn what_must_be_read_is_not_where_it_would_fill_the_memory() {
         let half = Some(2_000_000);
+        let of = |residency| ReadStrategy::in_memory(residency, 1);
         for residency in [Residency::Cold, Residency::Unknown] {
-            assert!(Plan::new(residency, 1_000_000, half, 2).is_some_and(|plan| !plan.backwards));
-            assert_eq!(Plan::new(residency, 1_000_001, half, 2), None);
-            assert_eq!(Plan::new(residency, 1, None, 2), None);
+            assert!(Plan::new(of(residency), 1_000_000, half).is_some_and(|plan| !plan.backwards));
+            assert_eq!(Plan::new(of(residency), 1_000_001, half), None);
+            assert_eq!(Plan::new(of(residency), 1, None), None);
         }
-        assert_eq!(Plan::new(Residency::Cold, 1, half, 2).map(|plan| plan.threads), Some(COLD_READERS));
-        assert_eq!(Plan::new(Residency::Unknown, 1, half, 64).map(|plan| plan.threads), Some(1));
-        for (cores, threads) in [(1, 1), (2, 1), (4, 2), (64, COLD_READERS)] {
-            let plan = Plan::new(Residency::Cached, u64::MAX, None, cores).expect("nothing to read");
-            assert!(plan.backwards && plan.threads == threads);
-        }
+        assert!(Plan::new(of(Residency::Cached), u64::MAX, None).is_some_and(|plan| plan.backwards));
     }
 
     #[test]
@@ -292,7 +293,8 @@ mod tests {
     #[test]
     fn maps_files_of_unknown_residency() {
         let (_file, mapping) = mapped();
-        read_and_map(&mapping, None, 0..BYTES, Residency::Unknown).expect("mapped");
+        read_and_map(&mapping, None, 0..BYTES, ReadStrategy::in_memory(Residency::Unknown, 1))
+            .expect("mapped");
         assert!(resident(&mapping) >= BYTES as u64);
     }
 

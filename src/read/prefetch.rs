@@ -112,7 +112,7 @@ impl Prefetcher {
             requests.push(Request { index, range, bytes: tensor.nbytes() as usize, slice: None });
         }
         // SAFETY: this function has the contract of `start`.
-        Ok(unsafe { Prefetcher::start(file, requests, from, slabs, slab_bytes, threads) })
+        unsafe { Prefetcher::start(file, requests, from, slabs, slab_bytes, threads) }
     }
 
     /// As [`Prefetcher::new`], for a `slice` that was made for the tensor at `index`.
@@ -131,7 +131,7 @@ impl Prefetcher {
         let range = file.byte_range(&file.tensor(index)?);
         let request = Request { index, range, bytes: slice.nbytes() as usize, slice: Some(slice) };
         // SAFETY: this function has the contract of `start`.
-        Ok(unsafe { Prefetcher::start(file, vec![request], ReadFrom::Mapping, slabs, slab_bytes, threads) })
+        unsafe { Prefetcher::start(file, vec![request], ReadFrom::Mapping, slabs, slab_bytes, threads) }
     }
 
     /// # Safety
@@ -144,7 +144,7 @@ impl Prefetcher {
         slabs: &[*mut u8],
         slab_bytes: usize,
         threads: Option<usize>,
-    ) -> Prefetcher {
+    ) -> Result<Prefetcher> {
         assert!(
             slab_bytes > 0 && slab_bytes.is_multiple_of(SLAB_PART_ALIGNMENT),
             "a slab holds whole elements"
@@ -160,9 +160,9 @@ impl Prefetcher {
             || extent(&requests),
             wanted,
             ThreadLimit::at_most(0),
-        );
+        )?;
         // A number that the caller gave is not raised for cold files.
-        let threads = if bytes < MIN_PARALLEL_BYTES {
+        let threads = if bytes < MIN_PARALLEL_BYTES && !strategy.is_remote {
             0
         } else {
             threads.unwrap_or(strategy.threads).min(chunks).min(MOST_THREADS)
@@ -190,7 +190,7 @@ impl Prefetcher {
         };
         // If no thread can be started, `next_slab` reads.
         let threads = (0..threads).map_while(|_| work().ok()).collect();
-        Prefetcher { shared, threads, process: OwnerProcess::current() }
+        Ok(Prefetcher { shared, threads, process: OwnerProcess::current() })
     }
 
     /// Returns whether the threads are those of a parent process. They may have held the lock when it was forked.

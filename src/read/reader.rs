@@ -1,5 +1,6 @@
 //! Reads byte ranges of a source into memory. Threads take chunks of equal size, whatever the sizes of the ranges.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -11,9 +12,9 @@ use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::read::strategy::ReadStrategy;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
+use crate::sys::direct_io::{BounceBuffer, block_offset};
 use crate::sys::huge_pages::is_resident;
-use crate::sys::page_cache::Residency;
-use crate::sys::parallel::{self, Chunks};
+use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
 
 /// The most destinations of one `preadv`; Linux allows 1024.
@@ -93,10 +94,13 @@ pub(crate) struct PendingRead {
 impl PendingRead {
     /// Plans a read; reads nothing yet.
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
-        let chunks = Chunks::new(ranges.iter().map(|range| range.length));
-        let (threads, bytes) = (ThreadLimit::current()?, chunks.total_bytes());
-        let wanted = parallel::thread_count(threads, bytes, chunks.len());
-        let strategy = ReadStrategy::of(method, bytes, || extent(&ranges), wanted, threads);
+        let (threads, bytes) = (ThreadLimit::current()?, total_bytes(&ranges));
+        let wanted = parallel::thread_count(threads, bytes, bytes.div_ceil(CHUNK_BYTES));
+        let strategy = ReadStrategy::of(method, bytes, || extent(&ranges), wanted, threads)?;
+        // Whole tensors follow one another in a file: chunks end where its blocks do.
+        let start = ranges.first().map_or(0, |range| range.offset);
+        let lengths = ranges.iter().map(|range| range.length);
+        let chunks = Chunks::of_size(lengths, strategy.chunk_bytes, start);
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
@@ -182,7 +186,7 @@ unsafe fn read_parts(
         }
         ReadMethod::File(file) => {
             // Neighbours in the file are read with one call, however small they are.
-            let mut run = Run::new(file, strategy.most_bytes);
+            let mut run = Run::new(file, strategy);
             for ReadRange { offset, destination, length } in parts {
                 // SAFETY: this function's contract covers the destination until `run` is read.
                 unsafe { run.add(offset, destination, length) }?;
@@ -191,9 +195,7 @@ unsafe fn read_parts(
             unsafe { run.read() }
         }
         // SAFETY: this function has the contract of `copy_mapped`.
-        ReadMethod::Mapping(mapping, file) => unsafe {
-            copy_mapped(mapping, file, parts, strategy.residency)
-        },
+        ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, strategy) },
     }
 }
 
@@ -207,7 +209,7 @@ unsafe fn copy_mapped(
     mapping: &Mapping,
     file: Option<&OpenFile>,
     parts: impl Iterator<Item = ReadRange> + Clone,
-    residency: Residency,
+    strategy: ReadStrategy,
 ) -> Result<()> {
     let mut neighbours: Vec<Range<usize>> = Vec::new();
     for ReadRange { offset, length, .. } in parts.clone() {
@@ -218,7 +220,7 @@ unsafe fn copy_mapped(
         }
     }
     for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
-        read_and_map(mapping, file, bytes, residency)?;
+        read_and_map(mapping, file, bytes, strategy)?;
     }
     for ReadRange { offset, destination, length } in parts {
         let source = mapping.as_ptr().wrapping_add(offset as usize);
@@ -246,14 +248,30 @@ struct Run<'a> {
     file: &'a OpenFile,
     /// The most bytes of one call.
     most_bytes: usize,
+    /// The file for direct reads, and the memory for them.
+    direct: Option<(&'a File, BounceBuffer)>,
     start: u64,
     bytes: usize,
     parts: Vec<libc::iovec>,
 }
 
 impl<'a> Run<'a> {
-    fn new(file: &'a OpenFile, most_bytes: usize) -> Run<'a> {
-        Run { file, most_bytes, start: 0, bytes: 0, parts: Vec::new() }
+    fn new(file: &'a OpenFile, strategy: ReadStrategy) -> Run<'a> {
+        let direct = strategy.is_direct.then(|| file.direct()).flatten();
+        Run {
+            file,
+            most_bytes: strategy.most_bytes,
+            direct: direct.map(|file| (file, BounceBuffer::default())),
+            start: 0,
+            bytes: 0,
+            parts: Vec::new(),
+        }
+    }
+
+    /// Returns how many more bytes fit. Runs of direct reads end where a block does.
+    fn room(&self) -> usize {
+        let skipped = if self.direct.is_some() { block_offset(self.start) } else { 0 };
+        self.most_bytes.saturating_sub(skipped) - self.bytes
     }
 
     /// Adds a range. First reads what was added before if the range does not follow it, or if it is full.
@@ -264,13 +282,13 @@ impl<'a> Run<'a> {
     unsafe fn add(&mut self, mut offset: u64, mut destination: *mut u8, mut length: usize) -> Result<()> {
         while length > 0 {
             let follows = self.start + self.bytes as u64 == offset;
-            if !follows || self.bytes == self.most_bytes || self.parts.len() == MAX_PARTS {
+            if !follows || self.room() == 0 || self.parts.len() == MAX_PARTS {
                 // SAFETY: the contract of the calls that added the parts.
                 unsafe { self.read() }?;
                 (self.start, self.bytes) = (offset, 0);
                 self.parts.clear();
             }
-            let taken = length.min(self.most_bytes - self.bytes);
+            let taken = length.min(self.room());
             self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken });
             self.bytes += taken;
             offset += taken as u64;
@@ -280,12 +298,41 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the
+    /// filesystem refuses, or the file ends early.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Run::read`].
+    unsafe fn read_direct(&mut self) -> Result<bool> {
+        let Some((file, buffer)) = &mut self.direct else { return Ok(false) };
+        let bytes = match buffer.read(file, self.start, self.bytes) {
+            Ok(bytes) if bytes.len() == self.bytes => bytes,
+            Ok(_) => return Ok(false),
+            Err(error) if is_refusal(&error) => return Ok(false),
+            Err(source) => return Err(Error::io("read", &self.file.path, source)),
+        };
+        let mut done = 0;
+        for part in &self.parts {
+            // SAFETY: the part is valid for writes of its length (this function's contract). `bytes` has those of all parts.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), part.iov_base.cast(), part.iov_len);
+            }
+            done += part.iov_len;
+        }
+        Ok(true)
+    }
+
     /// Reads all parts.
     ///
     /// # Safety
     ///
     /// Every part must be valid for writes of its length.
     unsafe fn read(&mut self) -> Result<()> {
+        // SAFETY: this function has the contract of `read_direct`.
+        if unsafe { self.read_direct() }? {
+            return Ok(());
+        }
         let file = self.file;
         let mut offset = self.start;
         let mut rest = &mut self.parts[..];
@@ -309,6 +356,11 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
+}
+
+/// Returns whether a filesystem refuses direct reads, or those with blocks of this size.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
 /// Reads from `offset` on into `parts`, one after the other. Returns the number of bytes, 0 at the end of the file.

@@ -4,16 +4,16 @@ use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::direct_io;
 use crate::sys::directory::{Directory, identity, nul_in_path};
-use crate::sys::page_cache::COLD_READ_BYTES;
 
 /// How tensors are read from a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,11 +51,12 @@ pub struct Mapping {
     path: PathBuf,
     /// Device and inode number. No other file has them while this one is mapped.
     identity: (u64, u64),
+    is_owned: bool,
 }
 
 impl Mapping {
     pub(crate) fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
-        let OpenFile { file, path } = file;
+        let OpenFile { file, path, .. } = file;
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
         let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
@@ -63,18 +64,30 @@ impl Mapping {
         // SAFETY: the pages may change, but no reference to them is made: reads copy by address, saves take `RawBytes`.
         let map = unsafe { MmapOptions::new().len(length).no_reserve_swap().map_copy(file) };
         let map = map.map_err(|source| cannot_map(path, source))?;
-        Ok(Mapping { map: map.into(), path: path.clone(), identity: identity(&metadata) })
+        // SAFETY: the call has no preconditions.
+        let user = unsafe { libc::geteuid() };
+        Ok(Mapping {
+            map: map.into(),
+            path: path.clone(),
+            identity: identity(&metadata),
+            is_owned: user == 0 || user == metadata.uid(),
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
+    /// Returns whether `mincore` tells which pages are in memory. It calls all pages of other users' files resident.
+    pub(crate) fn is_residency_known(&self) -> bool {
+        self.is_owned
+    }
+
     /// Opens the file again. Returns `None` if it was replaced or removed, or cannot be opened.
     pub(crate) fn reopen(&self) -> Option<OpenFile> {
         let file = open_to_read(&self.path).ok()?;
         let is_same = file.metadata().is_ok_and(|metadata| identity(&metadata) == self.identity);
-        is_same.then(|| OpenFile { file, path: self.path.clone() })
+        is_same.then(|| OpenFile::new(file, &self.path))
     }
 
     /// Returns the address of the first byte. [`Mapping::len`] bytes are readable and writable there.
@@ -97,6 +110,9 @@ impl Mapping {
         self.len() == 0
     }
 }
+
+/// Smaller copies are not worth opening the file again.
+const REOPEN_BYTES: usize = 1 << 20;
 
 #[derive(Debug)]
 pub(crate) struct ExternalMemory {
@@ -133,6 +149,18 @@ impl ExternalMemory {
 pub(crate) struct OpenFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
+    /// The same file for direct reads, opened by the first one; `None` if its filesystem has none.
+    direct: OnceLock<Option<File>>,
+}
+
+impl OpenFile {
+    pub(crate) fn new(file: File, path: &Path) -> OpenFile {
+        OpenFile { file, path: path.to_path_buf(), direct: OnceLock::new() }
+    }
+
+    pub(crate) fn direct(&self) -> Option<&File> {
+        self.direct.get_or_init(|| direct_io::reopen(&self.file)).as_ref()
+    }
 }
 
 /// Where the bytes of a safetensors file are.
@@ -164,11 +192,16 @@ pub(crate) enum ReadMethod<'a> {
 }
 
 impl Source {
-    /// Reopens a mapped file before `bytes` of it are copied, if they are many: reading pages that are not in memory is
-    /// faster than touching them. Pass the result to [`Source::method`].
+    /// Reopens a file before `bytes` of it are copied, if they are many. Reading pages of a mapping that are not in memory
+    /// is faster than touching them, and the descriptor for direct reads is closed when the copy is done. Pass the result
+    /// to [`Source::method`].
     pub(crate) fn reopen(&self, bytes: usize) -> Option<OpenFile> {
         match self {
-            Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.reopen(),
+            Source::Mapped(mapping) if bytes >= REOPEN_BYTES => mapping.reopen(),
+            // Without a descriptor for it, the file itself is used.
+            Source::File(file) if bytes >= REOPEN_BYTES => {
+                file.file.try_clone().ok().map(|clone| OpenFile::new(clone, &file.path))
+            }
             _ => None,
         }
     }
@@ -187,7 +220,7 @@ impl Source {
         match (self, from, reopened) {
             (Source::Mapped(_), ReadFrom::File, Some(file)) => ReadMethod::File(file),
             (Source::Mapped(mapping), ..) => ReadMethod::Mapping(mapping, reopened),
-            (Source::File(file), ..) => ReadMethod::File(file),
+            (Source::File(file), ..) => ReadMethod::File(reopened.unwrap_or(file)),
             (Source::Memory(memory), ..) => ReadMethod::Memory(memory),
         }
     }

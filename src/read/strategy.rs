@@ -1,48 +1,163 @@
-//! Decides how a file is read, given where its bytes are.
+//! Decides how a file is read, given where its bytes are and where they go.
 
 use std::ops::Range;
 
-use crate::read::source::ReadMethod;
-use crate::sys::page_cache::{COLD_READ_BYTES, COLD_READERS, Residency, residency};
-use crate::sys::parallel;
+use crate::error::Result;
+use crate::read::source::{OpenFile, ReadMethod};
+use crate::sys::direct_io::{Direct, direct};
+use crate::sys::filesystem::{Filesystem, Scope};
+use crate::sys::page_cache::{Residency, residency};
+use crate::sys::parallel::{CHUNK_BYTES, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
 
+/// The bytes of one read outside the page cache. Network filesystems send no larger requests.
+pub(crate) const COLD_READ_BYTES: usize = 1 << 20;
+
+/// The number of threads that read from a disk; they mostly wait.
+pub(crate) const DISK_READERS: usize = 4;
+
+/// The number of threads that read from a network filesystem, to have as many requests in flight.
+pub(crate) const REMOTE_READERS: usize = 16;
+
 /// How to read a source: with how many threads, and how much with one call.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ReadStrategy {
     pub(crate) residency: Residency,
+    /// Whether the file is on a network filesystem; false if it is in the page cache.
+    pub(crate) is_remote: bool,
     /// The threads that its bytes are worth.
     pub(crate) threads: usize,
     /// The most bytes of one read.
     pub(crate) most_bytes: usize,
+    /// The bytes that a thread takes at a time.
+    pub(crate) chunk_bytes: usize,
+    /// Whether reads bypass the page cache.
+    pub(crate) is_direct: bool,
 }
 
 impl ReadStrategy {
     /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`direct`].
     pub(crate) fn of(
         method: ReadMethod<'_>,
         bytes: usize,
         extent: impl FnOnce() -> Range<u64>,
         wanted: usize,
         threads: ThreadLimit,
+    ) -> Result<ReadStrategy> {
+        Ok(match method {
+            ReadMethod::File(file) => ReadStrategy::choose(file, bytes, extent, direct()?, wanted, threads),
+            ReadMethod::Mapping(_, Some(file)) => {
+                ReadStrategy::of_mapped(file, bytes, extent, wanted, threads)
+            }
+            ReadMethod::Mapping(_, None) | ReadMethod::Memory(_) => {
+                ReadStrategy::in_memory(Residency::Unknown, wanted)
+            }
+        })
+    }
+
+    /// As [`ReadStrategy::of`], for bytes that must come into the page cache.
+    pub(crate) fn of_mapped(
+        file: &OpenFile,
+        bytes: usize,
+        extent: impl FnOnce() -> Range<u64>,
+        wanted: usize,
+        threads: ThreadLimit,
     ) -> ReadStrategy {
-        let residency = match method {
-            // It makes no difference for small reads.
-            ReadMethod::File(file) | ReadMethod::Mapping(_, Some(file))
-                if bytes >= parallel::MIN_PARALLEL_BYTES =>
-            {
-                residency(&file.file, extent())
-            }
-            _ => Residency::Unknown,
+        ReadStrategy::choose(file, bytes, extent, Direct::Never, wanted, threads)
+    }
+
+    fn choose(
+        OpenFile { file, .. }: &OpenFile,
+        bytes: usize,
+        extent: impl FnOnce() -> Range<u64>,
+        direct: Direct,
+        wanted: usize,
+        threads: ThreadLimit,
+    ) -> ReadStrategy {
+        // It makes no difference for small reads.
+        if bytes < COLD_READ_BYTES {
+            return ReadStrategy::in_memory(Residency::Unknown, wanted);
+        }
+        let residency = residency(file, extent());
+        // Cached files are not worth a request to a server.
+        let is_remote = residency != Residency::Cached && Filesystem::of(file).scope == Scope::Remote;
+        if bytes < MIN_PARALLEL_BYTES && !is_remote {
+            return ReadStrategy::in_memory(residency, wanted);
+        }
+        ReadStrategy::decide(residency, is_remote, direct, wanted, threads)
+    }
+
+    fn decide(
+        residency: Residency,
+        is_remote: bool,
+        direct: Direct,
+        wanted: usize,
+        threads: ThreadLimit,
+    ) -> ReadStrategy {
+        let is_direct = match direct {
+            Direct::Never => false,
+            Direct::Always => true,
+            // If residency is unknown, the file may be cached, and direct reads would take several times as long.
+            Direct::Auto => residency == Residency::Cold,
         };
-        match residency {
-            Residency::Cold => {
-                let readers = wanted.max(threads.cap(COLD_READERS));
-                ReadStrategy { residency, threads: readers, most_bytes: COLD_READ_BYTES }
-            }
-            Residency::Cached | Residency::Unknown => {
-                ReadStrategy { residency, threads: wanted, most_bytes: usize::MAX }
+        if residency == Residency::Cached && !is_direct {
+            return ReadStrategy::in_memory(residency, wanted);
+        }
+        let (readers, chunk_bytes) =
+            if is_remote { (REMOTE_READERS, COLD_READ_BYTES) } else { (DISK_READERS, CHUNK_BYTES) };
+        ReadStrategy {
+            residency,
+            is_remote,
+            threads: wanted.max(threads.cap(readers)),
+            most_bytes: COLD_READ_BYTES,
+            chunk_bytes,
+            is_direct,
+        }
+    }
+
+    /// Returns the strategy for bytes that are in memory, or whose file cannot be read otherwise.
+    pub(crate) fn in_memory(residency: Residency, threads: usize) -> ReadStrategy {
+        ReadStrategy {
+            residency,
+            is_remote: false,
+            threads,
+            most_bytes: usize::MAX,
+            chunk_bytes: CHUNK_BYTES,
+            is_direct: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decide(residency: Residency, is_remote: bool, direct: Direct) -> ReadStrategy {
+        ReadStrategy::decide(residency, is_remote, direct, 2, ThreadLimit::at_most(0))
+    }
+
+    #[test]
+    fn cached_files_are_copied() {
+        let strategy = decide(Residency::Cached, false, Direct::Auto);
+        assert_eq!((strategy.threads, strategy.most_bytes, strategy.is_direct), (2, usize::MAX, false));
+        assert!(decide(Residency::Cached, false, Direct::Always).is_direct);
+    }
+
+    #[test]
+    fn other_files_are_read_by_several_threads() {
+        for residency in [Residency::Cold, Residency::Unknown] {
+            for (is_remote, readers) in [(false, DISK_READERS), (true, REMOTE_READERS)] {
+                let strategy = decide(residency, is_remote, Direct::Auto);
+                assert_eq!((strategy.threads, strategy.most_bytes), (readers, COLD_READ_BYTES));
+                assert_eq!(strategy.is_direct, residency == Residency::Cold);
+                assert!(!decide(residency, is_remote, Direct::Never).is_direct);
             }
         }
+        let limited = ReadStrategy::decide(Residency::Cold, true, Direct::Auto, 1, ThreadLimit::at_most(3));
+        assert_eq!(limited.threads, 3);
     }
 }

@@ -4,36 +4,85 @@ use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 
-/// The `statfs` types of filesystems that only one machine can access.
-const LOCAL: [libc::c_long; 8] = [
-    libc::EXT4_SUPER_MAGIC as libc::c_long,
-    libc::XFS_SUPER_MAGIC as libc::c_long,
-    libc::BTRFS_SUPER_MAGIC as libc::c_long,
-    libc::F2FS_SUPER_MAGIC as libc::c_long,
-    libc::TMPFS_MAGIC as libc::c_long,
-    libc::OVERLAYFS_SUPER_MAGIC as libc::c_long,
-    libc::MSDOS_SUPER_MAGIC as libc::c_long,
-    // exFAT, from the kernel's include/uapi/linux/magic.h.
-    0x2011_BAB0,
+/// A kind of filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Filesystem {
+    pub(crate) name: &'static str,
+    pub(crate) scope: Scope,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Only this machine can access it.
+    Local,
+    /// A server or another process answers each request, so many must be in flight.
+    Remote,
+    Unknown,
+}
+
+/// The `statfs` types and names of filesystems, from the kernel's include/uapi/linux/magic.h and from the sources of those
+/// outside the kernel. FUSE includes virtiofs.
+const KINDS: [(u32, &str, Scope); 30] = [
+    (0xEF53, "ext4", Scope::Local),
+    (0x5846_5342, "xfs", Scope::Local),
+    (0x9123_683E, "btrfs", Scope::Local),
+    (0xF2F5_2010, "f2fs", Scope::Local),
+    (0x2FC1_2FC1, "zfs", Scope::Local),
+    (0x0102_1994, "tmpfs", Scope::Local),
+    (0x794C_7630, "overlay", Scope::Local),
+    (0x4D44, "fat", Scope::Local),
+    (0x2011_BAB0, "exfat", Scope::Local),
+    (0x7371_7368, "squashfs", Scope::Local),
+    (0xE0F5_E1E2, "erofs", Scope::Local),
+    (0x9FA0, "proc", Scope::Unknown),
+    (0x6969, "nfs", Scope::Remote),
+    (0x0BD0_0BD0, "lustre", Scope::Remote),
+    (0x6573_5546, "fuse", Scope::Remote),
+    (0x4750_4653, "gpfs", Scope::Remote),
+    (0x0102_1997, "9p", Scope::Remote),
+    (0x517B, "smb", Scope::Remote),
+    (0xFF53_4D42, "cifs", Scope::Remote),
+    (0xFE53_4D42, "smb2", Scope::Remote),
+    (0x00C3_6400, "ceph", Scope::Remote),
+    (0x5346_414F, "afs", Scope::Remote),
+    (0x6B41_4653, "afs", Scope::Remote),
+    (0x1983_0326, "beegfs", Scope::Remote),
+    (0x7375_7245, "coda", Scope::Remote),
+    (0x7461_636F, "ocfs2", Scope::Remote),
+    (0x0116_1970, "gfs2", Scope::Remote),
+    (0xAAD7_AAEA, "panfs", Scope::Remote),
+    (0x786F_4256, "vboxsf", Scope::Remote),
+    (0xBACB_ACBC, "vmhgfs", Scope::Remote),
 ];
+
+impl Filesystem {
+    /// Returns the filesystem of `file`. On a network filesystem, this may cost a request.
+    pub(crate) fn of(file: &File) -> Filesystem {
+        let known = magic_of(file).and_then(|magic| KINDS.into_iter().find(|&(known, ..)| known == magic));
+        known.map_or(Filesystem { name: "unknown", scope: Scope::Unknown }, |(_, name, scope)| Filesystem {
+            name,
+            scope,
+        })
+    }
+}
 
 /// Returns whether this machine alone accesses the filesystem of `file`; false if that is unknown.
 pub(crate) fn is_local(file: &File) -> bool {
-    kind_of(file).is_some_and(|kind| LOCAL.contains(&kind))
+    Filesystem::of(file).scope == Scope::Local
 }
 
 pub(crate) fn is_proc(file: &File) -> bool {
-    kind_of(file) == Some(libc::PROC_SUPER_MAGIC as libc::c_long)
+    Filesystem::of(file).name == "proc"
 }
 
-/// Returns the `statfs` type of the filesystem of `file`.
-fn kind_of(file: &File) -> Option<libc::c_long> {
+/// Returns the `statfs` type of the filesystem of `file`; 32 bits of it are used.
+fn magic_of(file: &File) -> Option<u32> {
     let mut answer = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: `file` keeps the descriptor open; fstatfs writes at most one `statfs` to `answer`, and all of it if it
     // returns 0, so the read is of an initialized value.
     unsafe {
         let status = libc::fstatfs(file.as_raw_fd(), answer.as_mut_ptr());
-        (status == 0).then(|| answer.assume_init().f_type as libc::c_long)
+        (status == 0).then(|| answer.assume_init().f_type as u32)
     }
 }
 
@@ -42,8 +91,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tmpfs_is_local_and_an_unlisted_filesystem_is_not() {
-        assert!(is_local(&tempfile::tempfile_in("/dev/shm").expect("a file")));
-        assert!(!is_local(&File::open("/proc/self/status").expect("there")));
+    fn tmpfs_is_local_and_proc_is_not() {
+        let temporary = tempfile::tempfile_in("/dev/shm").expect("a file");
+        assert_eq!(Filesystem::of(&temporary), Filesystem { name: "tmpfs", scope: Scope::Local });
+        assert!(is_local(&temporary) && !is_proc(&temporary));
+        let process = File::open("/proc/self/status").expect("there");
+        assert!(is_proc(&process) && !is_local(&process));
+    }
+
+    #[test]
+    fn unlisted_filesystems_are_unknown() {
+        let system = File::open("/sys/kernel/mm/transparent_hugepage/enabled").expect("there");
+        assert_eq!(Filesystem::of(&system).scope, Scope::Unknown);
+    }
+
+    #[test]
+    fn no_type_is_listed_twice() {
+        for (index, kind) in KINDS.iter().enumerate() {
+            assert!(KINDS[..index].iter().all(|other| other.0 != kind.0), "{kind:?}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod buffers;
 pub(crate) mod copy;
+pub mod direct_io;
 pub(crate) mod directory;
 pub(crate) mod filesystem;
 pub(crate) mod fork;

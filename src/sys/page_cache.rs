@@ -4,11 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-/// The number of threads that read a file outside the page cache; they mostly wait.
-pub const COLD_READERS: usize = 4;
-
-/// The bytes of one such read. The kernel reads further ahead, so the disk works during the copy.
-pub const COLD_READ_BYTES: usize = 1 << 20;
+use memmap2::MmapOptions;
 
 /// The number of samples that [`residency`] takes, and the bytes of each.
 const SAMPLES: u64 = 16;
@@ -41,23 +37,24 @@ pub enum Residency {
     Cached,
     /// A sample is not.
     Cold,
-    /// The kernel is too old, the file belongs to another user, or its filesystem is stacked on another.
+    /// The kernel does not tell: the file belongs to another user, or its filesystem has no page cache.
     Unknown,
 }
 
 /// Samples whether `range` of `file` is cached; the first page of the file must have been read just now. Checking every
 /// page of a large file could take milliseconds.
 pub fn residency(file: &File, range: Range<u64>) -> Residency {
-    // A stacked filesystem reports that nothing is cached, not even the first page.
+    // Without a page cache, not even the first page is there.
     if cached_bytes(file, 0..1).is_none_or(|cached| cached == 0) {
         return Residency::Unknown;
     }
     let length = range.end.saturating_sub(range.start);
     let window = SAMPLE_BYTES.min(length);
-    let cold = (0..SAMPLES).any(|sample| {
+    let samples = SAMPLES.min(length.div_ceil(SAMPLE_BYTES));
+    let cold = (0..samples).any(|sample| {
         // The first sample begins at the start of the range; the last one ends at its end.
-        let start =
-            range.start + (u128::from(length - window) * u128::from(sample) / u128::from(SAMPLES - 1)) as u64;
+        let start = range.start
+            + (u128::from(length - window) * u128::from(sample) / u128::from(samples.max(2) - 1)) as u64;
         !is_cached(file, start..start + window)
     });
     if cold { Residency::Cold } else { Residency::Cached }
@@ -70,11 +67,21 @@ pub fn is_cached(file: &File, range: Range<u64>) -> bool {
 }
 
 /// Returns how many bytes of `range` are cached, in whole pages; `None` if that is unknown.
-fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
+pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     // The kernel takes a length of 0 for the rest of the file.
     if range.is_empty() {
         return Some(0);
     }
+    let pages = match cachestat(file, &range) {
+        // A filesystem that is stacked on another has no pages of its own: a mapping shows those below.
+        None | Some(0) => mincore(file, &range)?,
+        Some(pages) => pages,
+    };
+    Some(pages.saturating_mul(page_size() as u64))
+}
+
+/// Returns the number of pages of `range`, which must not be empty, in the page cache of `file`.
+fn cachestat(file: &File, range: &Range<u64>) -> Option<u64> {
     let request = CachestatRange { offset: range.start, length: range.end - range.start };
     let mut answer = Cachestat::default();
     // SAFETY: `file` keeps the descriptor open. Both structs have the layout of linux/mman.h (`repr(C)`, integers of the
@@ -82,7 +89,25 @@ fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     let status = unsafe {
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const request, &raw mut answer, 0 as libc::c_uint)
     };
-    (status == 0).then(|| answer.cached.saturating_mul(page_size() as u64))
+    (status == 0).then_some(answer.cached)
+}
+
+/// As [`cachestat`], through a mapping; works on every kernel and on stacked filesystems. `None` if this process neither
+/// owns the file nor may write to it: the kernel then calls every page resident, even one behind the end of the file.
+fn mincore(file: &File, range: &Range<u64>) -> Option<u64> {
+    let page = page_size() as u64;
+    let resident = |range: Range<u64>| {
+        let start = range.start / page * page;
+        let length = usize::try_from(range.end - start).ok()?;
+        let map = MmapOptions::new().offset(start).len(length).map_raw_read_only(file).ok()?;
+        let mut pages = vec![0u8; length.div_ceil(page_size())];
+        // SAFETY: `map` is a mapping of `length` bytes, and `pages` has a byte for each of its pages.
+        let status = unsafe { libc::mincore(map.as_mut_ptr().cast(), length, pages.as_mut_ptr()) };
+        (status == 0).then(|| pages.iter().filter(|&&flags| flags & 1 != 0).count() as u64)
+    };
+    let found = resident(range.clone())?;
+    let behind = file.metadata().ok()?.len().next_multiple_of(page);
+    (found == 0 || resident(behind..behind + page)? == 0).then_some(found)
 }
 
 pub fn page_size() -> usize {
@@ -129,6 +154,20 @@ mod tests {
             assert_eq!(residency(&file, LENGTH - 5..LENGTH), Residency::Cold);
             assert_eq!(residency(&file, 0..1), Residency::Cached);
             assert!(!is_cached(&file, LENGTH - 5..LENGTH));
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pages")]
+    fn a_mapping_shows_the_same_as_the_file() {
+        let file = written();
+        let page = page_size() as u64;
+        let range = 3 * SAMPLE_BYTES + 5..4 * SAMPLE_BYTES;
+        assert_eq!(mincore(&file, &range), Some(SAMPLE_BYTES / page));
+        // SAFETY: `file` keeps the descriptor open, and the call takes no pointer.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        if let Some(cached) = cachestat(&file, &range) {
+            assert_eq!(mincore(&file, &range), Some(cached));
         }
     }
 

@@ -75,22 +75,32 @@ pub fn for_each_until(
     failure.map_or(Ok(next.into_inner()), Err)
 }
 
-/// The concatenation of several lengths, cut into chunks of [`CHUNK_BYTES`].
+/// The concatenation of several lengths, cut into chunks of one size.
 #[derive(Debug)]
 pub struct Chunks {
     /// The end of each length in the concatenation.
     ends: Vec<usize>,
+    /// The bytes of a chunk.
+    size: usize,
+    /// How many bytes the first chunk is shorter.
+    skew: usize,
 }
 
 impl Chunks {
-    /// Cuts `lengths`, whose sum must not overflow.
+    /// Cuts `lengths`, whose sum must not overflow, into chunks of [`CHUNK_BYTES`].
     pub fn new(lengths: impl Iterator<Item = usize>) -> Chunks {
+        Chunks::of_size(lengths, CHUNK_BYTES, 0)
+    }
+
+    /// As [`Chunks::new`], into chunks of `size` bytes. The first begins at `offset` in its chunk, as the first length does
+    /// in a file that is cut at multiples of `size`.
+    pub fn of_size(lengths: impl Iterator<Item = usize>, size: usize, offset: u64) -> Chunks {
         let mut end = 0;
         let ends = lengths.map(|length| {
             end += length;
             end
         });
-        Chunks { ends: ends.collect() }
+        Chunks { ends: ends.collect(), size, skew: (offset % size as u64) as usize }
     }
 
     pub fn total_bytes(&self) -> usize {
@@ -98,18 +108,20 @@ impl Chunks {
     }
 
     pub fn len(&self) -> usize {
-        self.total_bytes().div_ceil(CHUNK_BYTES)
+        match self.total_bytes() {
+            0 => 0,
+            bytes => (bytes + self.skew).div_ceil(self.size),
+        }
     }
 
     /// Returns the number of bytes in the chunks before number `chunk`.
     pub fn bytes_before(&self, chunk: usize) -> usize {
-        (chunk * CHUNK_BYTES).min(self.total_bytes())
+        (chunk * self.size).saturating_sub(self.skew).min(self.total_bytes())
     }
 
     /// Returns the non-empty parts of lengths in chunk number `chunk`: the index of each length, and a range inside it.
     pub fn parts(&self, chunk: usize) -> impl Iterator<Item = (usize, Range<usize>)> + Clone + '_ {
-        let from = chunk * CHUNK_BYTES;
-        let to = (from + CHUNK_BYTES).min(self.total_bytes());
+        let (from, to) = (self.bytes_before(chunk), self.bytes_before(chunk + 1));
         let first = self.ends.partition_point(|&end| end <= from);
         (first..self.ends.len())
             .map(move |index| {
