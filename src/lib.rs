@@ -54,6 +54,9 @@ pub use format::slice::{AxisRange, Slice};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher};
+pub use read::prefetch_loader::{
+    NextTensor, PrefetchLoader, PrefetchOptions, PrefetchRequest, PrefetchedTensor,
+};
 pub use read::slab_layout::{SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Buffers};

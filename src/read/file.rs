@@ -329,9 +329,19 @@ impl TensorFile {
         unsafe { reader.read(0..slice.nbytes(), destination) }.map_err(|error| self.locate(error))
     }
 
-    fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {
+    pub(crate) fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {
         let detail = format!("tensor {name:?} takes {needed} bytes, but the buffer has {given}");
         self.locate(Error::new(ErrorKind::BufferSize, detail))
+    }
+
+    /// Adds the path of the file, and the tensors that were being read, to an error: the one at `index`, and `count` in all.
+    pub(crate) fn explain_read(&self, error: Error, index: usize, count: usize) -> Error {
+        let name = self.header.get(index).map_or("", |tensor| tensor.name);
+        let what = match count {
+            0 | 1 => format!("the bytes were for tensor {name:?}"),
+            count => format!("the bytes were for tensor {name:?} and {} after it", count - 1),
+        };
+        self.locate(error.with_remedy(&what))
     }
 
     /// Adds the path of the file to an error.

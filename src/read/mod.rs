@@ -3,6 +3,7 @@
 pub mod file;
 pub mod prefault;
 pub mod prefetch;
+pub mod prefetch_loader;
 mod read_ahead;
 pub(crate) mod reader;
 pub mod slab_layout;

@@ -4,12 +4,10 @@
 //! The caller provides the slabs. `slab_layout` decides which bytes go into which slab.
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::format::slice::Slice;
 use crate::read::file::TensorFile;
 use crate::read::reader::{self, ReadRange};
@@ -17,13 +15,10 @@ use crate::read::slab_layout::{Cursor, Request, SLAB_PART_ALIGNMENT, SlabPart, e
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{OpenFile, ReadFrom};
 use crate::read::strategy::ReadStrategy;
-use crate::sys::fork::OwnerProcess;
 use crate::sys::mutex::{Guard, Mutex};
 use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
-
-/// The most threads of one prefetcher, whatever the caller asks for.
-const MOST_THREADS: usize = 64;
+use crate::sys::workers::{MOST_THREADS, Workers, catch_panic};
 
 /// The result of [`Prefetcher::next_slab`].
 #[derive(Debug, PartialEq, Eq)]
@@ -41,9 +36,7 @@ pub enum NextSlab {
 pub struct Prefetcher {
     shared: Arc<Shared>,
     /// Empty for small reads: [`Prefetcher::next_slab`] reads then.
-    threads: Vec<JoinHandle<()>>,
-    /// The process that started the threads.
-    process: OwnerProcess,
+    workers: Workers,
 }
 
 #[derive(Debug)]
@@ -184,18 +177,10 @@ impl Prefetcher {
             released: Condvar::new(),
             filled: Condvar::new(),
         });
-        let work = || {
-            let shared = Arc::clone(&shared);
-            std::thread::Builder::new().name("safetensors".into()).spawn(move || shared.work())
-        };
+        let of_threads = Arc::clone(&shared);
         // If no thread can be started, `next_slab` reads.
-        let threads = (0..threads).map_while(|_| work().ok()).collect();
-        Ok(Prefetcher { shared, threads, process: OwnerProcess::current() })
-    }
-
-    /// Returns whether the threads are those of a parent process. They may have held the lock when it was forked.
-    fn is_forked(&self) -> bool {
-        !self.threads.is_empty() && !self.process.is_current()
+        let workers = Workers::start(threads, move || of_threads.work());
+        Ok(Prefetcher { shared, workers })
     }
 
     /// Adds a slab and returns its number.
@@ -214,17 +199,17 @@ impl Prefetcher {
 
     /// Returns whether reading waits for a slab.
     pub fn is_starved(&self) -> bool {
-        if self.is_forked() {
+        if self.workers.are_forked() {
             return false;
         }
         let state = self.shared.state.lock();
-        let is_waiting = state.waiting > 0 || self.threads.is_empty();
+        let is_waiting = state.waiting > 0 || self.workers.is_empty();
         is_waiting && state.free.is_empty() && !state.cursor.is_done()
     }
 
     /// Makes a slab that [`Prefetcher::next_slab`] returned available again.
     pub fn release_slab(&self, slab: usize) {
-        if self.is_forked() {
+        if self.workers.are_forked() {
             return;
         }
         let mut state = self.shared.state.lock();
@@ -240,9 +225,7 @@ impl Prefetcher {
     /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] if a read failed, with the tensor's name; no slab follows it.
     /// [`ErrorKind::InvalidArgument`] in a forked process.
     pub fn next_slab(&self, wait: Duration) -> Result<NextSlab> {
-        if !self.threads.is_empty() {
-            self.process.check("load").map_err(|error| self.shared.file.locate(error))?;
-        }
+        self.workers.check("load").map_err(|error| self.shared.file.locate(error))?;
         let deadline = Instant::now() + wait;
         let shared = &*self.shared;
         let mut state = shared.state.lock();
@@ -258,7 +241,7 @@ impl Prefetcher {
             if is_finished && state.filling == 0 {
                 return Ok(NextSlab::End);
             }
-            if self.threads.is_empty() && !state.free.is_empty() {
+            if self.workers.is_empty() && !state.free.is_empty() {
                 state = shared.fill_next(state);
                 continue;
             }
@@ -273,16 +256,9 @@ impl Prefetcher {
 
 impl Drop for Prefetcher {
     fn drop(&mut self) {
-        if self.is_forked() {
-            // The threads do not exist in this process: they can be neither joined nor freed.
-            self.threads.drain(..).for_each(std::mem::forget);
-            return;
-        }
-        self.shared.state.lock().stopped = true;
-        self.shared.released.notify_all();
-        for thread in self.threads.drain(..) {
-            // `fill_next` has caught every panic.
-            let _ = thread.join();
+        if !self.workers.are_forked() {
+            self.shared.state.lock().stopped = true;
+            self.shared.released.notify_all();
         }
     }
 }
@@ -314,10 +290,7 @@ impl Shared {
         drop(state);
         // SAFETY: the slab is valid for writes of `slab_bytes` (contract of `Prefetcher::new`), and `Cursor::next` keeps the
         // parts inside. Its number is not in `free`, so no other thread has it.
-        let fill = || unsafe { self.fill(start, &parts) };
-        let outcome = catch_unwind(AssertUnwindSafe(fill)).unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Panic, "a thread that reads panicked: this is a bug in this library"))
-        });
+        let outcome = catch_panic(|| unsafe { self.fill(start, &parts) });
         state = self.state.lock();
         state.filling -= 1;
         match outcome {
@@ -357,14 +330,9 @@ impl Shared {
             .map_err(|error| self.explain(error, parts))
     }
 
-    /// Adds the names of the file and of the first tensor to an error.
+    /// Adds the names of the file and of the tensors to an error.
     fn explain(&self, error: Error, parts: &[SlabPart]) -> Error {
-        let name = parts.first().and_then(|part| self.file.header().get(self.requests[part.request].index));
-        let name = name.map_or("", |tensor| tensor.name);
-        let what = match parts.len() {
-            0 | 1 => format!("the bytes were for tensor {name:?}"),
-            count => format!("the bytes were for tensor {name:?} and {} after it", count - 1),
-        };
-        self.file.locate(error.with_remedy(&what))
+        let first = parts.first().map_or(0, |part| self.requests[part.request].index);
+        self.file.explain_read(error, first, parts.len())
     }
 }

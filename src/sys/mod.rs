@@ -14,3 +14,4 @@ pub(crate) mod parallel;
 pub mod raw_bytes;
 pub(crate) mod signals;
 pub mod threads;
+pub(crate) mod workers;

@@ -14,6 +14,6 @@ fi
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg tsan"
 export TSAN_OPTIONS="suppressions=$PWD/tests/rust/tsan.suppressions"
-cargo test --quiet --locked --target "$target" --target-dir target/tsan --lib --test prefetch \
+cargo test --quiet --locked --target "$target" --target-dir target/tsan --lib --test prefetch --test prefetch_loader \
     --test incremental_writer -- \
     --test-threads=1
