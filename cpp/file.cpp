@@ -211,6 +211,11 @@ c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const s
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
 
+void File::add_to(PrefetchPlan& plan, const std::optional<std::vector<std::string>>& names,
+                  const std::vector<std::vector<int64_t>>& slices) const {
+    plan.add(*opened(), sharing_for(c10::kMeta).read_from, names, slices);
+}
+
 void File::close() { checkpoint_.close(); }
 
 bool File::is_open() const { return checkpoint_.is_open(); }

@@ -15,6 +15,7 @@
 #include "cpp/model/model.h"
 #include "cpp/read/checkpoint.h"
 #include "cpp/read/pending_load.h"
+#include "cpp/read/prefetch_loader.h"
 #include "cpp/tensors.h"
 
 namespace safetensors_torch::layer {
@@ -66,6 +67,10 @@ class File : public torch::CustomClassHolder {
     c10::intrusive_ptr<PendingState> start_state(const Tensors& state, const std::vector<std::string>& optional,
                                                  const std::string& class_name, bool strict,
                                                  const std::string& prefix) const;
+
+    // Adds tensors to a plan, as PrefetchPlan::add() does.
+    void add_to(PrefetchPlan& plan, const std::optional<std::vector<std::string>>& names,
+                const std::vector<std::vector<int64_t>>& slices) const;
 
     void close();
     bool is_open() const;

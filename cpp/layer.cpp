@@ -17,6 +17,7 @@
 #include "cpp/read/load.cpp"
 #include "cpp/read/open_file.cpp"
 #include "cpp/read/pending_load.cpp"
+#include "cpp/read/prefetch_loader.cpp"
 #include "cpp/tensor_memory.cpp"
 #include "cpp/tensors.cpp"
 #include "cpp/write/aliasing.cpp"

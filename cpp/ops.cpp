@@ -16,6 +16,7 @@
 #include "cpp/model/mismatch.h"
 #include "cpp/read/checkpoint_loader.h"
 #include "cpp/read/pending_load.h"
+#include "cpp/read/prefetch_loader.h"
 #include "cpp/tensor_memory.h"
 #include "cpp/write/aliasing.h"
 #include "cpp/write/edit.h"
@@ -206,6 +207,7 @@ constexpr auto kOpKey = c10::DispatchKey::CompositeExplicitAutograd;
 void define_classes(torch::Library& library) {
     register_pending_loads(library);
     register_file(library);
+    register_prefetch(library);
     register_pending_save(library);
     register_sharded_saves(library);
     register_incremental_writer(library);

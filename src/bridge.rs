@@ -12,6 +12,7 @@ mod edit;
 mod file;
 mod incremental;
 mod prefetch;
+mod prefetch_loader;
 mod save;
 
 use std::ffi::OsStr;
@@ -32,6 +33,7 @@ use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
 use prefetch::Prefetcher;
+use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch, start_prefetch};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
@@ -74,6 +76,22 @@ mod ffi {
         state: SlabState,
         slab: usize,
         parts: Vec<SlabPart>,
+    }
+
+    #[repr(u8)]
+    enum PrefetchState {
+        Ready,
+        NotReady,
+        /// All tensors were handed out.
+        End,
+    }
+
+    /// The tensor of request number `request`, if it is ready: `block`, which owns its bytes, lives until `release_block`.
+    struct PrefetchedTensor {
+        state: PrefetchState,
+        request: usize,
+        start: *mut u8,
+        block: *const Block,
     }
 
     /// What reads of a mapped file return.
@@ -183,6 +201,29 @@ mod ffi {
         fn release_slab(self: &Prefetcher, slab: usize);
         unsafe fn add_slab(self: &Prefetcher, slab: Slab) -> usize;
         fn is_starved(self: &Prefetcher) -> bool;
+
+        /// Tensors of any files, to be read in this order. `extra_bytes` are those that the caller allocates when the tensor is
+        /// handed out.
+        type PrefetchPlan;
+        fn plan_prefetch() -> Box<PrefetchPlan>;
+        fn add(self: &mut PrefetchPlan, file: &File, index: usize, extra_bytes: u64);
+        fn add_slice(
+            self: &mut PrefetchPlan,
+            file: &File,
+            index: usize,
+            ranges: &[Range],
+            extra_bytes: u64,
+        ) -> Result<()>;
+        fn start_prefetch(
+            plan: Box<PrefetchPlan>,
+            from: ReadFrom,
+            buffer_bytes: u64,
+            most_threads: u64,
+        ) -> Result<Box<PrefetchLoader>>;
+
+        type PrefetchLoader;
+        fn next(self: &PrefetchLoader, milliseconds: u64) -> Result<PrefetchedTensor>;
+        fn take(self: &PrefetchLoader, request: usize, milliseconds: u64) -> Result<PrefetchedTensor>;
 
         type Mapping;
         unsafe fn release_mapping(mapping: *const Mapping);

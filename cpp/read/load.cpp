@@ -56,11 +56,6 @@ at::Tensor over(c10::DataPtr data, size_t nbytes, c10::ScalarType type, c10::Int
     return tensor;
 }
 
-// All options are explicit, so torch's default device is ignored.
-at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
-    return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
-}
-
 // The same; the error about too little memory names `what`.
 at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what) {
     try {
@@ -79,7 +74,12 @@ at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
 // Returns whether the tensor has a storage that can be copied to.
 bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
 
-// Returns the device, with the index of the current one if it has none.
+}  // namespace
+
+at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
+    return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
+}
+
 c10::Device with_index(c10::Device device) {
     if (device.has_index() || device.is_cpu() || device.is_meta()) {
         return device;
@@ -87,19 +87,26 @@ c10::Device with_index(c10::Device device) {
     return c10::impl::VirtualGuardImpl(device.type()).getDevice();
 }
 
-// Returns the dtype of a loaded tensor: only floating-point ones are converted.
 c10::ScalarType converted(c10::ScalarType stored, std::optional<c10::ScalarType> wanted) {
     return wanted && c10::isFloatingType(stored) ? *wanted : stored;
 }
 
-}  // namespace
+void check_wanted(std::optional<c10::ScalarType> dtype) {
+    if (dtype && !c10::isFloatingType(*dtype)) {
+        fail(ErrorCategory::value, "dtype must be a floating-point one, not " + dtype_name(*dtype));
+    }
+}
+
+at::Tensor over_block(uint8_t* data, const core::Block* block, size_t nbytes, c10::ScalarType type,
+                      c10::IntArrayRef shape) {
+    c10::DataPtr pointer(data, as_context(block), &release_block, c10::kCPU);
+    return over(std::move(pointer), nbytes, type, shape, c10::GetCPUAllocator());
+}
 
 Loader::Loader(SharedFile file, StorageSharing sharing, std::vector<size_t> indices, Target target)
     : file_(std::move(file)), sharing_(std::move(sharing)), indices_(std::move(indices)), target_(target) {
     target_.device = with_index(target_.device);
-    if (target_.dtype && !c10::isFloatingType(*target_.dtype)) {
-        fail(ErrorCategory::value, "dtype must be a floating-point one, not " + dtype_name(*target_.dtype));
-    }
+    check_wanted(target_.dtype);
     const core::File& core_file = **file_;
     std::vector<size_t> to_read;
     for (size_t i = 0; i < indices_.size(); ++i) {
@@ -188,8 +195,7 @@ at::Tensor Loader::tensor(size_t i) const {
         return over(share(file, sharing_, shareable_data(file, sharing_, index, stored)), nbytes, type, shape, nullptr);
     }
     const core::PendingRead& loading = **loading_;
-    c10::DataPtr data(loading.data(places_[i]), as_context(loading.share_block(places_[i])), &release_block, c10::kCPU);
-    return over(std::move(data), nbytes, type, shape, c10::GetCPUAllocator());
+    return over_block(loading.data(places_[i]), loading.share_block(places_[i]), nbytes, type, shape);
 }
 
 at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t index, c10::Device device) {
@@ -198,8 +204,7 @@ at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t in
     return loader.tensor(0);
 }
 
-SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core::Range> ranges, c10::Device device) {
-    const core::File& file = **shared_file;
+SlicePlan plan_slice(const core::File& file, size_t index, std::vector<core::Range> ranges) {
     const uint8_t dtype = file.dtype(index);
     const rust::Str name = file.name(index);
     const auto type = to_torch(dtype, name);
@@ -216,10 +221,17 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
         last.start *= 2;
         last.stop *= 2;
     }
-    const rust::Slice<const core::Range> view(ranges.data(), ranges.size());
-    const auto header_shape = file.slice_shape(index, view);
-    const auto shape = to_torch_shape(dtype, {header_shape.data(), header_shape.size()}, name);
-    tensor_ = allocate(with_index(device), type, shape, "slice of tensor " + repr(std::string(name)));
+    const auto header_shape = file.slice_shape(index, {ranges.data(), ranges.size()});
+    auto shape = to_torch_shape(dtype, {header_shape.data(), header_shape.size()}, name);
+    return {std::move(ranges), type, std::move(shape)};
+}
+
+SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core::Range> torch_ranges,
+                         c10::Device device) {
+    const core::File& file = **shared_file;
+    auto [ranges, type, shape] = plan_slice(file, index, std::move(torch_ranges));
+    const std::string what = "slice of tensor " + repr(std::string(file.name(index)));
+    tensor_ = allocate(with_index(device), type, shape, what);
     if (tensor_.is_meta() || tensor_.numel() == 0) {
         return;
     }
@@ -228,8 +240,8 @@ SliceLoader::SliceLoader(SharedFile shared_file, size_t index, std::vector<core:
             std::make_unique<Upload>(std::move(shared_file), Destination{index, type, tensor_}, std::move(ranges));
         return;
     }
-    at::Tensor host =
-        tensor_.is_cpu() ? tensor_ : allocate(at::kCPU, type, shape, "slice of tensor " + repr(std::string(name)));
+    at::Tensor host = tensor_.is_cpu() ? tensor_ : allocate(at::kCPU, type, shape, what);
+    const rust::Slice<const core::Range> view(ranges.data(), ranges.size());
     file.read_slice(index, view, static_cast<uint8_t*>(host.mutable_data_ptr()), host.nbytes());
     tensor_ = host.to(device);
 }

@@ -78,6 +78,32 @@ class Loader {
     bool is_uploaded_ = false;
 };
 
+// Returns the device, with the index of the current one if it has none.
+c10::Device with_index(c10::Device device);
+
+// Returns the dtype of a loaded tensor: only floating-point ones are converted.
+c10::ScalarType converted(c10::ScalarType stored, std::optional<c10::ScalarType> wanted);
+
+// Fails if tensors cannot be converted to `dtype` because it is not a floating-point one.
+void check_wanted(std::optional<c10::ScalarType> dtype);
+
+// Returns a tensor without data. All options are explicit, so torch's default device is ignored.
+at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape);
+
+// Returns a CPU tensor over `data`, in a block of the core, which it releases.
+at::Tensor over_block(uint8_t* data, const core::Block* block, size_t nbytes, c10::ScalarType type,
+                      c10::IntArrayRef shape);
+
+// What is read for a part of a tensor, and its dtype and shape in torch.
+struct SlicePlan {
+    std::vector<core::Range> ranges;
+    c10::ScalarType type;
+    c10::DimVector shape;
+};
+
+// Plans a part of a tensor: one range for each dimension of torch's shape. The core has one for each of the header's.
+SlicePlan plan_slice(const core::File& file, size_t index, std::vector<core::Range> ranges);
+
 // Loads one tensor of a file.
 at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t index, c10::Device device);
 

@@ -212,8 +212,8 @@ pub unsafe fn release_mapping(mapping: *const Mapping) {
 
 /// # Safety
 ///
-/// `block` must come from [`PendingRead::share_block`], and be released once.
+/// `block` must come from [`PendingRead::share_block`] or a [`super::ffi::PrefetchedTensor`], and be released once.
 pub unsafe fn release_block(block: *const Block) {
-    // SAFETY: `share_block` made the pointer with `Arc::into_raw`, and it is released once (both by the clause above).
+    // SAFETY: `share_block` or the loader's bridge made the pointer with `Arc::into_raw`, and it is released once (both by the clause above).
     drop(unsafe { Arc::from_raw(block) });
 }

@@ -11,6 +11,15 @@ use crate::sys::threads::threads;
 
 pub struct Prefetcher(prefetch::Prefetcher);
 
+impl From<ReadFrom> for source::ReadFrom {
+    fn from(from: ReadFrom) -> source::ReadFrom {
+        match from {
+            ReadFrom::Mapping => source::ReadFrom::Mapping,
+            _ => source::ReadFrom::File,
+        }
+    }
+}
+
 /// Returns the memory of the slabs, and the number of threads to start. The thread that takes the slabs counts too.
 fn slabs_and_threads(slabs: &[Slab]) -> Result<(Vec<*mut u8>, Option<usize>)> {
     Ok((slabs.iter().map(|slab| slab.start).collect(), threads()?.checked_sub(1)))
@@ -27,15 +36,11 @@ impl File {
         slabs: &[Slab],
         slab_bytes: usize,
     ) -> Result<Box<Prefetcher>> {
-        let from = match from {
-            ReadFrom::Mapping => source::ReadFrom::Mapping,
-            _ => source::ReadFrom::File,
-        };
         let (file, (slabs, threads)) = (Arc::clone(&self.0), slabs_and_threads(slabs)?);
         // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
         // and returns them after it has dropped the prefetcher.
         Ok(Box::new(Prefetcher(unsafe {
-            prefetch::Prefetcher::new(file, indices, from, &slabs, slab_bytes, threads)
+            prefetch::Prefetcher::new(file, indices, from.into(), &slabs, slab_bytes, threads)
         }?)))
     }
 

@@ -67,6 +67,7 @@ mod tests {
     use std::sync::mpsc;
 
     #[test]
+    #[cfg_attr(tsan, ignore = "ThreadSanitizer reports threads that are not joined")]
     fn the_threads_of_a_parent_process_are_not_joined() {
         let (end, ended) = mpsc::channel::<()>();
         let ended = std::sync::Arc::new(std::sync::Mutex::new(ended));

@@ -1,0 +1,83 @@
+//! Tensors that are handed out as soon as they have landed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Result;
+use super::ffi::{PrefetchState, PrefetchedTensor, Range, ReadFrom};
+use super::file::File;
+use crate::format::slice::Slice;
+use crate::read::prefetch_loader::{self, NextTensor, PrefetchOptions, PrefetchRequest};
+use crate::sys::threads::threads;
+
+#[derive(Default)]
+pub struct PrefetchPlan(Vec<PrefetchRequest>);
+
+pub fn plan_prefetch() -> Box<PrefetchPlan> {
+    Box::default()
+}
+
+fn bounded(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+impl PrefetchPlan {
+    fn push(&mut self, file: &File, index: usize, slice: Option<Slice>, extra_bytes: u64) {
+        let file = Arc::clone(&file.0);
+        let extra_bytes = bounded(extra_bytes);
+        self.0.push(PrefetchRequest { file, index, slice, destination: None, extra_bytes });
+    }
+
+    pub fn add(&mut self, file: &File, index: usize, extra_bytes: u64) {
+        self.push(file, index, None, extra_bytes);
+    }
+
+    pub fn add_slice(&mut self, file: &File, index: usize, ranges: &[Range], extra_bytes: u64) -> Result<()> {
+        self.push(file, index, Some(file.slice(index, ranges)?), extra_bytes);
+        Ok(())
+    }
+}
+
+pub fn start_prefetch(
+    plan: Box<PrefetchPlan>,
+    from: ReadFrom,
+    buffer_bytes: u64,
+    most_threads: u64,
+) -> Result<Box<PrefetchLoader>> {
+    let PrefetchPlan(requests) = *plan;
+    let most = bounded(most_threads);
+    // The thread that takes the tensors counts in the limit, too.
+    let most = threads()?.checked_sub(1).map_or(most, |limit| most.min(limit));
+    let buffer_bytes = bounded(buffer_bytes);
+    let options = PrefetchOptions { read_from: from.into(), buffer_bytes, threads: Some(most) };
+    // SAFETY: no request has a destination (`PrefetchPlan::push`).
+    let loader = unsafe { prefetch_loader::PrefetchLoader::new(requests, options) }?;
+    Ok(Box::new(PrefetchLoader(loader)))
+}
+
+pub struct PrefetchLoader(prefetch_loader::PrefetchLoader);
+
+fn not_ready(state: PrefetchState) -> PrefetchedTensor {
+    PrefetchedTensor { state, request: 0, start: std::ptr::null_mut(), block: std::ptr::null() }
+}
+
+fn ready(tensor: prefetch_loader::PrefetchedTensor) -> PrefetchedTensor {
+    let prefetch_loader::PrefetchedTensor { request, start, owner } = tensor;
+    let block = Arc::into_raw(owner.expect("the loader allocates memory for requests without destinations"));
+    PrefetchedTensor { state: PrefetchState::Ready, request, start, block }
+}
+
+impl PrefetchLoader {
+    pub fn next(&self, milliseconds: u64) -> Result<PrefetchedTensor> {
+        Ok(match self.0.next(Duration::from_millis(milliseconds))? {
+            NextTensor::Ready(tensor) => ready(tensor),
+            NextTensor::NotReady => not_ready(PrefetchState::NotReady),
+            NextTensor::End => not_ready(PrefetchState::End),
+        })
+    }
+
+    pub fn take(&self, request: usize, milliseconds: u64) -> Result<PrefetchedTensor> {
+        let taken = self.0.take(request, Duration::from_millis(milliseconds))?;
+        Ok(taken.map_or_else(|| not_ready(PrefetchState::NotReady), ready))
+    }
+}
