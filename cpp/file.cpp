@@ -114,6 +114,16 @@ std::tuple<int64_t, int64_t> File::byte_range(const std::string& name) const {
     return {begin, begin + static_cast<int64_t>(file.nbytes(index))};
 }
 
+std::tuple<std::string, std::vector<int64_t>, std::tuple<int64_t, int64_t>> File::meta(const std::string& name) const {
+    const auto checkpoint = opened();
+    const auto [file, index] = checkpoint->at(name);
+    const auto shape = file.shape(index);
+    const auto begin = static_cast<int64_t>(file.begin(index) - file.data_start());
+    return {std::string(core::dtype_code(file.dtype(index))),
+            {shape.begin(), shape.end()},
+            {begin, begin + static_cast<int64_t>(file.nbytes(index))}};
+}
+
 std::vector<std::string> File::shards() const { return opened()->file_names(); }
 
 std::string File::shard_of(const std::string& name) const {
@@ -265,6 +275,7 @@ void register_file(torch::Library& library) {
         .def("tensor_dtype", clean(&File::tensor_dtype))
         .def("dtype", clean(&File::dtype))
         .def("shape_and_dtype", clean(&File::shape_and_dtype))
+        .def("meta", clean(&File::meta))
         .def("byte_range", clean(&File::byte_range))
         .def("shards", clean(&File::shards))
         .def("shard_of", clean(&File::shard_of))

@@ -43,6 +43,8 @@ class File : public torch::CustomClassHolder {
     std::string dtype(const std::string& name) const;
     // Both with one search.
     std::tuple<std::vector<int64_t>, std::string> shape_and_dtype(const std::string& name) const;
+    // The same, and the range of the tensor's bytes from the start of the data.
+    std::tuple<std::string, std::vector<int64_t>, std::tuple<int64_t, int64_t>> meta(const std::string& name) const;
     // The range of the tensor's bytes, begin and end, from the start of its file.
     std::tuple<int64_t, int64_t> byte_range(const std::string& name) const;
     // The names of the files of a checkpoint, and of the one that holds a tensor; empty for a single file.

@@ -147,6 +147,8 @@ mod ffi {
         fn nbytes(self: &File, index: usize) -> u64;
         /// Returns the offset of the tensor's first byte in the file.
         fn begin(self: &File, index: usize) -> u64;
+        /// Returns the offset of the data in the file.
+        fn data_start(self: &File) -> u64;
         fn has_metadata(self: &File) -> bool;
         fn metadata(self: &File) -> Vec<Entry>;
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <numeric>
 
 #include "cpp/bytes.h"
 #include "cpp/dtype.h"
@@ -120,13 +121,31 @@ std::vector<std::string> names_of(const std::vector<PrefetchItem>& items) {
     return names;
 }
 
+std::vector<uint64_t> sizes_of(const std::vector<PrefetchItem>& items) {
+    std::vector<uint64_t> bytes;
+    bytes.reserve(items.size());
+    for (const PrefetchItem& item : items) {
+        bytes.push_back(item.nbytes());
+    }
+    return bytes;
+}
+
 }  // namespace
 
 PrefetchLoader::PrefetchLoader(std::vector<PrefetchItem> items, PrefetchOptions options)
-    : names_(names_of(items)), is_delivered_(items.size()), prefetch_(make_prefetch(std::move(items), options)) {
+    : names_(names_of(items)),
+      bytes_(sizes_of(items)),
+      total_(std::accumulate(bytes_.begin(), bytes_.end(), uint64_t{0})),
+      is_delivered_(items.size()),
+      prefetch_(make_prefetch(std::move(items), options)) {
     for (size_t item = 0; item < names_.size(); ++item) {
         numbers_.emplace(names_[item], item);
     }
+}
+
+void PrefetchLoader::deliver(size_t item) {
+    is_delivered_[item] = true;
+    done_ += bytes_[item];
 }
 
 // Calls body(prefetch). After a failure nothing more is read, and what was read is freed.
@@ -149,7 +168,7 @@ std::tuple<bool, std::optional<std::tuple<std::string, at::Tensor>>> PrefetchLoa
     if (!item) {
         return {is_left, std::nullopt};
     }
-    is_delivered_[item->first] = true;
+    deliver(item->first);
     return {is_left, std::tuple(names_[item->first], std::move(item->second))};
 }
 
@@ -165,7 +184,9 @@ std::optional<at::Tensor> PrefetchLoader::take(const std::string& name, Deadline
              SFT_ERROR_INVALID_ARGUMENT);
     }
     const auto tensor = with_prefetch([&](Prefetch& prefetch) { return prefetch.take(item, until); });
-    is_delivered_[item] = is_delivered_[item] || tensor.has_value();
+    if (tensor) {
+        deliver(item);
+    }
     return tensor;
 }
 
@@ -242,6 +263,8 @@ void register_prefetch(torch::Library& library) {
     using Loader = c10::intrusive_ptr<PrefetchLoader>;
     library.class_<PrefetchLoader>("PrefetchLoader")
         .def("names", [](const Loader& self) { return self->names(); })
+        .def("total", [](const Loader& self) { return static_cast<int64_t>(self->total()); })
+        .def("done", [](const Loader& self) { return static_cast<int64_t>(self->done()); })
         .def("next", [](const Loader& self,
                         double seconds) { return guarded([&] { return self->next(Deadline::in(seconds)); }); })
         .def("take", [](const Loader& self, const std::string& name,

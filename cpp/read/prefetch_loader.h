@@ -67,6 +67,10 @@ class PrefetchLoader : public torch::CustomClassHolder {
     // Returns the names in the order of the plan.
     const std::vector<std::string>& names() const { return names_; }
 
+    // The bytes of all tensors in the files, and those of the tensors that were handed out.
+    uint64_t total() const { return total_; }
+    uint64_t done() const { return done_; }
+
     // Returns whether tensors are left, and the next one that is ready.
     std::tuple<bool, std::optional<std::tuple<std::string, at::Tensor>>> next(Deadline until);
 
@@ -80,7 +84,12 @@ class PrefetchLoader : public torch::CustomClassHolder {
     template <typename Body>
     auto with_prefetch(Body&& body) -> decltype(body(std::declval<Prefetch&>()));
 
+    void deliver(size_t item);
+
     std::vector<std::string> names_;
+    std::vector<uint64_t> bytes_;
+    uint64_t total_;
+    std::atomic<uint64_t> done_{0};
     // For each name, its first item.
     std::unordered_map<std::string, size_t> numbers_;
     std::vector<std::atomic<bool>> is_delivered_;

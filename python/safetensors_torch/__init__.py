@@ -33,11 +33,13 @@ if not _is_shell_command():
     from ._errors import SafetensorError
     from ._incremental_writer import IncrementalWriter
     from ._inspect import CheckpointInfo, TensorInfo, inspect
+    from ._iterate import iterate
     from ._load import load, load_file
     from ._metadata import edit_metadata
     from ._model import load_model, save_model
     from ._patch import patch_safetensors, unpatch_safetensors
-    from ._safe_open import safe_open
+    from ._prefetch_loader import PrefetchLoader, TensorMeta
+    from ._safe_open import PySafeSlice, safe_open
     from ._save import save, save_file
     from ._sharded import load_sharded, save_sharded
     from ._transfer import (
@@ -58,8 +60,11 @@ if not _is_shell_command():
 __all__ = [
     "CheckpointInfo",
     "IncrementalWriter",
+    "PrefetchLoader",
+    "PySafeSlice",
     "SafetensorError",
     "TensorInfo",
+    "TensorMeta",
     "TransferOptions",
     "__version__",
     "cmake_prefix_path",
@@ -67,6 +72,7 @@ __all__ = [
     "extension_link_args",
     "include_path",
     "inspect",
+    "iterate",
     "load",
     "load_file",
     "load_model",

@@ -213,6 +213,15 @@ def _check_key(key: Any, what: str) -> None:
     check_text(key, what)
 
 
+def has_utf8(text: str) -> bool:
+    """Returns whether a tensor can have this name: a lone surrogate has no UTF-8, and no operator accepts it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_text(text: Any, what: str) -> None:
     """Checks that ``text`` is a str that has UTF-8.
 

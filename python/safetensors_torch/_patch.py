@@ -19,7 +19,8 @@ from ._arguments import Device
 from ._errors import SafetensorError, truncate
 from ._load import load, load_file
 from ._model import load_model, save_model
-from ._safe_open import _FRAMEWORKS, safe_open
+from ._prefetch_loader import PrefetchLoader, TensorMeta
+from ._safe_open import _FRAMEWORKS, PySafeSlice, safe_open
 from ._save import save, save_file
 from ._tracing import dynamo_disable
 
@@ -27,6 +28,8 @@ _package = sys.modules[__package__]
 
 # The other modules of the reference serve other frameworks.
 _PATCHED_MODULES = ("safetensors", "safetensors.torch")
+# Classes of ``safetensors`` since 0.9, which older versions lack. They are added there, and removed again.
+_CLASSES = (PrefetchLoader, PySafeSlice, TensorMeta)
 # The functions that replace those of ``safetensors.torch``.
 _FUNCTIONS = (load, load_file, load_model, save, save_file, save_model)
 
@@ -93,16 +96,16 @@ def _replacement(ours: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class _SafeOpenType(type):
-    """Makes isinstance(file, safe_open) true for the files of both libraries."""
+class _ReplacementType(type):
+    """Makes isinstance() with a class that replaces one of the reference true for the objects of both libraries."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if cls is not _SafeOpen:  # a derived class
+        if cls is not _replacements.get(cls.__name__):  # a derived class
             return super().__instancecheck__(instance)
-        return isinstance(instance, (safe_open, _reference["safe_open"]))
+        return isinstance(instance, (cls.__base__, _reference.get(cls.__name__, cls.__base__)))
 
 
-class _SafeOpen(safe_open, metaclass=_SafeOpenType):
+class _SafeOpen(safe_open, metaclass=_ReplacementType):
     """An open safetensors file: this library's for torch, the reference's for other frameworks.
 
     See safetensors_torch.safe_open.
@@ -128,7 +131,18 @@ class _SafeOpen(safe_open, metaclass=_SafeOpenType):
 
 _SafeOpen.__module__, _SafeOpen.__name__, _SafeOpen.__qualname__ = "safetensors", "safe_open", "safe_open"
 
-_replacements: dict[str, Any] = {**{ours.__name__: _replacement(ours) for ours in _FUNCTIONS}, "safe_open": _SafeOpen}
+
+def _class_replacement(ours: type) -> type:
+    """Returns a class that stands for ``ours``, and is not it, for the same reason as in _replacement."""
+    members = {"__module__": "safetensors", "__doc__": ours.__doc__, "__slots__": ()}
+    return _ReplacementType(ours.__name__, (ours,), members)
+
+
+_replacements: dict[str, Any] = {
+    **{ours.__name__: _replacement(ours) for ours in _FUNCTIONS},
+    **{ours.__name__: _class_replacement(ours) for ours in _CLASSES},
+    "safe_open": _SafeOpen,
+}
 
 
 class _Patch(AbstractContextManager):
@@ -151,8 +165,9 @@ def patch_safetensors() -> AbstractContextManager[None]:
     """Makes ``safetensors`` and ``safetensors.torch`` use this library, even in modules that imported them before.
 
     It replaces safe_open, for torch, and the six functions of safetensors.torch, as attributes of those two modules and
-    as globals of every other loaded module, under any name. SafetensorError stays the reference's; this library's
-    derives from it while patched. Modules for other frameworks are unchanged.
+    as globals of every other loaded module, under any name. PrefetchLoader, PySafeSlice and TensorMeta replace those of
+    safetensors, or are added to it. SafetensorError stays the reference's; this library's derives from it while
+    patched. Modules for other frameworks are unchanged.
 
     Patches nest: each call needs an unpatch_safetensors(), or the end of a with block, and the last one restores the
     original objects. Threads may call it at any time, but a module that another thread is importing at that time may
@@ -217,7 +232,12 @@ def _apply() -> None:
     package, functions = (sys.modules[name] for name in _PATCHED_MODULES)
     found = []  # kept alive, so that no other object gets one of their ids
     for name, replacement in _replacements.items():
-        current = getattr(package if name == "safe_open" else functions, name)
+        module = package if isinstance(replacement, type) else functions
+        current = getattr(module, name, None)
+        if current is None:
+            _reference.pop(name, None)
+            setattr(module, name, replacement)
+            continue
         if current is not replacement:  # a program may have assigned ours again
             # The class of _safetensors_torch_start, which waits for torch, knows the original.
             _reference[name] = getattr(current, "_safetensors_torch_waits_for", current)
@@ -229,7 +249,11 @@ def _apply() -> None:
 
 
 def _restore() -> None:
-    _replace([*_namespaces, *_loaded_namespaces()], {id(new): _reference[name] for name, new in _replacements.items()})
+    by_id = {id(new): _reference[name] for name, new in _replacements.items() if name in _reference}
+    _replace([*_namespaces, *_loaded_namespaces()], by_id)
+    package = vars(sys.modules[_PATCHED_MODULES[0]])
+    for name in _replacements.keys() - _reference.keys():
+        package.pop(name, None)
     _namespaces.clear()
     SafetensorError.__bases__ = _ERROR_BASES
 

@@ -14,12 +14,13 @@ from typing import Any, NoReturn
 import torch
 
 from . import _buffer
-from ._arguments import Device, to_device
+from ._arguments import Device, check_int, has_utf8, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, truncate
 from ._keywords import explains_keywords
 from ._load import open_bytes, open_file
+from ._prefetch_loader import Plan, PrefetchLoader, TensorMeta, parse_plan, start
 from ._progress import run
-from ._sharded import open_checkpoint
+from ._sharded import open_checkpoint, parse_size
 from ._slice_index import bounding_box
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
@@ -39,7 +40,7 @@ def _is_contents(filename: Any) -> bool:
     return True
 
 
-def _open(filename: Any, backend: str, variant: str | None, extra: str) -> Any:
+def open_path(filename: Any, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """Opens the native File: of a file whatever its name, else of an index or a directory."""
     if variant is None and extra == "error":
         try:
@@ -66,15 +67,6 @@ def _absolute(filename: Any) -> Any:
         return os.path.join(os.getcwdb() if isinstance(path, bytes) else os.getcwd(), path)
     except OSError:
         return path
-
-
-def _has_utf8(text: str) -> bool:
-    """Returns whether a file can have this name: a lone surrogate has no UTF-8, and no operator accepts it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class safe_open:  # noqa: N801 - the name that users of safetensors know
@@ -142,7 +134,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
                 view.release()  # the traceback would keep it
                 raise
         else:
-            self._open = _open(filename, backend, variant, extra)
+            self._open = open_path(filename, backend, variant, extra)
             self._path = _absolute(filename)
             self._options = {"backend": backend, "variant": variant, "extra": extra}
 
@@ -190,7 +182,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         file = self._file()
         if not isinstance(name, str):
             raise TypeError(f"the name of a tensor must be a str, not {type(name).__name__}")
-        if not _has_utf8(name):
+        if not has_utf8(name):
             raise self._missing(name.encode("utf-8", "backslashreplace").decode())
         try:
             with NamedFile(self._title):
@@ -261,6 +253,65 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         """
         return self._get(name, lambda file, name: call(file.dtype, name))
 
+    def get_tensor_meta(self, name: str) -> TensorMeta:
+        """Returns the dtype and shape of the tensor in the header, and the place of its bytes.
+
+        Raises:
+            SafetensorError: there is no such tensor, or the file is closed.
+        """
+        return TensorMeta(*self._get(name, lambda file, name: call(file.meta, name)))
+
+    def prefetch(
+        self,
+        plan: Plan = None,
+        *,
+        device: Device = None,
+        threads: int = 8,
+        buffer_bytes: int | str | None = None,
+    ) -> PrefetchLoader:
+        """Starts to read tensors in the background, and returns a loader that hands out each once it has landed.
+
+        The tensors have memory of their own, with either backend. They are read in the order of their data in the file.
+
+        Args:
+            plan: the tensors to read, as a dict. The value of a name is None for the whole tensor, a slice of step 1
+                for some of its rows, or an index of ints, slices, ``...`` and None as a tuple, of which only the
+                selected bytes are read. The bounds of a bare slice must be within the tensor; those in a tuple are
+                clipped. None reads all tensors.
+            device: the device of the tensors, as for load_file; None means that of this handle.
+            threads: the most threads that read; set_transfer_options(threads=...) limits them, too.
+            buffer_bytes: the most bytes of tensors that are read ahead, as a number or text ("256MiB"), including the
+                tensor that was handed out last. A larger tensor is read when no other waits to be taken. None reads
+                everything ahead.
+
+        Raises:
+            SafetensorError: the plan has a name that the file lacks, a slice that does not fit, or no tensor at all;
+                torch lacks a dtype; the file is closed.
+            TypeError, ValueError, IndexError: an argument of another type, a size or a number of threads that is not
+                positive, an index that torch refuses.
+            RuntimeError: a device that torch does not know or cannot use.
+
+        Example:
+            >>> save_file({"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.zeros(2)}, path)
+            >>> with safe_open(path) as file, file.prefetch({"weight": slice(1, 3)}) as loader:
+            ...     for name, tensor in loader:
+            ...         print(name, tensor.tolist())
+            weight [[2.0, 3.0], [4.0, 5.0]]
+        """
+        file = self._file()
+        target = self._device if device is None else to_device(device)
+        most_bytes = None if buffer_bytes is None else parse_size(buffer_bytes)
+        if check_int(threads, "threads") < 1:
+            raise ValueError(f"threads must be 1 or more, not {threads}")
+        with NamedFile(self._title):
+            names, slices, indices = parse_plan(file, plan, self._require)
+            native = start([file], [names], [slices], target, None, most_bytes, threads)
+        return PrefetchLoader(native, self._title, indices, self._view)
+
+    def _require(self, name: Any) -> None:
+        """Raises the error about a tensor that the file lacks."""
+        self._get(name, lambda file, name: call(file.shape, name))
+
     def items(self) -> ItemsView[str, torch.Tensor]:
         """Returns a view of the names, sorted, with their tensors: each is read when the iteration reaches it."""
         return ItemsView(self)  # type: ignore[arg-type]
@@ -278,7 +329,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
 
     def __contains__(self, name: object) -> bool:
         file = self._file()
-        return isinstance(name, str) and _has_utf8(name) and call(file.contains, name)
+        return isinstance(name, str) and has_utf8(name) and call(file.contains, name)
 
     def __len__(self) -> int:
         return call(self._file().size)

@@ -86,6 +86,10 @@ impl File {
         self.0.byte_range(&self.info(index)).start
     }
 
+    pub fn data_start(&self) -> u64 {
+        self.0.header().data_start()
+    }
+
     pub fn data(&self, index: usize) -> *mut u8 {
         self.0.data_ptr(&self.info(index)).map_or(std::ptr::null_mut(), <*const u8>::cast_mut)
     }
