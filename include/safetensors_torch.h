@@ -402,6 +402,55 @@ sft_status sft_checkpoint_get_sorted_tensor(const sft_checkpoint* checkpoint, si
 sft_status sft_checkpoint_find_tensor(const sft_checkpoint* checkpoint, const char* name, size_t name_length,
                                       size_t* shard, size_t* index);
 
+/* ---- Reading: tensors as they land ------------------------------------------------------------------------------- */
+
+/** Reads tensors in the background, in the order of their requests, and hands out each as soon as it has landed in its
+ * buffer, so that the program can work on the first ones while the others are read. */
+typedef struct sft_prefetch sft_prefetch;
+
+/** A tensor to read, or a slice of one. */
+typedef struct sft_prefetch_request {
+    const sft_file* file;    /**< the file of the tensor; the requests may be of several files */
+    size_t index;            /**< of the tensor, in file order */
+    const sft_range* ranges; /**< the slice, as in sft_file_read_slice; NULL for the whole tensor */
+    size_t rank;             /**< the number of ranges */
+    void* buffer;            /**< the destination; no two buffers may overlap */
+    size_t nbytes;           /**< of the buffer: the size of the tensor or slice */
+} sft_prefetch_request;
+
+/** What sft_prefetch_next and sft_prefetch_take have found. */
+typedef uint32_t sft_prefetch_state;
+
+/** Every state. */
+enum {
+    SFT_PREFETCH_PENDING = 0, /**< the time has passed, and nothing has landed */
+    SFT_PREFETCH_LANDED = 1,  /**< a tensor has landed: its buffer is the caller's again */
+    SFT_PREFETCH_END = 2      /**< all requests were handed out */
+};
+
+/** Starts to read `count` requests, and returns at once. All sizes are checked before the first byte is read. The files
+ * must stay open, and the buffers valid and unused, until a buffer's request is handed out or the prefetch is freed.
+ * The requests and their ranges are copied. sft_set_threads limits the threads; with 1, or for little data, the
+ * functions that wait do the reading. `*prefetch` becomes a handle to free with sft_prefetch_free, or NULL on an error.
+ * Errors: INVALID_ARGUMENT, BUFFER_SIZE, SLICE. */
+sft_status sft_prefetch_start(const sft_prefetch_request* requests, size_t count, sft_prefetch** prefetch);
+
+/** Waits up to `milliseconds` for a tensor that has landed. Sets `*state`, and if it is SFT_PREFETCH_LANDED, `*request`
+ * to the number of the request, from 0 on. Several threads may wait at once; each request is handed out once.
+ * Errors: IO and FILE_CHANGED, after which nothing more is read, and INVALID_ARGUMENT from the next call on; in a
+ * forked process, INVALID_ARGUMENT. */
+sft_status sft_prefetch_next(const sft_prefetch* prefetch, uint64_t milliseconds, sft_prefetch_state* state,
+                             size_t* request);
+
+/** As sft_prefetch_next, for request number `request`: sets `*state` to SFT_PREFETCH_LANDED or SFT_PREFETCH_PENDING. A
+ * request that is not being read goes first.
+ * Errors: as sft_prefetch_next, and INVALID_ARGUMENT for a request that does not exist or was handed out before. */
+sft_status sft_prefetch_take(const sft_prefetch* prefetch, size_t request, uint64_t milliseconds,
+                             sft_prefetch_state* state);
+
+/** Ends all reading and frees the handle: no buffer is written to afterwards. NULL is ignored. */
+void sft_prefetch_free(sft_prefetch* prefetch);
+
 /* ---- Writing ----------------------------------------------------------------------------------------------------- */
 
 /** Collects tensors and metadata, and writes them, even several times. */

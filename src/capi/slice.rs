@@ -18,7 +18,7 @@ pub struct sft_range {
     pub step: u64,
 }
 
-fn plan(state: &OpenState, index: usize, ranges: &[sft_range]) -> Result<Slice> {
+pub(super) fn plan(state: &OpenState, index: usize, ranges: &[sft_range]) -> Result<Slice> {
     let ranges: Vec<AxisRange> =
         ranges.iter().map(|&sft_range { start, stop, step }| AxisRange { start, stop, step }).collect();
     state.file.slice(index, &ranges)

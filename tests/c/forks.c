@@ -2,6 +2,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -103,7 +104,47 @@ static void test_forks_while_threads_write(void) {
     sft_incremental_writer_free(incremental);
 }
 
+/* The parent's threads read for the parent alone; a child can only free what it has inherited. */
+static void test_prefetch_in_a_child(void) {
+    enum { LENGTH = 20 << 20 };
+    const uint64_t shape[] = {LENGTH};
+    unsigned char* written = calloc(LENGTH, 1);
+    unsigned char* found = malloc(LENGTH);
+    written[LENGTH - 1] = 9;
+    sft_writer* writer = NULL;
+    sft_file* file = NULL;
+    sft_prefetch* prefetch = NULL;
+    sft_prefetch_state state = 99;
+    size_t request = 99;
+    CHECK_OK(sft_writer_new(&writer));
+    CHECK_OK(sft_writer_add_tensor(writer, "a", 1, SFT_DTYPE_U8, shape, 1, written, LENGTH));
+    CHECK_OK(sft_writer_write_file(writer, path_of("prefetched.safetensors"), NULL));
+    sft_writer_free(writer);
+    CHECK_OK(sft_file_open(path_of("prefetched.safetensors"), NULL, &file));
+    const sft_prefetch_request one = {file, 0, NULL, 0, found, LENGTH};
+    CHECK_OK(sft_prefetch_start(&one, 1, &prefetch));
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        const bool refused = is_refused(sft_prefetch_next(prefetch, 1000, &state, &request)) &&
+                             is_refused(sft_prefetch_take(prefetch, 0, 1000, &state));
+        sft_prefetch_free(prefetch);
+        _exit(refused ? 0 : 1);
+    }
+    CHECK_OK(sft_prefetch_next(prefetch, 60000, &state, &request));
+    CHECK(state == SFT_PREFETCH_LANDED && request == 0 && memcmp(found, written, LENGTH) == 0);
+    sft_prefetch_free(prefetch);
+    int status = 1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    sft_file_free(file);
+    unlink(path_of("prefetched.safetensors"));
+    free(written);
+    free(found);
+}
+
 void test_forks(void) {
+    test_prefetch_in_a_child();
     test_committed_after_the_fork();
     test_forks_while_threads_write();
 }

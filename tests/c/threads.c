@@ -58,6 +58,7 @@ struct worker {
     bool in_memory;
     const sft_file* file;
     const sft_writer* writer;
+    const sft_prefetch* prefetch;
     char own_path[4096], shared_path[4096];
 };
 
@@ -267,6 +268,51 @@ static void test_readers(void) {
     unlink(path_of("threads.safetensors"));
 }
 
+enum { REQUESTS = 200 };
+
+/* Of the requests of one prefetch: their buffers, and how often each was handed out. */
+static unsigned char prefetched[REQUESTS][TAIL], prefetched_large[LARGE];
+static unsigned char times[REQUESTS + 1];
+
+/* Takes what has landed, each time with the last request once more. */
+static void* take_from_one_prefetch(void* argument) {
+    const struct worker* worker = argument;
+    sft_prefetch_state state = SFT_PREFETCH_LANDED;
+    size_t request = 0;
+    CHECK_OK(sft_prefetch_next(worker->prefetch, 60000, &state, &request));
+    while (state == SFT_PREFETCH_LANDED) {
+        /* Only this thread has the buffer now. */
+        CHECK(request == REQUESTS ? memcmp(prefetched_large, large, LARGE) == 0
+                                  : memcmp(prefetched[request], tail, TAIL) == 0);
+        times[request]++;
+        CHECK_STATUS(sft_prefetch_take(worker->prefetch, request, 60000, &state), SFT_ERROR_INVALID_ARGUMENT);
+        CHECK_OK(sft_prefetch_next(worker->prefetch, 60000, &state, &request));
+    }
+    CHECK(state == SFT_PREFETCH_END);
+    return NULL;
+}
+
+static void test_prefetch_on_threads(void) {
+    sft_file* file = NULL;
+    sft_prefetch* prefetch = NULL;
+    sft_prefetch_request requests[REQUESTS + 1];
+    sft_writer* writer = new_writer(true);
+    CHECK_OK(sft_writer_write_file(writer, path_of("threads.safetensors"), NULL));
+    sft_writer_free(writer);
+    CHECK_OK(sft_file_open(path_of("threads.safetensors"), NULL, &file));
+    for (size_t i = 0; i < REQUESTS; i++) {
+        requests[i] = (sft_prefetch_request){file, TAIL_ONE, NULL, 0, prefetched[i], TAIL};
+    }
+    requests[REQUESTS] = (sft_prefetch_request){file, LARGE_ONE, NULL, 0, prefetched_large, LARGE};
+    CHECK_OK(sft_prefetch_start(requests, REQUESTS + 1, &prefetch));
+    run(take_from_one_prefetch, (struct worker){.prefetch = prefetch});
+    for (size_t i = 0; i <= REQUESTS; i++) {
+        CHECK(times[i] == 1);
+    }
+    sft_prefetch_free(prefetch);
+    sft_file_free(file);
+}
+
 /* Returns whether the file at `path` contains exactly these bytes. */
 static bool has_bytes(const char* path, const void* bytes, size_t length) {
     FILE* stream = fopen(path, "rb");
@@ -313,6 +359,7 @@ static void* write_with_own_writers(void* argument) {
 void test_threads(void) {
     fill();
     test_readers();
+    test_prefetch_on_threads();
     sft_writer* writer = new_writer(false);
     run(write_with_one_writer, (struct worker){.writer = writer});
     sft_writer_free(writer);

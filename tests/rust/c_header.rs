@@ -172,7 +172,7 @@ fn constants_are_documented() {
         .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
         .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
         .collect();
-    assert_eq!(constants.len(), STATUSES.len() + Dtype::ALL.len() + 2 + 3 + 2);
+    assert_eq!(constants.len(), STATUSES.len() + Dtype::ALL.len() + 2 + 3 + 2 + 3);
 }
 
 /// Compiles and runs a C program that prints lines `name value`, and returns the values.
@@ -224,6 +224,9 @@ fn numbers_agree() {
     expected.insert("SFT_PREFAULT_WAIT".into(), SFT_PREFAULT_WAIT.into());
     expected.insert("SFT_EXTRA_ERROR".into(), SFT_EXTRA_ERROR.into());
     expected.insert("SFT_EXTRA_IGNORE".into(), SFT_EXTRA_IGNORE.into());
+    expected.insert("SFT_PREFETCH_PENDING".into(), SFT_PREFETCH_PENDING.into());
+    expected.insert("SFT_PREFETCH_LANDED".into(), SFT_PREFETCH_LANDED.into());
+    expected.insert("SFT_PREFETCH_END".into(), SFT_PREFETCH_END.into());
     for (number, name, _) in STATUSES {
         expected.insert(name.to_str().expect("ASCII").into(), i64::from(*number));
     }
@@ -276,6 +279,7 @@ fn layouts_agree() {
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_range { start, stop, step }
         sft_read_request { index, buffer, nbytes }
+        sft_prefetch_request { file, index, ranges, rank, buffer, nbytes }
     };
     assert_eq!(run_c(&body), expected);
 
@@ -313,7 +317,8 @@ fn aliases_and_initializers_agree() {
          SAY(\"none\", open.prefault);\n\
          sft_checkpoint_options checkpoint = SFT_CHECKPOINT_OPTIONS_INIT;\n\
          SAY(\"checkpoint\", checkpoint.struct_size); SAY(\"no variant\", checkpoint.variant == NULL);\n\
-         SAY(\"extra\", sizeof(sft_extra)); SAY(\"extra signed\", (sft_extra)-1 < 1);",
+         SAY(\"extra\", sizeof(sft_extra)); SAY(\"extra signed\", (sft_extra)-1 < 1);\n\
+         SAY(\"state\", sizeof(sft_prefetch_state)); SAY(\"state signed\", (sft_prefetch_state)-1 < 1);",
     );
     let expected = [
         ("status", size_of::<sft_status>()),
@@ -329,6 +334,8 @@ fn aliases_and_initializers_agree() {
         ("no variant", 1),
         ("extra", size_of::<sft_extra>()),
         ("extra signed", 0),
+        ("state", size_of::<sft_prefetch_state>()),
+        ("state signed", 0),
         ("save", size_of::<sft_save_options>()),
         ("info", size_of::<sft_tensor_info>()),
         ("edit", size_of::<sft_edit_options>()),
