@@ -32,7 +32,7 @@ use checkpoint::{
 use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
-use prefetch::Prefetcher;
+use prefetch::{Prefetcher, prefetch_slabs};
 use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch, start_prefetch};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
 
@@ -182,28 +182,6 @@ mod ffi {
         /// Shares ownership of that memory until `release_block`.
         fn share_block(self: &PendingRead, place: usize) -> *const Block;
 
-        /// Reads tensors through slabs. The slabs must stay valid, and unused by others, until the `Prefetcher` is dropped.
-        unsafe fn prefetch(
-            self: &File,
-            indices: &[usize],
-            from: ReadFrom,
-            slabs: &[Slab],
-            slab_bytes: usize,
-        ) -> Result<Box<Prefetcher>>;
-        unsafe fn prefetch_slice(
-            self: &File,
-            index: usize,
-            ranges: &[Range],
-            slabs: &[Slab],
-            slab_bytes: usize,
-        ) -> Result<Box<Prefetcher>>;
-
-        type Prefetcher;
-        fn next_slab(self: &Prefetcher, microseconds: u64) -> Result<NextSlab>;
-        fn release_slab(self: &Prefetcher, slab: usize);
-        unsafe fn add_slab(self: &Prefetcher, slab: Slab) -> usize;
-        fn is_starved(self: &Prefetcher) -> bool;
-
         /// Tensors of any files, to be read in this order. `extra_bytes` are those that the caller allocates when the tensor is
         /// handed out.
         type PrefetchPlan;
@@ -222,6 +200,30 @@ mod ffi {
             buffer_bytes: u64,
             most_threads: u64,
         ) -> Result<Box<PrefetchLoader>>;
+
+        /// Reads tensors through slabs of `slab_bytes`, which the caller adds. `buffer_bytes` limits what is started and not
+        /// handed out.
+        fn prefetch_slabs(
+            plan: Box<PrefetchPlan>,
+            from: ReadFrom,
+            buffer_bytes: u64,
+            most_threads: u64,
+            slab_bytes: usize,
+        ) -> Result<Box<Prefetcher>>;
+
+        /// May be used by several threads, except that one takes the slabs.
+        type Prefetcher;
+        fn next_slab(self: &Prefetcher, microseconds: u64) -> Result<NextSlab>;
+        fn release_slab(self: &Prefetcher, slab: usize);
+        /// The slab must stay valid, and unused by others, until `stop`, or until the `Prefetcher` is dropped.
+        unsafe fn add_slab(self: &Prefetcher, slab: Slab) -> usize;
+        /// Returns whether reading waits for a slab.
+        fn is_starved(self: &Prefetcher) -> bool;
+        fn prioritize(self: &Prefetcher, request: usize);
+        fn hand_out(self: &Prefetcher, request: usize);
+        fn stop(self: &Prefetcher);
+        /// Fails in a process that was forked since; `object` is for the error.
+        fn check_process(self: &Prefetcher, object: &str) -> Result<()>;
 
         type PrefetchLoader;
         fn next(self: &PrefetchLoader, milliseconds: u64) -> Result<PrefetchedTensor>;

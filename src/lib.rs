@@ -54,9 +54,8 @@ pub use format::slice::{AxisRange, Slice};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher};
-pub use read::prefetch_loader::{
-    NextTensor, PrefetchLoader, PrefetchOptions, PrefetchRequest, PrefetchedTensor,
-};
+pub use read::prefetch_loader::{NextTensor, PrefetchLoader, PrefetchedTensor};
+pub use read::prefetch_plan::{PrefetchOptions, PrefetchRequest};
 pub use read::slab_layout::{SLAB_PART_ALIGNMENT, SlabPart};
 pub use read::source::{Backend, Mapping, ReadFrom};
 pub use sys::buffers::{Block, Buffers};

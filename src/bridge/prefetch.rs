@@ -1,13 +1,11 @@
 //! Reading tensors through slabs.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Result;
-use super::ffi::{NextSlab, Range, ReadFrom, Slab, SlabPart, SlabState};
-use super::file::File;
+use super::ffi::{NextSlab, ReadFrom, Slab, SlabPart, SlabState};
+use super::prefetch_loader::{PrefetchPlan, options};
 use crate::read::{prefetch, source};
-use crate::sys::threads::threads;
 
 pub struct Prefetcher(prefetch::Prefetcher);
 
@@ -20,48 +18,15 @@ impl From<ReadFrom> for source::ReadFrom {
     }
 }
 
-/// Returns the memory of the slabs, and the number of threads to start. The thread that takes the slabs counts too.
-fn slabs_and_threads(slabs: &[Slab]) -> Result<(Vec<*mut u8>, Option<usize>)> {
-    Ok((slabs.iter().map(|slab| slab.start).collect(), threads()?.checked_sub(1)))
-}
-
-impl File {
-    /// # Safety
-    ///
-    /// As for [`prefetch::Prefetcher::new`].
-    pub unsafe fn prefetch(
-        &self,
-        indices: &[usize],
-        from: ReadFrom,
-        slabs: &[Slab],
-        slab_bytes: usize,
-    ) -> Result<Box<Prefetcher>> {
-        let (file, (slabs, threads)) = (Arc::clone(&self.0), slabs_and_threads(slabs)?);
-        // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
-        // and returns them after it has dropped the prefetcher.
-        Ok(Box::new(Prefetcher(unsafe {
-            prefetch::Prefetcher::new(file, indices, from.into(), &slabs, slab_bytes, threads)
-        }?)))
-    }
-
-    /// # Safety
-    ///
-    /// As for [`prefetch::Prefetcher::for_slice`].
-    pub unsafe fn prefetch_slice(
-        &self,
-        index: usize,
-        ranges: &[Range],
-        slabs: &[Slab],
-        slab_bytes: usize,
-    ) -> Result<Box<Prefetcher>> {
-        let slice = self.slice(index, ranges)?;
-        let (file, (slabs, threads)) = (Arc::clone(&self.0), slabs_and_threads(slabs)?);
-        // SAFETY: the slabs are valid, distinct and unused by others; cpp/device/upload.cpp takes them from the pinned pool
-        // and returns them after it has dropped the prefetcher.
-        Ok(Box::new(Prefetcher(unsafe {
-            prefetch::Prefetcher::for_slice(file, index, slice, &slabs, slab_bytes, threads)
-        }?)))
-    }
+pub fn prefetch_slabs(
+    plan: Box<PrefetchPlan>,
+    from: ReadFrom,
+    buffer_bytes: u64,
+    most_threads: u64,
+    slab_bytes: usize,
+) -> Result<Box<Prefetcher>> {
+    let options = options(from, buffer_bytes, most_threads)?;
+    Ok(Box::new(Prefetcher(prefetch::Prefetcher::new(plan.0, options, slab_bytes)?)))
 }
 
 impl Prefetcher {
@@ -86,11 +51,28 @@ impl Prefetcher {
     ///
     /// As for [`prefetch::Prefetcher::add_slab`].
     pub unsafe fn add_slab(&self, slab: Slab) -> usize {
-        // SAFETY: as in `File::prefetch`: the slab comes from the same pool.
+        // SAFETY: the slab is valid, distinct and unused by others: cpp/device/upload.cpp takes it from the pinned pool and
+        // returns it after it has stopped the prefetcher.
         unsafe { self.0.add_slab(slab.start) }
     }
 
     pub fn is_starved(&self) -> bool {
         self.0.is_starved()
+    }
+
+    pub fn prioritize(&self, request: usize) {
+        self.0.prioritize(request);
+    }
+
+    pub fn hand_out(&self, request: usize) {
+        self.0.hand_out(request);
+    }
+
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+
+    pub fn check_process(&self, object: &str) -> Result<()> {
+        Ok(self.0.check_process(object)?)
     }
 }

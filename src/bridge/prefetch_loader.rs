@@ -7,11 +7,12 @@ use super::Result;
 use super::ffi::{PrefetchState, PrefetchedTensor, Range, ReadFrom};
 use super::file::File;
 use crate::format::slice::Slice;
-use crate::read::prefetch_loader::{self, NextTensor, PrefetchOptions, PrefetchRequest};
+use crate::read::prefetch_loader::{self, NextTensor};
+use crate::read::prefetch_plan::{PrefetchOptions, PrefetchRequest};
 use crate::sys::threads::threads;
 
 #[derive(Default)]
-pub struct PrefetchPlan(Vec<PrefetchRequest>);
+pub struct PrefetchPlan(pub(super) Vec<PrefetchRequest>);
 
 pub fn plan_prefetch() -> Box<PrefetchPlan> {
     Box::default()
@@ -38,20 +39,22 @@ impl PrefetchPlan {
     }
 }
 
+pub(super) fn options(from: ReadFrom, buffer_bytes: u64, most_threads: u64) -> Result<PrefetchOptions> {
+    let most = bounded(most_threads);
+    // The thread that takes the tensors counts in the limit, too.
+    let threads = Some(threads()?.checked_sub(1).map_or(most, |limit| most.min(limit)));
+    Ok(PrefetchOptions { read_from: from.into(), buffer_bytes: bounded(buffer_bytes), threads })
+}
+
 pub fn start_prefetch(
     plan: Box<PrefetchPlan>,
     from: ReadFrom,
     buffer_bytes: u64,
     most_threads: u64,
 ) -> Result<Box<PrefetchLoader>> {
-    let PrefetchPlan(requests) = *plan;
-    let most = bounded(most_threads);
-    // The thread that takes the tensors counts in the limit, too.
-    let most = threads()?.checked_sub(1).map_or(most, |limit| most.min(limit));
-    let buffer_bytes = bounded(buffer_bytes);
-    let options = PrefetchOptions { read_from: from.into(), buffer_bytes, threads: Some(most) };
     // SAFETY: no request has a destination (`PrefetchPlan::push`).
-    let loader = unsafe { prefetch_loader::PrefetchLoader::new(requests, options) }?;
+    let loader =
+        unsafe { prefetch_loader::PrefetchLoader::new(plan.0, options(from, buffer_bytes, most_threads)?) }?;
     Ok(Box::new(PrefetchLoader(loader)))
 }
 

@@ -10,7 +10,8 @@ use super::pointer::{self, Out};
 use super::slice::{self, sft_range};
 use super::types::sft_status;
 use crate::error::Result;
-use crate::read::prefetch_loader::{NextTensor, PrefetchLoader, PrefetchOptions, PrefetchRequest};
+use crate::read::prefetch_loader::{NextTensor, PrefetchLoader};
+use crate::read::prefetch_plan::{PrefetchOptions, PrefetchRequest};
 use crate::read::source::ReadFrom;
 use crate::sys::threads::threads;
 

@@ -4,6 +4,7 @@ pub mod file;
 pub mod prefault;
 pub mod prefetch;
 pub mod prefetch_loader;
+pub mod prefetch_plan;
 mod read_ahead;
 pub(crate) mod reader;
 pub mod slab_layout;

@@ -1,24 +1,18 @@
 //! Reads tensors through a few slabs of memory. Threads fill slabs ahead while the caller copies earlier slabs elsewhere,
 //! to a device for example, and releases them.
 //!
-//! The caller provides the slabs. `slab_layout` decides which bytes go into which slab.
+//! The caller provides the slabs. `slab_layout` decides which bytes go into which slab, `prefetch_plan` how far ahead
+//! tensors are started.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::format::slice::Slice;
-use crate::read::file::TensorFile;
-use crate::read::reader::{self, ReadRange};
-use crate::read::slab_layout::{Cursor, Request, SLAB_PART_ALIGNMENT, SlabPart, extent};
-use crate::read::slice_reader::SliceReader;
-use crate::read::source::{OpenFile, ReadFrom};
-use crate::read::strategy::ReadStrategy;
+use crate::read::prefetch_plan::{Budget, Plan, PrefetchOptions, PrefetchRequest, ReadPart};
+use crate::read::slab_layout::{Cursor, SLAB_PART_ALIGNMENT, SlabPart};
 use crate::sys::mutex::{Guard, Mutex};
-use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
-use crate::sys::threads::ThreadLimit;
-use crate::sys::workers::{MOST_THREADS, Workers, catch_panic};
+use crate::sys::workers::{Workers, catch_panic};
 
 /// The result of [`Prefetcher::next_slab`].
 #[derive(Debug, PartialEq, Eq)]
@@ -41,23 +35,19 @@ pub struct Prefetcher {
 
 #[derive(Debug)]
 struct Shared {
-    file: Arc<TensorFile>,
-    /// The file of its mapping, reopened.
-    reopened: Option<OpenFile>,
-    from: ReadFrom,
-    requests: Vec<Request>,
+    plan: Plan,
     slab_bytes: usize,
-    strategy: ReadStrategy,
     state: Mutex<State>,
-    /// Notified when a slab was released, and at the end.
-    released: Condvar,
+    /// Notified when a slab was released, when a request may have become startable, and at the end.
+    fillable: Condvar,
     /// Notified when a slab was filled, when that failed, and at the end.
     filled: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     cursor: Cursor,
+    budget: Budget,
     slabs: Vec<Slab>,
     /// A stack: the slab that was released last may still be in the processor's caches.
     free: Vec<usize>,
@@ -70,6 +60,13 @@ struct State {
     stopped: bool,
 }
 
+impl State {
+    /// Returns whether a slab can be filled as soon as one is free.
+    fn has_bytes(&mut self, plan: &Plan) -> bool {
+        self.cursor.prepare(&plan.requests, &mut self.budget)
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Slab(*mut u8);
 
@@ -78,105 +75,40 @@ struct Slab(*mut u8);
 unsafe impl Send for Slab {}
 
 impl Prefetcher {
-    /// Starts to read the tensors at `indices` (in file order) with `threads` threads, or as many as suit the machine. With
-    /// 0, the calls of [`Prefetcher::next_slab`] read.
+    /// Starts to read `requests`, which have no destinations, in their order. The caller adds slabs. With 0 threads, and for small reads, the calls of
+    /// [`Prefetcher::next_slab`] read.
+    ///
+    /// The budget counts requests until they are [handed out](Prefetcher::hand_out).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] if the file has no such tensor.
-    ///
-    /// # Safety
-    ///
-    /// Every slab must be valid for writes of `slab_bytes`, a multiple of [`SLAB_PART_ALIGNMENT`], on any thread until
-    /// the prefetcher is dropped. No two may overlap. The caller may use a slab only between [`Prefetcher::next_slab`]
-    /// and [`Prefetcher::release_slab`].
-    pub unsafe fn new(
-        file: Arc<TensorFile>,
-        indices: &[usize],
-        from: ReadFrom,
-        slabs: &[*mut u8],
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if a file has no such tensor.
+    pub fn new(
+        requests: Vec<PrefetchRequest>,
+        options: PrefetchOptions,
         slab_bytes: usize,
-        threads: Option<usize>,
-    ) -> Result<Prefetcher> {
-        let mut requests = Vec::with_capacity(indices.len());
-        for &index in indices {
-            let tensor = file.tensor(index)?;
-            let range = file.byte_range(&tensor);
-            requests.push(Request { index, range, bytes: tensor.nbytes() as usize, slice: None });
-        }
-        // SAFETY: this function has the contract of `start`.
-        unsafe { Prefetcher::start(file, requests, from, slabs, slab_bytes, threads) }
-    }
-
-    /// As [`Prefetcher::new`], for a `slice` that was made for the tensor at `index`.
-    ///
-    /// # Safety
-    ///
-    /// As for [`Prefetcher::new`].
-    pub unsafe fn for_slice(
-        file: Arc<TensorFile>,
-        index: usize,
-        slice: Slice,
-        slabs: &[*mut u8],
-        slab_bytes: usize,
-        threads: Option<usize>,
-    ) -> Result<Prefetcher> {
-        let range = file.byte_range(&file.tensor(index)?);
-        let request = Request { index, range, bytes: slice.nbytes() as usize, slice: Some(slice) };
-        // SAFETY: this function has the contract of `start`.
-        unsafe { Prefetcher::start(file, vec![request], ReadFrom::Mapping, slabs, slab_bytes, threads) }
-    }
-
-    /// # Safety
-    ///
-    /// As for [`Prefetcher::new`].
-    unsafe fn start(
-        file: Arc<TensorFile>,
-        requests: Vec<Request>,
-        from: ReadFrom,
-        slabs: &[*mut u8],
-        slab_bytes: usize,
-        threads: Option<usize>,
     ) -> Result<Prefetcher> {
         assert!(
             slab_bytes > 0 && slab_bytes.is_multiple_of(SLAB_PART_ALIGNMENT),
             "a slab holds whole elements"
         );
-        let bytes: usize = requests.iter().map(|request| request.bytes).sum();
-        let chunks = bytes.div_ceil(slab_bytes);
-        let wanted =
-            threads.unwrap_or_else(|| parallel::thread_count(ThreadLimit::at_most(0), bytes, chunks));
-        let reopened = file.source().reopen(bytes);
-        let strategy = ReadStrategy::of(
-            file.source().method(from, reopened.as_ref()),
-            bytes,
-            || extent(&requests),
-            wanted,
-            ThreadLimit::at_most(0),
-        )?;
-        // A number that the caller gave is not raised for cold files.
-        let threads = if bytes < MIN_PARALLEL_BYTES && !strategy.is_remote {
-            0
-        } else {
-            threads.unwrap_or(strategy.threads).min(chunks).min(MOST_THREADS)
-        };
+        assert!(requests.iter().all(|request| request.destination.is_none()), "slabs are the destinations");
+        let plan = Plan::new(requests, options, slab_bytes)?;
+        let bytes: usize = plan.requests.iter().map(|request| request.bytes).sum();
+        let threads = plan.thread_count(bytes.div_ceil(slab_bytes))?;
         let state = State {
-            cursor: Cursor::new(&requests),
-            free: (0..slabs.len()).rev().collect(),
-            slabs: slabs.iter().copied().map(Slab).collect(),
-            ..State::default()
+            cursor: Cursor::new(&plan.requests),
+            budget: Budget::new(options.buffer_bytes),
+            slabs: Vec::new(),
+            free: Vec::new(),
+            full: VecDeque::new(),
+            filling: 0,
+            waiting: 0,
+            failure: None,
+            stopped: false,
         };
-        let shared = Arc::new(Shared {
-            file,
-            reopened,
-            from,
-            requests,
-            slab_bytes,
-            strategy,
-            state: Mutex::new(state),
-            released: Condvar::new(),
-            filled: Condvar::new(),
-        });
+        let (fillable, filled) = (Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { plan, slab_bytes, state: Mutex::new(state), fillable, filled });
         let of_threads = Arc::clone(&shared);
         // If no thread can be started, `next_slab` reads.
         let workers = Workers::start(threads, move || of_threads.work());
@@ -187,13 +119,14 @@ impl Prefetcher {
     ///
     /// # Safety
     ///
-    /// As for [`Prefetcher::new`].
+    /// The slab must be valid for writes of `slab_bytes` on any thread until the prefetcher is dropped, and must not
+    /// overlap another. The caller may use it only between [`Prefetcher::next_slab`] and [`Prefetcher::release_slab`].
     pub unsafe fn add_slab(&self, slab: *mut u8) -> usize {
         let mut state = self.shared.state.lock();
         state.slabs.push(Slab(slab));
         let number = state.slabs.len() - 1;
         state.free.push(number);
-        self.shared.released.notify_one();
+        self.shared.fillable.notify_one();
         number
     }
 
@@ -202,9 +135,49 @@ impl Prefetcher {
         if self.workers.are_forked() {
             return false;
         }
-        let state = self.shared.state.lock();
+        let mut state = self.shared.state.lock();
         let is_waiting = state.waiting > 0 || self.workers.is_empty();
-        is_waiting && state.free.is_empty() && !state.cursor.is_done()
+        is_waiting && state.free.is_empty() && !state.stopped && state.has_bytes(&self.shared.plan)
+    }
+
+    /// Makes a request go first that is not started yet.
+    pub fn prioritize(&self, request: usize) {
+        self.change(|state| state.cursor.prioritize(request));
+    }
+
+    /// Ends the counting of a started request in the budget, except that the last one counts until the next.
+    pub fn hand_out(&self, request: usize) {
+        self.change(|state| state.budget.hand_out(self.shared.plan.requests[request].cost));
+    }
+
+    /// Ends all reading. No slab is written to afterwards, and [`Prefetcher::next_slab`] returns [`NextSlab::End`].
+    pub fn stop(&self) {
+        self.change(|state| state.stopped = true);
+        if !self.workers.are_forked() {
+            let mut state = self.shared.state.lock();
+            state.full.clear();
+            while state.filling > 0 {
+                state.wait(&self.shared.filled);
+            }
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        if !self.workers.are_forked() {
+            change(&mut self.shared.state.lock());
+            self.shared.fillable.notify_all();
+            // Without threads, the call that waits reads.
+            self.shared.filled.notify_all();
+        }
+    }
+
+    /// Checks that this process has started the prefetcher. `object` is for the error.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in a forked process.
+    pub fn check_process(&self, object: &str) -> Result<()> {
+        self.workers.check_process(object)
     }
 
     /// Makes a slab that [`Prefetcher::next_slab`] returned available again.
@@ -215,7 +188,7 @@ impl Prefetcher {
         let mut state = self.shared.state.lock();
         debug_assert!(!state.free.contains(&slab), "released twice");
         state.free.push(slab);
-        self.shared.released.notify_one();
+        self.shared.fillable.notify_one();
     }
 
     /// Returns the next filled slab. Waits for one, but no longer than `wait`.
@@ -225,7 +198,7 @@ impl Prefetcher {
     /// [`ErrorKind::Io`] or [`ErrorKind::FileChanged`] if a read failed, with the tensor's name; no slab follows it.
     /// [`ErrorKind::InvalidArgument`] in a forked process.
     pub fn next_slab(&self, wait: Duration) -> Result<NextSlab> {
-        self.workers.check("load").map_err(|error| self.shared.file.locate(error))?;
+        self.workers.check("load").map_err(|error| self.shared.plan.locate(error, 0))?;
         let deadline = Instant::now() + wait;
         let shared = &*self.shared;
         let mut state = shared.state.lock();
@@ -241,7 +214,7 @@ impl Prefetcher {
             if is_finished && state.filling == 0 {
                 return Ok(NextSlab::End);
             }
-            if self.workers.is_empty() && !state.free.is_empty() {
+            if self.workers.is_empty() && !state.free.is_empty() && state.has_bytes(&shared.plan) {
                 state = shared.fill_next(state);
                 continue;
             }
@@ -258,7 +231,7 @@ impl Drop for Prefetcher {
     fn drop(&mut self) {
         if !self.workers.are_forked() {
             self.shared.state.lock().stopped = true;
-            self.shared.released.notify_all();
+            self.shared.fillable.notify_all();
         }
     }
 }
@@ -268,28 +241,29 @@ impl Shared {
     fn work(&self) {
         let mut state = self.state.lock();
         while !state.stopped && state.failure.is_none() && !state.cursor.is_done() {
-            if state.free.is_empty() {
-                state.waiting += 1;
-                state.wait(&self.released);
-                state.waiting -= 1;
-            } else {
+            if !state.free.is_empty() && state.has_bytes(&self.plan) {
                 state = self.fill_next(state);
+            } else {
+                state.waiting += 1;
+                state.wait(&self.fillable);
+                state.waiting -= 1;
             }
         }
         // The other threads have nothing to wait for either.
-        self.released.notify_all();
+        self.fillable.notify_all();
         self.filled.notify_all();
     }
 
-    /// Fills a free slab, with the lock released. There must be one.
+    /// Fills a free slab, with the lock released. There must be one, and bytes for it.
     fn fill_next<'a>(&'a self, mut state: Guard<'a, State>) -> Guard<'a, State> {
-        let parts = state.cursor.next(&self.requests, self.slab_bytes);
+        let State { cursor, budget, .. } = &mut *state;
+        let parts = cursor.next(&self.plan.requests, budget, self.slab_bytes);
         let slab = state.free.pop().expect("the caller checked that a slab is free");
         let Slab(start) = state.slabs[slab];
         state.filling += 1;
         drop(state);
-        // SAFETY: the slab is valid for writes of `slab_bytes` (contract of `Prefetcher::new`), and `Cursor::next` keeps the
-        // parts inside. Its number is not in `free`, so no other thread has it.
+        // SAFETY: the slab is valid for writes of `slab_bytes` (contract of `Prefetcher::add_slab`), and `Cursor::next` keeps
+        // the parts inside. Its number is not in `free`, so no other thread has it.
         let outcome = catch_panic(|| unsafe { self.fill(start, &parts) });
         state = self.state.lock();
         state.filling -= 1;
@@ -299,7 +273,12 @@ impl Shared {
                 state.failure.get_or_insert(error);
             }
         }
-        self.filled.notify_one();
+        if state.stopped || state.failure.is_some() {
+            // This read may have opened a file again.
+            self.plan.close_files();
+            state.full.clear();
+        }
+        self.filled.notify_all();
         state
     }
 
@@ -309,30 +288,14 @@ impl Shared {
     ///
     /// The slab must be valid for writes up to the end of the last part, and no other thread may use it.
     unsafe fn fill(&self, start: *mut u8, parts: &[SlabPart]) -> Result<()> {
-        let method = self.file.source().method(self.from, self.reopened.as_ref());
-        let mut ranges = Vec::with_capacity(parts.len());
-        for part in parts {
-            let request = &self.requests[part.request];
-            let destination = start.wrapping_add(part.slab_offset);
-            let Some(slice) = &request.slice else {
-                let offset = request.range.start + part.offset as u64;
-                ranges.push(ReadRange { offset, destination, length: part.length });
-                continue;
-            };
-            let bytes = part.offset as u64..(part.offset + part.length) as u64;
-            let (strategy, base) = (Some(self.strategy), request.range.start);
-            let reader = SliceReader { method, strategy, slice, base };
-            // SAFETY: the part is inside the slab (this function's contract).
-            unsafe { reader.read(bytes, destination) }.map_err(|error| self.explain(error, parts))?;
-        }
+        let parts: Vec<ReadPart> = parts
+            .iter()
+            .map(|&SlabPart { request, offset, slab_offset, length }| {
+                let destination = start.wrapping_add(slab_offset);
+                ReadPart { request, offset, length, destination }
+            })
+            .collect();
         // SAFETY: the parts are inside the slab (this function's contract) and follow one another (`Cursor::next`).
-        unsafe { reader::read_here(method, &ranges, self.strategy) }
-            .map_err(|error| self.explain(error, parts))
-    }
-
-    /// Adds the names of the file and of the tensors to an error.
-    fn explain(&self, error: Error, parts: &[SlabPart]) -> Error {
-        let first = parts.first().map_or(0, |part| self.requests[part.request].index);
-        self.file.explain_read(error, first, parts.len())
+        unsafe { self.plan.read(&parts) }
     }
 }

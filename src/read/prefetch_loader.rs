@@ -3,69 +3,22 @@
 //! Requests are grouped into batches: small neighbours together, a large tensor or a slice alone. Threads take chunks of
 //! the batches in the order of the requests. A batch whose chunks are all read has landed, and its tensors are ready.
 //!
-//! # Budget
-//!
-//! The loader counts the bytes of all requests that it has started and not handed out, and those of the last one that it
-//! handed out, because a loop still holds that one while it asks for the next. A batch starts if
-//!
-//! 1. its bytes fit into the rest of the budget, or
-//! 2. no request is started and not handed out, or
-//! 3. the caller waits for one of its requests by number.
-//!
-//! No caller waits forever. One that waits for any request finds a started one that is not handed out, or rule 2 starts the
-//! next batch. One that waits for a request by number finds its batch started, or rule 3 starts it. A started batch
-//! lands without the caller: its memory exists, and its chunks are taken before other batches start.
+//! `prefetch_plan` says how far ahead is read. Batches are what the budget starts: a started batch lands without the caller,
+//! because its memory exists, and its chunks are taken before other batches start.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::slice::Slice;
-use crate::read::file::TensorFile;
-use crate::read::reader::{self, ReadRange};
-use crate::read::slice_reader::SliceReader;
-use crate::read::source::{OpenFile, ReadFrom};
-use crate::read::strategy::ReadStrategy;
+use crate::read::prefetch_plan::{
+    Budget, Destination, Plan, PrefetchOptions, PrefetchRequest, ReadPart, Request,
+};
 use crate::sys::buffers::{Block, Buffers};
 use crate::sys::mutex::{Guard, Mutex};
-use crate::sys::parallel::{self, CHUNK_BYTES, Chunks, MIN_PARALLEL_BYTES};
-use crate::sys::threads::ThreadLimit;
-use crate::sys::workers::{MOST_THREADS, Workers, catch_panic};
-
-/// A tensor to read, or a slice of one.
-#[derive(Debug)]
-pub struct PrefetchRequest {
-    /// The file.
-    pub file: Arc<TensorFile>,
-    /// The index of the tensor in file order.
-    pub index: usize,
-    /// The part to read, made for this tensor by [`TensorFile::slice`]; `None` for the whole tensor.
-    pub slice: Option<Slice>,
-    /// The caller's buffer and its size, which must be that of the tensor or slice; `None` to allocate memory.
-    pub destination: Option<(*mut u8, usize)>,
-    /// Bytes that the caller allocates for the tensor when it is handed out. They count in the budget.
-    pub extra_bytes: usize,
-}
-
-/// The options of [`PrefetchLoader::new`].
-#[derive(Clone, Copy, Debug)]
-pub struct PrefetchOptions {
-    /// What reads of mapped files return.
-    pub read_from: ReadFrom,
-    /// The most bytes of tensors that are read ahead, including the one that was handed out last. A larger tensor is read
-    /// when no other is waiting to be taken.
-    pub buffer_bytes: usize,
-    /// The most threads; `None` for as many as suit the machine. With 0, the calls that wait read.
-    pub threads: Option<usize>,
-}
-
-impl Default for PrefetchOptions {
-    fn default() -> PrefetchOptions {
-        PrefetchOptions { read_from: ReadFrom::File, buffer_bytes: usize::MAX, threads: None }
-    }
-}
+use crate::sys::parallel::{CHUNK_BYTES, Chunks};
+use crate::sys::workers::{Workers, catch_panic};
 
 /// A tensor or slice whose bytes have landed.
 #[derive(Debug)]
@@ -129,10 +82,8 @@ pub struct PrefetchLoader {
 
 #[derive(Debug)]
 struct Shared {
-    files: Vec<SourceFile>,
-    requests: Vec<Request>,
+    plan: Plan,
     batches: Vec<Batch>,
-    options: PrefetchOptions,
     state: Mutex<State>,
     /// Notified when a batch may have become startable, and at the end.
     startable: Condvar,
@@ -140,60 +91,22 @@ struct Shared {
     landed: Condvar,
 }
 
-#[derive(Debug)]
-struct Request {
-    index: usize,
-    slice: Option<Slice>,
-    destination: Option<Destination>,
-    bytes: usize,
-    /// The bytes that count in the budget.
-    cost: usize,
-}
-
-impl Request {
-    /// Returns the first byte of the destination. `memory` is that of the batch, and `place` the number of the request in it.
-    fn start(&self, memory: Option<&Buffers>, place: usize) -> *mut u8 {
-        match (self.destination, memory) {
-            (Some(Destination(start)), _) => start,
-            (None, Some(memory)) => memory.start(place),
-            (None, None) => unreachable!("`Shared::start` allocates memory if there are no destinations"),
-        }
+/// Returns the first byte of a request's memory: its destination, or that of place `place` in the memory of its batch.
+fn start_of(request: &Request, memory: Option<&Buffers>, place: usize) -> *mut u8 {
+    match (request.destination, memory) {
+        (Some(Destination(start)), _) => start,
+        (None, Some(memory)) => memory.start(place),
+        (None, None) => unreachable!("`Shared::start` allocates memory if there are no destinations"),
     }
 }
-
-#[derive(Clone, Copy, Debug)]
-struct Destination(*mut u8);
-
-// SAFETY: only `Shared::read` writes to the address. The contract of `PrefetchLoader::new` covers every thread.
-unsafe impl Send for Destination {}
-// SAFETY: as above.
-unsafe impl Sync for Destination {}
 
 /// Neighbours among the requests, all of one file, that are read together. Several are whole tensors, and all or none of
 /// them has a destination.
 #[derive(Debug)]
 struct Batch {
-    file: usize,
     requests: Range<usize>,
     chunks: Chunks,
     cost: usize,
-}
-
-/// A file of the requests. It is open between its first read and its last.
-#[derive(Debug)]
-struct SourceFile {
-    file: Arc<TensorFile>,
-    /// The bytes to read, and the range of the file that contains them.
-    bytes: usize,
-    extent: Range<u64>,
-    open: Mutex<Option<Arc<OpenSource>>>,
-}
-
-#[derive(Debug)]
-struct OpenSource {
-    /// The file of its mapping, reopened.
-    reopened: Option<OpenFile>,
-    strategy: ReadStrategy,
 }
 
 #[derive(Debug)]
@@ -207,14 +120,7 @@ struct State {
     started: VecDeque<StartedBatch>,
     /// The ready requests in the order of their landing, and some that were taken by number.
     ready: VecDeque<usize>,
-    /// For each file, its batches that have not landed.
-    batches_left: Vec<usize>,
-    /// The bytes that count in the budget.
-    held: usize,
-    /// The number of requests that are started and not handed out.
-    untaken: usize,
-    /// The bytes of the request that was handed out last.
-    last: usize,
+    budget: Budget,
     /// The number of requests that are not handed out.
     left: usize,
     /// The first error, until a call returns it.
@@ -263,18 +169,9 @@ impl PrefetchLoader {
     /// overlap another one or the memory of a file. The caller may use a destination only once its request was handed
     /// out.
     pub unsafe fn new(requests: Vec<PrefetchRequest>, options: PrefetchOptions) -> Result<PrefetchLoader> {
-        let shared = Arc::new(Shared::plan(requests, options)?);
-        let bytes: usize = shared.files.iter().map(|file| file.bytes).sum();
-        let chunks: usize = shared.batches.iter().map(|batch| batch.chunks.len()).sum();
-        let threads = if bytes < MIN_PARALLEL_BYTES {
-            0
-        } else {
-            // The other files are probably where the first one is.
-            let first =
-                shared.batches.iter().find(|batch| batch.chunks.len() > 0).map_or(0, |batch| batch.file);
-            let suitable = shared.open(first)?.strategy.threads;
-            suitable.min(options.threads.unwrap_or(MOST_THREADS)).min(chunks).min(MOST_THREADS)
-        };
+        let shared = Arc::new(Shared::new(requests, options)?);
+        let threads =
+            shared.plan.thread_count(shared.batches.iter().map(|batch| batch.chunks.len()).sum())?;
         let of_threads = Arc::clone(&shared);
         // If no thread can be started, the calls that wait read.
         let workers = Workers::start(threads, move || of_threads.work());
@@ -283,7 +180,7 @@ impl PrefetchLoader {
 
     /// Returns the number of requests.
     pub fn len(&self) -> usize {
-        self.shared.requests.len()
+        self.shared.plan.requests.len()
     }
 
     /// Returns whether there are no requests.
@@ -386,103 +283,44 @@ impl Drop for PrefetchLoader {
 }
 
 impl Shared {
-    fn plan(requests: Vec<PrefetchRequest>, options: PrefetchOptions) -> Result<Shared> {
-        let mut numbers = HashMap::new();
-        let mut files: Vec<SourceFile> = Vec::new();
-        let mut planned: Vec<Request> = Vec::with_capacity(requests.len());
-        // The file and the number of requests of each batch.
-        let mut groups: Vec<(usize, usize)> = Vec::new();
+    fn new(requests: Vec<PrefetchRequest>, options: PrefetchOptions) -> Result<Shared> {
+        let plan = Plan::new(requests, options, CHUNK_BYTES)?;
         let most_bytes = CHUNK_BYTES.min(options.buffer_bytes / 8);
-        let mut group_cost = 0;
-        for PrefetchRequest { file, index, slice, destination, extra_bytes } in requests {
-            let tensor = file.tensor(index)?;
-            // At most the size of the file, which was opened or mapped.
-            let bytes = slice.as_ref().map_or(tensor.nbytes(), Slice::nbytes) as usize;
-            if let Some((_, size)) = destination
-                && size != bytes
-            {
-                return Err(file.wrong_size(tensor.name, bytes as u64, size));
-            }
-            let range = file.byte_range(&tensor);
-            let number = *numbers.entry(Arc::as_ptr(&file)).or_insert_with(|| {
-                let open = Mutex::new(None);
-                files.push(SourceFile { file: Arc::clone(&file), bytes: 0, extent: range.clone(), open });
-                files.len() - 1
-            });
-            let of = &mut files[number];
-            of.bytes += bytes;
-            of.extent = of.extent.start.min(range.start)..of.extent.end.max(range.end);
-            let destination = destination.map(|(start, _)| Destination(start));
-            let request =
-                Request { index, slice, destination, bytes, cost: bytes.saturating_add(extra_bytes) };
-            let joins = |last: &Request| {
-                last.slice.is_none()
-                    && request.slice.is_none()
-                    && last.destination.is_some() == request.destination.is_some()
-                    && request.cost <= most_bytes.saturating_sub(group_cost)
-            };
-            match groups.last_mut() {
-                Some((same, count)) if *same == number && planned.last().is_some_and(joins) => *count += 1,
-                _ => {
-                    groups.push((number, 1));
-                    group_cost = 0;
-                }
-            }
-            group_cost = group_cost.saturating_add(request.cost);
-            planned.push(request);
-        }
-        let mut batches = Vec::with_capacity(groups.len());
-        let mut batches_left = vec![0; files.len()];
+        let mut batches: Vec<Batch> = Vec::new();
         let mut first = 0;
-        for (file, count) in groups {
-            let requests = first..first + count;
-            first = requests.end;
-            let of = &planned[requests.clone()];
-            let chunks = Chunks::new(of.iter().map(|request| request.bytes));
-            let cost = of.iter().fold(0, |cost: usize, request| cost.saturating_add(request.cost));
-            batches_left[file] += 1;
-            batches.push(Batch { file, requests, chunks, cost });
+        while first < plan.requests.len() {
+            let mut end = first + 1;
+            let mut cost = plan.requests[first].cost;
+            while let Some(next) = plan.requests.get(end) {
+                let last = &plan.requests[end - 1];
+                let joins = next.file == last.file
+                    && next.slice.is_none()
+                    && last.slice.is_none()
+                    && next.destination.is_some() == last.destination.is_some()
+                    && next.cost <= most_bytes.saturating_sub(cost);
+                if !joins {
+                    break;
+                }
+                cost += next.cost;
+                end += 1;
+            }
+            let chunks = Chunks::new(plan.requests[first..end].iter().map(|request| request.bytes));
+            batches.push(Batch { requests: first..end, chunks, cost });
+            first = end;
         }
         let state = State {
-            phases: planned.iter().map(|_| Phase::Waiting).collect(),
+            phases: plan.requests.iter().map(|_| Phase::Waiting).collect(),
             next_batch: 0,
             urgent: VecDeque::new(),
             started: VecDeque::new(),
             ready: VecDeque::new(),
-            batches_left,
-            held: 0,
-            untaken: 0,
-            last: 0,
-            left: planned.len(),
+            budget: Budget::new(options.buffer_bytes),
+            left: plan.requests.len(),
             failure: None,
             stopped: false,
         };
         let (startable, landed) = (Condvar::new(), Condvar::new());
-        Ok(Shared { files, requests: planned, batches, options, state: Mutex::new(state), startable, landed })
-    }
-
-    /// Returns the open file number `number`, opening it if it is not.
-    fn open(&self, number: usize) -> Result<Arc<OpenSource>> {
-        let SourceFile { file, bytes, extent, open } = &self.files[number];
-        let mut open = open.lock();
-        if let Some(source) = &*open {
-            return Ok(Arc::clone(source));
-        }
-        let reopened = file.source().reopen(*bytes);
-        let wanted = parallel::thread_count(ThreadLimit::at_most(0), *bytes, bytes.div_ceil(CHUNK_BYTES));
-        let strategy = ReadStrategy::of(
-            file.source().method(self.options.read_from, reopened.as_ref()),
-            *bytes,
-            || extent.clone(),
-            wanted,
-            ThreadLimit::at_most(0),
-        )?;
-        Ok(Arc::clone(open.insert(Arc::new(OpenSource { reopened, strategy }))))
-    }
-
-    /// Closes file number `number` once no read uses it.
-    fn close(&self, number: usize) {
-        *self.files[number].open.lock() = None;
+        Ok(Shared { plan, batches, state: Mutex::new(state), startable, landed })
     }
 
     /// Returns the batch of a request.
@@ -491,10 +329,9 @@ impl Shared {
     }
 
     fn already_delivered(&self, request: usize) -> Error {
-        let file = &self.files[self.batches[self.batch_of(request)].file].file;
-        let name = file.header().get(self.requests[request].index).map_or("", |tensor| tensor.name);
+        let name = self.plan.name(request);
         let detail = format!("tensor {name:?}: already delivered; each is handed out once");
-        file.locate(Error::new(ErrorKind::InvalidArgument, detail))
+        self.plan.locate(Error::new(ErrorKind::InvalidArgument, detail), request)
     }
 
     /// Hands out a request if it is ready.
@@ -504,10 +341,8 @@ impl Shared {
             return None;
         }
         let Phase::Ready(tensor) = std::mem::replace(phase, Phase::Taken) else { return None };
-        state.untaken -= 1;
         state.left -= 1;
-        state.held -= state.last;
-        state.last = self.requests[request].cost;
+        state.budget.hand_out(self.plan.requests[request].cost);
         // One thread starts the next batch, and wakes the others for its chunks.
         self.startable.notify_one();
         if state.left == 0 {
@@ -522,7 +357,7 @@ impl Shared {
         state.started.clear();
         state.ready.clear();
         state.phases.fill_with(|| Phase::Waiting);
-        (0..self.files.len()).for_each(|file| self.close(file));
+        self.plan.close_files();
         self.startable.notify_all();
         self.landed.notify_all();
     }
@@ -570,8 +405,7 @@ impl Shared {
                 state.next_batch += 1;
             }
             let cost = self.batches.get(state.next_batch)?.cost;
-            let fits = state.held.saturating_add(cost) <= self.options.buffer_bytes;
-            if state.stopped || !(fits || state.untaken == 0) {
+            if state.stopped || !state.budget.allows(cost) {
                 return None;
             }
             self.start(state, state.next_batch, /*goes_first=*/ false);
@@ -587,8 +421,8 @@ impl Shared {
         if state.stopped || self.is_started(state, batch) {
             return;
         }
-        let Batch { file, requests, chunks, cost } = &self.batches[batch];
-        let of = &self.requests[requests.clone()];
+        let Batch { requests, chunks, cost } = &self.batches[batch];
+        let of = &self.plan.requests[requests.clone()];
         let memory = if of.iter().all(|request| request.destination.is_some()) {
             None
         } else {
@@ -596,13 +430,12 @@ impl Shared {
             match Buffers::new(&sizes) {
                 Ok(memory) => Some(Arc::new(memory)),
                 Err(error) => {
-                    let error = self.files[*file].file.explain_read(error, of[0].index, of.len());
+                    let error = self.plan.explain(error, requests.start, of.len());
                     return self.fail(state, error);
                 }
             }
         };
-        state.held = state.held.saturating_add(*cost);
-        state.untaken += requests.len();
+        state.budget.start(requests.len(), *cost);
         state.phases[requests.clone()].fill_with(|| Phase::Started);
         let started = StartedBatch { batch, memory, next_chunk: 0, left: chunks.len() };
         if started.left == 0 {
@@ -616,16 +449,11 @@ impl Shared {
 
     /// Makes the requests of a batch ready.
     fn land(&self, state: &mut State, started: &StartedBatch) {
-        let Batch { file, requests, .. } = &self.batches[started.batch];
-        for (place, request) in requests.clone().enumerate() {
-            let start = self.requests[request].start(started.memory.as_deref(), place);
+        for (place, request) in self.batches[started.batch].requests.clone().enumerate() {
+            let start = start_of(&self.plan.requests[request], started.memory.as_deref(), place);
             let owner = started.memory.as_ref().map(|memory| memory.owner(place));
             state.phases[request] = Phase::Ready(PrefetchedTensor { request, start, owner });
             state.ready.push_back(request);
-        }
-        state.batches_left[*file] -= 1;
-        if state.batches_left[*file] == 0 {
-            self.close(*file);
         }
         self.landed.notify_all();
     }
@@ -643,7 +471,7 @@ impl Shared {
         }
         if state.stopped {
             // This read may have opened the file after `stop` had closed it.
-            self.close(self.batches[chunk.batch].file);
+            self.plan.close_files();
         }
         // After `stop`, none is found.
         let found = state.started.iter().position(|started| started.batch == chunk.batch);
@@ -662,31 +490,21 @@ impl Shared {
     ///
     /// The memory of the chunk must be valid for writes, and no other thread may use it.
     unsafe fn read(&self, chunk: &Chunk) -> Result<()> {
-        let Batch { file, requests, chunks, .. } = &self.batches[chunk.batch];
-        let of = &self.requests[requests.clone()];
-        let source = self.open(*file)?;
-        let file = &self.files[*file].file;
-        let method = file.source().method(self.options.read_from, source.reopened.as_ref());
+        let Batch { requests, chunks, .. } = &self.batches[chunk.batch];
         if let Some(memory) = &chunk.memory {
             memory.populate(chunks.parts(chunk.number));
         }
-        let mut ranges = Vec::new();
-        for (place, part) in chunks.parts(chunk.number) {
-            let start = of[place].start(chunk.memory.as_deref(), place);
-            let base = file.byte_range(&file.tensor(of[place].index)?).start;
-            let destination = start.wrapping_add(part.start);
-            if let Some(slice) = &of[place].slice {
-                let reader = SliceReader { method, strategy: Some(source.strategy), slice, base };
-                // SAFETY: the part is inside the memory of the request (this function's contract).
-                unsafe { reader.read(part.start as u64..part.end as u64, destination) }
-                    .map_err(|error| file.explain_read(error, of[place].index, 1))?;
-            } else {
-                let offset = base + part.start as u64;
-                ranges.push(ReadRange { offset, destination, length: part.len() });
-            }
-        }
-        // SAFETY: as above; the memory of different requests does not overlap (contract of `PrefetchLoader::new`).
-        unsafe { reader::read_here(method, &ranges, source.strategy) }
-            .map_err(|error| file.explain_read(error, of[0].index, of.len()))
+        let parts: Vec<ReadPart> = chunks
+            .parts(chunk.number)
+            .map(|(place, part)| {
+                let request = requests.start + place;
+                let start = start_of(&self.plan.requests[request], chunk.memory.as_deref(), place);
+                let destination = start.wrapping_add(part.start);
+                ReadPart { request, offset: part.start, length: part.len(), destination }
+            })
+            .collect();
+        // SAFETY: the parts are inside the memory of the requests (this function's contract), which does not overlap
+        // (contract of `PrefetchLoader::new`).
+        unsafe { self.plan.read(&parts) }
     }
 }

@@ -64,6 +64,7 @@ impl ThreadLimit {
     }
 
     /// Returns a limit of `limit` threads; 0 selects a number that suits the machine and the work.
+    #[cfg(test)]
     pub(crate) fn at_most(limit: usize) -> ThreadLimit {
         ThreadLimit { limit }
     }

@@ -37,7 +37,12 @@ impl Workers {
 
     /// Checks that the threads exist in this process. `object` is for the error, as in [`OwnerProcess::check`].
     pub fn check(&self, object: &str) -> Result<()> {
-        if self.is_empty() { Ok(()) } else { self.process.check(object) }
+        if self.is_empty() { Ok(()) } else { self.check_process(object) }
+    }
+
+    /// The same if the object needs its process even without threads.
+    pub fn check_process(&self, object: &str) -> Result<()> {
+        self.process.check(object)
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::{naive_slice, pattern};
 use safetensors_torch::{
-    AxisRange, Backend, Dtype, Error, ErrorKind, NextSlab, Prefetcher, ReadFrom, SLAB_PART_ALIGNMENT,
-    SaveOptions, TensorFile, TensorSpec, save_file,
+    AxisRange, Backend, Dtype, Error, ErrorKind, NextSlab, PrefetchOptions, PrefetchRequest, Prefetcher,
+    ReadFrom, SLAB_PART_ALIGNMENT, SaveOptions, TensorFile, TensorSpec, save_file,
 };
 
 /// The caller of a prefetcher, which owns the slabs.
@@ -74,6 +74,29 @@ impl Caller {
     }
 }
 
+fn request(file: &Arc<TensorFile>, index: usize) -> PrefetchRequest {
+    PrefetchRequest { file: Arc::clone(file), index, slice: None, destination: None, extra_bytes: 0 }
+}
+
+fn at_most(threads: Option<usize>) -> PrefetchOptions {
+    PrefetchOptions { threads, ..PrefetchOptions::default() }
+}
+
+/// Starts to read into the slabs at `starts`, which must outlive the prefetcher.
+fn start(
+    requests: Vec<PrefetchRequest>,
+    options: PrefetchOptions,
+    starts: &[*mut u8],
+    slab_bytes: usize,
+) -> Prefetcher {
+    let prefetcher = Prefetcher::new(requests, options, slab_bytes).expect("there");
+    for (number, &slab) in starts.iter().enumerate() {
+        // SAFETY: a caller's slabs are distinct and outlive the prefetcher; it touches one only between next and release.
+        assert_eq!(unsafe { prefetcher.add_slab(slab) }, number);
+    }
+    prefetcher
+}
+
 const SIZES: [usize; 9] = [0, 1, 15, 16, 17, 1000, 65_537, 900_001, 3_000_000];
 
 fn save_sizes(directory: &Path, sizes: &[usize]) -> (PathBuf, Vec<Vec<u8>>) {
@@ -110,18 +133,10 @@ fn every_byte_arrives_with_any_slabs_and_threads() {
         let mut results: Vec<Vec<u8>> = indices.iter().map(|&index| vec![0; sizes[index]]).collect();
         let mut caller = Caller::new(count, slab_bytes);
         let threads = [None, Some(1), Some(4)][round % 3];
-        // SAFETY: the slabs outlive the prefetcher, and the caller touches a slab only between next and release.
-        let prefetcher = unsafe {
-            Prefetcher::new(
-                Arc::clone(&file),
-                &indices,
-                if round % 3 == 0 { ReadFrom::Mapping } else { ReadFrom::File },
-                &caller.starts(),
-                slab_bytes,
-                threads,
-            )
-        };
-        let prefetcher = prefetcher.expect("there");
+        let read_from = if round % 3 == 0 { ReadFrom::Mapping } else { ReadFrom::File };
+        let options = PrefetchOptions { read_from, ..at_most(threads) };
+        let requests = indices.iter().map(|&index| request(&file, index)).collect();
+        let prefetcher = start(requests, options, &caller.starts(), slab_bytes);
         caller.collect(&prefetcher, &mut results, round % 4).expect("read");
         assert_eq!(prefetcher.next_slab(Duration::ZERO).expect("over"), NextSlab::End);
         drop(prefetcher);
@@ -137,12 +152,9 @@ fn small_tensors_share_a_slab() {
     let (path, _) = save_sizes(directory.path(), &[100; 1000]);
     let mut caller = Caller::new(1, 1 << 20);
     let indices: Vec<usize> = (0..1000).collect();
-    let starts = caller.starts();
-    // SAFETY: as above.
-    let prefetcher = unsafe {
-        Prefetcher::new(open(&path, Backend::Pread), &indices, ReadFrom::File, &starts, 1 << 20, None)
-    }
-    .expect("there");
+    let file = open(&path, Backend::Pread);
+    let requests = indices.iter().map(|&index| request(&file, index)).collect();
+    let prefetcher = start(requests, at_most(None), &caller.starts(), 1 << 20);
     match prefetcher.next_slab(Duration::ZERO).expect("read") {
         NextSlab::Filled(0, parts) => assert_eq!(parts.len(), 1000),
         other => panic!("{other:?}"),
@@ -156,11 +168,8 @@ fn an_added_slab_wakes_a_starved_thread() {
     let (path, data) = save_sizes(directory.path(), &[8 << 20]);
     let mut caller = Caller::new(4, 1 << 20);
     let starts = caller.starts();
-    // SAFETY: as above, for the slabs that are added too.
-    let prefetcher = unsafe {
-        Prefetcher::new(open(&path, Backend::Pread), &[0], ReadFrom::File, &starts[..1], 1 << 20, Some(3))
-    };
-    let prefetcher = prefetcher.expect("there");
+    let requests = vec![request(&open(&path, Backend::Pread), 0)];
+    let prefetcher = start(requests, at_most(Some(3)), &starts[..1], 1 << 20);
     let first = prefetcher.next_slab(Duration::from_secs(20)).expect("read");
     let NextSlab::Filled(slab, parts) = first else { panic!("{first:?}") };
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -171,7 +180,7 @@ fn an_added_slab_wakes_a_starved_thread() {
     let mut results = vec![vec![0; 8 << 20]];
     results[0][parts[0].offset..][..parts[0].length].copy_from_slice(&caller.slabs[slab][..parts[0].length]);
     for (number, &start) in starts.iter().enumerate().skip(1) {
-        // SAFETY: as above.
+        // SAFETY: as in `start`.
         assert_eq!(unsafe { prefetcher.add_slab(start) }, number);
     }
     prefetcher.release_slab(slab);
@@ -185,12 +194,8 @@ fn dropping_a_prefetcher_stops_its_threads() {
     let (path, _) = save_sizes(directory.path(), &[16 << 20]);
     for taken in 0..3 {
         let mut caller = Caller::new(2, 1 << 20);
-        let starts = caller.starts();
-        // SAFETY: as above.
-        let prefetcher = unsafe {
-            Prefetcher::new(open(&path, Backend::Pread), &[0], ReadFrom::File, &starts, 1 << 20, Some(4))
-        };
-        let prefetcher = prefetcher.expect("there");
+        let requests = vec![request(&open(&path, Backend::Pread), 0)];
+        let prefetcher = start(requests, at_most(Some(4)), &caller.starts(), 1 << 20);
         for _ in 0..taken {
             prefetcher.next_slab(Duration::from_millis(50)).expect("read");
         }
@@ -208,28 +213,150 @@ fn slices_are_prefetched() {
     let spec = TensorSpec { name: "x", dtype: Dtype::F32, shape: &shape };
     save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
     let range = |start, stop, step| AxisRange { start, stop, step };
-    for ranges in [
+    let cuts = [
         [range(0, 60, 1), range(0, 50, 1), range(0, 700, 1)],
         [range(7, 53, 1), range(0, 50, 1), range(0, 700, 1)],
         [range(0, 60, 2), range(3, 48, 1), range(0, 700, 1)],
         [range(1, 60, 1), range(0, 50, 1), range(1, 700, 2)],
         [range(0, 60, 1), range(5, 5, 1), range(0, 700, 1)],
-    ] {
-        let expected = naive_slice(&data, 4, &shape, &ranges);
-        for (backend, threads) in
-            [(Backend::Mmap, Some(3)), (Backend::Pread, Some(2)), (Backend::Pread, None)]
-        {
-            let file = open(&path, backend);
-            let slice = file.slice(0, &ranges).expect("within");
-            let mut caller = Caller::new(3, 64 << 10);
-            let starts = caller.starts();
-            // SAFETY: as above.
-            let prefetcher =
-                unsafe { Prefetcher::for_slice(file, 0, slice, &starts, 64 << 10, threads) }.expect("there");
-            let mut results = vec![vec![0; expected.len()]];
-            caller.collect(&prefetcher, &mut results, 1).expect("read");
-            assert!(results[0] == expected, "{ranges:?}");
+    ];
+    let expected: Vec<Vec<u8>> = cuts.iter().map(|ranges| naive_slice(&data, 4, &shape, ranges)).collect();
+    for (backend, threads) in [(Backend::Mmap, Some(3)), (Backend::Pread, Some(2)), (Backend::Pread, None)] {
+        let file = open(&path, backend);
+        let slices = cuts.iter().map(|ranges| file.slice(0, ranges).expect("within"));
+        let requests = slices.map(|slice| PrefetchRequest { slice: Some(slice), ..request(&file, 0) });
+        let mut caller = Caller::new(3, 64 << 10);
+        let prefetcher = start(requests.collect(), at_most(threads), &caller.starts(), 64 << 10);
+        let mut results: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![0; bytes.len()]).collect();
+        caller.collect(&prefetcher, &mut results, 1).expect("read");
+        assert!(results == expected);
+    }
+}
+
+#[test]
+fn a_slab_holds_tensors_of_several_files() {
+    let directories: Vec<_> = (0..5).map(|_| tempfile::tempdir().expect("a directory")).collect();
+    let sizes = [100, 0, 70_000, 2_000_000];
+    let saved: Vec<_> = directories.iter().map(|directory| save_sizes(directory.path(), &sizes)).collect();
+    for backend in [Backend::Mmap, Backend::Pread] {
+        let files: Vec<_> = saved.iter().map(|(path, _)| open(path, backend)).collect();
+        let order: Vec<(usize, usize)> =
+            (0..sizes.len()).flat_map(|index| (0..files.len()).map(move |file| (file, index))).collect();
+        let requests = order.iter().map(|&(file, index)| request(&files[file], index)).collect();
+        let mut caller = Caller::new(2, 1 << 20);
+        let prefetcher = start(requests, at_most(None), &caller.starts(), 1 << 20);
+        let mut results: Vec<Vec<u8>> = order.iter().map(|&(_, index)| vec![0; sizes[index]]).collect();
+        caller.collect(&prefetcher, &mut results, 1).expect("read");
+        for (&(file, index), result) in order.iter().zip(&results) {
+            assert!(*result == saved[file].1[index], "{backend:?}: file {file}, tensor {index}");
         }
+    }
+}
+
+/// Returns the requests whose parts arrive until none does for 50 ms, and releases their slabs.
+fn arriving(prefetcher: &Prefetcher) -> Vec<usize> {
+    let mut requests = Vec::new();
+    while let NextSlab::Filled(slab, parts) = prefetcher.next_slab(Duration::from_millis(50)).expect("read") {
+        requests.extend(parts.iter().map(|part| part.request));
+        prefetcher.release_slab(slab);
+    }
+    requests.dedup();
+    requests
+}
+
+#[test]
+fn no_more_is_started_than_the_budget_holds() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, _) = save_sizes(directory.path(), &[1 << 20; 8]);
+    let file = open(&path, Backend::Pread);
+    for threads in [Some(0), Some(1)] {
+        for (buffer_bytes, extra_bytes) in [(5 << 19, 0), (5 << 20, 1 << 20)] {
+            let requests = (0..8).map(|index| PrefetchRequest { extra_bytes, ..request(&file, index) });
+            let options = PrefetchOptions { buffer_bytes, ..at_most(threads) };
+            let mut caller = Caller::new(3, 256 << 10);
+            let prefetcher = start(requests.collect(), options, &caller.starts(), 256 << 10);
+            assert_eq!(arriving(&prefetcher), [0, 1]);
+            assert!(!prefetcher.is_starved(), "a slab would not help");
+            prefetcher.hand_out(1); // counts until the next
+            assert!(arriving(&prefetcher).is_empty());
+            prefetcher.hand_out(0);
+            assert_eq!(arriving(&prefetcher), [2]);
+            prefetcher.prioritize(6);
+            prefetcher.prioritize(2);
+            assert_eq!(arriving(&prefetcher), [6]);
+            prefetcher.hand_out(6);
+            assert!(arriving(&prefetcher).is_empty());
+            prefetcher.hand_out(2);
+            assert_eq!(arriving(&prefetcher), [3]);
+            for (taken, next) in [(3, vec![4]), (4, vec![5]), (5, vec![7]), (7, vec![])] {
+                prefetcher.hand_out(taken);
+                assert_eq!(arriving(&prefetcher), next);
+            }
+            assert_eq!(prefetcher.next_slab(Duration::ZERO).expect("over"), NextSlab::End);
+        }
+        // A tensor that exceeds the budget is read alone.
+        let requests = (0..3).map(|index| request(&file, index)).collect();
+        let options = PrefetchOptions { buffer_bytes: 1, ..at_most(threads) };
+        let mut caller = Caller::new(3, 256 << 10);
+        let prefetcher = start(requests, options, &caller.starts(), 256 << 10);
+        for request in 0..3 {
+            assert_eq!(arriving(&prefetcher), [request]);
+            prefetcher.hand_out(request);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_goes_first_interrupts_a_larger_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, data) = save_sizes(directory.path(), &[6 << 20, 100, 3 << 20]);
+    let file = open(&path, Backend::Pread);
+    let mut caller = Caller::new(1, 1 << 20);
+    let requests = (0..3).map(|index| request(&file, index)).collect();
+    let prefetcher = start(requests, at_most(Some(1)), &caller.starts(), 1 << 20);
+    let mut results: Vec<Vec<u8>> = data.iter().map(|bytes| vec![0; bytes.len()]).collect();
+    let mut order = Vec::new();
+    loop {
+        match prefetcher.next_slab(Duration::from_secs(20)).expect("read") {
+            NextSlab::End => break,
+            NextSlab::NotReady => panic!("nothing is read"),
+            NextSlab::Filled(slab, parts) => {
+                for part in parts {
+                    results[part.request][part.offset..][..part.length]
+                        .copy_from_slice(&caller.slabs[slab][part.slab_offset..][..part.length]);
+                    order.push(part.request);
+                }
+                if order.len() == 1 {
+                    prefetcher.prioritize(2);
+                }
+                prefetcher.release_slab(slab);
+            }
+        }
+    }
+    assert!(results == data);
+    let places: Vec<usize> =
+        (0..3).map(|request| order.iter().filter(|&&one| one == request).count()).collect();
+    assert_eq!((order[0], places[1]), (0, 1));
+    let last_urgent = order.iter().rposition(|&one| one == 2).expect("read");
+    let last_large = order.iter().rposition(|&one| one == 0).expect("read");
+    assert!(last_urgent < last_large && last_urgent <= 4, "{order:?}");
+}
+
+#[test]
+fn no_slab_is_written_to_after_a_stop() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, _) = save_sizes(directory.path(), &[64 << 20]);
+    for threads in [Some(0), Some(2)] {
+        let mut caller = Caller::new(8, 1 << 20);
+        let requests = vec![request(&open(&path, Backend::Mmap), 0)];
+        let prefetcher = start(requests, at_most(threads), &caller.starts(), 1 << 20);
+        prefetcher.next_slab(Duration::from_secs(20)).expect("read");
+        prefetcher.stop();
+        caller.slabs.iter_mut().for_each(|slab| slab.fill(0xAA));
+        prefetcher.release_slab(0);
+        assert_eq!(prefetcher.next_slab(Duration::from_millis(20)).expect("over"), NextSlab::End);
+        drop(prefetcher);
+        assert!(caller.slabs.iter().flatten().all(|&byte| byte == 0xAA));
     }
 }
 
@@ -242,10 +369,8 @@ fn a_failed_read_names_file_and_tensor() {
         let length = file.byte_range(&file.tensor(1).expect("there")).end - 1;
         OpenOptions::new().write(true).open(&path).expect("there").set_len(length).expect("cut");
         let mut caller = Caller::new(2, 1 << 20);
-        let starts = caller.starts();
-        // SAFETY: as above.
-        let prefetcher = unsafe { Prefetcher::new(file, &[0, 1], ReadFrom::File, &starts, 1 << 20, threads) }
-            .expect("there");
+        let requests = vec![request(&file, 0), request(&file, 1)];
+        let prefetcher = start(requests, at_most(threads), &caller.starts(), 1 << 20);
         let mut results: Vec<Vec<u8>> = sizes.iter().map(|&size| vec![0; size]).collect();
         let error = caller.collect(&prefetcher, &mut results, 0).expect_err("cut short");
         assert_eq!(error.kind(), ErrorKind::FileChanged);
@@ -263,8 +388,6 @@ fn a_failed_read_names_file_and_tensor() {
 fn an_index_out_of_range_is_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let (path, _) = save_sizes(directory.path(), &[10]);
-    // SAFETY: there is no slab.
-    let refused =
-        unsafe { Prefetcher::new(open(&path, Backend::Pread), &[1], ReadFrom::File, &[], 16, None) };
+    let refused = Prefetcher::new(vec![request(&open(&path, Backend::Pread), 1)], at_most(None), 16);
     assert_eq!(refused.expect_err("there is one").kind(), ErrorKind::InvalidArgument);
 }

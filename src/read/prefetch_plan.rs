@@ -1,0 +1,318 @@
+//! What is read ahead: tensors and slices of any files, and how many bytes of them at once.
+//!
+//! # Budget
+//!
+//! The budget counts the bytes of all requests that are started and not handed out, and those of the last one that was
+//! handed out, because a loop still holds that one while it asks for the next. A request starts if
+//!
+//! 1. its bytes fit into the rest of the budget, or
+//! 2. no request is started and not handed out, or
+//! 3. the caller waits for it by number.
+//!
+//! No caller waits forever. One that waits for any request finds a started one that is not handed out, or rule 2 starts the
+//! next. One that waits for a request by number finds it started, or rule 3 starts it. A started request lands without the
+//! caller.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::format::slice::Slice;
+use crate::read::file::TensorFile;
+use crate::read::reader::{self, ReadRange};
+use crate::read::slice_reader::SliceReader;
+use crate::read::source::{OpenFile, ReadFrom};
+use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
+use crate::sys::mutex::Mutex;
+use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
+use crate::sys::threads::ThreadLimit;
+use crate::sys::workers::MOST_THREADS;
+
+/// A tensor to read, or a slice of one.
+#[derive(Debug)]
+pub struct PrefetchRequest {
+    /// The file.
+    pub file: Arc<TensorFile>,
+    /// The index of the tensor in file order.
+    pub index: usize,
+    /// The part to read, made for this tensor by [`TensorFile::slice`]; `None` for the whole tensor.
+    pub slice: Option<Slice>,
+    /// The caller's buffer and its size, which must be that of the tensor or slice; `None` for memory of the reader.
+    pub destination: Option<(*mut u8, usize)>,
+    /// Bytes that the caller allocates for the tensor besides its own. They count in the budget.
+    pub extra_bytes: usize,
+}
+
+/// How to read ahead.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefetchOptions {
+    /// What reads of mapped files return.
+    pub read_from: ReadFrom,
+    /// The most bytes of tensors that are read ahead, including the one that was handed out last. A larger tensor is read
+    /// when no other is waiting to be taken.
+    pub buffer_bytes: usize,
+    /// The most threads; `None` for as many as suit the machine. With 0, the calls that wait read.
+    pub threads: Option<usize>,
+}
+
+impl Default for PrefetchOptions {
+    fn default() -> PrefetchOptions {
+        PrefetchOptions { read_from: ReadFrom::File, buffer_bytes: usize::MAX, threads: None }
+    }
+}
+
+/// The requests, and the files that they name.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) requests: Vec<Request>,
+    pub(super) options: PrefetchOptions,
+    files: Vec<SourceFile>,
+    /// The bytes that a thread reads at once.
+    piece_bytes: usize,
+    limit: ThreadLimit,
+}
+
+#[derive(Debug)]
+pub(super) struct Request {
+    /// The number of the file.
+    pub(super) file: usize,
+    pub(super) index: usize,
+    pub(super) slice: Option<Slice>,
+    pub(super) destination: Option<Destination>,
+    /// The offset of the tensor in the file.
+    begin: u64,
+    pub(super) bytes: usize,
+    /// The bytes that count in the budget.
+    pub(super) cost: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Destination(pub(super) *mut u8);
+
+// SAFETY: only `Plan::read` writes to the address. The contract of `PrefetchLoader::new` covers every thread.
+unsafe impl Send for Destination {}
+// SAFETY: as above.
+unsafe impl Sync for Destination {}
+
+/// A file of the requests. It is open between its first read and its last.
+#[derive(Debug)]
+struct SourceFile {
+    file: Arc<TensorFile>,
+    /// The bytes to read, and the range of the file that contains them.
+    bytes: usize,
+    extent: Range<u64>,
+    reading: Mutex<Reading>,
+}
+
+#[derive(Debug)]
+struct Reading {
+    /// The bytes that were not read yet.
+    left: usize,
+    source: Option<Arc<OpenSource>>,
+}
+
+#[derive(Debug)]
+struct OpenSource {
+    /// The file of its mapping, reopened.
+    reopened: Option<OpenFile>,
+    strategy: ReadStrategy,
+}
+
+/// Bytes of a request, and the memory to read them to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReadPart {
+    pub(super) request: usize,
+    pub(super) offset: usize,
+    pub(super) length: usize,
+    pub(super) destination: *mut u8,
+}
+
+impl Plan {
+    pub(super) fn new(
+        requests: Vec<PrefetchRequest>,
+        options: PrefetchOptions,
+        piece_bytes: usize,
+    ) -> Result<Plan> {
+        let mut numbers = HashMap::new();
+        let mut files: Vec<SourceFile> = Vec::new();
+        let mut planned = Vec::with_capacity(requests.len());
+        for PrefetchRequest { file, index, slice, destination, extra_bytes } in requests {
+            let tensor = file.tensor(index)?;
+            // At most the size of the file, which was opened or mapped.
+            let bytes = slice.as_ref().map_or(tensor.nbytes(), Slice::nbytes) as usize;
+            if let Some((_, size)) = destination
+                && size != bytes
+            {
+                return Err(file.wrong_size(tensor.name, bytes as u64, size));
+            }
+            let range = file.byte_range(&tensor);
+            let number = *numbers.entry(Arc::as_ptr(&file)).or_insert_with(|| {
+                let reading = Mutex::new(Reading { left: 0, source: None });
+                files.push(SourceFile { file: Arc::clone(&file), bytes: 0, extent: range.clone(), reading });
+                files.len() - 1
+            });
+            let of = &mut files[number];
+            of.bytes += bytes;
+            of.reading.lock().left += bytes;
+            of.extent = of.extent.start.min(range.start)..of.extent.end.max(range.end);
+            planned.push(Request {
+                file: number,
+                index,
+                slice,
+                destination: destination.map(|(start, _)| Destination(start)),
+                begin: range.start,
+                bytes,
+                cost: bytes.saturating_add(extra_bytes),
+            });
+        }
+        Ok(Plan { requests: planned, options, files, piece_bytes, limit: ThreadLimit::current()? })
+    }
+
+    /// Returns how many threads are to read everything in `pieces` pieces.
+    pub(super) fn thread_count(&self, pieces: usize) -> Result<usize> {
+        let bytes: usize = self.files.iter().map(|file| file.bytes).sum();
+        if bytes < COLD_READ_BYTES {
+            return Ok(0);
+        }
+        // The other files are probably where the largest is.
+        let largest = (0..self.files.len()).min_by_key(|&number| Reverse(self.files[number].bytes));
+        let Some(strategy) =
+            largest.map(|number| self.open(number).map(|source| source.strategy)).transpose()?
+        else {
+            return Ok(0);
+        };
+        if bytes < MIN_PARALLEL_BYTES && !strategy.is_remote {
+            return Ok(0);
+        }
+        let suitable = parallel::thread_count(self.limit, bytes, pieces).max(strategy.threads);
+        Ok(suitable.min(self.options.threads.unwrap_or(MOST_THREADS)).min(pieces).min(MOST_THREADS))
+    }
+
+    /// Returns the open file number `number`, opening it if it is not.
+    fn open(&self, number: usize) -> Result<Arc<OpenSource>> {
+        let SourceFile { file, bytes, extent, reading } = &self.files[number];
+        let mut reading = reading.lock();
+        if let Some(source) = &reading.source {
+            return Ok(Arc::clone(source));
+        }
+        let reopened = file.source().reopen(*bytes);
+        let wanted = parallel::thread_count(self.limit, *bytes, bytes.div_ceil(self.piece_bytes));
+        let strategy = ReadStrategy::of(
+            file.source().method(self.options.read_from, reopened.as_ref()),
+            *bytes,
+            || extent.clone(),
+            wanted,
+            self.limit,
+        )?;
+        Ok(Arc::clone(reading.source.insert(Arc::new(OpenSource { reopened, strategy }))))
+    }
+
+    /// Closes all files once no read uses them.
+    pub(super) fn close_files(&self) {
+        for file in &self.files {
+            file.reading.lock().source = None;
+        }
+    }
+
+    /// Reads `parts`, on the calling thread. Parts of one file that follow one another are read together.
+    ///
+    /// # Safety
+    ///
+    /// Every destination must be valid for writes of its length, and no other thread may use it. None may overlap another.
+    pub(super) unsafe fn read(&self, parts: &[ReadPart]) -> Result<()> {
+        for parts in parts.chunk_by(|a, b| self.requests[a.request].file == self.requests[b.request].file) {
+            let number = self.requests[parts[0].request].file;
+            // SAFETY: this function has the same contract.
+            unsafe { self.read_from(number, parts) }?;
+            let mut reading = self.files[number].reading.lock();
+            reading.left -= parts.iter().map(|part| part.length).sum::<usize>();
+            if reading.left == 0 {
+                reading.source = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Plan::read`]. All parts must be of file number `number`.
+    unsafe fn read_from(&self, number: usize, parts: &[ReadPart]) -> Result<()> {
+        let explain = |error: Error| {
+            let first = self.requests[parts[0].request].index;
+            self.files[number].file.explain_read(error, first, parts.len())
+        };
+        let source = self.open(number)?;
+        let method =
+            self.files[number].file.source().method(self.options.read_from, source.reopened.as_ref());
+        let mut ranges = Vec::with_capacity(parts.len());
+        for &ReadPart { request, offset, length, destination } in parts {
+            let Request { begin, slice, .. } = &self.requests[request];
+            let Some(slice) = slice else {
+                ranges.push(ReadRange { offset: begin + offset as u64, destination, length });
+                continue;
+            };
+            let reader = SliceReader { method, strategy: Some(source.strategy), slice, base: *begin };
+            // SAFETY: the destination is valid (this function's contract).
+            unsafe { reader.read(offset as u64..(offset + length) as u64, destination) }.map_err(explain)?;
+        }
+        // SAFETY: as above.
+        unsafe { reader::read_here(method, &ranges, source.strategy) }.map_err(explain)
+    }
+
+    /// Adds the names of the file and of the tensors to an error about `count` requests from `first` on.
+    pub(super) fn explain(&self, error: Error, first: usize, count: usize) -> Error {
+        let request = &self.requests[first];
+        self.files[request.file].file.explain_read(error, request.index, count)
+    }
+
+    /// Returns the name of a request's tensor.
+    pub(super) fn name(&self, request: usize) -> &str {
+        let Request { file, index, .. } = self.requests[request];
+        self.files[file].file.header().get(index).map_or("", |tensor| tensor.name)
+    }
+
+    /// Adds the path of a request's file to an error.
+    pub(super) fn locate(&self, error: Error, request: usize) -> Error {
+        match self.requests.get(request) {
+            Some(request) => self.files[request.file].file.locate(error),
+            None => error,
+        }
+    }
+}
+
+/// The bytes that are read ahead.
+#[derive(Debug)]
+pub(super) struct Budget {
+    most: usize,
+    held: usize,
+    /// The number of requests that are started and not handed out.
+    untaken: usize,
+    /// The bytes of the request that was handed out last.
+    last: usize,
+}
+
+impl Budget {
+    pub(super) fn new(most: usize) -> Budget {
+        Budget { most, held: 0, untaken: 0, last: 0 }
+    }
+
+    /// Returns whether requests of `cost` bytes may start that nobody waits for by number.
+    pub(super) fn allows(&self, cost: usize) -> bool {
+        self.held.saturating_add(cost) <= self.most || self.untaken == 0
+    }
+
+    /// Counts `requests` requests of `cost` bytes together, which start.
+    pub(super) fn start(&mut self, requests: usize, cost: usize) {
+        self.held = self.held.saturating_add(cost);
+        self.untaken += requests;
+    }
+
+    /// Counts a started request of `cost` bytes, which is handed out.
+    pub(super) fn hand_out(&mut self, cost: usize) {
+        self.untaken -= 1;
+        self.held = self.held.saturating_sub(self.last);
+        self.last = cost;
+    }
+}
