@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import machine
+import places
 import report
 import works
 from data import DATA_SETS
@@ -68,7 +69,7 @@ class Run:
             left_out = [name for name in DATA_SETS if name not in QUICK_DATA]
             self._note(
                 f"--quick: without the data sets {' and '.join(left_out)}, cold, durable and fresh works, torch's own"
-                " functions, the pre-release and prefault; memory only of ours and where there is a target for it"
+                " functions, other rivals and prefault; memory only of ours where there is a target for it"
             )
         return plan
 
@@ -85,10 +86,11 @@ class Run:
 
     def _install_prerelease(self, directory: Path) -> None:
         """Installs the pre-release into `directory`, or excludes it if it cannot be downloaded."""
-        if not self._has("prerelease") or list(directory.glob(f"safetensors-{works.PRERELEASE_VERSION}.dist-info")):
+        version = works.VERSIONS["prerelease"]
+        if not self._has("prerelease") or list(directory.glob(f"safetensors-{version}.dist-info")):
             return
         shutil.rmtree(directory, ignore_errors=True)
-        wanted = f"safetensors=={works.PRERELEASE_VERSION}"
+        wanted = f"safetensors=={version}"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         if subprocess.run([*command, "--pre", "--target", str(directory), wanted]).returncode != 0:
             self._note(f"{wanted} cannot be installed: left out")
@@ -106,32 +108,40 @@ class Run:
         self._install_prerelease(prerelease)
         self._compile_raw(raw)
         with tempfile.TemporaryDirectory(prefix="bench-", dir=self._arguments.directory) as name:
-            setting = Setting(Path(name), raw, prerelease, self._arguments.rounds, self._arguments.quick)
+            directory = Path(name)
             for data in DATA_SETS:
                 mine = [entry for entry in self._plan if entry[0].data == data]
-                if mine and self._make(data, setting.directory):
-                    self._measure_set(mine, setting)
-                    for path in setting.directory.glob(f"{data}.*"):
-                        path.unlink()
-            described = machine.describe(setting.directory)
+                if not mine:
+                    continue
+                try:
+                    with places.at(DATA_SETS[data].place, directory, DATA_SETS[data].nbytes()) as place:
+                        if self._make(data, place):
+                            rounds, quick = self._arguments.rounds, self._arguments.quick
+                            self._measure_set(mine, Setting(directory, place, raw, prerelease, rounds, quick))
+                            for path in place.files.glob(f"{data}.*"):
+                                path.unlink()
+                except places.Unavailable as missing:
+                    self._note(f"{data} left out: {missing}")
+            described = machine.describe(directory)
         return {
             "date": datetime.date.today().isoformat(),
             "command": shown_command(),
             "machine": described | {"torch": version("torch"), "safetensors-torch": version("safetensors-torch")},
             "rounds": self._arguments.rounds,
-            "notes": self._notes,
+            "notes": self._notes + [text for library, text in works.LIMITS.items() if self._has(library)],
             "failures": self._failures,
             "works": self._results,
         }
 
-    def _make(self, name: str, directory: Path) -> bool:
+    def _make(self, name: str, place: places.Place) -> bool:
         """Writes the files of a data set. Returns False if memory or disk are too small."""
         nbytes = DATA_SETS[name].nbytes()
-        if machine.available_memory() < 3 * nbytes or machine.free_disk(directory) < 6 * nbytes:
+        is_on_disk = DATA_SETS[name].place == "disk"  # other places check for themselves
+        if is_on_disk and (machine.available_memory() < 3 * nbytes or machine.free_disk(place.files) < 6 * nbytes):
             self._note(f"{name} left out: it takes {3 * nbytes / 1e9:.0f} GB of memory, {6 * nbytes / 1e9:.0f} of disk")
             return False
         print(f"\n{DATA_SETS[name].title}, {nbytes / 1e6:,.0f} MB", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), name, str(directory)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), name, str(place.files)], check=True)
         return True
 
     def _measure_set(self, plan: list[tuple[Work, list[Subject]]], setting: Setting) -> None:
@@ -142,6 +152,8 @@ class Run:
             measurement = Measurement(work, subjects, setting)
             result = measurement.run()
             self._failures += measurement.failures
+            for note in measurement.notes:
+                self._note(note)
             self._results.append(result)
             print(report.text_table([result]), flush=True)
 

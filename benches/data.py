@@ -3,7 +3,7 @@
 Owns their contents, and how they are written and read without this library: the reference writes the files, and
 `read_tensors` reads them with plain Python. works.py uses them.
 
-Run: python data.py SET DIRECTORY    writes DIRECTORY/SET.safetensors and, except for `million`, DIRECTORY/SET.pt.
+Run: python data.py SET DIRECTORY    writes DIRECTORY/SET.safetensors and, if works need it, DIRECTORY/SET.pt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from places import LATENCY_MS, STREAM_MB
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -28,10 +30,16 @@ class DataSet:
     shapes: Callable[[], Shapes]
     pickled: bool = True  # whether a .pt exists beside the .safetensors
     most_rounds: int = 1000  # fewer if a run takes seconds
+    place: str = "disk"  # where its file lies, see places.py
 
     def nbytes(self) -> int:
         """Returns the bytes of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes().values()) * self.element_bytes
+
+    def half_bytes(self) -> int:
+        """Returns the bytes of the first half of each tensor along its first dimension."""
+        halves = (math.prod((shape[0] // 2, *shape[1:])) for shape in self.shapes().values())
+        return sum(halves) * self.element_bytes
 
 
 def _small(count: int) -> Shapes:
@@ -76,6 +84,18 @@ DATA_SETS = {
     "shard": DataSet("a shard of a language model, bfloat16", "bfloat16", 2, _shard, most_rounds=3),
     "million": DataSet(
         "a million tensors of 256 bytes", "float32", 4, lambda: _small(1_000_000), pickled=False, most_rounds=3
+    ),
+    "network": DataSet(
+        f"the tensors of GPT-2 small on a network filesystem, {LATENCY_MS} ms a request, {STREAM_MB} MB/s a stream",
+        "float32",
+        4,
+        _gpt2,
+        pickled=False,
+        most_rounds=2,
+        place="network",
+    ),
+    "loop": DataSet(
+        "the shard on a loop device over memory", "bfloat16", 2, _shard, pickled=False, most_rounds=3, place="loop"
     ),
 }
 

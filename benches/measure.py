@@ -17,7 +17,8 @@ from pathlib import Path
 import machine
 import works
 from data import DATA_SETS
-from process import Worker, WorkerError
+from places import Place
+from process import Worker, WorkerError, WorkerMissing
 from works import Subject, Work
 
 # Memory that a run may need besides its data: for each tensor, and for everything else.
@@ -32,7 +33,8 @@ _SETTLE_SECONDS = 3.0
 class Setting:
     """What all works of a run share."""
 
-    directory: Path  # holds the data sets and the saved files
+    directory: Path  # holds the saved files
+    place: Place  # holds the data set
     raw: Path  # the program compiled from raw.c
     prerelease: Path  # goes first on sys.path for the pre-release
     rounds: int
@@ -47,14 +49,19 @@ class Measurement:
         self._setting = setting
         shapes = DATA_SETS[work.data].shapes()
         self._nbytes = DATA_SETS[work.data].nbytes()
+        if work.call == "halves":
+            self._nbytes = DATA_SETS[work.data].half_bytes()
         copies = 2 if work.call in ("save", "save_file") else 0 if work.options.get("backend") == "mmap" else 1
         # Data read from the disk fills the page cache too.
         copies += work.cold
         self._needed = copies * self._nbytes + len(shapes) * _TENSOR + _SPARE
         self._subjects = list(subjects)
         self._seconds: dict[str, list[float]] = {subject.title: [] for subject in subjects}
+        self._first: dict[str, list[float]] = {subject.title: [] for subject in subjects}
+        self._served: dict[str, int] = {}
         self._memory: dict[str, tuple[int, int]] = {}
         self.failures: list[str] = []
+        self.notes: list[str] = []
 
     def run(self) -> dict:
         """Measures time, then memory. Subjects that failed are in `failures` and have no row in the result."""
@@ -77,6 +84,8 @@ class Measurement:
             {
                 "subject": subject.title,
                 "seconds": self._seconds[subject.title],
+                "first_seconds": self._first[subject.title],
+                "served_bytes": self._served.get(subject.title),
                 "extra_bytes": self._memory.get(subject.title, (None, None))[0],
                 "extra_resident_bytes": self._memory.get(subject.title, (None, None))[1],
             }
@@ -94,12 +103,15 @@ class Measurement:
     def _has_memory_target(self) -> bool:
         return any(target.kind == "copies" and target.work == self._work.name for target in works.TARGETS)
 
+    def _rounds(self) -> int:
+        return min(self._setting.rounds, DATA_SETS[self._work.data].most_rounds)
+
     def _source(self, subject: Subject) -> Path:
         reads_pickle = subject.library == "torch" and self._work.reads_file
         return self._neutral().with_suffix(".pt") if reads_pickle else self._neutral()
 
     def _neutral(self) -> Path:
-        return self._setting.directory / f"{self._work.data}.safetensors"
+        return self._setting.place.sources / f"{self._work.data}.safetensors"
 
     def _target(self, subject: Subject) -> Path:
         number = self._work.subjects.index(subject)
@@ -117,21 +129,16 @@ class Measurement:
             for subject in list(self._subjects):
                 with self._guard(subject):
                     workers[subject.title].ready()
-            rounds = min(self._setting.rounds, DATA_SETS[self._work.data].most_rounds)
-            for number in range(rounds + 1):
+            for number in range(self._rounds() + 1):
                 turn = number % max(len(self._subjects), 1)
                 for subject in self._subjects[turn:] + self._subjects[:turn]:
                     with self._guard(subject):
                         self._prepare(subject)
-                        if number == 0:  # the warm-up
-                            workers[subject.title].seconds("check")
-                        else:
-                            self._seconds[subject.title].append(workers[subject.title].seconds())
+                        self._run(workers[subject.title], subject, is_warm_up=number == 0)
 
     def _time_fresh(self) -> None:
         """Like `_time`, but each run has its own process, and nothing touches memory before."""
-        rounds = min(self._setting.rounds, DATA_SETS[self._work.data].most_rounds)
-        for number in range(rounds + 1):
+        for number in range(self._rounds() + 1):
             turn = number % max(len(self._subjects), 1)
             for subject in self._subjects[turn:] + self._subjects[:turn]:
                 with self._guard(subject), self._start(subject) as worker:
@@ -139,9 +146,19 @@ class Measurement:
                     self._prepare(subject)
                     # A hypervisor may still be reclaiming the memory that the previous process freed.
                     time.sleep(_SETTLE_SECONDS)
-                    seconds = worker.seconds("check" if number == 0 else "run")
-                    if number > 0:
-                        self._seconds[subject.title].append(seconds)
+                    self._run(worker, subject, is_warm_up=number == 0)
+
+    def _run(self, worker: Worker, subject: Subject, is_warm_up: bool) -> None:
+        if is_warm_up:
+            worker.run("check")
+            return
+        before = self._setting.place.served_bytes()
+        seconds, first = worker.run()
+        self._seconds[subject.title].append(seconds)
+        if first is not None:
+            self._first[subject.title].append(first)
+        if before is not None:
+            self._served[subject.title] = self._setting.place.served_bytes() - before
 
     def _measure_memory(self, subject: Subject) -> None:
         with self._guard(subject), self._start(subject) as worker:
@@ -151,9 +168,12 @@ class Measurement:
 
     @contextlib.contextmanager
     def _guard(self, subject: Subject):
-        """Records a failure and drops its subject."""
+        """Records a failure, or what is missing, and drops its subject."""
         try:
             yield
+        except WorkerMissing as missing:
+            self.notes.append(f"{self._work.name}: without {subject.title}: {missing}")
+            self._subjects.remove(subject)
         except WorkerError as error:
             print(f"\nFAILED: {error}\n", file=sys.stderr, flush=True)
             self.failures.append(str(error))
@@ -168,6 +188,9 @@ class Measurement:
             elif not target.exists():
                 shutil.copyfile(self._neutral(), target)
             os.sync()  # writeback of earlier runs must not happen during this one
+        if self._work.call == "save_sharded":
+            shutil.rmtree(self._target(subject), ignore_errors=True)
+            os.sync()
         if self._work.cold:
             machine.drop_caches()
         if not self._work.as_found:
@@ -178,20 +201,22 @@ class Measurement:
         target = self._target(subject)
         target.parent.mkdir(exist_ok=True)
         if subject.library == "raw":
-            command = [str(self._setting.raw), self._work.loop, str(self._source(subject)), str(target)]
+            command = [str(self._setting.raw), subject.loop or self._work.loop, str(self._source(subject)), str(target)]
             return Worker(what, command + (["sync"] if self._work.durable else []))
         prerelease = subject.library == "prerelease"
-        # torch has no backends: its options are those of the subject.
-        options = subject.options if subject.library == "torch" else {**self._work.options, **subject.options}
+        # Others have no backends: their options are those of the subject.
+        shares_options = subject.library in ("ours", "reference", "prerelease")
+        options = {**self._work.options, **subject.options} if shares_options else subject.options
         plan = {
             "library": subject.library,
             "path": str(self._setting.prerelease) if prerelease else "",
-            "version": works.PRERELEASE_VERSION if prerelease else works.REFERENCE_VERSION,
+            "version": works.VERSIONS.get(subject.library, ""),
             "data": self._work.data,
             "call": self._work.call,
             "options": options,
             "mutable": subject.mutable,
             "touch": self._work.touch,
+            "cold": self._work.cold,
             "durable": self._work.durable,
             "source": str(self._source(subject)),
             "neutral": str(self._neutral()),

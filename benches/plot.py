@@ -17,14 +17,15 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-_OURS, _PRERELEASE, _TORCH = "#1b6ca8", "#e0a030", "#a9a9a9"
+_OURS, _TORCH = "#1b6ca8", "#a9a9a9"
+_RIVALS = {works.PRERELEASE: "#e0a030", works.FASTSAFETENSORS: "#7a9e4b", works.STREAMER: "#a05c8c"}
 
 
 def _color(subject: str) -> str | None:
     """Returns the color of a subject's bar, or None if it has no bar."""
     if subject.startswith("torch."):
         return _TORCH
-    return {works.OURS: _OURS, works.PRERELEASE: _PRERELEASE}.get(subject)
+    return ({works.OURS: _OURS} | _RIVALS).get(subject)
 
 
 def draw(results: dict, picture: Path) -> None:
@@ -35,13 +36,14 @@ def draw(results: dict, picture: Path) -> None:
         figure, axes = pyplot.subplots()
         at, ticks = 0.0, []
         for work in shown:
+            raw = report.best(work, report.is_raw)
             bars = [row["subject"] for row in work["rows"] if _color(row["subject"]) and row["seconds"]]
             ticks.append((at + (len(bars) - 1) / 2, work["name"]))
             for subject in bars:
                 speed = report.relative(work, works.REFERENCE, subject)
                 # Bars start at 1: slower than the reference goes left.
                 axes.barh(at, speed - 1, left=1, height=0.85, color=_color(subject))
-                limit = report.relative(work, works.REFERENCE, works.RAW) if subject == works.OURS else None
+                limit = report.relative(work, works.REFERENCE, raw) if raw and subject == works.OURS else None
                 if limit:
                     axes.plot(limit, at, marker="D", markersize=4, color="black", linestyle="none", zorder=3)
                 beside = max(speed, limit or 0, 1)
@@ -64,12 +66,12 @@ def draw(results: dict, picture: Path) -> None:
         axes.set_xlabel(f"speed, {works.REFERENCE} = 1 (logarithmic)")
         handles = [
             Patch(color=_OURS, label="safetensors-torch"),
-            Patch(color=_PRERELEASE, label=works.PRERELEASE),
+            *(Patch(color=color, label=rival) for rival, color in _RIVALS.items()),
             Patch(color=_TORCH, label="torch.load, torch.save"),
             Line2D([], [], marker="D", markersize=4, color="black", linestyle="none", label="raw limit"),
         ]
-        figure.set_size_inches(9, 1.4 + 0.17 * at)
-        figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+        figure.set_size_inches(9, 1.6 + 0.17 * at)
+        figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
         figure.savefig(picture, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)

@@ -22,6 +22,10 @@ class WorkerError(Exception):
     """A worker that failed. The text names the work, the subject and the failure."""
 
 
+class WorkerMissing(Exception):
+    """A worker whose library is not installed or lacks the function. The text says which."""
+
+
 class Worker:
     """A process that runs one work of one subject, once for each line it reads."""
 
@@ -50,10 +54,11 @@ class Worker:
         """Waits until the worker is set up. Returns the version of the library it imported."""
         return self._answer()["ready"]
 
-    def seconds(self, request: str = "run") -> float:
-        """Requests one run and returns its time."""
+    def run(self, request: str = "run") -> tuple[float, float | None]:
+        """Requests one run. Returns its time, and that until its first tensor if it returns them one by one."""
         self._send(request)
-        return self._answer()["seconds"]
+        answer = self._answer()
+        return answer["seconds"], answer.get("first")
 
     def memory(self) -> tuple[int, int]:
         """Requests one run that keeps its result. Returns the peak growth of its anonymous and resident memory."""
@@ -92,6 +97,8 @@ class Worker:
             self._pending += read
         line, _, self._pending = self._pending.partition(b"\n")
         answer = json.loads(line)
+        if "missing" in answer:
+            raise WorkerMissing(answer["missing"])
         if "error" in answer:
             raise WorkerError(f"{self._what}: {answer['error'].strip()}")
         return answer

@@ -3,6 +3,8 @@
  * Owns the loops and their clock. works.py says which work a loop is compared with.
  *
  * raw LOOP SOURCE TARGET [sync]     answers each line "run" on stdin with the seconds of one run, in JSON.
+ *
+ * The loop "direct N x M" reads around the page cache: N threads, M MiB a read.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -81,34 +83,51 @@ static void write_fully(int file) {
 
 struct shared {
     atomic_size_t next;
+    size_t chunk;
     int file; /* or -1 for memory */
+    bool direct;
     char* to;
 };
+
+/* Reads whole pages: O_DIRECT takes nothing else. The last one reaches beyond the end of the file. */
+static void read_pages(int file, char* to, size_t length, size_t offset) {
+    for (size_t done = 0; done < length;) {
+        size_t pages = (length - done + PAGE - 1) / PAGE * PAGE;
+        ssize_t count = pread(file, to + done, pages, (off_t)(offset + done));
+        if (count <= 0) fail("direct pread");
+        done += (size_t)count;
+    }
+}
 
 static void* move_chunks(void* argument) {
     struct shared* shared = argument;
     for (;;) {
-        size_t begin = atomic_fetch_add(&shared->next, CHUNK);
+        size_t begin = atomic_fetch_add(&shared->next, shared->chunk);
         if (begin >= size) return NULL;
-        size_t length = size - begin < CHUNK ? size - begin : CHUNK;
+        size_t length = size - begin < shared->chunk ? size - begin : shared->chunk;
         if (shared->file < 0)
             memcpy(shared->to + begin, held + begin, length);
+        else if (shared->direct)
+            read_pages(shared->file, shared->to + begin, length, begin);
         else
             read_fully(shared->file, shared->to + begin, length, begin);
     }
 }
 
-static void move_all(int file, char* to) {
-    struct shared shared = {.next = 0, .file = file, .to = to};
+static void run_threads(int count, struct shared* shared) {
     pthread_t threads[MOST_THREADS];
+    for (int i = 1; i < count; i++) {
+        if (pthread_create(&threads[i], NULL, move_chunks, shared)) fail("pthread_create");
+    }
+    move_chunks(shared);
+    for (int i = 1; i < count; i++) pthread_join(threads[i], NULL);
+}
+
+static void move_all(int file, char* to) {
+    struct shared shared = {.next = 0, .chunk = CHUNK, .file = file, .direct = false, .to = to};
     cpu_set_t cores;
     checked(sched_getaffinity(0, sizeof cores, &cores), "sched_getaffinity");
-    int count = CPU_COUNT(&cores) < MOST_THREADS ? CPU_COUNT(&cores) : MOST_THREADS;
-    for (int i = 1; i < count; i++) {
-        if (pthread_create(&threads[i], NULL, move_chunks, &shared)) fail("pthread_create");
-    }
-    move_chunks(&shared);
-    for (int i = 1; i < count; i++) pthread_join(threads[i], NULL);
+    run_threads(CPU_COUNT(&cores) < MOST_THREADS ? CPU_COUNT(&cores) : MOST_THREADS, &shared);
 }
 
 static void read_to(char* to) {
@@ -120,6 +139,16 @@ static void read_to(char* to) {
 static void loop_read(void) { read_to(result = new_memory()); }
 
 static void loop_read_warm(void) { read_to(held); }
+
+static int direct_threads = 4, direct_mib = 1;
+
+static void loop_direct(void) {
+    int file = checked(open(source, O_RDONLY | O_CLOEXEC | O_DIRECT), "open for direct reads");
+    result = new_memory();
+    struct shared shared = {.next = 0, .chunk = (size_t)direct_mib << 20, .file = file, .direct = true, .to = result};
+    run_threads(direct_threads, &shared);
+    close(file);
+}
 
 static void loop_copy(void) { move_all(-1, result = new_memory()); }
 
@@ -192,7 +221,7 @@ static const struct {
     {"touch", loop_touch, false},    {"sequential", loop_sequential, false},
     {"read", loop_read, false},      {"read warm", loop_read_warm, true},
     {"copy", loop_copy, true},       {"write", loop_write, true},
-    {"replace", loop_replace, true},
+    {"replace", loop_replace, true}, {"direct N x M", loop_direct, false},
 };
 
 int main(int count, char** arguments) {
@@ -207,10 +236,15 @@ int main(int count, char** arguments) {
     checked(stat(source, &status), source);
     size = (size_t)status.st_size;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    char* name = arguments[1];
+    if (sscanf(name, "direct %d x %d", &direct_threads, &direct_mib) == 2 && direct_threads > 0 && direct_mib > 0 &&
+        direct_threads <= MOST_THREADS) {
+        name = "direct N x M";
+    }
     size_t chosen = 0;
-    while (strcmp(loops[chosen].name, arguments[1]) != 0) {
+    while (strcmp(loops[chosen].name, name) != 0) {
         if (++chosen == sizeof loops / sizeof *loops) {
-            fprintf(stderr, "no loop %s\n", arguments[1]);
+            fprintf(stderr, "no loop %s\n", name);
             return 2;
         }
     }

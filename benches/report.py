@@ -6,7 +6,7 @@ Owns the derived figures (medians, ratios, copies, targets). Measures nothing. p
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import works
@@ -15,6 +15,8 @@ from works import TARGETS, Target
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _COLUMNS = ("median", "min", "ratio", "GB/s", "copies")
+# Columns of some works: the time to the first tensor, and the bytes that the filesystem read, in needed ones.
+_FIRST, _SERVED = "first", "served"
 
 
 def median(row: dict | None) -> float | None:
@@ -33,10 +35,32 @@ def relative(work: dict | None, subject: str, other: str) -> float | None:
     return mine / theirs if mine and theirs else None
 
 
+def best(work: dict | None, is_meant: Callable[[str], bool]) -> str | None:
+    """Returns the fastest of the subjects that are meant, or None if none was measured."""
+    rows = [row for row in work["rows"] if is_meant(row["subject"]) and row["seconds"]] if work else []
+    return min(rows, key=median)["subject"] if rows else None
+
+
+def is_raw(subject: str) -> bool:
+    """Returns whether a subject is a raw limit."""
+    return subject.startswith(works.RAW)
+
+
+def is_rival(subject: str) -> bool:
+    """Returns whether a subject is another library."""
+    return not is_raw(subject) and not subject.startswith(works.OURS)
+
+
 def copies(work: dict | None, subject: str) -> float | None:
     """Returns the extra anonymous memory of a subject, in copies of the data."""
     row = row_of(work, subject)
     return row["extra_bytes"] / work["bytes"] if row and row["extra_bytes"] is not None else None
+
+
+def served(work: dict | None, subject: str) -> float | None:
+    """Returns the bytes that the filesystem read for a subject, as a multiple of those that it needs."""
+    row = row_of(work, subject)
+    return row["served_bytes"] / work["bytes"] if row and row.get("served_bytes") is not None else None
 
 
 def time_text(seconds: float) -> str:
@@ -51,26 +75,38 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:,.{0 if abs(value) >= 100 else digits}f}"
 
 
-def _cells(work: dict, row: dict) -> tuple[str, ...]:
-    """Formats the cells of a row, in the order of the columns."""
-    speed = work["bytes"] / median(row) / 1e9 if work["moves"] else None
-    return (
-        time_text(median(row)),
-        time_text(min(row["seconds"])),
-        _number(relative(work, row["subject"], works.OURS)),
-        _number(speed),
-        _number(copies(work, row["subject"])),
-    )
+def _columns(entries: list[dict]) -> tuple[str, ...]:
+    """Returns the columns of a table of these works."""
+    rows = [row for work in entries for row in work["rows"]]
+    extra = {_FIRST: "first_seconds", _SERVED: "served_bytes"}
+    return (*_COLUMNS, *(column for column, key in extra.items() if any(row.get(key) for row in rows)))
+
+
+def _cells(work: dict, row: dict, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Formats the cells of a row."""
+    first = row.get("first_seconds")
+    cells = {
+        "median": time_text(median(row)),
+        "min": time_text(min(row["seconds"])),
+        "ratio": _number(relative(work, row["subject"], works.OURS)),
+        "GB/s": _number(work["bytes"] / median(row) / 1e9 if work["moves"] else None),
+        "copies": _number(copies(work, row["subject"])),
+        _FIRST: time_text(statistics.median(first)) if first else "–",
+        _SERVED: _number(served(work, row["subject"])),
+    }
+    return tuple(cells[column] for column in columns)
 
 
 def text_table(entries: list[dict]) -> str:
     """Returns the rows of the works for a terminal."""
     lines = []
     for work in entries:
-        lines.append(f"\n{work['name']:<38}" + "".join(f"{column:>10}" for column in _COLUMNS))
+        columns = _columns([work])
+        lines.append(f"\n{work['name']:<48}" + "".join(f"{column:>10}" for column in columns))
         for row in work["rows"]:
             if row["seconds"]:
-                lines.append(f"  {row['subject']:<36}" + "".join(f"{cell:>10}" for cell in _cells(work, row)))
+                cells = "".join(f"{cell:>10}" for cell in _cells(work, row, columns))
+                lines.append(f"  {row['subject']:<46}{cells}")
     return "\n".join(lines)
 
 
@@ -94,26 +130,39 @@ def judged(results: dict) -> Iterator[tuple[str, str, str, str]]:
             met = value <= target.value if target.at_most else value >= target.value
             what, form = {
                 "times": (f"{target.work}: times as fast as {works.REFERENCE}", "{:,.2f}"),
-                "raw": (f"{target.work}: share of the raw limit", "{:.0%}"),
-                "copies": (f"{target.work}: extra copies", "{:.2f}"),
+                "rival": (f"{target.work}: times as fast as the best rival", "{:,.2f}"),
+                "each": (f"{target.work}: times as fast as one file after the other", "{:,.2f}"),
+                "raw": (f"{target.work}: share of the best raw limit", "{:.0%}"),
+                "copies": (f"{target.work}{_of(target.subject)}: extra copies", "{:.2f}"),
+                "served": (f"{target.work}: bytes served, in needed ones", "{:.2f}"),
                 "scale": (f"{target.work}: time, in 50 times that of 20,000", "{:.2f}"),
             }[target.kind]
             bound = "at most" if target.at_most else "at least"
             yield what, f"{bound} {form.format(target.value)}", form.format(value), "yes" if met else "no"
 
 
+def _of(subject: str) -> str:
+    return "" if subject == works.OURS else f" ({subject})"
+
+
 def _measured(target: Target, work: dict | None, scale: dict[str, float]) -> float | None:
-    if target.kind == "times":
-        return relative(work, works.REFERENCE, works.OURS)
-    if target.kind == "raw":
-        return relative(work, works.RAW, works.OURS)
-    return copies(work, works.OURS) if target.kind == "copies" else scale.get(target.work)
+    if target.kind == "scale":
+        return scale.get(target.work)
+    if target.kind in ("copies", "served"):
+        return (copies if target.kind == "copies" else served)(work, target.subject)
+    other = {
+        "times": works.REFERENCE,
+        "each": works.EACH,
+        "rival": best(work, is_rival),
+        "raw": best(work, is_raw),
+    }[target.kind]
+    return relative(work, other, works.OURS) if other else None
 
 
 def text_targets(results: dict) -> str:
     """Returns the targets for a terminal."""
-    lines = [f"\n{'targets':<72}{'target':>16}{'measured':>10}  met"]
-    lines += [f"{what:<72}{target:>16}{value:>10}  {met}" for what, target, value, met in judged(results)]
+    lines = [f"\n{'targets':<92}{'target':>16}{'measured':>10}  met"]
+    lines += [f"{what:<92}{target:>16}{value:>10}  {met}" for what, target, value, met in judged(results)]
     return "\n".join(lines)
 
 
@@ -131,13 +180,15 @@ def markdown(results: dict, plot: str) -> str:
     lines += ["", f"![Speed relative to {works.REFERENCE}]({plot})", ""]
     for name, data in DATA_SETS.items():
         rows: list[tuple[str, ...]] = []
-        for work in (work for work in results["works"] if work["data"] == name):
+        mine = [work for work in results["works"] if work["data"] == name]
+        columns = _columns(mine)
+        for work in mine:
             measured = [row for row in work["rows"] if row["seconds"]]
             for index, row in enumerate(measured):
-                rows.append((work["title"] if index == 0 else "", row["subject"], *_cells(work, row)))
+                rows.append((work["title"] if index == 0 else "", row["subject"], *_cells(work, row, columns)))
         if rows:
             lines += [f"### {data.title[0].upper()}{data.title[1:]}: {data.nbytes() / 1e6:,.0f} MB", ""]
-            lines += [*_markdown_rows(("work", "subject", *_COLUMNS), rows, 2), ""]
+            lines += [*_markdown_rows(("work", "subject", *columns), rows, 2), ""]
     lines += ["### Targets", "", *_markdown_rows(("measure", "target", "measured", "met"), list(judged(results)), 1)]
     lines += ["", *(f"- {note}." for note in [*results["notes"], *map(_first_line, results["failures"])])]
     return "\n".join(lines).rstrip() + "\n"

@@ -4,7 +4,8 @@ Owns the calls and their clock. The parent process owns the order, the files, th
 
 Run: python worker.py JSON    where JSON is the plan of bench.py. Answers in lines of JSON:
     {"ready": VERSION}        when the input of the work is in memory
-    line "run"                one run:  {"seconds": S}
+    {"missing": TEXT}         instead, if the library is not installed or lacks the function; the process ends
+    line "run"                one run:  {"seconds": S, "first": S or null}, the latter of the first of several tensors
     line "check"              the same, then compares the result with the data set
     line "hold"               answers {"about": "to run"}, runs at the next line, and keeps the result until the line
                               after that
@@ -16,8 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
-import importlib.metadata
 import io
 import json
 import os
@@ -25,47 +24,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import data
-
-
-def torch_functions() -> SimpleNamespace:
-    """torch's own functions under the names of this library's."""
-    import torch
-
-    def load_model(model: torch.nn.Module, path: str, mmap: bool) -> object:
-        return model.load_state_dict(torch.load(path, mmap=mmap))
-
-    def load_file(path: str, mmap: bool) -> dict:
-        return torch.load(path, mmap=mmap)
-
-    return SimpleNamespace(load_file=load_file, load_model=load_model, save_file=torch.save)
-
-
-def import_library(library: str, directory: str, version: str) -> tuple[Any, str]:
-    """Returns the module of a subject, or its substitute, and its version. Fails for another version."""
-    if library == "torch":
-        import torch
-
-        return torch_functions(), torch.__version__
-    if library == "python":
-        return SimpleNamespace(dict=dict), sys.version.split()[0]
-    if library == "ours":
-        module = importlib.import_module("safetensors_torch")
-        return module, module.__version__
-    if directory:
-        sys.path.insert(0, directory)
-    module = importlib.import_module("safetensors.torch")
-    native = importlib.import_module("safetensors._safetensors_rust")
-    found = importlib.metadata.version("safetensors")
-    misplaced = directory and not Path(str(native.__file__)).resolve().is_relative_to(Path(directory).resolve())
-    if found != version or misplaced:
-        raise ImportError(f"wanted safetensors {version} {directory}, imported {found} from {native.__file__}")
-    return module, found
+import libraries
+import works
 
 
 def model_of(shapes: dict[str, tuple[int, ...]]) -> Any:
@@ -124,21 +89,27 @@ class Task:
     """The work of this process: its input, the timed call, and the expected result."""
 
     def __init__(self, plan: dict) -> None:
-        self._module, self.version = import_library(plan["library"], plan["path"], plan["version"])
+        functions, self.version = libraries.find(plan["library"], plan["version"], plan["path"], not plan["cold"])
+        if not hasattr(functions, plan["call"]):
+            raise libraries.Missing(f"{plan['library']} {self.version} has no function {plan['call']}")
         self._plan = plan
         self._source = Path(plan["source"])  # the file that the subject reads
         self._neutral = Path(plan["neutral"])  # the .safetensors with the expected values
         self._model: Any = None
         self._names: list[str] = []
+        self.keeps = False  # whether an iteration keeps its tensors
+        self.first_seconds: float | None = None  # until the first tensor of an iteration
         options = dict(plan["options"])
         if plan["durable"] and plan["library"] == "ours":
             options["durable"] = True
-        self.call = self._bind(getattr(self._module, plan["call"]), options)
+        self.call = self._bind(getattr(functions, plan["call"]), options)
 
     def _bind(self, function: Callable, options: dict) -> Callable[[], Any]:
         plan, source, target = self._plan, str(self._source), self._plan["target"]
         if plan["call"] == "load_file":
             return lambda: touched(function(source, **options), plan["touch"])
+        if plan["call"] in works.ITERATIONS:
+            return lambda: self._iterate(function(source, **options))
         if plan["call"] == "load":
             contents = self._source.read_bytes()
             given = bytearray(contents) if plan["mutable"] else contents
@@ -155,6 +126,18 @@ class Task:
         if plan["durable"] and plan["library"] != "ours":
             return lambda: (function(tensors, target, **options), synchronize(target))
         return lambda: function(tensors, target, **options)
+
+    def _iterate(self, tensors: Iterator[tuple[str, Any]]) -> dict:
+        start = time.perf_counter()
+        self.first_seconds = None
+        kept = {}
+        for name, tensor in tensors:
+            touched({name: tensor}, self._plan["touch"])
+            if self.first_seconds is None:
+                self.first_seconds = time.perf_counter() - start
+            if self.keeps:
+                kept[name] = tensor
+        return kept
 
     def prepare(self) -> None:
         """Brings the process into the same state before each run."""
@@ -181,6 +164,8 @@ class Task:
         if set(found) != set(names):
             raise ValueError(f"{len(found)} tensors came out, not the {len(names)} of the data set")
         for name, tensor in some.items():
+            if self._plan["call"] == "halves":
+                tensor = tensor[: len(tensor) // 2]
             if not torch.equal(found[name], tensor):
                 raise ValueError(f"tensor {name} is not as in the data set")
 
@@ -200,6 +185,8 @@ class Task:
                 name: view[slice(*entry["data_offsets"])].view(dtype).view(entry["shape"])
                 for name, entry in header.items()
             }
+        if call == "save_sharded":
+            return dict(pair for path in Path(target).glob("*.safetensors") for pair in data.read_tensors(path).items())
         if call == "save_file":
             return torch.load(target) if self._plan["library"] == "torch" else data.read_tensors(Path(target))
         return result
@@ -210,6 +197,7 @@ def serve(task: Task, requests: io.TextIOBase, answer: Callable[[dict], None]) -
     while line := requests.readline():
         request = line.strip()
         task.prepare()
+        task.keeps = request == "check"
         if request == "hold":
             answer({"about": "to run"})
             requests.readline()
@@ -225,7 +213,7 @@ def serve(task: Task, requests: io.TextIOBase, answer: Callable[[dict], None]) -
         # Before the answer, so that no work remains while another process runs.
         gc.collect()
         wait_for_threads()
-        answer({"seconds": seconds})
+        answer({"seconds": seconds, "first": task.first_seconds})
 
 
 def main() -> None:
@@ -240,6 +228,8 @@ def main() -> None:
         task = Task(json.loads(sys.argv[1]))
         answer({"ready": task.version})
         serve(task, sys.stdin, answer)
+    except libraries.Missing as missing:
+        answer({"missing": str(missing)})
     except Exception:
         answer({"error": traceback.format_exc()})
         sys.exit(1)
