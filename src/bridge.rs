@@ -162,8 +162,9 @@ mod ffi {
         /// Reads ahead `length` bytes at `address`, of which `used` will be used.
         fn read_ahead_at(self: &File, index: usize, address: usize, length: usize, used: usize);
         fn load(self: &File, indices: &[usize]) -> Result<Box<PendingRead>>;
-        /// Begins to read tensors into the caller's memory; from the mapping, if the file has one.
-        unsafe fn read(self: &File, requests: &[Request]) -> Result<Box<PendingRead>>;
+        /// Begins to read tensors into the caller's memory; from the mapping, if the file has one. Unless tensors over
+        /// that one may have been changed, as `from` says, few of its pages become resident.
+        unsafe fn read(self: &File, requests: &[Request], from: ReadFrom) -> Result<Box<PendingRead>>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
             self: &File,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ffi::{Entry, Range, Request};
+use super::ffi::{self, Entry, Range, Request};
 use super::save::until;
 use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
@@ -10,7 +10,7 @@ use crate::format::slice::{AxisRange, Slice};
 use crate::read::file::TensorFile;
 use crate::read::prefault::Prefault;
 use crate::read::reader::{self, ReadRange, total_bytes};
-use crate::read::source::{Mapping, ReadFrom};
+use crate::read::source::{Mapping, ReadFrom, ReadMethod};
 use crate::sys::buffers::{Block, Buffers};
 
 pub struct File(pub(super) Arc<TensorFile>);
@@ -122,9 +122,15 @@ impl File {
     /// # Safety
     ///
     /// As for [`TensorFile::read_tensors`], until the result is dropped.
-    pub unsafe fn read(&self, requests: &[Request]) -> Result<Box<PendingRead>> {
+    pub unsafe fn read(&self, requests: &[Request], from: ffi::ReadFrom) -> Result<Box<PendingRead>> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
-        PendingRead::begin(&self.0, ReadFrom::Mapping, self.0.read_ranges(&requests)?, None)
+        let ranges = self.0.read_ranges(&requests)?;
+        let transient = match from {
+            ffi::ReadFrom::Mapping => None,
+            _ => self.0.source().transient_mapping(total_bytes(&ranges)),
+        };
+        let read = PendingRead::begin(&self.0, ReadFrom::Mapping, ranges, None)?;
+        Ok(Box::new(PendingRead { transient, ..*read }))
     }
 
     pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
@@ -159,6 +165,8 @@ pub struct PendingRead {
     from: ReadFrom,
     read: reader::PendingRead,
     memory: Option<Buffers>,
+    /// Copied from instead of the mapping that tensors share, so that none of its pages become resident.
+    transient: Option<Mapping>,
 }
 
 impl PendingRead {
@@ -171,13 +179,16 @@ impl PendingRead {
         let reopened = file.source().reopen(total_bytes(&ranges));
         let method = file.source().method(from, reopened.as_ref());
         let read = reader::PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
-        Ok(Box::new(PendingRead { file: Arc::clone(file), from, read, memory }))
+        Ok(Box::new(PendingRead { file: Arc::clone(file), from, read, memory, transient: None }))
     }
 
     pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
         // For this step alone: many of these may wait for their turns.
         let reopened = self.file.source().reopen(self.read.total_bytes() - self.read.done_bytes());
-        let method = self.file.source().method(self.from, reopened.as_ref());
+        let method = match &self.transient {
+            Some(mapping) => ReadMethod::Mapping(mapping, reopened.as_ref()),
+            None => self.file.source().method(self.from, reopened.as_ref()),
+        };
         // SAFETY: the destinations are valid and do not overlap: `plan_load` made one in `memory` for each tensor, or the
         // contract of `File::read` lasts until this is dropped.
         let step = unsafe { self.read.advance(method, self.memory.as_ref(), until(milliseconds)) };

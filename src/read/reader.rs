@@ -219,8 +219,9 @@ unsafe fn copy_mapped(
             _ => neighbours.push(start..start + length),
         }
     }
-    for bytes in neighbours.into_iter().filter(|bytes| bytes.len() >= BRING_IN_BYTES) {
-        read_and_map(mapping, file, bytes, strategy)?;
+    neighbours.retain(|bytes| bytes.len() >= BRING_IN_BYTES);
+    for bytes in &neighbours {
+        read_and_map(mapping, file, bytes.clone(), strategy)?;
     }
     for ReadRange { offset, destination, length } in parts {
         let source = mapping.as_ptr().wrapping_add(offset as usize);
@@ -232,6 +233,9 @@ unsafe fn copy_mapped(
                 std::ptr::copy_nonoverlapping(source, destination, length);
             }
         }
+    }
+    for bytes in neighbours {
+        mapping.release(bytes.start, bytes.len());
     }
     Ok(())
 }

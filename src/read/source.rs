@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::direct_io;
@@ -52,6 +52,8 @@ pub struct Mapping {
     /// Device and inode number. No other file has them while this one is mapped.
     identity: (u64, u64),
     is_owned: bool,
+    /// Whether pages that were copied are unmapped.
+    is_transient: bool,
 }
 
 impl Mapping {
@@ -71,7 +73,25 @@ impl Mapping {
             path: path.clone(),
             identity: identity(&metadata),
             is_owned: user == 0 || user == metadata.uid(),
+            is_transient: false,
         })
+    }
+
+    /// Maps the file once more, for a copy that leaves few of its pages resident. Returns `None` as
+    /// [`Mapping::reopen`] does, or if the file cannot be mapped.
+    pub(crate) fn transient(&self) -> Option<Mapping> {
+        let mapping = Mapping::new(&self.reopen()?, self.len() as u64).ok()?;
+        Some(Mapping { is_transient: true, ..mapping })
+    }
+
+    /// Unmaps the pages of `length` bytes from `start` on, which must be inside, if the mapping is transient.
+    pub(crate) fn release(&self, start: usize, length: usize) {
+        if self.is_transient {
+            // Without it, the pages stay resident until the mapping is dropped.
+            // SAFETY: the pages are those of the file, and the next access maps them again: `transient` gives the mapping
+            // to code that only reads it.
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, length) };
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -202,6 +222,15 @@ impl Source {
             Source::File(file) if bytes >= REOPEN_BYTES => {
                 file.file.try_clone().ok().map(|clone| OpenFile::new(clone, &file.path))
             }
+            _ => None,
+        }
+    }
+
+    /// Maps a mapped file once more before `bytes` of it are copied, if they are many, as [`Mapping::transient`].
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ fills the tensors of a model"))]
+    pub(crate) fn transient_mapping(&self, bytes: usize) -> Option<Mapping> {
+        match self {
+            Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.transient(),
             _ => None,
         }
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import safetensors_torch
-from proc import growth, peak_growth
+from proc import growth, peak_growth, peak_resident_growth
 from safetensors_torch import SafetensorError, load, load_file, safe_open, save, save_file
 
 MIB = 2**20
@@ -52,6 +52,14 @@ def test_save_file_allocates_nothing(tmp_path: Path) -> None:
 def test_load_model_allocates_nothing(backend: str, file: Path) -> None:
     growth = peak_growth(MODEL, f"safetensors_torch.load_model(model, {str(file)!r}, backend={backend!r})")
     assert growth < SLACK
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_load_model_keeps_little_of_the_file_resident(backend: str, file: Path) -> None:
+    setup = f"{MODEL}    safetensors_torch.set_transfer_options(threads=2)"
+    growth = peak_resident_growth(setup, f"safetensors_torch.load_model(model, {str(file)!r}, backend={backend!r})")
+    # Each thread has a chunk of the mapping at a time.
+    assert growth < TOTAL // 4 + SLACK
 
 
 def test_load_file_pread_allocates_only_the_tensors(file: Path) -> None:
