@@ -16,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::read::read_ahead::{self, spawn};
 use crate::read::source::{Mapping, OpenFile, shrank};
 use crate::read::strategy::{COLD_READ_BYTES, DISK_READERS, ReadStrategy};
+use crate::sys::filesystem::Scope;
 use crate::sys::memory_limit::available_memory;
-use crate::sys::page_cache::{Residency, is_cached};
+use crate::sys::page_cache::{Residency, WINDOW_BYTES, is_cached};
 use crate::sys::parallel::{self, CHUNK_BYTES};
 use crate::sys::threads::ThreadLimit;
 
@@ -82,7 +83,7 @@ pub(crate) fn read_and_map(
     strategy: ReadStrategy,
 ) -> Result<()> {
     let (end, path) = (bytes.end as u64, mapping.path());
-    populate(mapping, file.map(|opened| &opened.file), bytes, strategy).map_err(|source| {
+    populate(mapping, file, bytes, strategy).map_err(|source| {
         let is_shorter = |file: &OpenFile| file.file.metadata().is_ok_and(|metadata| metadata.len() < end);
         let is_short = || file.map_or_else(|| mapping.reopen().as_ref().is_some_and(is_shorter), is_shorter);
         match source.raw_os_error() {
@@ -161,9 +162,9 @@ impl Prefaulter {
             let bytes = chunk_range(&mapping, plan.strategy, chunk);
             // The residency is that of samples. Chunks that turn out to be cold are left to demand paging.
             let range = bytes.start as u64..bytes.end as u64;
-            let file = self.file.as_ref().map(|opened| &opened.file);
+            let file = self.file.as_ref();
             if plan.strategy.residency == Residency::Cached
-                && file.is_some_and(|file| !is_cached(file, range))
+                && file.is_some_and(|opened| !is_cached(&opened.file, range))
             {
                 continue;
             }
@@ -183,17 +184,26 @@ fn chunk_range(mapping: &Mapping, strategy: ReadStrategy, chunk: usize) -> Range
 /// Maps the pages of `bytes`, after reading those that are not in memory.
 fn populate(
     mapping: &Mapping,
-    file: Option<&File>,
+    file: Option<&OpenFile>,
     bytes: Range<usize>,
     strategy: ReadStrategy,
 ) -> io::Result<()> {
     let (from, to) = (bytes.start as u64, bytes.end as u64);
-    if let Some(file) = file {
+    if let Some(opened) = file {
+        let file = &opened.file;
+        let windows = (strategy.scope == Scope::Fuse && from.is_multiple_of(WINDOW_BYTES))
+            .then(|| opened.windows())
+            .flatten();
         match strategy.residency {
             // They are probably cached, and copying them would take as long as a load.
-            Residency::Unknown if !strategy.is_remote => read_ahead::request(file, from..to),
+            Residency::Unknown if !strategy.scope.is_remote() => read_ahead::request(file, from..to),
             Residency::Cached | Residency::Cold if is_cached(file, from..to) => {}
-            _ => read_through(file, from..to)?,
+            _ => match windows {
+                Some(windows) => {
+                    (from..to).step_by(WINDOW_BYTES as usize).try_for_each(|at| windows.read(at))?
+                }
+                None => read_through(file, from..to)?,
+            },
         }
     }
     for start in bytes.clone().step_by(POPULATE_BYTES) {

@@ -183,7 +183,7 @@ impl Plan {
         else {
             return Ok(0);
         };
-        if bytes < MIN_PARALLEL_BYTES && !strategy.is_remote {
+        if bytes < MIN_PARALLEL_BYTES && !strategy.scope.is_remote() {
             return Ok(0);
         }
         let suitable = parallel::thread_count(self.limit, bytes, pieces).max(strategy.threads);

@@ -8,14 +8,15 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
-use crate::format::header::{Header, TensorInfo};
+use crate::format::header::Header;
 use crate::read::source::{Mapping, expect_sequential};
+use crate::read::strategy::WINDOW_READERS;
 use crate::sys::filesystem::{Filesystem, Scope};
 use crate::sys::huge_pages::is_resident;
 use crate::sys::memory_limit::available_memory;
-use crate::sys::page_cache::{cached_bytes, page_size};
+use crate::sys::page_cache::{WINDOW_BYTES, is_surely_cached, page_size};
 use crate::sys::threads::ThreadLimit;
 
 /// From this size on, a thread sends the requests.
@@ -24,22 +25,20 @@ const BACKGROUND_BYTES: u64 = 16 << 20;
 /// The bytes of one request. The kernel reads no more for one call, if the file is expected to be read sequentially.
 const REQUEST_BYTES: u64 = 256 << 10;
 
-/// Smaller parts of files on a disk are left to page faults.
-const MIN_BYTES: u64 = 128 << 10;
+/// Smaller parts of files on a disk are left to page faults. Smaller tensors on a network filesystem are requested as a
+/// whole, and a program may leave them out.
+const SMALL_BYTES: u64 = 128 << 10;
 
 /// How far the next tensors are requested, as a distance in the file.
-const WINDOW_BYTES: u64 = 64 << 20;
+const AHEAD_BYTES: u64 = 64 << 20;
 
-/// Tensors up to this size are requested as a whole.
-const SMALL_BYTES: u64 = 64 << 10;
-
-/// The most tensors of which parts are requested at once.
-const WINDOW_TENSORS: usize = 1024;
+/// The most tensors that a program may leave out.
+const AHEAD_TENSORS: usize = 64;
 
 /// What an open file has been asked for. Wrong values, left by several threads at once, cost reads and nothing else.
 #[derive(Debug, Default)]
 pub(crate) struct ReadAhead {
-    /// [`UNKNOWN`], [`LOCAL`] or [`REMOTE`].
+    /// [`UNKNOWN`], [`LOCAL`], [`REMOTE`] or [`FUSE`].
     scope: AtomicU8,
     /// The last part that was asked for.
     previous: AtomicU64,
@@ -50,6 +49,7 @@ pub(crate) struct ReadAhead {
 const UNKNOWN: u8 = 0;
 const LOCAL: u8 = 1;
 const REMOTE: u8 = 2;
+const FUSE: u8 = 3;
 
 /// Part of a tensor: the index of the tensor, and where the part begins and ends, in units of which a tensor has 65535.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,22 +87,24 @@ impl ReadAhead {
     /// Starts to read `part` of the tensor at `index`, offsets in the file, if it is not in memory.
     pub(crate) fn part(&self, mapping: &Arc<Mapping>, header: &Header, index: usize, part: Range<u64>) {
         let bytes = part.end - part.start;
-        let is_remote = self.scope.load(Ordering::Relaxed) == REMOTE;
-        if bytes < MIN_BYTES && !is_remote {
+        let is_remote = self.scope.load(Ordering::Relaxed) >= REMOTE;
+        if bytes < SMALL_BYTES && !is_remote {
             return;
         }
         let has_run = self.requested.load(Ordering::Relaxed) > 0;
         if !has_run && mapping.is_residency_known() && looks_resident(mapping, &part) {
             return;
         }
-        let may_start = ThreadLimit::current().is_ok_and(|threads| threads.cap_background(1) > 0);
-        let ranges = match self.scope_of(mapping) {
-            REMOTE if may_start => self.extend(mapping, header, index, part),
+        let background = ThreadLimit::current().map_or(0, |threads| threads.cap_background(WINDOW_READERS));
+        let scope = self.scope_of(mapping);
+        let ranges = match scope {
+            REMOTE | FUSE if background > 0 => self.extend(mapping, header, index, part),
             // The kernel calls every page resident, so cached files would be asked for too.
             LOCAL if !mapping.is_residency_known() => return,
             _ => vec![part],
         };
-        send(mapping, ranges, may_start);
+        let threads = if scope == FUSE { background.min(WINDOW_READERS) } else { background.min(1) };
+        send(mapping, &ranges, threads, scope == FUSE);
     }
 
     /// Returns the scope of the filesystem, which is looked up once.
@@ -111,9 +113,11 @@ impl ReadAhead {
         if known != UNKNOWN {
             return known;
         }
-        let is_remote =
-            mapping.reopen().is_some_and(|opened| Filesystem::of(&opened.file).scope == Scope::Remote);
-        let scope = if is_remote { REMOTE } else { LOCAL };
+        let scope = match mapping.reopen().map(|opened| Filesystem::of(&opened.file).scope) {
+            Some(Scope::Fuse) => FUSE,
+            Some(Scope::Remote) => REMOTE,
+            Some(Scope::Local | Scope::Unknown) | None => LOCAL,
+        };
         self.scope.store(scope, Ordering::Relaxed);
         scope
     }
@@ -121,83 +125,96 @@ impl ReadAhead {
     /// Notes that `part` of the tensor at `index` is needed. Returns what to request: the part, and those that follow if
     /// the program takes one after the other.
     fn extend(&self, mapping: &Mapping, header: &Header, index: usize, part: Range<u64>) -> Vec<Range<u64>> {
-        let tensor_range =
-            |tensor: &TensorInfo<'_>| header.data_start() + tensor.begin..header.data_start() + tensor.end;
-        let Some(tensor) = header.get(index).map(|tensor| tensor_range(&tensor)) else { return vec![part] };
-        let is_small = tensor.end - tensor.start <= SMALL_BYTES;
+        let data_start = header.data_start();
+        let range_of =
+            |index| header.get(index).map(|tensor| data_start + tensor.begin..data_start + tensor.end);
+        let is_small = |tensor: &Range<u64>| tensor.end - tensor.start < SMALL_BYTES;
+        let Some(tensor) = range_of(index) else { return vec![part] };
         let previous = Part::unpack(self.previous.load(Ordering::Relaxed));
-        let mut current = Part::new(index, &part, &tensor);
-        let follows = previous.index.checked_add(1) == Some(current.index);
-        if is_small && follows {
-            // Parts of small tensors are rounded too much to be compared.
-            (current.begin, current.end) = (previous.begin, previous.end);
+        let current = Part::new(index, &part, &tensor);
+        if is_small(&tensor) && !(current.is_whole() && previous.is_whole()) {
+            return Vec::new();
         }
         self.previous.store(current.pack(), Ordering::Relaxed);
+        let mut between = (previous.index as usize + 1..index).take(AHEAD_TENSORS);
+        let follows = (previous.index as usize) < index
+            && between.all(|index| range_of(index).is_some_and(|it| is_small(&it)));
         if !follows || (current.begin, current.end) != (previous.begin, previous.end) {
             self.requested.store(part.end, Ordering::Relaxed);
             return vec![part];
         }
         let requested = self.requested.load(Ordering::Relaxed);
-        let window = part.end.saturating_add(WINDOW_BYTES).min(mapping.len() as u64);
-        let is_enough = requested >= window || requested >= part.end.saturating_add(WINDOW_BYTES / 2);
-        if is_enough || is_small && !current.is_whole() {
+        let limit = (part.end + AHEAD_BYTES) / WINDOW_BYTES * WINDOW_BYTES;
+        let limit = limit.min(mapping.len() as u64);
+        if requested >= limit || requested >= part.end + AHEAD_BYTES / 4 {
             return Vec::new();
         }
-        self.requested.store(window, Ordering::Relaxed);
+        self.requested.store(limit, Ordering::Relaxed);
         if current.is_whole() {
-            let rest = requested.max(part.start)..window;
+            let rest = requested.max(part.start)..limit;
             return vec![rest];
         }
         let mut ranges = if requested < part.end { vec![part.clone()] } else { Vec::new() };
-        for next in (index + 1..header.len()).take(WINDOW_TENSORS).filter_map(|index| header.get(index)) {
-            let next = tensor_range(&next);
-            if next.start >= window {
+        for next in (index + 1..header.len()).map_while(range_of) {
+            if next.start >= limit {
                 break;
             }
             if next.start < requested {
                 continue;
             }
             let length = next.end - next.start;
-            ranges.push(if length <= SMALL_BYTES {
-                next
-            } else {
-                let at = |offset: u64| {
-                    next.start + scale(offset - tensor.start, tensor.end - tensor.start, length)
-                };
-                at(part.start)..at(part.end)
-            });
+            let at = |offset| next.start + scale(offset - tensor.start, tensor.end - tensor.start, length);
+            let wanted = if is_small(&next) { next } else { at(part.start)..at(part.end) };
+            match ranges.last_mut() {
+                Some(last) if last.end == wanted.start => last.end = wanted.end,
+                _ => ranges.push(wanted),
+            }
         }
         ranges
     }
 }
 
-/// Requests `ranges`, on a thread of its own if they are many bytes and it may be started.
-fn send(mapping: &Arc<Mapping>, ranges: Vec<Range<u64>>, may_start: bool) {
+/// Requests `ranges`, on `threads` threads if they are many bytes. Without threads, long ones are left to page faults.
+fn send(mapping: &Arc<Mapping>, ranges: &[Range<u64>], threads: usize, by_window: bool) {
     let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-    let is_long = bytes >= BACKGROUND_BYTES || ranges.len() > 1;
-    if ranges.is_empty() || is_long && !may_start {
+    let is_long = bytes >= BACKGROUND_BYTES || by_window || ranges.len() > 1;
+    if bytes == 0 || is_long && threads == 0 {
+        return;
+    }
+    if is_long && available_memory().is_none_or(|available| bytes > available / 2) {
         return;
     }
     let Some(opened) = mapping.reopen() else { return };
     expect_sequential(&opened.file);
     if !is_long {
-        ranges.into_iter().for_each(|range| request(&opened.file, range));
+        ranges.iter().for_each(|range| request(&opened.file, range.clone()));
         return;
     }
-    let mapping = Arc::downgrade(mapping);
-    spawn(move || {
-        if available_memory().is_none_or(|available| bytes > available / 2) {
-            return;
-        }
-        for range in ranges {
-            for start in range.clone().step_by(BACKGROUND_BYTES as usize) {
-                if mapping.strong_count() == 0 {
-                    return;
+    let pieces: Vec<Range<u64>> = ranges.iter().flat_map(windows_of).collect();
+    let work = Arc::new((Arc::downgrade(mapping), opened, pieces, AtomicUsize::new(0)));
+    for _ in 0..threads.min(work.2.len()) {
+        let work = Arc::clone(&work);
+        spawn(move || {
+            let (mapping, opened, pieces, next) = &*work;
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed))
+                && mapping.strong_count() > 0
+            {
+                let is_whole = piece.end - piece.start == WINDOW_BYTES;
+                match opened.windows().filter(|_| by_window && is_whole) {
+                    // The error shows when the page is touched.
+                    Some(windows) => drop(windows.read(piece.start)),
+                    None => request(&opened.file, piece.clone()),
                 }
-                request(&opened.file, start..range.end.min(start + BACKGROUND_BYTES));
             }
-        }
-    });
+        });
+    }
+}
+
+/// Cuts `range` at multiples of [`WINDOW_BYTES`].
+fn windows_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let (start, end) = (range.start, range.end);
+    (start / WINDOW_BYTES..end.div_ceil(WINDOW_BYTES))
+        .map(move |window| start.max(window * WINDOW_BYTES)..end.min((window + 1) * WINDOW_BYTES))
 }
 
 /// Asks the kernel to read `range` of `file`, except what is cached.
@@ -205,7 +222,7 @@ pub(super) fn request(file: &File, range: Range<u64>) {
     let start = range.start - range.start % page_size() as u64;
     for start in (start..range.end).step_by(REQUEST_BYTES as usize) {
         let length = REQUEST_BYTES.min(range.end - start);
-        if cached_bytes(file, start..start + length).is_some_and(|cached| cached >= length) {
+        if is_surely_cached(file, start..start + length) {
             continue;
         }
         // Without it, the pages are read when they are touched.

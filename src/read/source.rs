@@ -14,6 +14,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::direct_io;
 use crate::sys::directory::{Directory, identity, nul_in_path};
+use crate::sys::page_cache::WindowReader;
 
 /// How tensors are read from a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,15 +172,21 @@ pub(crate) struct OpenFile {
     pub(crate) path: PathBuf,
     /// The same file for direct reads, opened by the first one; `None` if its filesystem has none.
     direct: OnceLock<Option<File>>,
+    /// `None` if the kernel does not read windows.
+    windows: OnceLock<Option<WindowReader>>,
 }
 
 impl OpenFile {
     pub(crate) fn new(file: File, path: &Path) -> OpenFile {
-        OpenFile { file, path: path.to_path_buf(), direct: OnceLock::new() }
+        OpenFile { file, path: path.to_path_buf(), direct: OnceLock::new(), windows: OnceLock::new() }
     }
 
     pub(crate) fn direct(&self) -> Option<&File> {
         self.direct.get_or_init(|| direct_io::reopen(&self.file)).as_ref()
+    }
+
+    pub(crate) fn windows(&self) -> Option<&WindowReader> {
+        self.windows.get_or_init(|| WindowReader::new(&self.file)).as_ref()
     }
 }
 

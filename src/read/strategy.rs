@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::read::source::{OpenFile, ReadMethod};
 use crate::sys::direct_io::{Direct, direct};
 use crate::sys::filesystem::{Filesystem, Scope};
-use crate::sys::page_cache::{Residency, residency};
+use crate::sys::page_cache::{Residency, WINDOW_BYTES, residency};
 use crate::sys::parallel::{CHUNK_BYTES, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
 
@@ -19,12 +19,16 @@ pub(crate) const DISK_READERS: usize = 4;
 /// The number of threads that read from a network filesystem, to have as many requests in flight.
 pub(crate) const REMOTE_READERS: usize = 16;
 
+/// The number of threads that read windows through FUSE. Each sends several requests, and the kernel drops what exceeds
+/// three quarters of its limit.
+pub(crate) const WINDOW_READERS: usize = 5;
+
 /// How to read a source: with how many threads, and how much with one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ReadStrategy {
     pub(crate) residency: Residency,
-    /// Whether the file is on a network filesystem; false if it is in the page cache.
-    pub(crate) is_remote: bool,
+    /// The scope of the filesystem; `Local` if the file is in the page cache.
+    pub(crate) scope: Scope,
     /// The threads that its bytes are worth.
     pub(crate) threads: usize,
     /// The most bytes of one read.
@@ -67,7 +71,15 @@ impl ReadStrategy {
         wanted: usize,
         threads: ThreadLimit,
     ) -> ReadStrategy {
-        ReadStrategy::choose(file, bytes, extent, Direct::Never, wanted, threads)
+        let strategy = ReadStrategy::choose(file, bytes, extent, Direct::Never, wanted, threads);
+        match strategy.scope {
+            Scope::Fuse => ReadStrategy {
+                threads: wanted.max(threads.cap(WINDOW_READERS)),
+                chunk_bytes: WINDOW_BYTES as usize,
+                ..strategy
+            },
+            _ => strategy,
+        }
     }
 
     fn choose(
@@ -84,16 +96,16 @@ impl ReadStrategy {
         }
         let residency = residency(file, extent());
         // Cached files are not worth a request to a server.
-        let is_remote = residency != Residency::Cached && Filesystem::of(file).scope == Scope::Remote;
-        if bytes < MIN_PARALLEL_BYTES && !is_remote {
+        let scope = if residency == Residency::Cached { Scope::Local } else { Filesystem::of(file).scope };
+        if bytes < MIN_PARALLEL_BYTES && !scope.is_remote() {
             return ReadStrategy::in_memory(residency, wanted);
         }
-        ReadStrategy::decide(residency, is_remote, direct, wanted, threads)
+        ReadStrategy::decide(residency, scope, direct, wanted, threads)
     }
 
     fn decide(
         residency: Residency,
-        is_remote: bool,
+        scope: Scope,
         direct: Direct,
         wanted: usize,
         threads: ThreadLimit,
@@ -107,11 +119,13 @@ impl ReadStrategy {
         if residency == Residency::Cached && !is_direct {
             return ReadStrategy::in_memory(residency, wanted);
         }
-        let (readers, chunk_bytes) =
-            if is_remote { (REMOTE_READERS, COLD_READ_BYTES) } else { (DISK_READERS, CHUNK_BYTES) };
+        let (readers, chunk_bytes) = match scope {
+            Scope::Local | Scope::Unknown => (DISK_READERS, CHUNK_BYTES),
+            Scope::Remote | Scope::Fuse => (REMOTE_READERS, COLD_READ_BYTES),
+        };
         ReadStrategy {
             residency,
-            is_remote,
+            scope,
             threads: wanted.max(threads.cap(readers)),
             most_bytes: COLD_READ_BYTES,
             chunk_bytes,
@@ -123,7 +137,7 @@ impl ReadStrategy {
     pub(crate) fn in_memory(residency: Residency, threads: usize) -> ReadStrategy {
         ReadStrategy {
             residency,
-            is_remote: false,
+            scope: Scope::Local,
             threads,
             most_bytes: usize::MAX,
             chunk_bytes: CHUNK_BYTES,
@@ -136,28 +150,29 @@ impl ReadStrategy {
 mod tests {
     use super::*;
 
-    fn decide(residency: Residency, is_remote: bool, direct: Direct) -> ReadStrategy {
-        ReadStrategy::decide(residency, is_remote, direct, 2, ThreadLimit::at_most(0))
+    fn decide(residency: Residency, scope: Scope, direct: Direct) -> ReadStrategy {
+        ReadStrategy::decide(residency, scope, direct, 2, ThreadLimit::at_most(0))
     }
 
     #[test]
     fn cached_files_are_copied() {
-        let strategy = decide(Residency::Cached, false, Direct::Auto);
+        let strategy = decide(Residency::Cached, Scope::Local, Direct::Auto);
         assert_eq!((strategy.threads, strategy.most_bytes, strategy.is_direct), (2, usize::MAX, false));
-        assert!(decide(Residency::Cached, false, Direct::Always).is_direct);
+        assert!(decide(Residency::Cached, Scope::Local, Direct::Always).is_direct);
     }
 
     #[test]
     fn other_files_are_read_by_several_threads() {
         for residency in [Residency::Cold, Residency::Unknown] {
-            for (is_remote, readers) in [(false, DISK_READERS), (true, REMOTE_READERS)] {
-                let strategy = decide(residency, is_remote, Direct::Auto);
+            for (scope, readers) in [(Scope::Local, DISK_READERS), (Scope::Remote, REMOTE_READERS)] {
+                let strategy = decide(residency, scope, Direct::Auto);
                 assert_eq!((strategy.threads, strategy.most_bytes), (readers, COLD_READ_BYTES));
                 assert_eq!(strategy.is_direct, residency == Residency::Cold);
-                assert!(!decide(residency, is_remote, Direct::Never).is_direct);
+                assert!(!decide(residency, scope, Direct::Never).is_direct);
             }
         }
-        let limited = ReadStrategy::decide(Residency::Cold, true, Direct::Auto, 1, ThreadLimit::at_most(3));
+        let limited =
+            ReadStrategy::decide(Residency::Cold, Scope::Fuse, Direct::Auto, 1, ThreadLimit::at_most(3));
         assert_eq!(limited.threads, 3);
     }
 }

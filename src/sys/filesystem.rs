@@ -15,8 +15,10 @@ pub(crate) struct Filesystem {
 pub(crate) enum Scope {
     /// Only this machine can access it.
     Local,
-    /// A server or another process answers each request, so many must be in flight.
+    /// A server answers each request, so many must be in flight.
     Remote,
+    /// As `Remote`; another process passes the requests on, of which the kernel allows a dozen by default.
+    Fuse,
     Unknown,
 }
 
@@ -37,7 +39,7 @@ const KINDS: [(u32, &str, Scope); 30] = [
     (0x9FA0, "proc", Scope::Unknown),
     (0x6969, "nfs", Scope::Remote),
     (0x0BD0_0BD0, "lustre", Scope::Remote),
-    (0x6573_5546, "fuse", Scope::Remote),
+    (0x6573_5546, "fuse", Scope::Fuse),
     (0x4750_4653, "gpfs", Scope::Remote),
     (0x0102_1997, "9p", Scope::Remote),
     (0x517B, "smb", Scope::Remote),
@@ -54,6 +56,13 @@ const KINDS: [(u32, &str, Scope); 30] = [
     (0x786F_4256, "vboxsf", Scope::Remote),
     (0xBACB_ACBC, "vmhgfs", Scope::Remote),
 ];
+
+impl Scope {
+    /// Returns whether requests have a latency.
+    pub(crate) fn is_remote(self) -> bool {
+        matches!(self, Scope::Remote | Scope::Fuse)
+    }
+}
 
 impl Filesystem {
     /// Returns the filesystem of `file`. On a network filesystem, this may cost a request.

@@ -1,10 +1,12 @@
 //! Which parts of a file are in the page cache, and how to read the others.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
 
-use memmap2::MmapOptions;
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 /// The number of samples that [`residency`] takes, and the bytes of each.
 const SAMPLES: u64 = 16;
@@ -66,6 +68,13 @@ pub fn is_cached(file: &File, range: Range<u64>) -> bool {
     cached_bytes(file, range).is_none_or(|cached| cached >= length)
 }
 
+/// Returns whether all of `range` is cached; false if that is unknown, and for stacked filesystems. Maps nothing, so it does
+/// not wait for page faults of other threads.
+pub fn is_surely_cached(file: &File, range: Range<u64>) -> bool {
+    let pages = (range.end - range.start).div_ceil(page_size() as u64);
+    cachestat(file, &range).is_some_and(|cached| cached >= pages)
+}
+
 /// Returns how many bytes of `range` are cached, in whole pages; `None` if that is unknown.
 pub fn cached_bytes(file: &File, range: Range<u64>) -> Option<u64> {
     // The kernel takes a length of 0 for the rest of the file.
@@ -108,6 +117,49 @@ fn mincore(file: &File, range: &Range<u64>) -> Option<u64> {
     let found = resident(range.clone())?;
     let behind = file.metadata().ok()?.len().next_multiple_of(page);
     (found == 0 || resident(behind..behind + page)? == 0).then_some(found)
+}
+
+/// The unit of [`WindowReader`]: a huge page.
+pub const WINDOW_BYTES: u64 = 2 << 20;
+
+/// Reads windows of a file into the page cache, with the largest requests that its filesystem takes. For a mapping that asks
+/// for huge pages, the kernel reads a whole window ahead of a page fault, whatever the readahead of the filesystem is.
+#[derive(Debug)]
+pub struct WindowReader(MmapRaw);
+
+impl WindowReader {
+    /// Returns `None` if this kernel does not read windows.
+    pub fn new(file: &File) -> Option<WindowReader> {
+        let map = MmapOptions::new().map_raw_read_only(file).ok().filter(|_| reads_windows())?;
+        // Random access keeps the kernel from reading the next window too.
+        map.advise(Advice::HugePage).and_then(|()| map.advise(Advice::Random)).ok()?;
+        Some(WindowReader(map))
+    }
+
+    /// Reads the window that begins at `offset`, and waits for it. `EFAULT` if it cannot be read.
+    pub fn read(&self, offset: u64) -> io::Result<()> {
+        let (start, length) = (offset as usize, (self.0.len() - offset as usize).min(WINDOW_BYTES as usize));
+        let read = self.0.advise_range(Advice::PopulateRead, start, length);
+        // The pages stay in the page cache, and no longer count as memory of this process.
+        // SAFETY: nobody reads through this mapping, whose pages are those of the file.
+        unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, start, length) }?;
+        read
+    }
+}
+
+/// Returns whether the kernel reads windows: Linux 5.18 and later.
+fn reads_windows() -> bool {
+    static LINUX_5_18: AtomicU8 = AtomicU8::new(u8::MAX);
+    match LINUX_5_18.load(Ordering::Relaxed) {
+        u8::MAX => {
+            let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+            let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+            let is_new = (numbers.next(), numbers.next()) >= (Some(5), Some(18));
+            LINUX_5_18.store(u8::from(is_new), Ordering::Relaxed);
+            is_new
+        }
+        known => known == 1,
+    }
 }
 
 pub fn page_size() -> usize {
@@ -168,6 +220,20 @@ mod tests {
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         if let Some(cached) = cachestat(&file, &range) {
             assert_eq!(mincore(&file, &range), Some(cached));
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pages")]
+    fn a_window_is_read_and_nothing_else() {
+        let mut file = tempfile::tempfile_in(".").expect("a file");
+        file.write_all(&vec![1; LENGTH as usize]).and_then(|()| file.sync_all()).expect("write");
+        // SAFETY: `file` keeps the descriptor open, and the call takes no pointer.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        let Some(windows) = WindowReader::new(&file) else { return };
+        if cachestat(&file, &(0..LENGTH)) == Some(0) {
+            windows.read(2 * WINDOW_BYTES).expect("read");
+            assert_eq!(cached_bytes(&file, 0..LENGTH), Some(WINDOW_BYTES));
         }
     }
 
