@@ -130,7 +130,11 @@ pub struct WindowReader(MmapRaw);
 impl WindowReader {
     /// Returns `None` if this kernel does not read windows.
     pub fn new(file: &File) -> Option<WindowReader> {
-        let map = MmapOptions::new().map_raw_read_only(file).ok().filter(|_| reads_windows())?;
+        // The kernel keeps the size of the last readahead for each open file. After that of a window, FUSE drops other
+        // readahead instead of delaying it.
+        let own =
+            File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok().filter(|_| reads_windows())?;
+        let map = MmapOptions::new().map_raw_read_only(&own).ok()?;
         // Random access keeps the kernel from reading the next window too.
         map.advise(Advice::HugePage).and_then(|()| map.advise(Advice::Random)).ok()?;
         Some(WindowReader(map))
