@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -63,11 +64,19 @@ _reference: dict[str, Any] = {}
 _namespaces: list[dict[str, Any]] = []
 
 
+# In the reference's errors about arguments of a save, which have no remedy after a semicolon.
+_SAVE_ERROR = "xpected [^;]*torch.Tensor]? but received "
+
+
 @contextmanager
 def _with_reference_wording() -> Iterator[None]:
-    """Makes errors about a header begin as the reference's do."""
+    """Makes errors about a header begin as the reference's do, and those about arguments of a save equal to its."""
     try:
         yield
+    except ValueError as error:
+        if re.search(_SAVE_ERROR, str(error)):
+            error.args = (str(error).rpartition(";")[0],)
+        raise
     except SafetensorError as error:
         phrase = _PHRASES.get(error._code)
         if phrase is not None:
@@ -87,8 +96,6 @@ def _replacement(ours: Callable[..., Any]) -> Callable[..., Any]:
     @dynamo_disable
     @functools.wraps(ours)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not name.startswith("load"):
-            return getattr(_package, name)(*args, **kwargs)
         with _with_reference_wording():
             return getattr(_package, name)(*args, **kwargs)
 
@@ -236,7 +243,6 @@ def _apply() -> None:
         current = getattr(module, name, None)
         if current is None:
             _reference.pop(name, None)
-            setattr(module, name, replacement)
             continue
         if current is not replacement:  # a program may have assigned ours again
             # The class of _safetensors_torch_start, which waits for torch, knows the original.
@@ -245,6 +251,8 @@ def _apply() -> None:
         found.append((_reference[name], replacement))
     # First, because only this can fail: if a class derives from both errors and names the reference's first.
     SafetensorError.__bases__ = (*_ERROR_BASES, package.SafetensorError)
+    for name in _replacements.keys() - _reference.keys():
+        setattr(package, name, _replacements[name])
     _namespaces[:] = _replace(_loaded_namespaces(), {id(current): replacement for current, replacement in found})
 
 

@@ -301,7 +301,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         file = self._file()
         target = self._device if device is None else to_device(device)
         most_bytes = None if buffer_bytes is None else parse_size(buffer_bytes)
-        if check_int(threads, "threads") < 1:
+        threads = check_int(threads, "threads")
+        if threads < 1:
             raise ValueError(f"threads must be 1 or more, not {threads}")
         with NamedFile(self._title):
             names, slices, indices = parse_plan(file, plan, self._require)

@@ -237,7 +237,7 @@ impl Source {
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ fills the tensors of a model"))]
     pub(crate) fn transient_mapping(&self, bytes: usize) -> Option<Mapping> {
         match self {
-            Source::Mapped(mapping) if bytes >= COLD_READ_BYTES => mapping.transient(),
+            Source::Mapped(mapping) if bytes >= REOPEN_BYTES => mapping.transient(),
             _ => None,
         }
     }

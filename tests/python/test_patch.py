@@ -73,7 +73,31 @@ def test_these_names_and_no_others_are_replaced(patched: None) -> None:
         {name for name in vars(module) if vars(module)[name] is not before.get(name)}
         for module, before in zip(MODULES, BEFORE, strict=True)
     ]
-    assert changed == [{"safe_open"}, {"safe_open", *FUNCTIONS}, set(), set()]
+    classes = {"safe_open", "PrefetchLoader", "PySafeSlice", "TensorMeta"}
+    assert changed == [classes, {"safe_open", *FUNCTIONS}, set(), set()]
+
+
+def test_classes_that_the_reference_lacks_are_added(path: Path, patched: None) -> None:
+    with safetensors.safe_open(path, "pt") as file:
+        assert isinstance(file.prefetch(), safetensors.PrefetchLoader)
+        assert isinstance(file.get_slice("weight"), safetensors.PySafeSlice)
+        assert isinstance(file.get_tensor_meta("weight"), safetensors.TensorMeta)
+        assert not isinstance(file, safetensors.PrefetchLoader)
+        with pytest.raises(safetensors.SafetensorError, match="File does not contain tensor nope$"):
+            file.prefetch({"nope": None})
+
+
+def test_classes_that_the_reference_has_are_replaced(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    class PrefetchLoader:
+        pass
+
+    monkeypatch.setattr(safetensors, "PrefetchLoader", PrefetchLoader, raising=False)
+    with patch_safetensors(), safetensors.safe_open(path, "pt") as file:
+        assert safetensors.PrefetchLoader is not PrefetchLoader
+        assert isinstance(file.prefetch(), safetensors.PrefetchLoader)
+        assert isinstance(PrefetchLoader(), safetensors.PrefetchLoader)
+    assert safetensors.PrefetchLoader is PrefetchLoader
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -321,3 +321,15 @@ def test_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_safetensors()
     monkeypatch.undo()
     assert is_unpatched()
+
+
+@pytest.mark.parametrize("wrong", [{"test": {"some": "thing"}}, {"a;b": 3}, "no dict", None])
+def test_errors_about_what_cannot_be_saved_have_the_text_of_the_reference(wrong: object, tmp_path: Path) -> None:
+    def text() -> str:
+        with pytest.raises(ValueError) as caught:
+            safetensors.torch.save_file(wrong, tmp_path / "file")
+        return str(caught.value)
+
+    theirs = text()
+    with patch_safetensors():
+        assert text() == theirs

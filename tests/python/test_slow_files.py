@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safetensors_torch import safe_open, save_file
+from proc import ctrl_c_interrupts
+from safetensors_torch import iterate, safe_open, save_file
 
 SOURCE = Path(__file__).resolve().parent.parent / "slow" / "slowfs.c"
 MIB = 2**20
@@ -42,12 +46,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slow(program: Path, tmp_path: Path) -> Iterator[tuple[Path, Requests]]:
+    with mount(program, tmp_path, MILLISECONDS) as mounted:
+        yield mounted
+
+
+@contextlib.contextmanager
+def mount(program: Path, tmp_path: Path, milliseconds: str) -> Iterator[tuple[Path, Requests]]:
     """A file of 6 tensors of 4 MiB on a slow filesystem, and a function that returns the requests so far."""
     stored, mounted = tmp_path / "stored", tmp_path / "mounted"
     stored.mkdir()
     mounted.mkdir()
     save_file({f"t{i}": torch.full((1024, 1024), float(i)) for i in range(6)}, stored / "model")
-    server = subprocess.Popen([program, stored, mounted, MILLISECONDS, MEGABYTES_PER_SECOND])
+    server = subprocess.Popen([program, stored, mounted, milliseconds, MEGABYTES_PER_SECOND])
     try:
         deadline = time.monotonic() + 20
         while not os.path.ismount(mounted):
@@ -100,3 +110,27 @@ def test_a_row_is_not_read_ahead(slow: tuple[Path, Requests]) -> None:
             _use(file.get_slice(f"t{i}")[700], i)
             _use(file.get_slice(f"t{i}")[::512], i)
     assert requests()[2] < 6 * MIB
+
+
+@pytest.mark.parametrize("wait", ["take", "next", "iterate"])
+def test_ctrl_c_ends_the_wait_for_a_tensor(wait: str, program: Path, tmp_path: Path) -> None:
+    with mount(program, tmp_path, "60") as (path, _), ctrl_c_interrupts():
+        with safe_open(path) as file:
+            loader = file.prefetch()
+        signalled: list[float] = []
+
+        def interrupt() -> None:
+            signalled.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        timer = threading.Timer(0.1, interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            if wait == "take":
+                loader.take("t5")
+            else:
+                next(iter(loader if wait == "next" else iterate(path)))
+        assert time.monotonic() - signalled[0] < 1
+        # The tensors are still being read.
+        assert bool((loader.take("t5") == 5).all())
+        loader.close()

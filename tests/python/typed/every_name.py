@@ -31,12 +31,40 @@ def use_SafeWriter(path: Path, tensor: torch.Tensor) -> None:
         writer.write("a", [1.0])  # type: ignore[arg-type]
 
 
+def use_PrefetchLoader(path: Path) -> None:
+    with safetensors_torch.safe_open(path) as file:
+        loader = file.prefetch({"a": None, "b": slice(1, 3), "c": (..., 1, slice(None, None, 2), None)})
+        assert_type(loader, safetensors_torch.PrefetchLoader)
+        file.prefetch(device="cuda", threads=4, buffer_bytes="1GB")
+        file.prefetch({"a": 3})  # type: ignore[dict-item]
+    with loader:
+        assert_type(loader.names(), list[str])
+        assert_type(len(loader), int)
+        assert_type(loader.take("a"), torch.Tensor)
+        for name, tensor in loader:
+            assert_type(name, str)
+            assert_type(tensor, torch.Tensor)
+    loader.close()
+
+
+def use_PySafeSlice(file: safetensors_torch.safe_open) -> None:
+    assert_type(file.get_slice("a"), safetensors_torch.PySafeSlice)
+
+
 def use_SafetensorError() -> None:
     try:
         safetensors_torch.load(b"")
     except safetensors_torch.SafetensorError as error:
         assert_type(error, safetensors_torch.SafetensorError)
         raise RuntimeError(str(error)) from error
+
+
+def use_TensorMeta(file: safetensors_torch.safe_open) -> None:
+    meta = file.get_tensor_meta("a")
+    assert_type(meta, safetensors_torch.TensorMeta)
+    assert_type(meta.dtype, str)
+    assert_type(meta.shape, list[int])
+    assert_type(meta.data_offsets, tuple[int, int])
 
 
 def use_TransferOptions(options: safetensors_torch.TransferOptions) -> None:
@@ -76,6 +104,14 @@ def use_inspect(path: Path) -> None:
     assert_type(info.tensors["a"], safetensors_torch.TensorInfo)
     assert_type(info.tensors["a"].shape, list[int])
     assert_type(info.tensors["a"].dtype, str)
+
+
+def use_iterate(paths: list[Path]) -> None:
+    for name, tensor in safetensors_torch.iterate(paths, "cuda", dtype="float16", names=["a*"], buffer_bytes="1GB"):
+        assert_type(name, str)
+        assert_type(tensor, torch.Tensor)
+    safetensors_torch.iterate(paths[0], backend="pread", buffer_bytes=None, progress=True)
+    safetensors_torch.iterate(paths, buffer_bytes=1.5)  # type: ignore[arg-type]
 
 
 def use_load(data: bytes, view: memoryview) -> None:
