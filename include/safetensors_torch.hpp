@@ -31,7 +31,9 @@
 ///
 /// SFT_VERSION_STRING and SFT_VERSION_NUMBER, of safetensors_torch.h, are the version of this header.
 ///
-/// This header includes all others: file.hpp (open files and checkpoints), save.hpp, incremental_writer.hpp (files that
+///     for (auto& [name, tensor] : file.prefetch()) use(name, tensor);  // each once it has landed
+///
+/// This header includes all others: file.hpp (open files and checkpoints), prefetch.hpp (tensors as they land), save.hpp, incremental_writer.hpp (files that
 /// are written tensor by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files),
 /// model.hpp (modules), transfer.hpp (threads, pinned memory), tensors.hpp (tensors by name), types.hpp (all options)
 /// and error.hpp.
@@ -55,6 +57,7 @@
 #include "safetensors_torch/incremental_writer.hpp"
 #include "safetensors_torch/metadata.hpp"
 #include "safetensors_torch/model.hpp"
+#include "safetensors_torch/prefetch.hpp"
 #include "safetensors_torch/save.hpp"
 #include "safetensors_torch/sharded.hpp"
 #include "safetensors_torch/tensors.hpp"

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -18,6 +19,7 @@
 
 #include "detail.hpp"
 #include "index.hpp"
+#include "prefetch.hpp"
 #include "types.hpp"
 
 namespace safetensors_torch {
@@ -121,6 +123,39 @@ class File {
         const detail::Box box = detail::bounding_box(index, tensor_shape(name), name);
         const at::Tensor part = call("get_slice", name, box.starts, box.stops, box.steps, chosen(device)).toTensor();
         return box.has_rest ? part.index(box.rest) : part;
+    }
+
+    /// Starts to read the tensors of `plan`, or all, and returns a loader that hands out each once it has landed. They
+    /// have memory of their own, with either backend, and are read in file order.
+    ///
+    /// Throws Error: the file has no tensor of a name; torch does not have a dtype, or cannot convert it; as get_slice
+    /// does for an index.
+    PrefetchLoader prefetch(const PrefetchPlan& plan = {}, const PrefetchOptions& options = {}) const {
+        size();  // throws if the file is closed
+        std::optional<std::vector<std::string>> names;
+        std::vector<std::vector<int64_t>> slices;
+        std::map<std::string, detail::Index> rest;
+        for (const auto& [name, index] : plan) {
+            if (!names) {
+                names.emplace();
+            }
+            names->push_back(name);
+            slices.emplace_back();
+            if (!index.empty()) {
+                const detail::Box box = detail::bounding_box(index, tensor_shape(name), name);
+                for (const auto& part : {box.starts, box.stops, box.steps}) {
+                    slices.back().insert(slices.back().end(), part.begin(), part.end());
+                }
+                if (box.has_rest) {
+                    rest.emplace(name, box.rest);
+                }
+            }
+        }
+        const detail::Object native = detail::make("PrefetchPlan");
+        detail::call_method(native, "add", object_, names, slices);
+        const c10::IValue loader = detail::call_method(native, "start", chosen(options.device), options.dtype,
+                                                       options.buffer_bytes, options.threads);
+        return {loader.toObject(), std::move(rest)};
     }
 
     /// Closes the file for all copies of this handle; a second call does nothing.

@@ -163,6 +163,33 @@ struct CheckpointOptions {
     Extra extra = Extra::error;
 };
 
+/// How tensors of an open file are read ahead.
+struct PrefetchOptions {
+    /// The device of the tensors; without a value, that of the file.
+    std::optional<DeviceLike> device = std::nullopt;
+    /// A floating-point dtype to which floating-point tensors are converted.
+    std::optional<at::ScalarType> dtype = std::nullopt;
+    /// The most bytes of tensors that are read ahead, including the tensor that was handed out last. A larger tensor is
+    /// read when no other waits to be taken. Without a value, everything is read ahead.
+    std::optional<int64_t> buffer_bytes = std::nullopt;
+    /// The most threads that read; set_transfer_options limits them, too.
+    int64_t threads = 8;
+};
+
+/// Which tensors iterate() reads, and how.
+struct IterateOptions {
+    /// The device of the tensors. CPU tensors have memory of their own, with either backend.
+    DeviceLike device = at::kCPU;
+    /// A floating-point dtype to which floating-point tensors are converted.
+    std::optional<at::ScalarType> dtype = std::nullopt;
+    /// The tensors to read, as in LoadOptions. At least one file must have each name.
+    NameSelection names = {};
+    /// How files are opened. With Backend::pread, all of them stay open.
+    Backend backend = Backend::mmap;
+    /// As in PrefetchOptions.
+    std::optional<int64_t> buffer_bytes = int64_t{256} << 20;
+};
+
 /// The treatment of tensors that share memory when they are saved.
 enum class Shared {
     /// The save fails.
