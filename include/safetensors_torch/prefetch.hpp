@@ -145,13 +145,12 @@ inline std::vector<std::optional<std::vector<std::string>>> select(const std::ve
     for (const std::string& name : *selection.names()) {
         bool is_found = false;
         for (std::size_t i = 0; i < files.size(); ++i) {
-            for (const std::string& match : select(files[i], NameSelection{name}).value()) {
-                const bool is_new = std::find(chosen[i]->begin(), chosen[i]->end(), match) == chosen[i]->end();
-                if (call_method(files[i], "contains", match).toBool()) {
-                    is_found = true;
-                    if (is_new) {
-                        chosen[i]->push_back(match);
-                    }
+            const auto matches = select(files[i], NameSelection{name});
+            for (const std::string& match : *matches) {
+                const bool is_there = call_method(files[i], "contains", match).toBool();
+                is_found = is_found || is_there;
+                if (is_there && std::find(chosen[i]->begin(), chosen[i]->end(), match) == chosen[i]->end()) {
+                    chosen[i]->push_back(match);
                 }
             }
         }
