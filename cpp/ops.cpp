@@ -162,15 +162,16 @@ void check_names_op(const std::string& class_name, const Names& missing, const N
 
 c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
 
-std::tuple<int64_t, int64_t> transfer_options_op() {
-    return guarded([&]() -> std::tuple<int64_t, int64_t> {
+std::tuple<int64_t, int64_t, int64_t> transfer_options_op() {
+    return guarded([&]() -> std::tuple<int64_t, int64_t, int64_t> {
         const TransferOptions options = transfer_options();
-        return {options.pinned_pool_bytes, options.threads};
+        return {options.pinned_pool_bytes, options.threads, options.direct};
     });
 }
 
-void set_transfer_options_op(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads) {
-    guarded([&] { set_transfer_options(pinned_pool_bytes, threads); });
+void set_transfer_options_op(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads,
+                             std::optional<int64_t> direct) {
+    guarded([&] { set_transfer_options(pinned_pool_bytes, threads, direct); });
 }
 
 int64_t reserve_transfer_memory_op(int64_t bytes) {
@@ -269,9 +270,9 @@ void define_internals(torch::Library& library) {
 }
 
 void define_transfers(torch::Library& library) {
-    library.def(effectful("_transfer_options() -> (int pinned_pool_bytes, int threads)"),
+    library.def(effectful("_transfer_options() -> (int pinned_pool_bytes, int threads, int direct)"),
                 torch::dispatch(kOpKey, transfer_options_op));
-    library.def(effectful("_set_transfer_options(int? pinned_pool_bytes, int? threads) -> ()"),
+    library.def(effectful("_set_transfer_options(int? pinned_pool_bytes, int? threads, int? direct=None) -> ()"),
                 torch::dispatch(kOpKey, set_transfer_options_op));
     library.def(effectful("_reserve_transfer_memory(int bytes) -> int"),
                 torch::dispatch(kOpKey, reserve_transfer_memory_op));

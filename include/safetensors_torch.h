@@ -115,7 +115,7 @@ const char* sft_last_error_get_message(void);
  * successful call does not change it. */
 int32_t sft_last_error_get_os_error(void);
 
-/* ---- Threads ----------------------------------------------------------------------------------------------------- */
+/* ---- Settings ---------------------------------------------------------------------------------------------------- */
 
 /** Sets the most threads that one call uses, from the next call on, for the whole process. They include the calling
  * thread and those of SFT_PREFAULT_BACKGROUND. 1 means only the calling thread, 0 means automatic. */
@@ -125,6 +125,26 @@ sft_status sft_set_threads(size_t threads);
  * or 0.
  * Errors: INVALID_ARGUMENT if the variable is not a number, as in every call that could use several threads. */
 sft_status sft_get_threads(size_t* threads);
+
+/** Whether large reads into memory bypass the page cache (O_DIRECT). */
+typedef uint32_t sft_direct;
+
+/** Every setting of direct reads. */
+enum {
+    SFT_DIRECT_AUTO = 0,  /**< if the file is not in the page cache */
+    SFT_DIRECT_NEVER = 1, /**< never, so that the page cache keeps what was read */
+    SFT_DIRECT_ALWAYS = 2 /**< even if the file is in the page cache, which takes several times as long */
+};
+
+/** Sets whether large reads into memory bypass the page cache, from the next call on, for the whole process. If a
+ * filesystem refuses direct reads, reads are buffered.
+ * Errors: INVALID_ARGUMENT for another number. */
+sft_status sft_set_direct(sft_direct direct);
+
+/** Sets `*direct` to the value of sft_set_direct; before that, to the environment variable SAFETENSORS_TORCH_DIRECT
+ * ("auto", "0" or "1"), or SFT_DIRECT_AUTO.
+ * Errors: INVALID_ARGUMENT if the variable has another value, as in every call that could read directly. */
+sft_status sft_get_direct(sft_direct* direct);
 
 /* ---- Element types ----------------------------------------------------------------------------------------------- */
 
@@ -262,6 +282,36 @@ typedef struct sft_tensor_info {
  * offset, then by name. `info->struct_size` must be set, as SFT_TENSOR_INFO_INIT does.
  * Errors: INVALID_ARGUMENT for an index beyond the last tensor. */
 sft_status sft_file_get_tensor_info(const sft_file* file, size_t index, sft_tensor_info* info);
+
+/** Where a load of a whole file puts its tensors. */
+typedef uint32_t sft_load_target;
+
+/** Every target of a load. */
+enum {
+    SFT_LOAD_TARGET_MAPPING = 0, /**< in a mapping of the file */
+    SFT_LOAD_TARGET_MEMORY = 1,  /**< in memory of their own */
+    SFT_LOAD_TARGET_DEVICE = 2   /**< on a device */
+};
+
+/** How a load would read a file. */
+typedef struct sft_load_plan {
+    size_t struct_size;     /**< sizeof(sft_load_plan) */
+    const char* filesystem; /**< its kind, such as "ext4", or "unknown"; static */
+    const char* reason;     /**< the reason of the plan, in English; static */
+    uint64_t cached_bytes;  /**< the bytes in the page cache, in whole pages; UINT64_MAX if that is unknown */
+    uint64_t request_bytes; /**< the most bytes of one read, or 0 without a limit */
+    uint32_t readers;       /**< the threads that read, or 0 if pages are read when they are touched */
+    uint32_t direct;        /**< 1 if reads bypass the page cache, otherwise 0 */
+} sft_load_plan;
+
+/** The initializer of an sft_load_plan. */
+#define SFT_LOAD_PLAN_INIT {sizeof(sft_load_plan), NULL, NULL, 0, 0, 0, 0}
+
+/** Sets `*plan` to how a load of the whole file to `target` would read it now. `plan->struct_size` must be set, as
+ * SFT_LOAD_PLAN_INIT does. Reads nothing.
+ * Errors: INVALID_ARGUMENT for an unknown target, or a handle of sft_file_open_buffer; FILE_CHANGED if the path leads
+ * to another file by now. */
+sft_status sft_file_explain_load(const sft_file* file, sft_load_target target, sft_load_plan* plan);
 
 /** Sets `*index` to the index of the tensor whose name is at `position` in bytewise order.
  * Errors: INVALID_ARGUMENT for a position beyond the last tensor. */

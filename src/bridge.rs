@@ -25,6 +25,7 @@ use crate::format::dtype::Dtype;
 use crate::format::header::Metadata;
 use crate::read::source::Mapping;
 use crate::sys::buffers::Block;
+use crate::sys::direct_io::Direct;
 use crate::sys::threads::set_threads;
 use checkpoint::{
     Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
@@ -346,6 +347,9 @@ mod ffi {
         /// Returns the most threads that one call uses; 0 means automatic.
         fn threads() -> Result<usize>;
         fn set_threads(most: usize);
+        /// Returns whether reads bypass the page cache: 0 if the file is not in it, 1 never, 2 always.
+        fn direct() -> Result<u8>;
+        fn set_direct(number: u8);
         /// Returns the number in an environment variable, or `otherwise` if it is not set.
         fn env_number(name: &str, otherwise: u64) -> Result<u64>;
         /// Returns the code of a dtype number, such as `F32`.
@@ -385,6 +389,14 @@ fn as_text<'a>(what: &str, bytes: &'a [u8]) -> Result<&'a str> {
 fn entries(metadata: Option<&Metadata>) -> Vec<ffi::Entry> {
     let entries = metadata.into_iter().flatten();
     entries.map(|(key, value)| ffi::Entry { key: key.clone().into(), value: value.clone().into() }).collect()
+}
+
+fn direct() -> Result<u8> {
+    Ok(crate::sys::direct_io::direct()? as u8)
+}
+
+fn set_direct(number: u8) {
+    crate::sys::direct_io::set_direct(Direct::from_number(number).expect("cpp/ has checked the number"));
 }
 
 fn threads() -> Result<usize> {

@@ -51,6 +51,7 @@ pub use format::dtype::Dtype;
 pub use format::header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, TensorInfo};
 pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Placement, TensorSpec};
 pub use format::slice::{AxisRange, Slice};
+pub use read::explain::{LoadPlan, LoadTarget};
 pub use read::file::TensorFile;
 pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher};

@@ -37,14 +37,22 @@ void wait_for(const Slab& slab) {
 
 TransferOptions transfer_options() {
     const uint64_t threads = core::threads();
-    return {PinnedPool::of_process().capacity(), static_cast<int64_t>(std::min(threads, kMostPoolBytes))};
+    return {PinnedPool::of_process().capacity(), static_cast<int64_t>(std::min(threads, kMostPoolBytes)),
+            core::direct()};
 }
 
-void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads) {
+void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads,
+                          std::optional<int64_t> direct) {
     if (pinned_pool_bytes.value_or(0) < 0 || threads.value_or(0) < 0) {
         fail(ErrorCategory::value, "pinned_pool_bytes and threads must not be negative, but are " +
                                        std::to_string(pinned_pool_bytes.value_or(0)) + " and " +
                                        std::to_string(threads.value_or(0)));
+    }
+    if (direct) {
+        if (*direct < 0 || *direct > 2) {
+            fail(ErrorCategory::value, "direct must be 0, 1 or 2, but is " + std::to_string(*direct));
+        }
+        core::set_direct(static_cast<uint8_t>(*direct));
     }
     if (threads) {
         core::set_threads(static_cast<size_t>(*threads));

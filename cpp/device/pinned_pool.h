@@ -35,13 +35,17 @@ struct TransferOptions {
     int64_t pinned_pool_bytes;
     // The most threads that a load or save uses; 0 chooses by machine and work.
     int64_t threads;
+    // Whether reads bypass the page cache: 0 if the file is not in it, 1 never, 2 always.
+    int64_t direct;
 };
 
-// Returns the settings; until they are set, SAFETENSORS_TORCH_PINNED_POOL_BYTES and SAFETENSORS_TORCH_THREADS.
+// Returns the settings; until they are set, SAFETENSORS_TORCH_PINNED_POOL_BYTES, SAFETENSORS_TORCH_THREADS and
+// SAFETENSORS_TORCH_DIRECT.
 TransferOptions transfer_options();
 
-// Sets those with a value, from the next load or save on. Fails for negative numbers, and then sets nothing.
-void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads);
+// Sets those with a value, from the next load or save on. Fails for numbers out of range, and then sets nothing.
+void set_transfer_options(std::optional<int64_t> pinned_pool_bytes, std::optional<int64_t> threads,
+                          std::optional<int64_t> direct);
 
 // The slabs of the process, in use or waiting for the next transfer.
 //

@@ -13,18 +13,21 @@
 namespace safetensors_torch {
 
 /// Returns the options. The defaults are the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES (otherwise 64
-/// MiB) and SAFETENSORS_TORCH_THREADS (otherwise 0). Throws Error if a variable is not a number.
+/// MiB), SAFETENSORS_TORCH_THREADS (otherwise 0) and SAFETENSORS_TORCH_DIRECT (otherwise automatic). Throws Error if a
+/// variable has another value.
 inline TransferOptions transfer_options() {
-    const auto op = detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t>()>();
-    const auto [pinned_pool_bytes, threads] = detail::call(op);
-    return {pinned_pool_bytes, threads};
+    const auto op =
+        detail::find_op("safetensors_torch::_transfer_options").typed<std::tuple<int64_t, int64_t, int64_t>()>();
+    const auto [pinned_pool_bytes, threads, direct] = detail::call(op);
+    return {pinned_pool_bytes, threads, static_cast<Direct>(direct)};
 }
 
 /// Sets the options, from the next load or save on. Throws Error for negative numbers.
 inline void set_transfer_options(const TransferOptions& options) {
     const auto op = detail::find_op("safetensors_torch::_set_transfer_options")
-                        .typed<void(std::optional<int64_t>, std::optional<int64_t>)>();
-    detail::call(op, std::optional(options.pinned_pool_bytes), std::optional(options.threads));
+                        .typed<void(std::optional<int64_t>, std::optional<int64_t>, std::optional<int64_t>)>();
+    detail::call(op, std::optional(options.pinned_pool_bytes), std::optional(options.threads),
+                 std::optional(static_cast<int64_t>(options.direct)));
 }
 
 /// Pins host memory for later transfers, up to `bytes` or pinned_pool_bytes. Returns the bytes that are pinned: 0

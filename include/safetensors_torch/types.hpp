@@ -310,6 +310,16 @@ struct LoadResult {
     std::vector<std::string> unexpected;
 };
 
+/// Whether large reads into memory bypass the page cache (O_DIRECT).
+enum class Direct {
+    /// If the file is not in the page cache.
+    automatic = 0,
+    /// Never: the page cache keeps what was read.
+    never = 1,
+    /// Even if the file is in the page cache, which takes several times as long.
+    always = 2,
+};
+
 /// Resources of loads and saves.
 struct TransferOptions {
     /// The most pinned host memory of all transfers between files and devices, in bytes; allocated in slabs of 2 MiB
@@ -319,6 +329,8 @@ struct TransferOptions {
     /// threads (prefault). 1 means the calling thread only; 0 chooses by machine and work. torch's own threads, which
     /// convert tensors on the CPU, are set by at::set_num_threads.
     int64_t threads = 0;
+    /// Whether large reads into memory bypass the page cache.
+    Direct direct = Direct::automatic;
 };
 
 }  // namespace safetensors_torch

@@ -18,6 +18,7 @@ from ._exceptions import SafetensorError, os_error
 
 LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_c.so"
 _IO = 2
+_UNKNOWN = 2**64 - 1
 
 
 class TensorInfo(NamedTuple):
@@ -40,6 +41,34 @@ class Headers(NamedTuple):
     metadata: dict[str, str] | None
     tensors: list[TensorInfo]
     """File after file, in the order of their data."""
+
+
+LOAD_TARGETS = ("mmap", "pread", "device")
+"""Where loads put tensors, in the order of the numbers of sft_load_target."""
+
+
+class LoadPlan(NamedTuple):
+    """How a load would read a file."""
+
+    readers: int
+    """The number of threads that read; 0 if pages are read when they are touched."""
+    request: int | None
+    """The most bytes of one read; None without a limit."""
+    direct: bool
+    """Whether reads bypass the page cache."""
+    reason: str
+
+
+class FilePlans(NamedTuple):
+    """How loads would read a file."""
+
+    path: str
+    nbytes: int
+    filesystem: str
+    cached: int | None
+    """How many bytes are in the page cache; None if that is unknown."""
+    plans: list[LoadPlan]
+    """One for each of LOAD_TARGETS."""
 
 
 class _Str(ctypes.Structure):
@@ -66,6 +95,18 @@ class _TensorInfo(ctypes.Structure):
     ]
 
 
+class _LoadPlan(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("filesystem", c_char_p),
+        ("reason", c_char_p),
+        ("cached_bytes", c_uint64),
+        ("request_bytes", c_uint64),
+        ("readers", c_uint32),
+        ("direct", c_uint32),
+    ]
+
+
 class _Change(ctypes.Structure):
     _fields_ = [("key", _Str), ("value", _Str)]
 
@@ -84,6 +125,7 @@ _SIGNATURES = {
     "file_get_metadata_count": [c_void_p, POINTER(c_size_t)],
     "file_get_metadata_entry": [c_void_p, c_size_t, POINTER(_Str), POINTER(_Str)],
     "file_get_data": [c_void_p, c_size_t, POINTER(c_void_p)],
+    "file_explain_load": [c_void_p, c_uint32, POINTER(_LoadPlan)],
     "edit_metadata": [c_char_p, POINTER(_Change), c_size_t, POINTER(_EditOptions)],
     "writer_new": [POINTER(c_void_p)],
     "writer_enable_metadata": [c_void_p],
@@ -147,6 +189,30 @@ def read_headers(path: str | bytes) -> Headers:
                 # The first file that has a key counts, as for safe_open.
                 headers = headers._replace(metadata={**metadata, **(headers.metadata or {})})
     return headers
+
+
+def explain_loads(path: str) -> list[FilePlans]:
+    """Returns how loads of the checkpoint at ``path`` would read each of its files now.
+
+    Raises:
+        SafetensorError: a file is not valid safetensors, or does not fit the index.
+        OSError: a file cannot be read, or the package lacks the C library.
+    """
+    library, files = _library(), []
+    is_file = not os.path.isdir(path) and not path.endswith(".json")
+    directory = path if os.path.isdir(path) else os.path.dirname(path)
+    with _shards(library, path) as shards:
+        for name, file in shards:
+            plan, plans = _LoadPlan(struct_size=ctypes.sizeof(_LoadPlan)), []
+            for target in range(len(LOAD_TARGETS)):
+                library.sft_file_explain_load(file, target, byref(plan))
+                plans.append(
+                    LoadPlan(plan.readers, plan.request_bytes or None, bool(plan.direct), plan.reason.decode())
+                )
+            cached = None if plan.cached_bytes == _UNKNOWN else plan.cached_bytes
+            full = path if is_file else os.path.join(directory, name)
+            files.append(FilePlans(full, os.path.getsize(full), plan.filesystem.decode(), cached, plans))
+    return files
 
 
 def edit_metadata(path: str, changes: Mapping[str, str | None], in_place: bool) -> None:

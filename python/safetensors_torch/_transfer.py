@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -10,6 +10,9 @@ from ._arguments import check_int
 from ._errors import call
 
 _ops = torch.ops.safetensors_torch
+
+# In the order of their numbers.
+_DIRECT: tuple[bool | Literal["auto"], ...] = ("auto", False, True)
 
 
 class TransferOptions(NamedTuple):
@@ -19,22 +22,27 @@ class TransferOptions(NamedTuple):
     """The most pinned host memory that all transfers together keep, in bytes."""
     threads: int
     """The most threads that one load or save uses; 0 means a number that suits the machine."""
+    direct: bool | Literal["auto"]
+    """Whether large reads into memory bypass the page cache; "auto" means those of files that are not in it."""
 
 
 def transfer_options() -> TransferOptions:
     """Returns the current settings.
 
-    Their defaults are the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES, or 64 MiB, and
-    SAFETENSORS_TORCH_THREADS, or 0.
+    Their defaults are the environment variables SAFETENSORS_TORCH_PINNED_POOL_BYTES, or 64 MiB,
+    SAFETENSORS_TORCH_THREADS, or 0, and SAFETENSORS_TORCH_DIRECT ("auto", "0" or "1"), or "auto".
 
     Example:
         >>> transfer_options()
-        TransferOptions(pinned_pool_bytes=67108864, threads=0)
+        TransferOptions(pinned_pool_bytes=67108864, threads=0, direct='auto')
     """
-    return TransferOptions(*call(_ops._transfer_options))
+    pinned_pool_bytes, threads, direct = call(_ops._transfer_options)
+    return TransferOptions(pinned_pool_bytes, threads, _DIRECT[direct])
 
 
-def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int | None = None) -> None:
+def set_transfer_options(
+    *, pinned_pool_bytes: int | None = None, threads: int | None = None, direct: bool | Literal["auto"] | None = None
+) -> None:
     """Changes the settings for later loads and saves. None keeps a setting.
 
     Args:
@@ -43,10 +51,14 @@ def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int |
         threads: the most threads that one load or save uses: the calling thread, those that read and copy, and those
             that prefault in the background. 1 means the calling thread only; 0 a number that suits the machine.
             torch.set_num_threads sets the number of torch's own threads, which convert tensors on the CPU (``dtype``).
+        direct: whether large reads into memory bypass the page cache (O_DIRECT): loads with ``backend="pread"`` and
+            those to devices. "auto": if the file is not in it. False: never, so that the page cache keeps what was
+            read. True: even if the file is in it, which takes several times as long. If a filesystem refuses direct
+            reads, reads are buffered.
 
     Raises:
-        TypeError: a setting is not an int.
-        ValueError: a setting is negative.
+        TypeError: a number is not an int, or ``direct`` neither a bool nor "auto".
+        ValueError: a number is negative.
 
     Example:
         >>> set_transfer_options(threads=4)
@@ -58,7 +70,13 @@ def set_transfer_options(*, pinned_pool_bytes: int | None = None, threads: int |
         pinned_pool_bytes = check_int(pinned_pool_bytes, "pinned_pool_bytes")
     if threads is not None:
         threads = check_int(threads, "threads")
-    call(_ops._set_transfer_options, pinned_pool_bytes, threads)
+    number = None
+    if direct is not None:
+        numbers = [i for i, value in enumerate(_DIRECT) if type(value) is type(direct) and value == direct]
+        if not numbers:
+            raise TypeError(f'direct must be True, False or "auto", not {direct!r}')
+        (number,) = numbers
+    call(_ops._set_transfer_options, pinned_pool_bytes, threads, number)
 
 
 def reserve_transfer_memory(nbytes: int) -> int:

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use super::boundary::boundary;
 use super::handle::sft_file;
-use super::options::sft_open_options;
+use super::options::{
+    SFT_LOAD_TARGET_DEVICE, SFT_LOAD_TARGET_MAPPING, SFT_LOAD_TARGET_MEMORY, sft_load_target,
+    sft_open_options,
+};
 use super::pointer::{self, Out, VersionedOut, invalid, versioned};
 use super::types::{sft_dtype, sft_status, sft_str};
 use crate::error::Result;
+use crate::read::explain::LoadTarget;
 use crate::read::file::TensorFile;
 
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +32,22 @@ pub struct sft_tensor_info {
 
 // SAFETY: `repr(C)`, begins with its size, holds only integers and raw pointers, without padding.
 versioned!(unsafe sft_tensor_info, 72);
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_load_plan {
+    /// The size of the struct.
+    pub struct_size: usize,
+    pub filesystem: *const c_char,
+    pub reason: *const c_char,
+    pub cached_bytes: u64,
+    pub request_bytes: u64,
+    pub readers: u32,
+    pub direct: u32,
+}
+
+// SAFETY: `repr(C)`, begins with its size, holds only integers and raw pointers, without padding.
+versioned!(unsafe sft_load_plan, 48);
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -123,6 +143,40 @@ pub unsafe extern "C" fn sft_file_get_tensor_info(
             end: bytes.end,
             dtype: tensor.dtype as u32,
             reserved: 0,
+        });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_explain_load(
+    file: *const sft_file,
+    target: sft_load_target,
+    plan: *mut sft_load_plan,
+) -> sft_status {
+    boundary!({
+        // SAFETY: a live handle (header, "Ownership", "Threads"); a struct of its `struct_size` ("Versions").
+        let (state, out) = unsafe { (sft_file::state(file)?, VersionedOut::new(plan)?) };
+        let target = match target {
+            SFT_LOAD_TARGET_MAPPING => LoadTarget::Mapping,
+            SFT_LOAD_TARGET_MEMORY => LoadTarget::Memory,
+            SFT_LOAD_TARGET_DEVICE => LoadTarget::Device,
+            other => {
+                let detail = format!(
+                    "unknown target {other}: give SFT_LOAD_TARGET_MAPPING, SFT_LOAD_TARGET_MEMORY or SFT_LOAD_TARGET_DEVICE"
+                );
+                return Err(invalid(detail));
+            }
+        };
+        let plan = state.file.explain(target)?;
+        out.set(sft_load_plan {
+            struct_size: size_of::<sft_load_plan>(),
+            filesystem: plan.filesystem.as_ptr(),
+            reason: plan.reason.as_ptr(),
+            cached_bytes: plan.cached_bytes.unwrap_or(u64::MAX),
+            request_bytes: plan.request_bytes.unwrap_or(0) as u64,
+            readers: plan.readers as u32,
+            direct: plan.is_direct.into(),
         });
         Ok(())
     })

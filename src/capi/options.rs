@@ -20,6 +20,16 @@ pub const SFT_PREFAULT_NONE: sft_prefault = 0;
 pub const SFT_PREFAULT_BACKGROUND: sft_prefault = 1;
 pub const SFT_PREFAULT_WAIT: sft_prefault = 2;
 
+pub type sft_direct = u32;
+pub const SFT_DIRECT_AUTO: sft_direct = 0;
+pub const SFT_DIRECT_NEVER: sft_direct = 1;
+pub const SFT_DIRECT_ALWAYS: sft_direct = 2;
+
+pub type sft_load_target = u32;
+pub const SFT_LOAD_TARGET_MAPPING: sft_load_target = 0;
+pub const SFT_LOAD_TARGET_MEMORY: sft_load_target = 1;
+pub const SFT_LOAD_TARGET_DEVICE: sft_load_target = 2;
+
 pub type sft_extra = u32;
 pub const SFT_EXTRA_ERROR: sft_extra = 0;
 pub const SFT_EXTRA_IGNORE: sft_extra = 1;

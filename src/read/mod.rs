@@ -1,5 +1,6 @@
 //! From a file into memory.
 
+pub mod explain;
 pub mod file;
 pub mod prefault;
 pub mod prefetch;

@@ -36,7 +36,7 @@ pub enum Prefault {
 const POPULATE_BYTES: usize = 1 << 20;
 
 /// Smaller mappings are not worth a thread: starting it takes longer than all their page faults.
-const BACKGROUND_BYTES: usize = 16 << 20;
+pub(super) const BACKGROUND_BYTES: usize = 16 << 20;
 
 /// Reads and maps all of `mappings`, one after the other. Reports errors of reads with [`Prefault::Wait`] only.
 pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
@@ -56,19 +56,13 @@ fn wait(mapping: &Mapping) -> Result<()> {
     let file = reopened.as_ref();
     let threads = ThreadLimit::current()?;
     let wanted = parallel::thread_count(threads, mapping.len(), mapping.len().div_ceil(CHUNK_BYTES));
-    let strategy = strategy_of(mapping, file, wanted, threads);
+    let strategy = strategy_of(file, mapping.len(), wanted, threads);
     parallel::for_each(mapping.len().div_ceil(strategy.chunk_bytes), strategy.threads, |chunk| {
         read_and_map(mapping, file, chunk_range(mapping, strategy, chunk), strategy)
     })
 }
 
-fn strategy_of(
-    mapping: &Mapping,
-    file: Option<&OpenFile>,
-    wanted: usize,
-    threads: ThreadLimit,
-) -> ReadStrategy {
-    let bytes = mapping.len();
+fn strategy_of(file: Option<&OpenFile>, bytes: usize, wanted: usize, threads: ThreadLimit) -> ReadStrategy {
     match file {
         Some(file) => ReadStrategy::of_mapped(file, bytes, || 0..bytes as u64, wanted, threads),
         None => ReadStrategy::in_memory(Residency::Unknown, wanted),
@@ -105,26 +99,23 @@ struct Prefaulter {
     next: AtomicUsize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    strategy: ReadStrategy,
-    /// Whether to go from the end of the file to its start.
-    backwards: bool,
+/// Returns how one of several mappings with `total` bytes together is prefaulted in the background, and by how many threads:
+/// 0 if demand paging is better.
+pub(super) fn background_plan(
+    file: Option<&OpenFile>,
+    bytes: usize,
+    total: u64,
+    threads: ThreadLimit,
+) -> (ReadStrategy, usize) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let strategy = strategy_of(file, bytes, (cores / 2).clamp(1, DISK_READERS), threads);
+    let is_worth_it = total >= BACKGROUND_BYTES as u64 && fits(strategy.residency, total, available_memory());
+    (strategy, if is_worth_it { threads.cap_background(strategy.threads) } else { 0 })
 }
 
-impl Plan {
-    /// Returns the plan for one of several mappings with `bytes` together, or `None` if demand paging is better.
-    fn new(strategy: ReadStrategy, bytes: u64, available: Option<u64>) -> Option<Plan> {
-        // Files that would evict themselves, or everything else, from memory are not read.
-        let fits = available.is_some_and(|available| bytes <= available / 2);
-        match strategy.residency {
-            // Backwards, so that the threads and a caller that reads forwards meet once. From the same end, they would
-            // wait for each other all the way.
-            Residency::Cached => Some(Plan { strategy, backwards: true }),
-            // In the order in which tensors are usually read.
-            Residency::Cold | Residency::Unknown => fits.then_some(Plan { strategy, backwards: false }),
-        }
-    }
+/// Returns false for files that would evict themselves, or everything else, from memory.
+fn fits(residency: Residency, bytes: u64, available: Option<u64>) -> bool {
+    residency == Residency::Cached || available.is_some_and(|available| bytes <= available / 2)
 }
 
 impl Prefaulter {
@@ -138,38 +129,40 @@ impl Prefaulter {
     fn run(mapping: Weak<Mapping>, total: u64, threads: ThreadLimit) {
         let Some(mapped) = mapping.upgrade() else { return };
         let file = mapped.reopen();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let strategy = strategy_of(&mapped, file.as_ref(), (cores / 2).clamp(1, DISK_READERS), threads);
+        let (strategy, readers) = background_plan(file.as_ref(), mapped.len(), total, threads);
         drop(mapped);
-        let Some(plan) = Plan::new(strategy, total, available_memory()) else { return };
-        let shared = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
-        for _ in 1..threads.cap_background(plan.strategy.threads) {
-            let shared = Arc::clone(&shared);
-            spawn(move || shared.work(plan));
+        if readers == 0 {
+            return;
         }
-        shared.work(plan);
+        let shared = Arc::new(Prefaulter { mapping, file, next: AtomicUsize::new(0) });
+        for _ in 1..readers {
+            let shared = Arc::clone(&shared);
+            spawn(move || shared.work(strategy));
+        }
+        shared.work(strategy);
     }
 
     /// Takes chunks until none is left or the mapping is gone.
-    fn work(&self, plan: Plan) {
+    fn work(&self, strategy: ReadStrategy) {
+        let is_cached_at_start = strategy.residency == Residency::Cached;
         while let Some(mapping) = self.mapping.upgrade() {
-            let count = mapping.len().div_ceil(plan.strategy.chunk_bytes);
+            let count = mapping.len().div_ceil(strategy.chunk_bytes);
             let turn = self.next.fetch_add(1, Ordering::Relaxed);
             if turn >= count {
                 return;
             }
-            let chunk = if plan.backwards { count - 1 - turn } else { turn };
-            let bytes = chunk_range(&mapping, plan.strategy, chunk);
+            // Backwards, so that the threads and a caller that reads forwards meet once: from the same end, they would wait
+            // for each other all the way. What must be read comes in the order in which tensors are usually read.
+            let chunk = if is_cached_at_start { count - 1 - turn } else { turn };
+            let bytes = chunk_range(&mapping, strategy, chunk);
             // The residency is that of samples. Chunks that turn out to be cold are left to demand paging.
             let range = bytes.start as u64..bytes.end as u64;
             let file = self.file.as_ref();
-            if plan.strategy.residency == Residency::Cached
-                && file.is_some_and(|opened| !is_cached(&opened.file, range))
-            {
+            if is_cached_at_start && file.is_some_and(|opened| !is_cached(&opened.file, range)) {
                 continue;
             }
             // The error will show when the page is touched.
-            if populate(&mapping, file, bytes, plan.strategy).is_err() {
+            if populate(&mapping, file, bytes, strategy).is_err() {
                 return;
             }
         }
@@ -273,13 +266,11 @@ mod tests {
     #[test]
     fn what_must_be_read_is_not_where_it_would_fill_the_memory() {
         let half = Some(2_000_000);
-        let of = |residency| ReadStrategy::in_memory(residency, 1);
         for residency in [Residency::Cold, Residency::Unknown] {
-            assert!(Plan::new(of(residency), 1_000_000, half).is_some_and(|plan| !plan.backwards));
-            assert_eq!(Plan::new(of(residency), 1_000_001, half), None);
-            assert_eq!(Plan::new(of(residency), 1, None), None);
+            assert!(fits(residency, 1_000_000, half));
+            assert!(!fits(residency, 1_000_001, half) && !fits(residency, 1, None));
         }
-        assert!(Plan::new(of(Residency::Cached), u64::MAX, None).is_some_and(|plan| plan.backwards));
+        assert!(fits(Residency::Cached, u64::MAX, None));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::format::slice::Slice;
 use crate::read::file::TensorFile;
 use crate::read::reader::{self, ReadRange};
 use crate::read::slice_reader::SliceReader;
-use crate::read::source::{OpenFile, ReadFrom};
+use crate::read::source::{OpenFile, ReadFrom, ReadMethod};
 use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
 use crate::sys::mutex::Mutex;
 use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
@@ -178,16 +178,8 @@ impl Plan {
         }
         // The other files are probably where the largest is.
         let largest = (0..self.files.len()).min_by_key(|&number| Reverse(self.files[number].bytes));
-        let Some(strategy) =
-            largest.map(|number| self.open(number).map(|source| source.strategy)).transpose()?
-        else {
-            return Ok(0);
-        };
-        if bytes < MIN_PARALLEL_BYTES && !strategy.scope.is_remote() {
-            return Ok(0);
-        }
-        let suitable = parallel::thread_count(self.limit, bytes, pieces).max(strategy.threads);
-        Ok(suitable.min(self.options.threads.unwrap_or(MOST_THREADS)).min(pieces).min(MOST_THREADS))
+        let Some(number) = largest else { return Ok(0) };
+        Ok(thread_count(self.open(number)?.strategy, bytes, pieces, self.limit, self.options.threads))
     }
 
     /// Returns the open file number `number`, opening it if it is not.
@@ -198,14 +190,8 @@ impl Plan {
             return Ok(Arc::clone(source));
         }
         let reopened = file.source().reopen(*bytes);
-        let wanted = parallel::thread_count(self.limit, *bytes, bytes.div_ceil(self.piece_bytes));
-        let strategy = ReadStrategy::of(
-            file.source().method(self.options.read_from, reopened.as_ref()),
-            *bytes,
-            || extent.clone(),
-            wanted,
-            self.limit,
-        )?;
+        let method = file.source().method(self.options.read_from, reopened.as_ref());
+        let strategy = strategy_of(method, *bytes, || extent.clone(), self.piece_bytes, self.limit)?;
         Ok(Arc::clone(reading.source.insert(Arc::new(OpenSource { reopened, strategy }))))
     }
 
@@ -280,6 +266,33 @@ impl Plan {
             None => error,
         }
     }
+}
+
+/// Returns how to read `bytes` of a file inside `extent`, in pieces of `piece_bytes`.
+pub(super) fn strategy_of(
+    method: ReadMethod<'_>,
+    bytes: usize,
+    extent: impl FnOnce() -> Range<u64>,
+    piece_bytes: usize,
+    limit: ThreadLimit,
+) -> Result<ReadStrategy> {
+    let wanted = parallel::thread_count(limit, bytes, bytes.div_ceil(piece_bytes));
+    ReadStrategy::of(method, bytes, extent, wanted, limit)
+}
+
+/// Returns how many threads, at most `most`, are to read `bytes` in `pieces` pieces; 0 if the thread that waits reads them.
+pub(super) fn thread_count(
+    strategy: ReadStrategy,
+    bytes: usize,
+    pieces: usize,
+    limit: ThreadLimit,
+    most: Option<usize>,
+) -> usize {
+    if bytes < MIN_PARALLEL_BYTES && !strategy.scope.is_remote() {
+        return 0;
+    }
+    let suitable = parallel::thread_count(limit, bytes, pieces).max(strategy.threads);
+    suitable.min(most.unwrap_or(MOST_THREADS)).min(pieces).min(MOST_THREADS)
 }
 
 /// The bytes that are read ahead.

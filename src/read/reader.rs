@@ -94,9 +94,8 @@ pub(crate) struct PendingRead {
 impl PendingRead {
     /// Plans a read; reads nothing yet.
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
-        let (threads, bytes) = (ThreadLimit::current()?, total_bytes(&ranges));
-        let wanted = parallel::thread_count(threads, bytes, bytes.div_ceil(CHUNK_BYTES));
-        let strategy = ReadStrategy::of(method, bytes, || extent(&ranges), wanted, threads)?;
+        let threads = ThreadLimit::current()?;
+        let strategy = strategy_of(method, total_bytes(&ranges), || extent(&ranges), threads)?;
         // Whole tensors follow one another in a file: chunks end where its blocks do.
         let start = ranges.first().map_or(0, |range| range.offset);
         let lengths = ranges.iter().map(|range| range.length);
@@ -146,6 +145,17 @@ impl PendingRead {
         })?;
         Ok(())
     }
+}
+
+/// Returns the strategy of a [`PendingRead`].
+pub(super) fn strategy_of(
+    method: ReadMethod<'_>,
+    bytes: usize,
+    extent: impl FnOnce() -> Range<u64>,
+    threads: ThreadLimit,
+) -> Result<ReadStrategy> {
+    let wanted = parallel::thread_count(threads, bytes, bytes.div_ceil(CHUNK_BYTES));
+    ReadStrategy::of(method, bytes, extent, wanted, threads)
 }
 
 /// Checks that `ranges` are inside a source in memory.

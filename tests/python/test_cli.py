@@ -31,7 +31,7 @@ from safetensors_torch._headers import read_headers
 from safetensors_torch._sharded import open_checkpoint
 from safetensors_torch.cli import values
 
-COMMANDS = ("ls", "verify", "diff", "convert", "extract", "rename", "metadata")
+COMMANDS = ("ls", "verify", "diff", "convert", "extract", "rename", "metadata", "explain")
 
 
 def state() -> dict[str, torch.Tensor]:

@@ -148,7 +148,7 @@ for thread in threads:
     thread.start()
 
 def child_works(number):
-    assert options._transfer_memory() == 0 and options._transfer_options() == (64 << 20, 0)
+    assert options._transfer_memory() == 0 and options._transfer_options() == (64 << 20, 0, 0)
     options._set_transfer_options(32 << 20, 0)
     same(load_file(path))
     same(load_file(path, backend="pread"))

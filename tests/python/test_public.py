@@ -124,7 +124,7 @@ SIGNATURES = {
         ("progress", None),
     ],
     "transfer_options": [],
-    "set_transfer_options": ["*", ("pinned_pool_bytes", None), ("threads", None)],
+    "set_transfer_options": ["*", ("pinned_pool_bytes", None), ("threads", None), ("direct", None)],
     "reserve_transfer_memory": [("nbytes", REQUIRED)],
     "release_transfer_memory": [],
     "transfer_memory": [],

@@ -228,9 +228,9 @@ def test_transfer_options() -> None:
     before = safetensors_torch.transfer_options()
     try:
         safetensors_torch.set_transfer_options(pinned_pool_bytes=8 * MIB)
-        assert safetensors_torch.transfer_options() == (8 * MIB, before.threads)
+        assert safetensors_torch.transfer_options() == (8 * MIB, before.threads, before.direct)
         safetensors_torch.set_transfer_options(threads=3)
-        assert safetensors_torch.transfer_options() == safetensors_torch.TransferOptions(8 * MIB, 3)
+        assert safetensors_torch.transfer_options() == safetensors_torch.TransferOptions(8 * MIB, 3, before.direct)
         for options in ({"pinned_pool_bytes": -1}, {"threads": -(10**30)}):
             with pytest.raises(ValueError, match="must not be negative"):
                 safetensors_torch.set_transfer_options(**options)
@@ -239,8 +239,14 @@ def test_transfer_options() -> None:
                 safetensors_torch.set_transfer_options(**options)
         safetensors_torch.set_transfer_options(pinned_pool_bytes=10**30)
         assert safetensors_torch.transfer_options().threads == 3
+        for direct in (False, True, "auto"):
+            safetensors_torch.set_transfer_options(direct=direct)
+            assert safetensors_torch.transfer_options().direct is direct
+        for wrong in (0, 1, "yes", 2.0):
+            with pytest.raises(TypeError, match='direct must be True, False or "auto", not '):
+                safetensors_torch.set_transfer_options(direct=wrong)
     finally:
-        safetensors_torch.set_transfer_options(pinned_pool_bytes=before.pinned_pool_bytes, threads=before.threads)
+        safetensors_torch.set_transfer_options(**before._asdict())
 
 
 def test_transfer_options_of_the_environment() -> None:
@@ -248,13 +254,15 @@ def test_transfer_options_of_the_environment() -> None:
         program = "import safetensors_torch as s; print(*s.transfer_options())"
         return run_python(program, **{f"SAFETENSORS_TORCH_{name}": value for name, value in variables.items()})
 
-    assert run().stdout.split() == [str(64 * MIB), "0"]
-    assert run(PINNED_POOL_BYTES="1048576", THREADS="5").stdout.split() == ["1048576", "5"]
+    assert run().stdout.split() == [str(64 * MIB), "0", "auto"]
+    assert run(PINNED_POOL_BYTES="1048576", THREADS="5", DIRECT="0").stdout.split() == ["1048576", "5", "False"]
     for name, value in (("PINNED_POOL_BYTES", "64MB"), ("THREADS", "-1")):
         said = run(**{name: value}).stderr
         assert (
             f'SafetensorError: environment variable SAFETENSORS_TORCH_{name}: "{value}" is not a number; set it' in said
         ), said
+    said = run(DIRECT="yes").stderr
+    assert 'environment variable SAFETENSORS_TORCH_DIRECT: unknown value "yes"; set it to auto, 0 or 1' in said
 
 
 def test_without_an_accelerator_there_is_no_transfer_memory() -> None:

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._exceptions import SafetensorError
-from . import convert, diff, extract, ls, metadata, rename, verify
+from . import convert, diff, explain, extract, ls, metadata, rename, verify
 from .listing import NoMatchError, command_text, near, printable
 
 PROGRAM = "safetensors-torch"
 _COMMANDS = {
-    module.__name__.rpartition(".")[2]: module for module in (ls, verify, diff, convert, extract, rename, metadata)
+    module.__name__.rpartition(".")[2]: module
+    for module in (ls, verify, diff, convert, extract, rename, metadata, explain)
 }
 _OTHER_NAMES = {
     **dict.fromkeys(("info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),
@@ -31,6 +32,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("filter", "select", "get"), "extract"),
     **dict.fromkeys(("mv", "map", "prefix"), "rename"),
     **dict.fromkeys(("edit", "set"), "metadata"),
+    **dict.fromkeys(("plan", "why"), "explain"),
     "help": "--help",
     "version": "--version",
 }

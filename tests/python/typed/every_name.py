@@ -224,7 +224,7 @@ def use_save_sharded(tensors: Tensors, directory: Path) -> None:
 
 
 def use_set_transfer_options() -> None:
-    safetensors_torch.set_transfer_options(pinned_pool_bytes=128 << 20, threads=4)
+    safetensors_torch.set_transfer_options(pinned_pool_bytes=128 << 20, threads=4, direct="auto")
     safetensors_torch.set_transfer_options(128 << 20)  # type: ignore[call-arg]
 
 
