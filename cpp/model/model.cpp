@@ -176,8 +176,7 @@ void StateLoader::plan(bool aliased) {
         }
     }
     for (size_t shard = 0; shard < files.size(); ++shard) {
-        reading_.push_back(
-            (*files[shard])->read({requests[shard].data(), requests[shard].size()}, sharing_.read_from));
+        reading_.push_back((*files[shard])->read({requests[shard].data(), requests[shard].size()}, sharing_.read_from));
     }
     for (auto& [key, destinations] : groups) {
         groups_.push_back({key.second, std::move(destinations)});
