@@ -175,14 +175,18 @@ mod ffi {
             length: usize,
         ) -> Result<()>;
 
+        /// `load` and `read` return one part, for one file.
         type PendingRead;
+        /// Adds the parts of another read, so that they share their threads. Returns the number of the first.
+        fn append(self: &mut PendingRead, other: Box<PendingRead>) -> usize;
+        /// Reads all parts.
         fn advance(self: &mut PendingRead, milliseconds: u64) -> Result<bool>;
-        fn total_bytes(self: &PendingRead) -> u64;
-        fn done_bytes(self: &PendingRead) -> u64;
+        fn total_bytes(self: &PendingRead, part: usize) -> u64;
+        fn done_bytes(self: &PendingRead, part: usize) -> u64;
         /// Returns the memory of tensor number `place` of a `load`.
-        fn data(self: &PendingRead, place: usize) -> *mut u8;
+        fn data(self: &PendingRead, part: usize, place: usize) -> *mut u8;
         /// Shares ownership of that memory until `release_block`.
-        fn share_block(self: &PendingRead, place: usize) -> *const Block;
+        fn share_block(self: &PendingRead, part: usize, place: usize) -> *const Block;
 
         /// Tensors of any files, to be read in this order. `extra_bytes` are those that the caller allocates when the tensor is
         /// handed out.

@@ -176,7 +176,12 @@ void StateLoader::plan(bool aliased) {
         }
     }
     for (size_t shard = 0; shard < files.size(); ++shard) {
-        reading_.push_back((*files[shard])->read({requests[shard].data(), requests[shard].size()}, sharing_.read_from));
+        auto reading = (*files[shard])->read({requests[shard].data(), requests[shard].size()}, sharing_.read_from);
+        if (reading_) {
+            (*reading_)->append(std::move(reading));
+        } else {
+            reading_ = std::move(reading);
+        }
     }
     for (auto& [key, destinations] : groups) {
         groups_.push_back({key.second, std::move(destinations)});
@@ -200,10 +205,8 @@ bool StateLoader::advance(Deadline until) {
     for (size_t i = 0; i < matches_.size(); ++i) {
         memory_[i].check(matches_[i].name, matches_[i].destination);
     }
-    for (; next_reading_ < reading_.size(); ++next_reading_) {
-        if (!reading_[next_reading_]->advance(until.milliseconds_left())) {
-            return false;
-        }
+    if (!(*reading_)->advance(until.milliseconds_left())) {
+        return false;
     }
     for (; next_group_ < groups_.size(); ++next_group_) {
         if (upload_ == nullptr) {
@@ -247,8 +250,8 @@ bool StateLoader::load_and_copy(const Match& match, Deadline until) {
 
 uint64_t StateLoader::done_bytes() const {
     uint64_t read = 0;
-    for (const auto& reading : reading_) {
-        read += reading->done_bytes();
+    for (size_t shard = 0; shard < checkpoint_->files().size(); ++shard) {
+        read += (*reading_)->done_bytes(shard);
     }
     return done_ + read + (upload_ ? upload_->done_bytes() : 0);
 }

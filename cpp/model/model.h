@@ -66,9 +66,8 @@ class StateLoader {
     // Bytes of finished uploads and copies.
     uint64_t done_ = 0;
     bool started_ = false;
-    // First reads into CPU tensors, file by file; then uploads, group by group; then the rest, one by one.
-    std::vector<rust::Box<core::PendingRead>> reading_;
-    size_t next_reading_ = 0;
+    // First one read into the CPU tensors, of all files; then uploads, group by group; then the rest, one by one.
+    std::optional<rust::Box<core::PendingRead>> reading_;
     std::vector<Group> groups_;
     std::unique_ptr<Upload> upload_;
     size_t next_group_ = 0;

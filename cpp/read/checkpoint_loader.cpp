@@ -21,6 +21,15 @@ CheckpointLoader::CheckpointLoader(const Checkpoint& checkpoint, const StorageSh
     for (size_t shard = 0; shard < indices.size(); ++shard) {
         loaders_.emplace_back(checkpoint.files()[shard], sharing, std::move(indices[shard]), target);
     }
+    // One read of all files keeps the threads busy from one to the next.
+    Loader* first = nullptr;
+    for (Loader& loader : loaders_) {
+        if (first == nullptr && loader.reads()) {
+            first = &loader;
+        } else if (first != nullptr) {
+            loader.join(*first);
+        }
+    }
 }
 
 bool CheckpointLoader::advance(Deadline until) {

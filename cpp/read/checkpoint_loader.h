@@ -13,7 +13,7 @@
 
 namespace safetensors_torch::layer {
 
-// A load of some tensors of a checkpoint, file after file.
+// A load of some tensors of a checkpoint: those in host memory with one read, uploads file after file.
 class CheckpointLoader {
   public:
     // Checks everything and allocates; reads nothing. Results are in the order of `places`.

@@ -126,7 +126,14 @@ Loader::Loader(SharedFile file, StorageSharing sharing, std::vector<size_t> indi
         }
     }
     if (!to_read.empty()) {
-        loading_ = core_file.load({to_read.data(), to_read.size()});
+        loading_ = std::make_shared<rust::Box<core::PendingRead>>(core_file.load({to_read.data(), to_read.size()}));
+    }
+}
+
+void Loader::join(Loader& first) {
+    if (reads() && first.reads()) {
+        part_ = (*first.loading_)->append(std::move(*loading_));
+        loading_ = first.loading_;
     }
 }
 
@@ -167,11 +174,11 @@ bool Loader::upload(Deadline until) {
     return is_uploaded_;
 }
 
-uint64_t Loader::total_bytes() const { return (loading_ ? (*loading_)->total_bytes() : 0) + upload_bytes_; }
+uint64_t Loader::total_bytes() const { return (loading_ ? (*loading_)->total_bytes(part_) : 0) + upload_bytes_; }
 
 uint64_t Loader::done_bytes() const {
     const uint64_t uploaded = is_uploaded_ ? upload_bytes_ : upload_ ? upload_->done_bytes() : 0;
-    return (loading_ ? (*loading_)->done_bytes() : 0) + uploaded;
+    return (loading_ ? (*loading_)->done_bytes(part_) : 0) + uploaded;
 }
 
 std::string Loader::name(size_t i) const { return std::string((*file_)->name(indices_[i])); }
@@ -195,7 +202,7 @@ at::Tensor Loader::tensor(size_t i) const {
         return over(share(file, sharing_, shareable_data(file, sharing_, index, stored)), nbytes, type, shape, nullptr);
     }
     const core::PendingRead& loading = **loading_;
-    return over_block(loading.data(places_[i]), loading.share_block(places_[i]), nbytes, type, shape);
+    return over_block(loading.data(part_, places_[i]), loading.share_block(part_, places_[i]), nbytes, type, shape);
 }
 
 at::Tensor load_tensor(SharedFile file, const StorageSharing& sharing, size_t index, c10::Device device) {

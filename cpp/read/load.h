@@ -45,6 +45,11 @@ class Loader {
     // with streams, later work of the caller's stream sees the tensors.
     bool advance(Deadline until);
 
+    // Reads together with `first`, whose advance() then reads for both; does nothing if one of them reads nothing into
+    // host memory.
+    void join(Loader& first);
+    bool reads() const { return loading_ != nullptr; }
+
     // The bytes to read, and those that are read.
     uint64_t total_bytes() const;
     uint64_t done_bytes() const;
@@ -67,7 +72,8 @@ class Loader {
     std::vector<size_t> indices_;
     Target target_;
     // Reads into host memory, and for each tensor its place there or kShared; both empty if nothing is read that way.
-    std::optional<rust::Box<core::PendingRead>> loading_;
+    std::shared_ptr<rust::Box<core::PendingRead>> loading_;
+    size_t part_ = 0;
     std::vector<size_t> places_;
     // The tensors that the constructor has allocated: undefined for others, empty if there are none.
     std::vector<at::Tensor> allocated_;

@@ -8,10 +8,10 @@ use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::file::TensorFile;
+use crate::read::joint_read::JointRead;
 use crate::read::prefault::Prefault;
-use crate::read::reader::{self, ReadRange, total_bytes};
-use crate::read::source::{Mapping, ReadFrom, ReadMethod};
-use crate::sys::buffers::{Block, Buffers};
+use crate::read::source::{Mapping, ReadFrom};
+use crate::sys::buffers::Block;
 
 pub struct File(pub(super) Arc<TensorFile>);
 
@@ -115,22 +115,20 @@ impl File {
     }
 
     pub fn load(&self, indices: &[usize]) -> Result<Box<PendingRead>> {
-        let (memory, ranges) = self.0.plan_load(indices)?;
-        PendingRead::begin(&self.0, ReadFrom::File, ranges, Some(memory))
+        Ok(Box::new(PendingRead(JointRead::load(&self.0, indices)?)))
     }
 
     /// # Safety
     ///
-    /// As for [`TensorFile::read_tensors`], until the result is dropped.
+    /// As for [`JointRead::read`].
     pub unsafe fn read(&self, requests: &[Request], from: ffi::ReadFrom) -> Result<Box<PendingRead>> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
-        let ranges = self.0.read_ranges(&requests)?;
-        let transient = match from {
-            ffi::ReadFrom::Mapping => None,
-            _ => self.0.source().transient_mapping(total_bytes(&ranges)),
+        let from = match from {
+            ffi::ReadFrom::Mapping => ReadFrom::Mapping,
+            _ => ReadFrom::File,
         };
-        let read = PendingRead::begin(&self.0, ReadFrom::Mapping, ranges, None)?;
-        Ok(Box::new(PendingRead { transient, ..*read }))
+        // SAFETY: this function has the contract of `JointRead::read`.
+        Ok(Box::new(PendingRead(unsafe { JointRead::read(&self.0, &requests, from) }?)))
     }
 
     pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {
@@ -159,61 +157,34 @@ impl File {
     }
 }
 
-/// Tensors that are being read, into memory of their own or of the caller's.
-pub struct PendingRead {
-    file: Arc<TensorFile>,
-    from: ReadFrom,
-    read: reader::PendingRead,
-    memory: Option<Buffers>,
-    /// Copied from instead of the mapping that tensors share, so that none of its pages become resident.
-    transient: Option<Mapping>,
-}
+/// Tensors of one file or several that are being read.
+pub struct PendingRead(JointRead);
 
 impl PendingRead {
-    fn begin(
-        file: &Arc<TensorFile>,
-        from: ReadFrom,
-        ranges: Vec<ReadRange>,
-        memory: Option<Buffers>,
-    ) -> Result<Box<PendingRead>> {
-        let reopened = file.source().reopen(total_bytes(&ranges));
-        let method = file.source().method(from, reopened.as_ref());
-        let read = reader::PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
-        Ok(Box::new(PendingRead { file: Arc::clone(file), from, read, memory, transient: None }))
+    // By value, because the bridge transfers ownership of a Box.
+    #[allow(clippy::boxed_local)]
+    pub fn append(&mut self, other: Box<PendingRead>) -> usize {
+        self.0.append(other.0)
     }
 
     pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
-        // For this step alone: many of these may wait for their turns.
-        let reopened = self.file.source().reopen(self.read.total_bytes() - self.read.done_bytes());
-        let method = match &self.transient {
-            Some(mapping) => ReadMethod::Mapping(mapping, reopened.as_ref()),
-            None => self.file.source().method(self.from, reopened.as_ref()),
-        };
-        // SAFETY: the destinations are valid and do not overlap: `plan_load` made one in `memory` for each tensor, or the
-        // contract of `File::read` lasts until this is dropped.
-        let step = unsafe { self.read.advance(method, self.memory.as_ref(), until(milliseconds)) };
-        step.map_err(|error| self.file.locate(error))?;
-        Ok(self.read.done_bytes() == self.read.total_bytes())
+        Ok(self.0.advance(until(milliseconds))?)
     }
 
-    pub fn total_bytes(&self) -> u64 {
-        self.read.total_bytes() as u64
+    pub fn total_bytes(&self, part: usize) -> u64 {
+        self.0.bytes(part).0 as u64
     }
 
-    pub fn done_bytes(&self) -> u64 {
-        self.read.done_bytes() as u64
+    pub fn done_bytes(&self, part: usize) -> u64 {
+        self.0.bytes(part).1 as u64
     }
 
-    fn memory(&self) -> &Buffers {
-        self.memory.as_ref().expect("cpp/ takes memory of a load only")
+    pub fn data(&self, part: usize, place: usize) -> *mut u8 {
+        self.0.data(part, place)
     }
 
-    pub fn data(&self, place: usize) -> *mut u8 {
-        self.memory().start(place)
-    }
-
-    pub fn share_block(&self, place: usize) -> *const Block {
-        Arc::into_raw(self.memory().owner(place))
+    pub fn share_block(&self, part: usize, place: usize) -> *const Block {
+        Arc::into_raw(self.0.block(part, place))
     }
 }
 

@@ -2,6 +2,8 @@
 
 pub mod explain;
 pub mod file;
+#[cfg_attr(not(feature = "bridge"), allow(dead_code, reason = "only C++ reads in steps"))]
+pub(crate) mod joint_read;
 pub mod prefault;
 pub mod prefetch;
 pub mod prefetch_loader;

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
@@ -35,7 +34,7 @@ pub struct ReadRange {
     pub length: usize,
 }
 
-// SAFETY: only `read`, `read_here` and `PendingRead::advance` write to the destination. Their contract requires that it is
+// SAFETY: only `read`, `read_here` and `PendingRead::read_left` write to the destination. Their contract requires that it is
 // valid on any thread and overlaps no other one.
 unsafe impl Send for ReadRange {}
 // SAFETY: as above.
@@ -61,8 +60,12 @@ pub(crate) unsafe fn read(
     ranges: Vec<ReadRange>,
     fresh: Option<&Buffers>,
 ) -> Result<()> {
-    // SAFETY: this function has the contract of `advance`.
-    unsafe { PendingRead::new(method, ranges)?.advance(method, fresh, None) }
+    let read = PendingRead::new(method, ranges)?;
+    read.check(method)?;
+    parallel::for_each(read.chunks_left(), read.threads(), |chunk| {
+        // SAFETY: this function has the contract of `read_left`, and each chunk is read once.
+        unsafe { read.read_left(method, fresh, read.chunks_left() - chunk) }
+    })
 }
 
 /// As [`read`], on the calling thread, with the `strategy` of the larger read that this is part of.
@@ -81,7 +84,7 @@ pub(crate) unsafe fn read_here(
     unsafe { read_parts(method, parts, strategy) }
 }
 
-/// A read in steps. Each step uses as many threads as the whole read is worth.
+/// A read that is planned, in chunks.
 #[derive(Debug)]
 pub(crate) struct PendingRead {
     ranges: Vec<ReadRange>,
@@ -103,47 +106,62 @@ impl PendingRead {
         Ok(PendingRead { ranges, chunks, strategy, next: 0 })
     }
 
-    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn total_bytes(&self) -> usize {
         self.chunks.total_bytes()
     }
 
-    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ reads in steps"))]
     pub(crate) fn done_bytes(&self) -> usize {
         self.chunks.bytes_before(self.next)
     }
 
-    /// Reads until all ranges are done or `deadline` has passed, but at least one chunk. `method` must be one of the
-    /// source that the read was planned for; `fresh` is as for [`read`].
+    /// Returns how many threads the whole read is worth.
+    pub(crate) fn threads(&self) -> usize {
+        self.strategy.threads
+    }
+
+    /// Returns the number of chunks that are not done.
+    pub(crate) fn chunks_left(&self) -> usize {
+        self.chunks.len() - self.next
+    }
+
+    /// Notes that only the last `left` chunks are not done.
+    pub(crate) fn keep_left(&mut self, left: usize) {
+        self.next = self.next.max(self.chunks.len() - left.min(self.chunks.len()));
+    }
+
+    /// Checks that the ranges are inside the source.
+    pub(crate) fn check(&self, method: ReadMethod<'_>) -> Result<()> {
+        check_within(method, &self.ranges)
+    }
+
+    /// Reads the chunk that has `left` chunks from its start on, on this thread. `method` must be one of the source that the
+    /// read was planned for; `fresh` is as for [`read`].
     ///
     /// # Safety
     ///
-    /// As for [`read`].
-    pub(crate) unsafe fn advance(
-        &mut self,
+    /// As for [`read`]. No other thread may read the same chunk, and [`PendingRead::check`] must have accepted `method`.
+    pub(crate) unsafe fn read_left(
+        &self,
         method: ReadMethod<'_>,
         fresh: Option<&Buffers>,
-        deadline: Option<Instant>,
+        left: usize,
     ) -> Result<()> {
-        let PendingRead { ranges, chunks, strategy, .. } = &*self;
-        check_within(method, ranges)?;
-        self.next = parallel::for_each_until(deadline, self.next..chunks.len(), strategy.threads, |chunk| {
-            if let Some(memory) = fresh {
-                memory.populate(chunks.parts(chunk));
+        let PendingRead { ranges, chunks, strategy, .. } = self;
+        let chunk = chunks.len() - left;
+        if let Some(memory) = fresh {
+            memory.populate(chunks.parts(chunk));
+        }
+        let parts = chunks.parts(chunk).map(|(index, part)| {
+            let ReadRange { offset, destination, .. } = ranges[index];
+            ReadRange {
+                offset: offset + part.start as u64,
+                destination: destination.wrapping_add(part.start),
+                length: part.len(),
             }
-            let parts = chunks.parts(chunk).map(|(index, part)| {
-                let ReadRange { offset, destination, .. } = ranges[index];
-                ReadRange {
-                    offset: offset + part.start as u64,
-                    destination: destination.wrapping_add(part.start),
-                    length: part.len(),
-                }
-            });
-            // SAFETY: this function's contract covers the destinations, and no other chunk has these parts of them; the
-            // ranges are inside the source (checked).
-            unsafe { read_parts(method, parts, *strategy) }
-        })?;
-        Ok(())
+        });
+        // SAFETY: this function's contract covers the destinations, and no other chunk has these parts of them; the ranges
+        // are inside the source (`check`).
+        unsafe { read_parts(method, parts, *strategy) }
     }
 }
 

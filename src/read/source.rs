@@ -234,7 +234,6 @@ impl Source {
     }
 
     /// Maps a mapped file once more before `bytes` of it are copied, if they are many, as [`Mapping::transient`].
-    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ fills the tensors of a model"))]
     pub(crate) fn transient_mapping(&self, bytes: usize) -> Option<Mapping> {
         match self {
             Source::Mapped(mapping) if bytes >= REOPEN_BYTES => mapping.transient(),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from proc import ctrl_c_interrupts
-from safetensors_torch import iterate, safe_open, save_file
+from safetensors_torch import iterate, load_sharded, safe_open, save_file, save_sharded
 
 SOURCE = Path(__file__).resolve().parent.parent / "slow" / "slowfs.c"
 MIB = 2**20
@@ -134,3 +134,14 @@ def test_ctrl_c_ends_the_wait_for_a_tensor(wait: str, program: Path, tmp_path: P
         # The tensors are still being read.
         assert bool((loader.take("t5") == 5).all())
         loader.close()
+
+
+def test_small_files_of_a_checkpoint_are_read_together(slow: tuple[Path, Requests], tmp_path: Path) -> None:
+    path, requests = slow
+    tensors = {f"t{i}": torch.full((1024, 1024), float(i)) for i in range(12)}
+    index = save_sharded(tensors, tmp_path / "stored", max_shard_size=4 * MIB)[-1]
+    loaded = load_sharded(path.with_name(index), backend="pread")
+    for i in range(12):
+        _use(loaded[f"t{i}"], i)
+    # A file of one chunk is read by one thread, which causes 2 requests at a time.
+    assert requests()[1] >= 6
