@@ -9,6 +9,7 @@ use crate::read::prefetch_plan;
 use crate::read::reader;
 use crate::read::source::{ReadFrom, Source};
 use crate::read::strategy::ReadStrategy;
+use crate::sys::direct_io::Direct;
 use crate::sys::filesystem::{Filesystem, Scope};
 use crate::sys::page_cache::{Residency, cached_bytes};
 use crate::sys::threads::{ThreadLimit, threads};
@@ -35,7 +36,7 @@ pub struct LoadPlan {
     pub readers: usize,
     /// The most bytes of one read; `None` without a limit.
     pub request_bytes: Option<usize>,
-    /// Whether reads bypass the page cache.
+    /// Whether reads of bytes that are not in the page cache bypass it.
     pub is_direct: bool,
     /// Why.
     pub reason: &'static CStr,
@@ -79,7 +80,7 @@ impl TensorFile {
                 (strategy, prefetch_plan::thread_count(strategy, bytes, slabs, limit, most))
             }
         };
-        let is_direct = strategy.is_direct && opened.direct().is_some();
+        let is_direct = strategy.direct != Direct::Never && opened.direct().is_some();
         Ok(LoadPlan {
             filesystem: Filesystem::of(&opened.file).name,
             cached_bytes: cached_bytes(&opened.file, extent()),

@@ -11,8 +11,9 @@ use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::read::strategy::ReadStrategy;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
-use crate::sys::direct_io::{BounceBuffer, block_offset};
+use crate::sys::direct_io::{BounceBuffer, Direct, block_offset};
 use crate::sys::huge_pages::is_resident;
+use crate::sys::page_cache::is_surely_cached;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
 
@@ -282,6 +283,8 @@ struct Run<'a> {
     most_bytes: usize,
     /// The file for direct reads, and the memory for them.
     direct: Option<(&'a File, BounceBuffer)>,
+    /// Whether cached bytes are read directly too.
+    is_always_direct: bool,
     start: u64,
     bytes: usize,
     parts: Vec<libc::iovec>,
@@ -289,11 +292,12 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(file: &'a OpenFile, strategy: ReadStrategy) -> Run<'a> {
-        let direct = strategy.is_direct.then(|| file.direct()).flatten();
+        let direct = (strategy.direct != Direct::Never).then(|| file.direct()).flatten();
         Run {
             file,
             most_bytes: strategy.most_bytes,
             direct: direct.map(|file| (file, BounceBuffer::default())),
+            is_always_direct: strategy.direct == Direct::Always,
             start: 0,
             bytes: 0,
             parts: Vec::new(),
@@ -330,14 +334,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the
-    /// filesystem refuses, or the file ends early.
+    /// Reads all parts past the page cache. Returns false if buffered reads are needed: they are
+    /// cached, the filesystem refuses, or the file ends early.
     ///
     /// # Safety
     ///
     /// As for [`Run::read`].
     unsafe fn read_direct(&mut self) -> Result<bool> {
         let Some((file, buffer)) = &mut self.direct else { return Ok(false) };
+        let range = self.start..self.start + self.bytes as u64;
+        // The residency of the file is that of samples.
+        if !self.is_always_direct && is_surely_cached(file, range) {
+            return Ok(false);
+        }
         let bytes = match buffer.read(file, self.start, self.bytes) {
             Ok(bytes) if bytes.len() == self.bytes => bytes,
             Ok(_) => return Ok(false),

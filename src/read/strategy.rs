@@ -35,8 +35,8 @@ pub(crate) struct ReadStrategy {
     pub(crate) most_bytes: usize,
     /// The bytes that a thread takes at a time.
     pub(crate) chunk_bytes: usize,
-    /// Whether reads bypass the page cache.
-    pub(crate) is_direct: bool,
+    /// Which reads bypass the page cache: all, those of bytes that it does not have, or none.
+    pub(crate) direct: Direct,
 }
 
 impl ReadStrategy {
@@ -110,13 +110,12 @@ impl ReadStrategy {
         wanted: usize,
         threads: ThreadLimit,
     ) -> ReadStrategy {
-        let is_direct = match direct {
-            Direct::Never => false,
-            Direct::Always => true,
-            // If residency is unknown, the file may be cached, and direct reads would take several times as long.
-            Direct::Auto => residency == Residency::Cold,
+        // If residency is unknown, the file may be cached, and direct reads would take several times as long.
+        let direct = match (direct, residency) {
+            (Direct::Auto, Residency::Cached | Residency::Unknown) => Direct::Never,
+            (direct, _) => direct,
         };
-        if residency == Residency::Cached && !is_direct {
+        if residency == Residency::Cached && direct == Direct::Never {
             return ReadStrategy::in_memory(residency, wanted);
         }
         let (readers, chunk_bytes) = match scope {
@@ -129,7 +128,7 @@ impl ReadStrategy {
             threads: wanted.max(threads.cap(readers)),
             most_bytes: COLD_READ_BYTES,
             chunk_bytes,
-            is_direct,
+            direct,
         }
     }
 
@@ -141,7 +140,7 @@ impl ReadStrategy {
             threads,
             most_bytes: usize::MAX,
             chunk_bytes: CHUNK_BYTES,
-            is_direct: false,
+            direct: Direct::Never,
         }
     }
 }
@@ -157,8 +156,8 @@ mod tests {
     #[test]
     fn cached_files_are_copied() {
         let strategy = decide(Residency::Cached, Scope::Local, Direct::Auto);
-        assert_eq!((strategy.threads, strategy.most_bytes, strategy.is_direct), (2, usize::MAX, false));
-        assert!(decide(Residency::Cached, Scope::Local, Direct::Always).is_direct);
+        assert_eq!((strategy.threads, strategy.most_bytes, strategy.direct), (2, usize::MAX, Direct::Never));
+        assert_eq!(decide(Residency::Cached, Scope::Local, Direct::Always).direct, Direct::Always);
     }
 
     #[test]
@@ -167,8 +166,8 @@ mod tests {
             for (scope, readers) in [(Scope::Local, DISK_READERS), (Scope::Remote, REMOTE_READERS)] {
                 let strategy = decide(residency, scope, Direct::Auto);
                 assert_eq!((strategy.threads, strategy.most_bytes), (readers, COLD_READ_BYTES));
-                assert_eq!(strategy.is_direct, residency == Residency::Cold);
-                assert!(!decide(residency, scope, Direct::Never).is_direct);
+                assert_eq!(strategy.direct == Direct::Auto, residency == Residency::Cold);
+                assert_eq!(decide(residency, scope, Direct::Never).direct, Direct::Never);
             }
         }
         let limited =

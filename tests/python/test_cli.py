@@ -438,3 +438,20 @@ def test_convert_divides_joins_and_casts(here: Path, capsys: pytest.CaptureFixtu
     assert run("diff", "other.safetensors", "parts") == 0
     assert run("convert", "model.safetensors", "x.safetensors", "--max-shard-size", "1GB") == 2
     assert run("convert", "model.safetensors", "x.safetensors", "--key", "k") == 2
+
+
+def test_explain_says_how_files_would_be_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", "model.safetensors", "checkpoint") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("model.safetensors  ") and [line.split()[0] for line in lines[1:4]] == [
+        "mmap",
+        "pread",
+        "device",
+    ]
+    assert "touched" in lines[1]
+    assert run("explain", "checkpoint", "--json") == 0
+    files = json_of(capsys)
+    assert [Path(file["path"]).parent.name for file in files] == ["checkpoint"] * len(files) and len(files) > 1
+    assert all(file["plans"].keys() == {"mmap", "pread", "device"} for file in files)
+    assert all(file["nbytes"] == os.path.getsize(file["path"]) for file in files)
+    assert run("explain", "none.safetensors") == 2

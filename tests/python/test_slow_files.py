@@ -1,12 +1,15 @@
-"""Reads from a slow filesystem: the pages that are needed next are requested in advance."""
+"""Reads from a slow filesystem: many requests are in flight, and what is needed next is requested, and no more."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from proc import ctrl_c_interrupts
-from safetensors_torch import iterate, load_sharded, safe_open, save_file, save_sharded
+from proc import ctrl_c_interrupts, eventually
+from safetensors_torch import iterate, load_file, load_sharded, safe_open, save_file, save_sharded
 
 SOURCE = Path(__file__).resolve().parent.parent / "slow" / "slowfs.c"
 MIB = 2**20
-# Each request of 128 KiB takes 3 ms and the time of its bytes.
+# Each request takes 3 ms and the time of its bytes.
 MILLISECONDS, MEGABYTES_PER_SECOND = "3", "200"
 
 
@@ -44,23 +47,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture
-def slow(program: Path, tmp_path: Path) -> Iterator[tuple[Path, Requests]]:
-    with mount(program, tmp_path, MILLISECONDS) as mounted:
-        yield mounted
-
-
 @contextlib.contextmanager
-def mount(program: Path, tmp_path: Path, milliseconds: str) -> Iterator[tuple[Path, Requests]]:
-    """A file of 6 tensors of 4 MiB on a slow filesystem, and a function that returns the requests so far."""
-    stored, mounted = tmp_path / "stored", tmp_path / "mounted"
-    stored.mkdir()
-    mounted.mkdir()
-    save_file({f"t{i}": torch.full((1024, 1024), float(i)) for i in range(6)}, stored / "model")
-    server = subprocess.Popen([program, stored, mounted, milliseconds, MEGABYTES_PER_SECOND])
+def mounted(
+    program: Path, directory: Path, *more: str, milliseconds: str = MILLISECONDS
+) -> Iterator[tuple[Path, Requests]]:
+    """Mounts `directory`/stored. Yields the mountpoint, and a function that returns the requests so far."""
+    mountpoint = directory / "mounted"
+    mountpoint.mkdir()
+    server = subprocess.Popen([program, directory / "stored", mountpoint, milliseconds, MEGABYTES_PER_SECOND, *more])
     try:
         deadline = time.monotonic() + 20
-        while not os.path.ismount(mounted):
+        while not os.path.ismount(mountpoint):
             if server.poll() is not None:
                 pytest.skip("FUSE cannot be mounted here")
             assert time.monotonic() < deadline
@@ -68,13 +65,28 @@ def mount(program: Path, tmp_path: Path, milliseconds: str) -> Iterator[tuple[Pa
 
         def requests() -> tuple[int, int, int]:
             """Returns the number of requests, the most at once, and their bytes."""
-            count, at_once, nbytes = (mounted / ".requests").read_text().split()
+            count, at_once, nbytes = (mountpoint / ".requests").read_text().split()
             return int(count), int(at_once), int(nbytes)
 
-        yield mounted / "model", requests
+        yield mountpoint, requests
     finally:
-        subprocess.run(["umount", "--lazy", mounted], check=False)
+        subprocess.run(["umount", "--lazy", mountpoint], check=False)
         server.wait(20)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A file of 6 tensors of 4 MiB, in a directory that can be mounted."""
+    (tmp_path / "stored").mkdir()
+    save_file({f"t{i}": torch.full((1024, 1024), float(i)) for i in range(6)}, tmp_path / "stored" / "model")
+    return tmp_path
+
+
+@pytest.fixture
+def slow(program: Path, stored: Path) -> Iterator[tuple[Path, Requests]]:
+    """The file on a slow filesystem, and a function that returns the requests so far."""
+    with mounted(program, stored) as (mountpoint, requests):
+        yield mountpoint / "model", requests
 
 
 def _use(tensor: torch.Tensor, value: float) -> None:
@@ -90,6 +102,56 @@ def test_a_tensor_of_a_mapped_file_is_read_ahead(slow: tuple[Path, Requests]) ->
     # Page faults alone cause 2 requests at a time for each of the 2 threads that compare.
     assert at_once >= 6
     assert nbytes < 25 * MIB
+
+
+def test_the_same_part_of_each_tensor_is_read_ahead(slow: tuple[Path, Requests]) -> None:
+    path, requests = slow
+    with safe_open(path, "pt") as file:
+        for i in range(2):
+            file.get_slice(f"t{i}")[:512]
+        # Nothing was touched: the second slice has requested those of the next tensors.
+        assert eventually(lambda: requests()[2] > 6 * 1.9 * MIB)
+        for i in range(6):
+            _use(file.get_slice(f"t{i}")[:512], i)
+    assert requests()[2] < 1.1 * 6 * 2 * MIB
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_a_load_sends_large_requests_at_once(backend: str, slow: tuple[Path, Requests]) -> None:
+    path, requests = slow
+    for i, tensor in enumerate(load_file(path, backend=backend).values()):
+        _use(tensor, i)
+    count, at_once, nbytes = requests()
+    assert at_once >= 6
+    assert nbytes < 25 * MIB
+    assert count < 60
+
+
+def test_direct_reads_leave_the_page_cache_alone(slow: tuple[Path, Requests]) -> None:
+    path, _ = slow
+
+    def explained() -> tuple[str, float, bool]:
+        command = [sys.executable, "-m", "safetensors_torch", "explain", str(path), "--json"]
+        (plan,) = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return plan["filesystem"], plan["cached"] / MIB, plan["plans"]["pread"]["direct"]
+
+    load_file(path, backend="pread")
+    filesystem, cached, is_direct = explained()
+    assert (filesystem, is_direct) == ("fuse", True) and cached < 1
+    load_file(path, prefault=True)
+    filesystem, cached, is_direct = explained()
+    assert not is_direct and cached >= 24
+
+
+@pytest.mark.parametrize("options", [{"backend": "pread"}, {"prefault": True}], ids=str)
+def test_a_failed_read_is_an_error(options: dict, program: Path, stored: Path) -> None:
+    threads = len(os.listdir("/proc/self/task"))
+    with mounted(program, stored, "0", str(10 * MIB)) as (mountpoint, _):
+        with pytest.raises(OSError, match="mounted/model") as caught:
+            load_file(mountpoint / "model", **options)
+        assert caught.value.errno == errno.EIO
+        load_file(mountpoint / "model")  # the threads in the background give up
+        assert eventually(lambda: len(os.listdir("/proc/self/task")) <= threads)
 
 
 def test_a_part_of_a_tensor_is_read_ahead_and_no_more(slow: tuple[Path, Requests]) -> None:
@@ -113,8 +175,9 @@ def test_a_row_is_not_read_ahead(slow: tuple[Path, Requests]) -> None:
 
 
 @pytest.mark.parametrize("wait", ["take", "next", "iterate"])
-def test_ctrl_c_ends_the_wait_for_a_tensor(wait: str, program: Path, tmp_path: Path) -> None:
-    with mount(program, tmp_path, "60") as (path, _), ctrl_c_interrupts():
+def test_ctrl_c_ends_the_wait_for_a_tensor(wait: str, program: Path, stored: Path) -> None:
+    with mounted(program, stored, milliseconds="60") as (mountpoint, _), ctrl_c_interrupts():
+        path = mountpoint / "model"
         with safe_open(path) as file:
             loader = file.prefetch()
         signalled: list[float] = []

@@ -172,7 +172,7 @@ fn constants_are_documented() {
         .filter(|line| line.starts_with("    SFT_") && line.contains(" = "))
         .inspect(|line| assert!(line.contains("/**< "), "without documentation: {}", line.trim()))
         .collect();
-    assert_eq!(constants.len(), STATUSES.len() + Dtype::ALL.len() + 2 + 3 + 2 + 3);
+    assert_eq!(constants.len(), STATUSES.len() + Dtype::ALL.len() + 2 + 3 + 2 + 3 + 3 + 3);
 }
 
 /// Compiles and runs a C program that prints lines `name value`, and returns the values.
@@ -227,6 +227,12 @@ fn numbers_agree() {
     expected.insert("SFT_PREFETCH_PENDING".into(), SFT_PREFETCH_PENDING.into());
     expected.insert("SFT_PREFETCH_LANDED".into(), SFT_PREFETCH_LANDED.into());
     expected.insert("SFT_PREFETCH_END".into(), SFT_PREFETCH_END.into());
+    expected.insert("SFT_DIRECT_AUTO".into(), SFT_DIRECT_AUTO.into());
+    expected.insert("SFT_DIRECT_NEVER".into(), SFT_DIRECT_NEVER.into());
+    expected.insert("SFT_DIRECT_ALWAYS".into(), SFT_DIRECT_ALWAYS.into());
+    expected.insert("SFT_LOAD_TARGET_MAPPING".into(), SFT_LOAD_TARGET_MAPPING.into());
+    expected.insert("SFT_LOAD_TARGET_MEMORY".into(), SFT_LOAD_TARGET_MEMORY.into());
+    expected.insert("SFT_LOAD_TARGET_DEVICE".into(), SFT_LOAD_TARGET_DEVICE.into());
     for (number, name, _) in STATUSES {
         expected.insert(name.to_str().expect("ASCII").into(), i64::from(*number));
     }
@@ -277,6 +283,7 @@ fn layouts_agree() {
         sft_edit_options { struct_size, reserve, in_place, durable }
         sft_metadata_change { key, value }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
+        sft_load_plan { struct_size, filesystem, reason, cached_bytes, request_bytes, readers, direct }
         sft_range { start, stop, step }
         sft_read_request { index, buffer, nbytes }
         sft_prefetch_request { file, index, ranges, rank, buffer, nbytes }

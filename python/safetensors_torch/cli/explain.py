@@ -1,5 +1,5 @@
-"""Explains how loads would read files or checkpoints now: the filesystem, how much is in the page cache, and how a mapped
-load, a load into memory and a load to a device would read each file. No data is read.
+"""Explains how loads would read files or checkpoints now: the filesystem, how much is in the page cache, and how many
+threads would read with which requests, for a mapped load, one into memory and one to a device. No data is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from .listing import printable, remedies, size_text
 HELP = "explain how a file would be read"
 EXAMPLES = """examples:
   safetensors-torch explain model.safetensors
-  SAFETENSORS_TORCH_DIRECT=0 safetensors-torch explain checkpoint/ --json
+  safetensors-torch explain checkpoint/
+  safetensors-torch explain checkpoint/model.safetensors.index.json --json
 """
 
 
