@@ -33,10 +33,10 @@
 ///
 ///     for (auto& [name, tensor] : file.prefetch()) use(name, tensor);  // each once it has landed
 ///
-/// This header includes all others: file.hpp (open files and checkpoints), prefetch.hpp (tensors as they land), save.hpp, incremental_writer.hpp (files that
-/// are written tensor by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files),
-/// model.hpp (modules), transfer.hpp (threads, pinned memory), tensors.hpp (tensors by name), types.hpp (all options)
-/// and error.hpp.
+/// This header includes all others: file.hpp (open files and checkpoints), prefetch.hpp (tensors as they land),
+/// save.hpp, incremental_writer.hpp (files that are written tensor by tensor), metadata.hpp (edits of metadata),
+/// sharded.hpp (checkpoints of several files), model.hpp (modules), transfer.hpp (threads, pinned memory), tensors.hpp
+/// (tensors by name), types.hpp (all options) and error.hpp.
 #pragma once
 
 #include <ATen/ATen.h>

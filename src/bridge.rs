@@ -34,7 +34,7 @@ use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
 use prefetch::{Prefetcher, prefetch_slabs};
-use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch, start_prefetch};
+use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
 
 #[cxx::bridge(namespace = "safetensors_torch::core")]
@@ -200,8 +200,9 @@ mod ffi {
             ranges: &[Range],
             extra_bytes: u64,
         ) -> Result<()>;
-        fn start_prefetch(
-            plan: Box<PrefetchPlan>,
+        /// Starts to read the tensors that were added, which leaves the plan empty.
+        fn start(
+            self: &mut PrefetchPlan,
             from: ReadFrom,
             buffer_bytes: u64,
             most_threads: u64,

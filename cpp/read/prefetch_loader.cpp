@@ -48,7 +48,7 @@ class HostPrefetch final : public Prefetch {
                 plan->add(**item.file, item.index, extra);
             }
         }
-        return core::start_prefetch(std::move(plan), options.read_from, options.buffer_bytes, options.most_threads);
+        return plan->start(options.read_from, options.buffer_bytes, options.most_threads);
     }
 
     at::Tensor tensor(const core::PrefetchedTensor& ready) const {

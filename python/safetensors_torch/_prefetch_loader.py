@@ -44,6 +44,8 @@ class PrefetchLoader:
     that it was made from may be closed before.
     """
 
+    _view: memoryview | None = None
+
     def __init__(
         self, native: Any, title: str, indices: dict[str, tuple[Any, ...]], view: memoryview | None = None
     ) -> None:
@@ -52,8 +54,13 @@ class PrefetchLoader:
         self._title = title
         # The indices that are left to apply to what was read.
         self._indices = indices
-        # Keeps the memory of contents alive, until the native loader has ended.
+        # Keeps the memory of contents alive.
         self._view = view
+
+    def __del__(self) -> None:
+        # The garbage collector may release the view before the native loader, whose threads read from it.
+        if self._view is not None:
+            self.close()
 
     def names(self) -> list[str]:
         """Returns the names of the tensors, in the order of their data in the file."""

@@ -37,6 +37,18 @@ impl PrefetchPlan {
         self.push(file, index, Some(file.slice(index, ranges)?), extra_bytes);
         Ok(())
     }
+
+    pub fn start(
+        &mut self,
+        from: ReadFrom,
+        buffer_bytes: u64,
+        most_threads: u64,
+    ) -> Result<Box<PrefetchLoader>> {
+        let options = options(from, buffer_bytes, most_threads)?;
+        let requests = std::mem::take(&mut self.0);
+        // SAFETY: no request has a destination (`PrefetchPlan::push`).
+        Ok(Box::new(PrefetchLoader(unsafe { prefetch_loader::PrefetchLoader::new(requests, options) }?)))
+    }
 }
 
 pub(super) fn options(from: ReadFrom, buffer_bytes: u64, most_threads: u64) -> Result<PrefetchOptions> {
@@ -44,18 +56,6 @@ pub(super) fn options(from: ReadFrom, buffer_bytes: u64, most_threads: u64) -> R
     // The thread that takes the tensors counts in the limit, too.
     let threads = Some(threads()?.checked_sub(1).map_or(most, |limit| most.min(limit)));
     Ok(PrefetchOptions { read_from: from.into(), buffer_bytes: bounded(buffer_bytes), threads })
-}
-
-pub fn start_prefetch(
-    plan: Box<PrefetchPlan>,
-    from: ReadFrom,
-    buffer_bytes: u64,
-    most_threads: u64,
-) -> Result<Box<PrefetchLoader>> {
-    // SAFETY: no request has a destination (`PrefetchPlan::push`).
-    let loader =
-        unsafe { prefetch_loader::PrefetchLoader::new(plan.0, options(from, buffer_bytes, most_threads)?) }?;
-    Ok(Box::new(PrefetchLoader(loader)))
 }
 
 pub struct PrefetchLoader(prefetch_loader::PrefetchLoader);

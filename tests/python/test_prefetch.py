@@ -215,6 +215,26 @@ def test_contents_stay_alive(path: Path, tensors: dict) -> None:
     contents.clear()
 
 
+def test_reading_ends_before_contents_are_released() -> None:
+    class Native:
+        def __init__(self, view: memoryview) -> None:
+            self.view = view
+
+        def names(self) -> list[str]:
+            return []
+
+        def close(self) -> None:
+            ended.append(self.view.nbytes)  # fails for a view that is released
+
+    ended: list[int] = []
+    view = memoryview(b"contents")
+    cycle = [view, PrefetchLoader(Native(view), "contents", {}, view)]
+    cycle.append(cycle)  # the garbage collector frees it, in any order
+    del cycle, view
+    gc.collect()
+    assert ended == [8]
+
+
 def test_a_checkpoint_of_several_files(tmp_path: Path, backend: str) -> None:
     state = {f"t{i}": torch.full((MIB // 4,), float(i)) for i in range(9)}
     save_sharded(state, tmp_path, max_shard_size="2MiB")
