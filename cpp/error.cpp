@@ -77,6 +77,11 @@ const char* name_of(ErrorCategory category) {
 
 LastError last_error() { return last(); }
 
+void CarriedError::rethrow() const {
+    last() = noted_;
+    std::rethrow_exception(error_);
+}
+
 void fail(ErrorCategory category, const std::string& message, int64_t code) {
     note_and_throw(category, code, 0, message);
 }

@@ -21,6 +21,21 @@ enum class ErrorCategory { safetensor, os, value, runtime, memory };
 using LastError = std::tuple<std::string, int64_t, int64_t, std::string>;
 LastError last_error();
 
+// An error of one thread that others throw, which becomes the last error of each.
+class CarriedError {
+  public:
+    // The exception that is being handled, which guarded() has thrown.
+    static CarriedError current() { return {std::current_exception(), last_error()}; }
+
+    [[noreturn]] void rethrow() const;
+
+  private:
+    CarriedError(std::exception_ptr error, LastError noted) : error_(std::move(error)), noted_(std::move(noted)) {}
+
+    std::exception_ptr error_;
+    LastError noted_;
+};
+
 // Throws a c10::Error with `message`. `code` is its SFT_ERROR_ number in the C header, 0 if it has none.
 [[noreturn]] void fail(ErrorCategory category, const std::string& message, int64_t code = 0);
 

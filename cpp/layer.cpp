@@ -2,6 +2,7 @@
 // parsing torch's headers. Every build compiles this file and the bridge.
 #include "cpp/built_for.cpp"
 #include "cpp/device/device_copy_stream.cpp"
+#include "cpp/device/device_prefetch.cpp"
 #include "cpp/device/download.cpp"
 #include "cpp/device/pinned_pool.cpp"
 #include "cpp/device/upload.cpp"

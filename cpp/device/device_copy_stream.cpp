@@ -71,6 +71,12 @@ Streams& Streams::of_process() { return streams; }
 
 }  // namespace
 
+c10::Stream take_stream(c10::Device device) { return Streams::of_process().take(device); }
+
+void give_stream(c10::Stream stream) { Streams::of_process().give(stream); }
+
+size_t used_slab_bytes(uint64_t bytes) { return std::min<uint64_t>(kSlabBytes, (bytes / kAlignment + 2) * kAlignment); }
+
 DeviceCopyStream::DeviceCopyStream(c10::Device device, uint64_t bytes, size_t most_slabs)
     : device_(device), bytes_(bytes), most_slabs_(most_slabs) {
     try {
@@ -79,7 +85,7 @@ DeviceCopyStream::DeviceCopyStream(c10::Device device, uint64_t bytes, size_t mo
                 return;
             }
             give_back();
-            Streams::of_process().give(*stream_);
+            give_stream(*stream_);
             stream_.reset();
         }
         begin_plain();
@@ -98,7 +104,7 @@ DeviceCopyStream::~DeviceCopyStream() {
             PinnedPool::of_process().note_moved(bytes_);
         }
         if (stream_) {
-            Streams::of_process().give(*stream_);
+            give_stream(*stream_);
         }
     } catch (const std::exception& error) {
         // The device has failed, which its user has seen.
@@ -120,7 +126,7 @@ bool DeviceCopyStream::begin_async() {
         ready.record(*current_);
         // Fails while the stream is captured into a graph, before the copy stream joins the capture.
         ready.query();
-        const c10::Stream stream = Streams::of_process().take(device_);
+        const c10::Stream stream = take_stream(device_);
         // Queued work of the caller may still use freed memory that the destinations now have, or write the sources.
         ready.block(stream);
         stream_ = stream;
@@ -131,7 +137,7 @@ bool DeviceCopyStream::begin_async() {
 }
 
 void DeviceCopyStream::begin_plain() {
-    slab_bytes_ = std::min<uint64_t>(kSlabBytes, (bytes_ / kAlignment + 2) * kAlignment);
+    slab_bytes_ = used_slab_bytes(bytes_);
     grow();
     if (device_.is_cpu()) {
         return;

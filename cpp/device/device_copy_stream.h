@@ -18,6 +18,15 @@
 
 namespace safetensors_torch::layer {
 
+// Takes a stream of the device: one of earlier transfers, or one of torch's pool. Fails if the device has none.
+c10::Stream take_stream(c10::Device device);
+
+// Returns it, for the next transfer.
+void give_stream(c10::Stream stream);
+
+// Returns the bytes of a slab that parts of a transfer of `bytes` use.
+size_t used_slab_bytes(uint64_t bytes);
+
 // The slabs and the stream of one transfer.
 //
 // If the device has streams and events, and the host pinned memory, copies run asynchronously on a stream of their own,

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <limits>
 #include <string>
 #include <thread>
 #include <utility>
@@ -22,10 +23,10 @@ constexpr uint64_t kPollMicroseconds = 50;
 // How long if no copy is running: long enough to cost nothing, and a filled slab ends it.
 constexpr uint64_t kWaitMicroseconds = 100'000;
 
-uint64_t destination_bytes(const std::vector<Destination>& destinations) {
+uint64_t total_of(const std::vector<Destination>& destinations) {
     uint64_t bytes = 0;
     for (const Destination& destination : destinations) {
-        bytes += static_cast<uint64_t>(destination.tensor.numel()) * c10::elementSize(destination.stored);
+        bytes += stored_bytes(destination.tensor.numel(), destination.stored);
     }
     return bytes;
 }
@@ -34,14 +35,17 @@ c10::Device device_of(const std::vector<Destination>& destinations) {
     return destinations.empty() ? c10::Device(c10::kCPU) : destinations.front().tensor.device();
 }
 
-// Allocates device memory for the bytes of one part; undefined if nothing is converted on a device.
-at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
+bool converts_any(const std::vector<Destination>& destinations) {
     const auto keeps_dtype = [](const Destination& one) { return one.tensor.scalar_type() == one.stored; };
-    const c10::Device device = device_of(destinations);
-    if (device.is_cpu() || std::all_of(destinations.begin(), destinations.end(), keeps_dtype)) {
+    return !std::all_of(destinations.begin(), destinations.end(), keeps_dtype);
+}
+
+// Allocates device memory for the bytes of one part; undefined if nothing is converted on a device.
+at::Tensor conversion_memory(c10::Device device, uint64_t total, bool converts) {
+    if (device.is_cpu() || !converts) {
         return {};
     }
-    const auto bytes = static_cast<int64_t>(std::min<uint64_t>(kSlabBytes, destination_bytes(destinations)));
+    const auto bytes = static_cast<int64_t>(std::min<uint64_t>(kSlabBytes, total));
     try {
         return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
     } catch (const c10::OutOfMemoryError& error) {
@@ -51,44 +55,66 @@ at::Tensor conversion_memory(const std::vector<Destination>& destinations) {
     }
 }
 
+// Returns the destinations in the order in which their file is read.
+std::vector<Destination> in_file_order(std::vector<Destination> destinations) {
+    std::sort(destinations.begin(), destinations.end(),
+              [](const Destination& a, const Destination& b) { return a.index < b.index; });
+    return destinations;
+}
+
+// Returns a prefetcher of whole tensors, or of a slice of one. Nothing is read before it has a slab.
+SharedPrefetcher prefetch(const core::File& file, const std::vector<Destination>& destinations,
+                          core::ReadFrom read_from, const std::vector<core::Range>* slice, uint64_t total) {
+    constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
+    auto plan = core::plan_prefetch();
+    for (const Destination& destination : destinations) {
+        if (slice != nullptr) {
+            plan->add_slice(file, destination.index, {slice->data(), slice->size()}, /*extra_bytes=*/0);
+        } else {
+            plan->add(file, destination.index, /*extra_bytes=*/0);
+        }
+    }
+    return std::make_shared<const rust::Box<core::Prefetcher>>(
+        core::prefetch_slabs(std::move(plan), read_from, kNoLimit, kNoLimit, used_slab_bytes(total)));
+}
+
 }  // namespace
 
 Upload::Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from)
-    : Upload(std::move(file), std::move(destinations), read_from, {}, /*is_slice=*/false) {}
+    : Upload(std::move(file), std::move(destinations), read_from, nullptr) {}
 
 Upload::Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges)
-    : Upload(std::move(file), {std::move(destination)}, core::ReadFrom::Mapping, std::move(ranges), /*is_slice=*/true) {
-}
+    : Upload(std::move(file), {std::move(destination)}, core::ReadFrom::Mapping, &ranges) {}
 
 Upload::Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from,
-               std::vector<core::Range> ranges, bool is_slice)
+               const std::vector<core::Range>* slice)
     : file_(std::move(file)),
-      destinations_(std::move(destinations)),
-      read_from_(read_from),
-      ranges_(std::move(ranges)),
-      is_slice_(is_slice),
-      total_(destination_bytes(destinations_)),
-      unconverted_(conversion_memory(destinations_)),
-      copy_stream_(device_of(destinations_), total_) {}
+      destinations_(in_file_order(std::move(destinations))),
+      total_(total_of(destinations_)),
+      unconverted_(conversion_memory(device_of(destinations_), total_, converts_any(destinations_))),
+      copy_stream_(device_of(destinations_), total_),
+      prefetcher_(prefetch(**file_, destinations_, read_from, slice, total_)) {
+    add_slabs();
+}
 
-// Starts the threads that read.
-void Upload::start() {
-    std::vector<core::Slab> slabs;
-    for (size_t slab = 0; slab < copy_stream_.size(); ++slab) {
-        slabs.push_back({copy_stream_.data(slab)});
+Upload::Upload(SharedPrefetcher prefetcher, std::vector<Destination> destinations, c10::Device device, uint64_t total,
+               bool converts)
+    : destinations_(std::move(destinations)),
+      total_(total),
+      unconverted_(conversion_memory(device, total, converts)),
+      copy_stream_(device, total),
+      prefetcher_(std::move(prefetcher)) {
+    add_slabs();
+}
+
+// The slabs return to their pool.
+Upload::~Upload() { (*prefetcher_)->stop(); }
+
+// Gives the prefetcher the slabs that it does not have.
+void Upload::add_slabs() {
+    for (; slabs_ < copy_stream_.size(); ++slabs_) {
+        (*prefetcher_)->add_slab({copy_stream_.data(slabs_)});
     }
-    const rust::Slice<const core::Slab> memory(slabs.data(), slabs.size());
-    if (is_slice_) {
-        const rust::Slice<const core::Range> ranges(ranges_.data(), ranges_.size());
-        prefetcher_ = (*file_)->prefetch_slice(destinations_.front().index, ranges, memory, copy_stream_.slab_bytes());
-        return;
-    }
-    std::vector<size_t> indices;
-    indices.reserve(destinations_.size());
-    for (const Destination& destination : destinations_) {
-        indices.push_back(destination.index);
-    }
-    prefetcher_ = (*file_)->prefetch({indices.data(), indices.size()}, read_from_, memory, copy_stream_.slab_bytes());
 }
 
 bool Upload::advance(Deadline until) {
@@ -102,9 +128,6 @@ bool Upload::advance(Deadline until) {
 
 bool Upload::copy_until(Deadline until) {
     const at::NoGradGuard no_grad;
-    if (!prefetcher_) {
-        start();
-    }
     while (!finished_) {
         if (!copy_stream_.is_ready()) {
             if (until.passed()) {
@@ -115,7 +138,7 @@ bool Upload::copy_until(Deadline until) {
         }
         take_back();
         if ((*prefetcher_)->is_starved() && copy_stream_.grow()) {
-            (*prefetcher_)->add_slab({copy_stream_.data(copy_stream_.size() - 1)});
+            add_slabs();
         }
         const bool may_grow = (*prefetcher_)->is_starved();
         const uint64_t wait = copying_.empty() && !may_grow ? kWaitMicroseconds : kPollMicroseconds;
@@ -149,6 +172,9 @@ void Upload::take_back() {
 void Upload::copy(const core::NextSlab& next) {
     copy_stream_.run(next.slab, [&] {
         for (const core::SlabPart& part : next.parts) {
+            if (!destinations_[part.request].tensor.defined()) {
+                allocate(part.request);
+            }
             try {
                 copy_part(part, next.slab);
             } catch (const std::exception& error) {
@@ -156,6 +182,7 @@ void Upload::copy(const core::NextSlab& next) {
             }
             done_ += part.length;
         }
+        copied(next.parts);
     });
     copying_.push_back(next.slab);
 }
@@ -187,11 +214,12 @@ void Upload::copy_part(const core::SlabPart& part, size_t slab) {
     converted.copy_(alias(bytes, destination.stored, 0, count), non_blocking);
 }
 
+std::string Upload::name(size_t request) const { return std::string((*file_)->name(destinations_[request].index)); }
+
 void Upload::explain(const std::exception& error, size_t request) const {
     const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
-    const std::string text = "tensor " + repr(std::string((*file_)->name(destinations_[request].index))) +
-                             " cannot be copied to " + copy_stream_.device().str() + ": " +
-                             (of_torch != nullptr ? of_torch->what_without_backtrace() : error.what());
+    const std::string text = "tensor " + repr(name(request)) + " cannot be copied to " + copy_stream_.device().str() +
+                             ": " + (of_torch != nullptr ? of_torch->what_without_backtrace() : error.what());
     if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
         throw c10::OutOfMemoryError(text, nullptr);
     }

@@ -5,7 +5,8 @@
 
 #include <cstdint>
 #include <deque>
-#include <optional>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "cpp/deadline.h"
@@ -23,7 +24,15 @@ struct Destination {
     at::Tensor tensor;
 };
 
-// A transfer from a file to tensors of one device. If a dtype is not the file's, the device converts, slab by slab.
+// Reads ahead into slabs; one thread takes them, others may prioritize.
+using SharedPrefetcher = std::shared_ptr<const rust::Box<core::Prefetcher>>;
+
+// Returns the bytes that are read for `count` elements.
+inline uint64_t stored_bytes(int64_t count, c10::ScalarType stored) {
+    return static_cast<uint64_t>(count) * c10::elementSize(stored);
+}
+
+// A transfer from files to tensors of one device. If a dtype is not the file's, the device converts, slab by slab.
 class Upload {
   public:
     // Whole tensors of a file.
@@ -32,6 +41,10 @@ class Upload {
     // A slice of one.
     Upload(SharedFile file, Destination destination, std::vector<core::Range> ranges);
 
+    virtual ~Upload();
+    Upload(const Upload&) = delete;
+    Upload& operator=(const Upload&) = delete;
+
     // Copies until everything is queued on the device or the deadline has passed; returns whether everything is. Later
     // work of the caller's stream sees the tensors; on a device without streams, they are complete.
     bool advance(Deadline until);
@@ -39,33 +52,47 @@ class Upload {
     uint64_t total_bytes() const { return total_; }
     uint64_t done_bytes() const { return done_; }
 
+  protected:
+    // The requests of `prefetcher`, which was made for used_slab_bytes(total): each has a destination, whose tensor
+    // allocate() defines. With `converts`, some dtypes are not those of the files.
+    Upload(SharedPrefetcher prefetcher, std::vector<Destination> destinations, c10::Device device, uint64_t total,
+           bool converts);
+
+    bool copy_until(Deadline until);
+    Destination& destination(size_t request) { return destinations_[request]; }
+
   private:
     Upload(SharedFile file, std::vector<Destination> destinations, core::ReadFrom read_from,
-           std::vector<core::Range> ranges, bool is_slice);
+           const std::vector<core::Range>* slice);
 
-    void start();
-    bool copy_until(Deadline until);
+    virtual std::string name(size_t request) const;
+
+    // Called before the first copy to a destination without a tensor, with the stream of the copies as the current one.
+    virtual void allocate(size_t /*request*/) {}
+
+    // Called once all copies of these parts are queued on the current stream.
+    virtual void copied(const rust::Vec<core::SlabPart>& /*parts*/) {}
+
+    void add_slabs();
     void take_back();
     void copy(const core::NextSlab& next);
     void copy_part(const core::SlabPart& part, size_t slab);
     [[noreturn]] void explain(const std::exception& error, size_t request) const;
 
+    // Null if the requests are of several files.
     SharedFile file_;
     std::vector<Destination> destinations_;
-    core::ReadFrom read_from_;
-    // Of a slice of the one destination.
-    std::vector<core::Range> ranges_;
-    bool is_slice_;
     uint64_t total_;
     uint64_t done_ = 0;
     bool finished_ = false;
     // On the device: the bytes of one part, before they are converted. Allocated on the caller's stream before
     // copy_stream_ is made, whose stream then waits for earlier users of the memory; freed after it.
     at::Tensor unconverted_;
-    // Declared before the prefetcher, whose threads write to its slabs.
     DeviceCopyStream copy_stream_;
-    // From the first step on.
-    std::optional<rust::Box<core::Prefetcher>> prefetcher_;
+    // Its threads write to the slabs until it is stopped.
+    SharedPrefetcher prefetcher_;
+    // The number of slabs that it has.
+    size_t slabs_ = 0;
     // Slabs whose copies are running, the oldest first.
     std::deque<size_t> copying_;
 };

@@ -56,7 +56,15 @@ at::Tensor over(c10::DataPtr data, size_t nbytes, c10::ScalarType type, c10::Int
     return tensor;
 }
 
-// The same; the error about too little memory names `what`.
+// Returns whether the tensor has a storage that can be copied to.
+bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
+
+}  // namespace
+
+at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
+    return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
+}
+
 at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what) {
     try {
         return empty_on(device, type, shape);
@@ -69,15 +77,6 @@ at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
         }
         fail(category_of(error), text);
     }
-}
-
-// Returns whether the tensor has a storage that can be copied to.
-bool is_allocated(const at::Tensor& tensor) { return tensor.has_storage() && tensor.storage().data() != nullptr; }
-
-}  // namespace
-
-at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape) {
-    return at::empty(shape, at::TensorOptions().dtype(type).device(device).layout(at::kStrided).requires_grad(false));
 }
 
 c10::Device with_index(c10::Device device) {

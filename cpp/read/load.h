@@ -96,6 +96,9 @@ void check_wanted(std::optional<c10::ScalarType> dtype);
 // Returns a tensor without data. All options are explicit, so torch's default device is ignored.
 at::Tensor empty_on(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape);
 
+// The same; the error about too little memory names `what`.
+at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef shape, const std::string& what);
+
 // Returns a CPU tensor over `data`, in a block of the core, which it releases.
 at::Tensor over_block(uint8_t* data, const core::Block* block, size_t nbytes, c10::ScalarType type,
                       c10::IntArrayRef shape);

@@ -8,15 +8,18 @@
 #include <numeric>
 
 #include "cpp/bytes.h"
+#include "cpp/device/device_prefetch.h"
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "cpp/file.h"
+#include "cpp/tensor_memory.h"
 #include "include/safetensors_torch.h"
 
 namespace safetensors_torch::layer {
 namespace {
 
-// Reads into host memory. A tensor for another device, or of another dtype, is copied when it is handed out.
+// Reads into host memory. A tensor for a device whose memory has no addresses, or of another dtype, is copied when it
+// is handed out.
 class HostPrefetch final : public Prefetch {
   public:
     HostPrefetch(std::vector<PrefetchItem> items, const PrefetchOptions& options)
@@ -108,6 +111,9 @@ class MetaPrefetch final : public Prefetch {
 std::shared_ptr<Prefetch> make_prefetch(std::vector<PrefetchItem> items, const PrefetchOptions& options) {
     if (options.target.device.is_meta()) {
         return std::make_shared<MetaPrefetch>(std::move(items), options.target);
+    }
+    if (!options.target.device.is_cpu() && has_memory(empty_on(options.target.device, at::kByte, {1}))) {
+        return std::make_shared<DevicePrefetch>(std::move(items), options);
     }
     return std::make_shared<HostPrefetch>(std::move(items), options);
 }

@@ -1,19 +1,27 @@
-"""Helpers of the tests of transfers: files, pinned pools of a fixed size, and stopped streams.
+"""Helpers of the tests of transfers: files, pinned pools of a fixed size, stopped streams, and what is left.
 
 Owns no test.
 """
 
 from __future__ import annotations
 
-import contextlib
+import gc
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import accelerator
 import safetensors_torch
 from accelerator import device, hold_stream, release_stream
+from proc import ctrl_c_interrupts, eventually
+from support import entries
 
 SLAB = 2 << 20
 MIB = 1 << 20
@@ -59,7 +67,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name].cpu(), tensor), name
 
 
-@contextlib.contextmanager
+@contextmanager
 def held_pool(index: int = 0) -> Iterator[None]:
     """Stops the streams of the device's pool while the body runs."""
     streams = {stream.stream_id: stream for stream in (torch.Stream(device=device(index)) for _ in range(16))}
@@ -72,7 +80,7 @@ def held_pool(index: int = 0) -> Iterator[None]:
             release_stream(stream)
 
 
-@contextlib.contextmanager
+@contextmanager
 def no_waits() -> Iterator[None]:
     """Checks that the body waits for neither a device nor a stream."""
     before = accelerator.statistics()
@@ -80,3 +88,51 @@ def no_waits() -> Iterator[None]:
     after = accelerator.statistics()
     for what in ("device_waits", "stream_waits", "event_waits", "blocking_copies"):
         assert after[what] == before[what], what
+
+
+def allocated() -> int:
+    gc.collect()
+    return accelerator.statistics()["devices"][0]["allocated"]
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """The body leaves neither device memory nor threads, descriptors, slabs in use, or files."""
+    before = (allocated(), threads(), descriptors(), entries(tmp_path))
+    yield
+    # The test backend starts a thread for each stream when it is used first.
+    assert eventually(lambda: (allocated(), descriptors(), entries(tmp_path)) == (before[0], *before[2:]))
+    assert eventually(lambda: not any(name == "safetensors" for name in thread_names()))
+    accelerator.synchronize()
+    pinned = safetensors_torch.transfer_memory()
+    assert safetensors_torch.release_transfer_memory() == pinned, "all slabs wait for the next transfer"
+    assert accelerator.statistics()["pinned_in_use"] == 0
+
+
+def thread_names() -> list[str]:
+    return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+
+
+@contextmanager
+def interrupted(seconds: float = 0.3) -> Iterator[None]:
+    """The body, which cannot go on, is interrupted as by Ctrl-C, and ends within a second of that."""
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(seconds, send)
+    with ctrl_c_interrupts(), pytest.raises(KeyboardInterrupt):
+        timer.start()
+        yield
+    assert time.monotonic() - sent[0] < 1
+    timer.join()

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,41 +15,21 @@ from torch import nn
 import accelerator
 import safetensors_torch
 from accelerator import device, hold, release
-from proc import ctrl_c_interrupts, eventually
 from safetensors_torch import SafetensorError, load, load_file, load_model, safe_open, save, save_file
-from support import entries
-from support_accelerator import MIB, SLAB, assert_equal, held_pool, reserve, values, write
-
-
-def allocated() -> int:
-    gc.collect()
-    return accelerator.statistics()["devices"][0]["allocated"]
-
-
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextmanager
-def nothing_left(tmp_path: Path) -> Iterator[None]:
-    """The body leaves neither device memory nor threads, descriptors, slabs in use, or files."""
-    before = (allocated(), threads(), descriptors(), entries(tmp_path))
-    yield
-    # The test backend starts a thread for each stream when it is used first.
-    assert eventually(lambda: (allocated(), descriptors(), entries(tmp_path)) == (before[0], *before[2:]))
-    assert eventually(lambda: not any(name == "safetensors" for name in thread_names()))
-    accelerator.synchronize()
-    pinned = safetensors_torch.transfer_memory()
-    assert safetensors_torch.release_transfer_memory() == pinned, "all slabs wait for the next transfer"
-    assert accelerator.statistics()["pinned_in_use"] == 0
-
-
-def thread_names() -> list[str]:
-    return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+from support_accelerator import (
+    MIB,
+    SLAB,
+    allocated,
+    assert_equal,
+    descriptors,
+    held_pool,
+    interrupted,
+    nothing_left,
+    reserve,
+    threads,
+    values,
+    write,
+)
 
 
 @pytest.fixture
@@ -192,23 +168,6 @@ def test_what_a_progress_function_raises_ends_the_save(state: dict, tmp_path: Pa
         with pytest.raises(KeyError):
             save_file(moved, tmp_path / "target", progress=tell)
         release(0)
-
-
-@contextmanager
-def interrupted(seconds: float = 0.3) -> Iterator[None]:
-    """The body, which cannot go on, is interrupted as by Ctrl-C, and ends within a second of that."""
-    sent: list[float] = []
-
-    def send() -> None:
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    timer = threading.Timer(seconds, send)
-    with ctrl_c_interrupts(), pytest.raises(KeyboardInterrupt):
-        timer.start()
-        yield
-    assert time.monotonic() - sent[0] < 1
-    timer.join()
 
 
 @pytest.mark.parametrize("slabs", [4, 0])

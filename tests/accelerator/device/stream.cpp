@@ -1,6 +1,7 @@
 #include "stream.h"
 
 #include <c10/util/Exception.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -96,6 +97,8 @@ std::chrono::microseconds next_delay(Queue& queue) {
 }
 
 void serve(Queue& queue) {
+    // A thread begins with the name of the one that started it.
+    pthread_setname_np(pthread_self(), "testaccel");
     Machine& all = machine();
     Lock lock(all.mutex);
     for (;;) {
