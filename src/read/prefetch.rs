@@ -152,19 +152,29 @@ impl Prefetcher {
 
     /// Ends all reading. No slab is written to afterwards, and [`Prefetcher::next_slab`] returns [`NextSlab::End`].
     pub fn stop(&self) {
-        self.change(|state| state.stopped = true);
-        if !self.workers.are_forked() {
-            let mut state = self.shared.state.lock();
-            state.full.clear();
-            while state.filling > 0 {
-                state.wait(&self.shared.filled);
-            }
+        if self.workers.are_forked() {
+            return;
+        }
+        let mut state = self.shared.state.lock();
+        state.stopped = true;
+        state.full.clear();
+        self.shared.plan.end();
+        self.shared.fillable.notify_all();
+        self.shared.filled.notify_all();
+        while state.filling > 0 {
+            state.wait(&self.shared.filled);
         }
     }
 
+    /// Changes what may be read next.
     fn change(&self, change: impl FnOnce(&mut State)) {
-        if !self.workers.are_forked() {
-            change(&mut self.shared.state.lock());
+        if self.workers.are_forked() {
+            return;
+        }
+        let mut state = self.shared.state.lock();
+        let was_possible = state.has_bytes(&self.shared.plan);
+        change(&mut state);
+        if !was_possible {
             self.shared.fillable.notify_all();
             // Without threads, the call that waits reads.
             self.shared.filled.notify_all();
@@ -231,6 +241,7 @@ impl Drop for Prefetcher {
     fn drop(&mut self) {
         if !self.workers.are_forked() {
             self.shared.state.lock().stopped = true;
+            self.shared.plan.end();
             self.shared.fillable.notify_all();
         }
     }
@@ -275,7 +286,7 @@ impl Shared {
         }
         if state.stopped || state.failure.is_some() {
             // This read may have opened a file again.
-            self.plan.close_files();
+            self.plan.end();
             state.full.clear();
         }
         self.filled.notify_all();

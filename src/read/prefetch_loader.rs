@@ -8,7 +8,6 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
@@ -20,9 +19,6 @@ use crate::sys::buffers::{Block, Buffers};
 use crate::sys::mutex::{Guard, Mutex};
 use crate::sys::parallel::{CHUNK_BYTES, Chunks};
 use crate::sys::workers::{Workers, catch_panic};
-
-/// The bytes of one read. The loader can end between two of them.
-const READ_BYTES: usize = 1 << 20;
 
 /// A tensor or slice whose bytes have landed.
 #[derive(Debug)]
@@ -89,8 +85,6 @@ struct Shared {
     plan: Plan,
     batches: Vec<Batch>,
     state: Mutex<State>,
-    /// Ends reads in progress: after an error and at the end.
-    ended: AtomicBool,
     /// Notified when a batch may have become startable, and at the end.
     startable: Condvar,
     /// Notified when a batch has landed, when a read failed, and at the end.
@@ -325,14 +319,8 @@ impl Shared {
             failure: None,
             stopped: false,
         };
-        Ok(Shared {
-            plan,
-            batches,
-            state: Mutex::new(state),
-            ended: AtomicBool::new(false),
-            startable: Condvar::new(),
-            landed: Condvar::new(),
-        })
+        let (startable, landed) = (Condvar::new(), Condvar::new());
+        Ok(Shared { plan, batches, state: Mutex::new(state), startable, landed })
     }
 
     /// Returns the batch of a request.
@@ -366,11 +354,10 @@ impl Shared {
     /// Ends all reading and releases the memory of everything that was not handed out.
     fn stop(&self, state: &mut State) {
         state.stopped = true;
-        self.ended.store(true, Ordering::Relaxed);
         state.started.clear();
         state.ready.clear();
         state.phases.fill_with(|| Phase::Waiting);
-        self.plan.close_files();
+        self.plan.end();
         self.startable.notify_all();
         self.landed.notify_all();
     }
@@ -484,7 +471,7 @@ impl Shared {
         }
         if state.stopped {
             // This read may have opened the file after `stop` had closed it.
-            self.plan.close_files();
+            self.plan.end();
         }
         // After `stop`, which may have cut the read short, none is found.
         let found = state.started.iter().position(|started| started.batch == chunk.batch);
@@ -507,29 +494,17 @@ impl Shared {
         if let Some(memory) = &chunk.memory {
             memory.populate(chunks.parts(chunk.number));
         }
+        let parts: Vec<ReadPart> = chunks
+            .parts(chunk.number)
+            .map(|(place, part)| {
+                let request = requests.start + place;
+                let start = start_of(&self.plan.requests[request], chunk.memory.as_deref(), place);
+                let destination = start.wrapping_add(part.start);
+                ReadPart { request, offset: part.start, length: part.len(), destination }
+            })
+            .collect();
         // SAFETY: the parts are inside the memory of the requests (this function's contract), which does not overlap
         // (contract of `PrefetchLoader::new`).
-        let read = |parts: &[ReadPart]| unsafe { self.plan.read(parts) };
-        let (mut parts, mut bytes) = (Vec::new(), 0);
-        for (place, part) in chunks.parts(chunk.number) {
-            let request = requests.start + place;
-            let start = start_of(&self.plan.requests[request], chunk.memory.as_deref(), place);
-            let mut offset = part.start;
-            while offset < part.end {
-                let length = (part.end - offset).min(READ_BYTES - bytes);
-                parts.push(ReadPart { request, offset, length, destination: start.wrapping_add(offset) });
-                offset += length;
-                bytes += length;
-                if bytes == READ_BYTES {
-                    if self.ended.load(Ordering::Relaxed) {
-                        return Ok(());
-                    }
-                    read(&parts)?;
-                    parts.clear();
-                    bytes = 0;
-                }
-            }
-        }
-        read(&parts)
+        unsafe { self.plan.read(&parts) }
     }
 }

@@ -17,6 +17,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::format::slice::Slice;
@@ -29,6 +30,9 @@ use crate::sys::mutex::Mutex;
 use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
 use crate::sys::workers::MOST_THREADS;
+
+/// The bytes of one read. Reading can end between two of them.
+const READ_BYTES: usize = 1 << 20;
 
 /// A tensor to read, or a slice of one.
 #[derive(Debug)]
@@ -72,6 +76,8 @@ pub(super) struct Plan {
     /// The bytes that a thread reads at once.
     piece_bytes: usize,
     limit: ThreadLimit,
+    /// Ends reads in progress.
+    ended: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -129,6 +135,25 @@ pub(super) struct ReadPart {
     pub(super) destination: *mut u8,
 }
 
+/// Ranges of a file that are read together.
+#[derive(Default)]
+struct ReadBatch {
+    ranges: Vec<ReadRange>,
+    bytes: usize,
+    /// The first request with bytes in them.
+    first: usize,
+}
+
+impl ReadBatch {
+    fn add(&mut self, request: usize, range: ReadRange) {
+        if self.ranges.is_empty() {
+            self.first = request;
+        }
+        self.bytes += range.length;
+        self.ranges.push(range);
+    }
+}
+
 impl Plan {
     pub(super) fn new(
         requests: Vec<PrefetchRequest>,
@@ -167,7 +192,8 @@ impl Plan {
                 cost: bytes.saturating_add(extra_bytes),
             });
         }
-        Ok(Plan { requests: planned, options, files, piece_bytes, limit: ThreadLimit::current()? })
+        let (limit, ended) = (ThreadLimit::current()?, AtomicBool::new(false));
+        Ok(Plan { requests: planned, options, files, piece_bytes, limit, ended })
     }
 
     /// Returns how many threads are to read everything in `pieces` pieces.
@@ -195,14 +221,16 @@ impl Plan {
         Ok(Arc::clone(reading.source.insert(Arc::new(OpenSource { reopened, strategy }))))
     }
 
-    /// Closes all files once no read uses them.
-    pub(super) fn close_files(&self) {
+    /// Ends reads in progress, and closes all files once no read uses them.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
         for file in &self.files {
             file.reading.lock().source = None;
         }
     }
 
-    /// Reads `parts`, on the calling thread. Parts of one file that follow one another are read together.
+    /// Reads `parts`, on the calling thread. Parts of one file that follow one another are read together. After
+    /// [`Plan::end`], the bytes are unspecified.
     ///
     /// # Safety
     ///
@@ -225,26 +253,50 @@ impl Plan {
     ///
     /// As for [`Plan::read`]. All parts must be of file number `number`.
     unsafe fn read_from(&self, number: usize, parts: &[ReadPart]) -> Result<()> {
-        let explain = |error: Error| {
-            let first = self.requests[parts[0].request].index;
-            self.files[number].file.explain_read(error, first, parts.len())
-        };
         let source = self.open(number)?;
         let method =
             self.files[number].file.source().method(self.options.read_from, source.reopened.as_ref());
-        let mut ranges = Vec::with_capacity(parts.len());
+        let mut batch = ReadBatch::default();
         for &ReadPart { request, offset, length, destination } in parts {
             let Request { begin, slice, .. } = &self.requests[request];
-            let Some(slice) = slice else {
-                ranges.push(ReadRange { offset: begin + offset as u64, destination, length });
-                continue;
-            };
-            let reader = SliceReader { method, strategy: Some(source.strategy), slice, base: *begin };
-            // SAFETY: the destination is valid (this function's contract).
-            unsafe { reader.read(offset as u64..(offset + length) as u64, destination) }.map_err(explain)?;
+            let mut done = 0;
+            while done < length {
+                if self.ended.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                let next = (length - done).min(READ_BYTES - batch.bytes);
+                let (from, destination) = ((offset + done) as u64, destination.wrapping_add(done));
+                done += next;
+                if let Some(slice) = slice {
+                    let reader = SliceReader { method, strategy: Some(source.strategy), slice, base: *begin };
+                    // SAFETY: the destination is valid (this function's contract).
+                    unsafe { reader.read(from..from + next as u64, destination) }
+                        .map_err(|error| self.explain(error, request, 1))?;
+                    continue;
+                }
+                batch.add(request, ReadRange { offset: begin + from, destination, length: next });
+                if batch.bytes == READ_BYTES {
+                    // SAFETY: as above.
+                    unsafe { self.read_batch(std::mem::take(&mut batch), method, source.strategy) }?;
+                }
+            }
         }
         // SAFETY: as above.
-        unsafe { reader::read_here(method, &ranges, source.strategy) }.map_err(explain)
+        unsafe { self.read_batch(batch, method, source.strategy) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Plan::read`].
+    unsafe fn read_batch(
+        &self,
+        batch: ReadBatch,
+        method: ReadMethod<'_>,
+        strategy: ReadStrategy,
+    ) -> Result<()> {
+        // SAFETY: this function has the contract of `read_here`.
+        unsafe { reader::read_here(method, &batch.ranges, strategy) }
+            .map_err(|error| self.explain(error, batch.first, batch.ranges.len()))
     }
 
     /// Adds the names of the file and of the tensors to an error about `count` requests from `first` on.
