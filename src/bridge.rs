@@ -29,6 +29,7 @@ use crate::sys::direct_io::Direct;
 use crate::sys::threads::set_threads;
 use checkpoint::{
     Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
+    thread_count,
 };
 use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
@@ -295,8 +296,12 @@ mod ffi {
         /// Returns the file number of each tensor.
         fn shard_of(self: &ShardPlan) -> &[usize];
 
+        /// Returns how many threads, including the calling one, may write `bytes` to `files`.
+        fn thread_count(bytes: u64, files: usize) -> Result<usize>;
+
         type ShardedWriter;
         fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text]) -> Result<Box<ShardedWriter>>;
+        /// May be called by several threads at once.
         fn create(self: &ShardedWriter, shard: usize, length: u64) -> Result<Box<FileWriter>>;
         /// Adds the next complete file, in the order of the numbers.
         fn add(self: &mut ShardedWriter, file: Box<FileWriter>);

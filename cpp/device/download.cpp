@@ -30,9 +30,6 @@ bool is_verbatim(const at::Tensor& tensor) {
     return !tensor.is_conj() && !tensor.is_neg() && !tensor._is_zerotensor() && tensor.is_contiguous();
 }
 
-// Returns whether the bytes to write are the tensor's bytes in host memory.
-bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbatim(tensor); }
-
 // Returns whether they are its bytes in a device's memory.
 bool is_on_device(const at::Tensor& tensor) { return !tensor.is_cpu() && is_verbatim(tensor) && has_memory(tensor); }
 
@@ -54,6 +51,8 @@ at::Tensor to_host(const at::Tensor& tensor) {
 }
 
 }  // namespace
+
+bool is_on_host(const at::Tensor& tensor) { return tensor.is_cpu() && is_verbatim(tensor); }
 
 Download::Download(const NamedTensors& tensors, const core::SavePlan& layout, std::unique_ptr<Sink> sink)
     : tensors_(tensors), layout_(layout), sink_(std::move(sink)) {

@@ -26,6 +26,9 @@ class Sink {
     virtual void finish() = 0;
 };
 
+// Returns whether the bytes to write are the tensor's bytes in host memory.
+bool is_on_host(const at::Tensor& tensor);
+
 // A transfer of tensors to a sink. Host memory is written directly; tensors on a device go through slabs, which the
 // device fills while earlier ones are written. So the host never holds more of them than the slabs.
 class Download {

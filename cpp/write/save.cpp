@@ -138,6 +138,11 @@ bool PendingSave::advance(Deadline until) {
     }
 }
 
+bool PendingSave::is_on_host() const {
+    return std::all_of(tensors_.begin(), tensors_.end(),
+                       [](const auto& entry) { return safetensors_torch::layer::is_on_host(entry.second); });
+}
+
 uint64_t PendingSave::done() const { return download_ == nullptr ? 0 : download_->done_bytes(); }
 
 void PendingSave::cancel() {

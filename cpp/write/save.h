@@ -65,6 +65,9 @@ class PendingSave : public torch::CustomClassHolder {
     uint64_t total() const { return plan_->total_bytes(); }
     uint64_t done() const;
 
+    // Returns whether all bytes are in host memory as they will be in the file.
+    bool is_on_host() const;
+
     // Undoes an unfinished save: leaves no new file behind. Forgets the target.
     void cancel();
 

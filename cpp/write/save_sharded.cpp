@@ -1,5 +1,10 @@
 #include "cpp/write/save_sharded.h"
 
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
 #include <utility>
 
 #include "cpp/bytes.h"
@@ -35,24 +40,21 @@ rust::Box<core::ShardedWriter> begin(const std::string& directory, const core::S
     return core::create_shards(as_bytes(directory), plan, {pieces.data(), pieces.size()});
 }
 
-// The file of one shard; the checkpoint keeps it until all shards are complete.
+// The file of one shard, which goes to `complete` at the end.
 class ShardSink final : public Sink {
   public:
-    ShardSink(core::ShardedWriter& checkpoint, size_t shard, uint64_t length)
-        : checkpoint_(checkpoint), writer_(checkpoint.create(shard, length)) {}
+    ShardSink(const core::ShardedWriter& checkpoint, size_t shard, uint64_t length, CompleteFile& complete)
+        : complete_(complete), writer_(checkpoint.create(shard, length)) {}
 
     uint64_t write(const std::vector<core::Piece>& pieces, Deadline until) override {
-        return (*writer_)->write({pieces.data(), pieces.size()}, until.milliseconds_left());
+        return writer_->write({pieces.data(), pieces.size()}, until.milliseconds_left());
     }
 
-    void finish() override {
-        checkpoint_.add(std::move(*writer_));
-        writer_.reset();
-    }
+    void finish() override { complete_ = std::move(writer_); }
 
   private:
-    core::ShardedWriter& checkpoint_;
-    std::optional<rust::Box<core::FileWriter>> writer_;
+    CompleteFile& complete_;
+    rust::Box<core::FileWriter> writer_;
 };
 
 std::vector<std::string> file_names_of(const std::optional<rust::Box<core::ShardedWriter>>& writer, bool is_committed) {
@@ -98,19 +100,17 @@ bool PendingShardedSave::advance(Deadline until) {
     }
     try {
         if (!writer_) {
-            writer_ = begin(directory_, *plan_, names_);
-            for (size_t i = 0; i < shards_.size(); ++i) {
-                shards_[i]->set_sink([this, i, length = shards_[i]->total()] {
-                    return std::make_unique<ShardSink>(**writer_, i, length);
-                });
-            }
+            start();
         }
-        for (; next_ < shards_.size(); ++next_) {
-            if (!shards_[next_]->advance(until)) {
+        while (next_ < shards_.size()) {
+            write(until);
+            for (; next_ < shards_.size() && files_[next_]; ++next_) {
+                (*writer_)->add(std::move(*files_[next_]));
+                files_[next_].reset();
+            }
+            if (next_ < shards_.size() && until.passed()) {
                 return false;
             }
-            done_ += shards_[next_]->done();
-            shards_[next_]->cancel();
         }
         if (!is_committed_) {
             is_committed_ = (*writer_)->commit(durable_, until.milliseconds_left());
@@ -122,13 +122,87 @@ bool PendingShardedSave::advance(Deadline until) {
     }
 }
 
-uint64_t PendingShardedSave::done() const { return done_ + (next_ < shards_.size() ? shards_[next_]->done() : 0); }
+void PendingShardedSave::start() {
+    writer_ = begin(directory_, *plan_, names_);
+    files_.resize(shards_.size());
+    for (size_t i = 0; i < shards_.size(); ++i) {
+        shards_[i]->set_sink([this, i, length = shards_[i]->total()] {
+            return std::make_unique<ShardSink>(**writer_, i, length, files_[i]);
+        });
+    }
+}
+
+// Writes the next file, or several if their bytes are in host memory. Others need slabs or copies: one at a time.
+void PendingShardedSave::write(Deadline until) {
+    size_t end = next_;
+    while (end < shards_.size() && (is_complete(end) || shards_[end]->is_on_host())) {
+        ++end;
+    }
+    if (end - next_ > 1) {
+        write_together(end, until);
+    } else {
+        shards_[next_]->advance(until);
+    }
+}
+
+// Writes the files from the next one up to `end`, a thread to a file, in order.
+void PendingShardedSave::write_together(size_t end, Deadline until) {
+    uint64_t left = 0;
+    size_t files = 0;
+    for (size_t i = next_; i < end; ++i) {
+        left += shards_[i]->total() - shards_[i]->done();
+        files += is_complete(i) ? 0 : 1;
+    }
+    std::atomic<size_t> following{next_};
+    std::mutex mutex;
+    std::exception_ptr failure;
+    const auto run = [&]() noexcept {
+        try {
+            for (size_t i = following++; i < end; i = following++) {
+                if (!is_complete(i) && !shards_[i]->advance(until)) {
+                    return;
+                }
+                if (until.passed()) {
+                    return;
+                }
+            }
+        } catch (...) {
+            following = end;
+            const std::lock_guard<std::mutex> lock(mutex);
+            failure = failure ? failure : std::current_exception();
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        for (size_t count = core::thread_count(left, files); others.size() + 1 < count;) {
+            others.emplace_back(run);
+        }
+    } catch (const std::system_error&) {
+        // No more threads can be started: those that run write everything.
+    }
+    run();
+    for (std::thread& other : others) {
+        other.join();
+    }
+    if (failure) {
+        std::rethrow_exception(failure);
+    }
+}
+
+uint64_t PendingShardedSave::done() const {
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < shards_.size(); ++i) {
+        bytes += shards_[i]->done();
+    }
+    return bytes;
+}
 
 void PendingShardedSave::cancel() {
-    // The sink of a shard refers to the writer.
+    // The sink of a shard refers to the writer and to its file.
     for (const auto& shard : shards_) {
         shard->cancel();
     }
+    files_.clear();
     writer_.reset();
     is_cancelled_ = true;
 }
@@ -180,8 +254,9 @@ void ShardedWriter::start(const std::vector<at::Tensor>& tensors) {
     }
     auto file = std::make_unique<PendingSave>(std::move(pairs), metadata_, directory_);
     total_ = file->total();
-    file->set_sink(
-        [this, shard = next_, length = total_] { return std::make_unique<ShardSink>(**writer_, shard, length); });
+    file->set_sink([this, shard = next_, length = total_] {
+        return std::make_unique<ShardSink>(**writer_, shard, length, file_);
+    });
     current_ = std::move(file);
 }
 
@@ -205,12 +280,15 @@ bool ShardedWriter::advance(Deadline until) {
         return false;
     }
     current_.reset();
+    (*writer_)->add(std::move(*file_));
+    file_.reset();
     ++next_;
     return true;
 }
 
 void ShardedWriter::cancel() {
     current_.reset();
+    file_.reset();
     writer_.reset();
 }
 

@@ -14,6 +14,9 @@
 
 namespace safetensors_torch::layer {
 
+// A complete file of a checkpoint.
+using CompleteFile = std::optional<rust::Box<core::FileWriter>>;
+
 // A save into one file or several that is checked and laid out: `torch.classes.safetensors_torch.PendingShardedSave`.
 class PendingShardedSave : public torch::CustomClassHolder {
   public:
@@ -21,7 +24,8 @@ class PendingShardedSave : public torch::CustomClassHolder {
     PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string directory,
                        const std::string& stem, int64_t max_shard_size, const SaveRules& rules, bool durable);
 
-    // Writes until all files are in place or the deadline has passed; returns whether they are.
+    // Writes until all files are in place or the deadline has passed; returns whether they are. Files whose bytes are
+    // in host memory are written several at once.
     bool advance(Deadline until);
 
     // The bytes of all files except the index, and those that are written.
@@ -35,6 +39,11 @@ class PendingShardedSave : public torch::CustomClassHolder {
     std::vector<std::string> result() const;
 
   private:
+    bool is_complete(size_t shard) const { return shard < next_ || files_[shard].has_value(); }
+    void start();
+    void write(Deadline until);
+    void write_together(size_t end, Deadline until);
+
     std::string directory_;
     bool durable_;
     std::vector<std::string> names_;
@@ -42,8 +51,10 @@ class PendingShardedSave : public torch::CustomClassHolder {
     std::vector<c10::intrusive_ptr<PendingSave>> shards_;
     // From the first step on.
     std::optional<rust::Box<core::ShardedWriter>> writer_;
+    // Of each shard, its file once that is complete, until the writer has it.
+    std::vector<CompleteFile> files_;
+    // The first shard whose file the writer does not have.
     size_t next_ = 0;
-    uint64_t done_ = 0;
     bool is_committed_ = false;
     bool is_cancelled_ = false;
 };
@@ -90,7 +101,8 @@ class ShardedWriter : public torch::CustomClassHolder {
     // Indices of the specs, of each file.
     std::vector<std::vector<size_t>> members_;
     std::optional<rust::Box<core::ShardedWriter>> writer_;
-    // The file that is being written; its sink refers to the writer.
+    // The file that is being written; its sink refers to the writer and to the complete file.
+    CompleteFile file_;
     std::unique_ptr<PendingSave> current_;
     uint64_t total_ = 0;
     size_t next_ = 0;

@@ -9,6 +9,8 @@ use super::{Result, as_path, as_text};
 use crate::checkpoint;
 use crate::error::{Error, ErrorKind};
 use crate::format::header::tensor_not_found;
+use crate::sys::parallel;
+use crate::sys::threads::ThreadLimit;
 use crate::write::output::Output;
 
 pub struct Checkpoint(checkpoint::Checkpoint);
@@ -113,7 +115,17 @@ impl ShardPlan {
     }
 }
 
+pub fn thread_count(bytes: u64, files: usize) -> Result<usize> {
+    Ok(parallel::thread_count(ThreadLimit::current()?, usize::try_from(bytes).unwrap_or(usize::MAX), files))
+}
+
 pub struct ShardedWriter(checkpoint::ShardedWriter);
+
+// Several threads call `create` at once.
+const _: fn() = || {
+    fn is_sync<T: Sync>() {}
+    is_sync::<ShardedWriter>();
+};
 
 pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text<'_>]) -> Result<Box<ShardedWriter>> {
     let directory = as_path(directory);

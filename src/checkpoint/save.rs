@@ -7,7 +7,11 @@ use super::writer::ShardedWriter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{self, Layout, TensorSpec};
+use crate::sys::mutex::Mutex;
+use crate::sys::parallel;
 use crate::sys::raw_bytes::RawBytes;
+use crate::sys::threads::ThreadLimit;
+use crate::write::atomic::AtomicFile;
 use crate::write::save::{self, SaveOptions};
 
 /// Options for [`save_sharded`].
@@ -76,11 +80,19 @@ pub(crate) fn save_sharded_raw(
     let shards = shards.collect::<Result<Vec<(Layout, Vec<RawBytes<'_>>)>>>()?;
     let names = tensors.iter().map(|tensor| tensor.name);
     let mut writer = ShardedWriter::new(directory, &plan, names)?;
-    for (shard, (layout, bytes)) in shards.iter().enumerate() {
+    // Many filesystems admit one writer to a file, so each file has one thread.
+    let threads = parallel::thread_count(ThreadLimit::current()?, plan.total_bytes() as usize, shards.len());
+    let complete: Vec<Mutex<Option<AtomicFile>>> = shards.iter().map(|_| Mutex::new(None)).collect();
+    parallel::for_each(shards.len(), threads, |shard| {
+        let (layout, bytes) = &shards[shard];
         let mut file = writer.create(shard, layout.total_bytes())?;
         let pieces = layout.order().iter().map(|place| bytes[place.index]);
         file.write(std::iter::once(layout.header().into()).chain(pieces))?;
-        writer.add(file);
+        *complete[shard].lock() = Some(file);
+        Ok(())
+    })?;
+    for file in complete {
+        writer.add(file.lock().take().expect("every file was written"));
     }
     writer.commit(options.save.durable)
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from safetensors_torch import (
     save_file,
     save_model,
     save_sharded,
+    set_transfer_options,
+    transfer_options,
 )
 from safetensors_torch._sharded import parse_size
 
@@ -81,6 +85,64 @@ def test_progress_goes_over_all_files(tmp_path: Path) -> None:
     assert told[-1] == (size, size)
     load_sharded(tmp_path, backend="pread", progress=lambda *figures: told.append(figures))
     assert told[-1] == (56, 56)
+
+
+def open_files(directory: Path) -> int:
+    """Returns how many files in ``directory``, with names or without, this process has open."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(link).startswith(f"{directory}/") for link in links if link.is_symlink())
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = transfer_options().threads
+    set_transfer_options(threads=2)
+    yield
+    set_transfer_options(threads=before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_as_many_files_are_written_at_once_as_there_are_threads(
+    tmp_path: Path, threads: int, two_threads: None
+) -> None:
+    set_transfer_options(threads=threads)
+    # One step of a thread writes 64 MiB.
+    tensors = {f"t{i}": torch.full((70 << 20,), i, dtype=torch.uint8) for i in range(3)}
+    arguments = (list(tensors), list(tensors.values()), {}, str(tmp_path), "model", 70 << 20, False, "error", False)
+    save = torch.classes.safetensors_torch.PendingShardedSave(*arguments)
+    assert not save.advance(0.0)
+    assert open_files(tmp_path) == threads
+    assert save.done() <= threads * (64 << 20) + 4096
+    save.cancel()
+    assert open_files(tmp_path) == 0 and entries(tmp_path) == []
+
+
+def test_files_that_need_copies_are_written_among_others(tmp_path: Path, two_threads: None) -> None:
+    tensors = {f"t{i}": torch.randn(1200, 1024) for i in range(8)}
+    tensors["t0"], tensors["t4"] = tensors["t0"].T, tensors["t4"].T
+    seen: list[int] = []
+    names = save_sharded(
+        tensors, tmp_path, max_shard_size="6MB", force_contiguous=True, progress=lambda done, _: seen.append(done)
+    )
+    assert len(names) == 9 and seen == sorted(seen)
+    assert_equal(load_sharded(tmp_path), tensors)
+    files = sum((tmp_path / name).stat().st_size for name in names[:-1])
+    assert seen[-1] == files
+
+
+def test_a_full_disk_stops_all_threads(tmp_path: Path, two_threads: None) -> None:
+    tensors = {f"t{i}": torch.zeros(5 << 20, dtype=torch.uint8) for i in range(6)}
+    save_sharded(state(), tmp_path)
+    before = entries(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_sharded(tensors, tmp_path, max_shard_size=5 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert open_files(tmp_path) == 0 and entries(tmp_path) == before
+    assert_equal(load_sharded(tmp_path), state())
 
 
 def test_the_mode_of_fake_tensors_sees_shapes(tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ fn shards_and_index_are_written_and_read() {
 }
 
 #[test]
+fn large_files_are_written_together() {
+    let temporary = directory();
+    // Enough bytes for several threads, in files of different sizes.
+    let data: Vec<Vec<u8>> = (0..9u8).map(|n| vec![n; 700_000 + 100_000 * usize::from(n)]).collect();
+    let tensors: Vec<(String, &[u8])> =
+        data.iter().enumerate().map(|(n, bytes)| (format!("t{n}"), &bytes[..])).collect();
+    let tensors: Vec<(&str, &[u8])> = tensors.iter().map(|(name, bytes)| (&name[..], *bytes)).collect();
+    let names = save(temporary.path(), &tensors, 1).expect("saved");
+    assert_eq!(names.len(), 10);
+    // Opening compares each file with the index.
+    let found = contents(&open(temporary.path()).expect("opened"));
+    let expected: Vec<(String, Vec<u8>)> =
+        tensors.iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())).collect();
+    assert!(found == expected);
+}
+
+#[test]
 fn a_save_replaces_the_earlier_checkpoint() {
     let directory = directory();
     let at = directory.path();
