@@ -34,7 +34,7 @@ use checkpoint::{
 use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
-use prefetch::{Prefetcher, prefetch_slabs};
+use prefetch::Prefetcher;
 use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
 
@@ -209,10 +209,9 @@ mod ffi {
             most_threads: u64,
         ) -> Result<Box<PrefetchLoader>>;
 
-        /// Reads tensors through slabs of `slab_bytes`, which the caller adds. `buffer_bytes` limits what is started and not
-        /// handed out.
-        fn prefetch_slabs(
-            plan: Box<PrefetchPlan>,
+        /// The same, through slabs of `slab_bytes`, which the caller adds.
+        fn start_slabs(
+            self: &mut PrefetchPlan,
             from: ReadFrom,
             buffer_bytes: u64,
             most_threads: u64,

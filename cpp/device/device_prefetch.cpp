@@ -217,8 +217,8 @@ DevicePrefetch::DevicePrefetch(std::vector<PrefetchItem> items, const PrefetchOp
         }
     }
     state.left = state.items.size();
-    state.prefetcher = std::make_shared<const rust::Box<core::Prefetcher>>(core::prefetch_slabs(
-        std::move(plan), options.read_from, options.buffer_bytes, options.most_threads, used_slab_bytes(state.total)));
+    state.prefetcher = std::make_shared<const rust::Box<core::Prefetcher>>(
+        plan->start_slabs(options.read_from, options.buffer_bytes, options.most_threads, used_slab_bytes(state.total)));
     if (state.total > 0) {
         thread_ = std::thread([shared = state_] { work(*shared); });
     }

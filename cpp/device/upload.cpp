@@ -75,7 +75,7 @@ SharedPrefetcher prefetch(const core::File& file, const std::vector<Destination>
         }
     }
     return std::make_shared<const rust::Box<core::Prefetcher>>(
-        core::prefetch_slabs(std::move(plan), read_from, kNoLimit, kNoLimit, used_slab_bytes(total)));
+        plan->start_slabs(read_from, kNoLimit, kNoLimit, used_slab_bytes(total)));
 }
 
 }  // namespace

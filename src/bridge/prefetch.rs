@@ -18,15 +18,18 @@ impl From<ReadFrom> for source::ReadFrom {
     }
 }
 
-pub fn prefetch_slabs(
-    plan: Box<PrefetchPlan>,
-    from: ReadFrom,
-    buffer_bytes: u64,
-    most_threads: u64,
-    slab_bytes: usize,
-) -> Result<Box<Prefetcher>> {
-    let options = options(from, buffer_bytes, most_threads)?;
-    Ok(Box::new(Prefetcher(prefetch::Prefetcher::new(plan.0, options, slab_bytes)?)))
+impl PrefetchPlan {
+    pub fn start_slabs(
+        &mut self,
+        from: ReadFrom,
+        buffer_bytes: u64,
+        most_threads: u64,
+        slab_bytes: usize,
+    ) -> Result<Box<Prefetcher>> {
+        let options = options(from, buffer_bytes, most_threads)?;
+        let requests = std::mem::take(&mut self.0);
+        Ok(Box::new(Prefetcher(prefetch::Prefetcher::new(requests, options, slab_bytes)?)))
+    }
 }
 
 impl Prefetcher {

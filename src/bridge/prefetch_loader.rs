@@ -22,6 +22,13 @@ fn bounded(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
+pub(super) fn options(from: ReadFrom, buffer_bytes: u64, most_threads: u64) -> Result<PrefetchOptions> {
+    let most = bounded(most_threads);
+    // The thread that takes the tensors counts in the limit, too.
+    let threads = Some(threads()?.checked_sub(1).map_or(most, |limit| most.min(limit)));
+    Ok(PrefetchOptions { read_from: from.into(), buffer_bytes: bounded(buffer_bytes), threads })
+}
+
 impl PrefetchPlan {
     fn push(&mut self, file: &File, index: usize, slice: Option<Slice>, extra_bytes: u64) {
         let file = Arc::clone(&file.0);
@@ -49,13 +56,6 @@ impl PrefetchPlan {
         // SAFETY: no request has a destination (`PrefetchPlan::push`).
         Ok(Box::new(PrefetchLoader(unsafe { prefetch_loader::PrefetchLoader::new(requests, options) }?)))
     }
-}
-
-pub(super) fn options(from: ReadFrom, buffer_bytes: u64, most_threads: u64) -> Result<PrefetchOptions> {
-    let most = bounded(most_threads);
-    // The thread that takes the tensors counts in the limit, too.
-    let threads = Some(threads()?.checked_sub(1).map_or(most, |limit| most.min(limit)));
-    Ok(PrefetchOptions { read_from: from.into(), buffer_bytes: bounded(buffer_bytes), threads })
 }
 
 pub struct PrefetchLoader(prefetch_loader::PrefetchLoader);
