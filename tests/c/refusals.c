@@ -85,6 +85,10 @@ static void test_null_file_arguments(const sft_file* file) {
     CHECK_STATUS(sft_file_get_tensor_count(file, NULL), invalid);
     CHECK_STATUS(sft_file_get_tensor_info(NULL, 0, &info), invalid);
     CHECK_STATUS(sft_file_get_tensor_info(file, 0, NULL), invalid);
+    sft_load_plan plan = SFT_LOAD_PLAN_INIT;
+    CHECK_STATUS(sft_file_explain_load(NULL, SFT_LOAD_TARGET_MEMORY, &plan), invalid);
+    CHECK_STATUS(sft_file_explain_load(file, SFT_LOAD_TARGET_DEVICE + 1, &plan), invalid);
+    CHECK_STATUS(sft_file_explain_load(file, SFT_LOAD_TARGET_MEMORY, NULL), invalid);
     CHECK_STATUS(sft_file_get_sorted_index(NULL, 0, &number), invalid);
     CHECK_STATUS(sft_file_get_sorted_index(file, 0, NULL), invalid);
     CHECK_STATUS(sft_file_find_tensor(NULL, "a", 1, &number), invalid);
@@ -148,6 +152,9 @@ void test_arguments(void) {
     CHECK_STATUS(sft_dtype_parse(NULL, &dtype), invalid);
     CHECK_STATUS(sft_dtype_parse("F32", NULL), invalid);
     CHECK_STATUS(sft_get_threads(NULL), invalid);
+    CHECK_STATUS(sft_get_direct(NULL), invalid);
+    CHECK_STATUS(sft_set_direct(SFT_DIRECT_ALWAYS + 1), invalid);
+    CHECK(strstr(sft_last_error_get_message(), "unknown direct 3: give SFT_DIRECT_AUTO") != NULL);
     CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, NULL, 1, &size), invalid);
     CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, NULL, 0, NULL), invalid);
     CHECK_STATUS(sft_dtype_compute_nbytes(SFT_DTYPE_U8, (const uint64_t*)((const char*)&size + 1), 1, &size), invalid);

@@ -201,6 +201,10 @@ static void use_no_handle(void) {
     CHECK_OK(sft_set_threads(3));
     CHECK_OK(sft_get_threads(&threads));
     CHECK(threads == 3);
+    sft_direct direct = 99;
+    CHECK_OK(sft_set_direct(SFT_DIRECT_NEVER));
+    CHECK_OK(sft_get_direct(&direct));
+    CHECK(direct == SFT_DIRECT_NEVER);
     CHECK(strcmp(sft_status_get_name(SFT_ERROR_IO), "SFT_ERROR_IO") == 0 &&
           *sft_status_get_message(SFT_ERROR_IO) != '\0');
     CHECK_OK(sft_dtype_parse("BF16", &dtype));
