@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of the core that use threads under ThreadSanitizer: unit tests, prefetcher and incremental writer.
+# Runs the tests of the core that use threads under ThreadSanitizer: unit tests, prefetcher, prefetch loader and
+# incremental writer.
 #
 # The stable compiler has the runtime of the sanitizer, but enables it only with RUSTC_BOOTSTRAP. The standard library
 # is not instrumented. The sanitizer intercepts libpthread itself, src/sys/mutex.rs announces its locks, and
