@@ -41,6 +41,9 @@ void test_prefault(void) {
             memset(read, 0, LENGTH);
             CHECK_OK(sft_file_read_tensor(file, 0, read, LENGTH));
             CHECK(memcmp(read, bytes, LENGTH) == 0);
+            sft_load_plan plan = SFT_LOAD_PLAN_INIT;
+            CHECK_OK(sft_file_explain_load(file, SFT_LOAD_TARGET_MEMORY, &plan));
+            CHECK(plan.readers > 0 && *plan.filesystem != '\0' && *plan.reason != '\0');
             sft_file_free(file);
         }
     }

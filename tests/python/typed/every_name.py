@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from typing_extensions import assert_type
+from typing_extensions import Literal, assert_type
 
 import safetensors_torch
 
@@ -70,7 +70,8 @@ def use_TensorMeta(file: safetensors_torch.safe_open) -> None:
 def use_TransferOptions(options: safetensors_torch.TransferOptions) -> None:
     assert_type(options.pinned_pool_bytes, int)
     assert_type(options.threads, int)
-    pinned_pool_bytes, threads = options
+    assert_type(options.direct, bool | Literal["auto"])
+    pinned_pool_bytes, threads, _ = options
     assert_type(threads, int)
 
 
