@@ -12,9 +12,10 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
-from typing_extensions import Literal, assert_type
+from typing_extensions import assert_type
 
 import safetensors_torch
 
