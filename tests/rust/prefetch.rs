@@ -350,10 +350,11 @@ fn no_slab_is_written_to_after_a_stop() {
         let mut caller = Caller::new(8, 1 << 20);
         let requests = vec![request(&open(&path, Backend::Mmap), 0)];
         let prefetcher = start(requests, at_most(threads), &caller.starts(), 1 << 20);
-        prefetcher.next_slab(Duration::from_secs(20)).expect("read");
+        let first = prefetcher.next_slab(Duration::from_secs(20)).expect("read");
+        let NextSlab::Filled(slab, _) = first else { panic!("{first:?}") };
         prefetcher.stop();
         caller.slabs.iter_mut().for_each(|slab| slab.fill(0xAA));
-        prefetcher.release_slab(0);
+        prefetcher.release_slab(slab);
         assert_eq!(prefetcher.next_slab(Duration::from_millis(20)).expect("over"), NextSlab::End);
         drop(prefetcher);
         assert!(caller.slabs.iter().flatten().all(|&byte| byte == 0xAA));
