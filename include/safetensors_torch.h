@@ -131,7 +131,7 @@ typedef uint32_t sft_direct;
 
 /** Every setting of direct reads. */
 enum {
-    SFT_DIRECT_AUTO = 0,  /**< if the file is not in the page cache */
+    SFT_DIRECT_AUTO = 0,  /**< if the file is not in the page cache, and its storage is fast */
     SFT_DIRECT_NEVER = 1, /**< never, so that the page cache keeps what was read */
     SFT_DIRECT_ALWAYS = 2 /**< even if the file is in the page cache, which takes several times as long */
 };

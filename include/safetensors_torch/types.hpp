@@ -312,7 +312,7 @@ struct LoadResult {
 
 /// Whether large reads into memory bypass the page cache (O_DIRECT).
 enum class Direct {
-    /// If the file is not in the page cache.
+    /// If the file is not in the page cache, and its storage is fast.
     automatic = 0,
     /// Never: the page cache keeps what was read.
     never = 1,

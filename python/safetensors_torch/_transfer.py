@@ -52,9 +52,9 @@ def set_transfer_options(
             that prefault in the background. 1 means the calling thread only; 0 a number that suits the machine.
             torch.set_num_threads sets the number of torch's own threads, which convert tensors on the CPU (``dtype``).
         direct: whether large reads into memory bypass the page cache (O_DIRECT): loads with ``backend="pread"`` and
-            those to devices. "auto": if the file is not in it. False: never, so that the page cache keeps what was
-            read. True: even if the file is in it, which takes several times as long. If a filesystem refuses direct
-            reads, reads are buffered.
+            those to devices. "auto": if the file is not in it, and its storage is fast (1 GiB/s). False: never, so
+            that the page cache keeps what was read. True: even if the file is in it, which takes several times as
+            long. If a filesystem refuses direct reads, reads are buffered.
 
     Raises:
         TypeError: a number is not an int, or ``direct`` neither a bool nor "auto".

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
@@ -283,8 +284,10 @@ struct Run<'a> {
     most_bytes: usize,
     /// The file for direct reads, and the memory for them.
     direct: Option<(&'a File, BounceBuffer)>,
-    /// Whether cached bytes are read directly too.
+    /// Whether cached bytes, and those of slow storage, are read directly too.
     is_always_direct: bool,
+    /// The number of threads that read.
+    readers: usize,
     start: u64,
     bytes: usize,
     parts: Vec<libc::iovec>,
@@ -298,6 +301,7 @@ impl<'a> Run<'a> {
             most_bytes: strategy.most_bytes,
             direct: direct.map(|file| (file, BounceBuffer::default())),
             is_always_direct: strategy.direct == Direct::Always,
+            readers: strategy.threads,
             start: 0,
             bytes: 0,
             parts: Vec::new(),
@@ -334,8 +338,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Reads all parts past the page cache. Returns false if buffered reads are needed: they are
-    /// cached, the filesystem refuses, or the file ends early.
+    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the parts are cached, the storage is
+    /// slow, the filesystem refuses, or the file ends early.
     ///
     /// # Safety
     ///
@@ -343,16 +347,19 @@ impl<'a> Run<'a> {
     unsafe fn read_direct(&mut self) -> Result<bool> {
         let Some((file, buffer)) = &mut self.direct else { return Ok(false) };
         let range = self.start..self.start + self.bytes as u64;
+        let speed = &self.file.direct_speed;
         // The residency of the file is that of samples.
-        if !self.is_always_direct && is_surely_cached(file, range) {
+        if !self.is_always_direct && (!speed.is_fast(self.readers) || is_surely_cached(file, range)) {
             return Ok(false);
         }
+        let begun = Instant::now();
         let bytes = match buffer.read(file, self.start, self.bytes) {
             Ok(bytes) if bytes.len() == self.bytes => bytes,
             Ok(_) => return Ok(false),
             Err(error) if is_refusal(&error) => return Ok(false),
             Err(source) => return Err(Error::io("read", &self.file.path, source)),
         };
+        speed.count(self.bytes, begun.elapsed());
         let mut done = 0;
         for part in &self.parts {
             // SAFETY: the part is valid for writes of its length (this function's contract). `bytes` has those of all parts.

@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::direct_io;
+use crate::sys::direct_io::{self, DirectSpeed};
 use crate::sys::directory::{Directory, identity, nul_in_path};
 use crate::sys::page_cache::WindowReader;
 
@@ -53,13 +53,14 @@ pub struct Mapping {
     /// Device and inode number. No other file has them while this one is mapped.
     identity: (u64, u64),
     is_owned: bool,
+    direct_speed: Arc<DirectSpeed>,
     /// Whether pages that were copied are unmapped.
     is_transient: bool,
 }
 
 impl Mapping {
     pub(crate) fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
-        let OpenFile { file, path, .. } = file;
+        let OpenFile { file, path, direct_speed, .. } = file;
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
         let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
@@ -74,6 +75,7 @@ impl Mapping {
             path: path.clone(),
             identity: identity(&metadata),
             is_owned: user == 0 || user == metadata.uid(),
+            direct_speed: Arc::clone(direct_speed),
             is_transient: false,
         })
     }
@@ -108,7 +110,7 @@ impl Mapping {
     pub(crate) fn reopen(&self) -> Option<OpenFile> {
         let file = open_to_read(&self.path).ok()?;
         let is_same = file.metadata().is_ok_and(|metadata| identity(&metadata) == self.identity);
-        is_same.then(|| OpenFile::new(file, &self.path))
+        is_same.then(|| OpenFile::with_speed(file, &self.path, &self.direct_speed))
     }
 
     /// Returns the address of the first byte. [`Mapping::len`] bytes are readable and writable there.
@@ -172,13 +174,25 @@ pub(crate) struct OpenFile {
     pub(crate) path: PathBuf,
     /// The same file for direct reads, opened by the first one; `None` if its filesystem has none.
     direct: OnceLock<Option<File>>,
+    /// Shared by all descriptors of the file that one handle opens.
+    pub(crate) direct_speed: Arc<DirectSpeed>,
     /// `None` if the kernel does not read windows.
     windows: OnceLock<Option<WindowReader>>,
 }
 
 impl OpenFile {
     pub(crate) fn new(file: File, path: &Path) -> OpenFile {
-        OpenFile { file, path: path.to_path_buf(), direct: OnceLock::new(), windows: OnceLock::new() }
+        OpenFile::with_speed(file, path, &Arc::default())
+    }
+
+    fn with_speed(file: File, path: &Path, direct_speed: &Arc<DirectSpeed>) -> OpenFile {
+        OpenFile {
+            file,
+            path: path.to_path_buf(),
+            direct: OnceLock::new(),
+            direct_speed: Arc::clone(direct_speed),
+            windows: OnceLock::new(),
+        }
     }
 
     pub(crate) fn direct(&self) -> Option<&File> {
@@ -227,7 +241,8 @@ impl Source {
             Source::Mapped(mapping) if bytes >= REOPEN_BYTES => mapping.reopen(),
             // Without a descriptor for it, the file itself is used.
             Source::File(file) if bytes >= REOPEN_BYTES => {
-                file.file.try_clone().ok().map(|clone| OpenFile::new(clone, &file.path))
+                let clone = file.file.try_clone().ok()?;
+                Some(OpenFile::with_speed(clone, &file.path, &file.direct_speed))
             }
             _ => None,
         }

@@ -19,9 +19,9 @@ pub(crate) const DISK_READERS: usize = 4;
 /// The number of threads that read from a network filesystem, to have as many requests in flight.
 pub(crate) const REMOTE_READERS: usize = 16;
 
-/// The number of threads that read windows through FUSE. Each sends several requests, and the kernel drops what exceeds
-/// three quarters of its limit.
-pub(crate) const WINDOW_READERS: usize = 5;
+/// The number of threads that read windows through FUSE. Each sends several requests. The kernel allows 12 by default, which
+/// five threads use up; filesystems of buckets allow more (64 in mountpoint-s3).
+pub(crate) const WINDOW_READERS: usize = 8;
 
 /// How to read a source: with how many threads, and how much with one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -22,7 +23,7 @@ const BLOCK_BYTES: usize = 4096;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Direct {
-    /// If the file is not in the page cache.
+    /// If the file is not in the page cache, and its storage is fast ([`DirectSpeed`]).
     #[default]
     Auto = 0,
     /// Never: a file that was read stays in the page cache.
@@ -85,6 +86,36 @@ pub(crate) fn reopen(file: &File) -> Option<File> {
     OpenOptions::new().read(true).custom_flags(flags).open(path).ok()
 }
 
+/// The bytes of a file that are read directly before the speed counts.
+const TRIAL_BYTES: u64 = 32 << 20;
+
+/// Storage that gives at least as many bytes in a second is fast.
+const FAST_BYTES: u64 = 1 << 30;
+
+/// How fast direct reads of a file were. The page cache costs slow storage no time, and the next load of the file, or another
+/// process, finds it there. Several processes that read from one disk have slow storage too.
+#[derive(Debug, Default)]
+pub(crate) struct DirectSpeed {
+    bytes: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+impl DirectSpeed {
+    /// Counts a read of `bytes` that took `time`.
+    pub(crate) fn count(&self, bytes: usize, time: Duration) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.nanoseconds.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Returns whether `readers` threads together read fast, or whether that is not known yet.
+    pub(crate) fn is_fast(&self, readers: usize) -> bool {
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        let nanoseconds = u128::from(self.nanoseconds.load(Ordering::Relaxed));
+        bytes < TRIAL_BYTES
+            || u128::from(bytes) * readers as u128 * 1_000_000_000 >= u128::from(FAST_BYTES) * nanoseconds
+    }
+}
+
 /// Memory that a device can write to, from its first multiple of [`BLOCK_BYTES`] on.
 #[derive(Debug, Default)]
 pub(crate) struct BounceBuffer(Vec<u8>);
@@ -139,6 +170,18 @@ mod tests {
         let end = buffer.read(&direct, bytes.len() as u64 - 3, 100).expect("read");
         assert_eq!(end, &bytes[bytes.len() - 3..]);
         assert!(buffer.read(&direct, 9 * BLOCK_BYTES as u64 + 1, 100).expect("read").is_empty());
+    }
+
+    #[test]
+    fn slow_storage_is_recognized_after_a_trial() {
+        let speed = DirectSpeed::default();
+        speed.count(TRIAL_BYTES as usize - 1, Duration::from_secs(100));
+        assert!(speed.is_fast(1), "too few bytes");
+        speed.count(1, Duration::ZERO);
+        assert!(!speed.is_fast(16));
+        let speed = DirectSpeed::default();
+        speed.count(FAST_BYTES as usize, Duration::from_millis(3_999));
+        assert!(speed.is_fast(4) && !speed.is_fast(3));
     }
 
     #[test]
