@@ -19,6 +19,8 @@ import machine
 
 MEMORY = Path("/dev/shm")
 LATENCY_MS, STREAM_MB = 2, 200
+# The requests of the kernel's readahead that the network filesystem takes at once; as in mountpoint-s3.
+MOST_REQUESTS = 64
 _SLOWFS = Path(__file__).resolve().parent.parent / "tests" / "slow" / "slowfs.c"
 
 
@@ -77,7 +79,8 @@ def _mount_network(files: Path, mounted: Path, program: Path, stack: contextlib.
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise Unavailable("there is no /dev/fuse")
     subprocess.run(["cc", "-O2", "-pthread", str(_SLOWFS), "-o", str(program)], check=True)
-    server = subprocess.Popen([str(program), str(files), str(mounted), str(LATENCY_MS), str(STREAM_MB)])
+    settings = map(str, (LATENCY_MS, STREAM_MB, MOST_REQUESTS))
+    server = subprocess.Popen([str(program), str(files), str(mounted), *settings])
     stack.callback(server.wait, timeout=60)
     while not mounted.is_mount():
         if server.poll() is not None:
