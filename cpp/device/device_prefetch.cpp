@@ -56,17 +56,17 @@ class ThreadStream {
     std::optional<c10::StreamGuard> guard_;
 };
 
-// A tensor whose copies are queued.
-struct Landed {
-    at::Tensor tensor;
-    // Completes with the copies; none if they are done.
-    std::shared_ptr<const c10::Event> copied;
-};
-
 }  // namespace
 
 // What the thread and the callers share.
 struct DevicePrefetch::State {
+    // A tensor whose copies are queued.
+    struct Landed {
+        at::Tensor tensor;
+        // Completes with the copies; none if they are done.
+        std::shared_ptr<const c10::Event> copied;
+    };
+
     State(std::vector<PrefetchItem> all, Target to) : items(std::move(all)), target(to) {}
 
     std::vector<PrefetchItem> items;
@@ -181,7 +181,7 @@ class DevicePrefetch::Copies final : public Upload {
         const std::lock_guard<std::mutex> lock(state_.mutex);
         for (const size_t request : whole) {
             // Only the caller owns the tensor from now on.
-            state_.landed[request] = Landed{std::move(destination(request).tensor), event};
+            state_.landed[request] = State::Landed{std::move(destination(request).tensor), event};
             state_.ready.push_back(request);
         }
         state_.has_landed.notify_all();
@@ -212,7 +212,7 @@ DevicePrefetch::DevicePrefetch(std::vector<PrefetchItem> items, const PrefetchOp
         state.is_taken.push_back(false);
         state.landed.emplace_back();
         if (bytes == 0) {
-            state.landed.back() = Landed{empty_on(state.target.device, state.type(i), item.shape), nullptr};
+            state.landed.back() = State::Landed{empty_on(state.target.device, state.type(i), item.shape), nullptr};
             state.ready.push_back(i);
         }
     }
@@ -272,7 +272,7 @@ std::pair<bool, std::optional<Prefetch::Item>> DevicePrefetch::next(Deadline unt
     State& state = *state_;
     (*state.prefetcher)->check_process("prefetch");
     bool is_over = false;
-    std::pair<size_t, Landed> item;
+    std::pair<size_t, State::Landed> item;
     state.wait(until, [&] {
         while (!state.ready.empty()) {
             item.first = state.ready.front();
@@ -295,7 +295,7 @@ std::optional<at::Tensor> DevicePrefetch::take(size_t item, Deadline until) {
     State& state = *state_;
     (*state.prefetcher)->check_process("prefetch");
     (*state.prefetcher)->prioritize(item);
-    auto found = state.wait(until, [&]() -> std::optional<Landed> {
+    auto found = state.wait(until, [&]() -> std::optional<State::Landed> {
         if (state.is_taken[item]) {
             fail(ErrorCategory::safetensor,
                  "tensor " + repr(state.items[item].name()) + ": already delivered; each is handed out once",

@@ -118,7 +118,9 @@ fn reason(
             c"a server answers each request: many requests at once hide the latency"
         }
         (Residency::Unknown, _) => c"the kernel does not tell whether the page cache has the file",
-        _ if is_direct => c"reads past the page cache save a copy; slow storage is read through it after 32 MiB",
+        _ if is_direct => {
+            c"reads past the page cache save a copy; slow storage is read through it after 32 MiB"
+        }
         _ => c"parts of the file are not in the page cache: several reads keep the disk busy",
     }
 }

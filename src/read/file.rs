@@ -236,7 +236,12 @@ impl TensorFile {
         let reopened = self.source.reopen(total_bytes(&ranges));
         let method = self.source.method(ReadFrom::File, reopened.as_ref());
         // SAFETY: `plan_load` made one buffer of the tensor's size for each range, and they live as long as `memory`.
-        unsafe { reader::read(method, ranges, Some(&memory)) }.map_err(|error| self.locate(error))?;
+        unsafe {
+            reader::read(method, ranges, Some(&memory), |error, offset, count| {
+                self.explain_read_at(error, offset, count)
+            })
+        }
+        .map_err(|error| self.locate(error))?;
         Ok(memory)
     }
 
@@ -275,7 +280,12 @@ impl TensorFile {
         let reopened = self.source.reopen(total_bytes(&ranges));
         let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
         // SAFETY: this function's contract covers every destination.
-        unsafe { reader::read(method, ranges, None) }.map_err(|error| self.locate(error))
+        unsafe {
+            reader::read(method, ranges, None, |error, offset, count| {
+                self.explain_read_at(error, offset, count)
+            })
+        }
+        .map_err(|error| self.locate(error))
     }
 
     /// Returns the ranges to read for `requests`, after checking their sizes.
@@ -326,7 +336,8 @@ impl TensorFile {
         let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
         let reader = SliceReader { method, strategy: None, slice, base: self.byte_range(&tensor).start };
         // SAFETY: this function's contract covers `length` bytes, the slice's size (checked).
-        unsafe { reader.read(0..slice.nbytes(), destination) }.map_err(|error| self.locate(error))
+        unsafe { reader.read(0..slice.nbytes(), destination) }
+            .map_err(|error| self.explain_read(error, index, 1))
     }
 
     pub(crate) fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {
@@ -342,6 +353,18 @@ impl TensorFile {
             count => format!("the bytes were for tensor {name:?} and {} after it", count - 1),
         };
         self.locate(error.with_remedy(&what))
+    }
+
+    /// As [`TensorFile::explain_read`], for the tensor that contains the byte at `offset` of the file.
+    pub(crate) fn explain_read_at(&self, error: Error, offset: u64, count: usize) -> Error {
+        let position = offset.saturating_sub(self.header.data_start());
+        let is_before = |index: usize| self.header.get(index).is_some_and(|tensor| tensor.end <= position);
+        let (mut first, mut end) = (0, self.header.len());
+        while first < end {
+            let middle = first.midpoint(end);
+            if is_before(middle) { first = middle + 1 } else { end = middle }
+        }
+        self.explain_read(error, first, count)
     }
 
     /// Adds the path of the file to an error.

@@ -138,7 +138,10 @@ impl JointRead {
             // contract of `read` lasts until this is dropped. Each chunk is read once; `check` has accepted the ranges.
             let read =
                 unsafe { part.read.read_left(methods[index], part.memory.as_ref(), ends[index] - chunk) };
-            read.map_err(|error| part.file.locate(error))
+            read.map_err(|error| {
+                let (offset, count) = part.read.chunk_left(ends[index] - chunk);
+                part.file.explain_read_at(error, offset, count)
+            })
         })?;
         for (part, end) in self.0[window].iter_mut().zip(ends) {
             let left = end.saturating_sub(first_not_started);
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_names_the_file_that_became_shorter() {
+    fn the_error_names_the_file_that_became_shorter_and_the_tensor() {
         let directory = tempfile::tempdir().expect("a directory");
         let mut read = joint(&files(directory.path(), &sizes(), Backend::Pread));
         let shortened = directory.path().join("70");
@@ -234,5 +237,6 @@ mod tests {
         file.set_len(file.metadata().expect("metadata").len() - 1).expect("shortened");
         let error = read.advance(None).expect_err("a file is too short");
         assert!(error.to_string().contains(shortened.to_str().expect("text")), "{error}");
+        assert!(error.to_string().contains("the bytes were for tensor \"t\""), "{error}");
     }
 }

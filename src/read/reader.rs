@@ -46,7 +46,8 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
 }
 
-/// Reads `ranges`, on as many threads as are worth it. With `fresh`, range number `i` goes to its buffer number `i`.
+/// Reads `ranges`, on as many threads as are worth it. With `fresh`, range number `i` goes to its buffer number `i`. `explain`
+/// gets the error of a chunk, the offset of its first byte, and how many ranges it has bytes of.
 ///
 /// # Errors
 ///
@@ -61,12 +62,17 @@ pub(crate) unsafe fn read(
     method: ReadMethod<'_>,
     ranges: Vec<ReadRange>,
     fresh: Option<&Buffers>,
+    explain: impl Fn(Error, u64, usize) -> Error + Sync,
 ) -> Result<()> {
     let read = PendingRead::new(method, ranges)?;
     read.check(method)?;
     parallel::for_each(read.chunks_left(), read.threads(), |chunk| {
+        let left = read.chunks_left() - chunk;
         // SAFETY: this function has the contract of `read_left`, and each chunk is read once.
-        unsafe { read.read_left(method, fresh, read.chunks_left() - chunk) }
+        unsafe { read.read_left(method, fresh, left) }.map_err(|error| {
+            let (offset, count) = read.chunk_left(left);
+            explain(error, offset, count)
+        })
     })
 }
 
@@ -134,6 +140,14 @@ impl PendingRead {
     /// Checks that the ranges are inside the source.
     pub(crate) fn check(&self, method: ReadMethod<'_>) -> Result<()> {
         check_within(method, &self.ranges)
+    }
+
+    /// Returns the offset of the first byte of the chunk that has `left` chunks from its start on, and how many ranges it has
+    /// bytes of.
+    pub(crate) fn chunk_left(&self, left: usize) -> (u64, usize) {
+        let mut parts = self.chunks.parts(self.chunks.len() - left);
+        let first = parts.next().map(|(index, part)| self.ranges[index].offset + part.start as u64);
+        (first.unwrap_or(0), 1 + parts.count())
     }
 
     /// Reads the chunk that has `left` chunks from its start on, on this thread. `method` must be one of the source that the

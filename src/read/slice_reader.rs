@@ -96,7 +96,8 @@ impl SliceReader<'_> {
         unsafe {
             match self.strategy {
                 Some(strategy) => reader::read_here(self.method, &ranges, strategy),
-                None => reader::read(self.method, ranges, None),
+                // The caller explains errors: it knows the tensor.
+                None => reader::read(self.method, ranges, None, |error, _, _| error),
             }
         }
     }

@@ -176,8 +176,9 @@ def test_slabs_of_a_failed_save_are_not_reused_while_they_are_written_to(tmp_pat
     accelerator.fail_copy_after(10)
     with pytest.raises(RuntimeError, match="injected"):
         save(moved)
-    # Nine copies to the slab wait for the current stream. A load on another stream tries to read into it.
-    stream = torch.Stream(device=device())
+    # Nine copies to the slab wait for the current stream. A load on another stream tries to read into it. The pool of
+    # streams may return that of the copies, which is not idle.
+    stream = next(one for one in (torch.Stream(device=device()) for _ in range(100)) if one.query())
     accelerator.hold_stream(stream)
     found: list[dict] = []
 
