@@ -84,7 +84,7 @@ mod ffi {
     enum PrefetchState {
         Ready,
         NotReady,
-        /// All tensors were handed out.
+        /// All tensors were handed out, or the one that was asked for.
         End,
     }
 

@@ -297,9 +297,7 @@ std::optional<at::Tensor> DevicePrefetch::take(size_t item, Deadline until) {
     (*state.prefetcher)->prioritize(item);
     auto found = state.wait(until, [&]() -> std::optional<State::Landed> {
         if (state.is_taken[item]) {
-            fail(ErrorCategory::safetensor,
-                 "tensor " + repr(state.items[item].name()) + ": already delivered; each is handed out once",
-                 SFT_ERROR_INVALID_ARGUMENT);
+            throw AlreadyDelivered();
         }
         return state.landed[item] ? std::optional(state.remove(item)) : std::nullopt;
     });

@@ -83,6 +83,8 @@ bool Download::advance(Deadline until) {
         if (is_all_written() && place_ == tensors_.size()) {
             sink_->finish();
             finished_ = true;
+            // The other files of a checkpoint need the slabs and the streams.
+            sources_.clear();
             return true;
         }
         if (is_all_written() || (!write_some(until) && !grow_where_waiting())) {

@@ -205,7 +205,8 @@ bool StateLoader::advance(Deadline until) {
     for (size_t i = 0; i < matches_.size(); ++i) {
         memory_[i].check(matches_[i].name, matches_[i].destination);
     }
-    if (!(*reading_)->advance(until.milliseconds_left())) {
+    // A checkpoint may have no files.
+    if (reading_ && !(*reading_)->advance(until.milliseconds_left())) {
         return false;
     }
     for (; next_group_ < groups_.size(); ++next_group_) {

@@ -35,6 +35,9 @@ class HostPrefetch final : public Prefetch {
 
     std::optional<at::Tensor> take(size_t item, Deadline until) override {
         const core::PrefetchedTensor taken = loader_->take(item, until.milliseconds_left());
+        if (taken.state == core::PrefetchState::End) {
+            throw AlreadyDelivered();
+        }
         return taken.state == core::PrefetchState::Ready ? std::optional(tensor(taken)) : std::nullopt;
     }
 
@@ -93,7 +96,9 @@ class MetaPrefetch final : public Prefetch {
     }
 
     std::optional<at::Tensor> take(size_t item, Deadline) override {
-        is_taken_[item] = true;
+        if (is_taken_[item].exchange(true)) {
+            throw AlreadyDelivered();
+        }
         return tensor(item);
     }
 
@@ -142,16 +147,10 @@ PrefetchLoader::PrefetchLoader(std::vector<PrefetchItem> items, PrefetchOptions 
     : names_(names_of(items)),
       bytes_(sizes_of(items)),
       total_(std::accumulate(bytes_.begin(), bytes_.end(), uint64_t{0})),
-      is_delivered_(items.size()),
       prefetch_(make_prefetch(std::move(items), options)) {
     for (size_t item = 0; item < names_.size(); ++item) {
         numbers_.emplace(names_[item], item);
     }
-}
-
-void PrefetchLoader::deliver(size_t item) {
-    is_delivered_[item] = true;
-    done_ += bytes_[item];
 }
 
 // Calls body(prefetch). After a failure nothing more is read, and what was read is freed.
@@ -163,6 +162,8 @@ auto PrefetchLoader::with_prefetch(Body&& body) -> decltype(body(std::declval<Pr
             fail(ErrorCategory::safetensor, "PrefetchLoader is closed; start another one", SFT_ERROR_CLOSED);
         }
         return std::forward<Body>(body)(*prefetch);
+    } catch (const AlreadyDelivered&) {
+        throw;
     } catch (...) {
         close();
         throw;
@@ -174,7 +175,7 @@ std::tuple<bool, std::optional<std::tuple<std::string, at::Tensor>>> PrefetchLoa
     if (!item) {
         return {is_left, std::nullopt};
     }
-    deliver(item->first);
+    done_ += bytes_[item->first];
     return {is_left, std::tuple(names_[item->first], std::move(item->second))};
 }
 
@@ -185,15 +186,16 @@ std::optional<at::Tensor> PrefetchLoader::take(const std::string& name, Deadline
              SFT_ERROR_TENSOR_NOT_FOUND);
     }
     const size_t item = found->second;
-    if (prefetch_.is_open() && is_delivered_[item]) {
+    try {
+        auto tensor = with_prefetch([&](Prefetch& prefetch) { return prefetch.take(item, until); });
+        if (tensor) {
+            done_ += bytes_[item];
+        }
+        return tensor;
+    } catch (const AlreadyDelivered&) {
         fail(ErrorCategory::safetensor, "tensor " + repr(name) + ": already delivered; each is handed out once",
              SFT_ERROR_INVALID_ARGUMENT);
     }
-    const auto tensor = with_prefetch([&](Prefetch& prefetch) { return prefetch.take(item, until); });
-    if (tensor) {
-        deliver(item);
-    }
-    return tensor;
 }
 
 namespace {

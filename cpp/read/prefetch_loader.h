@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -35,6 +36,9 @@ struct PrefetchItem {
     size_t nbytes() const { return c10::multiply_integers(shape) * c10::elementSize(stored); }
 };
 
+// Thrown if a tensor was handed out before.
+struct AlreadyDelivered : std::exception {};
+
 // The tensors of a list of items, read in the background to a device. All methods are thread-safe.
 class Prefetch {
   public:
@@ -47,7 +51,7 @@ class Prefetch {
     // of the caller's stream sees the tensor.
     virtual std::pair<bool, std::optional<Item>> next(Deadline until) = 0;
 
-    // Returns the tensor of an item; none before the deadline has passed.
+    // Returns the tensor of an item; none before the deadline has passed. Throws AlreadyDelivered.
     virtual std::optional<at::Tensor> take(size_t item, Deadline until) = 0;
 };
 
@@ -84,15 +88,12 @@ class PrefetchLoader : public torch::CustomClassHolder {
     template <typename Body>
     auto with_prefetch(Body&& body) -> decltype(body(std::declval<Prefetch&>()));
 
-    void deliver(size_t item);
-
     std::vector<std::string> names_;
     std::vector<uint64_t> bytes_;
     uint64_t total_;
     std::atomic<uint64_t> done_{0};
     // For each name, its first item.
     std::unordered_map<std::string, size_t> numbers_;
-    std::vector<std::atomic<bool>> is_delivered_;
     Closable<Prefetch> prefetch_;
 };
 

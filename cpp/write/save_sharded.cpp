@@ -3,6 +3,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -155,26 +156,29 @@ void PendingShardedSave::write_together(size_t end, Deadline until) {
     }
     std::atomic<size_t> following{next_};
     std::mutex mutex;
-    std::exception_ptr failure;
+    std::optional<CarriedError> failure;
     const auto run = [&]() noexcept {
         try {
-            for (size_t i = following++; i < end; i = following++) {
-                if (!is_complete(i) && !shards_[i]->advance(until)) {
-                    return;
+            guarded([&] {
+                for (size_t i = following++; i < end; i = following++) {
+                    if ((!is_complete(i) && !shards_[i]->advance(until)) || until.passed()) {
+                        return;
+                    }
                 }
-                if (until.passed()) {
-                    return;
-                }
-            }
-        } catch (...) {
+            });
+        } catch (const std::exception&) {
             following = end;
             const std::lock_guard<std::mutex> lock(mutex);
-            failure = failure ? failure : std::current_exception();
+            if (!failure) {
+                failure = CarriedError::current();
+            }
         }
     };
+    const size_t count = core::thread_count(left, files);
     std::vector<std::thread> others;
+    others.reserve(count);
     try {
-        for (size_t count = core::thread_count(left, files); others.size() + 1 < count;) {
+        while (others.size() + 1 < count) {
             others.emplace_back(run);
         }
     } catch (const std::system_error&) {
@@ -185,7 +189,7 @@ void PendingShardedSave::write_together(size_t end, Deadline until) {
         other.join();
     }
     if (failure) {
-        std::rethrow_exception(failure);
+        failure->rethrow();
     }
 }
 

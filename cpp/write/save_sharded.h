@@ -23,6 +23,9 @@ class PendingShardedSave : public torch::CustomClassHolder {
     // Checks everything, and settles which file each tensor is written to, and where; does not open `directory`.
     PendingShardedSave(NamedTensors tensors, std::optional<Metadata> metadata, std::string directory,
                        const std::string& stem, int64_t max_shard_size, const SaveRules& rules, bool durable);
+    ~PendingShardedSave() override { cancel(); }
+    PendingShardedSave(const PendingShardedSave&) = delete;
+    PendingShardedSave& operator=(const PendingShardedSave&) = delete;
 
     // Writes until all files are in place or the deadline has passed; returns whether they are. Files whose bytes are
     // in host memory are written several at once.

@@ -72,15 +72,20 @@ def iterate(
     chosen = _select(opened, names, title)
     with NamedFile(title):
         native = start(opened, chosen, [[]] * len(opened), target, to_dtype, most_bytes, _MOST_THREADS)
-    return _iterate(native, progress)
+    tensors = _iterate(native, progress)
+    # A generator that has started closes the loader when it is dropped.
+    next(tensors)
+    return tensors
 
 
-def _iterate(native: Any, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
-    with ProgressBar("load", progress is True) as bar:
-        try:
+def _iterate(native: Any, progress: Progress) -> Iterator[Any]:
+    """Yields None, then names and tensors."""
+    try:
+        yield None
+        with ProgressBar("load", progress is True) as bar:
             yield from landed(native, bar if progress is True else progress or None)
-        finally:
-            call(native.close)
+    finally:
+        call(native.close)
 
 
 def _select(opened: list[Any], names: Names, title: str) -> list[list[str] | None]:

@@ -62,6 +62,8 @@ _depth = 0
 _reference: dict[str, Any] = {}
 # The namespaces of modules in which a name was replaced. sys.modules may lose some of them before the restore.
 _namespaces: list[dict[str, Any]] = []
+# The namespace of the package that names were added to.
+_added_to: list[dict[str, Any]] = []
 
 
 # In the reference's errors about arguments of a save, which have no remedy after a semicolon.
@@ -69,7 +71,7 @@ _SAVE_ERROR = "xpected [^;]*torch.Tensor]? but received "
 
 
 @contextmanager
-def _with_reference_wording() -> Iterator[None]:
+def _with_reference_wording(is_load: bool = True) -> Iterator[None]:
     """Makes errors about a header begin as the reference's do, and those about arguments of a save equal to its."""
     try:
         yield
@@ -79,7 +81,7 @@ def _with_reference_wording() -> Iterator[None]:
         raise
     except SafetensorError as error:
         phrase = _PHRASES.get(error._code)
-        if phrase is not None:
+        if is_load and phrase is not None:
             error.args = (f"Error while deserializing header: {phrase}: {error}",)
         raise
 
@@ -96,7 +98,7 @@ def _replacement(ours: Callable[..., Any]) -> Callable[..., Any]:
     @dynamo_disable
     @functools.wraps(ours)
     def function(*args: Any, **kwargs: Any) -> Any:
-        with _with_reference_wording():
+        with _with_reference_wording(is_load=name.startswith("load")):
             return getattr(_package, name)(*args, **kwargs)
 
     function.__module__ = "safetensors.torch"
@@ -110,6 +112,11 @@ class _ReplacementType(type):
         if cls is not _replacements.get(cls.__name__):  # a derived class
             return super().__instancecheck__(instance)
         return isinstance(instance, (cls.__base__, _reference.get(cls.__name__, cls.__base__)))
+
+    def __subclasscheck__(cls, subclass: Any) -> bool:
+        if cls is not _replacements.get(cls.__name__):
+            return super().__subclasscheck__(subclass)
+        return issubclass(subclass, (cls.__base__, _reference.get(cls.__name__, cls.__base__)))
 
 
 class _SafeOpen(safe_open, metaclass=_ReplacementType):
@@ -128,6 +135,11 @@ class _SafeOpen(safe_open, metaclass=_ReplacementType):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _with_reference_wording():
             super().__init__(*args, **kwargs)
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> PrefetchLoader:
+        loader = super().prefetch(*args, **kwargs)
+        loader._is_for_every_stream = True  # as the reference promises
+        return loader
 
     def _missing(self, name: str) -> SafetensorError:
         return SafetensorError(f"File does not contain tensor {truncate(name)}")  # programs may compare the text
@@ -241,7 +253,7 @@ def _apply() -> None:
     for name, replacement in _replacements.items():
         module = package if isinstance(replacement, type) else functions
         current = getattr(module, name, None)
-        if current is None:
+        if current is None or (current is replacement and name not in _reference):
             _reference.pop(name, None)
             continue
         if current is not replacement:  # a program may have assigned ours again
@@ -253,15 +265,17 @@ def _apply() -> None:
     SafetensorError.__bases__ = (*_ERROR_BASES, package.SafetensorError)
     for name in _replacements.keys() - _reference.keys():
         setattr(package, name, _replacements[name])
+    _added_to.append(vars(package))
     _namespaces[:] = _replace(_loaded_namespaces(), {id(current): replacement for current, replacement in found})
 
 
 def _restore() -> None:
     by_id = {id(new): _reference[name] for name, new in _replacements.items() if name in _reference}
     _replace([*_namespaces, *_loaded_namespaces()], by_id)
-    package = vars(sys.modules[_PATCHED_MODULES[0]])
     for name in _replacements.keys() - _reference.keys():
-        package.pop(name, None)
+        for namespace in _added_to:
+            namespace.pop(name, None)
+    _added_to.clear()
     _namespaces.clear()
     SafetensorError.__bases__ = _ERROR_BASES
 

@@ -44,7 +44,8 @@ class PrefetchLoader:
     that it was made from may be closed before.
     """
 
-    _view: memoryview | None = None
+    # Whether the program may use tensors of a device on any stream: then the host waits for their copies.
+    _is_for_every_stream = False
 
     def __init__(
         self, native: Any, title: str, indices: dict[str, tuple[Any, ...]], view: memoryview | None = None
@@ -58,9 +59,11 @@ class PrefetchLoader:
         self._view = view
 
     def __del__(self) -> None:
-        # The garbage collector may release the view before the native loader, whose threads read from it.
-        if self._view is not None:
-            self.close()
+        # Closes without the GIL, which the threads of a device may need, and before the garbage collector releases the
+        # view that threads read from.
+        native = getattr(self, "_native", None)
+        if native is not None:
+            call(native.close)
 
     def names(self) -> list[str]:
         """Returns the names of the tensors, in the order of their data in the file."""
@@ -97,6 +100,8 @@ class PrefetchLoader:
             yield item[0], self._part(*item)
 
     def _part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self._is_for_every_stream and tensor.device.type not in ("cpu", "meta"):
+            torch.accelerator.current_stream(tensor.device).synchronize()
         index = self._indices.get(name)
         return tensor if index is None else tensor[index]
 

@@ -80,7 +80,11 @@ impl PrefetchLoader {
     }
 
     pub fn take(&self, request: usize, milliseconds: u64) -> Result<PrefetchedTensor> {
-        let taken = self.0.take(request, Duration::from_millis(milliseconds))?;
+        let taken = match self.0.take(request, Duration::from_millis(milliseconds)) {
+            // Another thread took it during the wait. That does not end the loader.
+            Err(_) if self.0.is_taken(request) => return Ok(not_ready(PrefetchState::End)),
+            taken => taken?,
+        };
         Ok(taken.map_or_else(|| not_ready(PrefetchState::NotReady), ready))
     }
 }

@@ -237,6 +237,13 @@ impl PrefetchLoader {
         taken.transpose()
     }
 
+    /// Returns whether request number `request` was handed out.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only C++ shares a loader among threads"))]
+    pub(crate) fn is_taken(&self, request: usize) -> bool {
+        self.workers.check("prefetch").is_ok()
+            && matches!(self.shared.state.lock().phases.get(request), Some(Phase::Taken))
+    }
+
     /// Calls `poll` until it returns a result or `wait` has passed. Without threads, reads in between, at least one chunk.
     fn wait<T>(&self, wait: Duration, mut poll: impl FnMut(&mut State) -> Option<T>) -> Result<Option<T>> {
         self.workers.check("prefetch")?;

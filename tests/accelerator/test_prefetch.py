@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 import accelerator
@@ -277,6 +278,27 @@ def test_a_tensor_may_be_freed_before_its_copies_are_done(large: Path, state: di
         new = [torch.full((COUNT,), 9.0, device=device()) for _ in range(3)]
     accelerator.synchronize()
     assert all(torch.equal(tensor.cpu(), torch.full((COUNT,), 9.0)) for tensor in new)
+
+
+def test_a_patched_program_may_use_any_stream(large: Path, state: dict, warm_pool: None) -> None:
+    seen: list[torch.Tensor] = []
+
+    def take() -> None:
+        tensor = loader.take("t03")
+        stream = torch.Stream(device=device())
+        with on_stream(stream):
+            seen.append(tensor.clone())
+        stream.synchronize()
+
+    with safetensors_torch.patch_safetensors(), safetensors.safe_open(large, "pt", device=str(device())) as file:
+        loader = file.prefetch({"t03": None})
+        with held_pool():
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive(), "the tensor was not copied yet"
+        thread.join()
+    assert_equal({"t03": seen[0]}, {"t03": state["t03"]})
 
 
 # --- what ends it early

@@ -315,3 +315,11 @@ def test_saved_models_load(make: Callable, tmp_path: Path, backend: str, referen
     assert reference.load_model(theirs, tmp_path / "a") == (set(), [])
     assert difference(snapshot(model), snapshot(source)) is None
     assert difference(snapshot(model), snapshot(theirs)) is None
+
+
+def test_a_checkpoint_without_files(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    assert load_model(torch.nn.Identity(), index) == (set(), [])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_model(torch.nn.Linear(2, 2), index)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from proc import ctrl_c_interrupts, eventually
-from safetensors_torch import iterate, load_file, load_sharded, safe_open, save_file, save_sharded
+from safetensors_torch import SafetensorError, iterate, load_file, load_sharded, safe_open, save_file, save_sharded
 
 SOURCE = Path(__file__).resolve().parent.parent / "slow" / "slowfs.c"
 MIB = 2**20
@@ -176,6 +176,29 @@ def test_a_row_is_not_read_ahead(slow: tuple[Path, Requests]) -> None:
             _use(file.get_slice(f"t{i}")[700], i)
             _use(file.get_slice(f"t{i}")[::512], i)
     assert requests()[2] < 6 * MIB
+
+
+def test_two_threads_that_want_one_tensor(slow: tuple[Path, Requests]) -> None:
+    path, _ = slow
+    with safe_open(path) as file:
+        loader = file.prefetch()
+    taken: list[object] = []
+
+    def take() -> None:
+        try:
+            taken.append(loader.take("t5"))
+        except SafetensorError as error:
+            taken.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = [one for one in taken if isinstance(one, str)]
+    assert "already delivered" in error
+    assert {name for name, _ in loader} == {f"t{i}" for i in range(5)}
+    loader.close()
 
 
 @pytest.mark.parametrize("wait", ["take", "next", "iterate"])
