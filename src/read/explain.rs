@@ -110,6 +110,7 @@ fn reason(
         _ if strategy.most_bytes == usize::MAX && strategy.residency != Residency::Cached => {
             c"the file is small"
         }
+        _ if is_direct && strategy.direct == Direct::Always => c"the setting of direct reads asks for it",
         (Residency::Cached, _) if !is_direct => c"the page cache has the file",
         (_, Scope::Fuse) if target == LoadTarget::Mapping => {
             c"a process answers each request: windows of 2 MiB make the requests large"

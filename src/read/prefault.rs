@@ -184,7 +184,9 @@ fn populate(
     let (from, to) = (bytes.start as u64, bytes.end as u64);
     if let Some(opened) = file {
         let file = &opened.file;
-        let windows = (strategy.scope == Scope::Fuse && from.is_multiple_of(WINDOW_BYTES))
+        // The last window of a file is shorter.
+        let is_whole = to - from >= WINDOW_BYTES || bytes.end == mapping.len();
+        let windows = (strategy.scope == Scope::Fuse && from.is_multiple_of(WINDOW_BYTES) && is_whole)
             .then(|| opened.windows())
             .flatten();
         match strategy.residency {

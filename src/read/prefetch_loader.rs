@@ -249,7 +249,7 @@ impl PrefetchLoader {
         self.workers.check("prefetch")?;
         let deadline = Instant::now() + wait;
         let shared = &*self.shared;
-        let mut has_read = false;
+        let (mut has_read, mut has_polled_again) = (false, false);
         let mut state = shared.state.lock();
         loop {
             if let Some(failure) = state.failure.take() {
@@ -272,11 +272,16 @@ impl PrefetchLoader {
             if let Some(chunk) = chunk {
                 state = shared.read_chunk(state, &chunk);
                 has_read = true;
+            } else if self.workers.is_empty() && !has_polled_again {
+                // `next_chunk` may have started a batch without bytes, which has landed, or may have failed.
+                has_polled_again = true;
+                continue;
             } else if left.is_zero() {
                 return Ok(None);
             } else {
                 state.wait_for(&shared.landed, left);
             }
+            has_polled_again = false;
         }
     }
 }

@@ -139,7 +139,8 @@ pub(super) struct ReadPart {
 #[derive(Default)]
 struct ReadBatch {
     ranges: Vec<ReadRange>,
-    bytes: usize,
+    /// How many more bytes fit.
+    room: usize,
     /// The first request with bytes in them.
     first: usize,
 }
@@ -149,7 +150,7 @@ impl ReadBatch {
         if self.ranges.is_empty() {
             self.first = request;
         }
-        self.bytes += range.length;
+        self.room -= range.length;
         self.ranges.push(range);
     }
 }
@@ -217,7 +218,8 @@ impl Plan {
         }
         let reopened = file.source().reopen(*bytes);
         let method = file.source().method(self.options.read_from, reopened.as_ref());
-        let strategy = strategy_of(method, *bytes, || extent.clone(), self.piece_bytes, self.limit)?;
+        let mut strategy = strategy_of(method, *bytes, || extent.clone(), self.piece_bytes, self.limit)?;
+        strategy.threads = strategy.threads.min(self.options.threads.unwrap_or(MOST_THREADS)).max(1);
         Ok(Arc::clone(reading.source.insert(Arc::new(OpenSource { reopened, strategy }))))
     }
 
@@ -264,8 +266,12 @@ impl Plan {
                 if self.ended.load(Ordering::Relaxed) {
                     return Ok(());
                 }
-                let next = (length - done).min(READ_BYTES - batch.bytes);
                 let (from, destination) = ((offset + done) as u64, destination.wrapping_add(done));
+                if batch.ranges.is_empty() {
+                    // Reads end where blocks of the file do.
+                    batch.room = READ_BYTES - ((begin + from) % READ_BYTES as u64) as usize;
+                }
+                let next = (length - done).min(if slice.is_some() { READ_BYTES } else { batch.room });
                 done += next;
                 if let Some(slice) = slice {
                     let reader = SliceReader { method, strategy: Some(source.strategy), slice, base: *begin };
@@ -275,7 +281,7 @@ impl Plan {
                     continue;
                 }
                 batch.add(request, ReadRange { offset: begin + from, destination, length: next });
-                if batch.bytes == READ_BYTES {
+                if batch.room == 0 {
                     // SAFETY: as above.
                     unsafe { self.read_batch(std::mem::take(&mut batch), method, source.strategy) }?;
                 }
@@ -376,7 +382,7 @@ impl Budget {
 
     /// Counts a started request of `cost` bytes, which is handed out.
     pub(super) fn hand_out(&mut self, cost: usize) {
-        self.untaken -= 1;
+        self.untaken = self.untaken.saturating_sub(1);
         self.held = self.held.saturating_sub(self.last);
         self.last = cost;
     }

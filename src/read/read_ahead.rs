@@ -138,10 +138,12 @@ impl ReadAhead {
         self.previous.store(current.pack(), Ordering::Relaxed);
         let mut between = (previous.index as usize + 1..index).take(AHEAD_TENSORS);
         let follows = (previous.index as usize) < index
+            && index - previous.index as usize <= AHEAD_TENSORS
             && between.all(|index| range_of(index).is_some_and(|it| is_small(&it)));
         if !follows || (current.begin, current.end) != (previous.begin, previous.end) {
-            self.requested.store(part.end, Ordering::Relaxed);
-            return vec![part];
+            let is_cached = mapping.is_residency_known() && looks_resident(mapping, &part);
+            self.requested.store(if is_cached { 0 } else { part.end }, Ordering::Relaxed);
+            return if is_cached { Vec::new() } else { vec![part] };
         }
         let requested = self.requested.load(Ordering::Relaxed);
         let limit = (part.end + AHEAD_BYTES) / WINDOW_BYTES * WINDOW_BYTES;

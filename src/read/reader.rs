@@ -391,6 +391,9 @@ impl<'a> Run<'a> {
     ///
     /// Every part must be valid for writes of its length.
     unsafe fn read(&mut self) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: this function has the contract of `read_direct`.
         if unsafe { self.read_direct() }? {
             return Ok(());

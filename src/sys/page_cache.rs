@@ -71,8 +71,11 @@ pub fn is_cached(file: &File, range: Range<u64>) -> bool {
 /// Returns whether all of `range` is cached; false if that is unknown, and for stacked filesystems. Maps nothing, so it does
 /// not wait for page faults of other threads.
 pub fn is_surely_cached(file: &File, range: Range<u64>) -> bool {
-    let pages = (range.end - range.start).div_ceil(page_size() as u64);
-    cachestat(file, &range).is_some_and(|cached| cached >= pages)
+    let page = page_size() as u64;
+    // The kernel takes a length of 0 for the rest of the file.
+    range.is_empty()
+        || cachestat(file, &range)
+            .is_some_and(|cached| cached >= range.end.div_ceil(page) - range.start / page)
 }
 
 /// Returns how many bytes of `range` are cached, in whole pages; `None` if that is unknown.
@@ -142,7 +145,10 @@ impl WindowReader {
 
     /// Reads the window that begins at `offset`, and waits for it. `EFAULT` if it cannot be read.
     pub fn read(&self, offset: u64) -> io::Result<()> {
-        let (start, length) = (offset as usize, (self.0.len() - offset as usize).min(WINDOW_BYTES as usize));
+        // The file may have become shorter since it was opened.
+        let left = self.0.len().checked_sub(offset as usize).filter(|&left| left > 0);
+        let left = left.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let (start, length) = (offset as usize, left.min(WINDOW_BYTES as usize));
         let read = self.0.advise_range(Advice::PopulateRead, start, length);
         // The pages stay in the page cache, and no longer count as memory of this process.
         // SAFETY: nobody reads through this mapping, whose pages are those of the file.
