@@ -168,7 +168,7 @@ class Measurement:
 
     @contextlib.contextmanager
     def _guard(self, subject: Subject):
-        """Records a failure, or what is missing, and drops its subject."""
+        """Records why a subject cannot run, and drops it."""
         try:
             yield
         except WorkerMissing as missing:

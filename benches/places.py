@@ -34,7 +34,7 @@ class Place:
 
     files: Path  # where files are written to
     sources: Path  # where the timed runs read them
-    requests: Path | None = None  # counts what was read, if the filesystem does
+    requests: Path | None = None  # counts the bytes that were read, if the filesystem does
 
     def served_bytes(self) -> int | None:
         """Returns how many bytes the filesystem has read so far, if it counts them."""
@@ -71,7 +71,7 @@ def _mount_loop(image: Path, mounted: Path, nbytes: int, stack: contextlib.ExitS
         raise Unavailable("mkfs.ext4 is not installed")
     subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True)
     if subprocess.run(["mount", "-o", "loop", str(image), str(mounted)]).returncode != 0:
-        raise Unavailable("there is no loop device")
+        raise Unavailable("a loop device cannot be mounted")
     stack.callback(subprocess.run, ["umount", str(mounted)], check=True)
 
 

@@ -110,7 +110,7 @@ Upload::Upload(SharedPrefetcher prefetcher, std::vector<Destination> destination
 // The slabs return to their pool.
 Upload::~Upload() { (*prefetcher_)->stop(); }
 
-// Gives the prefetcher the slabs that it does not have.
+// Adds the missing slabs to the prefetcher.
 void Upload::add_slabs() {
     for (; slabs_ < copy_stream_.size(); ++slabs_) {
         (*prefetcher_)->add_slab({copy_stream_.data(slabs_)});

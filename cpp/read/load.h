@@ -103,7 +103,7 @@ at::Tensor allocate(c10::Device device, c10::ScalarType type, c10::IntArrayRef s
 at::Tensor over_block(uint8_t* data, const core::Block* block, size_t nbytes, c10::ScalarType type,
                       c10::IntArrayRef shape);
 
-// What is read for a part of a tensor, and its dtype and shape in torch.
+// The ranges to read for a part of a tensor, and its dtype and shape in torch.
 struct SlicePlan {
     std::vector<core::Range> ranges;
     c10::ScalarType type;

@@ -153,7 +153,7 @@ PrefetchLoader::PrefetchLoader(std::vector<PrefetchItem> items, PrefetchOptions 
     }
 }
 
-// Calls body(prefetch). After a failure nothing more is read, and what was read is freed.
+// Calls body(prefetch). A failure ends the reading and frees the tensors that were not handed out.
 template <typename Body>
 auto PrefetchLoader::with_prefetch(Body&& body) -> decltype(body(std::declval<Prefetch&>())) {
     try {

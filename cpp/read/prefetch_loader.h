@@ -106,7 +106,7 @@ class PrefetchPlan : public torch::CustomClassHolder {
     void add(const Checkpoint& checkpoint, core::ReadFrom read_from,
              const std::optional<std::vector<std::string>>& names, const std::vector<std::vector<int64_t>>& slices);
 
-    // Starts to read. `buffer_bytes` limits what is read ahead.
+    // Starts to read. `buffer_bytes` limits the bytes that are read ahead.
     c10::intrusive_ptr<PrefetchLoader> start(Target target, std::optional<int64_t> buffer_bytes,
                                              int64_t most_threads) const;
 

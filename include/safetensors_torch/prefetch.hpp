@@ -126,7 +126,7 @@ class PrefetchLoader {
     }
 
     detail::Object object_;
-    // The indices to apply to what was read.
+    // The indices to apply to the tensors that were read.
     std::map<std::string, detail::Index> rest_;
 };
 
