@@ -7,13 +7,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::direct_io::{self, DirectSpeed};
 use crate::sys::directory::{Directory, identity, nul_in_path};
+use crate::sys::mutex::OnceLock;
 use crate::sys::page_cache::WindowReader;
 
 /// How tensors are read from a file.

@@ -1,7 +1,7 @@
-//! A mutex that cannot be poisoned, with a guard that can wait for a condition variable.
+//! A mutex that cannot be poisoned, with a guard that can wait for a condition variable, and a value that is made once.
 //!
 //! The data must be consistent whenever the lock is released, also by a panic. Under ThreadSanitizer (`--cfg tsan`, see
-//! `tests/rust/tsan.sh`) the mutex announces its synchronization, because the standard library is not instrumented.
+//! `tests/rust/tsan.sh`) both announce their synchronization, because the standard library is not instrumented.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{self, Condvar, MutexGuard, PoisonError};
@@ -21,7 +21,7 @@ pub struct Guard<'a, T> {
 }
 
 impl<T> Mutex<T> {
-    pub fn new(data: T) -> Mutex<T> {
+    pub const fn new(data: T) -> Mutex<T> {
         Mutex { data: sync::Mutex::new(data) }
     }
 
@@ -73,6 +73,31 @@ impl<T> DerefMut for Guard<'_, T> {
 impl<T> Drop for Guard<'_, T> {
     fn drop(&mut self) {
         sanitizer::releases(self.mutex);
+    }
+}
+
+/// A value that the first thread that needs it makes.
+#[derive(Debug)]
+pub struct OnceLock<T> {
+    value: sync::OnceLock<T>,
+    /// Locked for every access under the sanitizer, which does not see how `value` orders its readers.
+    #[cfg(tsan)]
+    access: Mutex<()>,
+}
+
+impl<T> OnceLock<T> {
+    pub const fn new() -> OnceLock<T> {
+        OnceLock {
+            value: sync::OnceLock::new(),
+            #[cfg(tsan)]
+            access: Mutex::new(()),
+        }
+    }
+
+    pub fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
+        #[cfg(tsan)]
+        let _access = self.access.lock();
+        self.value.get_or_init(make)
     }
 }
 
