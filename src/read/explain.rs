@@ -6,12 +6,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::read::file::TensorFile;
 use crate::read::prefault::{self, BACKGROUND_BYTES};
 use crate::read::prefetch_plan;
-use crate::read::reader;
 use crate::read::source::{ReadFrom, Source};
 use crate::read::strategy::ReadStrategy;
 use crate::sys::direct_io::Direct;
 use crate::sys::filesystem::{Filesystem, Scope};
 use crate::sys::page_cache::{Residency, cached_bytes};
+use crate::sys::parallel::CHUNK_BYTES;
 use crate::sys::threads::{ThreadLimit, threads};
 
 /// Where a load of a whole file puts its tensors.
@@ -71,11 +71,11 @@ impl TensorFile {
         let (strategy, readers) = match target {
             LoadTarget::Mapping => prefault::background_plan(Some(&opened), bytes, length, limit),
             LoadTarget::Memory => {
-                let strategy = reader::strategy_of(method, bytes, extent, limit)?;
+                let strategy = ReadStrategy::of(method, bytes, extent, CHUNK_BYTES, limit)?;
                 (strategy, strategy.threads)
             }
             LoadTarget::Device => {
-                let strategy = prefetch_plan::strategy_of(method, bytes, extent, SLAB_BYTES, limit)?;
+                let strategy = ReadStrategy::of(method, bytes, extent, SLAB_BYTES, limit)?;
                 let (slabs, most) = (bytes.div_ceil(SLAB_BYTES), threads()?.checked_sub(1));
                 (strategy, prefetch_plan::thread_count(strategy, bytes, slabs, limit, most))
             }

@@ -12,7 +12,7 @@ use crate::format::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::prefault::{self, Prefault};
 use crate::read::read_ahead::ReadAhead;
-use crate::read::reader::{self, ReadRange, total_bytes};
+use crate::read::reader::{self, PendingRead, ReadRange, total_bytes};
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{
     Backend, ExternalMemory, Mapping, OpenFile, ReadFrom, Source, expect_sequential, open_regular,
@@ -232,35 +232,28 @@ impl TensorFile {
     ///
     /// As [`TensorFile::read_tensors`], and [`ErrorKind::Io`] with `ENOMEM` if there is not enough memory.
     pub fn load_tensors(&self, indices: &[usize]) -> Result<Buffers> {
-        let (memory, ranges) = self.plan_load(indices)?;
-        let reopened = self.source.reopen(total_bytes(&ranges));
+        let (reopened, read) = self.plan_load(indices)?;
         let method = self.source.method(ReadFrom::File, reopened.as_ref());
-        // SAFETY: `plan_load` made one buffer of the tensor's size for each range, and they live as long as `memory`.
+        // SAFETY: the read has made memory for the tensors.
         unsafe {
-            reader::read(method, ranges, Some(&memory), |error, offset, count| {
-                self.explain_read_at(error, offset, count)
-            })
+            reader::read_all(method, &read, |error, offset, count| self.explain_read_at(error, offset, count))
         }
         .map_err(|error| self.locate(error))?;
-        Ok(memory)
+        Ok(read.into_memory())
     }
 
-    /// Allocates memory for the tensors at `indices`; returns it with the ranges to read into it.
-    pub(crate) fn plan_load(&self, indices: &[usize]) -> Result<(Buffers, Vec<ReadRange>)> {
-        let mut sizes = Vec::with_capacity(indices.len());
+    /// Plans to read the tensors at `indices` into new memory. Returns the file of a mapping, reopened, too.
+    pub(crate) fn plan_load(&self, indices: &[usize]) -> Result<(Option<OpenFile>, PendingRead)> {
+        let mut tensors = Vec::with_capacity(indices.len());
         for &index in indices {
+            let tensor = self.tensor(index)?;
             // At most the size of the file, which was opened or mapped.
-            sizes.push(self.tensor(index)?.nbytes() as usize);
+            tensors.push((self.byte_range(&tensor).start, tensor.nbytes() as usize));
         }
-        let memory = Buffers::new(&sizes).map_err(|error| self.locate(error))?;
-        let requests: Vec<_> = indices
-            .iter()
-            .zip(sizes)
-            .enumerate()
-            .map(|(place, (&index, size))| (index, memory.start(place), size))
-            .collect();
-        let ranges = self.read_ranges(&requests)?;
-        Ok((memory, ranges))
+        let reopened = self.source.reopen(tensors.iter().map(|&(_, length)| length).sum());
+        let method = self.source.method(ReadFrom::File, reopened.as_ref());
+        let read = PendingRead::load(method, &tensors).map_err(|error| self.locate(error))?;
+        Ok((reopened, read))
     }
 
     /// Reads whole tensors, in parallel if they are large. A request is the tensor's index in file order, its destination
@@ -281,9 +274,7 @@ impl TensorFile {
         let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
         // SAFETY: this function's contract covers every destination.
         unsafe {
-            reader::read(method, ranges, None, |error, offset, count| {
-                self.explain_read_at(error, offset, count)
-            })
+            reader::read(method, ranges, |error, offset, count| self.explain_read_at(error, offset, count))
         }
         .map_err(|error| self.locate(error))
     }

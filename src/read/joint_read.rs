@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use crate::error::Result;
 use crate::read::file::TensorFile;
-use crate::read::reader::{PendingRead, ReadRange, total_bytes};
+use crate::read::reader::{PendingRead, total_bytes};
 use crate::read::source::{Mapping, OpenFile, ReadFrom, ReadMethod};
-use crate::sys::buffers::{Block, Buffers};
+use crate::sys::buffers::Block;
 use crate::sys::parallel;
 use crate::sys::threads::ThreadLimit;
 
@@ -19,30 +19,16 @@ const WINDOW_CHUNKS: usize = 64;
 /// Reads of one file or several that share their threads.
 pub(crate) struct JointRead(Vec<Part>);
 
-/// Tensors of one file that are being read, into memory of their own or of the caller's.
+/// Tensors of one file that are being read.
 struct Part {
     file: Arc<TensorFile>,
     from: ReadFrom,
     read: PendingRead,
-    memory: Option<Buffers>,
     /// Copied from instead of the mapping that tensors share, so that none of its pages become resident.
     transient: Option<Mapping>,
 }
 
 impl Part {
-    fn new(
-        file: &Arc<TensorFile>,
-        from: ReadFrom,
-        ranges: Vec<ReadRange>,
-        memory: Option<Buffers>,
-        transient: Option<Mapping>,
-    ) -> Result<Part> {
-        let reopened = file.source().reopen(total_bytes(&ranges));
-        let method = file.source().method(from, reopened.as_ref());
-        let read = PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
-        Ok(Part { file: Arc::clone(file), from, read, memory, transient })
-    }
-
     fn left_bytes(&self) -> usize {
         self.read.total_bytes() - self.read.done_bytes()
     }
@@ -58,8 +44,8 @@ impl Part {
 impl JointRead {
     /// Begins to read the tensors at `indices` into new memory.
     pub(crate) fn load(file: &Arc<TensorFile>, indices: &[usize]) -> Result<JointRead> {
-        let (memory, ranges) = file.plan_load(indices)?;
-        Ok(JointRead(vec![Part::new(file, ReadFrom::File, ranges, Some(memory), None)?]))
+        let (_, read) = file.plan_load(indices)?;
+        Ok(JointRead(vec![Part { file: Arc::clone(file), from: ReadFrom::File, read, transient: None }]))
     }
 
     /// Begins to read tensors into the caller's memory; from the mapping, if the file has one. Unless tensors over that one
@@ -78,7 +64,10 @@ impl JointRead {
             ReadFrom::Mapping => None,
             ReadFrom::File => file.source().transient_mapping(total_bytes(&ranges)),
         };
-        Ok(JointRead(vec![Part::new(file, ReadFrom::Mapping, ranges, None, transient)?]))
+        let reopened = file.source().reopen(total_bytes(&ranges));
+        let method = file.source().method(ReadFrom::Mapping, reopened.as_ref());
+        let read = PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
+        Ok(JointRead(vec![Part { file: Arc::clone(file), from: ReadFrom::Mapping, read, transient }]))
     }
 
     /// Adds the parts of `other`. Returns the number of the first.
@@ -134,10 +123,9 @@ impl JointRead {
         let first_not_started = parallel::for_each_until(deadline, 0..chunks, threads, |chunk| {
             let index = ends.partition_point(|&end| end <= chunk);
             let part = &parts[index];
-            // SAFETY: the destinations are valid and do not overlap: `load` made one in `memory` for each tensor, or the
+            // SAFETY: the destinations are valid and do not overlap: `load` made memory for each tensor, or the
             // contract of `read` lasts until this is dropped. Each chunk is read once; `check` has accepted the ranges.
-            let read =
-                unsafe { part.read.read_left(methods[index], part.memory.as_ref(), ends[index] - chunk) };
+            let read = unsafe { part.read.read_left(methods[index], ends[index] - chunk) };
             read.map_err(|error| {
                 let (offset, count) = part.read.chunk_left(ends[index] - chunk);
                 part.file.explain_read_at(error, offset, count)
@@ -156,18 +144,14 @@ impl JointRead {
         (read.total_bytes(), read.done_bytes())
     }
 
-    fn memory(&self, part: usize) -> &Buffers {
-        self.0[part].memory.as_ref().expect("only `load` has memory of its own")
-    }
-
     /// Returns the memory of tensor number `place` of a part that [`JointRead::load`] began.
     pub(crate) fn data(&self, part: usize, place: usize) -> *mut u8 {
-        self.memory(part).start(place)
+        self.0[part].read.memory().start(place)
     }
 
     /// Returns the owner of that memory.
     pub(crate) fn block(&self, part: usize, place: usize) -> Arc<Block> {
-        self.memory(part).owner(place)
+        self.0[part].read.memory().owner(place)
     }
 }
 

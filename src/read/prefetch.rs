@@ -95,7 +95,7 @@ impl Prefetcher {
         assert!(requests.iter().all(|request| request.destination.is_none()), "slabs are the destinations");
         let plan = Plan::new(requests, options, slab_bytes)?;
         let bytes: usize = plan.requests.iter().map(|request| request.bytes).sum();
-        let threads = plan.thread_count(bytes.div_ceil(slab_bytes))?;
+        let threads = plan.thread_count(bytes.div_ceil(slab_bytes));
         let state = State {
             cursor: Cursor::new(&plan.requests),
             budget: Budget::new(options.buffer_bytes),

@@ -170,8 +170,7 @@ impl PrefetchLoader {
     /// out.
     pub unsafe fn new(requests: Vec<PrefetchRequest>, options: PrefetchOptions) -> Result<PrefetchLoader> {
         let shared = Arc::new(Shared::new(requests, options)?);
-        let threads =
-            shared.plan.thread_count(shared.batches.iter().map(|batch| batch.chunks.len()).sum())?;
+        let threads = shared.plan.thread_count(shared.batches.iter().map(|batch| batch.chunks.len()).sum());
         let of_threads = Arc::clone(&shared);
         // If no thread can be started, the calls that wait read.
         let workers = Workers::start(threads, move || of_threads.work());
@@ -438,8 +437,7 @@ impl Shared {
         let memory = if of.iter().all(|request| request.destination.is_some()) {
             None
         } else {
-            let sizes: Vec<usize> = of.iter().map(|request| request.bytes).collect();
-            match Buffers::new(&sizes) {
+            match self.plan.allocate(requests.clone()) {
                 Ok(memory) => Some(Arc::new(memory)),
                 Err(error) => {
                     let error = self.plan.explain(error, requests.start, of.len());

@@ -26,6 +26,8 @@ use crate::read::reader::{self, ReadRange};
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{OpenFile, ReadFrom, ReadMethod};
 use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
+use crate::sys::buffers::Buffers;
+use crate::sys::direct_io::Direct;
 use crate::sys::mutex::Mutex;
 use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
@@ -78,6 +80,8 @@ pub(super) struct Plan {
     limit: ThreadLimit,
     /// Ends reads in progress.
     ended: AtomicBool,
+    /// How the largest file is read, and probably the others. `None` if there is little to read.
+    likely: Option<ReadStrategy>,
 }
 
 #[derive(Debug)]
@@ -194,19 +198,37 @@ impl Plan {
             });
         }
         let (limit, ended) = (ThreadLimit::current()?, AtomicBool::new(false));
-        Ok(Plan { requests: planned, options, files, piece_bytes, limit, ended })
+        let mut plan = Plan { requests: planned, options, files, piece_bytes, limit, ended, likely: None };
+        let largest = (0..plan.files.len()).min_by_key(|&number| Reverse(plan.files[number].bytes));
+        if let Some(number) = largest
+            && plan.total_bytes() >= COLD_READ_BYTES
+        {
+            plan.likely = Some(plan.open(number)?.strategy);
+        }
+        Ok(plan)
+    }
+
+    fn total_bytes(&self) -> usize {
+        self.files.iter().map(|file| file.bytes).sum()
     }
 
     /// Returns how many threads are to read everything in `pieces` pieces.
-    pub(super) fn thread_count(&self, pieces: usize) -> Result<usize> {
-        let bytes: usize = self.files.iter().map(|file| file.bytes).sum();
-        if bytes < COLD_READ_BYTES {
-            return Ok(0);
+    pub(super) fn thread_count(&self, pieces: usize) -> usize {
+        self.likely.map_or(0, |strategy| {
+            thread_count(strategy, self.total_bytes(), pieces, self.limit, self.options.threads)
+        })
+    }
+
+    /// Allocates memory for a range of requests.
+    pub(super) fn allocate(&self, requests: Range<usize>) -> Result<Buffers> {
+        let requests = &self.requests[requests];
+        let sizes: Vec<usize> = requests.iter().map(|request| request.bytes).collect();
+        let is_direct = self.likely.is_some_and(|strategy| strategy.direct != Direct::Never);
+        if !is_direct || requests.iter().any(|request| request.slice.is_some()) {
+            return Buffers::new(&sizes);
         }
-        // The other files are probably where the largest is.
-        let largest = (0..self.files.len()).min_by_key(|&number| Reverse(self.files[number].bytes));
-        let Some(number) = largest else { return Ok(0) };
-        Ok(thread_count(self.open(number)?.strategy, bytes, pieces, self.limit, self.options.threads))
+        let offsets: Vec<u64> = requests.iter().map(|request| request.begin).collect();
+        Buffers::for_direct_reads(&sizes, &offsets)
     }
 
     /// Returns the open file number `number`, opening it if it is not.
@@ -218,7 +240,7 @@ impl Plan {
         }
         let reopened = file.source().reopen(*bytes);
         let method = file.source().method(self.options.read_from, reopened.as_ref());
-        let mut strategy = strategy_of(method, *bytes, || extent.clone(), self.piece_bytes, self.limit)?;
+        let mut strategy = ReadStrategy::of(method, *bytes, || extent.clone(), self.piece_bytes, self.limit)?;
         strategy.threads = strategy.threads.min(self.options.threads.unwrap_or(MOST_THREADS)).max(1);
         Ok(Arc::clone(reading.source.insert(Arc::new(OpenSource { reopened, strategy }))))
     }
@@ -324,18 +346,6 @@ impl Plan {
             None => error,
         }
     }
-}
-
-/// Returns how to read `bytes` of a file inside `extent`, in pieces of `piece_bytes`.
-pub(super) fn strategy_of(
-    method: ReadMethod<'_>,
-    bytes: usize,
-    extent: impl FnOnce() -> Range<u64>,
-    piece_bytes: usize,
-    limit: ThreadLimit,
-) -> Result<ReadStrategy> {
-    let wanted = parallel::thread_count(limit, bytes, bytes.div_ceil(piece_bytes));
-    ReadStrategy::of(method, bytes, extent, wanted, limit)
 }
 
 /// Returns how many threads, at most `most`, are to read `bytes` in `pieces` pieces; 0 if the thread that waits reads them.

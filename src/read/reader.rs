@@ -1,10 +1,6 @@
 //! Reads byte ranges of a source into memory. Threads take chunks of equal size, whatever the sizes of the ranges.
 
-use std::fs::File;
-use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
@@ -12,7 +8,7 @@ use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
 use crate::read::strategy::ReadStrategy;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
-use crate::sys::direct_io::{BounceBuffer, Direct, block_offset};
+use crate::sys::direct_io::{Direct, DirectReader, block_offset, read_vectored_at};
 use crate::sys::huge_pages::is_resident;
 use crate::sys::page_cache::is_surely_cached;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
@@ -46,8 +42,8 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
 }
 
-/// Reads `ranges`, on as many threads as are worth it. With `fresh`, range number `i` goes to its buffer number `i`. `explain`
-/// gets the error of a chunk, the offset of its first byte, and how many ranges it has bytes of.
+/// Reads `ranges`, on as many threads as are worth it. `explain` gets the error of a chunk, the offset of its first byte, and
+/// how many ranges it has bytes of.
 ///
 /// # Errors
 ///
@@ -61,15 +57,28 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
 pub(crate) unsafe fn read(
     method: ReadMethod<'_>,
     ranges: Vec<ReadRange>,
-    fresh: Option<&Buffers>,
     explain: impl Fn(Error, u64, usize) -> Error + Sync,
 ) -> Result<()> {
     let read = PendingRead::new(method, ranges)?;
+    // SAFETY: this function has the same contract.
+    unsafe { read_all(method, &read, explain) }
+}
+
+/// As [`read`], for one that is planned and not begun.
+///
+/// # Safety
+///
+/// As for [`read`].
+pub(crate) unsafe fn read_all(
+    method: ReadMethod<'_>,
+    read: &PendingRead,
+    explain: impl Fn(Error, u64, usize) -> Error + Sync,
+) -> Result<()> {
     read.check(method)?;
     parallel::for_each(read.chunks_left(), read.threads(), |chunk| {
         let left = read.chunks_left() - chunk;
         // SAFETY: this function has the contract of `read_left`, and each chunk is read once.
-        unsafe { read.read_left(method, fresh, left) }.map_err(|error| {
+        unsafe { read.read_left(method, left) }.map_err(|error| {
             let (offset, count) = read.chunk_left(left);
             explain(error, offset, count)
         })
@@ -96,6 +105,8 @@ pub(crate) unsafe fn read_here(
 #[derive(Debug)]
 pub(crate) struct PendingRead {
     ranges: Vec<ReadRange>,
+    /// Its buffers are the destinations, in the order of the ranges, if it was made for this read.
+    memory: Option<Buffers>,
     chunks: Chunks,
     strategy: ReadStrategy,
     /// The first chunk that is not done.
@@ -105,13 +116,44 @@ pub(crate) struct PendingRead {
 impl PendingRead {
     /// Plans a read; reads nothing yet.
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
-        let threads = ThreadLimit::current()?;
-        let strategy = strategy_of(method, total_bytes(&ranges), || extent(&ranges), threads)?;
+        let strategy = strategy_of(method, &ranges)?;
+        Ok(PendingRead::with(ranges, None, strategy))
+    }
+
+    /// Plans a read of `tensors`, offsets and lengths, into memory that is made for it.
+    pub(crate) fn load(method: ReadMethod<'_>, tensors: &[(u64, usize)]) -> Result<PendingRead> {
+        let destination = std::ptr::null_mut();
+        let mut ranges: Vec<ReadRange> =
+            tensors.iter().map(|&(offset, length)| ReadRange { offset, destination, length }).collect();
+        let strategy = strategy_of(method, &ranges)?;
+        let sizes: Vec<usize> = tensors.iter().map(|&(_, length)| length).collect();
+        let memory = if strategy.direct == Direct::Never {
+            Buffers::new(&sizes)?
+        } else {
+            let offsets: Vec<u64> = tensors.iter().map(|&(offset, _)| offset).collect();
+            Buffers::for_direct_reads(&sizes, &offsets)?
+        };
+        for (place, range) in ranges.iter_mut().enumerate() {
+            range.destination = memory.start(place);
+        }
+        Ok(PendingRead::with(ranges, Some(memory), strategy))
+    }
+
+    fn with(ranges: Vec<ReadRange>, memory: Option<Buffers>, strategy: ReadStrategy) -> PendingRead {
         // Whole tensors follow one another in a file: chunks end where its blocks do.
         let start = ranges.first().map_or(0, |range| range.offset);
         let lengths = ranges.iter().map(|range| range.length);
         let chunks = Chunks::of_size(lengths, strategy.chunk_bytes, start);
-        Ok(PendingRead { ranges, chunks, strategy, next: 0 })
+        PendingRead { ranges, memory, chunks, strategy, next: 0 }
+    }
+
+    /// Returns the memory that [`PendingRead::load`] has made.
+    pub(crate) fn memory(&self) -> &Buffers {
+        self.memory.as_ref().expect("`load` has planned the read")
+    }
+
+    pub(crate) fn into_memory(self) -> Buffers {
+        self.memory.expect("`load` has planned the read")
     }
 
     pub(crate) fn total_bytes(&self) -> usize {
@@ -151,20 +193,15 @@ impl PendingRead {
     }
 
     /// Reads the chunk that has `left` chunks from its start on, on this thread. `method` must be one of the source that the
-    /// read was planned for; `fresh` is as for [`read`].
+    /// read was planned for.
     ///
     /// # Safety
     ///
     /// As for [`read`]. No other thread may read the same chunk, and [`PendingRead::check`] must have accepted `method`.
-    pub(crate) unsafe fn read_left(
-        &self,
-        method: ReadMethod<'_>,
-        fresh: Option<&Buffers>,
-        left: usize,
-    ) -> Result<()> {
-        let PendingRead { ranges, chunks, strategy, .. } = self;
+    pub(crate) unsafe fn read_left(&self, method: ReadMethod<'_>, left: usize) -> Result<()> {
+        let PendingRead { ranges, memory, chunks, strategy, .. } = self;
         let chunk = chunks.len() - left;
-        if let Some(memory) = fresh {
+        if let Some(memory) = memory {
             memory.populate(chunks.parts(chunk));
         }
         let parts = chunks.parts(chunk).map(|(index, part)| {
@@ -181,15 +218,9 @@ impl PendingRead {
     }
 }
 
-/// Returns the strategy of a [`PendingRead`].
-pub(super) fn strategy_of(
-    method: ReadMethod<'_>,
-    bytes: usize,
-    extent: impl FnOnce() -> Range<u64>,
-    threads: ThreadLimit,
-) -> Result<ReadStrategy> {
-    let wanted = parallel::thread_count(threads, bytes, bytes.div_ceil(CHUNK_BYTES));
-    ReadStrategy::of(method, bytes, extent, wanted, threads)
+fn strategy_of(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<ReadStrategy> {
+    let limit = ThreadLimit::current()?;
+    ReadStrategy::of(method, total_bytes(ranges), || extent(ranges), CHUNK_BYTES, limit)
 }
 
 /// Checks that `ranges` are inside a source in memory.
@@ -296,12 +327,9 @@ struct Run<'a> {
     file: &'a OpenFile,
     /// The most bytes of one call.
     most_bytes: usize,
-    /// The file for direct reads, and the memory for them.
-    direct: Option<(&'a File, BounceBuffer)>,
+    direct: Option<DirectReader<'a>>,
     /// Whether cached bytes, and those of slow storage, are read directly too.
     is_always_direct: bool,
-    /// The number of threads that read.
-    readers: usize,
     start: u64,
     bytes: usize,
     parts: Vec<libc::iovec>,
@@ -313,9 +341,8 @@ impl<'a> Run<'a> {
         Run {
             file,
             most_bytes: strategy.most_bytes,
-            direct: direct.map(|file| (file, BounceBuffer::default())),
+            direct: direct.map(|direct| DirectReader::new(direct, &file.direct_speed)),
             is_always_direct: strategy.direct == Direct::Always,
-            readers: strategy.threads,
             start: 0,
             bytes: 0,
             parts: Vec::new(),
@@ -343,7 +370,12 @@ impl<'a> Run<'a> {
                 self.parts.clear();
             }
             let taken = length.min(self.room());
-            self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken });
+            match self.parts.last_mut() {
+                Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == destination.cast() => {
+                    last.iov_len += taken;
+                }
+                _ => self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken }),
+            }
             self.bytes += taken;
             offset += taken as u64;
             destination = destination.wrapping_add(taken);
@@ -359,30 +391,17 @@ impl<'a> Run<'a> {
     ///
     /// As for [`Run::read`].
     unsafe fn read_direct(&mut self) -> Result<bool> {
-        let Some((file, buffer)) = &mut self.direct else { return Ok(false) };
+        let OpenFile { file, path, direct_speed, .. } = self.file;
+        let Some(direct) = &mut self.direct else { return Ok(false) };
         let range = self.start..self.start + self.bytes as u64;
-        let speed = &self.file.direct_speed;
         // The residency of the file is that of samples.
-        if !self.is_always_direct && (!speed.is_fast(self.readers) || is_surely_cached(file, range)) {
+        if direct_speed.is_refused()
+            || !self.is_always_direct && (!direct_speed.is_fast() || is_surely_cached(file, range))
+        {
             return Ok(false);
         }
-        let begun = Instant::now();
-        let bytes = match buffer.read(file, self.start, self.bytes) {
-            Ok(bytes) if bytes.len() == self.bytes => bytes,
-            Ok(_) => return Ok(false),
-            Err(error) if is_refusal(&error) => return Ok(false),
-            Err(source) => return Err(Error::io("read", &self.file.path, source)),
-        };
-        speed.count(self.bytes, begun.elapsed());
-        let mut done = 0;
-        for part in &self.parts {
-            // SAFETY: the part is valid for writes of its length (this function's contract). `bytes` has those of all parts.
-            unsafe {
-                std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), part.iov_base.cast(), part.iov_len);
-            }
-            done += part.iov_len;
-        }
-        Ok(true)
+        // SAFETY: this function's contract covers the parts.
+        unsafe { direct.read(self.start, &self.parts) }.map_err(|source| Error::io("read", path, source))
     }
 
     /// Reads all parts.
@@ -403,7 +422,7 @@ impl<'a> Run<'a> {
         let mut rest = &mut self.parts[..];
         while !rest.is_empty() {
             // SAFETY: this function's contract covers the parts; `rest` is what is left of them.
-            let mut count = unsafe { read_vectored_at(file, rest, offset) }
+            let mut count = unsafe { read_vectored_at(&file.file, rest, offset) }
                 .map_err(|source| Error::io("read", &file.path, source))?;
             if count == 0 {
                 return Err(shrank(&file.path));
@@ -420,32 +439,5 @@ impl<'a> Run<'a> {
             }
         }
         Ok(())
-    }
-}
-
-/// Returns whether a filesystem refuses direct reads, or those with blocks of this size.
-fn is_refusal(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
-}
-
-/// Reads from `offset` on into `parts`, one after the other. Returns the number of bytes, 0 at the end of the file.
-///
-/// # Safety
-///
-/// Every part must be valid for writes of its length.
-unsafe fn read_vectored_at(file: &OpenFile, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-    loop {
-        // SAFETY: this function's contract covers the parts; the kernel writes to nothing else.
-        let read = unsafe {
-            libc::preadv(file.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset)
-        };
-        if read >= 0 {
-            return Ok(read as usize);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
     }
 }

@@ -97,7 +97,7 @@ impl SliceReader<'_> {
             match self.strategy {
                 Some(strategy) => reader::read_here(self.method, &ranges, strategy),
                 // The caller explains errors: it knows the tensor.
-                None => reader::read(self.method, ranges, None, |error, _, _| error),
+                None => reader::read(self.method, ranges, |error, _, _| error),
             }
         }
     }

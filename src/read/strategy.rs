@@ -7,7 +7,7 @@ use crate::read::source::{OpenFile, ReadMethod};
 use crate::sys::direct_io::{Direct, direct};
 use crate::sys::filesystem::{Filesystem, Scope};
 use crate::sys::page_cache::{Residency, WINDOW_BYTES, residency};
-use crate::sys::parallel::{CHUNK_BYTES, MIN_PARALLEL_BYTES};
+use crate::sys::parallel::{self, CHUNK_BYTES, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
 
 /// The bytes of one read outside the page cache. Network filesystems send no larger requests.
@@ -40,7 +40,7 @@ pub(crate) struct ReadStrategy {
 }
 
 impl ReadStrategy {
-    /// Returns the strategy for `bytes` inside `extent`, given that a cached source is read by `wanted` of `threads`.
+    /// Returns the strategy for `bytes` inside `extent`, which threads take in pieces of `piece_bytes`.
     ///
     /// # Errors
     ///
@@ -49,9 +49,10 @@ impl ReadStrategy {
         method: ReadMethod<'_>,
         bytes: usize,
         extent: impl FnOnce() -> Range<u64>,
-        wanted: usize,
+        piece_bytes: usize,
         threads: ThreadLimit,
     ) -> Result<ReadStrategy> {
+        let wanted = parallel::thread_count(threads, bytes, bytes.div_ceil(piece_bytes));
         Ok(match method {
             ReadMethod::File(file) => ReadStrategy::choose(file, bytes, extent, direct()?, wanted, threads),
             ReadMethod::Mapping(_, Some(file)) => {
@@ -63,7 +64,7 @@ impl ReadStrategy {
         })
     }
 
-    /// As [`ReadStrategy::of`], for bytes that must come into the page cache.
+    /// As [`ReadStrategy::of`], for bytes that must come into the page cache. If they are there, `wanted` threads read.
     pub(crate) fn of_mapped(
         file: &OpenFile,
         bytes: usize,

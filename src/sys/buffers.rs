@@ -12,10 +12,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::direct_io::{BLOCK_BYTES, block_offset};
 use crate::sys::huge_pages::{HUGE_PAGE_BYTES, PagePopulator, discard};
 
-/// The alignment of every tensor; torch's allocator has the same.
+/// The alignment of tensors that direct reads do not fill; torch's allocator has the same.
 const ALIGNMENT: usize = 64;
+
+/// The alignment that every dtype has in a mapped file too.
+const DTYPE_ALIGNMENT: u64 = 8;
 
 /// Tensors of this size and more release their memory one by one. Smaller ones are too many to count.
 const LARGE_BYTES: usize = 64 << 10;
@@ -155,6 +159,18 @@ fn pieces(offset: usize, length: usize) -> Range<usize> {
     offset / HUGE_PAGE_BYTES..(offset + length).div_ceil(HUGE_PAGE_BYTES)
 }
 
+/// Returns where a tensor of `size` bytes begins in a block whose first `end` bytes are taken. Blocks of large tensors begin
+/// where a block of a device does.
+fn place(end: usize, size: usize, offset: Option<&u64>) -> usize {
+    match offset {
+        Some(&offset) if size >= LARGE_BYTES && offset.is_multiple_of(DTYPE_ALIGNMENT) => {
+            let distance = block_offset(offset) + BLOCK_BYTES - end % BLOCK_BYTES;
+            end.saturating_add(distance % BLOCK_BYTES)
+        }
+        _ => end.saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1),
+    }
+}
+
 /// A buffer for each of several tensors.
 #[derive(Debug, Default)]
 pub struct Buffers {
@@ -185,13 +201,23 @@ impl Buffers {
     ///
     /// [`ErrorKind::Io`] with `ENOMEM` if there is not enough memory.
     pub fn new(sizes: &[usize]) -> Result<Buffers> {
+        Buffers::allocate(sizes, &[])
+    }
+
+    /// As [`Buffers::new`], for tensors at `offsets` in a file that direct reads fill. A large tensor lies in blocks of memory
+    /// as it lies in those of the file, if that suits every dtype.
+    pub(crate) fn for_direct_reads(sizes: &[usize], offsets: &[u64]) -> Result<Buffers> {
+        Buffers::allocate(sizes, offsets)
+    }
+
+    fn allocate(sizes: &[usize], offsets: &[u64]) -> Result<Buffers> {
         let mut buffers = Buffers { blocks: Vec::new(), locations: vec![Location::default(); sizes.len()] };
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..sizes.len()).partition(|&index| sizes[index] < LARGE_BYTES);
         for (indices, max_bytes) in [(small, SMALL_BLOCK_BYTES), (large, LARGE_BLOCK_BYTES)] {
             let mut rest = &indices[..];
             while !rest.is_empty() {
-                rest = &rest[buffers.add_block(sizes, rest, max_bytes)?..];
+                rest = &rest[buffers.add_block(sizes, offsets, rest, max_bytes)?..];
             }
         }
         Ok(buffers)
@@ -199,19 +225,27 @@ impl Buffers {
 
     /// Adds a block of at most `max_bytes` for the first tensors of `indices`, or a larger one for the first alone.
     /// Returns how many of them it holds.
-    fn add_block(&mut self, sizes: &[usize], indices: &[usize], max_bytes: usize) -> Result<usize> {
-        let mut length = 0usize;
+    fn add_block(
+        &mut self,
+        sizes: &[usize],
+        offsets: &[u64],
+        indices: &[usize],
+        max_bytes: usize,
+    ) -> Result<usize> {
+        let mut end = 0usize;
         let mut count = 0;
         for &index in indices {
-            if count > 0 && length.saturating_add(sizes[index]) > max_bytes {
+            let start = place(end, sizes[index], offsets.get(index));
+            // The tensors of a file are smaller than the file together.
+            let next = start.saturating_add(sizes[index]);
+            if count > 0 && next > max_bytes {
                 break;
             }
-            self.locations[index] = Location { block: self.blocks.len() as u32, offset: length };
-            // The tensors of a file are smaller than the file together, so only the last rounding could overflow.
-            length = length.saturating_add(sizes[index]).saturating_add(ALIGNMENT - 1) & !(ALIGNMENT - 1);
+            self.locations[index] = Location { block: self.blocks.len() as u32, offset: start };
+            end = next;
             count += 1;
         }
-        let mut block = Block::new(length)?;
+        let mut block = Block::new(end)?;
         match &mut block.0 {
             Backing::Pages { users, .. } if sizes[indices[0]] >= LARGE_BYTES => {
                 let parts =
@@ -300,6 +334,24 @@ mod tests {
         }
         ranges.sort_unstable();
         assert!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0));
+    }
+
+    #[test]
+    fn memory_for_direct_reads_has_the_blocks_of_the_file() {
+        let sizes = [LARGE_BYTES + 8, HUGE_PAGE_BYTES, 100, LARGE_BYTES, LARGE_BLOCK_BYTES + 1, LARGE_BYTES];
+        // Neighbours, except the last one, which no dtype may have there.
+        let mut offsets = vec![5000 * 8];
+        for size in &sizes[..5] {
+            offsets.push((offsets.last().expect("one") + *size as u64) & !7);
+        }
+        offsets[5] += 4;
+        let buffers = Buffers::for_direct_reads(&sizes, &offsets).expect("buffers");
+        let starts: Vec<usize> = (0..6).map(|index| buffers.start(index).addr()).collect();
+        for index in [0, 1, 3, 4] {
+            assert_eq!(starts[index] % BLOCK_BYTES, block_offset(offsets[index]), "{index}");
+        }
+        assert_eq!(starts[1], starts[0] + sizes[0], "neighbours stay neighbours");
+        assert!(starts[2].is_multiple_of(ALIGNMENT) && starts[5].is_multiple_of(ALIGNMENT));
     }
 
     #[test]

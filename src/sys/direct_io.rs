@@ -1,15 +1,16 @@
 //! Reads that bypass the page cache (`O_DIRECT`): the setting of the process, and the reads.
 //!
-//! The device writes to a buffer whose address, like the offset in the file, is a multiple of its block size. The bytes are
-//! copied from there: tensors begin at any offset, and the buffer is still in the processor's caches.
+//! A device writes whole blocks, to addresses that are multiples of its block size. Memory that was made for direct reads
+//! (`Buffers::for_direct_reads`) has the blocks of the file, so most are read in place.
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -17,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 const VARIABLE: &str = "SAFETENSORS_TORCH_DIRECT";
 
 /// A multiple of the block size of every common device.
-const BLOCK_BYTES: usize = 4096;
+pub(crate) const BLOCK_BYTES: usize = 4096;
 
 /// Whether reads into memory bypass the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,55 +93,148 @@ const TRIAL_BYTES: u64 = 32 << 20;
 /// Storage that gives at least as many bytes in a second is fast.
 const FAST_BYTES: u64 = 1 << 30;
 
-/// How fast direct reads of a file were. The page cache costs slow storage no time, and the next load of the file, or another
-/// process, finds it there. Several processes that read from one disk have slow storage too.
+/// How direct reads of a file went: whether its filesystem refused them, and how fast they were. The page cache costs slow
+/// storage no time, and the next load of the file, or another process, finds it there. Several processes that read from one
+/// disk have slow storage too.
 #[derive(Debug, Default)]
 pub(crate) struct DirectSpeed {
     bytes: AtomicU64,
+    /// The time of the reads, each divided by the number of reads at the same time.
     nanoseconds: AtomicU64,
+    /// The number of reads in progress.
+    reading: AtomicU64,
+    is_refused: AtomicBool,
 }
 
 impl DirectSpeed {
-    /// Counts a read of `bytes` that took `time`.
-    pub(crate) fn count(&self, bytes: usize, time: Duration) {
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.nanoseconds.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    fn count(&self, bytes: u64, time: Duration, reading: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.nanoseconds.fetch_add(time.as_nanos() as u64 / reading.max(1), Ordering::Relaxed);
     }
 
-    /// Returns whether `readers` threads together read fast, or whether that is not known yet.
-    pub(crate) fn is_fast(&self, readers: usize) -> bool {
+    /// Returns whether the reads are fast together, or whether that is not known yet.
+    pub(crate) fn is_fast(&self) -> bool {
         let bytes = self.bytes.load(Ordering::Relaxed);
         let nanoseconds = u128::from(self.nanoseconds.load(Ordering::Relaxed));
-        bytes < TRIAL_BYTES
-            || u128::from(bytes) * readers as u128 * 1_000_000_000 >= u128::from(FAST_BYTES) * nanoseconds
+        bytes < TRIAL_BYTES || u128::from(bytes) * 1_000_000_000 >= u128::from(FAST_BYTES) * nanoseconds
+    }
+
+    /// Returns whether the filesystem refused a read.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.is_refused.load(Ordering::Relaxed)
     }
 }
 
-/// Memory that a device can write to, from its first multiple of [`BLOCK_BYTES`] on.
-#[derive(Debug, Default)]
-pub(crate) struct BounceBuffer(Vec<u8>);
+/// Reads past the page cache. Blocks that lie in the memory of the caller as in the file are read there; the others, at the
+/// ends of tensors, are read into a buffer and copied.
+#[derive(Debug)]
+pub(crate) struct DirectReader<'a> {
+    file: &'a File,
+    speed: &'a DirectSpeed,
+    /// Never filled; the device writes to its spare capacity.
+    buffer: Vec<u8>,
+}
 
-impl BounceBuffer {
-    /// Reads `length` bytes at `offset` of `file`, which [`reopen`] returned. Returns fewer at the end of the file.
-    pub(crate) fn read(&mut self, file: &File, offset: u64, length: usize) -> io::Result<&[u8]> {
-        let skipped = block_offset(offset);
-        let whole = (skipped + length).next_multiple_of(BLOCK_BYTES);
-        if self.0.len() < whole + BLOCK_BYTES {
-            self.0.resize(whole + BLOCK_BYTES, 0);
+impl<'a> DirectReader<'a> {
+    /// Reads from `file`, which [`reopen`] returned.
+    pub(crate) fn new(file: &'a File, speed: &'a DirectSpeed) -> DirectReader<'a> {
+        DirectReader { file, speed, buffer: Vec::new() }
+    }
+
+    /// Reads from `offset` on into `parts`, one after the other. Returns false if buffered reads are needed: the filesystem
+    /// refuses, or the file ends early. The contents of the parts are then unspecified.
+    ///
+    /// # Safety
+    ///
+    /// Every part must be valid for writes of its length.
+    pub(crate) unsafe fn read(&mut self, offset: u64, parts: &[libc::iovec]) -> io::Result<bool> {
+        let length: usize = parts.iter().map(|part| part.iov_len).sum();
+        let begin = offset - block_offset(offset) as u64;
+        let whole = (block_offset(offset) + length).next_multiple_of(BLOCK_BYTES);
+        // As large as everything, so that a byte has the same distance from the start in both. Memory that is not written is
+        // free.
+        self.buffer.reserve(whole + BLOCK_BYTES);
+        let aligned = self.buffer.as_mut_ptr();
+        let aligned = aligned.wrapping_add(aligned.align_offset(BLOCK_BYTES));
+        let buffered = |offset: u64| aligned.wrapping_add((offset - begin) as usize);
+        let (mut pieces, mut copies) = (Vec::new(), Vec::new());
+        let mut piece = |start: *mut u8, length: usize| {
+            if length > 0 {
+                pieces.push(libc::iovec { iov_base: start.cast(), iov_len: length });
+            }
+        };
+        let (mut planned, mut at) = (begin, offset);
+        for part in parts {
+            let start: *mut u8 = part.iov_base.cast();
+            let blocks = blocks_inside(start.addr(), at, part.iov_len);
+            let (head, tail) = if blocks.is_empty() {
+                (at..at + part.iov_len as u64, 0..0)
+            } else {
+                piece(buffered(planned), (blocks.start - planned) as usize);
+                piece(start.wrapping_add((blocks.start - at) as usize), (blocks.end - blocks.start) as usize);
+                planned = blocks.end;
+                (at..blocks.start, blocks.end..at + part.iov_len as u64)
+            };
+            for bytes in [head, tail].into_iter().filter(|bytes| !bytes.is_empty()) {
+                copies.push((start.wrapping_add((bytes.start - at) as usize), bytes));
+            }
+            at += part.iov_len as u64;
         }
-        let unaligned = self.0.as_ptr().align_offset(BLOCK_BYTES);
-        let buffer = &mut self.0[unaligned..unaligned + whole];
-        let mut filled = 0;
-        // A read that ends inside a block has reached the end of the file.
-        while filled < skipped + length && filled.is_multiple_of(BLOCK_BYTES) {
-            match file.read_at(&mut buffer[filled..], offset - skipped as u64 + filled as u64) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+        piece(buffered(planned), (begin + whole as u64 - planned) as usize);
+        let reading = 1 + self.speed.reading.fetch_add(1, Ordering::Relaxed);
+        let begun = Instant::now();
+        // SAFETY: the pieces are `whole` bytes in the buffer, which has as many and room to align them, and in the parts,
+        // which are valid (this function's contract).
+        let result = unsafe { read_vectored_at(self.file, &pieces, begin) };
+        self.speed.reading.fetch_sub(1, Ordering::Relaxed);
+        match result {
+            Ok(count) if count as u64 >= at - begin => {}
+            Ok(_) => return Ok(false),
+            // The filesystem refuses direct reads, or those with blocks of this size.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                self.speed.is_refused.store(true, Ordering::Relaxed);
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        self.speed.count(length as u64, begun.elapsed(), reading);
+        for (to, bytes) in copies {
+            // SAFETY: the bytes are in a piece of the buffer, which was read, because they are in no block inside a part; `to`
+            // is in their part.
+            unsafe {
+                std::ptr::copy_nonoverlapping(buffered(bytes.start), to, (bytes.end - bytes.start) as usize);
             }
         }
-        Ok(&buffer[skipped.min(filled)..filled.min(skipped + length)])
+        Ok(true)
+    }
+}
+
+/// Returns the whole blocks, as offsets in the file, of `length` bytes at `offset` whose memory at `address` has the same
+/// blocks. Empty if its blocks are others.
+fn blocks_inside(address: usize, offset: u64, length: usize) -> Range<u64> {
+    let block = BLOCK_BYTES as u64;
+    let blocks = offset.next_multiple_of(block)..(offset + length as u64) / block * block;
+    if address % BLOCK_BYTES == block_offset(offset) && !blocks.is_empty() { blocks } else { 0..0 }
+}
+
+/// Reads from `offset` of `file` on into `parts`, one after the other. Returns the number of bytes, 0 at the end of the file.
+///
+/// # Safety
+///
+/// Every part must be valid for writes of its length.
+pub(crate) unsafe fn read_vectored_at(file: &File, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    loop {
+        // SAFETY: this function's contract covers the parts; the kernel writes to nothing else.
+        let read =
+            unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, offset) };
+        if read >= 0 {
+            return Ok(read as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 
@@ -155,33 +249,63 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn reads_any_range() {
+    fn any_range_is_read_into_any_memory() {
         let bytes: Vec<u8> = (0..5 * BLOCK_BYTES + 77).map(|i| (i / 7) as u8).collect();
         let mut file = tempfile::tempfile_in(".").expect("a file");
         file.write_all(&bytes).expect("written");
         let Some(direct) = reopen(&file) else { return };
-        let mut buffer = BounceBuffer::default();
+        let speed = DirectSpeed::default();
+        let mut reader = DirectReader::new(&direct, &speed);
+        let mut memory = vec![0u8; bytes.len() + 3 * BLOCK_BYTES];
+        let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
         for start in [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5] {
             for end in [start + 1, 3 * BLOCK_BYTES, bytes.len() - 1, bytes.len()] {
-                let read = buffer.read(&direct, start as u64, end - start).expect("read");
-                assert!(read == &bytes[start..end], "{start}..{end}");
+                // In step with the file, with the last part elsewhere, and nowhere in step.
+                for (shift, cut) in [(0, end - start), (0, (end - start) / 2), (64, end - start)] {
+                    memory.fill(0xEE);
+                    let from = aligned + start % BLOCK_BYTES + shift;
+                    let to = &mut memory[from..];
+                    let (first, rest) = to.split_at_mut(cut);
+                    let parts = [(first.as_mut_ptr(), cut), (rest[9..].as_mut_ptr(), end - start - cut)];
+                    let parts =
+                        parts.map(|(start, length)| libc::iovec { iov_base: start.cast(), iov_len: length });
+                    // SAFETY: the parts are in `memory`, and do not overlap.
+                    assert!(unsafe { reader.read(start as u64, &parts) }.expect("read"));
+                    assert!(first == &bytes[start..start + cut], "{start}..{end}");
+                    assert!(rest[9..9 + end - start - cut] == bytes[start + cut..end], "{start}..{end}");
+                    assert_eq!((rest[8], rest[9 + end - start - cut]), (0xEE, 0xEE), "{start}..{end}");
+                }
             }
         }
-        let end = buffer.read(&direct, bytes.len() as u64 - 3, 100).expect("read");
-        assert_eq!(end, &bytes[bytes.len() - 3..]);
-        assert!(buffer.read(&direct, 9 * BLOCK_BYTES as u64 + 1, 100).expect("read").is_empty());
+        let part = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 100 };
+        for offset in [bytes.len() - 3, 9 * BLOCK_BYTES + 1] {
+            // SAFETY: as above.
+            assert!(!unsafe { reader.read(offset as u64, &[part]) }.expect("read"), "the file ends early");
+        }
+        assert!(!speed.is_refused());
+    }
+
+    #[test]
+    fn blocks_are_read_in_place_if_the_memory_has_them() {
+        const B: u64 = BLOCK_BYTES as u64;
+        assert_eq!(blocks_inside(7 * BLOCK_BYTES + 8, B + 8, 3 * BLOCK_BYTES), 2 * B..4 * B);
+        assert_eq!(blocks_inside(7 * BLOCK_BYTES, B, BLOCK_BYTES), B..2 * B);
+        assert!(blocks_inside(7 * BLOCK_BYTES + 72, B + 8, 3 * BLOCK_BYTES).is_empty(), "64 bytes further");
+        assert!(blocks_inside(8, 8, 2 * BLOCK_BYTES - 9).is_empty(), "no whole block");
     }
 
     #[test]
     fn slow_storage_is_recognized_after_a_trial() {
         let speed = DirectSpeed::default();
-        speed.count(TRIAL_BYTES as usize - 1, Duration::from_secs(100));
-        assert!(speed.is_fast(1), "too few bytes");
-        speed.count(1, Duration::ZERO);
-        assert!(!speed.is_fast(16));
-        let speed = DirectSpeed::default();
-        speed.count(FAST_BYTES as usize, Duration::from_millis(3_999));
-        assert!(speed.is_fast(4) && !speed.is_fast(3));
+        speed.count(TRIAL_BYTES - 1, Duration::from_secs(100), 16);
+        assert!(speed.is_fast(), "too few bytes");
+        speed.count(1, Duration::ZERO, 1);
+        assert!(!speed.is_fast());
+        for (readers, is_fast) in [(4, true), (3, false)] {
+            let speed = DirectSpeed::default();
+            speed.count(FAST_BYTES, Duration::from_millis(3_999), readers);
+            assert_eq!(speed.is_fast(), is_fast);
+        }
     }
 
     #[test]
