@@ -226,7 +226,7 @@ impl TensorFile {
     }
 
     /// Reads the tensors at `indices` (in file order) into new memory, in parallel if they are large. A mapped file is
-    /// read too: changes that were made to its mapping do not show.
+    /// read too if they are at least 1 MiB together: changes that were made to its mapping then do not show.
     ///
     /// # Errors
     ///

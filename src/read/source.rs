@@ -216,7 +216,7 @@ pub(crate) enum Source {
 /// What reads of a mapped file return. It makes no difference for other files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// The bytes of the file.
+    /// The bytes of the file; of the mapping if they are less than 1 MiB together.
     File,
     /// The bytes of the mapping, with the changes that tensors over it have made.
     Mapping,
