@@ -169,8 +169,8 @@ struct PrefetchOptions {
     std::optional<DeviceLike> device = std::nullopt;
     /// A floating-point dtype to which floating-point tensors are converted.
     std::optional<at::ScalarType> dtype = std::nullopt;
-    /// The most bytes of tensors that are read ahead, including the tensor that was handed out last. A larger tensor is
-    /// read when no other waits to be taken. Without a value, everything is read ahead.
+    /// The most bytes of tensors that are read ahead, including the tensor that was handed out last. If no tensor
+    /// waits to be taken, the next one is read even if it does not fit. Without a value, everything is read ahead.
     std::optional<int64_t> buffer_bytes = std::nullopt;
     /// The most threads that read; set_transfer_options limits them, too.
     int64_t threads = 8;

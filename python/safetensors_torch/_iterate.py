@@ -48,8 +48,8 @@ def iterate(
         dtype: the dtype to convert floating-point tensors to, as for load_file.
         names: the tensors to read, as for load_file. At least one file must have each name.
         buffer_bytes: the most bytes of tensors that are read ahead, as a number or text ("256MiB"), including the
-            tensor that was yielded last. A larger tensor is read when no other waits to be yielded. None reads
-            everything ahead.
+            tensor that was yielded last. If none waits to be yielded, the next one is read even if it does not fit.
+            None reads everything ahead.
         progress: a bar or a function, as for load_file: it is called with the bytes that were yielded.
 
     Raises:

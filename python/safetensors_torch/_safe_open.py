@@ -281,8 +281,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
             device: the device of the tensors, as for load_file; None means that of this handle.
             threads: the most threads that read; set_transfer_options(threads=...) limits them, too.
             buffer_bytes: the most bytes of tensors that are read ahead, as a number or text ("256MiB"), including the
-                tensor that was handed out last. A larger tensor is read when no other waits to be taken. None reads
-                everything ahead.
+                tensor that was handed out last. If none waits to be taken, the next one is read even if it does not
+                fit. None reads everything ahead.
 
         Raises:
             SafetensorError: the plan has a name that the file lacks, a slice that does not fit, or no tensor at all;

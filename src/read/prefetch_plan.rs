@@ -56,8 +56,8 @@ pub struct PrefetchRequest {
 pub struct PrefetchOptions {
     /// What reads of mapped files return.
     pub read_from: ReadFrom,
-    /// The most bytes of tensors that are read ahead, including the one that was handed out last. A larger tensor is read
-    /// when no other is waiting to be taken.
+    /// The most bytes of tensors that are read ahead, including the one that was handed out last. If none waits to be
+    /// taken, the next one is read even if it does not fit.
     pub buffer_bytes: usize,
     /// The most threads; `None` for as many as suit the machine. With 0, the calls that wait read.
     pub threads: Option<usize>,
