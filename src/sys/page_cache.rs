@@ -157,16 +157,18 @@ impl WindowReader {
     }
 }
 
-/// Returns whether the kernel reads windows: Linux 5.18 and later.
+/// Returns whether the kernel reads windows of [`WINDOW_BYTES`]: Linux 5.18 and later, and pages of 4 KiB. With pages of 64 KiB
+/// they would have 512 MiB.
 fn reads_windows() -> bool {
-    static LINUX_5_18: AtomicU8 = AtomicU8::new(u8::MAX);
-    match LINUX_5_18.load(Ordering::Relaxed) {
+    static KNOWN: AtomicU8 = AtomicU8::new(u8::MAX);
+    match KNOWN.load(Ordering::Relaxed) {
         u8::MAX => {
             let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
             let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
             let is_new = (numbers.next(), numbers.next()) >= (Some(5), Some(18));
-            LINUX_5_18.store(u8::from(is_new), Ordering::Relaxed);
-            is_new
+            let reads = is_new && page_size() == 4096;
+            KNOWN.store(u8::from(reads), Ordering::Relaxed);
+            reads
         }
         known => known == 1,
     }
