@@ -187,7 +187,7 @@ impl Prefetcher {
     ///
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in a forked process.
     pub fn check_process(&self, object: &str) -> Result<()> {
-        self.workers.check_process(object)
+        self.workers.check(object)
     }
 
     /// Makes a slab that [`Prefetcher::next_slab`] returned available again.

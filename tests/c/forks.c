@@ -104,8 +104,8 @@ static void test_forks_while_threads_write(void) {
     sft_incremental_writer_free(incremental);
 }
 
-/* The parent's threads read for the parent alone; a child can only free what it has inherited. */
-static void test_prefetch_in_a_child(void) {
+/* A prefetch belongs to the parent, with and without threads; a child can only free what it has inherited. */
+static void test_prefetch_in_a_child(size_t threads) {
     enum { LENGTH = 20 << 20 };
     const uint64_t shape[] = {LENGTH};
     unsigned char* written = calloc(LENGTH, 1);
@@ -122,7 +122,9 @@ static void test_prefetch_in_a_child(void) {
     sft_writer_free(writer);
     CHECK_OK(sft_file_open(path_of("prefetched.safetensors"), NULL, &file));
     const sft_prefetch_request one = {file, 0, NULL, 0, found, LENGTH};
+    CHECK_OK(sft_set_threads(threads));
     CHECK_OK(sft_prefetch_start(&one, 1, &prefetch));
+    CHECK_OK(sft_set_threads(0));
     fflush(stdout);
     const pid_t child = fork();
     if (child == 0) {
@@ -144,7 +146,8 @@ static void test_prefetch_in_a_child(void) {
 }
 
 void test_forks(void) {
-    test_prefetch_in_a_child();
+    test_prefetch_in_a_child(0);
+    test_prefetch_in_a_child(1);
     test_committed_after_the_fork();
     test_forks_while_threads_write();
 }
