@@ -114,8 +114,6 @@ struct State {
     phases: Vec<Phase>,
     /// The first batch in order that may not be started. Those before it are started.
     next_batch: usize,
-    /// Batches that the caller waits for.
-    urgent: VecDeque<usize>,
     /// Batches with chunks that are not read.
     started: VecDeque<StartedBatch>,
     /// The ready requests in the order of their landing, and some that were taken by number.
@@ -207,7 +205,9 @@ impl PrefetchLoader {
     }
 
     /// Returns the tensor of request number `request`. Waits for it, but no longer than `wait`; returns `None` if it has not
-    /// landed. A request that is not started goes first, whatever the budget.
+    /// landed. A request that is not started goes first, whatever the budget. If `wait` is zero and the budget is full, the
+    /// request is started once all started ones have landed: polls exceed the budget by one batch after another, and
+    /// repeating one always succeeds in the end.
     ///
     /// # Errors
     ///
@@ -218,20 +218,25 @@ impl PrefetchLoader {
             let detail = format!("prefetch request {request}: there are {}", self.len());
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
+        let batch = shared.batch_of(request);
         let taken = self.wait(wait, |state| {
-            match state.phases[request] {
-                Phase::Waiting => {
-                    let batch = shared.batch_of(request);
-                    if !state.urgent.contains(&batch) {
-                        state.urgent.push_back(batch);
-                        shared.startable.notify_one();
-                    }
+            if matches!(state.phases[request], Phase::Waiting) {
+                let may_start = !wait.is_zero()
+                    || state.started.is_empty()
+                    || state.budget.allows(shared.batches[batch].cost);
+                if !may_start {
+                    return None;
                 }
-                Phase::Started => {}
-                Phase::Ready(_) => return shared.hand_out(state, request).map(Ok),
-                Phase::Taken => return Some(Err(shared.already_delivered(request))),
+                shared.start(state, batch, /*goes_first=*/ true);
+                shared.startable.notify_one();
             }
-            None
+            match state.phases[request] {
+                // If there was no memory for it, the loader has failed.
+                Phase::Waiting => state.failure.take().map(Err),
+                Phase::Started => None,
+                Phase::Ready(_) => shared.hand_out(state, request).map(Ok),
+                Phase::Taken => Some(Err(shared.already_delivered(request))),
+            }
         })?;
         taken.transpose()
     }
@@ -322,7 +327,6 @@ impl Shared {
         let state = State {
             phases: plan.requests.iter().map(|_| Phase::Waiting).collect(),
             next_batch: 0,
-            urgent: VecDeque::new(),
             started: VecDeque::new(),
             ready: VecDeque::new(),
             budget: Budget::new(options.buffer_bytes),
@@ -401,10 +405,6 @@ impl Shared {
     /// Takes the next chunk; starts a batch if none has chunks left and the budget allows it.
     fn next_chunk(&self, state: &mut State) -> Option<Chunk> {
         loop {
-            if let Some(batch) = state.urgent.pop_front() {
-                self.start(state, batch, /*goes_first=*/ true);
-                continue;
-            }
             for started in &mut state.started {
                 let number = started.next_chunk;
                 if number < self.batches[started.batch].chunks.len() {
@@ -427,11 +427,8 @@ impl Shared {
         !matches!(state.phases[self.batches[batch].requests.start], Phase::Waiting)
     }
 
-    /// Allocates the memory of a batch, unless it is started.
+    /// Allocates the memory of a batch that is not started.
     fn start(&self, state: &mut State, batch: usize, goes_first: bool) {
-        if state.stopped || self.is_started(state, batch) {
-            return;
-        }
         let Batch { requests, chunks, cost } = &self.batches[batch];
         let of = &self.plan.requests[requests.clone()];
         let memory = if of.iter().all(|request| request.destination.is_some()) {

@@ -208,6 +208,31 @@ fn a_tensor_to_be_taken_may_not_have_landed() {
 }
 
 #[test]
+fn polls_pass_the_budget_only_once_all_started_tensors_have_landed() {
+    let directory = common::directory();
+    let path = directory.path().join("model.safetensors");
+    // Each has two chunks, and a poll without threads reads one.
+    let data = save_sizes(&path, &[9 << 20; 4]);
+    let file = open(&path, Backend::Pread);
+    let poll = |loader: &PrefetchLoader, number| loader.take(number, Duration::ZERO).expect("read");
+
+    let options = PrefetchOptions { buffer_bytes: 1, threads: Some(0), ..Default::default() };
+    let loader = start(whole(&file), options);
+    assert!(poll(&loader, 1).is_none());
+    assert!(poll(&loader, 2).is_none(), "tensor 1 has not landed");
+    let NextTensor::Ready(first) = loader.next(Duration::ZERO).expect("read") else { panic!("nothing landed") };
+    assert_eq!(first.request, 1, "the poll of tensor 2 has read the rest of tensor 1");
+
+    for threads in [Some(0), Some(2)] {
+        let loader = start(whole(&file), PrefetchOptions { threads, ..options });
+        let deadline = Instant::now() + LONG;
+        let polled = std::iter::repeat_with(|| poll(&loader, 3)).take_while(|_| Instant::now() < deadline);
+        let last = polled.flatten().next().expect("started although the budget is full");
+        assert!(bytes(&last, data[3].len()) == data[3]);
+    }
+}
+
+#[test]
 fn changes_to_a_mapping_are_read_if_wanted() {
     let directory = common::directory();
     let path = directory.path().join("model.safetensors");
