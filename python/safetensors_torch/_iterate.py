@@ -92,7 +92,7 @@ def _select(opened: list[Any], names: Names, title: str) -> list[list[str] | Non
     """Returns the names to read of each file, each of which has them; None means all.
 
     Raises:
-        SafetensorError: no file has one of the names, or a match of one of the globs.
+        SafetensorError: no file has one of the names, or a match of one of the globs; there are names but no files.
         TypeError: as select().
     """
     if names is None or callable(names) or not isinstance(names, Iterable) or isinstance(names, (str, bytes)):
@@ -100,6 +100,8 @@ def _select(opened: list[Any], names: Names, title: str) -> list[list[str] | Non
     chosen: list[dict[str, None]] = [{} for _ in opened]
     for name in names:
         matches = [[one for one in select(file, [name]) or () if call(file.contains, one)] for file in opened]
+        if not opened:
+            raise SafetensorError(f"files: no file is given, so none has a tensor {short_repr(name)}; pass its path")
         if not any(matches):
             known = [one for file in opened for one in call(file.keys)]
             raise SafetensorError(f"{title}: no tensor is called {short_repr(name)}; {names_instead(name, known)}")

@@ -84,6 +84,8 @@ def test_refused_names(files: list[Path]) -> None:
         iterate(files, names=["layer1.33"])
     with pytest.raises(TypeError, match="names must be a list"):
         iterate(files, names="layer1.2")
+    with pytest.raises(SafetensorError, match="^files: no file is given, so none has a tensor 'a'; pass its path$"):
+        iterate([], names=["a"])
 
 
 def test_conversion(files: list[Path]) -> None:
