@@ -1,6 +1,7 @@
 //! Saves tensors as a checkpoint.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::plan::{DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, ShardPlan};
 use super::writer::ShardedWriter;
@@ -8,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Metadata;
 use crate::format::layout::{self, Layout, TensorSpec};
 use crate::sys::mutex::Mutex;
-use crate::sys::parallel;
+use crate::sys::parallel::{self, Chunks};
 use crate::sys::raw_bytes::RawBytes;
 use crate::sys::threads::ThreadLimit;
 use crate::write::atomic::AtomicFile;
@@ -83,13 +84,25 @@ pub(crate) fn save_sharded_raw(
     // Many filesystems admit one writer to a file, so each file has one thread.
     let threads = parallel::thread_count(ThreadLimit::current()?, plan.total_bytes() as usize, shards.len());
     let complete: Vec<Mutex<Option<AtomicFile>>> = shards.iter().map(|_| Mutex::new(None)).collect();
-    parallel::for_each(shards.len(), threads, |shard| {
+    // An error ends the files of the other threads at their next chunk.
+    let has_failed = AtomicBool::new(false);
+    let write = |shard: usize| {
         let (layout, bytes) = &shards[shard];
         let mut file = writer.create(shard, layout.total_bytes())?;
         let pieces = layout.order().iter().map(|place| bytes[place.index]);
-        file.write(std::iter::once(layout.header().into()).chain(pieces))?;
+        let pieces: Vec<RawBytes<'_>> = std::iter::once(layout.header().into()).chain(pieces).collect();
+        let chunks = Chunks::new(pieces.iter().map(|piece| piece.len()));
+        for chunk in 0..chunks.len() {
+            if has_failed.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            file.write(chunks.parts(chunk).map(|(piece, part)| pieces[piece].part(part)))?;
+        }
         *complete[shard].lock() = Some(file);
         Ok(())
+    };
+    parallel::for_each(shards.len(), threads, |shard| {
+        write(shard).inspect_err(|_| has_failed.store(true, Ordering::Relaxed))
     })?;
     for file in complete {
         writer.add(file.lock().take().expect("every file was written"));

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 /// The bytes of a tensor that is saved: an address and a length.
@@ -67,6 +68,11 @@ impl<'a> RawBytes<'a> {
             RawBytes { length: middle, ..self },
             RawBytes { start: self.start.wrapping_add(middle), length, ..self },
         )
+    }
+
+    /// Returns the bytes in `range`, which must be inside.
+    pub(crate) fn part(self, range: Range<usize>) -> RawBytes<'a> {
+        self.split_at(range.end).0.split_at(range.start).1
     }
 
     /// Removes the first `count` bytes from `pieces`.

@@ -121,6 +121,29 @@ fn an_error_leaves_the_directory_as_it_was() {
 }
 
 #[test]
+fn an_error_stops_the_threads_that_write_other_files() {
+    if std::thread::available_parallelism().is_ok_and(|threads| threads.get() == 1) {
+        return; // one thread writes all files
+    }
+    let directory = directory();
+    let at = directory.path();
+    // The second file fails at once. Pages of fresh memory show how much of the first is read to be written.
+    let blocked = at.join("model-00002-of-00002.safetensors");
+    fs::create_dir(&blocked).expect("made");
+    let large = vec![0; 512 << 20];
+    let error = save(at, &[("a", &large), ("b", &[1])], 1).expect_err("a directory is in the way");
+    assert_eq!(error.os_error(), Some(libc::EISDIR));
+    // Aligned to any size of pages.
+    let last_page = large.as_ptr_range().end.map_addr(|end| (end - 1) & !0xffff);
+    let mut is_resident = 9;
+    // SAFETY: mincore does not access the page, and writes one byte for it.
+    let status = unsafe { libc::mincore(last_page.cast_mut().cast(), 1, &raw mut is_resident) };
+    assert_eq!((status, is_resident & 1), (0, 0), "the first file was written to its end");
+    fs::remove_dir(blocked).expect("removed");
+    assert!(names(at).is_empty());
+}
+
+#[test]
 fn links_are_replaced_and_their_targets_stay() {
     let directory = directory();
     let (blobs, at) = (directory.path().join("blobs"), directory.path().join("snapshot"));
