@@ -19,6 +19,9 @@ class Deadline {
 
     static Deadline never() { return in(std::numeric_limits<double>::infinity()); }
 
+    // This deadline, or `seconds` from now if that is earlier.
+    Deadline at_most(double seconds) const { return Deadline(std::min(time_, in(seconds).time_)); }
+
     bool passed() const { return Clock::now() >= time_; }
 
     uint64_t milliseconds_left() const { return left<std::chrono::milliseconds>(); }

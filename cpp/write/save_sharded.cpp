@@ -15,6 +15,9 @@
 namespace safetensors_torch::layer {
 namespace {
 
+// How long a thread writes before it looks whether another one has failed.
+constexpr double kCheckSeconds = 0.01;
+
 // Divides tensors, which may have no data, into files.
 rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_size) {
     if (max_shard_size <= 0) {
@@ -155,19 +158,23 @@ void PendingShardedSave::write_together(size_t end, Deadline until) {
         files += is_complete(i) ? 0 : 1;
     }
     std::atomic<size_t> following{next_};
+    std::atomic<bool> has_failed{false};
     std::mutex mutex;
     std::optional<CarriedError> failure;
     const auto run = [&]() noexcept {
         try {
             guarded([&] {
                 for (size_t i = following++; i < end; i = following++) {
-                    if ((!is_complete(i) && !shards_[i]->advance(until)) || until.passed()) {
-                        return;
+                    while (!is_complete(i)) {
+                        shards_[i]->advance(until.at_most(kCheckSeconds));
+                        if (has_failed || until.passed()) {
+                            return;
+                        }
                     }
                 }
             });
         } catch (const std::exception&) {
-            following = end;
+            has_failed = true;
             const std::lock_guard<std::mutex> lock(mutex);
             if (!failure) {
                 failure = CarriedError::current();

@@ -1,6 +1,9 @@
 // Checkpoints of several files: loading tensors and modules, saving, and errors of the index.
 
+#include <sys/mman.h>
 #include <torch/nn.h>
+
+#include <thread>
 
 #include "support.h"
 
@@ -195,6 +198,24 @@ TEST(invalid_sharded_saves_are_refused) {
     EXPECT_HAS(ERROR_OF(st::save_sharded(five(), dir.file("file"))), dir.file("file"));
     EXPECT_EQ(dir.count(), before.size() + 1);
     EXPECT(identical(st::load_sharded(dir.file("")), five()));
+}
+
+TEST(an_error_stops_the_threads_that_write_other_files) {
+    if (std::thread::hardware_concurrency() == 1) {
+        return;  // one thread writes all files
+    }
+    const TempDir dir;
+    // The second file fails at once. Pages of fresh memory show how much of the first is read to be written.
+    std::filesystem::create_directory(dir.file("model-00002-of-00002.safetensors"));
+    const at::Tensor large = at::empty({512 << 20}, at::kByte);
+    EXPECT_HAS(ERROR_OF(st::save_sharded({{"a", large}, {"b", at::zeros({1})}}, dir.file(""), {}, of_at_most(1))),
+               "model-00002-of-00002.safetensors");
+    // Aligned to any size of pages.
+    const auto last_page = (reinterpret_cast<uintptr_t>(large.data_ptr()) + large.nbytes() - 1) & ~uintptr_t{0xffff};
+    unsigned char is_resident = 9;
+    EXPECT_EQ(mincore(reinterpret_cast<void*>(last_page), 1, &is_resident), 0);
+    EXPECT_EQ(is_resident & 1, 0);
+    EXPECT_EQ(dir.count(), 1U);
 }
 
 TEST(variants_and_extra_tensors) {
