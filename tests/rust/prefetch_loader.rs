@@ -220,7 +220,9 @@ fn polls_pass_the_budget_only_once_all_started_tensors_have_landed() {
     let loader = start(whole(&file), options);
     assert!(poll(&loader, 1).is_none());
     assert!(poll(&loader, 2).is_none(), "tensor 1 has not landed");
-    let NextTensor::Ready(first) = loader.next(Duration::ZERO).expect("read") else { panic!("nothing landed") };
+    let NextTensor::Ready(first) = loader.next(Duration::ZERO).expect("read") else {
+        panic!("nothing landed")
+    };
     assert_eq!(first.request, 1, "the poll of tensor 2 has read the rest of tensor 1");
 
     for threads in [Some(0), Some(2)] {
