@@ -35,6 +35,57 @@ const AHEAD_BYTES: u64 = 64 << 20;
 /// The most tensors that a program may leave out.
 const AHEAD_TENSORS: usize = 64;
 
+/// The most threads of this process that read ahead at once: four times as many as one tensor starts. Tensors that find all
+/// of them busy are left to page faults.
+const MOST_THREADS: u64 = 4 * WINDOW_READERS as u64;
+
+static THREADS: Threads = Threads(AtomicU64::new(0));
+
+/// The number of threads that were started, below the number of the process that has them: a forked child has none.
+struct Threads(AtomicU64);
+
+impl Threads {
+    /// Returns `wanted` places, or those that are left.
+    fn take(&'static self, wanted: usize) -> Places {
+        let process = u64::from(std::process::id()) << 32;
+        let mut taken = 0;
+        let add = |threads: u64| {
+            let count = if threads & !COUNT == process { threads & COUNT } else { 0 };
+            taken = (wanted as u64).min(MOST_THREADS - count);
+            Some(process | (count + taken))
+        };
+        // Nothing else is published with the number.
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        Places { threads: self, count: taken }
+    }
+}
+
+const COUNT: u64 = u32::MAX as u64;
+
+/// Threads that may be started. They count until this is dropped.
+struct Places {
+    threads: &'static Threads,
+    count: u64,
+}
+
+impl Places {
+    fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Removes one place, if there is one.
+    fn pop(&mut self) -> Option<Places> {
+        self.count = self.count.checked_sub(1)?;
+        Some(Places { threads: self.threads, count: 1 })
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.threads.0.fetch_sub(self.count, Ordering::Relaxed);
+    }
+}
+
 /// What an open file has been asked for. Wrong values, left by several threads at once, cost reads and nothing else.
 #[derive(Debug, Default)]
 pub(crate) struct ReadAhead {
@@ -97,14 +148,14 @@ impl ReadAhead {
         }
         let background = ThreadLimit::current().map_or(0, |threads| threads.cap_background(WINDOW_READERS));
         let scope = self.scope_of(mapping);
+        let places = THREADS.take(if scope == FUSE { background } else { background.min(1) });
         let ranges = match scope {
-            REMOTE | FUSE if background > 0 => self.extend(mapping, header, index, part),
+            REMOTE | FUSE if !places.is_empty() => self.extend(mapping, header, index, part),
             // The kernel calls every page resident, so cached files would be asked for too.
             LOCAL if !mapping.is_residency_known() => return,
             _ => vec![part],
         };
-        let threads = if scope == FUSE { background.min(WINDOW_READERS) } else { background.min(1) };
-        send(mapping, &ranges, threads, scope == FUSE);
+        send(mapping, &ranges, places, scope == FUSE);
     }
 
     /// Returns the scope of the filesystem, which is looked up once.
@@ -176,11 +227,12 @@ impl ReadAhead {
     }
 }
 
-/// Requests `ranges`, on `threads` threads if they are many bytes. Without threads, long ones are left to page faults.
-fn send(mapping: &Arc<Mapping>, ranges: &[Range<u64>], threads: usize, by_window: bool) {
+/// Requests `ranges`, on as many threads as there are `places` if they are many bytes. Without places, long ones are left to
+/// page faults.
+fn send(mapping: &Arc<Mapping>, ranges: &[Range<u64>], mut places: Places, by_window: bool) {
     let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
     let is_long = bytes >= BACKGROUND_BYTES || by_window || ranges.len() > 1;
-    if bytes == 0 || is_long && threads == 0 {
+    if bytes == 0 || is_long && places.is_empty() {
         return;
     }
     if is_long && available_memory().is_none_or(|available| bytes > available / 2) {
@@ -194,9 +246,10 @@ fn send(mapping: &Arc<Mapping>, ranges: &[Range<u64>], threads: usize, by_window
     }
     let pieces: Vec<Range<u64>> = ranges.iter().flat_map(windows_of).collect();
     let work = Arc::new((Arc::downgrade(mapping), opened, pieces, AtomicUsize::new(0)));
-    for _ in 0..threads.min(work.2.len()) {
+    for place in std::iter::from_fn(|| places.pop()).take(work.2.len()) {
         let work = Arc::clone(&work);
         spawn(move || {
+            let _place = place;
             let (mapping, opened, pieces, next) = &*work;
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed))
                 && mapping.strong_count() > 0
@@ -246,4 +299,25 @@ fn looks_resident(mapping: &Mapping, bytes: &Range<u64>) -> bool {
 /// Runs `work` on a thread of its own. Does nothing if there is no thread for it.
 pub(super) fn spawn(work: impl FnOnce() + Send + 'static) {
     let _ = std::thread::Builder::new().name("sft-prefault".into()).spawn(work);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_limited_and_given_back() {
+        static THREADS: Threads = Threads(AtomicU64::new(0));
+        let mut first = THREADS.take(5);
+        let rest = THREADS.take(1000);
+        assert_eq!((first.count, rest.count), (5, MOST_THREADS - 5));
+        assert!(THREADS.take(1).is_empty());
+        drop(first.pop().expect("one of five"));
+        assert_eq!(THREADS.take(3).count, 1);
+        drop((first, rest));
+        // As in the child of a process that has started them all.
+        let parent = u64::from(std::process::id() ^ 1) << 32;
+        THREADS.0.store(parent | MOST_THREADS, Ordering::Relaxed);
+        assert_eq!(THREADS.take(1000).count, MOST_THREADS);
+    }
 }

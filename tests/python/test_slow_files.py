@@ -169,6 +169,18 @@ def test_a_part_of_a_tensor_is_read_ahead_and_no_more(slow: tuple[Path, Requests
     assert nbytes < 3 * (2 * MIB + MIB)
 
 
+def test_tensors_that_are_taken_quickly_start_few_threads(program: Path, stored: Path) -> None:
+    save_file({f"t{i:02}": torch.full((1024, 1024), float(i)) for i in range(24)}, stored / "stored" / "model")
+    with mounted(program, stored, milliseconds="200") as (mountpoint, _), safe_open(mountpoint / "model", "pt") as file:
+        # Not in file order, so each tensor is a request of its own, for two threads.
+        tensors = {i: file.get_tensor(f"t{i:02}") for i in reversed(range(24))}
+        names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+        assert 0 < names.count("sft-prefault\n") <= 32
+        for i in (0, 23):
+            _use(tensors[i], i)
+        del tensors
+
+
 def test_a_row_is_not_read_ahead(slow: tuple[Path, Requests]) -> None:
     path, requests = slow
     with safe_open(path, "pt") as file:
