@@ -9,6 +9,7 @@ use super::file::File;
 use crate::format::slice::Slice;
 use crate::read::prefetch_loader::{self, NextTensor};
 use crate::read::prefetch_plan::{PrefetchOptions, PrefetchRequest};
+use crate::read::prefetch_schedule;
 use crate::sys::threads::threads;
 
 #[derive(Default)]
@@ -64,8 +65,8 @@ fn not_ready(state: PrefetchState) -> PrefetchedTensor {
     PrefetchedTensor { state, request: 0, start: std::ptr::null_mut(), block: std::ptr::null() }
 }
 
-fn ready(tensor: prefetch_loader::PrefetchedTensor) -> PrefetchedTensor {
-    let prefetch_loader::PrefetchedTensor { request, start, owner } = tensor;
+fn ready(tensor: prefetch_schedule::PrefetchedTensor) -> PrefetchedTensor {
+    let prefetch_schedule::PrefetchedTensor { request, start, owner } = tensor;
     let block = Arc::into_raw(owner.expect("the loader allocates memory for requests without destinations"));
     PrefetchedTensor { state: PrefetchState::Ready, request, start, block }
 }

@@ -8,6 +8,7 @@ pub mod prefault;
 pub mod prefetch;
 pub mod prefetch_loader;
 pub mod prefetch_plan;
+pub mod prefetch_schedule;
 mod read_ahead;
 pub(crate) mod reader;
 pub mod slab_layout;
