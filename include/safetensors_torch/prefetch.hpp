@@ -81,7 +81,8 @@ class PrefetchLoader {
     /// The end of an iteration.
     struct End {};
 
-    /// An input iterator over next().
+    /// Calls next() for a range-based for loop. It has less than an input iterator, so algorithms do not take it. The
+    /// loader must outlive it.
     class Iterator {
       public:
         /// Calls next() for the first item.
