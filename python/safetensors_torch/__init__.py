@@ -39,7 +39,8 @@ if not _is_shell_command():
     from ._model import load_model, save_model
     from ._patch import patch_safetensors, unpatch_safetensors
     from ._prefetch_loader import PrefetchLoader, TensorMeta
-    from ._safe_open import PySafeSlice, safe_open
+    from ._safe_open import safe_open
+    from ._safe_slice import PySafeSlice
     from ._save import save, save_file
     from ._sharded import load_sharded, save_sharded
     from ._transfer import (

@@ -21,7 +21,8 @@ from ._errors import SafetensorError, truncate
 from ._load import load, load_file
 from ._model import load_model, save_model
 from ._prefetch_loader import PrefetchLoader, TensorMeta
-from ._safe_open import _FRAMEWORKS, PySafeSlice, safe_open
+from ._safe_open import _FRAMEWORKS, safe_open
+from ._safe_slice import PySafeSlice
 from ._save import save, save_file
 from ._tracing import dynamo_disable
 
