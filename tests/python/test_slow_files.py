@@ -143,6 +143,27 @@ def test_direct_reads_leave_the_page_cache_alone(slow: tuple[Path, Requests]) ->
     assert not is_direct and cached >= 24
 
 
+def test_an_overlay_is_read_as_its_slow_layer(slow: tuple[Path, Requests], tmp_path: Path) -> None:
+    path, requests = slow
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    layers = f"lowerdir={path.parent}:{tmp_path / 'stored'}"
+    if subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=False).returncode != 0:
+        pytest.skip("no overlay can be mounted here")
+    try:
+        command = [sys.executable, "-m", "safetensors_torch", "explain", str(merged / path.name), "--json"]
+        (plan,) = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        plans = plan["plans"]
+        assert plan["filesystem"] == "overlay"
+        assert (plans["mmap"]["readers"], plans["pread"]["readers"]) == (8, 16)
+        load_file(merged / path.name, prefault=True)
+    finally:
+        subprocess.run(["umount", merged], check=True)
+    count, at_once, _ = requests()
+    # Windows, in requests of 1 MiB.
+    assert at_once >= 6 and count < 60
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [({"backend": "pread"}, r'mounted/model.*for tensor "t[2-5]"'), ({"prefault": True}, "mounted/model")],
