@@ -110,6 +110,7 @@ fn scope_of_overlay(file: &File) -> Scope {
     LAST.store(device | number, Ordering::Relaxed);
     scope
 }
+
 /// Returns whether this machine alone accesses the filesystem of `file`; false if that is unknown. The upper layer of an
 /// overlay, where files are written, is local.
 pub(crate) fn is_local(file: &File) -> bool {
