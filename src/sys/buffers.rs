@@ -58,26 +58,21 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// Allocates `length` bytes, aligned to [`ALIGNMENT`].
-    fn new(length: usize) -> Result<Block> {
-        let out_of_memory = || {
-            let detail = format!("cannot allocate {length} bytes for the tensors: not enough memory");
-            Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
-        };
+    /// Allocates `length` bytes, aligned to [`ALIGNMENT`]. `None` if there is not enough memory.
+    fn new(length: usize) -> Option<Block> {
         // A block of small tensors is rarely full, but is worth a huge page.
         if length > HUGE_PAGE_BYTES - LARGE_BYTES {
             let length = length.max(HUGE_PAGE_BYTES);
             // Leaves room to align the start. Untouched pages use no memory.
-            let map = MmapMut::map_anon(length.checked_add(HUGE_PAGE_BYTES).ok_or_else(out_of_memory)?);
-            let map = MmapRaw::from(map.map_err(|_| out_of_memory())?);
+            let map = MmapRaw::from(MmapMut::map_anon(length.checked_add(HUGE_PAGE_BYTES)?).ok()?);
             let skipped = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
             let fresh = PagePopulator::new(map.as_mut_ptr().wrapping_add(skipped), length);
-            return Ok(Block(Backing::Pages { map, skipped, fresh, users: PieceUsers::default() }));
+            return Some(Block(Backing::Pages { map, skipped, fresh, users: PieceUsers::default() }));
         }
         let mut lines = Vec::new();
-        lines.try_reserve_exact(length.max(1).div_ceil(ALIGNMENT)).map_err(|_| out_of_memory())?;
+        lines.try_reserve_exact(length.max(1).div_ceil(ALIGNMENT)).ok()?;
         let start = NonNull::from(lines.spare_capacity_mut()).cast();
-        Ok(Block(Backing::Heap { start, _lines: lines }))
+        Some(Block(Backing::Heap { start, _lines: lines }))
     }
 
     fn start(&self) -> *mut u8 {
@@ -245,7 +240,12 @@ impl Buffers {
             end = next;
             count += 1;
         }
-        let mut block = Block::new(end)?;
+        let out_of_memory = || {
+            let bytes = end - self.locations[indices[0]].offset;
+            let detail = format!("cannot allocate {bytes} bytes for the tensors: not enough memory");
+            Error::new(ErrorKind::Io, detail).with_os_error(io::Error::from_raw_os_error(libc::ENOMEM))
+        };
+        let mut block = Block::new(end).ok_or_else(out_of_memory)?;
         match &mut block.0 {
             Backing::Pages { users, .. } if sizes[indices[0]] >= LARGE_BYTES => {
                 let parts =
