@@ -160,6 +160,8 @@ mod ffi {
         fn share_mapping(self: &File) -> *const Mapping;
         /// Prefaults the mapping: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
+        /// Brings the tensor's pages into memory, if the file is mapped.
+        fn prefault_tensor(self: &File, index: usize) -> Result<()>;
         fn read_ahead(self: &File, index: usize) -> Result<()>;
         /// Reads ahead `length` bytes at `address`, of which `used` will be used.
         fn read_ahead_at(self: &File, index: usize, address: usize, length: usize, used: usize);

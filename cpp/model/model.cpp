@@ -244,6 +244,10 @@ bool StateLoader::load_and_copy(const Match& match, Deadline until) {
     if (is_old_scalar(loaded.sizes(), match.destination.sizes())) {
         loaded = loaded.select(0, 0);
     }
+    if (loaded.is_cpu()) {
+        // A failed read is an error here; touching the page would end the process.
+        checkpoint_->file(match.place).prefault_tensor(match.place.index);
+    }
     match.destination.copy_(loaded);
     done_ += checkpoint_->file(match.place).nbytes(match.place.index);
     return true;

@@ -106,6 +106,10 @@ impl File {
         Ok(self.0.prefault(prefault_mode(wait))?)
     }
 
+    pub fn prefault_tensor(&self, index: usize) -> Result<()> {
+        Ok(self.0.prefault_tensor(index)?)
+    }
+
     pub fn read_ahead(&self, index: usize) -> Result<()> {
         Ok(self.0.read_ahead(index)?)
     }

@@ -77,8 +77,13 @@ impl Checkpoint {
     ///
     /// Those of [`TensorFile::prefault`].
     pub fn prefault(&self, when: Prefault) -> Result<()> {
-        let mapped: Vec<_> = self.shards.iter().filter_map(|shard| shard.file.mapping()).collect();
-        prefault::prefault(&mapped, when)
+        match when {
+            Prefault::Wait => self.shards.iter().try_for_each(|shard| shard.file.prefault(when)),
+            Prefault::Background => {
+                let mapped: Vec<_> = self.shards.iter().filter_map(|shard| shard.file.mapping()).collect();
+                prefault::start(&mapped)
+            }
+        }
     }
 
     /// Returns the path of the file or the index that was opened.

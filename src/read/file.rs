@@ -192,8 +192,29 @@ impl TensorFile {
     /// [`ErrorKind::Io`] and [`ErrorKind::FileChanged`], with [`Prefault::Wait`] only: in the background, the error shows
     /// when the page is touched.
     pub fn prefault(&self, when: Prefault) -> Result<()> {
-        let mapped: Vec<_> = self.mapping().into_iter().collect();
-        prefault::prefault(&mapped, when)
+        let Some(mapping) = self.mapping() else { return Ok(()) };
+        match when {
+            Prefault::Background => prefault::start(&[mapping]),
+            Prefault::Wait => self.wait_for(mapping, 0..mapping.len()),
+        }
+    }
+
+    /// As [`TensorFile::prefault`] with [`Prefault::Wait`], for the pages of the tensor at `index`.
+    #[cfg_attr(
+        not(feature = "bridge"),
+        expect(dead_code, reason = "only C++ copies from the mapping itself")
+    )]
+    pub(crate) fn prefault_tensor(&self, index: usize) -> Result<()> {
+        let bytes = self.byte_range(&self.tensor(index)?);
+        let Some(mapping) = self.mapping() else { return Ok(()) };
+        self.wait_for(mapping, bytes.start as usize..bytes.end as usize)
+    }
+
+    fn wait_for(&self, mapping: &Mapping, bytes: Range<usize>) -> Result<()> {
+        prefault::wait(mapping, bytes, |error, part| {
+            let (first, last) = (self.index_at(part.start), self.index_at(part.end - 1));
+            self.explain_read(error, first, last - first + 1)
+        })
     }
 
     /// Starts to read the tensor at `index` of a mapped file that is not in memory; does not wait. On a network filesystem,
@@ -338,7 +359,7 @@ impl TensorFile {
 
     /// Adds the path of the file, and the tensors that were being read, to an error: the one at `index`, and `count` in all.
     pub(crate) fn explain_read(&self, error: Error, index: usize, count: usize) -> Error {
-        let name = self.header.get(index).map_or("", |tensor| tensor.name);
+        let Some(TensorInfo { name, .. }) = self.header.get(index) else { return self.locate(error) };
         let what = match count {
             0 | 1 => format!("the bytes were for tensor {name:?}"),
             count => format!("the bytes were for tensor {name:?} and {} after it", count - 1),
@@ -348,6 +369,11 @@ impl TensorFile {
 
     /// As [`TensorFile::explain_read`], for the tensor that contains the byte at `offset` of the file.
     pub(crate) fn explain_read_at(&self, error: Error, offset: u64, count: usize) -> Error {
+        self.explain_read(error, self.index_at(offset), count)
+    }
+
+    /// Returns the index of the first tensor that ends after `offset` of the file.
+    fn index_at(&self, offset: u64) -> usize {
         let position = offset.saturating_sub(self.header.data_start());
         let is_before = |index: usize| self.header.get(index).is_some_and(|tensor| tensor.end <= position);
         let (mut first, mut end) = (0, self.header.len());
@@ -355,7 +381,7 @@ impl TensorFile {
             let middle = first.midpoint(end);
             if is_before(middle) { first = middle + 1 } else { end = middle }
         }
-        self.explain_read(error, first, count)
+        first
     }
 
     /// Adds the path of the file to an error.

@@ -38,11 +38,8 @@ const POPULATE_BYTES: usize = 1 << 20;
 /// Smaller mappings are not worth a thread: starting it takes longer than all their page faults.
 pub(super) const BACKGROUND_BYTES: usize = 16 << 20;
 
-/// Reads and maps all of `mappings`, one after the other. Reports errors of reads with [`Prefault::Wait`] only.
-pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()> {
-    if when == Prefault::Wait {
-        return mappings.iter().try_for_each(|mapping| wait(mapping));
-    }
+/// Starts to read and map all of `mappings`, one after the other. Errors of reads will show when the pages are touched.
+pub(crate) fn start(mappings: &[&Arc<Mapping>]) -> Result<()> {
     let total: usize = mappings.iter().map(|mapping| mapping.len()).sum();
     let threads = ThreadLimit::current()?;
     if total >= BACKGROUND_BYTES && threads.cap_background(1) > 0 {
@@ -51,20 +48,38 @@ pub(crate) fn prefault(mappings: &[&Arc<Mapping>], when: Prefault) -> Result<()>
     Ok(())
 }
 
-fn wait(mapping: &Mapping) -> Result<()> {
+/// Reads and maps `bytes` of `mapping` before it returns. `explain` gets the error of a part of them, and that part.
+pub(crate) fn wait(
+    mapping: &Mapping,
+    bytes: Range<usize>,
+    explain: impl Fn(Error, Range<u64>) -> Error + Sync,
+) -> Result<()> {
     let reopened = mapping.reopen();
     let file = reopened.as_ref();
     let threads = ThreadLimit::current()?;
-    let wanted = parallel::thread_count(threads, mapping.len(), mapping.len().div_ceil(CHUNK_BYTES));
-    let strategy = strategy_of(file, mapping.len(), wanted, threads);
-    parallel::for_each(mapping.len().div_ceil(strategy.chunk_bytes), strategy.threads, |chunk| {
-        read_and_map(mapping, file, chunk_range(mapping, strategy, chunk), strategy)
+    let wanted = parallel::thread_count(threads, bytes.len(), bytes.len().div_ceil(CHUNK_BYTES));
+    let strategy = strategy_of(file, bytes.clone(), wanted, threads);
+    let first = bytes.start / strategy.chunk_bytes;
+    let count = bytes.end.div_ceil(strategy.chunk_bytes) - first;
+    parallel::for_each(count, strategy.threads, |chunk| {
+        let whole = chunk_range(mapping, strategy, first + chunk);
+        let part = whole.start.max(bytes.start)..whole.end.min(bytes.end);
+        read_and_map(mapping, file, part.clone(), strategy)
+            .map_err(|error| explain(error, part.start as u64..part.end as u64))
     })
 }
 
-fn strategy_of(file: Option<&OpenFile>, bytes: usize, wanted: usize, threads: ThreadLimit) -> ReadStrategy {
+fn strategy_of(
+    file: Option<&OpenFile>,
+    bytes: Range<usize>,
+    wanted: usize,
+    threads: ThreadLimit,
+) -> ReadStrategy {
     match file {
-        Some(file) => ReadStrategy::of_mapped(file, bytes, || 0..bytes as u64, wanted, threads),
+        Some(file) => {
+            let extent = bytes.start as u64..bytes.end as u64;
+            ReadStrategy::of_mapped(file, bytes.len(), || extent, wanted, threads)
+        }
         None => ReadStrategy::in_memory(Residency::Unknown, wanted),
     }
 }
@@ -108,7 +123,7 @@ pub(super) fn background_plan(
     threads: ThreadLimit,
 ) -> (ReadStrategy, usize) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let strategy = strategy_of(file, bytes, (cores / 2).clamp(1, DISK_READERS), threads);
+    let strategy = strategy_of(file, 0..bytes, (cores / 2).clamp(1, DISK_READERS), threads);
     let is_worth_it = total >= BACKGROUND_BYTES as u64 && fits(strategy.residency, total, available_memory());
     (strategy, if is_worth_it { threads.cap_background(strategy.threads) } else { 0 })
 }
@@ -248,6 +263,19 @@ mod tests {
         Arc::new(Mapping::new(&file, length as u64).expect("map"))
     }
 
+    fn wait_for(mapping: &Mapping) -> Result<()> {
+        wait(mapping, 0..mapping.len(), |error, _| error)
+    }
+
+    #[test]
+    fn wait_maps_the_pages_of_a_part() {
+        let (_file, mapping) = mapped();
+        let part = CHUNK_BYTES - 100..CHUNK_BYTES + 100;
+        wait(&mapping, part, |error, _| error).expect("prefault");
+        let touched = resident(&mapping);
+        assert!(touched > 0 && touched < CHUNK_BYTES as u64, "{touched}");
+    }
+
     fn assert_soon(condition: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !condition() {
@@ -287,7 +315,7 @@ mod tests {
         std::fs::write(&path, vec![7; BYTES]).expect("written");
         assert!(mapping.reopen().is_none(), "another file");
         // Its pages can only be read through the mapping.
-        prefault(&[&mapping], Prefault::Wait).expect("prefault");
+        wait_for(&mapping).expect("prefault");
         assert!(resident(&mapping) >= BYTES as u64);
         std::fs::rename(&moved, &path).expect("renamed");
         assert!(mapping.reopen().is_some(), "back again");
@@ -306,7 +334,7 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BACKGROUND_BYTES as u64 - 1).expect("grow");
         let mapping = map(file, "small".as_ref(), BACKGROUND_BYTES - 1);
-        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        start(&[&mapping]).expect("prefault");
         assert_eq!((Arc::strong_count(&mapping), Arc::weak_count(&mapping)), (1, 0));
     }
 
@@ -314,7 +342,7 @@ mod tests {
     fn prefaults_several_mappings() {
         let several = [mapped(), mapped(), mapped()];
         let mappings: Vec<&Arc<Mapping>> = several.iter().map(|(_, mapping)| mapping).collect();
-        prefault(&mappings, Prefault::Background).expect("prefault");
+        start(&mappings).expect("prefault");
         assert_soon(|| mappings.iter().all(|mapping| resident(mapping) >= BYTES as u64));
     }
 
@@ -322,14 +350,14 @@ mod tests {
     fn wait_maps_every_page() {
         let (_file, mapping) = mapped();
         assert_eq!(resident(&mapping), 0);
-        prefault(&[&mapping], Prefault::Wait).expect("prefault");
+        wait_for(&mapping).expect("prefault");
         assert!(resident(&mapping) >= BYTES as u64, "{}", resident(&mapping));
     }
 
     #[test]
     fn background_maps_every_page() {
         let (_file, mapping) = mapped();
-        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        start(&[&mapping]).expect("prefault");
         assert_soon(|| resident(&mapping) >= BYTES as u64);
     }
 
@@ -337,16 +365,16 @@ mod tests {
     fn wait_fails_for_a_truncated_file() {
         let (file, mapping) = mapped();
         file.as_file().set_len(100_000).expect("cut");
-        let error = prefault(&[&mapping], Prefault::Wait).expect_err("cut short");
+        let error = wait_for(&mapping).expect_err("cut short");
         assert_eq!(error.kind(), crate::ErrorKind::FileChanged);
-        prefault(&[&mapping], Prefault::Background).expect("errors are ignored");
+        start(&[&mapping]).expect("errors are ignored");
     }
 
     #[test]
     fn background_threads_stop_when_the_mapping_is_dropped() {
         let (_file, mapping) = mapped();
         let watched = Arc::downgrade(&mapping);
-        prefault(&[&mapping], Prefault::Background).expect("prefault");
+        start(&[&mapping]).expect("prefault");
         drop(mapping);
         assert_soon(|| watched.strong_count() == 0);
     }
