@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,15 +30,21 @@ pytestmark = [
 
 
 def _run(*command: object) -> str:
-    """Runs a program of a system directory. Skips the test if it is missing or fails."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    program = shutil.which(str(command[0]), path=path)
-    if program is None:
+    """Runs a program, also one of a system directory that is not on the path. Returns what it prints."""
+    variables = {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])}
+    return subprocess.run(
+        [*map(str, command)], env=variables, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _try(*command: object) -> str:
+    """As _run; skips the test if the program is missing or fails."""
+    try:
+        return _run(*command)
+    except FileNotFoundError:
         pytest.skip(f"no {command[0]}")
-    done = subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{' '.join(error.cmd)}: {error.stderr.strip()}")
 
 
 @pytest.fixture(scope="module", params=[("ext4", 512), ("xfs", 4096), ("btrfs", 512)], ids=lambda it: it[0])
@@ -53,10 +58,10 @@ def disk(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
         image.touch()
         os.truncate(image, IMAGE_BYTES)
         mountpoint.mkdir()
-        device = _run("losetup", "--find", "--show", "--sector-size", block_bytes, image)
+        device = _try("losetup", "--find", "--show", "--sector-size", block_bytes, image)
         stack.callback(_run, "losetup", "--detach", device)
-        _run(f"mkfs.{filesystem}", "-q", device)
-        _run("mount", "-t", filesystem, device, mountpoint)
+        _try(f"mkfs.{filesystem}", "-q", device)
+        _try("mount", "-t", filesystem, device, mountpoint)
         stack.callback(_run, "umount", mountpoint)
         yield filesystem, mountpoint
 
