@@ -54,7 +54,8 @@ pub(crate) fn wait(
     bytes: Range<usize>,
     explain: impl Fn(Error, Range<u64>) -> Error + Sync,
 ) -> Result<()> {
-    let reopened = mapping.reopen();
+    // Opening the file takes longer than faulting in a few pages.
+    let reopened = (bytes.len() >= COLD_READ_BYTES).then(|| mapping.reopen()).flatten();
     let file = reopened.as_ref();
     let threads = ThreadLimit::current()?;
     let wanted = parallel::thread_count(threads, bytes.len(), bytes.len().div_ceil(CHUNK_BYTES));
