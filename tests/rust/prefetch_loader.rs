@@ -252,6 +252,41 @@ fn changes_to_a_mapping_are_read_if_wanted() {
 }
 
 #[test]
+fn a_tensor_without_memory_is_an_error_of_every_call() {
+    if fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "1") {
+        return; // no allocation fails
+    }
+    let directory = common::directory();
+    let path = directory.path().join("model.safetensors");
+    save_sizes(&path, &[20 << 20]);
+    let sparse = directory.path().join("sparse.safetensors");
+    let bytes = 4_u64 << 40;
+    let header =
+        format!("{{\"huge\":{{\"dtype\":\"U8\",\"shape\":[{bytes}],\"data_offsets\":[0,{bytes}]}}}}");
+    let start_bytes = common::file_bytes(&header, &[]);
+    fs::write(&sparse, &start_bytes).expect("written");
+    let length = start_bytes.len() as u64 + bytes;
+    OpenOptions::new().write(true).open(&sparse).and_then(|file| file.set_len(length)).expect("grown");
+    let requests =
+        || vec![request(&open(&path, Backend::Pread), 0), request(&open(&sparse, Backend::Pread), 0)];
+    let begun = Instant::now();
+    for threads in [Some(0), Some(2)] {
+        let options = PrefetchOptions { threads, buffer_bytes: 1, ..Default::default() };
+        let takes: [&dyn Fn(&PrefetchLoader) -> Result<(), Error>; 2] =
+            [&|loader| loader.take(1, LONG).map(drop), &|loader| {
+                while next(loader)?.is_some() {}
+                Ok(())
+            }];
+        for take in takes {
+            let error = take(&start(requests(), options)).expect_err("no memory");
+            assert_eq!(error.os_error(), Some(libc::ENOMEM), "{error}");
+            assert!(error.to_string().contains("tensor \"huge\""), "{error}");
+        }
+    }
+    assert!(begun.elapsed() < LONG, "a call has waited for a loader that had failed");
+}
+
+#[test]
 fn a_failed_read_ends_everything() {
     let directory = common::directory();
     for (sizes, threads) in [(vec![100, 200], None), (vec![3 << 20, 9 << 20], Some(3))] {
