@@ -272,13 +272,13 @@ fn a_tensor_without_memory_is_an_error_of_every_call() {
     let begun = Instant::now();
     for threads in [Some(0), Some(2)] {
         let options = PrefetchOptions { threads, buffer_bytes: 1, ..Default::default() };
-        let takes: [&dyn Fn(&PrefetchLoader) -> Result<(), Error>; 2] =
-            [&|loader| loader.take(1, LONG).map(drop), &|loader| {
-                while next(loader)?.is_some() {}
-                Ok(())
-            }];
-        for take in takes {
-            let error = take(&start(requests(), options)).expect_err("no memory");
+        for by_number in [true, false] {
+            let loader = start(requests(), options);
+            let error = if by_number {
+                loader.take(1, LONG).expect_err("no memory")
+            } else {
+                std::iter::repeat_with(|| next(&loader)).find_map(Result::err).expect("no memory")
+            };
             assert_eq!(error.os_error(), Some(libc::ENOMEM), "{error}");
             assert!(error.to_string().contains("tensor \"huge\""), "{error}");
         }
