@@ -7,7 +7,7 @@
 //!
 //! 1. its bytes fit into the rest of the budget, or
 //! 2. no request is started and not handed out, or
-//! 3. the caller waits for it by number.
+//! 3. the caller waits for it by number (`PrefetchLoader::take` says what a poll starts).
 //!
 //! No caller waits forever. One that waits for any request finds a started one that is not handed out, or rule 2 starts the
 //! next. One that waits for a request by number finds it started, or rule 3 starts it. A started request lands without the

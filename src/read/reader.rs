@@ -294,7 +294,9 @@ unsafe fn copy_mapped(
             _ => neighbours.push(start..start + length),
         }
     }
-    neighbours.retain(|bytes| bytes.len() >= BRING_IN_BYTES);
+    // If the file is cold, a failed read must be an error, which it is not for a page that is touched.
+    let is_cold = strategy.most_bytes < usize::MAX;
+    neighbours.retain(|bytes| is_cold || bytes.len() >= BRING_IN_BYTES);
     for bytes in &neighbours {
         read_and_map(mapping, file, bytes.clone(), strategy)?;
     }

@@ -54,7 +54,7 @@ def mounted(
 ) -> Iterator[tuple[Path, Requests]]:
     """Mounts `directory`/stored. Yields the mountpoint, and a function that returns the requests so far."""
     mountpoint = directory / "mounted"
-    mountpoint.mkdir()
+    mountpoint.mkdir(exist_ok=True)
     server = subprocess.Popen([program, directory / "stored", mountpoint, milliseconds, MEGABYTES_PER_SECOND, *more])
     try:
         deadline = time.monotonic() + 20
@@ -165,6 +165,20 @@ def test_an_overlay_is_read_as_its_slow_layer(slow: tuple[Path, Requests], tmp_p
     assert at_once >= 6 and count < 60
 
 
+def test_refused_direct_reads_are_buffered(program: Path, tmp_path: Path) -> None:
+    (tmp_path / "stored").mkdir()
+    save_file({f"t{i:02}": torch.full((1024, 1024), float(i)) for i in range(24)}, tmp_path / "stored" / "model")
+
+    def reads(refuses: str) -> int:
+        with mounted(program, tmp_path, "0", str(2**62), refuses, milliseconds="0") as (mountpoint, requests):
+            for i, tensor in enumerate(load_file(mountpoint / "model", backend="pread").values()):
+                _use(tensor, i)
+            return requests()[0]
+
+    # The first read of each of 16 threads is refused, and not each of 96.
+    assert reads("read") < reads("open") + 32
+
+
 _FAILED_READ = """
 import gc, os, sys, time, torch
 from safetensors_torch import iterate, load_file, load_model, load_sharded, safe_open
@@ -208,6 +222,8 @@ while held() != before:
         'safe_open(path, backend="pread").get_slice("t3")[:, :512]',
         "load_model(Model(matrix), path)",
         "load_model(Model(matrix.t()), path)",
+        "load_model(Model(matrix.half()), path)",
+        "load_file(path, dtype=torch.float16)",
         'load_model(Model(matrix), path, backend="pread")',
         "list(iterate(path))",
         "list(safe_open(path).prefetch())",

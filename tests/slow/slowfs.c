@@ -1,12 +1,13 @@
 // A slow filesystem over the files of one directory, which simulates network storage: each request has a latency and a
 // fixed bandwidth, and requests are served concurrently.
 //
-// Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND [GOOD_BYTES]]
+// Run as root: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND [GOOD_BYTES [REFUSES]]]
 //
 // The kernel sends at most MAX_BACKGROUND requests of its readahead at once: 12 by default, as with libfuse. Reads
-// beyond GOOD_BYTES of a file fail with EIO. Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`,
-// which is never cached, contains the number of reads so far, the largest number of concurrent reads, and the bytes
-// read. Readahead has the kernel's defaults, except that reads are parallel and requests have up to 1 MiB.
+// beyond GOOD_BYTES of a file fail with EIO. Direct access (O_DIRECT) gets EINVAL from what REFUSES names: "open" or
+// "read". Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`, which is never cached, contains the
+// number of reads so far, the largest number of concurrent reads, and the bytes read. Readahead has the kernel's
+// defaults, except that reads are parallel and requests have up to 1 MiB.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -32,6 +33,7 @@ static long wait_ns;
 static double ns_per_byte;
 static uint16_t max_background;  // 0 for the kernel's default
 static uint64_t good_bytes = UINT64_MAX;
+static const char* refuses = "";
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char* names[MOST_FILES];  // of node FIRST_NODE + index
@@ -131,7 +133,10 @@ static void read_file(const struct fuse_in_header* head, const struct fuse_read_
     pthread_mutex_unlock(&lock);
     ssize_t length = pread((int)in->fh, buffer, in->size < MOST_BYTES ? in->size : MOST_BYTES, (off_t)in->offset);
     int error = errno;
-    if (length > 0 && in->offset + (uint64_t)length > good_bytes) {
+    if ((in->flags & O_DIRECT) && strcmp(refuses, "read") == 0) {
+        length = -1;
+        error = EINVAL;
+    } else if (length > 0 && in->offset + (uint64_t)length > good_bytes) {
         length = -1;
         error = EIO;
     }
@@ -143,11 +148,15 @@ static void read_file(const struct fuse_in_header* head, const struct fuse_read_
     reply(head->unique, length < 0 ? error : 0, buffer, length < 0 ? 0 : (size_t)length);
 }
 
-static void open_file(const struct fuse_in_header* head) {
+static void open_file(const struct fuse_in_header* head, const struct fuse_open_in* in) {
     struct fuse_open_out out = {0};
     if (head->nodeid == REQUESTS_NODE) {
         out.open_flags = FOPEN_DIRECT_IO;
     } else if (head->opcode == FUSE_OPEN) {
+        if ((in->flags & O_DIRECT) && strcmp(refuses, "open") == 0) {
+            reply(head->unique, EINVAL, NULL, 0);
+            return;
+        }
         const char* name = name_of(head->nodeid);
         const int file = name == NULL ? -1 : openat(directory, name, O_RDONLY | O_CLOEXEC);
         if (file < 0) {
@@ -194,7 +203,7 @@ static void answer(const struct fuse_in_header* head, const void* body, char* bu
             break;
         case FUSE_OPEN:
         case FUSE_OPENDIR:
-            open_file(head);
+            open_file(head, body);
             break;
         case FUSE_READ:
             read_file(head, body, buffer);
@@ -245,15 +254,17 @@ static void* serve(void* unused) {
 }
 
 int main(int argc, char** argv) {
-    if (argc < 5 || argc > 7) {
+    if (argc < 5 || argc > 8) {
         fprintf(stderr,
-                "usage: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND [GOOD_BYTES]]\n");
+                "usage: slowfs DIRECTORY MOUNTPOINT MILLISECONDS MEGABYTES_PER_SECOND [MAX_BACKGROUND "
+                "[GOOD_BYTES [REFUSES]]]\n");
         return 2;
     }
     wait_ns = (long)(atof(argv[3]) * 1e6);
     ns_per_byte = 1e3 / atof(argv[4]);
     max_background = argc > 5 ? (uint16_t)atoi(argv[5]) : 0;
     good_bytes = argc > 6 ? strtoull(argv[6], NULL, 10) : good_bytes;
+    refuses = argc > 7 ? argv[7] : refuses;
     if ((directory = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) {
         fail(argv[1]);
     }
