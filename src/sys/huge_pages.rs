@@ -72,11 +72,14 @@ impl Costs {
             if huge < small { (PageKind::Huge, PageKind::Small) } else { (PageKind::Small, PageKind::Huge) };
         // A trial is expected to cost the difference, so all trials together cost a small part of the time.
         let due = TRIAL_INTERVAL * small.abs_diff(huge).max(small.min(huge));
-        if self.since_trial.load(Ordering::Relaxed) < due {
-            return cheaper;
-        }
-        self.since_trial.store(0, Ordering::Relaxed);
-        costlier
+        let since_trial = self.since_trial.load(Ordering::Relaxed);
+        // Only one of several threads makes the trial.
+        let is_due = since_trial >= due
+            && self
+                .since_trial
+                .compare_exchange(since_trial, 0, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        if is_due { costlier } else { cheaper }
     }
 
     fn add(&self, kind: PageKind, nanoseconds: u64) {
@@ -150,8 +153,10 @@ impl PagePopulator {
         // SAFETY: MADV_POPULATE_WRITE changes no byte, and the kernel refuses addresses that are not mapped.
         let status = unsafe { libc::madvise(piece.cast(), HUGE_PAGE_BYTES, libc::MADV_POPULATE_WRITE) };
         // Linux before 5.14 refuses; the pages then come with the writes.
-        if status == 0 {
-            COSTS.add(kind, processor_time().saturating_sub(before));
+        let time = processor_time().saturating_sub(before);
+        // Another thread may have changed the advice for the memory, and so the kind of these pages.
+        if status == 0 && self.advice.load(Ordering::Relaxed) == kind as u8 {
+            COSTS.add(kind, time);
         }
     }
 
