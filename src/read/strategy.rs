@@ -13,8 +13,11 @@ use crate::sys::threads::ThreadLimit;
 /// The bytes of one read outside the page cache. Network filesystems send no larger requests.
 pub(crate) const COLD_READ_BYTES: usize = 1 << 20;
 
-/// The number of threads that read from a disk; they mostly wait.
+/// The number of threads that read from a disk through the page cache; they mostly wait.
 pub(crate) const DISK_READERS: usize = 4;
+
+/// The number of threads that read from a disk past the page cache. Each waits for its own read.
+const DIRECT_READERS: usize = 16;
 
 /// The number of threads that read from a network filesystem, to have as many requests in flight.
 pub(crate) const REMOTE_READERS: usize = 16;
@@ -120,7 +123,8 @@ impl ReadStrategy {
             return ReadStrategy::in_memory(residency, wanted);
         }
         let (readers, chunk_bytes) = match scope {
-            Scope::Local | Scope::Unknown => (DISK_READERS, CHUNK_BYTES),
+            Scope::Local | Scope::Unknown if direct == Direct::Never => (DISK_READERS, CHUNK_BYTES),
+            Scope::Local | Scope::Unknown => (DIRECT_READERS, CHUNK_BYTES),
             Scope::Remote | Scope::Fuse => (REMOTE_READERS, COLD_READ_BYTES),
         };
         ReadStrategy {
@@ -164,11 +168,17 @@ mod tests {
     #[test]
     fn other_files_are_read_by_several_threads() {
         for residency in [Residency::Cold, Residency::Unknown] {
-            for (scope, readers) in [(Scope::Local, DISK_READERS), (Scope::Remote, REMOTE_READERS)] {
+            for (scope, buffered, direct) in [
+                (Scope::Local, DISK_READERS, DIRECT_READERS),
+                (Scope::Remote, REMOTE_READERS, REMOTE_READERS),
+            ] {
                 let strategy = decide(residency, scope, Direct::Auto);
-                assert_eq!((strategy.threads, strategy.most_bytes), (readers, COLD_READ_BYTES));
-                assert_eq!(strategy.direct == Direct::Auto, residency == Residency::Cold);
-                assert_eq!(decide(residency, scope, Direct::Never).direct, Direct::Never);
+                let is_direct = residency == Residency::Cold;
+                assert_eq!(strategy.threads, if is_direct { direct } else { buffered });
+                assert_eq!(strategy.most_bytes, COLD_READ_BYTES);
+                assert_eq!(strategy.direct == Direct::Auto, is_direct);
+                let strategy = decide(residency, scope, Direct::Never);
+                assert_eq!((strategy.threads, strategy.direct), (buffered, Direct::Never));
             }
         }
         let limited =

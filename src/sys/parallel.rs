@@ -57,7 +57,7 @@ pub fn for_each_until(
     };
     std::thread::scope(|scope| {
         let mut others = Vec::new();
-        for _ in 1..threads {
+        for _ in 1..threads.min(items.len()) {
             match std::thread::Builder::new().spawn_scoped(scope, run) {
                 Ok(thread) => others.push(thread),
                 // The calling thread does the work alone if no other can be started.
