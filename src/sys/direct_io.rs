@@ -127,6 +127,9 @@ impl DirectSpeed {
 
 /// Reads past the page cache. Blocks that lie in the memory of the caller as in the file are read there; the others, at the
 /// ends of tensors, are read into a buffer and copied.
+///
+/// A fork during a read is harmless, although older kernels may give the child a page that the device still writes to: they
+/// do that only if the parent writes to the page, and these pages contain nothing else.
 #[derive(Debug)]
 pub(crate) struct DirectReader<'a> {
     file: &'a File,
