@@ -253,15 +253,19 @@ fn a_slab_holds_tensors_of_several_files() {
     }
 }
 
-/// Returns the requests whose parts arrive until none does for 50 ms, and releases their slabs.
-fn arriving(prefetcher: &Prefetcher) -> Vec<usize> {
-    let mut requests = Vec::new();
-    while let NextSlab::Filled(slab, parts) = prefetcher.next_slab(Duration::from_millis(50)).expect("read") {
+/// Releases the slabs that arrive until the requests `expected`, of a MiB each, are complete and nothing follows for 50 ms.
+fn expect_arrivals(prefetcher: &Prefetcher, expected: &[usize]) {
+    let (mut requests, mut bytes) = (Vec::new(), 0);
+    loop {
+        let is_complete = bytes >= expected.len() << 20;
+        let wait = if is_complete { Duration::from_millis(50) } else { Duration::from_secs(20) };
+        let NextSlab::Filled(slab, parts) = prefetcher.next_slab(wait).expect("read") else { break };
         requests.extend(parts.iter().map(|part| part.request));
+        bytes += parts.iter().map(|part| part.length).sum::<usize>();
         prefetcher.release_slab(slab);
     }
     requests.dedup();
-    requests
+    assert_eq!(requests, expected);
 }
 
 #[test]
@@ -275,22 +279,22 @@ fn no_more_is_started_than_the_budget_holds() {
             let options = PrefetchOptions { buffer_bytes, ..at_most(threads) };
             let mut caller = Caller::new(3, 256 << 10);
             let prefetcher = start(requests.collect(), options, &caller.starts(), 256 << 10);
-            assert_eq!(arriving(&prefetcher), [0, 1]);
+            expect_arrivals(&prefetcher, &[0, 1]);
             assert!(!prefetcher.is_starved(), "a slab would not help");
             prefetcher.hand_out(1); // counts until the next
-            assert!(arriving(&prefetcher).is_empty());
+            expect_arrivals(&prefetcher, &[]);
             prefetcher.hand_out(0);
-            assert_eq!(arriving(&prefetcher), [2]);
+            expect_arrivals(&prefetcher, &[2]);
             prefetcher.prioritize(6);
             prefetcher.prioritize(2);
-            assert_eq!(arriving(&prefetcher), [6]);
+            expect_arrivals(&prefetcher, &[6]);
             prefetcher.hand_out(6);
-            assert!(arriving(&prefetcher).is_empty());
+            expect_arrivals(&prefetcher, &[]);
             prefetcher.hand_out(2);
-            assert_eq!(arriving(&prefetcher), [3]);
+            expect_arrivals(&prefetcher, &[3]);
             for (taken, next) in [(3, vec![4]), (4, vec![5]), (5, vec![7]), (7, vec![])] {
                 prefetcher.hand_out(taken);
-                assert_eq!(arriving(&prefetcher), next);
+                expect_arrivals(&prefetcher, &next);
             }
             assert_eq!(prefetcher.next_slab(Duration::ZERO).expect("over"), NextSlab::End);
         }
@@ -300,7 +304,7 @@ fn no_more_is_started_than_the_budget_holds() {
         let mut caller = Caller::new(3, 256 << 10);
         let prefetcher = start(requests, options, &caller.starts(), 256 << 10);
         for request in 0..3 {
-            assert_eq!(arriving(&prefetcher), [request]);
+            expect_arrivals(&prefetcher, &[request]);
             prefetcher.hand_out(request);
         }
     }
