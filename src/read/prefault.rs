@@ -85,7 +85,8 @@ fn strategy_of(
     }
 }
 
-/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened. The kind of the error is `FileChanged` if the file ends before them.
+/// Reads and maps the pages of `bytes`. Reads from `file`, if it was reopened. The kind of the error is `FileChanged` if the
+/// file ends before them.
 pub(crate) fn read_and_map(
     mapping: &Mapping,
     file: Option<&OpenFile>,

@@ -75,8 +75,8 @@ struct Slab(*mut u8);
 unsafe impl Send for Slab {}
 
 impl Prefetcher {
-    /// Starts to read `requests`, which have no destinations, in their order. The caller adds slabs. With 0 threads, and for small reads, the calls of
-    /// [`Prefetcher::next_slab`] read.
+    /// Starts to read `requests`, which have no destinations, in their order. The caller adds slabs. With 0 threads, and for
+    /// small reads, the calls of [`Prefetcher::next_slab`] read.
     ///
     /// The budget counts requests until they are [handed out](Prefetcher::hand_out).
     ///

@@ -27,7 +27,6 @@ use crate::read::slice_reader::SliceReader;
 use crate::read::source::{OpenFile, ReadFrom, ReadMethod};
 use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
 use crate::sys::buffers::Buffers;
-use crate::sys::direct_io::Direct;
 use crate::sys::mutex::Mutex;
 use crate::sys::parallel::{self, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
@@ -222,13 +221,14 @@ impl Plan {
     /// Allocates memory for a range of requests.
     pub(super) fn allocate(&self, requests: Range<usize>) -> Result<Buffers> {
         let requests = &self.requests[requests];
-        let sizes: Vec<usize> = requests.iter().map(|request| request.bytes).collect();
-        let is_direct = self.likely.is_some_and(|strategy| strategy.direct != Direct::Never);
-        if !is_direct || requests.iter().any(|request| request.slice.is_some()) {
-            return Buffers::new(&sizes);
+        match self.likely {
+            Some(strategy) if requests.iter().all(|request| request.slice.is_none()) => {
+                let tensors: Vec<_> = requests.iter().map(|request| (request.begin, request.bytes)).collect();
+                strategy.allocate(&tensors)
+            }
+            // Slices do not lie in a file as in memory.
+            _ => Buffers::new(&requests.iter().map(|request| request.bytes).collect::<Vec<_>>()),
         }
-        let offsets: Vec<u64> = requests.iter().map(|request| request.begin).collect();
-        Buffers::for_direct_reads(&sizes, &offsets)
     }
 
     /// Returns the open file number `number`, opening it if it is not.

@@ -47,7 +47,7 @@ struct Batch {
     cost: usize,
 }
 
-/// What is started, has landed and was handed out.
+/// How far the batches are: which were started, which have landed, and which tensors were handed out.
 #[derive(Debug)]
 pub(super) struct Progress {
     phases: Vec<Phase>,
@@ -272,8 +272,8 @@ impl Schedule {
         unsafe { self.plan.read(&parts) }
     }
 
-    /// Notes that a chunk is read. Returns whether its batch has landed, so that its requests are ready. After
-    /// [`Progress::clear`], it has not.
+    /// Notes that a chunk is read. Returns whether this was the last one of its batch, whose requests are then ready; false
+    /// after [`Progress::clear`].
     pub(super) fn finish(&self, progress: &mut Progress, chunk: &Chunk) -> bool {
         let Some(found) = progress.started.iter().position(|started| started.batch == chunk.batch) else {
             return false;
@@ -298,6 +298,6 @@ fn start_of(request: &Request, memory: Option<&Buffers>, place: usize) -> *mut u
     match (request.destination, memory) {
         (Some(Destination(start)), _) => start,
         (None, Some(memory)) => memory.start(place),
-        (None, None) => unreachable!("`Schedule::start` allocates memory if there are no destinations"),
+        (None, None) => unreachable!("`Schedule::start` allocates memory for requests without destinations"),
     }
 }

@@ -126,13 +126,7 @@ impl PendingRead {
         let mut ranges: Vec<ReadRange> =
             tensors.iter().map(|&(offset, length)| ReadRange { offset, destination, length }).collect();
         let strategy = strategy_of(method, &ranges)?;
-        let sizes: Vec<usize> = tensors.iter().map(|&(_, length)| length).collect();
-        let memory = if strategy.direct == Direct::Never {
-            Buffers::new(&sizes)?
-        } else {
-            let offsets: Vec<u64> = tensors.iter().map(|&(offset, _)| offset).collect();
-            Buffers::for_direct_reads(&sizes, &offsets)?
-        };
+        let memory = strategy.allocate(tensors)?;
         for (place, range) in ranges.iter_mut().enumerate() {
             range.destination = memory.start(place);
         }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::read::source::{OpenFile, ReadMethod};
+use crate::sys::buffers::Buffers;
 use crate::sys::direct_io::{Direct, direct};
 use crate::sys::filesystem::{Filesystem, Scope};
 use crate::sys::page_cache::{Residency, WINDOW_BYTES, residency};
@@ -135,6 +136,16 @@ impl ReadStrategy {
             chunk_bytes,
             direct,
         }
+    }
+
+    /// Allocates memory for `tensors`, given as offsets in the file and lengths. It suits direct reads if there may be some.
+    pub(crate) fn allocate(&self, tensors: &[(u64, usize)]) -> Result<Buffers> {
+        let sizes: Vec<usize> = tensors.iter().map(|&(_, length)| length).collect();
+        if self.direct == Direct::Never {
+            return Buffers::new(&sizes);
+        }
+        let offsets: Vec<u64> = tensors.iter().map(|&(offset, _)| offset).collect();
+        Buffers::for_direct_reads(&sizes, &offsets)
     }
 
     /// Returns the strategy for bytes that are in memory, or whose file cannot be read otherwise.

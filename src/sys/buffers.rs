@@ -196,16 +196,12 @@ impl Buffers {
     ///
     /// [`ErrorKind::Io`] with `ENOMEM` if there is not enough memory.
     pub fn new(sizes: &[usize]) -> Result<Buffers> {
-        Buffers::allocate(sizes, &[])
+        Buffers::for_direct_reads(sizes, &[])
     }
 
     /// As [`Buffers::new`], for tensors at `offsets` in a file that direct reads fill. A large tensor lies in blocks of memory
-    /// as it lies in those of the file, if that suits every dtype.
+    /// as it lies in those of the file, if that suits every dtype. Tensors without an offset are aligned as in `new`.
     pub(crate) fn for_direct_reads(sizes: &[usize], offsets: &[u64]) -> Result<Buffers> {
-        Buffers::allocate(sizes, offsets)
-    }
-
-    fn allocate(sizes: &[usize], offsets: &[u64]) -> Result<Buffers> {
         let mut buffers = Buffers { blocks: Vec::new(), locations: vec![Location::default(); sizes.len()] };
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..sizes.len()).partition(|&index| sizes[index] < LARGE_BYTES);

@@ -1,4 +1,4 @@
-"""Reads of files that are not in the page cache, on the filesystems of disks: each way gives the right bytes."""
+"""Files on ext4, XFS and Btrfs that are not in the page cache: every load returns the bytes that were saved."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_bytes_are_right(load: str, disk: tuple[str, Path], direct: bool | s
         for name, tensor in tensors.items():
             assert torch.equal(loaded[name], tensor), (data_start, name)
         (after,) = explain_loads(str(path))
-        # What was read directly is not in the page cache.
+        # Direct reads leave nothing in the page cache.
         assert after.cached is not None and (after.cached < MIB) == (direct is not False)
 
 

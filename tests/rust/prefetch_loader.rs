@@ -219,7 +219,7 @@ fn polls_pass_the_budget_only_once_all_started_tensors_have_landed() {
     let options = PrefetchOptions { buffer_bytes: 1, threads: Some(0), ..Default::default() };
     let loader = start(whole(&file), options);
     assert!(poll(&loader, 1).is_none());
-    assert!(poll(&loader, 2).is_none(), "tensor 1 has not landed");
+    assert!(poll(&loader, 2).is_none(), "the first chunk of tensor 1 is read, and not the second");
     let NextTensor::Ready(first) = loader.next(Duration::ZERO).expect("read") else {
         panic!("nothing landed")
     };
