@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::huge_pages::is_resident;
 
 /// The environment variable that applies until [`set_direct`] is called.
 const VARIABLE: &str = "SAFETENSORS_TORCH_DIRECT";
@@ -184,6 +185,10 @@ impl<'a> DirectReader<'a> {
             at += part.iov_len as u64;
         }
         piece(buffered(planned), (begin + whole as u64 - planned) as usize);
+        for piece in &pieces {
+            // SAFETY: as for the read below, which fills these bytes.
+            unsafe { fault_in(piece.iov_base.cast(), piece.iov_len) };
+        }
         let reading = 1 + self.speed.reading.fetch_add(1, Ordering::Relaxed);
         let begun = Instant::now();
         // SAFETY: the pieces are `whole` bytes in the buffer, which has as many and room to align them, and in the parts,
@@ -209,6 +214,21 @@ impl<'a> DirectReader<'a> {
             }
         }
         Ok(true)
+    }
+}
+
+/// Faults in the pages of a piece, unless some of them are resident. Btrfs may read into others through the page cache.
+///
+/// # Safety
+///
+/// The piece must be valid for writes, and its bytes unused.
+unsafe fn fault_in(start: *mut u8, length: usize) {
+    if [length / 2, length - 1].into_iter().all(|at| is_resident(start.wrapping_add(at))) {
+        return;
+    }
+    for at in (0..length).step_by(BLOCK_BYTES) {
+        // SAFETY: the byte is in the piece (this function's contract).
+        unsafe { start.wrapping_add(at).write_volatile(0) };
     }
 }
 
