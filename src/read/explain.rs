@@ -85,7 +85,7 @@ impl TensorFile {
             filesystem: Filesystem::of(&opened.file).name,
             cached_bytes: cached_bytes(&opened.file, extent()),
             readers,
-            request_bytes: (readers > 0 && strategy.most_bytes < usize::MAX).then_some(strategy.most_bytes),
+            request_bytes: strategy.request_bytes.filter(|_| readers > 0),
             is_direct,
             reason: reason(target, bytes, strategy, readers, is_direct),
         })
@@ -107,7 +107,7 @@ fn reason(
         };
     }
     match (strategy.residency, strategy.scope) {
-        _ if strategy.most_bytes == usize::MAX && strategy.residency != Residency::Cached => {
+        _ if strategy.request_bytes.is_none() && strategy.residency != Residency::Cached => {
             c"the file is small"
         }
         _ if is_direct && strategy.direct == Direct::Always => c"the setting of direct reads asks for it",

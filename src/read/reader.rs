@@ -289,7 +289,7 @@ unsafe fn copy_mapped(
         }
     }
     // If the file is cold, a failed read must be an error, which it is not for a page that is touched.
-    let is_cold = strategy.most_bytes < usize::MAX;
+    let is_cold = strategy.request_bytes.is_some();
     neighbours.retain(|bytes| is_cold || bytes.len() >= BRING_IN_BYTES);
     for bytes in &neighbours {
         read_and_map(mapping, file, bytes.clone(), strategy)?;
@@ -336,7 +336,7 @@ impl<'a> Run<'a> {
         let direct = (strategy.direct != Direct::Never).then(|| file.direct()).flatten();
         Run {
             file,
-            most_bytes: strategy.most_bytes,
+            most_bytes: strategy.request_bytes.unwrap_or(usize::MAX),
             direct: direct.map(|direct| DirectReader::new(direct, &file.direct_speed)),
             is_always_direct: strategy.direct == Direct::Always,
             start: 0,

@@ -35,8 +35,8 @@ pub(crate) struct ReadStrategy {
     pub(crate) scope: Scope,
     /// The threads that its bytes are worth.
     pub(crate) threads: usize,
-    /// The most bytes of one read.
-    pub(crate) most_bytes: usize,
+    /// The most bytes of one read; `None` for bytes in memory, and for so few that it makes no difference.
+    pub(crate) request_bytes: Option<usize>,
     /// The bytes that a thread takes at a time.
     pub(crate) chunk_bytes: usize,
     /// Which reads bypass the page cache: all, those of bytes that it does not have, or none.
@@ -132,7 +132,7 @@ impl ReadStrategy {
             residency,
             scope,
             threads: wanted.max(threads.cap(readers)),
-            most_bytes: COLD_READ_BYTES,
+            request_bytes: Some(COLD_READ_BYTES),
             chunk_bytes,
             direct,
         }
@@ -154,7 +154,7 @@ impl ReadStrategy {
             residency,
             scope: Scope::Local,
             threads,
-            most_bytes: usize::MAX,
+            request_bytes: None,
             chunk_bytes: CHUNK_BYTES,
             direct: Direct::Never,
         }
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn cached_files_are_copied() {
         let strategy = decide(Residency::Cached, Scope::Local, Direct::Auto);
-        assert_eq!((strategy.threads, strategy.most_bytes, strategy.direct), (2, usize::MAX, Direct::Never));
+        assert_eq!((strategy.threads, strategy.request_bytes, strategy.direct), (2, None, Direct::Never));
         assert_eq!(decide(Residency::Cached, Scope::Local, Direct::Always).direct, Direct::Always);
     }
 
@@ -186,7 +186,7 @@ mod tests {
                 let strategy = decide(residency, scope, Direct::Auto);
                 let is_direct = residency == Residency::Cold;
                 assert_eq!(strategy.threads, if is_direct { direct } else { buffered });
-                assert_eq!(strategy.most_bytes, COLD_READ_BYTES);
+                assert_eq!(strategy.request_bytes, Some(COLD_READ_BYTES));
                 assert_eq!(strategy.direct == Direct::Auto, is_direct);
                 let strategy = decide(residency, scope, Direct::Never);
                 assert_eq!((strategy.threads, strategy.direct), (buffered, Direct::Never));
