@@ -108,8 +108,12 @@ fn shortened(text: &str) -> Cow<'_, str> {
     Cow::Owned(format!("{}... ({} bytes left out) ...{}", &text[..end], start - end, &text[start..]))
 }
 
+/// Returns a path for an error text. One without characters would be invisible.
 fn display_path(path: &Path) -> String {
-    shortened(&path.to_string_lossy()).into_owned()
+    match path.to_string_lossy() {
+        text if text.is_empty() => "\"\"".to_owned(),
+        text => shortened(&text).into_owned(),
+    }
 }
 
 impl Error {

@@ -78,7 +78,7 @@ def encode_input_path(filename: Path) -> bytes:
 
 def path_text(path: bytes) -> str:
     """Returns a path for an error text, as the native library writes it."""
-    return truncate(path.decode(errors="replace"))
+    return truncate(path.decode(errors="replace")) or '""'
 
 
 def _not_found(path: bytes, remedy: str) -> OSError:

@@ -17,9 +17,11 @@ from safetensors_torch import (
     IncrementalWriter,
     SafetensorError,
     edit_metadata,
+    inspect,
     load,
     load_file,
     load_model,
+    load_sharded,
     safe_open,
     save,
     save_file,
@@ -171,3 +173,10 @@ def test_names_are_truncated_between_characters() -> None:
     for shift in ("", "x"):
         with pytest.raises(ValueError, match="é... .*bytes"):
             save({shift + name: torch.ones(2, 3).t()})
+
+
+@pytest.mark.parametrize("call", [load_file, load_sharded, lambda path: safe_open(path, "pt"), inspect])
+def test_an_empty_path_is_visible(call: Callable) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        call("")
+    assert '""' in str(caught.value)
