@@ -51,7 +51,7 @@ TEST(a_missing_file) {
         EXPECT_EQ(ERROR_OF(st::load_file(path, at::kCPU, backend)), "No such file or directory: " + path);
         EXPECT_EQ(ERROR_OF(st::File(path, at::kCPU, backend)), "No such file or directory: " + path);
     }
-    EXPECT_EQ(ERROR_OF(st::load_file("")), "No such file or directory: ");
+    EXPECT_EQ(ERROR_OF(st::load_file("")), "No such file or directory: \"\"");
 }
 
 TEST(a_directory_is_refused) {
