@@ -70,8 +70,7 @@ fn remaining_in(directory: &Path, version: &Version) -> Option<u64> {
     let (limit, used) = (number(version.limit)?, number(version.used)?);
     let stat = read_to_string(directory.join("memory.stat")).unwrap_or_default();
     let bytes_of = |name: &str| {
-        let values = stat.lines().filter_map(|line| line.split_once(' '));
-        values.into_iter().find(|&(known, _)| known == name)?.1.parse::<u64>().ok()
+        stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse::<u64>().ok())
     };
     let page_cache = bytes_of(version.page_cache).unwrap_or(0);
     let freeable = page_cache.saturating_sub(bytes_of(version.shared_memory).unwrap_or(0));
