@@ -380,24 +380,32 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the parts are cached, the storage is
-    /// slow, the filesystem refuses, or the file ends early.
+    /// Returns whether direct reads can read the parts: the filesystem allows them, and the parts are not cached.
+    fn may_be_direct(&self) -> bool {
+        let OpenFile { file, direct_speed, .. } = self.file;
+        let range = self.start..self.start + self.bytes as u64;
+        // The residency of the file is that of samples.
+        self.direct.is_some()
+            && !direct_speed.is_refused()
+            && (self.is_always_direct || !is_surely_cached(file, range))
+    }
+
+    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the storage is slow, the filesystem
+    /// refuses, or the file ends early.
     ///
     /// # Safety
     ///
     /// As for [`Run::read`].
     unsafe fn read_direct(&mut self) -> Result<bool> {
-        let OpenFile { file, path, direct_speed, .. } = self.file;
-        let Some(direct) = &mut self.direct else { return Ok(false) };
-        let range = self.start..self.start + self.bytes as u64;
-        // The residency of the file is that of samples.
-        if direct_speed.is_refused()
-            || !self.is_always_direct && (!direct_speed.is_fast() || is_surely_cached(file, range))
-        {
-            return Ok(false);
+        let OpenFile { path, direct_speed, .. } = self.file;
+        match &mut self.direct {
+            Some(direct) if self.is_always_direct || direct_speed.is_fast() => {
+                // SAFETY: this function's contract covers the parts.
+                unsafe { direct.read(self.start, &self.parts) }
+                    .map_err(|source| Error::io("read", path, source))
+            }
+            _ => Ok(false),
         }
-        // SAFETY: this function's contract covers the parts.
-        unsafe { direct.read(self.start, &self.parts) }.map_err(|source| Error::io("read", path, source))
     }
 
     /// Reads all parts.
@@ -409,10 +417,12 @@ impl<'a> Run<'a> {
         if self.bytes == 0 {
             return Ok(());
         }
+        let may_be_direct = self.may_be_direct();
         // SAFETY: this function has the contract of `read_direct`.
-        if unsafe { self.read_direct() }? {
+        if may_be_direct && unsafe { self.read_direct() }? {
             return Ok(());
         }
+        let _timer = may_be_direct.then(|| self.file.direct_speed.start(self.bytes));
         let file = self.file;
         let mut offset = self.start;
         let mut rest = &mut self.parts[..];

@@ -9,11 +9,12 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::huge_pages::is_resident;
+use crate::sys::mutex::Mutex;
 
 /// The environment variable that applies until [`set_direct`] is called.
 const VARIABLE: &str = "SAFETENSORS_TORCH_DIRECT";
@@ -88,41 +89,82 @@ pub(crate) fn reopen(file: &File) -> Option<File> {
     OpenOptions::new().read(true).custom_flags(flags).open(path).ok()
 }
 
-/// The bytes of a file that are read directly before the speed counts.
+/// The bytes of a file that are read directly before the speed matters.
 const TRIAL_BYTES: u64 = 32 << 20;
 
 /// Storage that gives at least as many bytes in a second is fast.
 const FAST_BYTES: u64 = 1 << 30;
 
-/// How direct reads of a file went: whether its filesystem refused them, and how fast they were. The page cache costs slow
-/// storage no time, and the next load of the file, or another process, finds it there. Several processes that read from one
-/// disk have slow storage too.
+/// How reads of a file that is not cached went: whether its filesystem refused direct ones, and how fast they were. The page
+/// cache costs slow storage no time, and the next load of the file, or another process, finds it there. Several processes
+/// that read from one disk have slow storage too. Reads through the page cache count too, so that a short delay of the first
+/// reads does not make storage slow for good.
 #[derive(Debug, Default)]
 pub(crate) struct DirectSpeed {
-    bytes: AtomicU64,
-    /// The time of the reads, each divided by the number of reads at the same time.
-    nanoseconds: AtomicU64,
-    /// The number of reads in progress.
-    reading: AtomicU64,
+    progress: Mutex<Progress>,
     is_refused: AtomicBool,
 }
 
-impl DirectSpeed {
-    fn count(&self, bytes: u64, time: Duration, reading: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.nanoseconds.fetch_add(time.as_nanos() as u64 / reading.max(1), Ordering::Relaxed);
+/// The bytes of the finished reads, and the time in which there was a read.
+#[derive(Debug, Default)]
+struct Progress {
+    bytes: u64,
+    /// Without the period since `since`.
+    time: Duration,
+    /// The number of reads in progress.
+    reading: usize,
+    /// When the first of these began.
+    since: Option<Instant>,
+}
+
+impl Progress {
+    fn begin(&mut self, now: Instant) {
+        self.reading += 1;
+        self.since.get_or_insert(now);
     }
 
+    fn end(&mut self, bytes: u64, now: Instant) {
+        self.bytes += bytes;
+        self.reading -= 1;
+        if self.reading == 0 {
+            self.time += self.since.take().map_or(Duration::ZERO, |since| now.duration_since(since));
+        }
+    }
+
+    fn is_fast(&self, now: Instant) -> bool {
+        let time = self.time + self.since.map_or(Duration::ZERO, |since| now.duration_since(since));
+        self.bytes < TRIAL_BYTES
+            || u128::from(self.bytes) * 1_000_000_000 >= u128::from(FAST_BYTES) * time.as_nanos()
+    }
+}
+
+impl DirectSpeed {
     /// Returns whether the reads are fast together, or whether that is not known yet.
     pub(crate) fn is_fast(&self) -> bool {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        let nanoseconds = u128::from(self.nanoseconds.load(Ordering::Relaxed));
-        bytes < TRIAL_BYTES || u128::from(bytes) * 1_000_000_000 >= u128::from(FAST_BYTES) * nanoseconds
+        self.progress.lock().is_fast(Instant::now())
     }
 
     /// Returns whether the filesystem refused a read.
     pub(crate) fn is_refused(&self) -> bool {
         self.is_refused.load(Ordering::Relaxed)
+    }
+
+    /// Returns a timer for a read of `bytes`, directly or through the page cache, that are not cached.
+    pub(crate) fn start(&self, bytes: usize) -> ReadTimer<'_> {
+        self.progress.lock().begin(Instant::now());
+        ReadTimer { speed: self, bytes }
+    }
+}
+
+/// Counts a read when it is dropped.
+pub(crate) struct ReadTimer<'a> {
+    speed: &'a DirectSpeed,
+    bytes: usize,
+}
+
+impl Drop for ReadTimer<'_> {
+    fn drop(&mut self) {
+        self.speed.progress.lock().end(self.bytes as u64, Instant::now());
     }
 }
 
@@ -189,13 +231,12 @@ impl<'a> DirectReader<'a> {
             // SAFETY: as for the read below, which fills these bytes.
             unsafe { fault_in(piece.iov_base.cast(), piece.iov_len) };
         }
-        let reading = 1 + self.speed.reading.fetch_add(1, Ordering::Relaxed);
-        let begun = Instant::now();
+        let timer = self.speed.start(length);
         // SAFETY: the pieces are `whole` bytes in the buffer, which has as many and room to align them, and in the parts,
         // which are valid (this function's contract).
-        let result = unsafe { read_vectored_at(self.file, &pieces, begin) };
-        self.speed.reading.fetch_sub(1, Ordering::Relaxed);
-        match result {
+        let read = unsafe { read_vectored_at(self.file, &pieces, begin) };
+        drop(timer);
+        match read {
             Ok(count) if count as u64 >= at - begin => {}
             Ok(_) => return Ok(false),
             // The filesystem refuses direct reads, or those with blocks of this size.
@@ -205,7 +246,6 @@ impl<'a> DirectReader<'a> {
             }
             Err(error) => return Err(error),
         }
-        self.speed.count(length as u64, begun.elapsed(), reading);
         for (to, bytes) in copies {
             // SAFETY: the bytes are in a piece of the buffer, which was read, because they are in no block inside a part; `to`
             // is in their part.
@@ -317,18 +357,35 @@ mod tests {
         assert!(blocks_inside(8, 8, 2 * BLOCK_BYTES - 9).is_empty(), "no whole block");
     }
 
+    /// The time that the bytes of the trial take on the slowest fast storage.
+    const TRIAL_TIME: Duration = Duration::from_nanos(TRIAL_BYTES * 1_000_000_000 / FAST_BYTES);
+
     #[test]
     fn slow_storage_is_recognized_after_a_trial() {
-        let speed = DirectSpeed::default();
-        speed.count(TRIAL_BYTES - 1, Duration::from_secs(100), 16);
-        assert!(speed.is_fast(), "too few bytes");
-        speed.count(1, Duration::ZERO, 1);
-        assert!(!speed.is_fast());
-        for (readers, is_fast) in [(4, true), (3, false)] {
-            let speed = DirectSpeed::default();
-            speed.count(FAST_BYTES, Duration::from_millis(3_999), readers);
-            assert_eq!(speed.is_fast(), is_fast);
+        for (time, is_fast) in [(TRIAL_TIME, true), (TRIAL_TIME * 101 / 100, false)] {
+            let (mut progress, start) = (Progress::default(), Instant::now());
+            // All of them wait for the last one, as in a queue.
+            (0..32).for_each(|microsecond| progress.begin(start + Duration::from_micros(microsecond)));
+            progress.end(TRIAL_BYTES - 31, start + time);
+            assert!(progress.is_fast(start + time), "too few bytes");
+            (0..31).for_each(|_| progress.end(1, start + time));
+            assert_eq!(progress.is_fast(start + time), is_fast);
+            progress.begin(start + time);
+            progress.end(TRIAL_BYTES, start + time + TRIAL_TIME / 2);
+            assert!(progress.is_fast(start + time + TRIAL_TIME / 2), "the first reads were delayed");
         }
+    }
+
+    #[test]
+    fn only_the_time_of_reads_counts() {
+        let (mut progress, start) = (Progress::default(), Instant::now());
+        progress.begin(start);
+        progress.end(TRIAL_BYTES, start + TRIAL_TIME);
+        let later = start + Duration::from_secs(100);
+        assert!(progress.is_fast(later), "nothing was read since");
+        progress.begin(later);
+        assert!(progress.is_fast(later));
+        assert!(!progress.is_fast(later + TRIAL_TIME / 100), "a read that does not end");
     }
 
     #[test]

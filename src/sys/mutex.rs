@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{self, Condvar, MutexGuard, PoisonError};
 use std::time::Duration;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Mutex<T> {
     data: sync::Mutex<T>,
 }
