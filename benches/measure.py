@@ -25,8 +25,12 @@ from works import Subject, Work
 _TENSOR, _SPARE = 2 << 10, 64 << 20
 
 
-# Linux reports free pages to a hypervisor two seconds after they were freed (PAGE_REPORTING in mm/page_reporting.c).
+# Linux reports free pages to a hypervisor two seconds after they were freed (PAGE_REPORTING_DELAY in
+# mm/page_reporting.c), and the hypervisor reclaims them. So nothing is left to reclaim after this time.
 _SETTLE_SECONDS = 3.0
+
+# A run of fewer bytes is too short to be disturbed by these reports.
+_LARGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,6 @@ class Measurement:
                 with self._guard(subject), self._start(subject) as worker:
                     worker.ready()
                     self._prepare(subject)
-                    # A hypervisor may still be reclaiming the memory that the previous process freed.
                     time.sleep(_SETTLE_SECONDS)
                     self._run(worker, subject, is_warm_up=number == 0)
 
@@ -194,6 +197,8 @@ class Measurement:
         if self._work.cold:
             machine.drop_caches()
         if not self._work.as_found:
+            if self._nbytes >= _LARGE_BYTES:
+                time.sleep(_SETTLE_SECONDS)
             machine.back_memory(self._needed)
 
     def _start(self, subject: Subject) -> Worker:
