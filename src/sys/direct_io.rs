@@ -149,7 +149,7 @@ impl DirectSpeed {
         self.is_refused.load(Ordering::Relaxed)
     }
 
-    /// Returns a timer for a read of `bytes`, directly or through the page cache, that are not cached.
+    /// Starts to time a read of `bytes` that are not cached, directly or through the page cache.
     pub(crate) fn start(&self, bytes: usize) -> ReadTimer<'_> {
         self.progress.lock().begin(Instant::now());
         ReadTimer { speed: self, bytes }
