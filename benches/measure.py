@@ -148,7 +148,6 @@ class Measurement:
                 with self._guard(subject), self._start(subject) as worker:
                     worker.ready()
                     self._prepare(subject)
-                    time.sleep(_SETTLE_SECONDS)
                     self._run(worker, subject, is_warm_up=number == 0)
 
     def _run(self, worker: Worker, subject: Subject, is_warm_up: bool) -> None:
@@ -196,9 +195,9 @@ class Measurement:
             os.sync()
         if self._work.cold:
             machine.drop_caches()
+        if self._work.as_found or self._nbytes >= _LARGE_BYTES:
+            time.sleep(_SETTLE_SECONDS)
         if not self._work.as_found:
-            if self._nbytes >= _LARGE_BYTES:
-                time.sleep(_SETTLE_SECONDS)
             machine.back_memory(self._needed)
 
     def _start(self, subject: Subject) -> Worker:
