@@ -3,11 +3,13 @@
 //! Huge pages are cheaper if the machine has free memory. They are several times more expensive if a hypervisor reclaims
 //! free memory: it takes whole huge pages, and each must come back from the host, while small pages come from fragments
 //! that the guest kept. This varies between machines and over time. So memory is populated in pieces of the size of a huge
-//! page, right before they are written; each piece is timed, and the next one uses the kind of page that was cheaper.
+//! page, right before they are written; each piece is timed, and the next one uses the kind of page that was cheaper. Now and
+//! then one thread tries the other kind with a single piece.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::sys::mutex::Mutex;
 use crate::sys::page_cache::page_size;
 
 /// The size of a huge page on x86-64, and on arm64 with base pages of 4 KiB; the unit of populating.
@@ -29,6 +31,16 @@ struct Costs {
     huge: Cost,
     /// The time of all pieces since the last trial of the more expensive kind.
     since_trial: AtomicU64,
+    /// Whether a thread is trying the other kind.
+    is_trying: AtomicBool,
+}
+
+/// The kind of page for a piece.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    kind: PageKind,
+    /// The kind of the pieces that other threads populate at this time; another one if this piece is a trial.
+    of_others: PageKind,
 }
 
 /// The times of the last two pieces of one kind: 32 bits each, 0 for none.
@@ -60,34 +72,44 @@ impl Costs {
             small: Cost(AtomicU64::new(0)),
             huge: Cost(AtomicU64::new(0)),
             since_trial: AtomicU64::new(0),
+            is_trying: AtomicBool::new(false),
         }
     }
 
     /// Returns the kind for the next piece. Report its time with [`Costs::add`].
-    fn choose(&self) -> PageKind {
+    fn choose(&self) -> Choice {
         // Small pages first: their worst case costs no more than that of huge pages.
-        let Some(small) = self.small.recent() else { return PageKind::Small };
-        let Some(huge) = self.huge.recent() else { return PageKind::Huge };
-        let (cheaper, costlier) =
-            if huge < small { (PageKind::Huge, PageKind::Small) } else { (PageKind::Small, PageKind::Huge) };
-        // A trial is expected to cost the difference, so all trials together cost a small part of the time.
-        let due = TRIAL_INTERVAL * small.abs_diff(huge).max(small.min(huge));
-        let since_trial = self.since_trial.load(Ordering::Relaxed);
-        // Only one of several threads makes the trial.
-        let is_due = since_trial >= due
-            && self
-                .since_trial
-                .compare_exchange(since_trial, 0, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok();
-        if is_due { costlier } else { cheaper }
+        let (small, huge) = (self.small.recent(), self.huge.recent());
+        let (cheaper, costlier) = match (small, huge) {
+            (Some(small), Some(huge)) if huge < small => (PageKind::Huge, PageKind::Small),
+            _ => (PageKind::Small, PageKind::Huge),
+        };
+        let is_due = match (small, huge) {
+            (None, _) => false,
+            (_, None) => true,
+            // A trial is expected to cost the difference, so all trials together cost a small part of the time.
+            (Some(small), Some(huge)) => {
+                let due = TRIAL_INTERVAL * small.abs_diff(huge).max(small.min(huge));
+                self.since_trial.load(Ordering::Relaxed) >= due
+            }
+        };
+        let is_trial = is_due && !self.is_trying.swap(true, Ordering::Relaxed);
+        Choice { kind: if is_trial { costlier } else { cheaper }, of_others: cheaper }
     }
 
-    fn add(&self, kind: PageKind, nanoseconds: u64) {
-        match kind {
-            PageKind::Small => self.small.add(nanoseconds),
-            PageKind::Huge => self.huge.add(nanoseconds),
+    /// Adds the time of a piece, `None` if it is not known which kind it got.
+    fn add(&self, choice: Choice, nanoseconds: Option<u64>) {
+        if let Some(nanoseconds) = nanoseconds {
+            match choice.kind {
+                PageKind::Small => self.small.add(nanoseconds),
+                PageKind::Huge => self.huge.add(nanoseconds),
+            }
+            self.since_trial.fetch_add(nanoseconds, Ordering::Relaxed);
         }
-        self.since_trial.fetch_add(nanoseconds, Ordering::Relaxed);
+        if choice.kind != choice.of_others {
+            self.since_trial.store(0, Ordering::Relaxed);
+            self.is_trying.store(false, Ordering::Relaxed);
+        }
     }
 }
 
@@ -96,11 +118,15 @@ impl Costs {
 pub(crate) struct PagePopulator {
     start: *mut u8,
     length: usize,
-    /// The last advice to the kernel: a [`PageKind`], or [`NO_ADVICE`].
-    advice: AtomicU8,
+    advice: Mutex<Advice>,
 }
 
-const NO_ADVICE: u8 = u8::MAX;
+/// The advice to the kernel for all of the memory.
+#[derive(Debug, Default)]
+struct Advice {
+    kind: Option<PageKind>,
+    changes: u32,
+}
 
 // SAFETY: the address is only passed to madvise and mincore, which change no byte and check that it is mapped.
 unsafe impl Send for PagePopulator {}
@@ -111,7 +137,7 @@ impl PagePopulator {
     /// Returns a populator for `length` bytes at `start`. The kernel keeps its advice until they are unmapped, so they must
     /// not belong to an allocator.
     pub(crate) fn new(start: *mut u8, length: usize) -> PagePopulator {
-        PagePopulator { start, length, advice: AtomicU8::new(NO_ADVICE) }
+        PagePopulator { start, length, advice: Mutex::default() }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -147,34 +173,50 @@ impl PagePopulator {
     }
 
     fn populate_piece(&self, piece: *mut u8) {
-        let kind = COSTS.choose();
-        self.advise(kind);
+        let choice = COSTS.choose();
+        COSTS.add(choice, self.populate_with(choice, piece));
+    }
+
+    /// Populates a piece. Returns the time, or `None` if it is not known which kind of pages it got.
+    fn populate_with(&self, choice: Choice, piece: *mut u8) -> Option<u64> {
+        let changes = self.advise_all(choice.of_others);
+        let is_trial = choice.kind != choice.of_others;
+        if is_trial {
+            advise(piece, HUGE_PAGE_BYTES, choice.kind);
+        }
         let before = processor_time();
         // SAFETY: MADV_POPULATE_WRITE changes no byte, and the kernel refuses addresses that are not mapped.
         let status = unsafe { libc::madvise(piece.cast(), HUGE_PAGE_BYTES, libc::MADV_POPULATE_WRITE) };
-        // Linux before 5.14 refuses; the pages then come with the writes.
         let time = processor_time().saturating_sub(before);
-        // Another thread may have changed the advice for the memory, and so the kind of these pages.
-        if status == 0 && self.advice.load(Ordering::Relaxed) == kind as u8 {
-            COSTS.add(kind, time);
+        if is_trial {
+            // Different advice splits the mapping, and a process may have only 65,530.
+            advise(piece, HUGE_PAGE_BYTES, choice.of_others);
         }
+        // Linux before 5.14 refuses; the pages then come with the writes. Another thread may have changed the advice.
+        (status == 0 && self.advice.lock().changes == changes).then_some(time)
     }
 
-    /// Sets the kind of pages for all of the memory. Different advice for single pieces would split the mapping, and a
-    /// process may have only 65,530.
-    fn advise(&self, kind: PageKind) {
-        if self.advice.swap(kind as u8, Ordering::Relaxed) == kind as u8 {
-            return;
+    /// Sets the kind of pages for all of the memory. Returns how often it has changed.
+    fn advise_all(&self, kind: PageKind) -> u32 {
+        let mut advice = self.advice.lock();
+        if advice.kind != Some(kind) {
+            let (skipped, length) = whole_pages(self.start, self.length);
+            advise(self.start.wrapping_add(skipped), length, kind);
+            *advice = Advice { kind: Some(kind), changes: advice.changes + 1 };
         }
-        let advice = match kind {
-            PageKind::Small => libc::MADV_NOHUGEPAGE,
-            PageKind::Huge => libc::MADV_HUGEPAGE,
-        };
-        let (skipped, length) = whole_pages(self.start, self.length);
-        // SAFETY: this advice changes no byte and no access right, and the kernel refuses addresses that are not mapped.
-        // Without it the pages are small.
-        unsafe { libc::madvise(self.start.wrapping_add(skipped).cast(), length, advice) };
+        advice.changes
     }
+}
+
+/// Sets the kind of pages for whole pages from `start` on.
+fn advise(start: *mut u8, length: usize, kind: PageKind) {
+    let advice = match kind {
+        PageKind::Small => libc::MADV_NOHUGEPAGE,
+        PageKind::Huge => libc::MADV_HUGEPAGE,
+    };
+    // SAFETY: this advice changes no byte and no access right, and the kernel refuses addresses that are not mapped. Without
+    // it the pages are small.
+    unsafe { libc::madvise(start.cast(), length, advice) };
 }
 
 /// Returns the offset and the length of the whole pages among `length` bytes at `start`.
@@ -228,9 +270,9 @@ mod tests {
     fn simulated(costs: &Costs, pieces: u64, cost: impl Fn(u64, PageKind) -> u64) -> u64 {
         let mut total = 0;
         for piece in 0..pieces {
-            let kind = costs.choose();
-            let taken = cost(piece, kind);
-            costs.add(kind, taken);
+            let choice = costs.choose();
+            let taken = cost(piece, choice.kind);
+            costs.add(choice, Some(taken));
             total += taken;
         }
         total
@@ -287,6 +329,48 @@ mod tests {
         let reclaimed = |_, kind| if kind == PageKind::Huge { FROM_HOST } else { SMALL };
         assert!(simulated(&costs, 2, reclaimed) >= FROM_HOST);
         assert_eq!(simulated(&costs, 10, reclaimed), 10 * SMALL);
+    }
+
+    #[test]
+    fn only_one_thread_tries_the_other_kind() {
+        let costs = Costs::new();
+        let measured = costs.choose();
+        costs.add(measured, Some(SMALL));
+        let trial = costs.choose();
+        assert_eq!((trial.kind, trial.of_others), (PageKind::Huge, PageKind::Small));
+        for _ in 0..16 {
+            let other = costs.choose();
+            assert_eq!((other.kind, other.of_others), (PageKind::Small, PageKind::Small));
+            costs.add(other, Some(SMALL));
+        }
+        // It is not known which kind of page the trial got.
+        costs.add(trial, None);
+        let trial = costs.choose();
+        assert_eq!(trial.kind, PageKind::Huge);
+        costs.add(trial, Some(HUGE));
+        let next = costs.choose();
+        assert_eq!((next.kind, next.of_others), (PageKind::Huge, PageKind::Huge));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pages")]
+    fn trials_do_not_split_the_mapping() {
+        let map = memmap2::MmapMut::map_anon(64 * HUGE_PAGE_BYTES).expect("memory");
+        let memory = map.as_ptr().addr()..map.as_ptr().addr() + map.len();
+        let fresh = PagePopulator::new(map.as_ptr().cast_mut(), map.len());
+        let first = map.as_ptr().cast_mut().wrapping_add(map.as_ptr().align_offset(HUGE_PAGE_BYTES));
+        for number in 0..63 {
+            let kind = if number % 2 == 0 { PageKind::Huge } else { PageKind::Small };
+            let choice = Choice { kind, of_others: PageKind::Huge };
+            let time = fresh.populate_with(choice, first.wrapping_add(number * HUGE_PAGE_BYTES));
+            // Linux before 5.14 does not populate.
+            assert_eq!(time.is_some(), is_resident(first));
+        }
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("the mappings of this process");
+        let starts = maps.lines().map(|line| line.split('-').next().expect("an address"));
+        let starts = starts.map(|start| usize::from_str_radix(start, 16).expect("an address"));
+        let inside = starts.filter(|start| memory.contains(start) && *start > memory.start).count();
+        assert_eq!(inside, 0, "{maps}");
     }
 
     #[test]
