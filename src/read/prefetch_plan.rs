@@ -280,6 +280,7 @@ impl Plan {
         let source = self.open(number)?;
         let method =
             self.files[number].file.source().method(self.options.read_from, source.reopened.as_ref());
+        let read_bytes = source.strategy.request_bytes.unwrap_or(READ_BYTES);
         let mut batch = ReadBatch::default();
         for &ReadPart { request, offset, length, destination } in parts {
             let Request { begin, slice, .. } = &self.requests[request];
@@ -291,7 +292,7 @@ impl Plan {
                 let (from, destination) = ((offset + done) as u64, destination.wrapping_add(done));
                 if batch.ranges.is_empty() {
                     // Reads end where blocks of the file do.
-                    batch.room = READ_BYTES - ((begin + from) % READ_BYTES as u64) as usize;
+                    batch.room = read_bytes - ((begin + from) % read_bytes as u64) as usize;
                 }
                 let next = (length - done).min(if slice.is_some() { READ_BYTES } else { batch.room });
                 done += next;

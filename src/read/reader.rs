@@ -5,10 +5,10 @@ use std::ops::Range;
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
 use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
-use crate::read::strategy::ReadStrategy;
+use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
-use crate::sys::direct_io::{Direct, DirectReader, block_offset, read_vectored_at};
+use crate::sys::direct_io::{BLOCK_BYTES, Direct, DirectReader, block_offset, read_vectored_at};
 use crate::sys::huge_pages::is_resident;
 use crate::sys::page_cache::is_surely_cached;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
@@ -322,12 +322,14 @@ fn extent(ranges: &[ReadRange]) -> Range<u64> {
 struct Run<'a> {
     file: &'a OpenFile,
     /// The most bytes of one call.
-    most_bytes: usize,
+    request_bytes: usize,
     direct: Option<DirectReader<'a>>,
     /// Whether cached bytes, and those of slow storage, are read directly too.
     is_always_direct: bool,
     start: u64,
     bytes: usize,
+    /// The most bytes of this run.
+    most_bytes: usize,
     parts: Vec<libc::iovec>,
 }
 
@@ -336,13 +338,23 @@ impl<'a> Run<'a> {
         let direct = (strategy.direct != Direct::Never).then(|| file.direct()).flatten();
         Run {
             file,
-            most_bytes: strategy.request_bytes.unwrap_or(usize::MAX),
+            request_bytes: strategy.request_bytes.unwrap_or(usize::MAX),
             direct: direct.map(|direct| DirectReader::new(direct, &file.direct_speed)),
             is_always_direct: strategy.direct == Direct::Always,
             start: 0,
             bytes: 0,
+            most_bytes: 0,
             parts: Vec::new(),
         }
+    }
+
+    /// Begins a run that is read from `offset` on, first to `destination`.
+    fn begin(&mut self, offset: u64, destination: *mut u8) {
+        (self.start, self.bytes) = (offset, 0);
+        self.parts.clear();
+        let is_buffered = self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
+        // A buffer is kept small.
+        self.most_bytes = self.request_bytes.min(if is_buffered { COLD_READ_BYTES } else { usize::MAX });
     }
 
     /// Returns how many more bytes fit. Runs of direct reads end where a block does.
@@ -362,8 +374,7 @@ impl<'a> Run<'a> {
             if !follows || self.room() == 0 || self.parts.len() == MAX_PARTS {
                 // SAFETY: the contract of the calls that added the parts.
                 unsafe { self.read() }?;
-                (self.start, self.bytes) = (offset, 0);
-                self.parts.clear();
+                self.begin(offset, destination);
             }
             let taken = length.min(self.room());
             match self.parts.last_mut() {

@@ -11,14 +11,15 @@ use crate::sys::page_cache::{Residency, WINDOW_BYTES, residency};
 use crate::sys::parallel::{self, CHUNK_BYTES, MIN_PARALLEL_BYTES};
 use crate::sys::threads::ThreadLimit;
 
-/// The bytes of one read outside the page cache. Network filesystems send no larger requests.
+/// The bytes of one read outside the page cache, unless it is direct. Network filesystems send no larger requests.
 pub(crate) const COLD_READ_BYTES: usize = 1 << 20;
 
 /// The number of threads that read from a disk through the page cache; they mostly wait.
 pub(crate) const DISK_READERS: usize = 4;
 
-/// The number of threads that read from a disk past the page cache. Each waits for its own read.
-const DIRECT_READERS: usize = 16;
+/// The number of threads that read from a disk past the page cache. Each waits for its own read, which the kernel cuts into
+/// several requests.
+const DIRECT_READERS: usize = 8;
 
 /// The number of threads that read from a network filesystem, to have as many requests in flight.
 pub(crate) const REMOTE_READERS: usize = 16;
@@ -123,16 +124,19 @@ impl ReadStrategy {
         if residency == Residency::Cached && direct == Direct::Never {
             return ReadStrategy::in_memory(residency, wanted);
         }
-        let (readers, chunk_bytes) = match scope {
-            Scope::Local | Scope::Unknown if direct == Direct::Never => (DISK_READERS, CHUNK_BYTES),
-            Scope::Local | Scope::Unknown => (DIRECT_READERS, CHUNK_BYTES),
-            Scope::Remote | Scope::Fuse => (REMOTE_READERS, COLD_READ_BYTES),
+        let (readers, request_bytes, chunk_bytes) = match scope {
+            Scope::Local | Scope::Unknown if direct == Direct::Never => {
+                (DISK_READERS, COLD_READ_BYTES, CHUNK_BYTES)
+            }
+            // Whole chunks: fewer calls leave more processor time to the storage.
+            Scope::Local | Scope::Unknown => (DIRECT_READERS, CHUNK_BYTES, CHUNK_BYTES),
+            Scope::Remote | Scope::Fuse => (REMOTE_READERS, COLD_READ_BYTES, COLD_READ_BYTES),
         };
         ReadStrategy {
             residency,
             scope,
             threads: wanted.max(threads.cap(readers)),
-            request_bytes: Some(COLD_READ_BYTES),
+            request_bytes: Some(request_bytes),
             chunk_bytes,
             direct,
         }
@@ -180,16 +184,17 @@ mod tests {
     fn other_files_are_read_by_several_threads() {
         for residency in [Residency::Cold, Residency::Unknown] {
             for (scope, buffered, direct) in [
-                (Scope::Local, DISK_READERS, DIRECT_READERS),
-                (Scope::Remote, REMOTE_READERS, REMOTE_READERS),
+                (Scope::Local, (DISK_READERS, COLD_READ_BYTES), (DIRECT_READERS, CHUNK_BYTES)),
+                (Scope::Remote, (REMOTE_READERS, COLD_READ_BYTES), (REMOTE_READERS, COLD_READ_BYTES)),
             ] {
+                let reads =
+                    |strategy: ReadStrategy| (strategy.threads, strategy.request_bytes.expect("cold"));
                 let strategy = decide(residency, scope, Direct::Auto);
                 let is_direct = residency == Residency::Cold;
-                assert_eq!(strategy.threads, if is_direct { direct } else { buffered });
-                assert_eq!(strategy.request_bytes, Some(COLD_READ_BYTES));
+                assert_eq!(reads(strategy), if is_direct { direct } else { buffered });
                 assert_eq!(strategy.direct == Direct::Auto, is_direct);
                 let strategy = decide(residency, scope, Direct::Never);
-                assert_eq!((strategy.threads, strategy.direct), (buffered, Direct::Never));
+                assert_eq!((reads(strategy), strategy.direct), (buffered, Direct::Never));
             }
         }
         let limited =
