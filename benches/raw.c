@@ -4,7 +4,8 @@
  *
  * raw LOOP SOURCE TARGET [sync]     answers each line "run" on stdin with the seconds of one run, in JSON.
  *
- * The loop "direct N x M" reads around the page cache: N threads, M MiB a read.
+ * The loop "direct N x M" reads around the page cache: N threads, M MiB a read. The loop "files N x M" writes N files of one
+ * size into the directory TARGET with M threads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -71,9 +72,9 @@ static void read_fully(int file, char* to, size_t length, size_t offset) {
     }
 }
 
-static void write_fully(int file) {
-    for (size_t done = 0; done < size;) {
-        ssize_t count = write(file, held + done, size - done);
+static void write_fully(int file, const char* from, size_t length) {
+    for (size_t done = 0; done < length;) {
+        ssize_t count = write(file, from + done, length - done);
         if (count < 0) fail("write");
         done += (size_t)count;
     }
@@ -152,6 +153,34 @@ static void loop_direct(void) {
 
 static void loop_copy(void) { move_all(-1, result = new_memory()); }
 
+static int files = 8, writers = 1;
+
+static void* write_files(void* argument) {
+    atomic_int* next = argument;
+    for (int number; (number = atomic_fetch_add(next, 1)) < files;) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/%d", target, number);
+        size_t begin = size / (size_t)files * (size_t)number;
+        size_t length = number == files - 1 ? size - begin : size / (size_t)files;
+        int file = checked(open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), "create");
+        checked(fallocate(file, 0, 0, (off_t)length), "fallocate");
+        write_fully(file, held + begin, length);
+        checked(close(file), "close");
+    }
+    return NULL;
+}
+
+static void loop_files(void) {
+    atomic_int next = 0;
+    pthread_t threads[MOST_THREADS];
+    checked(mkdir(target, 0777), "mkdir");
+    for (int i = 1; i < writers; i++) {
+        if (pthread_create(&threads[i], NULL, write_files, &next)) fail("pthread_create");
+    }
+    write_files(&next);
+    for (int i = 1; i < writers; i++) pthread_join(threads[i], NULL);
+}
+
 /* --- loops in one thread */
 
 static void loop_touch(void) {
@@ -172,7 +201,7 @@ static void loop_sequential(void) {
 }
 
 static void fill(int file) {
-    write_fully(file);
+    write_fully(file, held, size);
     if (synced) checked(fsync(file), "fsync");
 }
 
@@ -222,6 +251,7 @@ static const struct {
     {"read", loop_read, false},      {"read warm", loop_read_warm, true},
     {"copy", loop_copy, true},       {"write", loop_write, true},
     {"replace", loop_replace, true}, {"direct N x M", loop_direct, false},
+    {"files N x M", loop_files, true},
 };
 
 int main(int count, char** arguments) {
@@ -240,6 +270,9 @@ int main(int count, char** arguments) {
     if (sscanf(name, "direct %d x %d", &direct_threads, &direct_mib) == 2 && direct_threads > 0 && direct_mib > 0 &&
         direct_threads <= MOST_THREADS) {
         name = "direct N x M";
+    }
+    if (sscanf(name, "files %d x %d", &files, &writers) == 2 && files > 0 && writers > 0 && writers <= MOST_THREADS) {
+        name = "files N x M";
     }
     size_t chosen = 0;
     while (strcmp(loops[chosen].name, name) != 0) {

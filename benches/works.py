@@ -198,7 +198,12 @@ WORKS = (
         "save_sharded, 8 new files",
         "shard",
         "save_sharded",
-        (_OURS, Subject(EACH, "ours", {"is_each": True}), _ALL[1]),
+        (
+            _OURS,
+            Subject(EACH, "ours", {"is_each": True}),
+            _ALL[1],
+            *(Subject(f"{RAW}, threads: {n}", "raw", loop=f"files 8 x {n}") for n in (1, 2, 8)),
+        ),
         {"max_shard_size": 530_000_000},
         fresh=True,
     ),
