@@ -15,3 +15,4 @@ pub mod slab_layout;
 mod slice_reader;
 pub mod source;
 pub(crate) mod strategy;
+mod vectored;

@@ -4,18 +4,14 @@ use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::prefault::read_and_map;
-use crate::read::source::{Mapping, OpenFile, ReadMethod, shrank};
-use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
+use crate::read::source::{Mapping, OpenFile, ReadMethod};
+use crate::read::strategy::ReadStrategy;
+use crate::read::vectored::VectoredReader;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
-use crate::sys::direct_io::{BLOCK_BYTES, Direct, DirectReader, block_offset, read_vectored_at};
 use crate::sys::huge_pages::is_resident;
-use crate::sys::page_cache::is_surely_cached;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
-
-/// The most destinations of one `preadv`; Linux allows 1024.
-const MAX_PARTS: usize = 512;
 
 /// Fewer contiguous bytes of a mapping are not worth a `madvise`.
 const BRING_IN_BYTES: usize = 64 << 10;
@@ -254,14 +250,13 @@ unsafe fn read_parts(
             Ok(())
         }
         ReadMethod::File(file) => {
-            // Neighbours in the file are read with one call, however small they are.
-            let mut run = Run::new(file, strategy);
+            let mut reader = VectoredReader::new(file, strategy);
             for ReadRange { offset, destination, length } in parts {
-                // SAFETY: this function's contract covers the destination until `run` is read.
-                unsafe { run.add(offset, destination, length) }?;
+                // SAFETY: this function's contract covers the destination until everything is read.
+                unsafe { reader.add(offset, destination, length) }?;
             }
             // SAFETY: as above.
-            unsafe { run.read() }
+            unsafe { reader.finish() }
         }
         // SAFETY: this function has the contract of `copy_mapped`.
         ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, strategy) },
@@ -316,145 +311,4 @@ fn extent(ranges: &[ReadRange]) -> Range<u64> {
     let start = ranges.iter().map(|range| range.offset).min().unwrap_or(0);
     let end = ranges.iter().map(|range| range.offset + range.length as u64).max();
     start..end.unwrap_or(start)
-}
-
-/// A contiguous range of a file that is read with one call, into several destinations.
-struct Run<'a> {
-    file: &'a OpenFile,
-    /// The most bytes of one call.
-    request_bytes: usize,
-    direct: Option<DirectReader<'a>>,
-    /// Whether cached bytes, and those of slow storage, are read directly too.
-    is_always_direct: bool,
-    start: u64,
-    bytes: usize,
-    /// The most bytes of this run.
-    most_bytes: usize,
-    parts: Vec<libc::iovec>,
-}
-
-impl<'a> Run<'a> {
-    fn new(file: &'a OpenFile, strategy: ReadStrategy) -> Run<'a> {
-        let direct = (strategy.direct != Direct::Never).then(|| file.direct()).flatten();
-        Run {
-            file,
-            request_bytes: strategy.request_bytes.unwrap_or(usize::MAX),
-            direct: direct.map(|direct| DirectReader::new(direct, &file.direct_speed)),
-            is_always_direct: strategy.direct == Direct::Always,
-            start: 0,
-            bytes: 0,
-            most_bytes: 0,
-            parts: Vec::new(),
-        }
-    }
-
-    /// Begins a run that is read from `offset` on, first to `destination`.
-    fn begin(&mut self, offset: u64, destination: *mut u8) {
-        (self.start, self.bytes) = (offset, 0);
-        self.parts.clear();
-        let is_buffered = self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
-        // A buffer is kept small.
-        self.most_bytes = self.request_bytes.min(if is_buffered { COLD_READ_BYTES } else { usize::MAX });
-    }
-
-    /// Returns how many more bytes fit. Runs of direct reads end where a block does.
-    fn room(&self) -> usize {
-        let skipped = if self.direct.is_some() { block_offset(self.start) } else { 0 };
-        self.most_bytes.saturating_sub(skipped) - self.bytes
-    }
-
-    /// Adds a range. First reads what was added before if the range does not follow it, or if it is full.
-    ///
-    /// # Safety
-    ///
-    /// `destination` must be valid for writes of `length` bytes until the run is read.
-    unsafe fn add(&mut self, mut offset: u64, mut destination: *mut u8, mut length: usize) -> Result<()> {
-        while length > 0 {
-            let follows = self.start + self.bytes as u64 == offset;
-            if !follows || self.room() == 0 || self.parts.len() == MAX_PARTS {
-                // SAFETY: the contract of the calls that added the parts.
-                unsafe { self.read() }?;
-                self.begin(offset, destination);
-            }
-            let taken = length.min(self.room());
-            match self.parts.last_mut() {
-                Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == destination.cast() => {
-                    last.iov_len += taken;
-                }
-                _ => self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken }),
-            }
-            self.bytes += taken;
-            offset += taken as u64;
-            destination = destination.wrapping_add(taken);
-            length -= taken;
-        }
-        Ok(())
-    }
-
-    /// Returns whether direct reads can read the parts: the filesystem allows them, and the parts are not cached.
-    fn may_be_direct(&self) -> bool {
-        let OpenFile { file, direct_speed, .. } = self.file;
-        let range = self.start..self.start + self.bytes as u64;
-        // The residency of the file is that of samples.
-        self.direct.is_some()
-            && !direct_speed.is_refused()
-            && (self.is_always_direct || !is_surely_cached(file, range))
-    }
-
-    /// Reads all parts past the page cache. Returns false if buffered reads are needed: the storage is slow, the filesystem
-    /// refuses, or the file ends early.
-    ///
-    /// # Safety
-    ///
-    /// As for [`Run::read`].
-    unsafe fn read_direct(&mut self) -> Result<bool> {
-        let OpenFile { path, direct_speed, .. } = self.file;
-        match &mut self.direct {
-            Some(direct) if self.is_always_direct || direct_speed.is_fast() => {
-                // SAFETY: this function's contract covers the parts.
-                unsafe { direct.read(self.start, &self.parts) }
-                    .map_err(|source| Error::io("read", path, source))
-            }
-            _ => Ok(false),
-        }
-    }
-
-    /// Reads all parts.
-    ///
-    /// # Safety
-    ///
-    /// Every part must be valid for writes of its length.
-    unsafe fn read(&mut self) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        let may_be_direct = self.may_be_direct();
-        // SAFETY: this function has the contract of `read_direct`.
-        if may_be_direct && unsafe { self.read_direct() }? {
-            return Ok(());
-        }
-        let _timer = may_be_direct.then(|| self.file.direct_speed.start(self.bytes));
-        let file = self.file;
-        let mut offset = self.start;
-        let mut rest = &mut self.parts[..];
-        while !rest.is_empty() {
-            // SAFETY: this function's contract covers the parts; `rest` is what is left of them.
-            let mut count = unsafe { read_vectored_at(&file.file, rest, offset) }
-                .map_err(|source| Error::io("read", &file.path, source))?;
-            if count == 0 {
-                return Err(shrank(&file.path));
-            }
-            offset += count as u64;
-            while let Some(part) = rest.first_mut() {
-                if count < part.iov_len {
-                    part.iov_base = part.iov_base.wrapping_byte_add(count);
-                    part.iov_len -= count;
-                    break;
-                }
-                count -= part.iov_len;
-                rest = &mut rest[1..];
-            }
-        }
-        Ok(())
-    }
 }

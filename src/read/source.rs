@@ -12,7 +12,7 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::direct_io::{self, DirectSpeed};
+use crate::sys::direct_io::{self, StorageSpeed};
 use crate::sys::directory::{Directory, identity, nul_in_path};
 use crate::sys::mutex::OnceLock;
 use crate::sys::page_cache::WindowReader;
@@ -54,14 +54,14 @@ pub struct Mapping {
     /// Device and inode number. No other file has them while this one is mapped.
     identity: (u64, u64),
     is_owned: bool,
-    direct_speed: Arc<DirectSpeed>,
+    storage_speed: Arc<StorageSpeed>,
     /// Whether pages that were copied are unmapped.
     is_transient: bool,
 }
 
 impl Mapping {
     pub(crate) fn new(file: &OpenFile, length: u64) -> Result<Mapping> {
-        let OpenFile { file, path, direct_speed, .. } = file;
+        let OpenFile { file, path, storage_speed, .. } = file;
         let length = usize::try_from(length)
             .map_err(|_| Error::new(ErrorKind::Io, format!("{} is too large to map", path.display())))?;
         let metadata = file.metadata().map_err(|source| Error::io("inspect", path, source))?;
@@ -76,7 +76,7 @@ impl Mapping {
             path: path.clone(),
             identity: identity(&metadata),
             is_owned: user == 0 || user == metadata.uid(),
-            direct_speed: Arc::clone(direct_speed),
+            storage_speed: Arc::clone(storage_speed),
             is_transient: false,
         })
     }
@@ -111,7 +111,7 @@ impl Mapping {
     pub(crate) fn reopen(&self) -> Option<OpenFile> {
         let file = open_to_read(&self.path).ok()?;
         let is_same = file.metadata().is_ok_and(|metadata| identity(&metadata) == self.identity);
-        is_same.then(|| OpenFile::with_speed(file, &self.path, &self.direct_speed))
+        is_same.then(|| OpenFile::with_speed(file, &self.path, &self.storage_speed))
     }
 
     /// Returns the address of the first byte. [`Mapping::len`] bytes are readable and writable there.
@@ -176,7 +176,7 @@ pub(crate) struct OpenFile {
     /// The same file for direct reads, opened by the first one; `None` if its filesystem has none.
     direct: OnceLock<Option<File>>,
     /// Shared by all descriptors of the file that one handle opens.
-    pub(crate) direct_speed: Arc<DirectSpeed>,
+    pub(crate) storage_speed: Arc<StorageSpeed>,
     /// `None` if the kernel does not read windows.
     windows: OnceLock<Option<WindowReader>>,
 }
@@ -186,12 +186,12 @@ impl OpenFile {
         OpenFile::with_speed(file, path, &Arc::default())
     }
 
-    fn with_speed(file: File, path: &Path, direct_speed: &Arc<DirectSpeed>) -> OpenFile {
+    fn with_speed(file: File, path: &Path, storage_speed: &Arc<StorageSpeed>) -> OpenFile {
         OpenFile {
             file,
             path: path.to_path_buf(),
             direct: OnceLock::new(),
-            direct_speed: Arc::clone(direct_speed),
+            storage_speed: Arc::clone(storage_speed),
             windows: OnceLock::new(),
         }
     }
@@ -243,7 +243,7 @@ impl Source {
             // Without a descriptor for it, the file itself is used.
             Source::File(file) if bytes >= REOPEN_BYTES => {
                 let clone = file.file.try_clone().ok()?;
-                Some(OpenFile::with_speed(clone, &file.path, &file.direct_speed))
+                Some(OpenFile::with_speed(clone, &file.path, &file.storage_speed))
             }
             _ => None,
         }

@@ -26,7 +26,7 @@ pub(crate) const BLOCK_BYTES: usize = 4096;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Direct {
-    /// If the file is not in the page cache, and its storage is fast ([`DirectSpeed`]).
+    /// If the file is not in the page cache, and its storage is fast ([`StorageSpeed`]).
     #[default]
     Auto = 0,
     /// Never: a file that was read stays in the page cache.
@@ -100,7 +100,7 @@ const FAST_BYTES: u64 = 1 << 30;
 /// that read from one disk have slow storage too. Reads through the page cache count too, so that a short delay of the first
 /// reads does not make storage slow for good.
 #[derive(Debug, Default)]
-pub(crate) struct DirectSpeed {
+pub(crate) struct StorageSpeed {
     progress: Mutex<Progress>,
     is_refused: AtomicBool,
 }
@@ -138,7 +138,7 @@ impl Progress {
     }
 }
 
-impl DirectSpeed {
+impl StorageSpeed {
     /// Returns whether the reads are fast together, or whether that is not known yet.
     pub(crate) fn is_fast(&self) -> bool {
         self.progress.lock().is_fast(Instant::now())
@@ -158,7 +158,7 @@ impl DirectSpeed {
 
 /// Counts a read when it is dropped.
 pub(crate) struct ReadTimer<'a> {
-    speed: &'a DirectSpeed,
+    speed: &'a StorageSpeed,
     bytes: usize,
 }
 
@@ -176,14 +176,14 @@ impl Drop for ReadTimer<'_> {
 #[derive(Debug)]
 pub(crate) struct DirectReader<'a> {
     file: &'a File,
-    speed: &'a DirectSpeed,
+    speed: &'a StorageSpeed,
     /// Never filled; the device writes to its spare capacity.
     buffer: Vec<u8>,
 }
 
 impl<'a> DirectReader<'a> {
     /// Reads from `file`, which [`reopen`] returned.
-    pub(crate) fn new(file: &'a File, speed: &'a DirectSpeed) -> DirectReader<'a> {
+    pub(crate) fn new(file: &'a File, speed: &'a StorageSpeed) -> DirectReader<'a> {
         DirectReader { file, speed, buffer: Vec::new() }
     }
 
@@ -317,7 +317,7 @@ mod tests {
         let mut file = tempfile::tempfile_in(".").expect("a file");
         file.write_all(&bytes).expect("written");
         let Some(direct) = reopen(&file) else { return };
-        let speed = DirectSpeed::default();
+        let speed = StorageSpeed::default();
         let mut reader = DirectReader::new(&direct, &speed);
         let mut memory = vec![0u8; bytes.len() + 3 * BLOCK_BYTES];
         let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
