@@ -4,8 +4,8 @@
  *
  * raw LOOP SOURCE TARGET [sync]     answers each line "run" on stdin with the seconds of one run, in JSON.
  *
- * The loop "direct N x M" reads around the page cache: N threads, M MiB a read. The loop "files N x M" writes N files of one
- * size into the directory TARGET with M threads.
+ * The loop "direct N x M" reads around the page cache: N threads, M MiB a read. The loop "files N x M" writes N files
+ * of one size into the directory TARGET with M threads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -247,10 +247,10 @@ static const struct {
     void (*run)(void);
     bool holds; /* whether it starts from bytes in memory, or reads into warm memory */
 } loops[] = {
-    {"touch", loop_touch, false},    {"sequential", loop_sequential, false},
-    {"read", loop_read, false},      {"read warm", loop_read_warm, true},
-    {"copy", loop_copy, true},       {"write", loop_write, true},
-    {"replace", loop_replace, true}, {"direct N x M", loop_direct, false},
+    {"touch", loop_touch, false},      {"sequential", loop_sequential, false},
+    {"read", loop_read, false},        {"read warm", loop_read_warm, true},
+    {"copy", loop_copy, true},         {"write", loop_write, true},
+    {"replace", loop_replace, true},   {"direct N x M", loop_direct, false},
     {"files N x M", loop_files, true},
 };
 
