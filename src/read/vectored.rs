@@ -117,7 +117,7 @@ impl<'a> VectoredReader<'a> {
         }
     }
 
-    /// Reads what is left.
+    /// Reads the last run.
     ///
     /// # Safety
     ///
