@@ -128,7 +128,7 @@ impl ReadStrategy {
             Scope::Local | Scope::Unknown if direct == Direct::Never => {
                 (DISK_READERS, COLD_READ_BYTES, CHUNK_BYTES)
             }
-            // Whole chunks: fewer calls leave more processor time to the storage.
+            // Whole chunks, which were faster than reads of 1 MiB on a fast loop device (docs/performance.md).
             Scope::Local | Scope::Unknown => (DIRECT_READERS, CHUNK_BYTES, CHUNK_BYTES),
             Scope::Remote | Scope::Fuse => (REMOTE_READERS, COLD_READ_BYTES, COLD_READ_BYTES),
         };

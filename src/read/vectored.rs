@@ -46,7 +46,7 @@ impl<'a> VectoredReader<'a> {
         (self.start, self.bytes) = (offset, 0);
         self.parts.clear();
         let is_buffered = self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
-        // A buffer is kept small.
+        // Keeps the buffer small.
         self.most_bytes = self.request_bytes.min(if is_buffered { COLD_READ_BYTES } else { usize::MAX });
     }
 
@@ -144,7 +144,7 @@ impl<'a> VectoredReader<'a> {
         let mut offset = self.start;
         let mut rest = &mut self.parts[..];
         while !rest.is_empty() {
-            // SAFETY: this function's contract covers the parts; `rest` is what is left of them.
+            // SAFETY: this function's contract covers the parts; `rest` contains those that are not read yet.
             let mut count = unsafe { read_vectored_at(&file.file, rest, offset) }
                 .map_err(|source| Error::io("read", &file.path, source))?;
             if count == 0 {
