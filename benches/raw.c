@@ -281,14 +281,7 @@ int main(int count, char** arguments) {
             return 2;
         }
     }
-    if (loops[chosen].run == loop_files) {
-        /* Several such processes share the page cache; memory of their own would be too much. */
-        int file = checked(open(source, O_RDONLY | O_CLOEXEC), "open");
-        held = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, file, 0);
-        if (held == MAP_FAILED) fail("mmap");
-    } else if (loops[chosen].holds) {
-        read_to(held = new_memory());
-    }
+    if (loops[chosen].holds) read_to(held = new_memory());
     printf("{\"ready\": \"%zu bytes\"}\n", size);
     for (char line[16]; fgets(line, sizeof line, stdin);) {
         result = NULL;

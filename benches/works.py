@@ -195,7 +195,7 @@ WORKS = (
     Work("iterate, touched", "shard", "iterate", _ITERATIONS, touch=True),
     Work("iterate, cold, touched", "shard", "iterate", _ITERATIONS, touch=True, cold=True),
     Work(
-        "save_sharded, 8 new files",
+        "save_sharded, 8 new files, fresh process",
         "shard",
         "save_sharded",
         (
@@ -205,7 +205,7 @@ WORKS = (
             *(Subject(f"{RAW}, threads: {n}", "raw", loop=f"files 8 x {n}") for n in (1, 2, 8)),
         ),
         {"max_shard_size": 530_000_000},
-        fresh=True,
+        as_found=True,
     ),
     Work("load_file mmap", "million", "load_file", _BOTH, _MMAP, moves=False),
     Work("load_file pread", "million", "load_file", (_OURS,), _PREAD),
@@ -264,7 +264,7 @@ TARGETS = (
     Target("shard load_file pread, cold, fresh process", "raw", 0.95),
     # A tensor of the shard is larger than the buffer.
     Target("shard iterate, cold, touched", "copies", 0.22, BUFFERED),
-    Target("shard save_sharded, 8 new files", "each", 1.3),
+    Target("shard save_sharded, 8 new files, fresh process", "each", 1.3),
     Target("network load_file mmap, touched", "times", 8),
     Target("network load_file mmap, touched", "rival", 1.0),
     Target("network load_file mmap, touched", "served", 1.1),
