@@ -20,8 +20,8 @@ pub(super) struct VectoredReader<'a> {
     /// The offset of the run in the file.
     start: u64,
     bytes: usize,
-    /// The most bytes of this run.
-    most_bytes: usize,
+    /// Those of direct reads that go through a buffer, because their memory does not have the blocks of the file.
+    buffered_bytes: usize,
     /// The destinations of the run.
     parts: Vec<libc::iovec>,
 }
@@ -36,24 +36,24 @@ impl<'a> VectoredReader<'a> {
             is_always_direct: strategy.direct == Direct::Always,
             start: 0,
             bytes: 0,
-            most_bytes: 0,
+            buffered_bytes: 0,
             parts: Vec::new(),
         }
     }
 
-    /// Begins a run that is read from `offset` on, first to `destination`.
-    fn begin(&mut self, offset: u64, destination: *mut u8) {
-        (self.start, self.bytes) = (offset, 0);
+    /// Begins a run that is read from `offset` on.
+    fn begin(&mut self, offset: u64) {
+        (self.start, self.bytes, self.buffered_bytes) = (offset, 0, 0);
         self.parts.clear();
-        let is_buffered = self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
-        // Keeps the buffer small.
-        self.most_bytes = self.request_bytes.min(if is_buffered { COLD_READ_BYTES } else { usize::MAX });
     }
 
     /// Returns how many more bytes fit. Runs of direct reads end where a block does.
-    fn room(&self) -> usize {
+    fn room(&self, is_buffered: bool) -> usize {
         let skipped = if self.direct.is_some() { block_offset(self.start) } else { 0 };
-        self.most_bytes.saturating_sub(skipped) - self.bytes
+        let room = self.request_bytes.saturating_sub(skipped + self.bytes);
+        // Keeps the buffer small.
+        let buffer = COLD_READ_BYTES.saturating_sub(skipped + self.buffered_bytes);
+        if is_buffered { room.min(buffer) } else { room }
     }
 
     /// Adds a range. First reads the run if the range does not follow it, or if it is full.
@@ -68,13 +68,15 @@ impl<'a> VectoredReader<'a> {
         mut length: usize,
     ) -> Result<()> {
         while length > 0 {
+            let is_buffered =
+                self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
             let follows = self.start + self.bytes as u64 == offset;
-            if !follows || self.room() == 0 || self.parts.len() == MAX_PARTS {
+            if !follows || self.room(is_buffered) == 0 || self.parts.len() == MAX_PARTS {
                 // SAFETY: the contract of the calls that added the parts.
                 unsafe { self.read_run() }?;
-                self.begin(offset, destination);
+                self.begin(offset);
             }
-            let taken = length.min(self.room());
+            let taken = length.min(self.room(is_buffered));
             match self.parts.last_mut() {
                 Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == destination.cast() => {
                     last.iov_len += taken;
@@ -82,6 +84,7 @@ impl<'a> VectoredReader<'a> {
                 _ => self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken }),
             }
             self.bytes += taken;
+            self.buffered_bytes += if is_buffered { taken } else { 0 };
             offset += taken as u64;
             destination = destination.wrapping_add(taken);
             length -= taken;
@@ -162,5 +165,61 @@ impl<'a> VectoredReader<'a> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::filesystem::Scope;
+    use crate::sys::page_cache::Residency;
+    use std::io::Write;
+    use std::path::Path;
+
+    #[test]
+    fn a_run_has_at_most_a_mebibyte_that_goes_through_the_buffer() {
+        let bytes: Vec<u8> = (0..(12 << 20) + 77).map(|i| (i / 7) as u8).collect();
+        let mut file = tempfile::tempfile_in(".").expect("a file");
+        file.write_all(&bytes).expect("written");
+        let file = OpenFile::new(file, Path::new("name"));
+        let strategy = ReadStrategy {
+            residency: Residency::Cold,
+            scope: Scope::Local,
+            threads: 1,
+            request_bytes: Some(8 << 20),
+            chunk_bytes: 8 << 20,
+            direct: Direct::Always,
+        };
+        let mut memory = vec![0u8; bytes.len() + 2 * BLOCK_BYTES];
+        let start = memory.as_mut_ptr();
+        let start = start.wrapping_add(start.align_offset(BLOCK_BYTES));
+        // In step with the file for 4 MiB, then 64 bytes further, and in step again from 7 MiB on.
+        let ranges = [(0..4 << 20, 0), (4 << 20..7 << 20, 64), (7 << 20..bytes.len(), BLOCK_BYTES)];
+        let mut reader = VectoredReader::new(&file, strategy);
+        if reader.direct.is_none() {
+            return; // the filesystem has no direct reads
+        }
+        for (range, shift) in &ranges {
+            let to = start.wrapping_add(range.start + shift);
+            // SAFETY: the ranges are inside the memory, which has room for the largest shift and the alignment.
+            unsafe { reader.add(range.start as u64, to, range.len()) }.expect("read");
+            let mut offset = reader.start;
+            let mut buffered = 0;
+            for part in &reader.parts {
+                if part.iov_base.addr() % BLOCK_BYTES != block_offset(offset) {
+                    buffered += part.iov_len;
+                }
+                offset += part.iov_len as u64;
+            }
+            assert!(buffered <= COLD_READ_BYTES, "{buffered} bytes before {}", range.end);
+        }
+        // SAFETY: as above.
+        unsafe { reader.finish() }.expect("read");
+        for (range, shift) in ranges {
+            // SAFETY: the bytes are inside the memory, and the reader is gone.
+            let read =
+                unsafe { std::slice::from_raw_parts(start.wrapping_add(range.start + shift), range.len()) };
+            assert!(read == &bytes[range.clone()], "{range:?}");
+        }
     }
 }
