@@ -287,7 +287,7 @@ setup(
     long_description_content_type="text/markdown",
     project_urls={"Source": repository} if repository else {},
     license="Apache-2.0",
-    packages=[PACKAGE, f"{PACKAGE}.cli"],
+    packages=[PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.distributed"],
     py_modules=[START_MODULE],
     package_dir={"": "python"},
     package_data={PACKAGE: ["py.typed"]},
