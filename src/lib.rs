@@ -44,7 +44,7 @@ mod bridge;
 pub use checkpoint::parse_index;
 pub use checkpoint::{
     Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, Extra, Shard, ShardPlan,
-    ShardedOptions, ShardedWriter, TensorLocation, save_sharded,
+    ShardedOptions, ShardedWriter, TensorLocation, consolidate, save_sharded,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use format::dtype::Dtype;

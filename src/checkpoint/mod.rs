@@ -5,8 +5,10 @@
 //!
 //! To open: `locate` finds the file or the index, `index` reads it, `verify` compares it with its files, `open` does all
 //! of it again if a save interferes. To save: `plan` divides, `writer` collects the files, `replace` renames them into
-//! place under the `lock`.
+//! place under the `lock`. To consolidate: `chunks` joins the chunks that several processes have written.
 
+mod chunks;
+mod consolidate;
 mod directory;
 mod index;
 mod index_backup;
@@ -20,6 +22,7 @@ mod shards;
 mod verify;
 mod writer;
 
+pub use consolidate::consolidate;
 #[cfg(fuzzing)]
 pub use index::parse_index;
 pub use open::{CheckpointOptions, Extra};

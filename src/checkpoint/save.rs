@@ -80,32 +80,48 @@ pub(crate) fn save_sharded_raw(
     });
     let shards = shards.collect::<Result<Vec<(Layout, Vec<RawBytes<'_>>)>>>()?;
     let names = tensors.iter().map(|tensor| tensor.name);
-    let mut writer = ShardedWriter::new(directory, &plan, names)?;
-    // Many filesystems admit one writer to a file, so each file has one thread.
-    let threads = parallel::thread_count(ThreadLimit::current()?, plan.total_bytes() as usize, shards.len());
-    let complete: Vec<Mutex<Option<AtomicFile>>> = shards.iter().map(|_| Mutex::new(None)).collect();
-    // An error ends the files of the other threads at their next chunk.
-    let has_failed = AtomicBool::new(false);
-    let write = |shard: usize| {
+    let writer = ShardedWriter::new(directory, &plan, names)?;
+    let layouts: Vec<&Layout> = shards.iter().map(|(layout, _)| layout).collect();
+    write_shards(writer, &layouts, options.save.durable, |shard, file, has_failed| {
         let (layout, bytes) = &shards[shard];
-        let mut file = writer.create(shard, layout.total_bytes())?;
         let pieces = layout.order().iter().map(|place| bytes[place.index]);
         let pieces: Vec<RawBytes<'_>> = std::iter::once(layout.header().into()).chain(pieces).collect();
         let chunks = Chunks::new(pieces.iter().map(|piece| piece.len()));
         for chunk in 0..chunks.len() {
-            if has_failed.load(Ordering::Relaxed) {
+            if has_failed() {
                 return Ok(());
             }
             file.write(chunks.parts(chunk).map(|(piece, part)| pieces[piece].part(part)))?;
         }
+        Ok(())
+    })
+}
+
+/// Creates and commits the files of `layouts`. `write` writes the file of a number; it may return early, without an error, if
+/// the function that it gets returns true: another file has failed.
+pub(super) fn write_shards(
+    mut writer: ShardedWriter,
+    layouts: &[&Layout],
+    durable: bool,
+    write: impl Fn(usize, &mut AtomicFile, &dyn Fn() -> bool) -> Result<()> + Sync,
+) -> Result<Vec<String>> {
+    // Many filesystems admit one writer to a file, so each file has one thread.
+    let bytes: u64 = layouts.iter().map(|layout| layout.total_bytes()).sum();
+    let threads = parallel::thread_count(ThreadLimit::current()?, bytes as usize, layouts.len());
+    let complete: Vec<Mutex<Option<AtomicFile>>> = layouts.iter().map(|_| Mutex::new(None)).collect();
+    // An error ends the files of the other threads at their next chunk.
+    let has_failed = AtomicBool::new(false);
+    let create = |shard: usize| {
+        let mut file = writer.create(shard, layouts[shard].total_bytes())?;
+        write(shard, &mut file, &|| has_failed.load(Ordering::Relaxed))?;
         *complete[shard].lock() = Some(file);
         Ok(())
     };
-    parallel::for_each(shards.len(), threads, |shard| {
-        write(shard).inspect_err(|_| has_failed.store(true, Ordering::Relaxed))
+    parallel::for_each(layouts.len(), threads, |shard| {
+        create(shard).inspect_err(|_| has_failed.store(true, Ordering::Relaxed))
     })?;
     for file in complete {
         writer.add(file.lock().take().expect("every file was written"));
     }
-    writer.commit(options.save.durable)
+    writer.commit(durable)
 }

@@ -200,10 +200,6 @@ impl TensorFile {
     }
 
     /// As [`TensorFile::prefault`] with [`Prefault::Wait`], for the pages of the tensor at `index`.
-    #[cfg_attr(
-        not(feature = "bridge"),
-        expect(dead_code, reason = "only C++ copies from the mapping itself")
-    )]
     pub(crate) fn prefault_tensor(&self, index: usize) -> Result<()> {
         let bytes = self.byte_range(&self.tensor(index)?);
         let Some(mapping) = self.mapping() else { return Ok(()) };

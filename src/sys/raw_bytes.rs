@@ -75,6 +75,21 @@ impl<'a> RawBytes<'a> {
         self.split_at(range.end).0.split_at(range.start).1
     }
 
+    /// Appends a copy of the bytes to `buffer`.
+    pub(crate) fn append_to(self, buffer: &mut Vec<u8>) {
+        buffer.reserve(self.length);
+        // SAFETY: the bytes are valid for reads (`RawBytes::new`), and as many fit behind those of `buffer`, which nothing
+        // else refers to. `set_len` requires that they are initialized: they have just been written.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.start,
+                buffer.spare_capacity_mut().as_mut_ptr().cast(),
+                self.length,
+            );
+            buffer.set_len(buffer.len() + self.length);
+        }
+    }
+
     /// Removes the first `count` bytes from `pieces`.
     pub(crate) fn advance<'p>(
         mut pieces: &'p mut [RawBytes<'a>],
