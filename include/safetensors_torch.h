@@ -582,6 +582,15 @@ typedef struct sft_sharded_options {
 sft_status sft_writer_write_sharded(const sft_writer* writer, const char* directory,
                                     const sft_sharded_options* options);
 
+/** Joins the files shard-*.safetensors in the directory `input`, which the processes of torch.distributed.checkpoint
+ * have written, and writes the whole tensors into `output` as sft_writer_write_sharded does, in the order of their
+ * names, with the metadata format = pt. `options` may be NULL for the defaults. The files do not contain the shapes of
+ * the whole tensors: each ends where the furthest chunk does.
+ * Errors: INVALID_ARGUMENT if there is no such file; HEADER_JSON if one lacks the positions of its chunks; OFFSETS if
+ * the chunks of a tensor overlap, leave a gap, or differ in their dtype; those of sft_file_open and
+ * sft_writer_write_sharded. `output` is then as it was. */
+sft_status sft_consolidate(const char* input, const char* output, const sft_sharded_options* options);
+
 /** Writes the file into `buffer`, whose `nbytes` must be the result of sft_writer_get_size for the same `options`,
  * and which must not overlap a tensor's data. `options` may be NULL for the defaults; `durable` is ignored. Errors:
  * those of sft_writer_get_size, BUFFER_SIZE, and INVALID_ARGUMENT for a tensor without data. */

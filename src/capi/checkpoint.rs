@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::boundary::boundary;
 use super::handle::sft_file;
-use super::options::sft_checkpoint_options;
+use super::options::{sft_checkpoint_options, sft_sharded_options};
 use super::pointer::{self, Out, invalid};
 use super::types::{sft_status, sft_str};
-use crate::checkpoint::{Checkpoint, TensorLocation};
+use crate::checkpoint::{Checkpoint, TensorLocation, consolidate};
 use crate::error::Result;
 
 pub struct sft_checkpoint {
@@ -157,6 +157,21 @@ pub unsafe extern "C" fn sft_checkpoint_find_tensor(
             )
         };
         out.set(checkpoint.checkpoint.require(name)?);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_consolidate(
+    input: *const c_char,
+    output: *const c_char,
+    options: *const sft_sharded_options,
+) -> sft_status {
+    boundary!({
+        // SAFETY: two strings ("Text"); options or NULL (header, "Pointers", "Versions").
+        let (input, output, options) =
+            unsafe { (pointer::path(input)?, pointer::path(output)?, pointer::options(options)?.parse()?) };
+        consolidate(input, output, options)?;
         Ok(())
     })
 }

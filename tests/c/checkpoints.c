@@ -80,7 +80,44 @@ static void check_refused(const char* name, sft_status expected, const char* mes
     CHECK(strstr(sft_last_error_get_message(), message) != NULL);
 }
 
+/* Writes the file of a process: `count` elements of the tensor "w", from `offset` on. */
+static void write_chunk(const char* name, const char* offsets, uint64_t count, const unsigned char* data) {
+    sft_writer* writer = NULL;
+    CHECK_OK(sft_writer_new(&writer));
+    CHECK_OK(sft_writer_add_tensor(writer, "w", 1, SFT_DTYPE_U8, &count, 1, data, count));
+    CHECK_OK(sft_writer_add_metadata(writer, "DCP_SHARDING_INFO", 17, offsets, strlen(offsets)));
+    CHECK_OK(sft_writer_write_file(writer, path_of(name), NULL));
+    sft_writer_free(writer);
+}
+
+static void test_consolidation(void) {
+    CHECK(mkdir(path_of("chunks"), 0777) == 0);
+    char input[4096], output[4096];
+    snprintf(input, sizeof input, "%s", path_of("chunks"));
+    snprintf(output, sizeof output, "%s", path_of("whole"));
+    CHECK_STATUS(sft_consolidate(input, output, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    write_chunk("chunks/shard-00002-model-00001-of-00001.safetensors", "{\"w\": {\"saved_offsets\": [2]}}", 4,
+                values + 2);
+    CHECK_STATUS(sft_consolidate(input, output, NULL), SFT_ERROR_OFFSETS);
+    CHECK(strstr(sft_last_error_get_message(), "tensor \"w\"") != NULL && !exists("whole"));
+    write_chunk("chunks/shard-00001-model-00001-of-00001.safetensors", "{\"w\": {\"saved_offsets\": [0]}}", 2, values);
+    sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
+    options.stem = "m";
+    CHECK_OK(sft_consolidate(input, output, &options));
+    sft_file* file = NULL;
+    CHECK_OK(sft_file_open(path_of("whole/m.safetensors"), NULL, &file));
+    unsigned char bytes[6];
+    CHECK_OK(sft_file_read_tensor(file, 0, bytes, sizeof bytes));
+    CHECK(memcmp(bytes, values, sizeof bytes) == 0);
+    sft_file_free(file);
+    CHECK_STATUS(sft_consolidate(NULL, output, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_consolidate(input, NULL, NULL), SFT_ERROR_INVALID_ARGUMENT);
+    options.struct_size = 1;
+    CHECK_STATUS(sft_consolidate(input, output, &options), SFT_ERROR_INVALID_ARGUMENT);
+}
+
 void test_checkpoints(void) {
+    test_consolidation();
     sft_writer* writer = three_pairs();
     sft_sharded_options options = SFT_SHARDED_OPTIONS_INIT;
     options.stem = "m";
