@@ -6,8 +6,8 @@
 // The kernel sends at most MAX_BACKGROUND requests of its readahead at once: 12 by default, as with libfuse. Reads
 // beyond GOOD_BYTES of a file fail with EIO. Direct access (O_DIRECT) gets EINVAL from what REFUSES names: "open" or
 // "read". Serves until it is unmounted (umount MOUNTPOINT). Its file `.requests`, which is never cached, contains the
-// number of reads so far, the largest number of concurrent reads, and the bytes read. Readahead has the kernel's
-// defaults, except that reads are parallel and requests have up to 1 MiB.
+// number of reads so far, the largest number of concurrent reads, the bytes read, and the number of refused reads.
+// Readahead has the kernel's defaults, except that reads are parallel and requests have up to 1 MiB.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -15,6 +15,7 @@
 #include <linux/fuse.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +39,7 @@ static const char* refuses = "";
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char* names[MOST_FILES];  // of node FIRST_NODE + index
 static size_t name_count;
-static unsigned long reads, at_once, most_at_once, bytes_read;
+static unsigned long reads, at_once, most_at_once, bytes_read, refused;
 
 static void fail(const char* what) {
     fprintf(stderr, "slowfs: %s: %s\n", what, strerror(errno));
@@ -78,7 +79,7 @@ static uint64_t node_of(const char* name) {
 
 static size_t requests_text(char* text, size_t size) {
     pthread_mutex_lock(&lock);
-    const int length = snprintf(text, size, "%lu %lu %lu\n", reads, most_at_once, bytes_read);
+    const int length = snprintf(text, size, "%lu %lu %lu %lu\n", reads, most_at_once, bytes_read, refused);
     pthread_mutex_unlock(&lock);
     return (size_t)length;
 }
@@ -133,7 +134,8 @@ static void read_file(const struct fuse_in_header* head, const struct fuse_read_
     pthread_mutex_unlock(&lock);
     ssize_t length = pread((int)in->fh, buffer, in->size < MOST_BYTES ? in->size : MOST_BYTES, (off_t)in->offset);
     int error = errno;
-    if ((in->flags & O_DIRECT) && strcmp(refuses, "read") == 0) {
+    const bool is_refused = (in->flags & O_DIRECT) && strcmp(refuses, "read") == 0;
+    if (is_refused) {
         length = -1;
         error = EINVAL;
     } else if (length > 0 && in->offset + (uint64_t)length > good_bytes) {
@@ -144,6 +146,7 @@ static void read_file(const struct fuse_in_header* head, const struct fuse_read_
     pthread_mutex_lock(&lock);
     at_once--;
     bytes_read += length > 0 ? (size_t)length : 0;
+    refused += is_refused;
     pthread_mutex_unlock(&lock);
     reply(head->unique, length < 0 ? error : 0, buffer, length < 0 ? 0 : (size_t)length);
 }
