@@ -28,8 +28,9 @@ const MIN_WRITE_BYTES: usize = 64 << 10;
 /// [`save_sharded`](crate::save_sharded) does, and writes the same bytes as it would for the whole tensors, sorted by their
 /// names, with the metadata `format` = `pt`. Returns the names of the files, the index last.
 ///
-/// The files do not contain the shapes of the whole tensors: each ends where the furthest chunk does. If that chunk's file is
-/// missing, and the others still form a box, the tensor comes out smaller.
+/// The files do not contain the shapes of the whole tensors: a tensor ends where its furthest chunk does. So a missing file
+/// goes unnoticed if the other chunks of each tensor still form a box. The files are mapped: the process ends with `SIGBUS` if
+/// one of them is truncated during the call.
 ///
 /// # Errors
 ///
@@ -62,6 +63,9 @@ pub fn consolidate(input: &Path, output: &Path, options: ShardedOptions<'_>) -> 
         let mut writer = GatheringWriter { file, buffer: Vec::new() };
         writer.write(layouts[shard].header().into())?;
         for place in layouts[shard].order() {
+            if has_failed() {
+                return Ok(());
+            }
             let tensor = &tensors[members[shard][place.index]];
             tensor.prefault()?;
             tensor.for_each_run(|run| if has_failed() { Ok(()) } else { writer.write(run) })?;

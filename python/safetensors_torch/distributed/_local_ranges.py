@@ -16,7 +16,7 @@ Range = tuple[int, int]
 
 
 def local_ranges(
-    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int] | None, placements: Sequence[Any]
 ) -> list[list[Range]]:
     """Returns the elements of a DTensor that the rank at one coordinate of its mesh holds.
 
@@ -26,7 +26,7 @@ def local_ranges(
     Args:
         shape: of the whole tensor.
         mesh_shape: the number of ranks in each dimension of the device mesh.
-        coordinate: of the rank in the mesh, an index in each of its dimensions.
+        coordinate: of the rank in the mesh, an index in each of its dimensions, as from ``DeviceMesh.get_coordinate``.
         placements: ``Shard``, ``Replicate`` or ``_StridedShard`` for each dimension of the mesh, as in
             ``DTensor.placements``. They apply from left to right, and several may shard one dimension.
 
@@ -35,7 +35,7 @@ def local_ranges(
         holds no elements if a dimension has no range. A scalar has no dimensions and one element.
 
     Raises:
-        ValueError: lengths that differ, a coordinate outside of the mesh, or a dimension that the tensor lacks.
+        ValueError: lengths that differ, no coordinate or one outside of the mesh, or a dimension that the tensor lacks.
         TypeError: a placement of another kind. The ranks of a ``Partial`` tensor hold summands, not elements.
 
     Example:
@@ -43,7 +43,7 @@ def local_ranges(
         >>> local_ranges([10, 4], [2, 4], [0, 3], [Replicate(), Shard(0)])
         [[(9, 10)], [(0, 4)]]
     """
-    if coordinate is None:  # what DeviceMesh.get_coordinate returns
+    if coordinate is None:
         raise ValueError("this rank is not in the mesh, so it holds no part of the tensor")
     if not len(mesh_shape) == len(coordinate) == len(placements):
         raise ValueError(
