@@ -95,7 +95,7 @@ DATA_SETS = {
         place="network",
     ),
     "loop": DataSet(
-        "the shard on a loop device over memory", "bfloat16", 2, _shard, pickled=False, most_rounds=3, place="loop"
+        "the shard on a loop device over memory", "bfloat16", 2, _shard, pickled=False, most_rounds=15, place="loop"
     ),
 }
 
