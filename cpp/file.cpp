@@ -1,5 +1,7 @@
 #include "cpp/file.h"
 
+#include <algorithm>
+
 #include "cpp/bytes.h"
 #include "cpp/error.h"
 #include "cpp/pending.h"
@@ -124,6 +126,12 @@ std::tuple<std::string, std::vector<int64_t>, std::tuple<int64_t, int64_t>> File
             {begin, begin + static_cast<int64_t>(file.nbytes(index))}};
 }
 
+bool File::is_remote() const {
+    const auto checkpoint = opened();
+    return std::any_of(checkpoint->files().begin(), checkpoint->files().end(),
+                       [](const SharedFile& file) { return (*file)->is_remote(); });
+}
+
 std::vector<std::string> File::shards() const { return opened()->file_names(); }
 
 std::string File::shard_of(const std::string& name) const {
@@ -221,6 +229,13 @@ c10::intrusive_ptr<PendingState> File::start_state(const Tensors& state, const s
     return c10::make_intrusive<PendingState>(std::move(loader));
 }
 
+c10::intrusive_ptr<PendingFill> File::start_fill(const std::vector<std::string>& names,
+                                                 const std::vector<std::vector<int64_t>>& starts,
+                                                 const std::vector<at::Tensor>& targets) const {
+    auto loader = std::make_unique<FillLoader>(opened(), sharing_for(c10::kMeta), names, starts, targets);
+    return c10::make_intrusive<PendingFill>(std::move(loader));
+}
+
 void File::add_to(PrefetchPlan& plan, const std::optional<std::vector<std::string>>& names,
                   const std::vector<std::vector<int64_t>>& slices) const {
     plan.add(*opened(), sharing_for(c10::kMeta).read_from, names, slices);
@@ -277,6 +292,7 @@ void register_file(torch::Library& library) {
         .def("shape_and_dtype", clean(&File::shape_and_dtype))
         .def("meta", clean(&File::meta))
         .def("byte_range", clean(&File::byte_range))
+        .def("is_remote", clean(&File::is_remote))
         .def("shards", clean(&File::shards))
         .def("shard_of", clean(&File::shard_of))
         .def("get_tensor", clean(&File::get_tensor))
@@ -287,6 +303,7 @@ void register_file(torch::Library& library) {
         .def("start_load", clean(&File::start_load))
         .def("start_slice", clean(&File::start_slice))
         .def("start_state", clean(&File::start_state))
+        .def("start_fill", clean(&File::start_fill))
         .def("close", &File::close)
         .def("is_open", &File::is_open);
     // After File, the type of its result.

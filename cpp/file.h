@@ -47,6 +47,8 @@ class File : public torch::CustomClassHolder {
     std::tuple<std::string, std::vector<int64_t>, std::tuple<int64_t, int64_t>> meta(const std::string& name) const;
     // The range of the tensor's bytes, begin and end, from the start of its file.
     std::tuple<int64_t, int64_t> byte_range(const std::string& name) const;
+    // Whether a file is on a network filesystem.
+    bool is_remote() const;
     // The names of the files of a checkpoint, and of the one that holds a tensor; empty for a single file.
     std::vector<std::string> shards() const;
     std::string shard_of(const std::string& name) const;
@@ -69,6 +71,10 @@ class File : public torch::CustomClassHolder {
     c10::intrusive_ptr<PendingState> start_state(const Tensors& state, const std::vector<std::string>& optional,
                                                  const std::string& class_name, bool strict,
                                                  const std::string& prefix) const;
+    // Starts to copy slices into targets, as FillLoader does.
+    c10::intrusive_ptr<PendingFill> start_fill(const std::vector<std::string>& names,
+                                               const std::vector<std::vector<int64_t>>& starts,
+                                               const std::vector<at::Tensor>& targets) const;
 
     // Adds tensors to a plan, as PrefetchPlan::add() does.
     void add_to(PrefetchPlan& plan, const std::optional<std::vector<std::string>>& names,

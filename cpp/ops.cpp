@@ -19,8 +19,10 @@
 #include "cpp/read/prefetch_loader.h"
 #include "cpp/tensor_memory.h"
 #include "cpp/write/aliasing.h"
+#include "cpp/write/consolidate.h"
 #include "cpp/write/edit.h"
 #include "cpp/write/incremental_writer.h"
+#include "cpp/write/joined.h"
 #include "cpp/write/save.h"
 #include "cpp/write/save_sharded.h"
 
@@ -212,6 +214,8 @@ void define_classes(torch::Library& library) {
     register_pending_save(library);
     register_sharded_saves(library);
     register_incremental_writer(library);
+    register_joined(library);
+    register_pending_consolidation(library);
     register_pending_edit(library);
 }
 

@@ -57,6 +57,8 @@ void check_whole(const std::string& name, const at::Tensor& tensor) {
              "first, or resize the storage");
 }
 
+void note_write(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
+
 TensorMemory::TensorMemory(const at::Tensor& tensor) {
     if (has_memory(tensor)) {
         storage_ = tensor.storage();

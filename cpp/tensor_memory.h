@@ -29,6 +29,9 @@ bool is_whole(const at::Tensor& tensor);
 // Fails, naming the tensor, if its storage is too small for its elements.
 void check_whole(const std::string& name, const at::Tensor& tensor);
 
+// Tells autograd that saved values of the tensor are stale.
+void note_write(const at::Tensor& tensor);
+
 // The memory of a tensor at the start of a load or save, which has pointers into it.
 //
 // Keeps the storage alive. Other code can still resize it: after such code has run, call check() before the pointers

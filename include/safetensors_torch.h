@@ -384,6 +384,20 @@ sft_status sft_file_get_slice_size(const sft_file* file, size_t index, const sft
 sft_status sft_file_read_slice(const sft_file* file, size_t index, const sft_range* ranges, size_t rank, void* buffer,
                                size_t nbytes);
 
+/** One of several slices to read. */
+typedef struct sft_slice_request {
+    size_t index;            /**< of the tensor, in file order */
+    const sft_range* ranges; /**< one for each of the tensor's dimensions */
+    size_t rank;             /**< the number of ranges */
+    void* buffer;            /**< the destination; no two buffers may overlap */
+    size_t nbytes;           /**< of the buffer: the size from sft_file_get_slice_size */
+} sft_slice_request;
+
+/** Reads `count` slices, in parallel. Reads only the pages that contain bytes of the slices. All sizes are checked
+ * first, except that slices with runs of less than 4 KiB are read at once, with what is between the runs, if the file
+ * is not mapped. Errors: as sft_file_read_slice. */
+sft_status sft_file_read_slices(const sft_file* file, const sft_slice_request* reads, size_t count);
+
 /* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */
 
 /** The tensors of one file or of several, its shards, which an index (model.safetensors.index.json) lists. It does
@@ -638,8 +652,41 @@ sft_status sft_incremental_writer_write_part(const sft_incremental_writer* write
  * commit; IO, after which the target has not changed. */
 sft_status sft_incremental_writer_commit(sft_incremental_writer* writer);
 
+/** Makes the file of `writer` joinable: other processes can write parts of its tensors, as an sft_joined_file. Call it
+ * before the first write. `*path` becomes the path of the hidden file beside the target, for them, in the bytes of the
+ * filesystem and without a NUL at its end; it is valid until `writer` is freed. A second call returns the same path.
+ * Errors: IO; INVALID_ARGUMENT if another thread is writing a tensor; CLOSED after the commit. */
+sft_status sft_incremental_writer_make_joinable(sft_incremental_writer* writer, sft_str* path);
+
+/** Commits as sft_incremental_writer_commit does, without checking that every byte was written: this process does not
+ * know what the others have written. Call it once all of them have finished; bytes that nobody wrote are zero.
+ * Errors: as sft_incremental_writer_commit, except for missing tensors. */
+sft_status sft_incremental_writer_commit_joined(sft_incremental_writer* writer);
+
 /** Frees the handle. Without a commit the target stays as it was, and no file is left beside it. NULL is ignored. */
 void sft_incremental_writer_free(sft_incremental_writer* writer);
+
+/** A file that another process writes and commits, open to write parts of its tensors. */
+typedef struct sft_joined_file sft_joined_file;
+
+/** Opens the file at `path`, which sft_incremental_writer_make_joinable has returned in another process. `*file`
+ * becomes a handle to free with sft_joined_file_free, or NULL on an error. Errors: INVALID_ARGUMENT if `path` does not
+ * have the name of such a file; those of sft_file_open. */
+sft_status sft_joined_file_open(const char* path, sft_joined_file** file);
+
+/** Writes a slice of the tensor called `name`: one range for each of its `rank` dimensions. `data` has the `nbytes`
+ * bytes of its elements, row-major. Several threads may write at once. Slices that overlap one another have unspecified
+ * bytes. Errors: TENSOR_NOT_FOUND, SLICE, BUFFER_SIZE, IO; CLOSED after sft_joined_file_finish. */
+sft_status sft_joined_file_write_slice(const sft_joined_file* file, const char* name, size_t name_length,
+                                       const sft_range* ranges, size_t rank, const void* data, size_t nbytes);
+
+/** Ends the writes of this process: returns the errors that the filesystem has kept until now, and on a network
+ * filesystem sends the bytes to the server. If `durable` is 1, returns once they are on the disk.
+ * Errors: IO; CLOSED after an earlier call. */
+sft_status sft_joined_file_finish(sft_joined_file* file, uint32_t durable);
+
+/** Frees the handle. NULL is ignored. */
+void sft_joined_file_free(sft_joined_file* file);
 
 /* ---- Changing metadata ------------------------------------------------------------------------------------------- */
 

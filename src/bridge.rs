@@ -3,7 +3,7 @@
 //! C++ calls Rust, never the other way. An `Err` becomes a `rust::Error` with the text `CODE ERRNO MESSAGE`. Strings cross
 //! as bytes, because only Rust checks UTF-8.
 //!
-//! Pending work (`PendingRead`, `PendingOpen`, `MetadataEdit`) has one protocol: `advance` works until the work is done or
+//! Pending work (`PendingRead`, `PendingOpen`, `Consolidation`, `MetadataEdit`) has one protocol: `advance` works until the work is done or
 //! so many milliseconds have passed, and returns whether it is done. Dropping it cancels it. Work on data counts its bytes:
 //! `done_bytes` of `total_bytes`.
 
@@ -11,6 +11,7 @@ mod checkpoint;
 mod edit;
 mod file;
 mod incremental;
+mod joined;
 mod prefetch;
 mod prefetch_loader;
 mod save;
@@ -28,12 +29,13 @@ use crate::sys::buffers::Block;
 use crate::sys::direct_io::Direct;
 use crate::sys::threads::set_threads;
 use checkpoint::{
-    Checkpoint, PendingOpen, ShardPlan, ShardedWriter, begin_open, create_shards, finish_open, plan_shards,
-    thread_count,
+    Checkpoint, Consolidation, PendingOpen, ShardPlan, ShardedWriter, assign_shards, begin_open,
+    create_shards, finish_open, plan_shards, start_consolidation, thread_count,
 };
 use edit::{MetadataEdit, begin_edit};
 use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
+use joined::{JoinedWriter, finish_joined, join_file};
 use prefetch::Prefetcher;
 use prefetch_loader::{PrefetchLoader, PrefetchPlan, plan_prefetch};
 use save::{FileWriter, MemoryWriter, SavePlan, commit_file, create_file, fill_memory, plan_save};
@@ -48,6 +50,15 @@ mod ffi {
     /// A tensor to read, and the memory to read it to.
     struct Request {
         index: usize,
+        destination: *mut u8,
+        length: usize,
+    }
+
+    /// A slice to read, and the memory to read it to. Its ranges are `rank` of a list, from `first_range` on.
+    struct SliceRequest {
+        index: usize,
+        first_range: usize,
+        rank: usize,
         destination: *mut u8,
         length: usize,
     }
@@ -158,6 +169,8 @@ mod ffi {
         fn data(self: &File, index: usize) -> *mut u8;
         /// Shares ownership of the mapping until `release_mapping`. Requires the mmap backend.
         fn share_mapping(self: &File) -> *const Mapping;
+        /// Returns whether the file is on a network filesystem.
+        fn is_remote(self: &File) -> bool;
         /// Prefaults the mapping: before this returns, or in the background.
         fn prefault(self: &File, wait: bool) -> Result<()>;
         /// Brings the tensor's pages into memory, if the file is mapped.
@@ -169,6 +182,13 @@ mod ffi {
         /// Begins to read tensors into the caller's memory; from the mapping, if the file has one. Unless tensors over
         /// that one may have been changed, as `from` says, few of its pages become resident.
         unsafe fn read(self: &File, requests: &[Request], from: ReadFrom) -> Result<Box<PendingRead>>;
+        /// The same, for slices.
+        unsafe fn read_slices(
+            self: &File,
+            requests: &[SliceRequest],
+            ranges: &[Range],
+            from: ReadFrom,
+        ) -> Result<Box<PendingRead>>;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
             self: &File,
@@ -290,6 +310,8 @@ mod ffi {
         /// Returns how many bytes were written: all, unless a pipe accepts no more for `milliseconds`.
         unsafe fn write(self: &mut FileWriter, pieces: &[Piece], milliseconds: u64) -> Result<u64>;
         fn commit_file(writer: Box<FileWriter>, durable: bool) -> Result<()>;
+        /// Lets other processes write to the file of a checkpoint. Returns its hidden name, which `number` determines.
+        fn make_joinable(self: &mut FileWriter, number: u64) -> Result<Vec<u8>>;
 
         type ShardPlan;
         fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Box<ShardPlan>>;
@@ -309,6 +331,26 @@ mod ffi {
         /// Renames all files into place; returns false if another save has the directory locked for `milliseconds`.
         fn commit(self: &mut ShardedWriter, durable: bool, milliseconds: u64) -> Result<bool>;
         fn file_names(self: &ShardedWriter) -> Vec<String>;
+
+        /// Puts each tensor into the file of its number; the files are numbered from 0, and have an index.
+        fn assign_shards(sizes: &[u64], files: &[usize], stem: &[u8]) -> Result<Box<ShardPlan>>;
+
+        /// Joins the files of the processes of torch.distributed.checkpoint. Each of `names` has its file in `files`,
+        /// counted from 1; without names, `max_shard_size` divides the tensors. `done_bytes` may run ahead of the disk.
+        type Consolidation;
+        fn start_consolidation(
+            input: &[u8],
+            output: &[u8],
+            names: &[Text],
+            files: &[u64],
+            max_shard_size: u64,
+            durable: bool,
+        ) -> Result<Box<Consolidation>>;
+        fn advance(self: &mut Consolidation, milliseconds: u64) -> Result<bool>;
+        fn total_bytes(self: &Consolidation) -> u64;
+        fn done_bytes(self: &Consolidation) -> u64;
+        /// Returns the names of the files, the index last, once `advance` has returned true.
+        fn file_names(self: &Consolidation) -> Vec<String>;
 
         type MemoryWriter;
         unsafe fn fill_memory(start: *mut u8, length: usize) -> Box<MemoryWriter>;
@@ -334,6 +376,17 @@ mod ffi {
         type TensorWriter;
         unsafe fn write(self: &mut TensorWriter, pieces: &[Piece]) -> Result<()>;
         fn finish_tensor(writer: Box<TensorWriter>) -> Result<()>;
+    }
+
+    // Writing a part of a file that another process commits.
+    extern "Rust" {
+        type JoinedWriter;
+        fn join_file(path: &[u8]) -> Result<Box<JoinedWriter>>;
+        /// Adds a slice of the shape and dtype of `spec`, which begins at `starts`; its bytes follow those of the slices that
+        /// were added before.
+        fn add(self: &mut JoinedWriter, spec: &Spec, starts: &[u64]) -> Result<()>;
+        unsafe fn write(self: &mut JoinedWriter, pieces: &[Piece]) -> Result<()>;
+        fn finish_joined(writer: Box<JoinedWriter>, durable: bool) -> Result<()>;
     }
 
     // Editing metadata.

@@ -67,4 +67,5 @@ pub use sys::threads::{set_threads, threads};
 pub use write::atomic::AtomicFile;
 pub use write::edit::{EditOptions, MetadataChanges, MetadataEdit, edit_metadata};
 pub use write::incremental::{IncrementalWriter, TensorWriter};
+pub use write::joined::JoinedFile;
 pub use write::save::{SaveOptions, save_file, save_into};

@@ -98,9 +98,6 @@ void check_conversions(const Checkpoint& checkpoint, const Matches& matches, con
     }
 }
 
-// Tells autograd that saved values are stale.
-void note_write(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
-
 }  // namespace
 
 StateLoader::StateLoader(SharedCheckpoint shared_checkpoint, StorageSharing sharing, const Tensors& state,

@@ -19,6 +19,7 @@ void register_pending_loads(torch::Library& library) {
                 return self->loader().mismatch();
             });
         });
+    register_pending<PendingFill>(library, "PendingFill");
 }
 
 }  // namespace safetensors_torch::layer

@@ -1,4 +1,5 @@
-// Loads in steps: `torch.classes.safetensors_torch.PendingLoad`, `PendingSlice` and `PendingState`.
+// Loads in steps: `torch.classes.safetensors_torch.PendingLoad`, `PendingSlice`, `PendingState` and
+// `PendingFill`.
 #pragma once
 
 #include <torch/custom_class.h>
@@ -11,6 +12,7 @@
 #include "cpp/error.h"
 #include "cpp/model/model.h"
 #include "cpp/read/checkpoint_loader.h"
+#include "cpp/read/fill.h"
 #include "cpp/read/load.h"
 
 namespace safetensors_torch::layer {
@@ -51,6 +53,7 @@ class Pending : public torch::CustomClassHolder {
 using PendingLoad = Pending<CheckpointLoader>;
 using PendingSlice = Pending<SliceLoader>;
 using PendingState = Pending<StateLoader>;
+using PendingFill = Pending<FillLoader>;
 
 void register_pending_loads(torch::Library& library);
 

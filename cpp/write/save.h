@@ -74,6 +74,12 @@ class PendingSave : public torch::CustomClassHolder {
     // Writes everything, and forgets the target.
     void finish();
 
+  protected:
+    const NamedTensors& tensors() const { return tensors_; }
+
+    // Returns the index in tensors() of the one that is written as number `place`.
+    size_t tensor_at(size_t place) const { return plan_->tensor(place); }
+
   private:
     void check_memory() const;
 

@@ -116,7 +116,7 @@ SaveRules save_rules(bool force_contiguous, const std::string& shared) {
     if (shared != "error" && shared != "keep_one") {
         fail(ErrorCategory::value, "shared is " + repr(shared) + ": choose \"error\" or \"keep_one\"");
     }
-    return {force_contiguous, shared == "keep_one"};
+    return {force_contiguous, shared == "keep_one", /*allow_shared=*/false};
 }
 
 void check_saveable(NamedTensors& tensors, std::optional<Metadata>& metadata, const SaveRules& rules) {
@@ -129,7 +129,7 @@ void check_saveable(NamedTensors& tensors, std::optional<Metadata>& metadata, co
     }
     if (rules.keep_one) {
         drop_shared(tensors, metadata);
-    } else {
+    } else if (!rules.allow_shared) {
         refuse_shared(tensors);
     }
     if (!all_plain) {

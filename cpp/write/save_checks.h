@@ -14,6 +14,8 @@ struct SaveRules {
     bool force_contiguous = false;
     // Whether one name of each group of tensors that share memory is written, or the group refused.
     bool keep_one = false;
+    // Whether tensors that share memory are written like others.
+    bool allow_shared = false;
 };
 
 // Returns the rules for `shared`, "error" or "keep_one". Fails for another word.

@@ -13,35 +13,51 @@
 #include "cpp/pending.h"
 
 namespace safetensors_torch::layer {
-namespace {
 
-// How long a thread writes before it looks whether another one has failed.
-constexpr double kCheckSeconds = 0.01;
-
-// Divides tensors, which may have no data, into files.
-rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_size) {
-    if (max_shard_size <= 0) {
-        fail(ErrorCategory::value, "max_shard_size is " + std::to_string(max_shard_size) +
-                                       ": give the most bytes of tensors that one file may have, 1 or more");
-    }
+std::vector<uint64_t> nbytes_of_each(const NamedTensors& tensors) {
     std::vector<uint64_t> sizes;
     sizes.reserve(tensors.size());
     for (const auto& entry : tensors) {
         sizes.push_back(entry.second.nbytes());
     }
+    return sizes;
+}
+
+rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_size) {
+    if (max_shard_size <= 0) {
+        fail(ErrorCategory::value, "max_shard_size is " + std::to_string(max_shard_size) +
+                                       ": give the most bytes of tensors that one file may have, 1 or more");
+    }
+    const auto sizes = nbytes_of_each(tensors);
     return core::plan_shards({sizes.data(), sizes.size()}, as_bytes(stem), static_cast<uint64_t>(max_shard_size));
 }
+
+rust::Box<core::ShardedWriter> begin_checkpoint(const std::string& directory, const core::ShardPlan& plan,
+                                                const std::vector<std::string>& names) {
+    const auto pieces = as_texts(names);
+    return core::create_shards(as_bytes(directory), plan, {pieces.data(), pieces.size()});
+}
+
+std::vector<std::string> file_names_of(const std::optional<rust::Box<core::ShardedWriter>>& writer, bool is_committed) {
+    if (!writer || !is_committed) {
+        fail(ErrorCategory::value, "this checkpoint is not written");
+    }
+    std::vector<std::string> names;
+    for (const auto& name : (*writer)->file_names()) {
+        names.emplace_back(name);
+    }
+    return names;
+}
+
+namespace {
+
+// How long a thread writes before it looks whether another one has failed.
+constexpr double kCheckSeconds = 0.01;
 
 rust::Box<core::ShardPlan> plan(NamedTensors& tensors, std::optional<Metadata>& metadata, const std::string& stem,
                                 int64_t max_shard_size, const SaveRules& rules) {
     check_saveable(tensors, metadata, rules);
     return divide(tensors, stem, max_shard_size);
-}
-
-rust::Box<core::ShardedWriter> begin(const std::string& directory, const core::ShardPlan& plan,
-                                     const std::vector<std::string>& names) {
-    const auto pieces = as_texts(names);
-    return core::create_shards(as_bytes(directory), plan, {pieces.data(), pieces.size()});
 }
 
 // The file of one shard, which goes to `complete` at the end.
@@ -60,17 +76,6 @@ class ShardSink final : public Sink {
     CompleteFile& complete_;
     rust::Box<core::FileWriter> writer_;
 };
-
-std::vector<std::string> file_names_of(const std::optional<rust::Box<core::ShardedWriter>>& writer, bool is_committed) {
-    if (!writer || !is_committed) {
-        fail(ErrorCategory::value, "this checkpoint is not written");
-    }
-    std::vector<std::string> names;
-    for (const auto& name : (*writer)->file_names()) {
-        names.emplace_back(name);
-    }
-    return names;
-}
 
 }  // namespace
 
@@ -127,7 +132,7 @@ bool PendingShardedSave::advance(Deadline until) {
 }
 
 void PendingShardedSave::start() {
-    writer_ = begin(directory_, *plan_, names_);
+    writer_ = begin_checkpoint(directory_, *plan_, names_);
     files_.resize(shards_.size());
     for (size_t i = 0; i < shards_.size(); ++i) {
         shards_[i]->set_sink([this, i, length = shards_[i]->total()] {
@@ -231,7 +236,7 @@ ShardedWriter::ShardedWriter(NamedTensors specs, std::optional<Metadata> metadat
         members_[shard_of[i]].push_back(i);
         names.push_back(specs_[i].first);
     }
-    writer_ = begin(directory_, *plan, names);
+    writer_ = begin_checkpoint(directory_, *plan, names);
 }
 
 std::vector<std::vector<std::string>> ShardedWriter::members() const {

@@ -17,6 +17,19 @@ namespace safetensors_torch::layer {
 // A complete file of a checkpoint.
 using CompleteFile = std::optional<rust::Box<core::FileWriter>>;
 
+// Returns the bytes of each tensor.
+std::vector<uint64_t> nbytes_of_each(const NamedTensors& tensors);
+
+// Divides tensors, which may have no data, into files.
+rust::Box<core::ShardPlan> divide(const NamedTensors& tensors, const std::string& stem, int64_t max_shard_size);
+
+// Begins the checkpoint in `directory` of tensors called `names`.
+rust::Box<core::ShardedWriter> begin_checkpoint(const std::string& directory, const core::ShardPlan& plan,
+                                                const std::vector<std::string>& names);
+
+// Returns the names of the files, the index last. Fails unless they are in place.
+std::vector<std::string> file_names_of(const std::optional<rust::Box<core::ShardedWriter>>& writer, bool is_committed);
+
 // A save into one file or several that is checked and laid out: `torch.classes.safetensors_torch.PendingShardedSave`.
 class PendingShardedSave : public torch::CustomClassHolder {
   public:

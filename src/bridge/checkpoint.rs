@@ -1,5 +1,6 @@
 //! Opens and writes checkpoints.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::ffi::{TensorLocation, Text};
@@ -105,6 +106,11 @@ pub fn plan_shards(sizes: &[u64], stem: &[u8], max_shard_size: u64) -> Result<Bo
     Ok(Box::new(ShardPlan(checkpoint::ShardPlan::new(sizes.iter().copied(), stem, max_shard_size)?)))
 }
 
+pub fn assign_shards(sizes: &[u64], files: &[usize], stem: &[u8]) -> Result<Box<ShardPlan>> {
+    let stem = as_text("stem", stem)?;
+    Ok(Box::new(ShardPlan(checkpoint::ShardPlan::assigned(sizes.iter().copied(), files, stem)?)))
+}
+
 impl ShardPlan {
     pub fn count(&self) -> usize {
         self.0.count()
@@ -152,5 +158,51 @@ impl ShardedWriter {
 
     pub fn file_names(&self) -> Vec<String> {
         self.0.file_names()
+    }
+}
+
+pub struct Consolidation {
+    work: checkpoint::Consolidation,
+    file_names: Vec<String>,
+}
+
+pub fn start_consolidation(
+    input: &[u8],
+    output: &[u8],
+    names: &[Text<'_>],
+    files: &[u64],
+    max_shard_size: u64,
+    durable: bool,
+) -> Result<Box<Consolidation>> {
+    let mut options = checkpoint::ShardedOptions { max_shard_size, ..checkpoint::ShardedOptions::default() };
+    options.save.durable = durable;
+    let pairs = names
+        .iter()
+        .zip(files)
+        .map(|(name, &file)| Ok((as_text("tensor name", name.bytes)?.to_owned(), file)));
+    let numbers = pairs.collect::<Result<HashMap<String, u64>>>()?;
+    let numbers = (!names.is_empty()).then_some(numbers);
+    let work = checkpoint::Consolidation::start(as_path(input), as_path(output), options, numbers)?;
+    Ok(Box::new(Consolidation { work, file_names: Vec::new() }))
+}
+
+impl Consolidation {
+    pub fn advance(&mut self, milliseconds: u64) -> Result<bool> {
+        let names = self.work.advance(until(milliseconds))?;
+        let is_done = names.is_some();
+        self.file_names = names.unwrap_or_default();
+        Ok(is_done)
+    }
+
+    pub fn total_bytes(&self) -> u64 {
+        self.work.total_bytes()
+    }
+
+    pub fn done_bytes(&self) -> u64 {
+        self.work.done_bytes()
+    }
+
+    pub fn file_names(&self) -> Vec<String> {
+        self.file_names.clone()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ffi::{self, Entry, Range, Request};
+use super::ffi::{self, Entry, Range, Request, SliceRequest};
 use super::save::until;
 use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
@@ -22,6 +22,13 @@ pub fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>> {
 
 pub fn prefault_mode(wait: bool) -> Prefault {
     if wait { Prefault::Wait } else { Prefault::Background }
+}
+
+fn read_from(from: ffi::ReadFrom) -> ReadFrom {
+    match from {
+        ffi::ReadFrom::Mapping => ReadFrom::Mapping,
+        _ => ReadFrom::File,
+    }
 }
 
 /// # Safety
@@ -102,6 +109,10 @@ impl File {
         Arc::into_raw(Arc::clone(mapping))
     }
 
+    pub fn is_remote(&self) -> bool {
+        self.0.is_remote()
+    }
+
     pub fn prefault(&self, wait: bool) -> Result<()> {
         Ok(self.0.prefault(prefault_mode(wait))?)
     }
@@ -127,12 +138,26 @@ impl File {
     /// As for [`JointRead::read`].
     pub unsafe fn read(&self, requests: &[Request], from: ffi::ReadFrom) -> Result<Box<PendingRead>> {
         let requests: Vec<_> = requests.iter().map(|r| (r.index, r.destination, r.length)).collect();
-        let from = match from {
-            ffi::ReadFrom::Mapping => ReadFrom::Mapping,
-            _ => ReadFrom::File,
-        };
         // SAFETY: this function has the contract of `JointRead::read`.
-        Ok(Box::new(PendingRead(unsafe { JointRead::read(&self.0, &requests, from) }?)))
+        Ok(Box::new(PendingRead(unsafe { JointRead::read(&self.0, &requests, read_from(from)) }?)))
+    }
+
+    /// # Safety
+    ///
+    /// As for [`JointRead::read_slices`].
+    pub unsafe fn read_slices(
+        &self,
+        requests: &[SliceRequest],
+        ranges: &[Range],
+        from: ffi::ReadFrom,
+    ) -> Result<Box<PendingRead>> {
+        let plan = |r: &SliceRequest| {
+            let slice = self.slice(r.index, &ranges[r.first_range..r.first_range + r.rank])?;
+            Ok((r.index, slice, r.destination, r.length))
+        };
+        let requests = requests.iter().map(plan).collect::<Result<Vec<_>>>()?;
+        // SAFETY: this function has the contract of `JointRead::read_slices`.
+        Ok(Box::new(PendingRead(unsafe { JointRead::read_slices(&self.0, &requests, read_from(from)) }?)))
     }
 
     pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {

@@ -86,6 +86,11 @@ impl FileWriter {
         let pieces = unsafe { raw_bytes(pieces) };
         Ok(self.0.write_until(pieces, until(milliseconds))?)
     }
+
+    pub fn make_joinable(&mut self, number: u64) -> Result<Vec<u8>> {
+        let Output::Atomic(file) = &mut self.0 else { unreachable!("cpp/ joins files of a checkpoint only") };
+        Ok(file.make_joinable_as(number)?.as_encoded_bytes().to_vec())
+    }
 }
 
 // By value, because the bridge transfers ownership of a Box.

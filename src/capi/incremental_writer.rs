@@ -1,15 +1,21 @@
 //! `sft_incremental_writer`: writes a file tensor by tensor.
 
 use std::ffi::{c_char, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use super::boundary::boundary;
 use super::options::sft_save_options;
 use super::pointer::{self, Out};
-use super::types::sft_status;
+use super::types::{sft_status, sft_str};
 use super::writer::sft_writer;
 use crate::write::incremental::IncrementalWriter;
 
-pub struct sft_incremental_writer(IncrementalWriter);
+pub struct sft_incremental_writer {
+    writer: IncrementalWriter,
+    /// The path of the joinable file; callers borrow it.
+    joinable: Option<PathBuf>,
+}
 
 // Several threads may use one handle at once (header, "Threads").
 const _: () = pointer::assert_sync::<IncrementalWriter>();
@@ -38,7 +44,7 @@ pub unsafe extern "C" fn sft_incremental_writer_create(
         for (name, bytes) in borrowed {
             created.write(name, bytes)?;
         }
-        out.set(pointer::new_handle(sft_incremental_writer(created)));
+        out.set(pointer::new_handle(sft_incremental_writer { writer: created, joinable: None }));
         Ok(())
     })
 }
@@ -55,7 +61,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_tensor(
         // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
-                &pointer::shared(writer, "writer")?.0,
+                &pointer::shared(writer, "writer")?.writer,
                 pointer::text(name, name_length, "name")?,
                 pointer::bytes(data, nbytes, "data")?,
             )
@@ -77,7 +83,7 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
         // SAFETY: a live handle (header, "Ownership", "Threads"); `name_length` bytes, `nbytes` bytes ("Pointers").
         let (writer, name, bytes) = unsafe {
             (
-                &pointer::shared(writer, "writer")?.0,
+                &pointer::shared(writer, "writer")?.writer,
                 pointer::text(name, name_length, "name")?,
                 pointer::bytes(data, nbytes, "data")?,
             )
@@ -90,7 +96,34 @@ pub unsafe extern "C" fn sft_incremental_writer_write_part(
 pub unsafe extern "C" fn sft_incremental_writer_commit(writer: *mut sft_incremental_writer) -> sft_status {
     boundary!({
         // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
-        unsafe { pointer::shared(writer, "writer") }?.0.commit()
+        unsafe { pointer::shared(writer, "writer") }?.writer.commit()
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_incremental_writer_make_joinable(
+    writer: *mut sft_incremental_writer,
+    path: *mut sft_str,
+) -> sft_status {
+    boundary!({
+        // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads"); a text to set ("Pointers").
+        let (writer, out) = unsafe { (pointer::exclusive(writer, "writer")?, Out::new(path, "path")?) };
+        if writer.joinable.is_none() {
+            writer.joinable = Some(writer.writer.make_joinable()?);
+        }
+        let path = writer.joinable.as_ref().expect("set above");
+        out.set(path.as_os_str().as_bytes().into());
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_incremental_writer_commit_joined(
+    writer: *mut sft_incremental_writer,
+) -> sft_status {
+    boundary!({
+        // SAFETY: a live handle (header, "Ownership") that no other thread uses ("Threads").
+        unsafe { pointer::shared(writer, "writer") }?.writer.commit_joined()
     })
 }
 

@@ -79,7 +79,7 @@ fn check_reserved(name: &str, reserved: u32) -> Result<()> {
 }
 
 /// Returns the value of a field that is 0 or 1.
-fn flag(name: &str, field: &str, value: u32) -> Result<bool> {
+pub(super) fn flag(name: &str, field: &str, value: u32) -> Result<bool> {
     match value {
         0 | 1 => Ok(value == 1),
         _ => Err(invalid(format!("{name}: {field} is {value}: give 0 or 1"))),

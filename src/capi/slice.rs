@@ -18,10 +18,22 @@ pub struct sft_range {
     pub step: u64,
 }
 
+pub(super) fn axis_ranges(ranges: &[sft_range]) -> Vec<AxisRange> {
+    ranges.iter().map(|&sft_range { start, stop, step }| AxisRange { start, stop, step }).collect()
+}
+
 pub(super) fn plan(state: &OpenState, index: usize, ranges: &[sft_range]) -> Result<Slice> {
-    let ranges: Vec<AxisRange> =
-        ranges.iter().map(|&sft_range { start, stop, step }| AxisRange { start, stop, step }).collect();
-    state.file.slice(index, &ranges)
+    state.file.slice(index, &axis_ranges(ranges))
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_slice_request {
+    pub index: usize,
+    pub ranges: *const sft_range,
+    pub rank: usize,
+    pub buffer: *mut c_void,
+    pub nbytes: usize,
 }
 
 #[unsafe(no_mangle)]
@@ -68,5 +80,27 @@ pub unsafe extern "C" fn sft_file_read_slice(
         let buffer = pointer::buffer(buffer, nbytes, "buffer")?;
         // SAFETY: `buffer` is not NULL (checked), valid for writes of `nbytes` during the call (header, "Pointers").
         unsafe { state.file.read_slice(index, &slice, buffer, nbytes) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_file_read_slices(
+    file: *const sft_file,
+    reads: *const sft_slice_request,
+    count: usize,
+) -> sft_status {
+    boundary!({
+        // SAFETY: a live handle (header, "Ownership", "Threads"); `count` requests ("Pointers").
+        let (state, reads) = unsafe { (sft_file::state(file)?, pointer::array(reads, count, "reads")?) };
+        let requests = reads.iter().map(|read| {
+            // SAFETY: `rank` ranges (header, "Pointers").
+            let ranges = unsafe { pointer::array(read.ranges, read.rank, "reads: ranges") }?;
+            let buffer = pointer::buffer(read.buffer, read.nbytes, "reads: a buffer")?;
+            Ok((read.index, plan(state, read.index, ranges)?, buffer, read.nbytes))
+        });
+        let requests = requests.collect::<Result<Vec<_>>>()?;
+        // SAFETY: the buffers are not NULL (checked), valid for writes during the call, and do not overlap (header,
+        // "Pointers").
+        unsafe { state.file.read_slices(&requests) }
     })
 }

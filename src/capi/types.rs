@@ -20,6 +20,13 @@ pub struct sft_str {
 impl From<&str> for sft_str {
     /// Borrows `text`, without a lifetime.
     fn from(text: &str) -> sft_str {
+        text.as_bytes().into()
+    }
+}
+
+impl From<&[u8]> for sft_str {
+    /// Borrows `text`, without a lifetime.
+    fn from(text: &[u8]) -> sft_str {
         sft_str { data: text.as_ptr().cast(), length: text.len() }
     }
 }

@@ -1,14 +1,18 @@
 //! The chunks of distributed tensors, in the files that `torch.distributed.checkpoint` writes: one or several for each
 //! process, with the position of each chunk in the metadata.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::ops::Range;
 use std::path::Path;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
 use crate::format::header::tensor_nbytes;
+use crate::format::json::{IgnoredValue, JsonText};
 use crate::read::file::TensorFile;
 use crate::sys::raw_bytes::RawBytes;
 
@@ -243,7 +247,7 @@ fn strides(dtype: Dtype, shape: &[u64]) -> Vec<usize> {
 }
 
 /// Returns the offsets of each chunk in a file.
-fn positions(file: &TensorFile) -> Result<HashMap<String, Vec<u64>>> {
+fn positions<'f>(file: &'f TensorFile) -> Result<HashMap<Cow<'f, str>, Vec<u64>>> {
     let fail = |what: &dyn Display| {
         let detail = format!("not a file of torch.distributed.checkpoint: {what}; load it as it is");
         Err(Error::new(ErrorKind::HeaderJson, detail).in_file(path(file)))
@@ -251,21 +255,49 @@ fn positions(file: &TensorFile) -> Result<HashMap<String, Vec<u64>>> {
     let Some(text) = file.header().metadata().and_then(|metadata| metadata.get(POSITIONS_KEY)) else {
         return fail(&format_args!("its metadata lacks {POSITIONS_KEY}"));
     };
-    let parsed: HashMap<String, serde_json::Value> = match serde_json::from_str(text) {
+    let parsed: HashMap<JsonText<'f>, SavedOffsets> = match serde_json::from_str(text) {
         Ok(parsed) => parsed,
         Err(error) => return fail(&format_args!("{POSITIONS_KEY} is invalid: {error}")),
     };
     let mut positions = HashMap::with_capacity(parsed.len());
-    for (name, entry) in parsed {
-        let offsets = entry.get(OFFSETS_KEY).and_then(|offsets| offsets.as_array());
-        let offsets: Option<Vec<u64>> =
-            offsets.and_then(|offsets| offsets.iter().map(|offset| offset.as_u64()).collect());
+    for (name, SavedOffsets(offsets)) in parsed {
         match offsets {
-            Some(offsets) => positions.insert(name, offsets),
-            None => return fail(&format_args!("{POSITIONS_KEY} has no valid {OFFSETS_KEY} of {name:?}")),
+            Some(offsets) => positions.insert(name.0, offsets),
+            None => return fail(&format_args!("{POSITIONS_KEY} has no {OFFSETS_KEY} of {:?}", name.0)),
         };
     }
     Ok(positions)
+}
+
+/// The offsets of one chunk; `None` if its entry lacks them. A `serde_json::Value` for each chunk takes longer than all else.
+struct SavedOffsets(Option<Vec<u64>>);
+
+impl<'de> Deserialize<'de> for SavedOffsets {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<SavedOffsets, D::Error> {
+        struct EntryVisitor;
+
+        impl<'de> Visitor<'de> for EntryVisitor {
+            type Value = SavedOffsets;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the position of a chunk")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<SavedOffsets, A::Error> {
+                let mut offsets = None;
+                while let Some(JsonText(key)) = map.next_key()? {
+                    if key == OFFSETS_KEY {
+                        offsets = Some(map.next_value()?);
+                    } else {
+                        map.next_value::<IgnoredValue>()?;
+                    }
+                }
+                Ok(SavedOffsets(offsets))
+            }
+        }
+
+        deserializer.deserialize_map(EntryVisitor)
+    }
 }
 
 fn invalid(file: &TensorFile, name: &str, what: &dyn Display) -> Error {

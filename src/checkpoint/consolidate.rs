@@ -1,6 +1,8 @@
 //! Joins the files that the processes of `torch.distributed.checkpoint` have written.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::chunks::ChunkedTensor;
 use super::plan::{SUFFIX, ShardPlan};
@@ -38,12 +40,41 @@ const MIN_WRITE_BYTES: usize = 64 << 10;
 /// chunks; [`ErrorKind::Offsets`] if the chunks of a tensor overlap, leave a gap, or differ in their dtype; and those of
 /// [`TensorFile::open`] and [`save_sharded`](crate::save_sharded). The files of `output` are then as they were.
 pub fn consolidate(input: &Path, output: &Path, options: ShardedOptions<'_>) -> Result<Vec<String>> {
+    consolidate_with(input, output, options, None, &Progress::default())
+}
+
+/// How far a consolidation is, and whether it is to end.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) done: AtomicU64,
+    pub(super) total: AtomicU64,
+    pub(super) is_cancelled: AtomicBool,
+}
+
+/// As [`consolidate`]; `numbers` has the file of each tensor, from 1 on, instead of a size.
+pub(super) fn consolidate_with(
+    input: &Path,
+    output: &Path,
+    options: ShardedOptions<'_>,
+    numbers: Option<&HashMap<String, u64>>,
+    progress: &Progress,
+) -> Result<Vec<String>> {
     let files = open_files(input)?;
     let fail = |error: Error| error.in_file(input);
     let tensors = ChunkedTensor::of_files(&files).map_err(fail)?;
     let sizes = tensors.iter().map(|tensor| tensor_nbytes(tensor.name, tensor.dtype, &tensor.shape));
     let sizes = sizes.collect::<Result<Vec<u64>>>().map_err(fail)?;
-    let plan = ShardPlan::new(sizes.into_iter(), options.stem, options.max_shard_size)?;
+    let plan = match numbers {
+        None => ShardPlan::new(sizes.into_iter(), options.stem, options.max_shard_size)?,
+        Some(numbers) => {
+            let files = tensors
+                .iter()
+                .map(|tensor| file_number(numbers, tensor.name))
+                .collect::<Result<Vec<usize>>>();
+            ShardPlan::assigned(sizes.into_iter(), &files.map_err(fail)?, options.stem)?
+        }
+    };
+    progress.total.store(plan.total_bytes(), Ordering::Relaxed);
     let members = plan.members();
     let metadata = Metadata::from([("format".to_string(), "pt".to_string())]);
     let layouts = members.iter().map(|members| {
@@ -68,9 +99,24 @@ pub fn consolidate(input: &Path, output: &Path, options: ShardedOptions<'_>) -> 
             }
             let tensor = &tensors[members[shard][place.index]];
             tensor.prefault()?;
-            tensor.for_each_run(|run| if has_failed() { Ok(()) } else { writer.write(run) })?;
+            tensor.for_each_run(|run| {
+                if progress.is_cancelled.load(Ordering::Relaxed) {
+                    return Err(Error::new(ErrorKind::Closed, "the consolidation was cancelled"));
+                }
+                progress.done.fetch_add(run.len() as u64, Ordering::Relaxed);
+                if has_failed() { Ok(()) } else { writer.write(run) }
+            })?;
         }
         writer.flush()
+    })
+}
+
+fn file_number(numbers: &HashMap<String, u64>, name: &str) -> Result<usize> {
+    let number = numbers.get(name).and_then(|&number| usize::try_from(number).ok()?.checked_sub(1));
+    number.ok_or_else(|| {
+        let detail =
+            format!("tensor {name:?}: it has no file; give each tensor the number of its file, from 1 on");
+        Error::new(ErrorKind::InvalidArgument, detail)
     })
 }
 

@@ -7,6 +7,8 @@
 //! of it again if a save interferes. To save: `plan` divides, `writer` collects the files, `replace` renames them into
 //! place under the `lock`. To consolidate: `chunks` joins the chunks that several processes have written.
 
+#[cfg(feature = "bridge")]
+mod background_consolidation;
 mod chunks;
 mod consolidate;
 mod directory;
@@ -22,6 +24,8 @@ mod shards;
 mod verify;
 mod writer;
 
+#[cfg(feature = "bridge")]
+pub(crate) use background_consolidation::Consolidation;
 pub use consolidate::consolidate;
 #[cfg(fuzzing)]
 pub use index::parse_index;

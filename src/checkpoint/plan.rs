@@ -20,6 +20,8 @@ pub struct ShardPlan {
     shard_of: Vec<usize>,
     count: usize,
     total_bytes: u64,
+    /// Whether a single file is numbered and has an index too.
+    is_numbered: bool,
 }
 
 impl ShardPlan {
@@ -44,15 +46,7 @@ impl ShardPlan {
             let detail = "max_shard_size is 0: pass the size of a shard in bytes";
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
-        if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\0']) {
-            let detail =
-                format!("stem {stem:?} cannot begin a file name: pass a word such as {DEFAULT_STEM:?}");
-            return Err(Error::new(ErrorKind::InvalidArgument, detail));
-        }
-        if parse_shard_name(&format!("{stem}{SUFFIX}")).is_some() {
-            let detail = format!("stem {stem:?} is the name of a shard: pass the part before the numbers");
-            return Err(Error::new(ErrorKind::InvalidArgument, detail));
-        }
+        check_stem(stem)?;
         // A tensor that is too large closes its own shard at once, before the one that is being filled.
         let (mut closed, mut total_bytes) = (0, 0u64);
         let mut current = Vec::new();
@@ -80,7 +74,40 @@ impl ShardPlan {
         if !current.is_empty() || closed == 0 {
             close(&mut current, &mut shard_of, &mut closed);
         }
-        Ok(ShardPlan { stem: stem.to_string(), shard_of, count: closed, total_bytes })
+        let stem = stem.to_string();
+        Ok(ShardPlan { stem, shard_of, count: closed, total_bytes, is_numbered: false })
+    }
+
+    /// Puts each tensor of `sizes` bytes into the file of its number in `files`, which are counted from 0. The files are
+    /// numbered and have an index even if there is only one, as those of `torch.distributed.checkpoint`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] for a number without a tensor below the largest one, and for an invalid `stem` (as
+    /// [`ShardPlan::new`]). There must be as many numbers as sizes.
+    pub fn assigned(sizes: impl Iterator<Item = u64>, files: &[usize], stem: &str) -> Result<ShardPlan> {
+        check_stem(stem)?;
+        let shard_of = files.to_vec();
+        let mut numbers = shard_of.clone();
+        numbers.sort_unstable();
+        numbers.dedup();
+        if let Some((missing, _)) = numbers.iter().enumerate().find(|&(expected, &number)| number != expected)
+        {
+            let detail = format!("file {} has no tensor: number the files without gaps", missing + 1);
+            return Err(Error::new(ErrorKind::InvalidArgument, detail));
+        }
+        let total_bytes = sizes.fold(0, u64::saturating_add);
+        Ok(ShardPlan {
+            stem: stem.to_string(),
+            shard_of,
+            count: numbers.len(),
+            total_bytes,
+            is_numbered: true,
+        })
+    }
+
+    pub(super) fn has_index(&self) -> bool {
+        self.count > 1 || self.is_numbered
     }
 
     /// Returns the number of files.
@@ -107,9 +134,10 @@ impl ShardPlan {
         members
     }
 
-    /// Returns the name of a file: `STEM.safetensors` if it is the only one, otherwise `STEM-00001-of-00003.safetensors`.
+    /// Returns the name of a file: `STEM.safetensors` if it is the only one and not numbered, otherwise
+    /// `STEM-00001-of-00003.safetensors`.
     pub fn file_name(&self, shard: usize) -> String {
-        if self.count == 1 {
+        if !self.has_index() {
             return format!("{}{SUFFIX}", self.stem);
         }
         format!("{}-{:05}-of-{:05}{SUFFIX}", self.stem, shard + 1, self.count)
@@ -125,12 +153,24 @@ impl ShardPlan {
     }
 
     fn is_own(&self, name: &str) -> bool {
-        if self.count == 1 {
+        if !self.has_index() {
             return name == self.file_name(0);
         }
         let shard = parse_shard_name(name).and_then(|(_, number, _)| number.checked_sub(1));
         name == self.index_name() || shard.is_some_and(|shard| name == self.file_name(shard))
     }
+}
+
+fn check_stem(stem: &str) -> Result<()> {
+    if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\0']) {
+        let detail = format!("stem {stem:?} cannot begin a file name: pass a word such as {DEFAULT_STEM:?}");
+        return Err(Error::new(ErrorKind::InvalidArgument, detail));
+    }
+    if parse_shard_name(&format!("{stem}{SUFFIX}")).is_some() {
+        let detail = format!("stem {stem:?} is the name of a shard: pass the part before the numbers");
+        return Err(Error::new(ErrorKind::InvalidArgument, detail));
+    }
+    Ok(())
 }
 
 /// What a file name means.

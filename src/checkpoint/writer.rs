@@ -17,7 +17,7 @@ pub struct ShardedWriter {
     names: Vec<String>,
     /// Files that are complete, in the order of their names.
     complete: Vec<AtomicFile>,
-    /// The bytes of the index, if there are several files.
+    /// The bytes of the index, if the plan has one.
     index: Option<Vec<u8>>,
     /// A commit that waits for the lock: the complete index, and when the wait began.
     pending: Option<(Option<AtomicFile>, Instant)>,
@@ -47,7 +47,7 @@ impl ShardedWriter {
             return Err(Error::new(ErrorKind::InvalidArgument, detail));
         }
         let names: Vec<String> = (0..plan.count()).map(|shard| plan.file_name(shard)).collect();
-        let index = (plan.count() > 1).then(|| {
+        let index = plan.has_index().then(|| {
             let shards = plan.shard_of().iter().map(|&shard| names[shard].as_str());
             index::encode(tensors.into_iter().zip(shards), plan.total_bytes())
         });

@@ -89,6 +89,7 @@ impl<'de> Visitor<'de> for IgnoredValue {
 }
 
 /// A string, borrowed from the JSON unless it contains escapes.
+#[derive(PartialEq, Eq, Hash)]
 pub(crate) struct JsonText<'de>(pub(crate) Cow<'de, str>);
 
 impl<'de> de::Deserialize<'de> for JsonText<'de> {

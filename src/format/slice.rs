@@ -117,6 +117,11 @@ impl Slice {
         self.run_bytes * self.loops.iter().map(|&(count, _)| count).product::<u64>()
     }
 
+    /// Returns whether the slice has several runs that are shorter than a page.
+    pub(crate) fn has_short_runs(&self) -> bool {
+        self.run_bytes < 4096 && self.nbytes() > self.run_bytes
+    }
+
     /// Returns the byte ranges in the tensor, in the order of the elements of the slice.
     pub fn byte_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.byte_ranges_of(0..self.nbytes())

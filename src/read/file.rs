@@ -20,6 +20,7 @@ use crate::read::source::{
 };
 use crate::sys::buffers::Buffers;
 use crate::sys::directory::Directory;
+use crate::sys::filesystem::Filesystem;
 
 /// The bytes from the start of a file that suffice to recognize other formats.
 const PROBE_BYTES: u64 = 512;
@@ -286,10 +287,17 @@ impl TensorFile {
     /// Every destination must be valid for writes of its size until the call returns. None may overlap another one, nor
     /// the memory of the file.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
-        let ranges = self.read_ranges(requests)?;
+        // SAFETY: this function's contract covers every destination.
+        unsafe { self.read_all(self.read_ranges(requests)?) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`reader::read`].
+    unsafe fn read_all(&self, ranges: Vec<ReadRange>) -> Result<()> {
         let reopened = self.source.reopen(total_bytes(&ranges));
         let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
-        // SAFETY: this function's contract covers every destination.
+        // SAFETY: this function has the same contract.
         unsafe {
             reader::read(method, ranges, |error, offset, count| self.explain_read_at(error, offset, count))
         }
@@ -305,6 +313,62 @@ impl TensorFile {
                 return Err(self.wrong_size(tensor.name, tensor.nbytes(), length));
             }
             ranges.push(ReadRange { offset: self.byte_range(&tensor).start, destination, length });
+        }
+        Ok(ranges)
+    }
+
+    /// Reads slices of tensors, in parallel if they are large. A request is the tensor's index in file order, a slice that
+    /// was made for it, its destination and its size in bytes. Only pages with bytes of the slices are read.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorFile::read_tensors`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_tensors`].
+    pub unsafe fn read_slices(&self, requests: &[(usize, Slice, *mut u8, usize)]) -> Result<()> {
+        // SAFETY: this function has the same contract.
+        let ranges = unsafe { self.begin_slices(requests) }?;
+        // SAFETY: as above.
+        unsafe { self.read_all(ranges) }
+    }
+
+    /// Returns whether the file is on a network filesystem; false if its path leads to another file now.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only Python chooses an order of files"))]
+    pub(crate) fn is_remote(&self) -> bool {
+        let reopened = self.source.reopen(usize::MAX);
+        reopened.is_some_and(|opened| Filesystem::of(&opened.file).scope.is_remote())
+    }
+
+    /// Returns the ranges to read for slices, after checking their sizes. Reads those with short runs, if the file is not
+    /// mapped: they are read faster together with what is between the runs.
+    ///
+    /// # Safety
+    ///
+    /// As for [`TensorFile::read_slices`].
+    pub(crate) unsafe fn begin_slices(
+        &self,
+        requests: &[(usize, Slice, *mut u8, usize)],
+    ) -> Result<Vec<ReadRange>> {
+        let mut ranges = Vec::new();
+        for (index, slice, destination, length) in requests {
+            let tensor = self.tensor(*index)?;
+            if slice.nbytes() != *length as u64 {
+                return Err(self.wrong_size(tensor.name, slice.nbytes(), *length));
+            }
+            if self.mapping().is_none() && slice.has_short_runs() {
+                // SAFETY: `read_slice` has this function's contract, for one destination.
+                unsafe { self.read_slice(*index, slice, *destination, *length) }?;
+                continue;
+            }
+            let base = self.byte_range(&tensor).start;
+            let mut done = 0;
+            ranges.extend(slice.byte_ranges().map(|run| {
+                let (length, begin) = ((run.end - run.start) as usize, done);
+                done += length;
+                ReadRange { offset: base + run.start, destination: destination.wrapping_add(begin), length }
+            }));
         }
         Ok(ranges)
     }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::Result;
+use crate::format::slice::Slice;
 use crate::read::file::TensorFile;
-use crate::read::reader::{PendingRead, total_bytes};
+use crate::read::reader::{PendingRead, ReadRange, total_bytes};
 use crate::read::source::{Mapping, OpenFile, ReadFrom, ReadMethod};
 use crate::sys::buffers::Block;
 use crate::sys::parallel;
@@ -59,7 +60,25 @@ impl JointRead {
         requests: &[(usize, *mut u8, usize)],
         from: ReadFrom,
     ) -> Result<JointRead> {
-        let ranges = file.read_ranges(requests)?;
+        JointRead::begin(file, file.read_ranges(requests)?, from)
+    }
+
+    /// As [`JointRead::read`], for slices of tensors; each with the index of its tensor, its destination, and its size in
+    /// bytes. Slices of a file that is not mapped are read before this returns if they have short runs.
+    ///
+    /// # Safety
+    ///
+    /// As for [`JointRead::read`].
+    pub(crate) unsafe fn read_slices(
+        file: &Arc<TensorFile>,
+        requests: &[(usize, Slice, *mut u8, usize)],
+        from: ReadFrom,
+    ) -> Result<JointRead> {
+        // SAFETY: this function has the contract of `begin_slices`.
+        JointRead::begin(file, unsafe { file.begin_slices(requests) }?, from)
+    }
+
+    fn begin(file: &Arc<TensorFile>, ranges: Vec<ReadRange>, from: ReadFrom) -> Result<JointRead> {
         let transient = match from {
             ReadFrom::Mapping => None,
             ReadFrom::File => file.source().transient_mapping(total_bytes(&ranges)),

@@ -4,6 +4,7 @@ pub mod atomic;
 mod direct;
 pub mod edit;
 pub mod incremental;
+pub(crate) mod joined;
 mod mapped;
 pub(crate) mod output;
 pub mod save;

@@ -217,8 +217,53 @@ static void test_incremental_threads(void) {
     sft_file_free(file);
 }
 
+/* Two parts of the matrix, as two processes write them. */
+static void test_joined(void) {
+    sft_incremental_writer* incremental = new_incremental();
+    sft_str path, again;
+    CHECK_OK(sft_incremental_writer_make_joinable(incremental, &path));
+    CHECK_OK(sft_incremental_writer_make_joinable(incremental, &again));
+    CHECK(path.data == again.data && path.length == again.length);
+    char* staged = calloc(path.length + 1, 1);
+    memcpy(staged, path.data, path.length);
+
+    sft_joined_file* file = NULL;
+    CHECK_STATUS(sft_joined_file_open(path_of("incremental.safetensors"), &file), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK(file == NULL);
+    CHECK_OK(sft_joined_file_open(staged, &file));
+    const sft_range left[2] = {{0, 3, 1}, {0, 1, 1}}, right[2] = {{0, 3, 1}, {1, 4, 1}}, all = {0, 3, 1};
+    const float first[3] = {0, 4, 8}, rest[9] = {1, 2, 3, 5, 6, 7, 9, 10, 11};
+    CHECK_OK(sft_joined_file_write_slice(file, "matrix", 6, left, 2, first, sizeof first));
+    CHECK_OK(sft_joined_file_write_slice(file, "matrix", 6, right, 2, rest, sizeof rest));
+    CHECK_OK(sft_joined_file_write_slice(file, "bytes", 5, &all, 1, bytes, sizeof bytes));
+    CHECK_STATUS(sft_joined_file_write_slice(file, "matrix", 6, left, 2, first, 11), SFT_ERROR_BUFFER_SIZE);
+    CHECK_STATUS(sft_joined_file_write_slice(file, "matrix", 6, left, 1, first, 12), SFT_ERROR_SLICE);
+    CHECK_STATUS(sft_joined_file_write_slice(file, "other", 5, left, 2, first, 12), SFT_ERROR_TENSOR_NOT_FOUND);
+    CHECK_STATUS(sft_joined_file_finish(file, 2), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_OK(sft_joined_file_finish(file, 1));
+    CHECK_STATUS(sft_joined_file_finish(file, 0), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_joined_file_write_slice(file, "bytes", 5, &all, 1, bytes, 3), SFT_ERROR_CLOSED);
+    sft_joined_file_free(file);
+    sft_joined_file_free(NULL);
+    free(staged);
+
+    CHECK_STATUS(sft_incremental_writer_commit(incremental), SFT_ERROR_DATA_LENGTH);
+    CHECK_OK(sft_incremental_writer_commit_joined(incremental));
+    CHECK_STATUS(sft_incremental_writer_commit_joined(incremental), SFT_ERROR_CLOSED);
+    sft_incremental_writer_free(incremental);
+    sft_writer* writer = new_writer(true);
+    uint64_t size = 0;
+    CHECK_OK(sft_writer_get_size(writer, NULL, &size));
+    void* expected = malloc(size);
+    CHECK_OK(sft_writer_write_buffer(writer, NULL, expected, size));
+    check_file("incremental.safetensors", expected, size);
+    free(expected);
+    sft_writer_free(writer);
+}
+
 void test_incremental_writer(void) {
     test_bytes();
+    test_joined();
     test_refused();
     test_incremental_arguments();
     test_incremental_threads();

@@ -230,6 +230,13 @@ void test_slices(void) {
         CHECK(shape[0] == 2 && shape[1] == 2 && size == sizeof part);
         CHECK_OK(sft_file_read_slice(file, 1, ranges, 2, part, sizeof part));
         CHECK(part[0] == 1 && part[1] == 3 && part[2] == 9 && part[3] == 11);
+        float column[3] = {0}, again[4] = {0};
+        const sft_range last[2] = {{0, 3, 1}, {3, 4, 1}};
+        const sft_slice_request reads[2] = {{1, last, 2, column, sizeof column}, {1, ranges, 2, again, sizeof again}};
+        CHECK_OK(sft_file_read_slices(file, reads, 2));
+        CHECK(column[0] == 3 && column[2] == 11 && memcmp(again, part, sizeof part) == 0);
+        const sft_slice_request wrong = {1, last, 2, column, 8};
+        CHECK_STATUS(sft_file_read_slices(file, &wrong, 1), SFT_ERROR_BUFFER_SIZE);
         CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, part, 15), SFT_ERROR_BUFFER_SIZE);
         CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 1, shape, &size), SFT_ERROR_SLICE);
         CHECK_STATUS(sft_file_get_slice_size(file, 3, ranges, 2, shape, &size), SFT_ERROR_INVALID_ARGUMENT);

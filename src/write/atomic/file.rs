@@ -1,12 +1,12 @@
 //! The file that is written beside its target and renamed over it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::staging::{Location, StagedFile, link_beside};
+use super::staging::{Location, StagedFile, link_beside, rename_to_number};
 use super::{deferred_close, fallbacks, file_copy, leftovers};
 use crate::error::{Error, Result};
 use crate::sys::directory::{Directory, open_parent};
@@ -28,6 +28,8 @@ pub struct AtomicFile {
     replaces: bool,
     /// The bytes that were appended.
     length: u64,
+    /// The bytes that the file will have.
+    complete_length: u64,
 }
 
 impl AtomicFile {
@@ -79,7 +81,8 @@ impl AtomicFile {
         }
         let staged = StagedFile::create(directory, name, path).map_err(fail)?;
         leftovers::remove_leftovers(&staged.directory, &staged.file);
-        let file = AtomicFile { replaces: staged.attributes.is_some(), staged, length: 0 };
+        let file =
+            AtomicFile { replaces: staged.attributes.is_some(), staged, length: 0, complete_length: length };
         file.reserve(length)?;
         Ok(file)
     }
@@ -146,6 +149,61 @@ impl AtomicFile {
             self.length += length;
         }
         Ok(shared.is_ok())
+    }
+
+    /// Gives the staged file a hidden name, so that other processes can open it as a [`JoinedFile`](crate::JoinedFile).
+    /// Returns its path: the target's directory, as [`AtomicFile::create`] got it, and the hidden name. What was written
+    /// before is visible to processes on other machines too.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io); [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) in
+    /// another process.
+    pub fn make_joinable(&mut self) -> Result<PathBuf> {
+        self.give_name()?;
+        Ok(self.staged.path.with_file_name(self.hidden_name()))
+    }
+
+    /// As [`AtomicFile::make_joinable`], with a hidden name that this process determines by `number`: processes that know it
+    /// can join a later save too. Returns the hidden name.
+    #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only Python caches plans"))]
+    pub(crate) fn make_joinable_as(&mut self, number: u64) -> Result<&OsStr> {
+        self.give_name()?;
+        let renamed = rename_to_number(&self.staged.directory, self.hidden_name(), number);
+        let name = renamed.map_err(|source| {
+            let taken = source.kind() == io::ErrorKind::AlreadyExists;
+            let error = self.staged.fail(source);
+            if taken {
+                error.with_remedy("another save with this plan is in progress: wait for its end")
+            } else {
+                error
+            }
+        })?;
+        self.staged.location = Location::Named(name);
+        Ok(self.hidden_name())
+    }
+
+    fn hidden_name(&self) -> &OsStr {
+        match &self.staged.location {
+            Location::Named(name) => name,
+            _ => unreachable!("`give_name` was called, and a commit consumes the file"),
+        }
+    }
+
+    fn give_name(&mut self) -> Result<()> {
+        self.staged.check_process()?;
+        if matches!(self.staged.location, Location::Unnamed) {
+            match link_beside(&self.staged.file, &self.staged.directory) {
+                Ok(name) => self.staged.location = Location::Named(name),
+                Err(refusal) => {
+                    block_write_signals(|| fallbacks::copy_beside(&mut self.staged, &refusal))?;
+                }
+            }
+        }
+        // The space is reserved, but the others expect a file of its full length.
+        self.staged.file.set_len(self.complete_length).map_err(|source| self.staged.fail(source))?;
+        // Sends the bytes to the server, for processes on other machines.
+        self.check_deferred_errors()
     }
 
     pub(crate) fn reserve(&self, length: u64) -> Result<()> {
@@ -271,7 +329,6 @@ mod tests {
     use crate::error::ErrorKind;
     use crate::sys::fork::OwnerProcess;
     use std::os::unix::fs::FileExt;
-    use std::path::PathBuf;
 
     /// A file of `process` that is staged under a name beside the target.
     fn created(directory: &tempfile::TempDir, process: OwnerProcess) -> (AtomicFile, PathBuf) {
@@ -281,7 +338,7 @@ mod tests {
         staged.file = File::create(&name).expect("a file");
         staged.location = Location::Named("staged".into());
         staged.process = process;
-        (AtomicFile { staged, replaces: false, length: 0 }, name)
+        (AtomicFile { staged, replaces: false, length: 0, complete_length: 0 }, name)
     }
 
     #[test]

@@ -20,6 +20,12 @@ use crate::sys::filesystem::is_local;
 pub(crate) const PREFIX: &str = ".safetensors-";
 pub(crate) const SUFFIX: &str = ".tmp";
 
+/// Returns whether `name` is that of a staged file.
+pub(crate) fn is_staged_name(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    name.starts_with(PREFIX.as_bytes()) && name.ends_with(SUFFIX.as_bytes())
+}
+
 /// When a staged file that can be locked is a leftover.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Rule {

@@ -18,4 +18,5 @@ mod staging;
 
 pub(crate) use attributes::Attributes;
 pub use file::AtomicFile;
+pub(crate) use leftovers::is_staged_name;
 pub(crate) use staging::rename_to_backup;

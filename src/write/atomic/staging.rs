@@ -192,6 +192,20 @@ pub(crate) fn rename_to_hidden(
     with_hidden_name(purpose, rename).map(|((), name)| name)
 }
 
+/// Renames the staged file `name` to the hidden name with this number, and returns that. Fails if it exists.
+pub(crate) fn rename_to_number(directory: &Directory, name: &OsStr, number: u64) -> io::Result<OsString> {
+    let numbered = hidden_name(number, Purpose::Staged);
+    match directory.open_entry(&numbered)? {
+        Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        None => directory.rename(name, &numbered).map(|()| numbered),
+    }
+}
+
+// Not derived from the target's name: with a suffix that could exceed the filesystem's limit.
+fn hidden_name(number: u64, purpose: Purpose) -> OsString {
+    format!("{}{}-{number}{}", leftovers::PREFIX, std::process::id(), purpose.suffix()).into()
+}
+
 /// Calls `make` with new hidden names until one does not exist yet.
 fn with_hidden_name<T>(
     purpose: Purpose,
@@ -200,9 +214,7 @@ fn with_hidden_name<T>(
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        // Not derived from the target's name: with a suffix that could exceed the filesystem's limit.
-        let name: OsString =
-            format!("{}{}-{number}{}", leftovers::PREFIX, std::process::id(), purpose.suffix()).into();
+        let name = hidden_name(number, purpose);
         match make(&name) {
             Ok(made) => return Ok((made, name)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}

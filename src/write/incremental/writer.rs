@@ -1,7 +1,7 @@
 //! The writer of a file, tensor by tensor.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::state::{Declared, Shared, State, Written};
@@ -163,6 +163,25 @@ impl IncrementalWriter {
         self.shared.lock().is_ok_and(|state| state.file.is_some())
     }
 
+    /// Makes the staged file joinable: other processes can write slices of its tensors, as a
+    /// [`JoinedFile`](crate::JoinedFile). Returns the path of the staged file, for them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AtomicFile::make_joinable`]; [`ErrorKind::InvalidArgument`] if another thread is writing a tensor;
+    /// [`ErrorKind::Closed`].
+    pub fn make_joinable(&self) -> Result<PathBuf> {
+        let shared = &self.shared;
+        let mut state = shared.lock()?;
+        let file = state.file.as_mut().ok_or_else(|| shared.closed())?;
+        let file = Arc::get_mut(file).ok_or_else(|| {
+            let detail =
+                "a tensor is being written; make the file joinable before the first write".to_string();
+            shared.fail(ErrorKind::InvalidArgument, detail)
+        })?;
+        file.make_joinable()
+    }
+
     /// Replaces the target by the file.
     ///
     /// # Errors
@@ -171,6 +190,20 @@ impl IncrementalWriter {
     /// thread is still writing; the writer then stays open. [`ErrorKind::InvalidArgument`] in another process;
     /// [`ErrorKind::Closed`]; those of [`AtomicFile::commit`].
     pub fn commit(&self) -> Result<()> {
+        self.commit_if(|shared, state| shared.check_complete(state))
+    }
+
+    /// Replaces the target by the file, to which other processes have written. The caller guarantees that they have finished,
+    /// and that they and this writer have written every byte of each tensor: bytes that nobody wrote are zero.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`IncrementalWriter::commit`], except for missing tensors.
+    pub fn commit_joined(&self) -> Result<()> {
+        self.commit_if(|_, _| Ok(()))
+    }
+
+    fn commit_if(&self, check: impl Fn(&Shared, &State) -> Result<()>) -> Result<()> {
         let shared = &self.shared;
         let file = {
             let mut state = shared.lock()?;
@@ -182,7 +215,7 @@ impl IncrementalWriter {
                 let detail = format!("tensor {name:?} is still being written: commit when that has returned");
                 return Err(shared.fail(ErrorKind::InvalidArgument, detail));
             }
-            shared.check_complete(&state)?;
+            check(shared, &state)?;
             // A thread that writes is counted in `writers`, and drops its `Arc` before it is uncounted: this is the last.
             state.file.take().and_then(Arc::into_inner).expect("no claim is left")
         };
