@@ -69,7 +69,7 @@ def iterate(
     paths = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
     opened = [open_path(path, backend) for path in paths]
     title = ", ".join(path_text(encode_path(path)) for path in paths[:3])
-    chosen = _select(opened, names, title)
+    chosen = select_of_files(opened, names, title)
     with NamedFile(title):
         native = start(opened, chosen, [[]] * len(opened), target, to_dtype, most_bytes, _MOST_THREADS)
     tensors = _iterate(native, progress)
@@ -88,7 +88,7 @@ def _iterate(native: Any, progress: Progress) -> Iterator[Any]:
         call(native.close)
 
 
-def _select(opened: list[Any], names: Names, title: str) -> list[list[str] | None]:
+def select_of_files(opened: list[Any], names: Names, title: str) -> list[list[str] | None]:
     """Returns the names to read of each file, each of which has them; None means all.
 
     Raises:

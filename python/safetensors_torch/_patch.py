@@ -58,11 +58,14 @@ _PHRASES = {
 _lock = threading.RLock()
 # A fork waits for it. Otherwise it could stay locked in the child, with half of the names replaced.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-_depth = 0
+# For each call of patch_safetensors that is not undone, whether it patches torch.distributed.checkpoint too.
+_calls: list[bool] = []
 # The reference's objects by name, from the last patch.
 _reference: dict[str, Any] = {}
 # The namespaces of modules in which a name was replaced. sys.modules may lose some of them before the restore.
 _namespaces: list[dict[str, Any]] = []
+# The same, for the names of torch.distributed.checkpoint.
+_dcp_namespaces: list[dict[str, Any]] = []
 # The namespace of the package that names were added to.
 _added_to: list[dict[str, Any]] = []
 
@@ -168,8 +171,9 @@ _replacements: dict[str, Any] = {
 class _Patch(AbstractContextManager):
     """One call of patch_safetensors, which the end of a with block undoes."""
 
-    def __init__(self) -> None:
+    def __init__(self, dcp: bool) -> None:
         self._is_active = True
+        self._dcp = dcp
 
     def __enter__(self) -> None:
         if not self._is_active:
@@ -178,10 +182,10 @@ class _Patch(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         if self._is_active:
             self._is_active = False
-            unpatch_safetensors()
+            _undo(self._dcp)
 
 
-def patch_safetensors() -> AbstractContextManager[None]:
+def patch_safetensors(*, dcp: bool = False) -> AbstractContextManager[None]:
     """Makes ``safetensors`` and ``safetensors.torch`` use this library, even in modules that imported them before.
 
     It replaces safe_open, for torch, and the six functions of safetensors.torch, as attributes of those two modules and
@@ -193,11 +197,16 @@ def patch_safetensors() -> AbstractContextManager[None]:
     original objects. Threads may call it at any time, but a module that another thread is importing at that time may
     keep the originals.
 
+    Args:
+        dcp: whether to replace HuggingFaceStorageWriter, HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader,
+            consolidate_safetensors_files and consolidate_safetensors_files_on_every_rank of
+            torch.distributed.checkpoint too, by those of safetensors_torch.distributed. Needs torch 2.9 or later.
+
     Returns:
         A context manager that undoes this call. Without a with block the patch stays.
 
     Raises:
-        ImportError: safetensors is not installed.
+        ImportError: safetensors is not installed; ``dcp`` is true, and this torch does not have them.
 
     Example:
         >>> import safetensors.torch
@@ -208,7 +217,6 @@ def patch_safetensors() -> AbstractContextManager[None]:
         >>> issubclass(safetensors.safe_open, safe_open)
         False
     """
-    global _depth
     try:
         # Before the lock: a thread that holds it may wait for the lock of this import.
         for name in _PATCHED_MODULES:
@@ -219,11 +227,15 @@ def patch_safetensors() -> AbstractContextManager[None]:
         raise ImportError(
             "patch_safetensors() patches the package safetensors, which is not installed: pip install safetensors"
         ) from error
+    if dcp:
+        from .distributed import _patch as dcp_patch
     with _lock:
-        if _depth == 0:
+        if not _calls:
             _apply()
-        _depth += 1
-    return _Patch()
+        if dcp and True not in _calls:
+            _dcp_namespaces[:] = _replace(_loaded_namespaces(), dcp_patch.replacements_by_id())
+        _calls.append(dcp)
+    return _Patch(dcp)
 
 
 def unpatch_safetensors() -> None:
@@ -239,12 +251,23 @@ def unpatch_safetensors() -> None:
         >>> safetensors.safe_open is before
         True
     """
-    global _depth
     with _lock:
-        if _depth == 0:
+        if _calls:
+            _undo(_calls[-1])
+
+
+def _undo(dcp: bool) -> None:
+    """Undoes the last call of patch_safetensors with this ``dcp``, if there is one."""
+    with _lock:
+        if dcp not in _calls:
             return
-        _depth -= 1
-        if _depth == 0:
+        del _calls[len(_calls) - 1 - _calls[::-1].index(dcp)]
+        if dcp and True not in _calls:
+            from .distributed import _patch as dcp_patch
+
+            _replace([*_dcp_namespaces, *_loaded_namespaces()], dcp_patch.originals_by_id())
+            _dcp_namespaces.clear()
+        if not _calls:
             _restore()
 
 

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._exceptions import SafetensorError
-from . import convert, diff, explain, extract, ls, metadata, rename, verify
+from . import consolidate, convert, diff, explain, extract, ls, metadata, rename, verify
 from .listing import NoMatchError, command_text, near, printable
 
 PROGRAM = "safetensors-torch"
 _COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (ls, verify, diff, convert, extract, rename, metadata, explain)
+    for module in (ls, verify, diff, convert, extract, rename, metadata, explain, consolidate)
 }
 _OTHER_NAMES = {
     **dict.fromkeys(("info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),

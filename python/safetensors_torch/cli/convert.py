@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._dtype_names import dtype_name
 from .listing import (
     add_quiet,
-    check_absent,
+    check_directory_target,
     check_file_target,
     counted,
     file_name,
@@ -98,8 +98,7 @@ def _check_target(target: str, is_file: bool, force: bool) -> None:
     if is_file:
         check_file_target(target, force)
     elif os.path.isdir(target):
-        if any(name.endswith(".safetensors") for name in os.listdir(target)):
-            check_absent(target, force)
+        check_directory_target(target, force)
     elif target.endswith(".index.json"):
         raise ValueError(f"{target}: the name of an index; write {os.path.dirname(target) or '.'} for its directory")
     elif re.search(r"\.[A-Za-z]+[0-9]?$", target):
@@ -107,7 +106,7 @@ def _check_target(target: str, is_file: bool, force: bool) -> None:
             f"{target}: not a name of a safetensors file; write {file_name(target)}, or {target}/ for a directory"
         )
     else:
-        check_absent(target, force)
+        check_directory_target(target, force)
 
 
 def _report(source: Source, written: list[str], as_json: bool) -> None:

@@ -171,6 +171,16 @@ def check_absent(path: str, force: bool) -> None:
         raise ValueError(f"{path} exists already: give another target, or --force to replace it")
 
 
+def check_directory_target(path: str, force: bool) -> None:
+    """Checks that a target is not a file, nor a directory with safetensors files, unless ``force`` is set.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not os.path.isdir(path) or any(name.endswith(".safetensors") for name in os.listdir(path)):
+        check_absent(path, force)
+
+
 def file_name(path: str) -> str:
     """Returns ``path`` with the end of a safetensors file in place of another one."""
     return re.sub(r"\.[A-Za-z]+[0-9]?$", "", path) + ".safetensors"

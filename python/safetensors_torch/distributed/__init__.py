@@ -5,6 +5,25 @@
 
 from __future__ import annotations
 
+from ._consolidate import consolidate
+from ._load import load_dtensors, load_into
 from ._local_ranges import local_ranges
+from ._planners import LoadPlanner, SavePlanner
+from ._save import save
+from ._storage_reader import HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader
+from ._storage_writer import HuggingFaceStorageWriter
+from ._weights_iterator import weights_iterator
 
-__all__ = ["local_ranges"]
+__all__ = [
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
+    "LoadPlanner",
+    "QuantizedHuggingFaceStorageReader",
+    "SavePlanner",
+    "consolidate",
+    "load_dtensors",
+    "load_into",
+    "local_ranges",
+    "save",
+    "weights_iterator",
+]

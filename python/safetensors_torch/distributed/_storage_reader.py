@@ -1,0 +1,202 @@
+"""HuggingFaceStorageReader: torch.distributed.checkpoint reads safetensors files, each process its bytes alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from .._arguments import Path, encode_path
+from .._safe_open import safe_open
+from ._group import Group
+from ._planners import refuse_strided
+from ._read_once import Part, check_read_once, replica_group, share
+from ._stored import StoredTensors
+from ._torch_names import torch_class
+
+
+@dataclass
+class StorageInfo:
+    """Where a chunk is: the path of its file; and what torch's readers look up."""
+
+    relative_path: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSystemReader)):  # type: ignore[misc]
+    """A storage reader of torch.distributed.checkpoint for safetensors files, with the parameters of torch's.
+
+    Reads final files, by their index if there is one, or the files of each process, with torch's names and metadata. If
+    a directory has both, the final ones count. Each process reads the bytes that it needs, all with one call, directly
+    into the tensors' memory.
+
+    Args:
+        path: a directory, an index or a file.
+        thread_count: accepted for torch's sake; the threads are chosen as for load_file.
+        process_group: the processes that load, if elements that several of them hold are to be read once. Not with
+            no_dist=True.
+        read_once: as for load_into, if there is a process group.
+
+    A load raises:
+        SafetensorError: no checkpoint, an invalid file, chunks that overlap or leave a gap.
+        OSError: a file is missing or cannot be read.
+        ValueError: a DTensor with _StridedShard under torch's own planner, by name.
+
+    Example:
+        >>> dcp.load(state_dict, storage_reader=HuggingFaceStorageReader(directory))
+    """
+
+    def __init__(
+        self, path: Path, thread_count: int = 1, *, process_group: Any = None, read_once: Any = "auto"
+    ) -> None:
+        FileSystemReader.__init__(self, path=os.fsdecode(encode_path(path)))
+        self.thread_count = thread_count
+        self._process_group = process_group
+        self._read_once = check_read_once(read_once)
+        self._stored: StoredTensors | None = None
+        self._failure: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stored": None, "_process_group": None}
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        self._stored = None
+        super().reset(checkpoint_id)
+
+    def _open(self) -> StoredTensors:
+        if self._stored is None:
+            self._stored = StoredTensors(self.path)
+        return self._stored
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._failure is not None and "rank" in kwargs:
+            # torch.distributed.checkpoint drops the error of the first call, and asks for metadata of this process
+            # alone: set_up_storage_reader raises it again.
+            return Metadata(state_dict_metadata={})
+        self._stored = self._failure = None
+        try:
+            return self._read_metadata()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+
+    def _read_metadata(self) -> Metadata:
+        state_dict_metadata = {}
+        storage_data = {}
+        for name, stored in self._open().tensors.items():
+            chunks = []
+            for (offsets, sizes), path in stored.chunks:
+                chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
+                index = MetadataIndex(fqn=name, offset=torch.Size(offsets))
+                storage_data[index] = StorageInfo(path, torch.Size(sizes), stored.dtype)
+            state_dict_metadata[name] = TensorStorageMetadata(
+                properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.shape), chunks=chunks
+            )
+        metadata = Metadata(state_dict_metadata=state_dict_metadata, storage_data=storage_data)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        refuse_strided(planner)
+        stored = self._open()
+        tensors = getattr(planner, "state_dict", None) or {}
+        parts, targets, others = [], [], []
+        for item in plan.items:
+            path = self.storage_data[item.storage_index].relative_path
+            if self._is_converted(item):
+                others.append((path, item))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != item.lengths:
+                raise ValueError(
+                    f"tensor {item.storage_index.fqn!r}: the planner asks for {list(item.lengths)} elements, and gives"
+                    f" a target of shape {list(target.size())}"
+                )
+            name, offsets = item.storage_index.fqn, tuple(item.storage_offsets)
+            group = None
+            if self._process_group is not None:
+                group = replica_group(tensors.get(item.dest_index.fqn), self._process_group)
+            box = tuple(item.storage_index.offset or ()) + offsets, tuple(item.lengths)
+            parts.append(Part(name, box, target, [(path, name, offsets, target)], group))
+            targets.append((item, target))
+        if self._process_group is None:
+            stored.read(request for part in parts for request in part.requests)
+        else:
+            share(Group(self._process_group), self._read_once, parts, stored)
+        for item, target in targets:
+            planner.commit_tensor(item, target)
+        for path, item in others:
+            with safe_open(path, framework="pt") as file:
+                self._process_read_request(file, item, planner)
+        # Closed when it is dropped: the planner may have views of nothing in it.
+        self._stored = None
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _is_converted(self, item: ReadItem) -> bool:
+        return False
+
+
+class QuantizedHuggingFaceStorageReader(
+    HuggingFaceStorageReader,
+    torch_class("QuantizedHuggingFaceStorageReader", FileSystemReader),  # type: ignore[misc]
+):
+    """As HuggingFaceStorageReader, for checkpoints with quantized weights, which torch's own code dequantizes.
+
+    Needs torch 2.9 or later, and an index.
+
+    Args:
+        path: a directory with an index.
+        thread_count: accepted for torch's sake.
+        target_dtype: the dtype of the dequantized tensors.
+        block_size: the rows and columns that share a scale.
+        process_group, read_once: as for HuggingFaceStorageReader.
+
+    Raises:
+        RuntimeError: this torch has no such reader.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        thread_count: int = 1,
+        target_dtype: torch.dtype = torch.float32,
+        block_size: int = 128,
+        *,
+        process_group: Any = None,
+        read_once: Any = "auto",
+    ) -> None:
+        if not hasattr(self, "_is_tensor_quantized"):
+            raise RuntimeError(
+                "QuantizedHuggingFaceStorageReader needs torch 2.9 or later; use HuggingFaceStorageReader"
+            )
+        super().__init__(path, thread_count, process_group=process_group, read_once=read_once)
+        self.target_dtype = target_dtype
+        self.block_size = block_size
+        self._weight_scale_mapping: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}
+        self._tensor_full_shapes: dict[str, torch.Size] = {}
+
+    def _is_converted(self, item: ReadItem) -> bool:
+        return self._is_tensor_quantized(item.storage_index.fqn)

@@ -1,0 +1,155 @@
+"""The tensors in a directory: those of final files, or the chunks that the processes of a save have written.
+
+Owns which files of a directory count, and reads boxes of elements from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._arguments import Path, encode_input_path, path_text
+from .._errors import SafetensorError, call
+from .._load import open_file
+from .._progress import Progress, run
+from .._safe_open import open_path
+from ._chunks import Box, check_boxes
+from ._names import CHUNK_FILE_PREFIX, INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SUFFIX
+
+# A box to read: the path of its file, the name of the tensor, the offsets in that file's tensor, and the target.
+Request = tuple[str, str, Sequence[int], torch.Tensor]
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, and where its elements are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    # Each box with the path of its file.
+    chunks: list[tuple[Box, str]] = field(default_factory=list)
+
+
+class StoredTensors:
+    """An open checkpoint. The final files count if there are some, otherwise those with the chunks of processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the checkpoint at ``path``: a directory, an index or a file; reads the headers.
+
+        Raises:
+            SafetensorError: no checkpoint, or an invalid file; chunks that overlap or leave a gap.
+            OSError: a file is missing or cannot be read.
+        """
+        self._path = encode_input_path(path)
+        self.tensors: dict[str, StoredTensor] = {}
+        # By path: the native File, which has all tensors of that file.
+        self._files: dict[str, Any] = {}
+        names = [os.fsdecode(name) for name in os.listdir(self._path)] if os.path.isdir(self._path) else []
+        files = [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX)) and not name.startswith(".")]
+        chunk_files = [name for name in files if name.startswith(CHUNK_FILE_PREFIX)]
+        if not chunk_files or len(files) > len(chunk_files):
+            self._add_final(open_path(self._path, "mmap"))
+            return
+        for name in sorted(chunk_files):
+            self._add_chunks(name)
+        self._check()
+
+    def _add_final(self, file: Any) -> None:
+        directory = self._path if os.path.isdir(self._path) else os.path.dirname(self._path)
+        names = call(file.offset_keys)
+        several = bool(call(file.shards))
+        for name, like in zip(names, call(file.get_tensors, names, torch.device("meta")), strict=True):
+            path = path_text(self._path)
+            if several:
+                path = path_text(os.path.join(directory, os.fsencode(call(file.shard_of, name))))
+            box = (0,) * like.dim(), tuple(like.shape)
+            self.tensors[name] = StoredTensor(like.dtype, tuple(like.shape), [(box, path)])
+            self._files[path] = file
+
+    def _add_chunks(self, file_name: str) -> None:
+        path = path_text(os.path.join(self._path, os.fsencode(file_name)))
+        file = self._files[path] = open_file(path, "mmap")
+        try:
+            positions = json.loads((call(file.metadata) or {})[POSITIONS_KEY])
+            offsets = {name: tuple(map(int, entry[OFFSETS_KEY])) for name, entry in positions.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SafetensorError(
+                f"{path}: its metadata has no valid {POSITIONS_KEY}, so it is not a file of"
+                " torch.distributed.checkpoint; load it as it is"
+            ) from error
+        names = call(file.offset_keys)
+        for name, like in zip(names, call(file.get_tensors, names, torch.device("meta")), strict=True):
+            begin = offsets.get(name)
+            if begin is None or len(begin) != like.dim():
+                raise SafetensorError(
+                    f"{path}: tensor {name!r}: {POSITIONS_KEY} does not have its position; save again"
+                )
+            end = tuple(start + size for start, size in zip(begin, like.shape, strict=True))
+            stored = self.tensors.setdefault(name, StoredTensor(like.dtype, end))
+            if stored.dtype != like.dtype or len(stored.shape) != like.dim():
+                raise SafetensorError(
+                    f"{path}: tensor {name!r}: another file has a chunk of another dtype or number of dimensions;"
+                    " remove the files of an older checkpoint"
+                )
+            stored.shape = tuple(map(max, stored.shape, end))
+            stored.chunks.append(((begin, tuple(like.shape)), path))
+
+    def _check(self) -> None:
+        boxes = ((name, box) for name, stored in self.tensors.items() for box, _ in stored.chunks)
+        try:
+            check_boxes(self.tensors, boxes)
+        except ValueError as error:
+            raise SafetensorError(
+                f"{path_text(self._path)}: {error}; a file is missing or of another save: save again"
+            ) from None
+
+    def is_remote(self) -> bool:
+        """Returns whether the files are on a network filesystem."""
+        return any(call(file.is_remote) for file in {id(file): file for file in self._files.values()}.values())
+
+    def read(
+        self,
+        requests: Iterable[Request],
+        progress: Progress = None,
+    ) -> None:
+        """Copies boxes of elements into tensors of their sizes, on any device, with any strides.
+
+        Args:
+            requests: the boxes.
+            progress: as for load_file, once for each file, or for all final ones.
+        """
+        by_file: dict[int, tuple[Any, list[str], list[list[int]], list[torch.Tensor]]] = {}
+        for path, name, offsets, target in requests:
+            file = self._files[path]
+            _, names, starts, targets = by_file.setdefault(id(file), (file, [], [], []))
+            names.append(name)
+            starts.append(list(offsets))
+            targets.append(target)
+        for file, names, starts, targets in by_file.values():
+            run(call(file.start_fill, names, starts, targets), progress, "load")
+
+    def read_box(self, name: str, box: Box, target: torch.Tensor) -> list[Request]:
+        """Returns the requests that fill ``target`` with a box of a whole tensor."""
+        requests: list[Request] = []
+        for (begin, sizes), path in self.tensors[name].chunks:
+            part = target
+            offsets = []
+            for dim, (start, size) in enumerate(zip(*box, strict=True)):
+                first, last = max(start, begin[dim]), min(start + size, begin[dim] + sizes[dim])
+                if first >= last and target.dim() > 0:
+                    break
+                part = part.narrow(dim, first - start, last - first)
+                offsets.append(first - begin[dim])
+            else:
+                requests.append((path, name, offsets, part))
+        return requests
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
