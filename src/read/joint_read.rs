@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::error::Result;
 use crate::format::slice::Slice;
 use crate::read::file::TensorFile;
-use crate::read::reader::{PendingRead, ReadRange, total_bytes};
+use crate::read::reader::{self, PendingRead, ReadRange, total_bytes};
 use crate::read::source::{Mapping, OpenFile, ReadFrom, ReadMethod};
 use crate::sys::buffers::Block;
 use crate::sys::parallel;
@@ -78,15 +78,19 @@ impl JointRead {
         JointRead::begin(file, unsafe { file.begin_slices(requests) }?, from)
     }
 
-    fn begin(file: &Arc<TensorFile>, ranges: Vec<ReadRange>, from: ReadFrom) -> Result<JointRead> {
-        let transient = match from {
-            ReadFrom::Mapping => None,
-            ReadFrom::File => file.source().transient_mapping(total_bytes(&ranges)),
-        };
-        let reopened = file.source().reopen(total_bytes(&ranges));
-        let method = file.source().method(ReadFrom::Mapping, reopened.as_ref());
-        let read = PendingRead::new(method, ranges).map_err(|error| file.locate(error))?;
-        Ok(JointRead(vec![Part { file: Arc::clone(file), from: ReadFrom::Mapping, read, transient }]))
+    fn begin(file: &Arc<TensorFile>, ranges: Vec<ReadRange>, wanted: ReadFrom) -> Result<JointRead> {
+        let (bytes, source) = (total_bytes(&ranges), file.source());
+        let reopened = source.reopen(bytes);
+        let unmapped = source.method(wanted, reopened.as_ref());
+        // The page cache has nothing to copy from: reads of the file go to the destinations without a stop.
+        let is_cold = wanted == ReadFrom::File
+            && reader::is_cold(unmapped, &ranges).map_err(|error| file.locate(error))?;
+        let from = if is_cold { ReadFrom::File } else { ReadFrom::Mapping };
+        let transient =
+            if is_cold || wanted == ReadFrom::Mapping { None } else { source.transient_mapping(bytes) };
+        let read = PendingRead::new(source.method(from, reopened.as_ref()), ranges);
+        let read = read.map_err(|error| file.locate(error))?;
+        Ok(JointRead(vec![Part { file: Arc::clone(file), from, read, transient }]))
     }
 
     /// Adds the parts of `other`. Returns the number of the first.

@@ -10,6 +10,7 @@ use crate::read::vectored::VectoredReader;
 use crate::sys::buffers::Buffers;
 use crate::sys::copy;
 use crate::sys::huge_pages::is_resident;
+use crate::sys::page_cache::Residency;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
 
@@ -112,7 +113,7 @@ pub(crate) struct PendingRead {
 impl PendingRead {
     /// Plans a read; reads nothing yet.
     pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
-        let strategy = strategy_of(method, &ranges)?;
+        let strategy = strategy_of(method, &ranges)?.through_buffers(ThreadLimit::current()?);
         Ok(PendingRead::with(ranges, None, strategy))
     }
 
@@ -206,6 +207,12 @@ impl PendingRead {
         // are inside the source (`check`).
         unsafe { read_parts(method, parts, *strategy) }
     }
+}
+
+/// Returns whether the file of `ranges` is not in the page cache, and they are many.
+pub(crate) fn is_cold(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<bool> {
+    let strategy = strategy_of(method, ranges)?;
+    Ok(strategy.residency == Residency::Cold && strategy.request_bytes.is_some())
 }
 
 fn strategy_of(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<ReadStrategy> {

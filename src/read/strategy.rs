@@ -142,6 +142,15 @@ impl ReadStrategy {
         }
     }
 
+    /// Returns the strategy for memory that does not have the blocks of the file. Direct reads of a disk then end with a copy,
+    /// which more threads than this only delay (docs/performance.md).
+    pub(crate) fn through_buffers(self, threads: ThreadLimit) -> ReadStrategy {
+        if self.direct == Direct::Never || self.scope.is_remote() {
+            return self;
+        }
+        ReadStrategy { threads: self.threads.min(threads.max().max(DISK_READERS)), ..self }
+    }
+
     /// Allocates memory for `tensors`, given as offsets in the file and lengths. It suits direct reads if there may be some.
     pub(crate) fn allocate(&self, tensors: &[(u64, usize)]) -> Result<Buffers> {
         let sizes: Vec<usize> = tensors.iter().map(|&(_, length)| length).collect();
@@ -171,6 +180,22 @@ mod tests {
 
     fn decide(residency: Residency, scope: Scope, direct: Direct) -> ReadStrategy {
         ReadStrategy::decide(residency, scope, direct, 2, ThreadLimit::at_most(0))
+    }
+
+    #[test]
+    fn direct_reads_of_a_disk_into_any_memory_have_fewer_threads() {
+        let direct = decide(Residency::Cold, Scope::Local, Direct::Auto);
+        for (limit, threads) in [(0, DISK_READERS), (1, DISK_READERS), (6, 6), (100, DIRECT_READERS)] {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            let expected = if limit == 0 { threads.max(cores).min(DIRECT_READERS) } else { threads };
+            assert_eq!(direct.through_buffers(ThreadLimit::at_most(limit)).threads, expected, "{limit}");
+        }
+        for strategy in [
+            decide(Residency::Cold, Scope::Local, Direct::Never),
+            decide(Residency::Cold, Scope::Remote, Direct::Auto),
+        ] {
+            assert_eq!(strategy.through_buffers(ThreadLimit::at_most(1)).threads, strategy.threads);
+        }
     }
 
     #[test]

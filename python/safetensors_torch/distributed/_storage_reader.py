@@ -24,7 +24,7 @@ from .._safe_open import safe_open
 from ._group import Group
 from ._planners import refuse_strided
 from ._read_once import Part, check_read_once, replica_group, share
-from ._stored import StoredTensors
+from ._stored import Request, StoredTensors
 from ._torch_names import torch_class
 
 
@@ -119,40 +119,44 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         refuse_strided(planner)
         stored = self._open()
-        tensors = getattr(planner, "state_dict", None) or {}
-        parts, targets, others = [], [], []
-        for item in plan.items:
-            path = self.storage_data[item.storage_index].relative_path
-            if self._is_converted(item):
-                others.append((path, item))
-                continue
-            target = planner.resolve_tensor(item).detach()
-            if target.size() != item.lengths:
-                raise ValueError(
-                    f"tensor {item.storage_index.fqn!r}: the planner asks for {list(item.lengths)} elements, and gives"
-                    f" a target of shape {list(target.size())}"
-                )
-            name, offsets = item.storage_index.fqn, tuple(item.storage_offsets)
-            group = None
-            if self._process_group is not None:
-                group = replica_group(tensors.get(item.dest_index.fqn), self._process_group)
-            box = tuple(item.storage_index.offset or ()) + offsets, tuple(item.lengths)
-            parts.append(Part(name, box, target, [(path, name, offsets, target)], group))
-            targets.append((item, target))
+        requests, items, others = [], [], []
+        # Views of parameters would record operations otherwise, which takes twice as long.
+        with torch.no_grad():
+            for item in plan.items:
+                path = self.storage_data[item.storage_index].relative_path
+                if self._is_converted(item):
+                    others.append((path, item))
+                    continue
+                target = planner.resolve_tensor(item).detach()
+                if target.size() != item.lengths:
+                    raise ValueError(
+                        f"tensor {item.storage_index.fqn!r}: the planner asks for {list(item.lengths)} elements, and"
+                        f" gives a target of shape {list(target.size())}"
+                    )
+                requests.append((path, item.storage_index.fqn, item.storage_offsets, target))
+                items.append(item)
         if self._process_group is None:
-            stored.read(request for part in parts for request in part.requests)
+            stored.read(requests)
         else:
-            share(Group(self._process_group), self._read_once, parts, stored)
-        for item, target in targets:
-            planner.commit_tensor(item, target)
+            share(Group(self._process_group), self._read_once, self._parts(planner, items, requests), stored)
+        for item, request in zip(items, requests, strict=True):
+            planner.commit_tensor(item, request[3])
         for path, item in others:
             with safe_open(path, framework="pt") as file:
                 self._process_read_request(file, item, planner)
-        # Closed when it is dropped: the planner may have views of nothing in it.
         self._stored = None
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _parts(self, planner: LoadPlanner, items: list[ReadItem], requests: list[Request]) -> list[Part]:
+        tensors = getattr(planner, "state_dict", None) or {}
+        parts = []
+        for item, request in zip(items, requests, strict=True):
+            box = tuple(item.storage_index.offset or ()) + tuple(item.storage_offsets), tuple(item.lengths)
+            group = replica_group(tensors.get(item.dest_index.fqn), self._process_group)
+            parts.append(Part(item.storage_index.fqn, box, request[3], [request], group))
+        return parts
 
     def _is_converted(self, item: ReadItem) -> bool:
         return False
