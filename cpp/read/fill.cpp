@@ -11,20 +11,12 @@
 namespace safetensors_torch::layer {
 namespace {
 
-std::string text_of(c10::IntArrayRef shape) {
-    std::string out;
-    for (const int64_t dim : shape) {
-        out += (out.empty() ? "" : ", ") + std::to_string(dim);
-    }
-    return "[" + out + "]";
-}
-
 // Returns the ranges of a slice, in torch's elements.
 std::vector<core::Range> ranges_of(const std::string& name, const std::vector<int64_t>& starts,
                                    const at::Tensor& target) {
     if (static_cast<int64_t>(starts.size()) != target.dim()) {
         fail(ErrorCategory::value, "tensor " + repr(name) + ": " + std::to_string(starts.size()) +
-                                       " starts for a target of shape " + text_of(target.sizes()));
+                                       " starts for a target with " + std::to_string(target.dim()) + " dimension(s)");
     }
     std::vector<core::Range> ranges;
     ranges.reserve(starts.size());

@@ -342,7 +342,7 @@ impl TensorFile {
     }
 
     /// Returns the ranges to read for slices, after checking their sizes. Reads those with short runs, if the file is not
-    /// mapped: they are read faster together with what is between the runs.
+    /// mapped: one read that includes the bytes between the runs is faster.
     ///
     /// # Safety
     ///

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -506,3 +508,46 @@ def replicated_elements_are_read_once(world: World) -> None:
     with failing(*((ValueError,) if world.rank == 0 else (RuntimeError,)), text="needs other elements"):
         std.load_into(some, world.directory, strict=False, read_once="world")
     assert std.load_into(some, world.directory, strict=False, read_once=False)[0] == []
+
+
+@CASES
+def a_full_disk_is_an_error_before_the_first_byte(world: World) -> None:
+    std.save({"w": torch.zeros(10)}, world.directory / "small")
+    is_mounted = False
+    if world.rank == 0 and os.geteuid() == 0:
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(world.directory / "small")]
+        is_mounted = subprocess.run(command, check=False).returncode == 0
+    if not world.share(is_mounted)[0]:
+        return  # only root can mount
+    try:
+        large = divide(torch.zeros(400, 100), meshes()[0], [Shard(0)])
+        with failing(OSError if world.rank == 0 else RuntimeError, text="No space left"):
+            std.save({"w": large}, world.directory / "small")
+        with failing(CheckpointException, text="No space left"):
+            dcp.save({"w": large}, storage_writer=std.HuggingFaceStorageWriter(world.directory / "small"))
+        dist.barrier()
+        assert os.listdir(world.directory / "small") == []
+    finally:
+        dist.barrier()
+        if world.rank == 0:
+            subprocess.run(["umount", str(world.directory / "small")], check=True)
+    dist.barrier()
+    assert os.listdir(world.directory / "small") == ["model.safetensors"]
+
+
+@CASES
+def an_index_that_lies_is_refused_by_all(world: World) -> None:
+    mine = distributed()[1]
+    names = std.save(mine, world.directory, max_shard_size=300)
+    dist.barrier()
+    if world.rank == 0:
+        path = world.directory / names[-1]
+        index = json.loads(path.read_text())
+        index["weight_map"]["rows"], index["weight_map"]["columns"] = names[0], names[1]
+        index["weight_map"]["absent"] = names[0]
+        path.write_text(json.dumps(index))
+    dist.barrier()
+    with failing(safetensors_torch.SafetensorError, text=names[0]):
+        std.load_into(mine, world.directory)
+    with failing(CheckpointException, text=names[0]):
+        dcp.load(mine, storage_reader=std.HuggingFaceStorageReader(world.directory))

@@ -172,6 +172,54 @@ def test_shards_that_do_not_fit_are_refused(shards: Path, change: dict[str, str]
         std.load_into({"rows": torch.zeros(4, 3)}, shards, strict=False)
 
 
+def test_files_without_an_index_are_read(tmp_path: Path) -> None:
+    parts = {name: {name: torch.full((2,), float(number))} for number, name in enumerate(("a", "b"), 1)}
+    for number, tensors in enumerate(parts.values(), 1):
+        safetensors_torch.save_file(tensors, tmp_path / f"model-{number:05d}-of-00002.safetensors")
+    target = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    dcp.load(target, storage_reader=std.HuggingFaceStorageReader(tmp_path))
+    assert same(target, {**parts["a"], **parts["b"]})
+    safetensors_torch.save_file(parts["a"], tmp_path / "other.safetensors")
+    with pytest.raises(safetensors_torch.SafetensorError, match="'a' is also in another file"):
+        std.load_into(target, tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(safetensors_torch.SafetensorError, match="model-00001-of-00002.safetensors is missing"):
+        std.load_into(target, tmp_path, strict=False)
+
+
+def test_quantized_weights_are_those_of_torch(tmp_path: Path) -> None:
+    weight = torch.randn(256, 300).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": weight, "a.weight_scale_inv": torch.rand(2, 3) + 0.5, "b": torch.randn(256, 300)}
+    safetensors_torch.save_sharded(tensors, tmp_path, max_shard_size=100_000)
+    loaded = []
+    for reader in (dcp.QuantizedHuggingFaceStorageReader, std.QuantizedHuggingFaceStorageReader):
+        target = {"a.weight": torch.zeros(256, 300), "b": torch.zeros(256, 300)}
+        dcp.load(target, storage_reader=reader(str(tmp_path)))
+        loaded.append(target)
+    assert same(loaded[0], loaded[1])
+    assert not torch.equal(loaded[1]["a.weight"], weight.float())
+    with pytest.raises(BaseException, match="nowhere"):
+        dcp.load(target, storage_reader=std.QuantizedHuggingFaceStorageReader(tmp_path / "nowhere"))
+
+
+def test_a_plan_that_a_writer_did_not_prepare_is_written(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    tensors = {"a": torch.rand(4), "b": torch.rand(10)}
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state_dict=tensors)
+    writer = std.HuggingFaceStorageWriter(tmp_path, {"a": 1, "b": 2})
+    results = writer.write_data(planner.create_local_plan(), planner).value()
+    assert [result.storage_data.relative_path for result in results] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    writer.finish(None, [results])
+    assert same(safetensors_torch.load_sharded(tmp_path), tensors)
+
+
 def test_patch_is_off_by_default_and_nests() -> None:
     import torch.distributed.checkpoint.hf_storage as module
 

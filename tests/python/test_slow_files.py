@@ -19,6 +19,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import ranks
+import slow_distributed_cases
 from fresh import run_python
 from proc import ctrl_c_interrupts, eventually
 from safetensors_torch import SafetensorError, iterate, load_file, load_sharded, safe_open, save_file, save_sharded
@@ -344,3 +346,14 @@ def test_small_files_of_a_checkpoint_are_read_together(slow: Slow, tmp_path: Pat
         _use(loaded[f"t{i}"], i)
     # A file of one chunk is read by one thread, which causes 2 requests at a time.
     assert requests().at_once >= 6
+
+
+def test_processes_read_their_parts_and_what_they_share_once(program: Path, tmp_path: Path) -> None:
+    (tmp_path / "stored").mkdir()
+    for name in ("rows", "replicated", "weights"):
+        tensors = {f"t{i}": torch.full((1024, 1024), float(i)) for i in range(slow_distributed_cases.TENSORS)}
+        save_file(tensors, tmp_path / "stored" / f"{name}.safetensors")
+    with mounted(program, tmp_path) as (mountpoint, _):
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root" / "mounted").symlink_to(mountpoint)
+        assert ranks.run("slow_distributed_cases", 2, tmp_path / "root") == {}

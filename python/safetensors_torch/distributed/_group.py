@@ -23,8 +23,8 @@ _Result = TypeVar("_Result")
 class Group:
     """The processes of a group; without an initialized torch.distributed, this process alone.
 
-    Each method takes what is done, for the errors. All processes of the group must call the same methods in the same
-    order. If a function fails in one of them, its error is raised there, and RuntimeError, which names it, in the
+    Each method takes the name of its step, for errors. All processes of the group must call the same methods in the
+    same order. If a function fails in one of them, its error is raised there, and a RuntimeError that names it in the
     others.
     """
 

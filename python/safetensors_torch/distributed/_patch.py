@@ -29,7 +29,7 @@ def _rebuild(ours: type, state: dict[str, Any]) -> Any:
 
 
 def _replacement(ours: type, module: str) -> type:
-    """Returns a class that stands for ours, and is not it: modules that imported it from here must keep it.
+    """Returns a class derived from ours: a module that imported ours from here must keep it after the patch.
 
     A process that unpickles an object may not be patched: it gets one of ours.
     """
@@ -93,5 +93,5 @@ def replacements_by_id() -> dict[int, Any]:
 
 
 def originals_by_id() -> dict[int, Any]:
-    """Returns what is replaced by the ids of the replacements."""
+    """Returns the originals by the ids of their replacements."""
     return {id(replacement): original for original, replacement in _replaced}

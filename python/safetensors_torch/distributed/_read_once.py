@@ -1,7 +1,7 @@
 """Elements that several processes need, read by one of them and sent to the others.
 
-Owns who reads what, and the order of the broadcasts. Reading comes first, in all processes: a broadcast begins only
-once all have succeeded.
+Owns the choice of the process that reads each part, and the order of the broadcasts. Reading comes
+first, in all processes: a broadcast begins only once all have succeeded.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +24,7 @@ from ._group import Group
 from ._planners import refuse_strided
 from ._read_once import Part, check_read_once, replica_group, share
 from ._stored import Request, StoredTensors
-from ._torch_names import torch_class
-
-
-@dataclass
-class StorageInfo:
-    """Where a chunk is: the path of its file; and what torch's readers look up."""
-
-    relative_path: str
-    shape: torch.Size
-    dtype: torch.dtype
+from ._torch_names import storage_info, torch_class
 
 
 class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSystemReader)):  # type: ignore[misc]
@@ -108,7 +98,7 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
             for (offsets, sizes), path in stored.chunks:
                 chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
                 index = MetadataIndex(fqn=name, offset=torch.Size(offsets))
-                storage_data[index] = StorageInfo(path, torch.Size(sizes), stored.dtype)
+                storage_data[index] = storage_info(path, torch.Size(sizes), stored.dtype)
             state_dict_metadata[name] = TensorStorageMetadata(
                 properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.shape), chunks=chunks
             )
@@ -162,9 +152,12 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
         return False
 
 
+_Quantized = torch_class("QuantizedHuggingFaceStorageReader", FileSystemReader)
+
+
 class QuantizedHuggingFaceStorageReader(
+    *(() if _Quantized is FileSystemReader else (_Quantized,)),  # type: ignore[misc]
     HuggingFaceStorageReader,
-    torch_class("QuantizedHuggingFaceStorageReader", FileSystemReader),  # type: ignore[misc]
 ):
     """As HuggingFaceStorageReader, for checkpoints with quantized weights, which torch's own code dequantizes.
 
@@ -195,7 +188,7 @@ class QuantizedHuggingFaceStorageReader(
             raise RuntimeError(
                 "QuantizedHuggingFaceStorageReader needs torch 2.9 or later; use HuggingFaceStorageReader"
             )
-        super().__init__(path, thread_count, process_group=process_group, read_once=read_once)
+        HuggingFaceStorageReader.__init__(self, path, thread_count, process_group=process_group, read_once=read_once)
         self.target_dtype = target_dtype
         self.block_size = block_size
         self._weight_scale_mapping: dict[str, str] = {}
@@ -204,3 +197,9 @@ class QuantizedHuggingFaceStorageReader(
 
     def _is_converted(self, item: ReadItem) -> bool:
         return self._is_tensor_quantized(item.storage_index.fqn)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if kwargs:
+            return HuggingFaceStorageReader.read_metadata(self, *args, **kwargs)
+        # torch's, which calls that of HuggingFaceStorageReader.
+        return super().read_metadata()

@@ -44,7 +44,10 @@ class _FinalPlan:
     process: int
 
 
-class HuggingFaceStorageWriter(torch_class("HuggingFaceStorageWriter", FileSystemWriter)):  # type: ignore[misc]
+_Base = torch_class("HuggingFaceStorageWriter", FileSystemWriter)
+
+
+class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
     """A storage writer of torch.distributed.checkpoint for safetensors files, with the parameters of torch's.
 
     With the layout "final", all processes write their parts to their places in one set of files. There is no
@@ -177,6 +180,9 @@ class HuggingFaceStorageWriter(torch_class("HuggingFaceStorageWriter", FileSyste
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
             checkpoint.commit()
+        elif self._is_final and not self.save_distributed and _Base is not FileSystemWriter:
+            # Another object has written the files: torch writes the index of its results.
+            super().finish(metadata, results)
 
     @staticmethod
     def _with_rank(plan: SavePlan, number: int) -> SavePlan:
@@ -211,6 +217,9 @@ class HuggingFaceStorageWriter(torch_class("HuggingFaceStorageWriter", FileSyste
     def _write_final(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         if not plan.items:
             return []
+        if not isinstance(plan.storage_data, _FinalPlan):
+            # The caller has made a plan by itself, for this process alone.
+            plan = self.prepare_global_plan([plan])[0]
         hidden = _find_hidden(self.path, plan.storage_data)
         chunks = [(self._chunk_of(item), planner.resolve_data(item).detach()) for item in plan.items]
         write_chunks(self.path, hidden, chunks, start=os.getpid() % len(hidden.names), durable=self._durable)
@@ -265,11 +274,11 @@ def _complete_plans(plans: list[SavePlan]) -> tuple[_FinalPlan, list[SavePlan]]:
         final = _FinalPlan(new_first_number(), os.getpid())
         complete = plans
     else:
-        # Processes whose plan has not changed have that of the save before, with its names.
+        # A process whose plan has not changed uses its plan of the save before, and the names in that.
         fitting = [final for final, cached in _last_plans.items() if len(cached) == len(plans)]
         if not fitting:
             raise ValueError(
-                "the planner has cached plans of a save that this process has not done with this writer; save once with"
+                "the planner has cached the plans of a save that this process does not know; save once with"
                 " enable_plan_caching=False"
             )
         final = fitting[-1]

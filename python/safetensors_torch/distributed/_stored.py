@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from .._progress import Progress, run
 from .._safe_open import open_path
 from ._chunks import Box, check_boxes
 from ._names import CHUNK_FILE_PREFIX, INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SUFFIX
+
+# What load_sharded opens in a directory, even if there are other files.
+_FIRST_CHOICE = [f"model{SUFFIX}"]
 
 # A box to read: the path of its file, the name of the tensor, the offsets in that file's tensor, and the target.
 Request = tuple[str, str, Sequence[int], torch.Tensor]
@@ -50,26 +54,55 @@ class StoredTensors:
         # By path: the native File, which has all tensors of that file.
         self._files: dict[str, Any] = {}
         names = [os.fsdecode(name) for name in os.listdir(self._path)] if os.path.isdir(self._path) else []
-        files = [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX)) and not name.startswith(".")]
-        chunk_files = [name for name in files if name.startswith(CHUNK_FILE_PREFIX)]
-        if not chunk_files or len(files) > len(chunk_files):
-            self._add_final(open_path(self._path, "mmap"))
-            return
-        for name in sorted(chunk_files):
-            self._add_chunks(name)
-        self._check()
+        files = sorted(name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
+        final = [name for name in files if not name.startswith(CHUNK_FILE_PREFIX)]
+        if not files or any(name.endswith(INDEX_SUFFIX) for name in names):
+            self._add_indexed(open_path(self._path, "mmap"))
+        elif final:
+            # torch's reader needs no index.
+            for name in _FIRST_CHOICE if _FIRST_CHOICE[0] in final else final:
+                self._add_whole(os.path.join(self._path, os.fsencode(name)))
+            self._check_numbers(final)
+        else:
+            for name in files:
+                self._add_chunks(name)
+            self._check()
 
-    def _add_final(self, file: Any) -> None:
+    def _add_indexed(self, file: Any) -> None:
         directory = self._path if os.path.isdir(self._path) else os.path.dirname(self._path)
-        names = call(file.offset_keys)
         several = bool(call(file.shards))
-        for name, like in zip(names, call(file.get_tensors, names, torch.device("meta")), strict=True):
-            path = path_text(self._path)
+        for name, like in _tensors_of(file):
+            path = self._path
             if several:
-                path = path_text(os.path.join(directory, os.fsencode(call(file.shard_of, name))))
-            box = (0,) * like.dim(), tuple(like.shape)
-            self.tensors[name] = StoredTensor(like.dtype, tuple(like.shape), [(box, path)])
-            self._files[path] = file
+                path = os.path.join(directory, os.fsencode(call(file.shard_of, name)))
+            self._add(path_text(path), file, name, like)
+
+    def _add_whole(self, path: bytes) -> None:
+        file = open_file(path, "mmap")
+        for name, like in _tensors_of(file):
+            if name in self.tensors:
+                raise SafetensorError(
+                    f"{path_text(path)}: tensor {name!r} is also in another file; remove the files of an older"
+                    " checkpoint, or write an index"
+                )
+            self._add(path_text(path), file, name, like)
+
+    def _add(self, path: str, file: Any, name: str, like: torch.Tensor) -> None:
+        box = (0,) * like.dim(), tuple(like.shape)
+        self.tensors[name] = StoredTensor(like.dtype, tuple(like.shape), [(box, path)])
+        self._files[path] = file
+
+    def _check_numbers(self, names: list[str]) -> None:
+        """Checks that numbered files are all there."""
+        for name in names:
+            match = re.fullmatch(rf"(.+)-[0-9]{{5}}-of-([0-9]{{5}}){re.escape(SUFFIX)}", name)
+            for number in range(1, int(match[2]) + 1) if match else ():
+                other = f"{match[1]}-{number:05d}-of-{match[2]}{SUFFIX}"
+                if other not in names:
+                    raise SafetensorError(
+                        f"{path_text(self._path)}: {name} is one of {int(match[2])} files, and {other} is missing;"
+                        " fetch the checkpoint again, or save it again"
+                    )
 
     def _add_chunks(self, file_name: str) -> None:
         path = path_text(os.path.join(self._path, os.fsencode(file_name)))
@@ -82,8 +115,7 @@ class StoredTensors:
                 f"{path}: its metadata has no valid {POSITIONS_KEY}, so it is not a file of"
                 " torch.distributed.checkpoint; load it as it is"
             ) from error
-        names = call(file.offset_keys)
-        for name, like in zip(names, call(file.get_tensors, names, torch.device("meta")), strict=True):
+        for name, like in _tensors_of(file):
             begin = offsets.get(name)
             if begin is None or len(begin) != like.dim():
                 raise SafetensorError(
@@ -153,3 +185,9 @@ class StoredTensors:
         """Closes the files."""
         for file in self._files.values():
             file.close()
+
+
+def _tensors_of(file: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Returns the names of the tensors of a native File, each with a tensor of its shape and dtype without memory."""
+    names = call(file.offset_keys)
+    return zip(names, call(file.get_tensors, names, torch.device("meta")), strict=True)

@@ -1,7 +1,6 @@
-"""weights_iterator: the tensors of checkpoint files for serving engines, read once for a group of processes if that
-pays.
+"""weights_iterator: the tensors of checkpoint files for serving engines, read once for a group of processes.
 
-Owns who reads what, and the order. ``iterate`` and the prefetch loader do the reading.
+Owns the choice of the process that reads each tensor, and the order. The prefetch loader reads.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class _Work:
             call(native.close)
 
     def _plans(self, opened: list[Any]) -> list[tuple[list[str] | None, list[list[int]], dict[str, Any]]]:
-        """Returns for each file the names to read, the ranges of each, and the indices to apply to what was read."""
+        """Returns for each file the names to read, their ranges, and the indices that complete the slices."""
         chosen = select_of_files(opened, self._names, self._title())
         unknown = set(self._slices)
         plans = []
