@@ -598,9 +598,10 @@ sft_status sft_writer_write_sharded(const sft_writer* writer, const char* direct
 
 /** Joins the files shard-*.safetensors in the directory `input`, which the processes of torch.distributed.checkpoint
  * have written, and writes the whole tensors into `output` as sft_writer_write_sharded does, in the order of their
- * names, with the metadata format = pt. `options` may be NULL for the defaults. The files do not contain the shapes of
- * the whole tensors: a tensor ends where its furthest chunk does. So a missing file goes unnoticed if the other chunks
- * of each tensor still form a box. The files are mapped, and must not be truncated during the call.
+ * names, with the metadata format = pt. `options` may be NULL for the defaults. Files that this library has written
+ * contain the shapes of the whole tensors; torch's do not: there, a tensor ends where its furthest chunk does, and a
+ * missing file goes unnoticed if the other chunks of each tensor still form a box. The files are mapped, and must not
+ * be truncated during the call.
  * Errors: INVALID_ARGUMENT if `input` has no such file; HEADER_JSON if a file lacks the positions of its chunks;
  * OFFSETS if the chunks of a tensor overlap, leave a gap, or differ in their dtype; those of sft_file_open and
  * sft_writer_write_sharded. `output` is then as it was. */

@@ -371,6 +371,10 @@ mod ffi {
         fn missing(self: &IncrementalWriter) -> Result<Vec<String>>;
         fn is_open(self: &IncrementalWriter) -> bool;
         fn commit(self: &IncrementalWriter) -> Result<()>;
+        /// Lets other processes write to the file. Returns the path of the hidden file.
+        fn make_joinable(self: &IncrementalWriter) -> Result<Vec<u8>>;
+        /// Commits without checking that every byte was written.
+        fn commit_joined(self: &IncrementalWriter) -> Result<()>;
         fn discard(self: &IncrementalWriter);
 
         type TensorWriter;

@@ -70,6 +70,11 @@ std::vector<std::string> IncrementalWriter::missing() const {
     return names;
 }
 
+std::string IncrementalWriter::make_joinable() const {
+    const auto path = writer_->make_joinable();
+    return {path.begin(), path.end()};
+}
+
 void register_incremental_writer(torch::Library& library) {
     using Self = c10::intrusive_ptr<IncrementalWriter>;
     library.class_<IncrementalWriter>("IncrementalWriter")
@@ -87,6 +92,8 @@ void register_incremental_writer(torch::Library& library) {
         .def("missing", [](const Self& self) { return guarded([&] { return self->missing(); }); })
         .def("is_open", [](const Self& self) { return self->is_open(); })
         .def("commit", [](const Self& self) { guarded([&] { self->commit(); }); })
+        .def("make_joinable", [](const Self& self) { return guarded([&] { return self->make_joinable(); }); })
+        .def("commit_joined", [](const Self& self) { guarded([&] { self->commit_joined(); }); })
         .def("discard", [](const Self& self) { self->discard(); });
 }
 

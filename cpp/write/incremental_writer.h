@@ -33,6 +33,12 @@ class IncrementalWriter : public torch::CustomClassHolder {
     // Fails, and stays open, if a tensor is missing.
     void commit() const { writer_->commit(); }
 
+    // Lets other processes write to the file, with JoinedSave. Returns the path of the hidden file.
+    std::string make_joinable() const;
+
+    // Commits without checking that every byte was written.
+    void commit_joined() const { writer_->commit_joined(); }
+
     void discard() const { writer_->discard(); }
 
   private:

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -123,6 +124,25 @@ class File {
         const detail::Box box = detail::bounding_box(index, tensor_shape(name), name);
         const at::Tensor part = call("get_slice", name, box.starts, box.stops, box.steps, chosen(device)).toTensor();
         return box.has_rest ? part.index(box.rest) : part;
+    }
+
+    /// Reads parts of tensors into tensors that exist, all with one call: on any device, with any strides, and any
+    /// dtype that torch converts to. Contiguous CPU tensors with the dtype of the file are read in parallel, directly
+    /// into their memory. Destinations must not overlap. Everything is checked before the first one changes.
+    ///
+    /// Throws Error: the file has no tensor of a name, or it has no such part; torch cannot convert it; a destination
+    /// has no memory; the file cannot be read: the destinations are then unspecified.
+    void read_into(const std::vector<TensorPart>& parts) const {
+        std::vector<std::string> names;
+        std::vector<std::vector<int64_t>> starts;
+        std::vector<at::Tensor> tensors;
+        for (const TensorPart& part : parts) {
+            names.push_back(part.name);
+            starts.push_back(part.starts);
+            tensors.push_back(part.tensor);
+        }
+        const c10::IValue fill = call("start_fill", names, starts, tensors);
+        detail::call_method(fill.toObject(), "advance", std::numeric_limits<double>::infinity());
     }
 
     /// Starts to read the tensors of `plan`, or all, and returns a loader that hands out each once it has landed. They

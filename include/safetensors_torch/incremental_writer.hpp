@@ -63,6 +63,16 @@ class IncrementalWriter {
     /// committed already; the file cannot be written.
     void commit() { call("commit"); }
 
+    /// Makes the file joinable: other processes can write parts of its tensors with write_joined. Returns the path of
+    /// the hidden file, for them. Call it before the first write.
+    ///
+    /// Throws Error: another thread is writing a tensor; the writer is committed; the file cannot be written.
+    std::filesystem::path make_joinable() { return call("make_joinable").toStringRef(); }
+
+    /// Puts the file in place, as commit does, without checking that every tensor was written: this process does not
+    /// know what the others have written. Call it once all of them have finished; bytes that nobody wrote are zero.
+    void commit_joined() { call("commit_joined"); }
+
     /// Discards the file: the one that was there before stays as it was. Does nothing after a commit.
     void discard() { call("discard"); }
 
@@ -89,5 +99,25 @@ class IncrementalWriter {
 
     detail::Object object_;
 };
+
+/// Writes parts of tensors, from any device, to a file that another process commits. `path` is the one that
+/// IncrementalWriter::make_joinable has returned there. Returns once the bytes are written; if `durable`, once they are
+/// on the disk. Parts that are not contiguous are copied, one at a time.
+///
+/// Throws Error: the other process has ended; the file has no tensor of a name, or of another dtype or shape; the file
+/// cannot be written.
+inline void write_joined(const std::filesystem::path& path, const std::vector<TensorPart>& parts,
+                         bool durable = false) {
+    std::vector<std::string> names;
+    std::vector<at::Tensor> tensors;
+    std::vector<std::vector<int64_t>> starts;
+    for (const TensorPart& part : parts) {
+        names.push_back(part.name);
+        tensors.push_back(part.tensor);
+        starts.push_back(part.starts);
+    }
+    const detail::Object save = detail::make("JoinedSave", path.native(), names, tensors, starts, durable);
+    detail::call_method(save, "advance", std::numeric_limits<double>::infinity());
+}
 
 }  // namespace safetensors_torch

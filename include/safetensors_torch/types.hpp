@@ -223,6 +223,16 @@ struct TensorSpec {
 /// Dtypes and shapes by name.
 using TensorSpecs = std::map<std::string, TensorSpec>;
 
+/// A box of the elements of a tensor in a file, and a tensor of its shape.
+struct TensorPart {
+    /// The name of the tensor in the file.
+    std::string name;
+    /// The first element, in each dimension.
+    std::vector<int64_t> starts;
+    /// The values of the box, or their destination.
+    at::Tensor tensor;
+};
+
 /// How a file is written tensor by tensor.
 struct IncrementalWriterOptions {
     /// As in SaveOptions, for the commit.

@@ -46,6 +46,14 @@ impl IncrementalWriter {
         Ok(self.0.commit()?)
     }
 
+    pub fn make_joinable(&self) -> Result<Vec<u8>> {
+        Ok(self.0.make_joinable()?.into_os_string().into_encoded_bytes())
+    }
+
+    pub fn commit_joined(&self) -> Result<()> {
+        Ok(self.0.commit_joined()?)
+    }
+
     pub fn discard(&self) {
         self.0.discard();
     }

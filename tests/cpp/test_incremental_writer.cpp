@@ -57,6 +57,48 @@ TEST(incremental_writer_writes_the_bytes_of_a_save) {
     EXPECT_EQ(dir.count(), 3u);
 }
 
+TEST(processes_write_and_read_parts_of_a_file) {
+    const TempDir dir;
+    const st::Tensors tensors = tensors_to_write();
+    st::save_file(tensors, dir.file("saved"));
+    const at::Tensor weight = tensors.at("weight");
+    st::IncrementalWriter writer(dir.file("joined"), tensors);
+    const std::filesystem::path hidden = writer.make_joinable();
+    // Rows by one process; columns of the rest by another, which are not contiguous.
+    st::write_joined(hidden, {{"weight", {0, 0}, weight.narrow(0, 0, 10)}, {"bias", {0}, tensors.at("bias")}}, true);
+    const at::Tensor rest = weight.narrow(0, 10, 20);
+    st::write_joined(hidden, {{"weight", {10, 0}, rest.narrow(1, 0, 15)},
+                              {"weight", {10, 15}, rest.narrow(1, 15, 25)},
+                              {"steps", {}, tensors.at("steps")}});
+    EXPECT_HAS(ERROR_OF(writer.commit()), "missing");
+    EXPECT_HAS(ERROR_OF(st::write_joined(hidden, {{"other", {0}, tensors.at("bias")}})), "other");
+    EXPECT_HAS(ERROR_OF(st::write_joined(hidden, {{"weight", {25, 0}, weight.narrow(0, 0, 10)}})), "25..35");
+    EXPECT_HAS(ERROR_OF(st::write_joined(hidden, {{"weight", {0, 0}, weight.to(at::kHalf)}})), "F16");
+    EXPECT_HAS(ERROR_OF(st::write_joined(hidden, {{"weight", {0}, weight}})), "1 starts");
+    EXPECT_HAS(ERROR_OF(st::write_joined(dir.file("saved"), {})), "not a file that another process is saving");
+    writer.commit_joined();
+    EXPECT(read_file(dir.file("joined")) == read_file(dir.file("saved")));
+    EXPECT_EQ(dir.count(), 2u);
+
+    const st::File file(dir.file("joined"));
+    const at::Tensor contiguous = at::zeros({5, 40}), converted = at::zeros({5, 40}, at::kDouble);
+    const at::Tensor strided = at::zeros({40, 30});
+    const at::Tensor scalar = at::zeros({}, at::kLong);
+    file.read_into({{"weight", {7, 0}, contiguous},
+                    {"weight", {7, 0}, converted},
+                    {"weight", {0, 0}, strided.t()},
+                    {"steps", {}, scalar},
+                    {"none", {0, 0}, at::zeros({0, 3})}});
+    EXPECT(at::equal(contiguous, weight.narrow(0, 7, 5)));
+    EXPECT(at::equal(converted, weight.narrow(0, 7, 5).to(at::kDouble)));
+    EXPECT(at::equal(strided.t(), weight));
+    EXPECT(at::equal(scalar, tensors.at("steps")));
+    EXPECT_HAS(ERROR_OF(file.read_into({{"weight", {28, 0}, contiguous}})), "28..33");
+    EXPECT_HAS(ERROR_OF(file.read_into({{"weight", {0}, contiguous}})), "1 starts");
+    EXPECT_HAS(ERROR_OF(file.read_into({{"other", {0, 0}, contiguous}})), "other");
+    EXPECT_HAS(ERROR_OF(file.read_into({{"weight", {0, 0}, at::empty({5, 40}, at::kMeta)}})), "meta device");
+}
+
 TEST(incremental_writer_takes_every_dtype) {
     const TempDir dir;
     st::Tensors tensors;
