@@ -21,6 +21,9 @@ const POSITIONS_KEY: &str = "DCP_SHARDING_INFO";
 
 const OFFSETS_KEY: &str = "saved_offsets";
 
+/// The shape of the whole tensor, which only our own files have.
+const SHAPE_KEY: &str = "shape";
+
 /// A tensor, and the chunks that are all of it.
 #[derive(Debug)]
 pub(super) struct ChunkedTensor<'f> {
@@ -58,7 +61,7 @@ impl<'f> ChunkedTensor<'f> {
             let positions = positions(file)?;
             for (index, info) in file.header().iter().enumerate() {
                 let invalid = |what: &dyn Display| invalid(file, info.name, what);
-                let Some(offsets) = positions.get(info.name) else {
+                let Some(Position { offsets, shape }) = positions.get(info.name) else {
                     return Err(invalid(&format_args!("{POSITIONS_KEY} does not list it")));
                 };
                 if offsets.len() != info.shape.len() {
@@ -78,6 +81,12 @@ impl<'f> ChunkedTensor<'f> {
                 }
                 if info.dtype.bits() % 8 != 0 && offsets.iter().any(|&offset| offset > 0) {
                     return Err(invalid(&format_args!("chunks of {} may begin inside a byte", info.dtype)));
+                }
+                if shape.as_ref().is_some_and(|shape| shape.len() != info.shape.len()) {
+                    return Err(invalid(&format_args!("its whole {SHAPE_KEY} has other dimensions")));
+                }
+                for (size, &whole) in tensor.shape.iter_mut().zip(shape.iter().flatten()) {
+                    *size = whole.max(*size);
                 }
                 for ((size, &offset), &length) in tensor.shape.iter_mut().zip(offsets).zip(info.shape) {
                     let end = offset.checked_add(length).ok_or_else(|| invalid(&"an offset overflows"))?;
@@ -246,8 +255,14 @@ fn strides(dtype: Dtype, shape: &[u64]) -> Vec<usize> {
     strides
 }
 
-/// Returns the offsets of each chunk in a file.
-fn positions<'f>(file: &'f TensorFile) -> Result<HashMap<Cow<'f, str>, Vec<u64>>> {
+/// Where a chunk is in its tensor, and the shape of that.
+struct Position {
+    offsets: Vec<u64>,
+    shape: Option<Vec<u64>>,
+}
+
+/// Returns the position of each chunk in a file.
+fn positions<'f>(file: &'f TensorFile) -> Result<HashMap<Cow<'f, str>, Position>> {
     let fail = |what: &dyn Display| {
         let detail = format!("not a file of torch.distributed.checkpoint: {what}; load it as it is");
         Err(Error::new(ErrorKind::HeaderJson, detail).in_file(path(file)))
@@ -255,44 +270,50 @@ fn positions<'f>(file: &'f TensorFile) -> Result<HashMap<Cow<'f, str>, Vec<u64>>
     let Some(text) = file.header().metadata().and_then(|metadata| metadata.get(POSITIONS_KEY)) else {
         return fail(&format_args!("its metadata lacks {POSITIONS_KEY}"));
     };
-    let parsed: HashMap<JsonText<'f>, SavedOffsets> = match serde_json::from_str(text) {
+    let parsed: HashMap<JsonText<'f>, Entry> = match serde_json::from_str(text) {
         Ok(parsed) => parsed,
         Err(error) => return fail(&format_args!("{POSITIONS_KEY} is invalid: {error}")),
     };
     let mut positions = HashMap::with_capacity(parsed.len());
-    for (name, SavedOffsets(offsets)) in parsed {
+    for (name, Entry { offsets, shape }) in parsed {
         match offsets {
-            Some(offsets) => positions.insert(name.0, offsets),
+            Some(offsets) => positions.insert(name.0, Position { offsets, shape }),
             None => return fail(&format_args!("{POSITIONS_KEY} has no {OFFSETS_KEY} of {:?}", name.0)),
         };
     }
     Ok(positions)
 }
 
-/// The offsets of one chunk; `None` if its entry lacks them. A `serde_json::Value` for each chunk takes longer than all else.
-struct SavedOffsets(Option<Vec<u64>>);
+/// The entry of one chunk. A `serde_json::Value` for each takes longer than all else.
+#[derive(Default)]
+struct Entry {
+    offsets: Option<Vec<u64>>,
+    shape: Option<Vec<u64>>,
+}
 
-impl<'de> Deserialize<'de> for SavedOffsets {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<SavedOffsets, D::Error> {
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Entry, D::Error> {
         struct EntryVisitor;
 
         impl<'de> Visitor<'de> for EntryVisitor {
-            type Value = SavedOffsets;
+            type Value = Entry;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("the position of a chunk")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<SavedOffsets, A::Error> {
-                let mut offsets = None;
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entry, A::Error> {
+                let mut entry = Entry::default();
                 while let Some(JsonText(key)) = map.next_key()? {
-                    if key == OFFSETS_KEY {
-                        offsets = Some(map.next_value()?);
-                    } else {
-                        map.next_value::<IgnoredValue>()?;
+                    match key.as_ref() {
+                        OFFSETS_KEY => entry.offsets = Some(map.next_value()?),
+                        SHAPE_KEY => entry.shape = Some(map.next_value()?),
+                        _ => {
+                            map.next_value::<IgnoredValue>()?;
+                        }
                     }
                 }
-                Ok(SavedOffsets(offsets))
+                Ok(entry)
             }
         }
 

@@ -30,8 +30,8 @@ const MIN_WRITE_BYTES: usize = 64 << 10;
 /// [`save_sharded`](crate::save_sharded) does, and writes the same bytes as it would for the whole tensors, sorted by their
 /// names, with the metadata `format` = `pt`. Returns the names of the files, the index last.
 ///
-/// The files do not contain the shapes of the whole tensors: a tensor ends where its furthest chunk does. So a missing file
-/// goes unnoticed if the other chunks of each tensor still form a box. The files are mapped: the process ends with `SIGBUS` if
+/// Files that this library has written contain the shapes of the whole tensors; torch's do not: there, a tensor ends where its
+/// furthest chunk does, and a missing file goes unnoticed if the other chunks of each tensor still form a box. The files are mapped: the process ends with `SIGBUS` if
 /// one of them is truncated during the call.
 ///
 /// # Errors

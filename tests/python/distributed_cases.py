@@ -551,3 +551,109 @@ def an_index_that_lies_is_refused_by_all(world: World) -> None:
         std.load_into(mine, world.directory)
     with failing(CheckpointException, text=names[0]):
         dcp.load(mine, storage_reader=std.HuggingFaceStorageReader(world.directory))
+
+
+@CASES
+def a_save_of_shards_that_fails_leaves_the_old_ones(world: World) -> None:
+    class Failing(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            if world.rank == 1:
+                raise ConnectionError("no more")
+            return super().resolve_data(write_item)
+
+    whole, mine = distributed()
+    names = ("rows", "columns", "uneven")
+
+    def save(tensors: Tensors, planner: Any = None) -> None:
+        writer = std.HuggingFaceStorageWriter(world.directory, save_distributed=True)
+        dcp.save({name: tensors[name] for name in names}, storage_writer=writer, planner=planner)
+
+    save(mine)
+    with failing(CheckpointException, text="no more"):
+        save(distributed(seed=1)[1], Failing())
+    dist.barrier()
+    target = {name: torch.zeros_like(whole[name]) for name in names}
+    std.load_into(target, world.directory)
+    assert all(equal(target[name], whole[name]) for name in names)
+    whole, mine = distributed(seed=2)
+    save(mine)
+    dist.barrier()
+    assert strays(world.directory) == []
+    std.load_into(target, world.directory)
+    assert all(equal(target[name], whole[name]) for name in names)
+    # The last file is missing: the others are a box, but not the whole tensor.
+    dist.barrier()
+    if world.rank == 0:
+        (world.directory / "shard-00004-model-00001-of-00001.safetensors").unlink()
+    dist.barrier()
+    with failing(safetensors_torch.SafetensorError, text="a file is missing"):
+        std.load_into(target, world.directory)
+    with failing(safetensors_torch.SafetensorError, text="a file of the checkpoint is missing"):
+        std.consolidate(world.directory, world.directory / f"whole-{world.rank}")
+
+
+@CASES
+def cached_plans_of_other_saves_are_not_mixed_up(world: World) -> None:
+    class Cached(DefaultSavePlanner):
+        def __init__(self) -> None:
+            super().__init__(enable_plan_caching=True)
+
+    def save(tensors: Tensors, name: str, planner: Any, **options: Any) -> dict[str, torch.Tensor]:
+        writer = std.HuggingFaceStorageWriter(world.directory / name, save_distributed=True, **options)
+        dcp.save(tensors, storage_writer=writer, planner=planner)
+        dist.barrier()
+        return safetensors_torch.load_sharded(world.directory / name) if options else {}
+
+    final = {"enable_consolidation": True}
+    first = {"a": torch.arange(3), "b": torch.arange(5) + world.rank * 0}
+    other = {f"t{number}": torch.full((3,), number) for number in range(5)}
+    assert sorted(save(first, "first", Cached(), **final)) == ["a", "b"]
+    assert sorted(save(other, "other", DefaultSavePlanner(), **final)) == sorted(other)
+    assert sorted(save(first, "first", Cached(), **final)) == ["a", "b"]
+    save(other, "shards", Cached())
+    with failing(CheckpointException, text="the planner has cached the plan"):
+        save(other, "first", Cached(), **final)
+    assert sorted(safetensors_torch.load_sharded(world.directory / "first")) == ["a", "b"]
+
+
+@CASES
+def a_process_that_needs_nothing_is_noticed(world: World) -> None:
+    std.save({"a": torch.ones(4), "b": torch.ones(2)}, world.directory)
+    target = {"a": torch.zeros(4), "b": torch.zeros(2)} if world.rank != 2 else {}
+    with failing(*((ValueError,) if world.rank == 0 else (RuntimeError,)), text="rank 2 needs other elements"):
+        std.load_into(target, world.directory, strict=False, read_once="world")
+    # A mesh that is larger than the group: its members read by themselves.
+    if world.rank < 2:
+        loaded = std.load_dtensors(
+            world.directory,
+            DeviceMesh("cpu", torch.arange(4), _init_backend=False),
+            [Shard(0)],
+            read_once="world",
+            process_group=world.pair,
+        )
+        assert loaded["a"].to_local().tolist() == [1]
+
+
+@CASES
+def an_error_of_one_process_before_the_reads_reaches_all(world: World) -> None:
+    class Failing(dcp.DefaultLoadPlanner):
+        def resolve_tensor(self, read_item: Any) -> Any:
+            if world.rank == 1:
+                raise ConnectionError("mine")
+            return super().resolve_tensor(read_item)
+
+    class Broken(torch.nn.Linear):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            if world.rank == 1:
+                raise ConnectionError("mine")
+            return super().state_dict(*args, **kwargs)
+
+    std.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, world.directory)
+    reader = std.HuggingFaceStorageReader(world.directory, process_group=dist.group.WORLD, read_once="world")
+    with failing(CheckpointException, text="mine"):
+        dcp.load({"bias": torch.zeros(2)}, storage_reader=reader, planner=Failing())
+    with failing(ConnectionError if world.rank == 1 else RuntimeError, text="mine"):
+        std.load_into(Broken(2, 2), world.directory)
+    device = "nonsense" if world.rank == 1 else "cpu"
+    with failing(RuntimeError, text="nonsense"):
+        std.weights_iterator(world.directory, device, dist.group.WORLD, read_once="world")

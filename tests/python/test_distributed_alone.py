@@ -188,6 +188,25 @@ def test_files_without_an_index_are_read(tmp_path: Path) -> None:
         std.load_into(target, tmp_path, strict=False)
 
 
+def test_long_paths_and_names_that_are_not_utf8(shards: Path, tmp_path: Path) -> None:
+    directory = tmp_path / ("L" * 120) / ("L" * 120) / os.fsdecode(b"\xff")
+    directory.parent.mkdir(parents=True)
+    os.rename(shards, directory)
+    target = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
+    std.load_into(target, directory)
+    assert same(target, WHOLE)
+    std.consolidate(directory, directory / "whole")
+    std.save(WHOLE, directory)
+    dcp.load(target, storage_reader=std.HuggingFaceStorageReader(directory))
+    assert same(target, WHOLE)
+
+
+def test_names_without_utf8_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        std.save({"\ud800": torch.zeros(1)}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quantized_weights_are_those_of_torch(tmp_path: Path) -> None:
     weight = torch.randn(256, 300).to(torch.float8_e4m3fn)
     tensors = {"a.weight": weight, "a.weight_scale_inv": torch.rand(2, 3) + 0.5, "b": torch.randn(256, 300)}

@@ -111,7 +111,7 @@ SIGNATURES = {
         ("variant", None),
         ("extra", "error"),
     ],
-    "patch_safetensors": [],
+    "patch_safetensors": ["*", ("dcp", False)],
     "unpatch_safetensors": [],
     "IncrementalWriter": [("filename", REQUIRED), ("tensors", REQUIRED), ("metadata", None), "*", ("durable", False)],
     "edit_metadata": [

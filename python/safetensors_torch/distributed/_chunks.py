@@ -15,7 +15,7 @@ import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from .._errors import short_repr
+from .._arguments import check_name
 from ._local_ranges import local_ranges
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,8 +55,7 @@ def local_chunks(state_dict: Mapping[str, Any], dtype: torch.dtype | None = None
     """
     chunks = []
     for name, value in state_dict.items():
-        if not isinstance(name, str):
-            raise TypeError(f"names must be str, not {type(name).__name__}: {short_repr(name)}")
+        check_name(name)
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{name!r} is {type(value).__name__}: safetensors files contain tensors only; leave it out, or save it"
@@ -168,6 +167,8 @@ def check_boxes(tensors: Mapping[str, Any], named: Iterable[tuple[str, Box]]) ->
 
 def _overlap(boxes: list[Box]) -> bool:
     # Sorted in the dimension with the most different offsets, few boxes are neighbours of each.
+    if not boxes[0][0]:
+        return True  # scalars
     along = max(range(len(boxes[0][0])), key=lambda dim: len({offsets[dim] for offsets, _ in boxes}))
     open_boxes: list[Box] = []
     for offsets, sizes in sorted(boxes, key=lambda box: box[0][along]):

@@ -61,9 +61,8 @@ def load_into(
         >>> load_into(model, "checkpoints/step-1000")  # on every rank
         ([], [])
     """
-    tensors = target.state_dict() if isinstance(target, nn.Module) else target
     group = Group(process_group)
-    work = _Load(tensors, path, strict, read_once, group, progress)
+    work = _Load(target, path, strict, read_once, group, progress)
     group.each("checking a checkpoint", work.check)
     work.read()
     return work.missing, work.unexpected
@@ -74,14 +73,14 @@ class _Load:
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
+        target: Mapping[str, Any] | nn.Module,
         path: Path,
         strict: bool,
         read_once: Any,
         group: Group,
         progress: Progress,
     ) -> None:
-        self._tensors = tensors
+        self._target = target
         self._path = path
         self._strict = strict
         self._read_once = read_once
@@ -96,15 +95,16 @@ class _Load:
         check_progress(self._progress)
         check_read_once(self._read_once)
         stored = self._stored = StoredTensors(self._path)
-        loaded = {name: value for name, value in self._tensors.items() if name in stored.tensors}
+        tensors = self._target.state_dict() if isinstance(self._target, nn.Module) else self._target
+        loaded = {name: value for name, value in tensors.items() if name in stored.tensors}
         chunks = local_chunks(loaded)
         memory = {_memory_of(value) for value in loaded.values()}
         self.missing = sorted(
             name
-            for name, value in self._tensors.items()
+            for name, value in tensors.items()
             if name not in loaded and not (isinstance(value, torch.Tensor) and _memory_of(value) in memory)
         )
-        self.unexpected = sorted(stored.tensors.keys() - self._tensors.keys())
+        self.unexpected = sorted(stored.tensors.keys() - tensors.keys())
         if self._strict and (self.missing or self.unexpected):
             raise RuntimeError(
                 f"the target and {short_repr(self._path)} have different tensors; missing in the checkpoint:"

@@ -90,26 +90,27 @@ def share(
         for part in parts:
             if part.process_group is not None:
                 needs.setdefault(members[id(part.process_group)], []).append(part.key)
-        return socket.gethostname(), dist.get_rank() if groups else group.rank, stored.is_remote(), needs
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return socket.gethostname(), rank, stored.is_remote(), needs
 
     def plan(found: list[Any]) -> list[set[tuple[int, ...]]]:
         hosts = {rank: host for host, rank, _, _ in found}
+        needs_of = {rank: mine for _, rank, _, mine in found}
         if not (read_once in ("world", "node") or (read_once == "auto" and any(remote for _, _, remote, _ in found))):
             return [set()] * len(found)
-        needs: dict[tuple[int, ...], list[Hashable]] = {}
-        for _, rank, _, mine in found:
-            for ranks, keys in mine.items():
-                first = needs.setdefault(ranks, keys)
-                if first != keys:
+        shared = set()
+        for ranks, keys in {ranks: keys for mine in needs_of.values() for ranks, keys in mine.items()}.items():
+            if len(ranks) < 2 or not needs_of.keys() >= set(ranks):
+                continue  # a process outside of the group of this load does not take part
+            if read_once == "node" and len({hosts[rank] for rank in ranks}) > 1:
+                continue
+            for rank in ranks:
+                if needs_of[rank].get(ranks) != keys:
                     raise ValueError(
                         f"rank {rank} needs other elements than the processes that it shares a group with"
                         f" {list(ranks)}; load the same tensors in all, or pass read_once=False"
                     )
-        shared = {
-            ranks
-            for ranks in needs
-            if len(ranks) > 1 and (read_once != "node" or len({hosts.get(rank) for rank in ranks}) == 1)
-        }
+            shared.add(ranks)
         return [shared] * len(found)
 
     shared = group.plan("planning a load", describe, plan)
@@ -129,7 +130,8 @@ def share(
             own.append(part)
     requests = [request for part in own for request in part.requests]
     group.each("loading a checkpoint", lambda: stored.read(requests, progress))
-    for key, mine in queues.items():
+    # In one order: processes may meet several groups in different ones.
+    for key, mine in sorted(queues.items(), key=lambda entry: members[entry[0]]):
         for rank, queue in zip(members[key], mine, strict=True):
             for batch in _batches([part for part in queue.parts if part.nbytes > 0]):
                 _broadcast(groups[key], rank, batch)
@@ -192,10 +194,13 @@ def replica_group(value: Any, default: Any) -> Any:
 
 
 def transport(process_group: Any, device: torch.device) -> torch.device:
-    """Returns the device between which a group sends: that of the tensors if its backend can, else the CPU."""
-    backends = str(dist.get_backend_config(process_group))
-    is_served = device.type == "cpu" or (f"{device.type}:" in backends and "gloo" not in backends)
-    return device if is_served else torch.device("cpu")
+    """Returns the device between which a group sends: that of the tensors if its backend can, else another one."""
+    entries = (entry.partition(":") for entry in str(dist.get_backend_config(process_group)).split(","))
+    backends = {kind: backend for kind, _, backend in entries}
+    # gloo copies tensors of other devices through the host anyway.
+    if device.type in backends and (device.type == "cpu" or backends[device.type] != "gloo"):
+        return device
+    return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -107,11 +107,13 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        refuse_strided(planner)
-        stored = self._open()
-        requests, items, others = [], [], []
-        # Views of parameters would record operations otherwise, which takes twice as long.
-        with torch.no_grad():
+        items: list[ReadItem] = []
+        requests: list[Request] = []
+        others: list[tuple[str, ReadItem]] = []
+
+        def prepare() -> None:
+            refuse_strided(planner)
+            self._open()
             for item in plan.items:
                 path = self.storage_data[item.storage_index].relative_path
                 if self._is_converted(item):
@@ -125,10 +127,16 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
                     )
                 requests.append((path, item.storage_index.fqn, item.storage_offsets, target))
                 items.append(item)
-        if self._process_group is None:
-            stored.read(requests)
-        else:
-            share(Group(self._process_group), self._read_once, self._parts(planner, items, requests), stored)
+
+        # Views of parameters would record operations otherwise, which takes twice as long.
+        with torch.no_grad():
+            if self._process_group is None:
+                prepare()
+                self._open().read(requests)
+            else:
+                group = Group(self._process_group)
+                group.each("planning a load", prepare)
+                share(group, self._read_once, self._parts(planner, items, requests), self._open())
         for item, request in zip(items, requests, strict=True):
             planner.commit_tensor(item, request[3])
         for path, item in others:

@@ -21,12 +21,27 @@ from .._arguments import Dtype, Path, check_bool, check_dtype, check_metadata, e
 from .._save import save_file
 from .._sharded import parse_size
 from ._chunks import Chunk, check_boxes
+from ._group import Group
 from ._joined import HiddenFiles, JoinedCheckpoint, new_first_number, write_chunks
-from ._names import OFFSETS_KEY, POSITIONS_KEY, SHARDED_DIRECTORY, VERSION, VERSION_KEY, chunk_file_name
+from ._names import (
+    OFFSETS_KEY,
+    POSITIONS_KEY,
+    SHAPE_KEY,
+    SHARDED_DIRECTORY,
+    VERSION,
+    VERSION_KEY,
+    chunk_file_name,
+    is_chunk_file_name,
+)
 from ._planners import refuse_strided
 from ._torch_names import torch_class
 
 _LAYOUTS = ("auto", "final", "shards")
+
+_OTHER_LAYOUT = (
+    "the planner has cached the plan of a save with another layout; save with a planner that does not cache, or whose"
+    " class no other save uses"
+)
 
 # Divides nothing: torch's writer has one file unless it gets a mapping.
 _NO_LIMIT = (1 << 63) - 1
@@ -133,6 +148,10 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self._cancel()
         super().reset(checkpoint_id)
+        if checkpoint_id and self.enable_consolidation:
+            self.consolidated_output_path = str(self.path)
+            if not self._is_final:
+                self.path = self.fs.concat_path(self.path, SHARDED_DIRECTORY)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._is_final:
@@ -177,10 +196,13 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        if not self._is_final:
+            self._commit_shards(results)
+            return
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
             checkpoint.commit()
-        elif self._is_final and not self.save_distributed and _Base is not FileSystemWriter:
+        elif not self.save_distributed and _Base is not FileSystemWriter:
             # Another object has written the files: torch writes the index of its results.
             super().finish(metadata, results)
 
@@ -218,6 +240,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         if not plan.items:
             return []
         if not isinstance(plan.storage_data, _FinalPlan):
+            if Group().size > 1:
+                raise ValueError(_OTHER_LAYOUT)
             # The caller has made a plan by itself, for this process alone.
             plan = self.prepare_global_plan([plan])[0]
         hidden = _find_hidden(self.path, plan.storage_data)
@@ -232,6 +256,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         ]
 
     def _write_shards(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        if not isinstance(plan.storage_data, dict) or "shard_index" not in plan.storage_data:
+            raise ValueError(_OTHER_LAYOUT)
         rank = plan.storage_data["shard_index"]
         mapping = self.fqn_to_index_mapping
         files: dict[int, dict[str, tuple[WriteItem, Chunk]]] = {}
@@ -247,7 +273,10 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         results = []
         for number, members in sorted(files.items()):
             name = chunk_file_name(rank, number, count)
-            positions = {fqn: {OFFSETS_KEY: list(chunk.offsets)} for fqn, (_, chunk) in members.items()}
+            positions = {
+                fqn: {OFFSETS_KEY: list(chunk.offsets), SHAPE_KEY: list(chunk.shape)}
+                for fqn, (_, chunk) in members.items()
+            }
             metadata = {POSITIONS_KEY: json.dumps(positions), VERSION_KEY: VERSION, "format": "pt", **self._metadata}
             tensors = {}
             storages: set[int] = set()
@@ -258,14 +287,29 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
                 tensors[fqn] = tensor.clone() if shares else tensor
                 storages.add(tensor.untyped_storage().data_ptr())
                 results.append(WriteResult(item.index, chunk.nbytes, _StorageInfo(name, 0, chunk.nbytes)))
-            path = os.path.join(self.path, name)
+            path = os.path.join(self.path, _hidden(name))
             save_file(tensors, path, metadata, force_contiguous=True, durable=self._durable)
         return results
+
+    def _commit_shards(self, results: list[list[WriteResult]]) -> None:
+        """Gives the files of all processes their names, and removes those of an earlier save."""
+        names = {result.storage_data.relative_path for mine in results for result in mine}
+        for name in sorted(names):
+            os.replace(os.path.join(self.path, _hidden(name)), os.path.join(self.path, name))
+        if getattr(self, "use_collectives", True):
+            for name in os.listdir(self.path):
+                if name not in names and is_chunk_file_name(name):
+                    os.remove(os.path.join(self.path, name))
+        if self._durable:
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 # The complete plans of the last saves of this process, for cached plans: those that have not changed arrive empty.
 _last_plans: dict[_FinalPlan, list[SavePlan]] = {}
-_MOST_PLANS = 8
 
 
 def _complete_plans(plans: list[SavePlan]) -> tuple[_FinalPlan, list[SavePlan]]:
@@ -274,20 +318,32 @@ def _complete_plans(plans: list[SavePlan]) -> tuple[_FinalPlan, list[SavePlan]]:
         final = _FinalPlan(new_first_number(), os.getpid())
         complete = plans
     else:
-        # A process whose plan has not changed uses its plan of the save before, and the names in that.
-        fitting = [final for final, cached in _last_plans.items() if len(cached) == len(plans)]
+        # A process whose plan has not changed uses its cached plan, and the names in that. This one has its own.
+        fitting = [final for final in _cached_finals() if len(_last_plans.get(final, ())) == len(plans)]
         if not fitting:
             raise ValueError(
                 "the planner has cached the plans of a save that this process does not know; save once with"
                 " enable_plan_caching=False"
             )
         final = fitting[-1]
-        cached = _last_plans.pop(final)
+        cached = _last_plans[final]
         complete = [new if _is_usable(new) else old for new, old in zip(plans, cached, strict=True)]
+    keep = {*_cached_finals(), final}
     _last_plans[final] = complete
-    while len(_last_plans) > _MOST_PLANS:
-        del _last_plans[next(iter(_last_plans))]
+    for other in [other for other in _last_plans if other not in keep]:
+        del _last_plans[other]
     return final, complete
+
+
+def _cached_finals() -> list[_FinalPlan]:
+    """Returns what the cached plans of this process say, those of the last save at the end."""
+    plans = getattr(SavePlanner, "_cached_final_save_plan", {}).values()
+    return [plan.storage_data for plan in plans if isinstance(plan.storage_data, _FinalPlan)]
+
+
+def _hidden(name: str) -> str:
+    """Returns the name of a chunk file until all processes have written theirs; a later save overwrites it."""
+    return f".{name}.tmp"
 
 
 def _is_usable(plan: SavePlan) -> bool:

@@ -20,7 +20,7 @@ from .._load import open_file
 from .._progress import Progress, run
 from .._safe_open import open_path
 from ._chunks import Box, check_boxes
-from ._names import CHUNK_FILE_PREFIX, INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SUFFIX
+from ._names import CHUNK_FILE_PREFIX, INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SHAPE_KEY, SUFFIX
 
 # What load_sharded opens in a directory, even if there are other files.
 _FIRST_CHOICE = [f"model{SUFFIX}"]
@@ -75,7 +75,7 @@ class StoredTensors:
             path = self._path
             if several:
                 path = os.path.join(directory, os.fsencode(call(file.shard_of, name)))
-            self._add(path_text(path), file, name, like)
+            self._add(os.fsdecode(path), file, name, like)
 
     def _add_whole(self, path: bytes) -> None:
         file = open_file(path, "mmap")
@@ -85,7 +85,7 @@ class StoredTensors:
                     f"{path_text(path)}: tensor {name!r} is also in another file; remove the files of an older"
                     " checkpoint, or write an index"
                 )
-            self._add(path_text(path), file, name, like)
+            self._add(os.fsdecode(path), file, name, like)
 
     def _add(self, path: str, file: Any, name: str, like: torch.Tensor) -> None:
         box = (0,) * like.dim(), tuple(like.shape)
@@ -105,30 +105,36 @@ class StoredTensors:
                     )
 
     def _add_chunks(self, file_name: str) -> None:
-        path = path_text(os.path.join(self._path, os.fsencode(file_name)))
+        path = os.fsdecode(os.path.join(self._path, os.fsencode(file_name)))
         file = self._files[path] = open_file(path, "mmap")
+        title = path_text(os.fsencode(path))
         try:
             positions = json.loads((call(file.metadata) or {})[POSITIONS_KEY])
             offsets = {name: tuple(map(int, entry[OFFSETS_KEY])) for name, entry in positions.items()}
+            # Only our own writer stores shapes.
+            shapes = {
+                name: tuple(map(int, entry[SHAPE_KEY])) for name, entry in positions.items() if SHAPE_KEY in entry
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SafetensorError(
-                f"{path}: its metadata has no valid {POSITIONS_KEY}, so it is not a file of"
+                f"{title}: its metadata has no valid {POSITIONS_KEY}, so it is not a file of"
                 " torch.distributed.checkpoint; load it as it is"
             ) from error
         for name, like in _tensors_of(file):
             begin = offsets.get(name)
-            if begin is None or len(begin) != like.dim():
+            if begin is None or len(begin) != like.dim() or min(begin, default=0) < 0:
                 raise SafetensorError(
-                    f"{path}: tensor {name!r}: {POSITIONS_KEY} does not have its position; save again"
+                    f"{title}: tensor {name!r}: {POSITIONS_KEY} does not have its position; save again"
                 )
             end = tuple(start + size for start, size in zip(begin, like.shape, strict=True))
-            stored = self.tensors.setdefault(name, StoredTensor(like.dtype, end))
+            shape = shapes.get(name, end)
+            stored = self.tensors.setdefault(name, StoredTensor(like.dtype, shape))
             if stored.dtype != like.dtype or len(stored.shape) != like.dim():
                 raise SafetensorError(
-                    f"{path}: tensor {name!r}: another file has a chunk of another dtype or number of dimensions;"
+                    f"{title}: tensor {name!r}: another file has a chunk of another dtype or number of dimensions;"
                     " remove the files of an older checkpoint"
                 )
-            stored.shape = tuple(map(max, stored.shape, end))
+            stored.shape = tuple(map(max, stored.shape, shape, end))
             stored.chunks.append(((begin, tuple(like.shape)), path))
 
     def _check(self) -> None:

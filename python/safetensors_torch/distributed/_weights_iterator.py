@@ -82,8 +82,9 @@ def weights_iterator(
     check_read_once(read_once)
     if process_group is None and read_once in ("node", "world"):
         raise ValueError(f"read_once={read_once!r} needs a process_group: the processes that read together")
-    work = _Work(files, to_device(device), names, slices, buffer_bytes, check_progress(progress))
+    work = _Work(files, device, names, slices, buffer_bytes, progress)
     if process_group is None or read_once is False or dist.get_world_size(process_group) == 1:
+        work.check()
         tensors = work.alone()
     else:
         tensors = work.together(Group(process_group), process_group, read_once)
@@ -109,18 +110,27 @@ class _Work:
     def __init__(
         self,
         files: Path | Iterable[Path],
-        device: torch.device,
+        device: Device,
         names: Names,
         slices: Mapping[str, Any] | None,
         buffer_bytes: int | str | None,
         progress: Progress,
     ) -> None:
-        self._paths: Sequence[Path] = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
-        self._device = device
+        self._files = files
+        self._wanted_device = device
         self._names = names
-        self._slices = dict(slices or {})
-        self._buffer_bytes = parse_size(_BUFFER if buffer_bytes is None else buffer_bytes)
+        self._slices = slices or {}
+        self._wanted_bytes = buffer_bytes
         self._progress = progress
+
+    def check(self) -> None:
+        """Checks the arguments; of processes that read together, where the others learn about an error."""
+        files = self._files
+        self._paths: Sequence[Path] = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
+        self._device = to_device(self._wanted_device)
+        self._slices = dict(self._slices)
+        self._buffer_bytes = parse_size(_BUFFER if self._wanted_bytes is None else self._wanted_bytes)
+        check_progress(self._progress)
 
     def alone(self) -> Iterator[Any]:
         """Yields None once the files are open, then names and tensors."""
@@ -182,6 +192,7 @@ class _Work:
         opened: list[Any] = []
 
         def describe() -> tuple[str, bool]:
+            self.check()
             opened.extend(open_path(path, "mmap") for path in self._paths)
             return socket.gethostname(), any(call(file.is_remote) for file in opened)
 
@@ -201,9 +212,11 @@ class _Work:
         mine: Any = None
         for ranks in readers:
             members = [dist.get_global_rank(process_group, rank) for rank in ranks]
-            # All processes must make all groups, in this order.
-            one = process_group if len(readers) == 1 else dist.new_group(members)
             if group.rank in ranks:
+                one = process_group
+                if len(readers) > 1:
+                    # Processes outside of `process_group` do not call this.
+                    one = dist.new_group(members, use_local_synchronization=True)
                 mine = _Readers(one, members, ranks.index(group.rank))
         yield None
         yield from self._exchange(opened, batches, mine)
@@ -302,7 +315,7 @@ class _Readers:
         if failure is not None:
             message[0] = 1
         elif held is not None:
-            parts = [bytes_of(tensor) for item, tensor in zip(batch, held, strict=True) if item in small]
+            parts = [bytes_of(one) for item, one in zip(batch, held, strict=True) if item.nbytes < _SMALL_BYTES]
             message = torch.cat([message[:1], *(part.to(sends) for part in parts)])
         self._broadcast(message, reader)
         if message[0].item() != 0:
