@@ -72,3 +72,12 @@ def weights_are_read_once(world: World) -> None:
             std.weights_iterator(world.directory.parent / "mounted" / "weights.safetensors", "cpu", dist.group.WORLD)
         )
     check(tensors)
+
+
+@CASES
+def without_a_group_each_process_begins_with_another_file(world: World) -> None:
+    names = ["first", "second"]
+    files = [world.directory.parent / "mounted" / f"{name}.safetensors" for name in names]
+    order = [name for name, _ in std.weights_iterator(files)]
+    assert world.share(order) == [names, names[::-1]]
+    assert [name for name, _ in std.weights_iterator(files, "cpu", dist.group.WORLD, read_once="world")] == names

@@ -353,6 +353,8 @@ def test_processes_read_their_parts_and_what_they_share_once(program: Path, tmp_
     for name in ("rows", "replicated", "weights"):
         tensors = {f"t{i}": torch.full((1024, 1024), float(i)) for i in range(slow_distributed_cases.TENSORS)}
         save_file(tensors, tmp_path / "stored" / f"{name}.safetensors")
+    for name in ("first", "second"):
+        save_file({name: torch.zeros(10)}, tmp_path / "stored" / f"{name}.safetensors")
     with mounted(program, tmp_path) as (mountpoint, _):
         (tmp_path / "root").mkdir()
         (tmp_path / "root" / "mounted").symlink_to(mountpoint)
