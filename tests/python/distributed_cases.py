@@ -230,6 +230,13 @@ def dcp_saves_files_by_a_mapping_and_by_size(world: World) -> None:
         assert sorted(loaded) == sorted(name for name in whole if mapping[name] == number)
         assert all(equal(tensor, whole[name]) for name, tensor in loaded.items())
     assert safetensors_torch.inspect(path).metadata == {"format": "pt", "a": "b"}
+    half = std.HuggingFaceStorageWriter(
+        world.directory / "half", save_distributed=True, layout="final", dtype="float16"
+    )
+    dcp.save(mine, storage_writer=half)
+    loaded = safetensors_torch.load_sharded(world.directory / "half")
+    assert all(equal(loaded[name], whole[name].half()) for name in ("rows", "columns", "fsdp_tp", "transposed"))
+    assert equal(loaded["ints"], whole["ints"])
     by_size = std.HuggingFaceStorageWriter(world.directory / "size", layout="final", max_shard_size=300)
     dcp.save(mine, storage_writer=by_size)
     loaded = safetensors_torch.load_sharded(world.directory / "size")
@@ -657,3 +664,35 @@ def an_error_of_one_process_before_the_reads_reaches_all(world: World) -> None:
     device = "nonsense" if world.rank == 1 else "cpu"
     with failing(RuntimeError, text="nonsense"):
         std.weights_iterator(world.directory, device, dist.group.WORLD, read_once="world")
+
+
+@CASES
+def fsdp2_with_tensor_parallelism(world: World) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(17, 30), torch.nn.Linear(30, 7))
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "parts"))
+    parallelize_module(model, mesh["parts"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["replicas"])
+    held = model.state_dict()["0.weight"].placements
+    assert any(isinstance(placement, _StridedShard) for placement in held), held
+
+    std.save(model.state_dict(), world.directory)
+    found = (world.directory / "model.safetensors").read_bytes()
+    assert found == saved(whole, world.directory / f"expected-{world.rank}")
+    for layout in ("final", "shards"):
+        writer = std.HuggingFaceStorageWriter(world.directory / layout, save_distributed=True, layout=layout)
+        dcp.save(model.state_dict(), storage_writer=writer)
+        before = {name: _local(tensor).clone() for name, tensor in model.state_dict().items()}
+        for load in (
+            lambda path: std.load_into(model, path, read_once="world"),
+            lambda path: dcp.load(model.state_dict(), storage_reader=std.HuggingFaceStorageReader(path)),
+        ):
+            for parameter in model.parameters():
+                torch.nn.init.zeros_(parameter)
+            load(world.directory / layout)
+            assert all(torch.equal(_local(tensor), before[name]) for name, tensor in model.state_dict().items())
