@@ -50,9 +50,11 @@ Case = Callable[[World], None]
 
 
 class Cases(dict[str, Case]):
-    """The cases of a module, in their order."""
+    """Cases by name, in their order."""
 
     def __call__(self, function: Case) -> Case:
+        if function.__name__ in self:
+            raise ValueError(f"two cases have the name {function.__name__}")
         self[function.__name__] = function
         return function
 

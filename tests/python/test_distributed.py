@@ -1,4 +1,4 @@
-"""safetensors_torch.distributed in four processes: distributed_cases has what they do."""
+"""safetensors_torch.distributed in four processes: distributed_cases collects what they do."""
 
 from __future__ import annotations
 
