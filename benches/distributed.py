@@ -4,12 +4,13 @@ Run: .venv/bin/python benches/distributed.py [--ranks N] [--rounds N] [--only RE
 
 The wall time is that of the slowest process, from a barrier to a barrier. Memory is the growth of the resident set of
 the process that grew most; bytes written are those of all processes. Cold loads drop the page cache, which only root
-can do.
+can do: of the disk, a loop device over memory, and a network filesystem with a latency.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import places
+
 MB = 1e6
+LARGE_BYTES = 256 << 20
 SHARDS = "shard-{:05d}-model-00001-of-00001.safetensors"
 
 
@@ -40,7 +44,9 @@ class Run(NamedTuple):
 class Bench:
     """One process of the group."""
 
-    def __init__(self, rank: int, size: int, directory: Path, rounds: int, only: str) -> None:
+    def __init__(
+        self, rank: int, size: int, directory: Path, rounds: int, only: str, cold: dict[str, tuple[str, str]]
+    ) -> None:
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
@@ -48,6 +54,8 @@ class Bench:
         torch.set_num_threads(1)
         self.dist = dist
         self.rank, self.size, self.directory, self.rounds, self.only = rank, size, directory, rounds, only
+        # The kinds of storage, each with the directory to write to and the one to read from.
+        self.cold = cold
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size)
         self.mesh = DeviceMesh("cpu", torch.arange(size))
 
@@ -131,7 +139,7 @@ class Bench:
         def load(tensors: dict[str, Any], reader: Any, path: str) -> Callable[[Any], None]:
             return lambda _: dcp.load(tensors, storage_reader=reader(path))
 
-        large = self.divided(16, 1024, 4096)
+        large = self.divided(16, LARGE_BYTES // 16 // 4 // 4096, 4096)
         theirs = save(large, dcp.HuggingFaceStorageWriter)
         self.compare("dcp.save, 256 MiB", save(large, std.HuggingFaceStorageWriter), theirs, self.fresh)
         self.compare("save, 256 MiB", lambda path: std.save(large, path), theirs, self.fresh)
@@ -140,8 +148,22 @@ class Bench:
         readers = [load(large, reader, path) for reader in (std.HuggingFaceStorageReader, dcp.HuggingFaceStorageReader)]
         self.compare("dcp.load, 256 MiB, cached", *readers)
         self.compare("load_into, 256 MiB, cached", lambda _: std.load_into(large, path), readers[1])
-        if os.geteuid() == 0:
-            self.compare("dcp.load, 256 MiB, cold", *readers, lambda _: self.drop_caches())
+        for kind, (files, sources) in self.cold.items():
+            [name] = std.save(large, files)
+            linked = self.fresh(f"linked-{kind}")
+            if self.rank == 0:
+                # The network filesystem has no list of its files.
+                os.symlink(f"{sources}/{name}", f"{linked}/{name}")
+            readers = [
+                load(large, reader, linked) for reader in (std.HuggingFaceStorageReader, dcp.HuggingFaceStorageReader)
+            ]
+            self.compare(f"dcp.load, 256 MiB, cold, {kind}", *readers, lambda _: self.drop_caches())
+            self.compare(
+                f"load_into, 256 MiB, cold, {kind}",
+                lambda _, path=linked: std.load_into(large, path),
+                readers[1],
+                lambda _: self.drop_caches(),
+            )
         small = self.divided(2000, 128, 1)
         self.compare(
             "dcp.save, 2000 tensors of 512 B",
@@ -232,18 +254,32 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="the works whose name matches")
     parser.add_argument("--directory", type=Path, help="where the files go; a temporary directory otherwise")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
-        bench = Bench(arguments.rank, arguments.ranks, arguments.directory, arguments.rounds, arguments.only)
-        bench.measure()
+        Bench(
+            arguments.rank, arguments.ranks, arguments.directory, arguments.rounds, arguments.only, arguments.cold
+        ).measure()
         sys.stdout.flush()
         os._exit(0)  # without waiting for the threads of the group
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as directory:
-        command = [sys.executable, __file__, *sys.argv[1:], "--directory", directory]
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as directory,
+        contextlib.ExitStack() as stack,
+    ):
+        cold: dict[str, tuple[str, str]] = {}
+        for kind in ("disk", "loop", "network") if os.geteuid() == 0 else ():
+            try:
+                place = stack.enter_context(places.at(kind, Path(directory) / kind, LARGE_BYTES))
+            except places.Unavailable as missing:
+                print(f"no cold loads of {kind}: {missing}")
+                continue
+            cold[kind] = str(place.files), str(place.sources)
+        command = [sys.executable, __file__, *sys.argv[1:], "--directory", directory, "--cold", json.dumps(cold)]
         processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(arguments.ranks)]
-        sys.exit(max(process.wait() for process in processes))
+        worst = max(process.wait() for process in processes)
+    sys.exit(worst)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::direct_io::{self, StorageSpeed};
+use crate::sys::direct_io::{DirectFile, StorageSpeed};
 use crate::sys::directory::{Directory, identity, nul_in_path};
 use crate::sys::mutex::OnceLock;
 use crate::sys::page_cache::WindowReader;
@@ -174,7 +174,7 @@ pub(crate) struct OpenFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
     /// The same file for direct reads, opened by the first one; `None` if its filesystem has none.
-    direct: OnceLock<Option<File>>,
+    direct: OnceLock<Option<DirectFile>>,
     /// Shared by all descriptors of the file that one handle opens.
     pub(crate) storage_speed: Arc<StorageSpeed>,
     /// `None` if the kernel does not read windows.
@@ -196,8 +196,8 @@ impl OpenFile {
         }
     }
 
-    pub(crate) fn direct(&self) -> Option<&File> {
-        self.direct.get_or_init(|| direct_io::reopen(&self.file)).as_ref()
+    pub(crate) fn direct(&self) -> Option<&DirectFile> {
+        self.direct.get_or_init(|| DirectFile::reopen(&self.file)).as_ref()
     }
 
     pub(crate) fn windows(&self) -> Option<&WindowReader> {

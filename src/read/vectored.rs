@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::read::source::{OpenFile, shrank};
-use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
-use crate::sys::direct_io::{BLOCK_BYTES, Direct, DirectReader, block_offset, read_vectored_at};
+use crate::read::strategy::ReadStrategy;
+use crate::sys::direct_io::{BUFFER_BYTES, Direct, DirectReader, ENDS_BYTES, block_offset, read_vectored_at};
+use crate::sys::huge_pages::are_expensive;
 use crate::sys::page_cache::is_surely_cached;
 
 /// The most destinations of one `preadv`; Linux allows 1024.
@@ -20,7 +21,7 @@ pub(super) struct VectoredReader<'a> {
     /// The offset of the run in the file.
     start: u64,
     bytes: usize,
-    /// Those of direct reads that go through a buffer, because their memory does not have the blocks of the file.
+    /// The most of these that a direct read puts into its buffer.
     buffered_bytes: usize,
     /// The destinations of the run.
     parts: Vec<libc::iovec>,
@@ -32,7 +33,7 @@ impl<'a> VectoredReader<'a> {
         VectoredReader {
             file,
             request_bytes: strategy.request_bytes.unwrap_or(usize::MAX),
-            direct: direct.map(|direct| DirectReader::new(direct, &file.storage_speed)),
+            direct: direct.map(|direct| DirectReader::new(direct, &file.storage_speed, !are_expensive())),
             is_always_direct: strategy.direct == Direct::Always,
             start: 0,
             bytes: 0,
@@ -47,13 +48,17 @@ impl<'a> VectoredReader<'a> {
         self.parts.clear();
     }
 
-    /// Returns how many more bytes fit. Runs of direct reads end where a block does.
-    fn room(&self, is_buffered: bool) -> usize {
+    /// Returns how many more bytes fit, for memory that is read in place or not. Runs of direct reads end where a block does.
+    fn room(&self, is_in_place: bool) -> usize {
         let skipped = if self.direct.is_some() { block_offset(self.start) } else { 0 };
         let room = self.request_bytes.saturating_sub(skipped + self.bytes);
-        // Keeps the buffer small.
-        let buffer = COLD_READ_BYTES.saturating_sub(skipped + self.buffered_bytes);
-        if is_buffered { room.min(buffer) } else { room }
+        let buffer = BUFFER_BYTES.saturating_sub(skipped + self.buffered_bytes);
+        match is_in_place {
+            _ if self.direct.is_none() => room,
+            true if buffer >= ENDS_BYTES => room,
+            true => 0,
+            false => room.min(buffer),
+        }
     }
 
     /// Adds a range. First reads the run if the range does not follow it, or if it is full.
@@ -68,15 +73,15 @@ impl<'a> VectoredReader<'a> {
         mut length: usize,
     ) -> Result<()> {
         while length > 0 {
-            let is_buffered =
-                self.direct.is_some() && destination.addr() % BLOCK_BYTES != block_offset(offset);
+            let is_in_place =
+                self.direct.as_ref().is_some_and(|direct| direct.reads_in_place(offset, destination));
             let follows = self.start + self.bytes as u64 == offset;
-            if !follows || self.room(is_buffered) == 0 || self.parts.len() == MAX_PARTS {
+            if !follows || self.room(is_in_place) == 0 || self.parts.len() == MAX_PARTS {
                 // SAFETY: the contract of the calls that added the parts.
                 unsafe { self.read_run() }?;
                 self.begin(offset);
             }
-            let taken = length.min(self.room(is_buffered));
+            let taken = length.min(self.room(is_in_place));
             match self.parts.last_mut() {
                 Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == destination.cast() => {
                     last.iov_len += taken;
@@ -84,7 +89,7 @@ impl<'a> VectoredReader<'a> {
                 _ => self.parts.push(libc::iovec { iov_base: destination.cast(), iov_len: taken }),
             }
             self.bytes += taken;
-            self.buffered_bytes += if is_buffered { taken } else { 0 };
+            self.buffered_bytes += if is_in_place { ENDS_BYTES } else { taken };
             offset += taken as u64;
             destination = destination.wrapping_add(taken);
             length -= taken;
@@ -171,17 +176,26 @@ impl<'a> VectoredReader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::direct_io::BLOCK_BYTES;
     use crate::sys::filesystem::Scope;
-    use crate::sys::page_cache::Residency;
+    use crate::sys::page_cache::{Residency, cached_bytes};
     use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::path::Path;
 
     #[test]
-    fn a_run_has_at_most_a_mebibyte_that_goes_through_the_buffer() {
-        let bytes: Vec<u8> = (0..(12 << 20) + 77).map(|i| (i / 7) as u8).collect();
+    fn runs_of_any_parts_are_read_directly() {
+        const LENGTH: usize = (12 << 20) + 77;
+        let bytes: Vec<u8> = (0..LENGTH).map(|i| (i / 7) as u8).collect();
         let mut file = tempfile::tempfile_in(".").expect("a file");
-        file.write_all(&bytes).expect("written");
+        file.write_all(&bytes).and_then(|()| file.sync_all()).expect("written");
+        // SAFETY: `file` keeps the descriptor open, and the call takes no pointer.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         let file = OpenFile::new(file, Path::new("name"));
+        let Some(direct) = file.direct() else { return };
+        if cached_bytes(&file.file, 0..LENGTH as u64) != Some(0) {
+            return; // tmpfs drops nothing
+        }
         let strategy = ReadStrategy {
             residency: Residency::Cold,
             scope: Scope::Local,
@@ -190,36 +204,39 @@ mod tests {
             chunk_bytes: 8 << 20,
             direct: Direct::Always,
         };
-        let mut memory = vec![0u8; bytes.len() + 2 * BLOCK_BYTES];
-        let start = memory.as_mut_ptr();
-        let start = start.wrapping_add(start.align_offset(BLOCK_BYTES));
-        // In step with the file for 4 MiB, then 64 bytes further, and in step again from 7 MiB on.
-        let ranges = [(0..4 << 20, 0), (4 << 20..7 << 20, 64), (7 << 20..bytes.len(), BLOCK_BYTES)];
-        let mut reader = VectoredReader::new(&file, strategy);
-        if reader.direct.is_none() {
-            return; // the filesystem has no direct reads
-        }
-        for (range, shift) in &ranges {
-            let to = start.wrapping_add(range.start + shift);
-            // SAFETY: the ranges are inside the memory, which has room for the largest shift and the alignment.
-            unsafe { reader.add(range.start as u64, to, range.len()) }.expect("read");
-            let mut offset = reader.start;
-            let mut buffered = 0;
-            for part in &reader.parts {
-                if part.iov_base.addr() % BLOCK_BYTES != block_offset(offset) {
-                    buffered += part.iov_len;
-                }
-                offset += part.iov_len as u64;
+        let mut memory = vec![0u8; LENGTH + 2000 * 2 * BLOCK_BYTES];
+        let base = memory.as_mut_ptr();
+        for (is_in_place, sizes) in [
+            (true, [LENGTH, LENGTH]),
+            (false, [LENGTH, LENGTH]),
+            (true, [3 << 20, 9000]),
+            (true, [100, 40_000]),
+            (false, [100, 40_000]),
+        ] {
+            let mut reader = VectoredReader::new(&file, strategy);
+            reader.direct = Some(DirectReader::new(direct, &file.storage_speed, is_in_place));
+            let (mut begin, mut to, mut places) = (0, base.align_offset(BLOCK_BYTES), Vec::new());
+            while begin < LENGTH {
+                let number = places.len();
+                let end = LENGTH.min(begin + 1 + (number + 1) * 7_654_321 % sizes[number % 2]);
+                let shift = if number % 3 == 2 { 64 } else { 0 };
+                let block = base.wrapping_add(to).align_offset(BLOCK_BYTES);
+                to += block + begin % BLOCK_BYTES + shift;
+                // SAFETY: the parts follow one another in `memory`, which has two blocks for each beside its bytes.
+                unsafe { reader.add(begin as u64, base.wrapping_add(to), end - begin) }.expect("read");
+                places.push((to, begin..end));
+                to += end - begin;
+                begin = end;
             }
-            assert!(buffered <= COLD_READ_BYTES, "{buffered} bytes before {}", range.end);
-        }
-        // SAFETY: as above.
-        unsafe { reader.finish() }.expect("read");
-        for (range, shift) in ranges {
-            // SAFETY: the bytes are inside the memory, and the reader is gone.
-            let read =
-                unsafe { std::slice::from_raw_parts(start.wrapping_add(range.start + shift), range.len()) };
-            assert!(read == &bytes[range.clone()], "{range:?}");
+            assert!(places.len() <= 2000 && to <= LENGTH + 2000 * 2 * BLOCK_BYTES, "{}", places.len());
+            // SAFETY: as above.
+            unsafe { reader.finish() }.expect("read");
+            for (to, range) in places {
+                // SAFETY: the part is in `memory`, and the reader is gone.
+                let read = unsafe { std::slice::from_raw_parts(base.wrapping_add(to), range.len()) };
+                assert!(read == &bytes[range.clone()], "{is_in_place} {range:?}");
+            }
+            assert_eq!(cached_bytes(&file.file, 0..LENGTH as u64), Some(0), "{is_in_place} {sizes:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::huge_pages::is_resident;
+use crate::sys::huge_pages::{HUGE_PAGE_BYTES, HugePage, is_resident};
 use crate::sys::mutex::Mutex;
 
 /// The environment variable that applies until [`set_direct`] is called.
@@ -81,12 +81,23 @@ impl Direct {
     }
 }
 
-/// Opens `file` again, for reads that bypass the page cache. `None` if its filesystem has none.
-pub(crate) fn reopen(file: &File) -> Option<File> {
-    let flags = libc::O_DIRECT | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    // The path would lead to another file after a rename.
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    OpenOptions::new().read(true).custom_flags(flags).open(path).ok()
+/// A file for reads that bypass the page cache.
+#[derive(Debug)]
+pub(crate) struct DirectFile {
+    file: File,
+    /// Those that no thread uses: the next read of a thread uses one again.
+    buffers: Mutex<Vec<HugePage>>,
+}
+
+impl DirectFile {
+    /// Opens `file` again. Returns `None` if its filesystem has no direct reads.
+    pub(crate) fn reopen(file: &File) -> Option<DirectFile> {
+        let flags = libc::O_DIRECT | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        // The path would lead to another file after a rename.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+        Some(DirectFile { file, buffers: Mutex::default() })
+    }
 }
 
 /// The bytes of a file that are read directly before the speed matters.
@@ -173,27 +184,43 @@ impl Drop for ReadTimer<'_> {
     }
 }
 
-/// Reads past the page cache. Blocks that lie in the memory of the caller as in the file are read there; the others, at the
-/// ends of tensors, are read into a buffer and copied.
+/// The most bytes of the blocks of one read that go through the buffer.
+pub(crate) const BUFFER_BYTES: usize = HUGE_PAGE_BYTES;
+
+/// The most bytes by which a part that is read in place increases that: the blocks at its ends, and the rest of the last block
+/// before them.
+pub(crate) const ENDS_BYTES: usize = 3 * BLOCK_BYTES;
+
+/// Reads past the page cache. Blocks that lie in the memory of the caller as in the file can be read there; the others are
+/// read into a buffer and copied.
+///
+/// A read that has one address for a huge page is faster than with one for each small page (docs/performance.md). So the buffer
+/// is a huge page, and reads in place do not pay if the memory has small ones.
 ///
 /// A fork during a read is harmless, although older kernels may give the child a page that the device still writes to: they
 /// do that only if the parent writes to the page, and these pages contain nothing else.
 #[derive(Debug)]
 pub(crate) struct DirectReader<'a> {
-    file: &'a File,
+    file: &'a DirectFile,
     speed: &'a StorageSpeed,
-    /// Never filled; the device writes to its spare capacity.
-    buffer: Vec<u8>,
+    buffer: Option<HugePage>,
+    is_in_place: bool,
 }
 
 impl<'a> DirectReader<'a> {
-    /// Reads from `file`, which [`reopen`] returned.
-    pub(crate) fn new(file: &'a File, speed: &'a StorageSpeed) -> DirectReader<'a> {
-        DirectReader { file, speed, buffer: Vec::new() }
+    /// Returns a reader that uses a buffer for all bytes if not `is_in_place`.
+    pub(crate) fn new(file: &'a DirectFile, speed: &'a StorageSpeed, is_in_place: bool) -> DirectReader<'a> {
+        DirectReader { file, speed, buffer: None, is_in_place }
+    }
+
+    /// Returns whether blocks of the file from `offset` on are read directly into memory from `start` on.
+    pub(crate) fn reads_in_place(&self, offset: u64, start: *mut u8) -> bool {
+        self.is_in_place && start.addr() % BLOCK_BYTES == block_offset(offset)
     }
 
     /// Reads from `offset` on into `parts`, one after the other. Returns false if buffered reads are needed: the filesystem
-    /// refuses, or the file ends early. The contents of the parts are then unspecified.
+    /// refuses, the file ends early, or the parts need a larger buffer, or more memory, than there is. The contents of the
+    /// parts are then unspecified.
     ///
     /// # Safety
     ///
@@ -201,45 +228,39 @@ impl<'a> DirectReader<'a> {
     pub(crate) unsafe fn read(&mut self, offset: u64, parts: &[libc::iovec]) -> io::Result<bool> {
         let length: usize = parts.iter().map(|part| part.iov_len).sum();
         let begin = offset - block_offset(offset) as u64;
-        let whole = (block_offset(offset) + length).next_multiple_of(BLOCK_BYTES);
-        // As large as everything, so that a byte has the same distance from the start in both. Memory that is not written is
-        // free.
-        self.buffer.reserve(whole + BLOCK_BYTES);
-        let aligned = self.buffer.as_mut_ptr();
-        let aligned = aligned.wrapping_add(aligned.align_offset(BLOCK_BYTES));
-        let buffered = |offset: u64| aligned.wrapping_add((offset - begin) as usize);
-        let (mut pieces, mut copies) = (Vec::new(), Vec::new());
-        let mut piece = |start: *mut u8, length: usize| {
-            if length > 0 {
-                pieces.push(libc::iovec { iov_base: start.cast(), iov_len: length });
-            }
-        };
-        let (mut planned, mut at) = (begin, offset);
+        let Some(buffer) = self.buffer() else { return Ok(false) };
+        let mut plan = Plan { buffer, begin, used: 0, pieces: Vec::new() };
+        let mut copies = Vec::new();
+        let mut at = offset;
         for part in parts {
-            let start: *mut u8 = part.iov_base.cast();
-            let blocks = blocks_inside(start.addr(), at, part.iov_len);
-            let (head, tail) = if blocks.is_empty() {
-                (at..at + part.iov_len as u64, 0..0)
-            } else {
-                piece(buffered(planned), (blocks.start - planned) as usize);
-                piece(start.wrapping_add((blocks.start - at) as usize), (blocks.end - blocks.start) as usize);
-                planned = blocks.end;
-                (at..blocks.start, blocks.end..at + part.iov_len as u64)
-            };
-            for bytes in [head, tail].into_iter().filter(|bytes| !bytes.is_empty()) {
-                copies.push((start.wrapping_add((bytes.start - at) as usize), bytes));
+            let (start, end): (*mut u8, u64) = (part.iov_base.cast(), at + part.iov_len as u64);
+            let blocks = if self.reads_in_place(at, start) { whole_blocks(at..end) } else { end..end };
+            let place = |offset: u64| start.wrapping_add((offset - at) as usize);
+            if at < blocks.start {
+                copies.push((plan.buffered(at), start, (blocks.start - at) as usize));
             }
-            at += part.iov_len as u64;
+            if blocks.start < blocks.end {
+                plan.add_buffered(blocks.start);
+                plan.add(place(blocks.start), blocks.end);
+            }
+            if blocks.end < end && blocks.start < blocks.end {
+                copies.push((plan.buffered(blocks.end), place(blocks.end), (end - blocks.end) as usize));
+            }
+            at = end;
         }
-        piece(buffered(planned), (begin + whole as u64 - planned) as usize);
+        plan.add_buffered(at.next_multiple_of(BLOCK_BYTES as u64));
+        let Plan { used, pieces, .. } = plan;
+        if used > BUFFER_BYTES {
+            return Ok(false);
+        }
         for piece in &pieces {
             // SAFETY: as for the read below, which fills these bytes.
             unsafe { fault_in(piece.iov_base.cast(), piece.iov_len) };
         }
         let timer = self.speed.start(length);
-        // SAFETY: the pieces are `whole` bytes in the buffer, which has as many and room to align them, and in the parts,
-        // which are valid (this function's contract).
-        let read = unsafe { read_vectored_at(self.file, &pieces, begin) };
+        // SAFETY: the pieces are blocks of the parts, which are valid (this function's contract), and the first `used` bytes of
+        // the buffer, which this reader alone uses and which has as many (checked).
+        let read = unsafe { read_vectored_at(&self.file.file, &pieces, begin) };
         drop(timer);
         match read {
             Ok(count) if count as u64 >= at - begin => {}
@@ -251,14 +272,59 @@ impl<'a> DirectReader<'a> {
             }
             Err(error) => return Err(error),
         }
-        for (to, bytes) in copies {
-            // SAFETY: the bytes are in a piece of the buffer, which was read, because they are in no block inside a part; `to`
-            // is in their part.
-            unsafe {
-                std::ptr::copy_nonoverlapping(buffered(bytes.start), to, (bytes.end - bytes.start) as usize);
-            }
+        for (from, to, length) in copies {
+            // SAFETY: `from` is in a piece of the buffer, which was read with the blocks around these bytes; `to` is in their part.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, length) };
         }
         Ok(true)
+    }
+
+    /// Returns the start of the buffer; `None` if there is no memory for one.
+    fn buffer(&mut self) -> Option<*mut u8> {
+        if self.buffer.is_none() {
+            let unused = self.file.buffers.lock().pop();
+            self.buffer = unused.or_else(HugePage::new);
+        }
+        self.buffer.as_ref().map(HugePage::start)
+    }
+}
+
+impl Drop for DirectReader<'_> {
+    fn drop(&mut self) {
+        self.file.buffers.lock().extend(self.buffer.take());
+    }
+}
+
+/// Where each block of a read goes.
+struct Plan {
+    buffer: *mut u8,
+    /// The offset in the file of the first block that has no piece yet.
+    begin: u64,
+    /// The bytes of the buffer that have a block. More than it has if they do not fit: such a plan is not carried out.
+    used: usize,
+    pieces: Vec<libc::iovec>,
+}
+
+impl Plan {
+    /// Returns where the byte at `offset` of the file is in the buffer, if the blocks up to there go to it.
+    fn buffered(&self, offset: u64) -> *mut u8 {
+        self.buffer.wrapping_add(self.used + (offset - self.begin) as usize)
+    }
+
+    /// Adds a piece for the blocks up to `end`.
+    fn add(&mut self, start: *mut u8, end: u64) {
+        let length = (end - self.begin) as usize;
+        if length > 0 {
+            self.pieces.push(libc::iovec { iov_base: start.cast(), iov_len: length });
+        }
+        self.begin = end;
+    }
+
+    /// Adds a piece of the buffer for the blocks up to `end`.
+    fn add_buffered(&mut self, end: u64) {
+        let (start, length) = (self.buffered(self.begin), (end - self.begin) as usize);
+        self.add(start, end);
+        self.used += length;
     }
 }
 
@@ -277,12 +343,11 @@ unsafe fn fault_in(start: *mut u8, length: usize) {
     }
 }
 
-/// Returns the whole blocks, as offsets in the file, of `length` bytes at `offset` whose memory at `address` has the same
-/// blocks. Empty if its blocks are others.
-fn blocks_inside(address: usize, offset: u64, length: usize) -> Range<u64> {
+/// Returns the whole blocks among `bytes` of a file; an empty range at their end if there is none.
+fn whole_blocks(bytes: Range<u64>) -> Range<u64> {
     let block = BLOCK_BYTES as u64;
-    let blocks = offset.next_multiple_of(block)..(offset + length as u64) / block * block;
-    if address % BLOCK_BYTES == block_offset(offset) && !blocks.is_empty() { blocks } else { 0..0 }
+    let blocks = bytes.start.next_multiple_of(block)..bytes.end / block * block;
+    if blocks.is_empty() { bytes.end..bytes.end } else { blocks }
 }
 
 /// Reads from `offset` of `file` on into `parts`, one after the other. Returns the number of bytes, 0 at the end of the file.
@@ -321,45 +386,81 @@ mod tests {
         let bytes: Vec<u8> = (0..5 * BLOCK_BYTES + 77).map(|i| (i / 7) as u8).collect();
         let mut file = tempfile::tempfile_in(".").expect("a file");
         file.write_all(&bytes).expect("written");
-        let Some(direct) = reopen(&file) else { return };
+        let Some(direct) = DirectFile::reopen(&file) else { return };
         let speed = StorageSpeed::default();
-        let mut reader = DirectReader::new(&direct, &speed);
-        let mut memory = vec![0u8; bytes.len() + 3 * BLOCK_BYTES];
+        let mut memory = vec![0u8; 2 * bytes.len() + 9 * BLOCK_BYTES];
         let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
-        for start in [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5] {
-            for end in [start + 1, 3 * BLOCK_BYTES, bytes.len() - 1, bytes.len()] {
-                // In step with the file, with the last part elsewhere, and nowhere in step.
-                for (shift, cut) in [(0, end - start), (0, (end - start) / 2), (64, end - start)] {
+        // Each part of equal length is in step with the file (0), or that many bytes further.
+        for (is_in_place, shifts) in
+            [(true, &[0][..]), (true, &[0, 9]), (true, &[0, 64, 0]), (true, &[64]), (false, &[0, 9, 0])]
+        {
+            for start in [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5] {
+                for end in [start + 1, 3 * BLOCK_BYTES, bytes.len() - 1, bytes.len()] {
                     memory.fill(0xEE);
-                    let from = aligned + start % BLOCK_BYTES + shift;
-                    let to = &mut memory[from..];
-                    let (first, rest) = to.split_at_mut(cut);
-                    let parts = [(first.as_mut_ptr(), cut), (rest[9..].as_mut_ptr(), end - start - cut)];
-                    let parts =
-                        parts.map(|(start, length)| libc::iovec { iov_base: start.cast(), iov_len: length });
+                    let mut reader = DirectReader::new(&direct, &speed, is_in_place);
+                    let length = (end - start).div_ceil(shifts.len());
+                    let (mut to, mut places) = (aligned, Vec::new());
+                    for (number, shift) in shifts.iter().enumerate() {
+                        let from = end.min(start + number * length)..end.min(start + (number + 1) * length);
+                        to = to.next_multiple_of(BLOCK_BYTES) + from.start % BLOCK_BYTES + shift;
+                        places.push((to, from.clone()));
+                        to += from.len() + 1;
+                    }
+                    let base = memory.as_mut_ptr();
+                    let parts: Vec<libc::iovec> = places
+                        .iter()
+                        .map(|(to, from)| libc::iovec {
+                            iov_base: base.wrapping_add(*to).cast(),
+                            iov_len: from.len(),
+                        })
+                        .collect();
                     // SAFETY: the parts are in `memory`, and do not overlap.
                     assert!(unsafe { reader.read(start as u64, &parts) }.expect("read"));
-                    assert!(first == &bytes[start..start + cut], "{start}..{end}");
-                    assert!(rest[9..9 + end - start - cut] == bytes[start + cut..end], "{start}..{end}");
-                    assert_eq!((rest[8], rest[9 + end - start - cut]), (0xEE, 0xEE), "{start}..{end}");
+                    let mut expected = vec![0xEE; memory.len()];
+                    for (to, from) in places {
+                        expected[to..to + from.len()].copy_from_slice(&bytes[from]);
+                    }
+                    assert!(memory == expected, "{is_in_place} {shifts:?} {start}..{end}");
                 }
             }
         }
+        let mut reader = DirectReader::new(&direct, &speed, false);
         let part = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 100 };
         for offset in [bytes.len() - 3, 9 * BLOCK_BYTES + 1] {
             // SAFETY: as above.
             assert!(!unsafe { reader.read(offset as u64, &[part]) }.expect("read"), "the file ends early");
         }
+        // SAFETY: as above. No byte is read.
+        let large = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: BUFFER_BYTES + 1 };
+        assert!(!unsafe { reader.read(0, &[large]) }.expect("refused"), "the buffer is smaller");
         assert!(!speed.is_refused());
     }
 
     #[test]
-    fn blocks_are_read_in_place_if_the_memory_has_them() {
+    fn a_buffer_is_used_again() {
+        let mut file = tempfile::tempfile_in(".").expect("a file");
+        file.write_all(&[7; BLOCK_BYTES]).expect("written");
+        let Some(direct) = DirectFile::reopen(&file) else { return };
+        let speed = StorageSpeed::default();
+        let read = || {
+            let mut reader = DirectReader::new(&direct, &speed, false);
+            let mut byte = [0u8];
+            let part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+            // SAFETY: the part is the byte.
+            assert!(unsafe { reader.read(3, &[part]) }.expect("read"));
+            assert_eq!(byte, [7]);
+            reader.buffer()
+        };
+        assert_eq!(read(), read());
+        assert_eq!(direct.buffers.lock().len(), 1);
+    }
+
+    #[test]
+    fn whole_blocks_are_inside() {
         const B: u64 = BLOCK_BYTES as u64;
-        assert_eq!(blocks_inside(7 * BLOCK_BYTES + 8, B + 8, 3 * BLOCK_BYTES), 2 * B..4 * B);
-        assert_eq!(blocks_inside(7 * BLOCK_BYTES, B, BLOCK_BYTES), B..2 * B);
-        assert!(blocks_inside(7 * BLOCK_BYTES + 72, B + 8, 3 * BLOCK_BYTES).is_empty(), "64 bytes further");
-        assert!(blocks_inside(8, 8, 2 * BLOCK_BYTES - 9).is_empty(), "no whole block");
+        assert_eq!(whole_blocks(B + 8..4 * B + 8), 2 * B..4 * B);
+        assert_eq!(whole_blocks(B..2 * B), B..2 * B);
+        assert_eq!(whole_blocks(8..2 * B - 1), 2 * B - 1..2 * B - 1, "none");
     }
 
     /// The time that the bytes of the trial take on the slowest fast storage.

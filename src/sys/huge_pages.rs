@@ -9,6 +9,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use memmap2::{MmapMut, MmapRaw};
+
 use crate::sys::mutex::Mutex;
 use crate::sys::page_cache::page_size;
 
@@ -76,14 +78,20 @@ impl Costs {
         }
     }
 
+    /// Returns the kind that was cheaper recently.
+    fn cheaper(&self) -> PageKind {
+        match (self.small.recent(), self.huge.recent()) {
+            (Some(small), Some(huge)) if huge < small => PageKind::Huge,
+            // Small pages first: their worst case costs no more than that of huge pages.
+            _ => PageKind::Small,
+        }
+    }
+
     /// Returns the kind for the next piece. Report its time with [`Costs::add`].
     fn choose(&self) -> Choice {
-        // Small pages first: their worst case costs no more than that of huge pages.
         let (small, huge) = (self.small.recent(), self.huge.recent());
-        let (cheaper, costlier) = match (small, huge) {
-            (Some(small), Some(huge)) if huge < small => (PageKind::Huge, PageKind::Small),
-            _ => (PageKind::Small, PageKind::Huge),
-        };
+        let cheaper = self.cheaper();
+        let costlier = if cheaper == PageKind::Small { PageKind::Huge } else { PageKind::Small };
         let is_due = match (small, huge) {
             (None, _) => false,
             (_, None) => true,
@@ -205,6 +213,34 @@ impl PagePopulator {
             *advice = Advice { kind: Some(kind), changes: advice.changes + 1 };
         }
         advice.changes
+    }
+}
+
+/// Returns whether huge pages were tried and cost more than small ones, so that fresh memory has small pages.
+pub(crate) fn are_expensive() -> bool {
+    COSTS.huge.recent().is_some() && COSTS.cheaper() == PageKind::Small
+}
+
+/// Memory of the size of a huge page, aligned to it; one huge page if the machine has one. Never populated by itself.
+#[derive(Debug)]
+pub(crate) struct HugePage {
+    map: MmapRaw,
+    skipped: usize,
+}
+
+impl HugePage {
+    /// Returns `None` if there is not enough memory.
+    pub(crate) fn new() -> Option<HugePage> {
+        // Leaves room to align the start. Untouched pages use no memory.
+        let map = MmapRaw::from(MmapMut::map_anon(2 * HUGE_PAGE_BYTES).ok()?);
+        let page = HugePage { skipped: map.as_ptr().align_offset(HUGE_PAGE_BYTES), map };
+        advise(page.start(), HUGE_PAGE_BYTES, PageKind::Huge);
+        Some(page)
+    }
+
+    /// Returns the address of the first byte. [`HUGE_PAGE_BYTES`] bytes are valid there, as long as the page lives.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.map.as_mut_ptr().wrapping_add(self.skipped)
     }
 }
 
