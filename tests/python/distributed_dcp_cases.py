@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -218,3 +219,33 @@ def cached_plans_of_other_saves_are_not_mixed_up(world: World) -> None:
     with failing(CheckpointException, text="the planner has cached the plan"):
         save(other, "first", Cached(), **final)
     assert sorted(safetensors_torch.load_sharded(world.directory / "first")) == ["a", "b"]
+
+
+@CASES
+def a_process_that_fails_removes_the_hidden_files(world: World) -> None:
+    class Failing(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            if world.rank == 2:
+                raise ConnectionError("no more")
+            return super().resolve_data(write_item)
+
+    mine = distributed()[1]
+    writers = []
+    for planner, text in ((Failing(), "no more"), (DefaultSavePlanner(), "")):
+        # As long as a program keeps the writer of the first process, that keeps its files.
+        writers.append(std.HuggingFaceStorageWriter(world.directory, layout="final", save_distributed=True))
+        with failing(CheckpointException, text=text) if text else contextlib.nullcontext():
+            dcp.save(mine, storage_writer=writers[-1], planner=planner)
+        dist.barrier()
+        assert strays(world.directory) == []
+
+
+@CASES
+def a_writer_of_other_processes_is_refused(world: World) -> None:
+    writer = std.HuggingFaceStorageWriter(world.directory, layout="final", process_group=world.pair)
+    tensors = {"w": torch.zeros(2)}
+    with failing(CheckpointException, text="4 processes save, but process_group has 2"):
+        dcp.save(tensors, storage_writer=writer)
+    if world.rank < 2:
+        dcp.save(tensors, storage_writer=writer, process_group=world.pair)
+        assert safetensors_torch.load_sharded(world.directory)["w"].tolist() == [0, 0]

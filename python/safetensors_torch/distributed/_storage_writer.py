@@ -5,6 +5,7 @@ Owns the translation between the plans of torch.distributed.checkpoint and chunk
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,7 +85,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         metadata: text to store in the header of each file. ``format`` = ``pt`` is added.
         dtype: the dtype in the file of floating-point tensors; each keeps its own by default.
         durable: whether a save returns only after all files are on the disk, as for save_file.
-        process_group: accepted so that all classes here have the same keywords; the plan says who writes what.
+        process_group: the processes that save, which torch.distributed.checkpoint.save must get too; a save of others
+            is refused. Nothing is checked by default.
         layout: "final", "shards", or "auto": "shards" if ``save_distributed`` and not ``enable_consolidation``, as
             torch's writer, otherwise "final".
 
@@ -132,13 +134,14 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         self._durable = check_bool(durable, "durable")
         shards = layout == "shards" or (layout == "auto" and save_distributed and not enable_consolidation)
         self._is_final = not shards
+        self._process_group = process_group
         if shards and enable_consolidation:
             self.path = self.fs.concat_path(self.path, SHARDED_DIRECTORY)
         self._checkpoint: JoinedCheckpoint | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # To a process that saves in the background, before it begins.
-        return {**self.__dict__, "_checkpoint": None}
+        return {**self.__dict__, "_checkpoint": None, "_process_group": None}
 
     def _cancel(self) -> None:
         if self._checkpoint is not None:
@@ -162,6 +165,12 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         return plan if getattr(self, "use_collectives", True) else self._with_rank(plan, (self.rank or 0) + 1)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        expected = len(plans) if self._process_group is None else Group(self._process_group).size
+        if len(plans) != expected:
+            raise ValueError(
+                f"{len(plans)} processes save, but process_group has {expected}; pass the same process_group to the"
+                " writer and to torch.distributed.checkpoint.save"
+            )
         if not self._is_final:
             return [self._with_rank(plan, number) for number, plan in enumerate(plans, 1)]
         self._cancel()
@@ -187,9 +196,10 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             refuse_strided(planner)
             results = self._write_final(plan, planner) if self._is_final else self._write_shards(plan, planner)
         except BaseException:
-            # The first process knows by itself if it fails; of others, it learns in the next save, or when it is
-            # dropped.
+            # The first process does not learn about it before the next save, or before it is dropped.
             self._cancel()
+            if isinstance(plan.storage_data, _FinalPlan):
+                _remove_hidden(self.path, plan.storage_data)
             raise
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -350,10 +360,8 @@ def _is_usable(plan: SavePlan) -> bool:
     return getattr(plan, "usable", True)
 
 
-def _find_hidden(directory: Path, final: _FinalPlan) -> HiddenFiles:
-    """Returns the hidden files of a save, from the names and headers in ``directory``."""
-    from .._safe_open import safe_open
-
+def _hidden_names(directory: Path, final: _FinalPlan) -> list[str]:
+    """Returns the names of the hidden files of a save, in the order of their numbers."""
     prefix, suffix = f".safetensors-{final.process}-", ".tmp"
     found: list[tuple[int, str]] = []
     for name in os.listdir(directory):
@@ -361,14 +369,29 @@ def _find_hidden(directory: Path, final: _FinalPlan) -> HiddenFiles:
         if name.startswith(prefix) and name.endswith(suffix) and number.isdecimal():
             if 0 <= int(number) - final.first_number < 1 << 20:
                 found.append((int(number), name))
-    if not found:
+    return [name for _, name in sorted(found)]
+
+
+def _find_hidden(directory: Path, final: _FinalPlan) -> HiddenFiles:
+    """Returns the hidden files of a save, from the names and headers in ``directory``."""
+    from .._safe_open import safe_open
+
+    names = _hidden_names(directory, final)
+    if not names:
         raise FileNotFoundError(
-            f"{os.fspath(directory)}: no file of this save: the first process has ended, or has another view of this"
-            " directory; save to a directory that all processes share"
+            f"{os.fspath(directory)}: no file of this save: another process has failed or ended, or the first one has"
+            " another view of this directory; save to a directory that all processes share"
         )
-    names = [name for _, name in sorted(found)]
     file_of = {}
     for number, name in enumerate(names):
         with safe_open(os.path.join(directory, name), "pt", backend="pread") as file:
             file_of.update(dict.fromkeys(file.keys(), number))
     return HiddenFiles(names, file_of)
+
+
+def _remove_hidden(directory: Path, final: _FinalPlan) -> None:
+    """Removes the hidden files of a save that has failed in this process."""
+    # The error of this process is the one to report.
+    with contextlib.suppress(OSError):
+        for name in _hidden_names(directory, final):
+            os.remove(os.path.join(directory, name))
