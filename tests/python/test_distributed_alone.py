@@ -77,6 +77,28 @@ def test_one_process_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(half["weight"], model.weight.half()) and torch.equal(half["bias"], model.bias)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_have_no_place_for_elements_are_refused(tmp_path: Path) -> None:
+    std.save({"a": torch.ones(3), "w": torch.ones(4, 4)}, tmp_path)
+    target = {"a": torch.zeros(3)}
+    freed = torch.zeros(4, 4)
+    freed.untyped_storage().resize_(0)
+    for tensor, kind, text in (
+        (torch.zeros(4, 4).to_sparse(), ValueError, "is of the layout torch.sparse_coo"),
+        (torch.zeros(4, 4).to_sparse_csr(), ValueError, "is of the layout torch.sparse_csr"),
+        (torch.nested.nested_tensor([torch.zeros(2)]), ValueError, "is nested"),
+        (torch.zeros(4, 1).expand(4, 4), ValueError, "is expanded"),
+        (freed, RuntimeError, "its memory was freed"),
+        (torch.empty(4, 4, device="meta"), RuntimeError, "on the meta device"),
+    ):
+        with pytest.raises(kind, match=f"'w'.*{text}"):
+            std.load_into(target | {"w": tensor}, tmp_path)
+        if text != "is expanded":
+            with pytest.raises((ValueError, RuntimeError), match="['`]w['`]"):
+                std.save({"w": tensor}, tmp_path / "other")
+    assert target["a"].tolist() == [0, 0, 0]
+
+
 def test_tied_parameters_of_a_module_are_not_missing(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight

@@ -51,7 +51,7 @@ def local_chunks(state_dict: Mapping[str, Any], dtype: torch.dtype | None = None
 
     Raises:
         TypeError: a name that is not text, or a value that is not a tensor.
-        ValueError: a DTensor whose placements do not divide it.
+        ValueError: a sparse or nested tensor, or a DTensor whose placements do not divide it.
     """
     chunks = []
     for name, value in state_dict.items():
@@ -68,6 +68,9 @@ def local_chunks(state_dict: Mapping[str, Any], dtype: torch.dtype | None = None
 
 
 def _boxes(name: str, value: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else f"of the layout {value.layout}"
+        raise ValueError(f"tensor {name!r} is {kind}: a checkpoint has dense tensors; convert it to one")
     if not isinstance(value, DTensor):
         yield ((0,) * value.dim(), tuple(value.shape)), value.detach()
         return

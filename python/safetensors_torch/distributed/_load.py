@@ -53,7 +53,7 @@ def load_into(
 
     Raises:
         RuntimeError: names that differ, if ``strict``; or another process has failed: the error names it.
-        ValueError: shapes that differ; a DTensor that is ``Partial``.
+        ValueError: shapes that differ; a DTensor that is ``Partial``; a sparse, nested or expanded tensor.
         SafetensorError: no checkpoint, an invalid file, chunks that overlap or leave a gap.
         TypeError, OSError, ImportError: as load_file.
 
@@ -98,6 +98,8 @@ class _Load:
         tensors = self._target.state_dict() if isinstance(self._target, nn.Module) else self._target
         loaded = {name: value for name, value in tensors.items() if name in stored.tensors}
         chunks = local_chunks(loaded)
+        for chunk, view in chunks:
+            _check_target(chunk.name, view)
         memory = {_memory_of(value) for value in loaded.values()}
         self.missing = sorted(
             name
@@ -128,6 +130,20 @@ class _Load:
         assert self._stored is not None  # `check` has opened it
         share(self._group, self._read_once, self._parts, self._stored, self._progress)
         self._stored.close()
+
+
+def _check_target(name: str, view: torch.Tensor) -> None:
+    """Checks what would be an error of torch's, without the name."""
+    if view.numel() == 0 or view.is_meta:
+        return
+    spans = [(size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)]
+    if view.untyped_storage().nbytes() < (view.storage_offset() + sum(spans) + 1) * view.itemsize:
+        raise RuntimeError(
+            f"tensor {name!r}: its memory was freed or shrunk, as FSDP does with sharded parameters; load into the"
+            " shards, or resize the storage first"
+        )
+    if any(size > 1 and span == 0 for size, span in zip(view.shape, spans, strict=True)):
+        raise ValueError(f"tensor {name!r} is expanded: elements of it share their memory; clone it first")
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
