@@ -128,6 +128,17 @@ def test_consolidate(shards: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "two")) == sorted(names)
 
 
+def test_consolidate_into_the_directory_of_the_shards(shards: Path) -> None:
+    # transformers does it.
+    metadata = std.HuggingFaceStorageReader(str(shards)).read_metadata()
+    std.consolidate(shards, shards, fqn_to_index_mapping=dict.fromkeys(metadata.state_dict_metadata, 1))
+    assert len(list(shards.glob("shard-*"))) == 2
+    assert same(safetensors_torch.load_sharded(shards), WHOLE)
+    target = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
+    dcp.load(target, storage_reader=std.HuggingFaceStorageReader(shards), no_dist=True)
+    assert same(target, WHOLE)
+
+
 def test_consolidate_refuses(shards: Path, tmp_path: Path) -> None:
     def refused(error: type[Exception], text: str, **options: object) -> None:
         with pytest.raises(error, match=text):
