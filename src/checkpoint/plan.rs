@@ -78,24 +78,19 @@ impl ShardPlan {
         Ok(ShardPlan { stem, shard_of, count: closed, total_bytes, is_numbered: false })
     }
 
-    /// Puts each tensor of `sizes` bytes into the file of its number in `files`, which are counted from 0. The files are
-    /// numbered and have an index even if there is only one, as those of `torch.distributed.checkpoint`.
+    /// Puts each tensor of `sizes` bytes into the file of its number in `files`, which are counted from 0. Numbers without a
+    /// tensor are left out: the files after them have smaller ones. The files are numbered and have an index even if there
+    /// is only one, as those of `torch.distributed.checkpoint`. There must be as many numbers as sizes.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] for a number without a tensor below the largest one, and for an invalid `stem` (as
-    /// [`ShardPlan::new`]). There must be as many numbers as sizes.
+    /// [`ErrorKind::InvalidArgument`] for an invalid `stem` (as [`ShardPlan::new`]).
     pub fn assigned(sizes: impl Iterator<Item = u64>, files: &[usize], stem: &str) -> Result<ShardPlan> {
         check_stem(stem)?;
-        let shard_of = files.to_vec();
-        let mut numbers = shard_of.clone();
+        let mut numbers = files.to_vec();
         numbers.sort_unstable();
         numbers.dedup();
-        if let Some((missing, _)) = numbers.iter().enumerate().find(|&(expected, &number)| number != expected)
-        {
-            let detail = format!("file {} has no tensor: number the files without gaps", missing + 1);
-            return Err(Error::new(ErrorKind::InvalidArgument, detail));
-        }
+        let shard_of = files.iter().map(|file| numbers.binary_search(file).expect("it is one of them")).collect();
         let total_bytes = sizes.fold(0, u64::saturating_add);
         Ok(ShardPlan {
             stem: stem.to_string(),

@@ -36,7 +36,8 @@ def consolidate(
         output: the directory for the checkpoint, created if it is missing.
         max_shard_size: the most bytes of tensors in one file, as for save_sharded.
         fqn_to_index_mapping: the number of each tensor's file, from 1 on, instead of a size. Names that no tensor has
-            are ignored. The files are then numbered, and have an index, even if there is one.
+            are ignored, and numbers without a tensor left out. The files are then numbered, and have an index, even if
+            there is one.
         durable: whether to return only after all files are on the disk, as for save_file.
         process_group: the processes that call this together; the first one consolidates, the others wait. By default
             this process alone.
@@ -73,6 +74,8 @@ def _consolidate(
 ) -> list[str]:
     check_bool(durable, "durable")
     progress = check_progress(progress)
+    if mapping is not None and not mapping:
+        raise ValueError("fqn_to_index_mapping is empty; give each tensor the number of its file, or None")
     names, files = [], []
     for name, number in (mapping or {}).items():
         check_name(name)

@@ -55,17 +55,18 @@ class JoinedCheckpoint:
             tensors: one chunk of each, by name, in the order in which they are divided into files.
             metadata: for each file.
             max_shard_size: as for save_sharded, in bytes.
-            files: the number of each tensor's file, from 1 on, instead of a size; names of other tensors may be in it.
+            files: the number of each tensor's file, from 1 on, instead of a size. Names of other tensors may be in it;
+                numbers without a tensor are left out.
             first_number: determines the hidden names, in this process.
             durable: whether commit returns only after all files are on the disk.
 
         Raises:
-            ValueError: a tensor without a file, or a number without a tensor.
+            ValueError: a tensor without a file.
             What save_sharded raises.
         """
         missing = [] if files is None else [name for name in tensors if name not in files]
         if missing:
-            raise ValueError(f"no file for tensor {missing[0]!r}: give each tensor the number of its file")
+            raise no_file(missing[0])
         numbers = [] if files is None else [files[name] - 1 for name in tensors]
         if first_number is None:
             first_number = new_first_number()
@@ -94,6 +95,11 @@ class JoinedCheckpoint:
 
     def cancel(self) -> None:
         self._native.cancel()
+
+
+def no_file(name: str) -> ValueError:
+    """Returns the error about a tensor that a mapping of names to files lacks."""
+    return ValueError(f"no file for tensor {name!r}: give each tensor the number of its file")
 
 
 def new_first_number() -> int:

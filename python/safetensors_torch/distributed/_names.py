@@ -26,4 +26,4 @@ def chunk_file_name(rank: int, number: int, count: int) -> str:
 
 def is_chunk_file_name(name: str) -> bool:
     """Returns whether chunk_file_name has made a name."""
-    return re.fullmatch(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors", name) is not None
+    return re.fullmatch(r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors", name) is not None

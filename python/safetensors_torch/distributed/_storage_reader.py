@@ -210,4 +210,13 @@ class QuantizedHuggingFaceStorageReader(
         if kwargs:
             return HuggingFaceStorageReader.read_metadata(self, *args, **kwargs)
         # torch's, which calls that of HuggingFaceStorageReader.
-        return super().read_metadata()
+        metadata = super().read_metadata()
+        # torch corrects the sizes of tensors that have another shape in the file, but not those of their chunks.
+        for name, stored in metadata.state_dict_metadata.items():
+            chunk = stored.chunks[0]
+            if len(chunk.sizes) != len(stored.size):
+                offsets = torch.Size([0] * len(stored.size))
+                place = metadata.storage_data.pop(MetadataIndex(name, chunk.offsets))
+                metadata.storage_data[MetadataIndex(name, offsets)] = place
+                stored.chunks = [ChunkStorageMetadata(offsets=offsets, sizes=stored.size)]
+        return metadata

@@ -23,7 +23,7 @@ from .._save import save_file
 from .._sharded import parse_size
 from ._chunks import Chunk, check_boxes
 from ._group import Group
-from ._joined import HiddenFiles, JoinedCheckpoint, new_first_number, write_chunks
+from ._joined import HiddenFiles, JoinedCheckpoint, new_first_number, no_file, write_chunks
 from ._names import (
     OFFSETS_KEY,
     POSITIONS_KEY,
@@ -75,7 +75,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
 
     Args:
         path: the directory, which all processes share.
-        fqn_to_index_mapping: the number of each tensor's file, from 1 on.
+        fqn_to_index_mapping: the number of each tensor's file, from 1 on. Final files are numbered without gaps: a
+            number without a tensor is left out.
         thread_count: accepted for torch's sake; the threads are chosen as for save_file.
         save_distributed: whether several processes save.
         enable_consolidation: whether the files in ``path`` are the final ones, if several processes save.
@@ -185,7 +186,7 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             tensors,
             self._metadata,
             max_shard_size=self._max_shard_size,
-            files=files or None,
+            files=files,
             first_number=final.first_number,
             durable=self._durable,
         )
@@ -274,6 +275,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         highest = max(mapping.values()) if mapping else 1
         for item in plan.items:
             chunk = self._chunk_of(item)
+            if mapping is not None and chunk.name not in mapping:
+                raise no_file(chunk.name)
             number = 1 if mapping is None else mapping[chunk.name]
             # A file has one tensor of each name; further chunks of it go into files behind the others.
             while chunk.name in files.get(number, {}):

@@ -20,7 +20,7 @@ from .._load import open_file
 from .._progress import Progress, run
 from .._safe_open import open_path
 from ._chunks import Box, check_boxes
-from ._names import CHUNK_FILE_PREFIX, INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SHAPE_KEY, SUFFIX
+from ._names import INDEX_SUFFIX, OFFSETS_KEY, POSITIONS_KEY, SHAPE_KEY, SUFFIX, is_chunk_file_name
 
 # What load_sharded opens in a directory, even if there are other files.
 _FIRST_CHOICE = [f"model{SUFFIX}"]
@@ -55,7 +55,7 @@ class StoredTensors:
         self._files: dict[str, Any] = {}
         names = [os.fsdecode(name) for name in os.listdir(self._path)] if os.path.isdir(self._path) else []
         files = sorted(name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
-        final = [name for name in files if not name.startswith(CHUNK_FILE_PREFIX)]
+        final = [name for name in files if not is_chunk_file_name(name)]
         if not files or any(name.endswith(INDEX_SUFFIX) for name in names):
             self._add_indexed(open_path(self._path, "mmap"))
         elif final:
