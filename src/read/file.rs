@@ -10,9 +10,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::byte_order;
 use crate::format::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::format::slice::{AxisRange, Slice};
+use crate::read::byte_ranges::ReadRange;
 use crate::read::prefault::{self, Prefault};
 use crate::read::read_ahead::ReadAhead;
-use crate::read::reader::{self, PendingRead, ReadRange, total_bytes};
+use crate::read::reader::{self, PendingRead, total_bytes};
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{
     Backend, ExternalMemory, Mapping, OpenFile, ReadFrom, Source, expect_sequential, open_regular,

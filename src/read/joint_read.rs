@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use crate::error::Result;
 use crate::format::slice::Slice;
+use crate::read::byte_ranges::ReadRange;
 use crate::read::file::TensorFile;
-use crate::read::reader::{self, PendingRead, ReadRange, total_bytes};
+use crate::read::reader::{self, PendingRead, total_bytes};
 use crate::read::source::{Mapping, OpenFile, ReadFrom, ReadMethod};
 use crate::sys::buffers::Block;
 use crate::sys::parallel;

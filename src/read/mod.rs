@@ -1,5 +1,6 @@
 //! From a file into memory.
 
+mod byte_ranges;
 pub mod explain;
 pub mod file;
 #[cfg_attr(not(feature = "bridge"), allow(dead_code, reason = "only C++ reads in steps"))]

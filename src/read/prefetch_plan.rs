@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::format::slice::Slice;
+use crate::read::byte_ranges::{ReadRange, read_here};
 use crate::read::file::TensorFile;
-use crate::read::reader::{self, ReadRange};
 use crate::read::slice_reader::SliceReader;
 use crate::read::source::{OpenFile, ReadFrom, ReadMethod};
 use crate::read::strategy::{COLD_READ_BYTES, ReadStrategy};
@@ -324,7 +324,7 @@ impl Plan {
         strategy: ReadStrategy,
     ) -> Result<()> {
         // SAFETY: this function has the contract of `read_here`.
-        unsafe { reader::read_here(method, &batch.ranges, strategy) }
+        unsafe { read_here(method, &batch.ranges, strategy) }
             .map_err(|error| self.explain(error, batch.first, batch.ranges.len()))
     }
 

@@ -2,38 +2,14 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::read::prefault::read_and_map;
-use crate::read::source::{Mapping, OpenFile, ReadMethod};
+use crate::error::{Error, Result};
+use crate::read::byte_ranges::{ReadRange, check_within, read_parts};
+use crate::read::source::ReadMethod;
 use crate::read::strategy::ReadStrategy;
-use crate::read::vectored::VectoredReader;
 use crate::sys::buffers::Buffers;
-use crate::sys::copy;
-use crate::sys::huge_pages::is_resident;
 use crate::sys::page_cache::Residency;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
-
-/// Fewer contiguous bytes of a mapping are not worth a `madvise`.
-const BRING_IN_BYTES: usize = 64 << 10;
-
-/// Smaller copies go through the processor's caches, because they may be used while they are there.
-const STREAM_BYTES: usize = 1 << 20;
-
-/// A range of a source, and its destination.
-#[derive(Clone, Copy, Debug)]
-pub struct ReadRange {
-    /// The offset of the first byte in the source.
-    pub offset: u64,
-    pub destination: *mut u8,
-    pub length: usize,
-}
-
-// SAFETY: only `read`, `read_here` and `PendingRead::read_left` write to the destination. Their contract requires that it is
-// valid on any thread and overlaps no other one.
-unsafe impl Send for ReadRange {}
-// SAFETY: as above.
-unsafe impl Sync for ReadRange {}
 
 pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
     ranges.iter().map(|range| range.length).sum()
@@ -44,8 +20,7 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FileChanged`] if the source ends early, [`ErrorKind::Io`] if a read fails. The contents of the
-/// destinations are then unspecified.
+/// Those of [`read_here`](crate::read::byte_ranges::read_here).
 ///
 /// # Safety
 ///
@@ -80,22 +55,6 @@ pub(crate) unsafe fn read_all(
             explain(error, offset, count)
         })
     })
-}
-
-/// As [`read`], on the calling thread, with the `strategy` of the larger read that this is part of.
-///
-/// # Safety
-///
-/// As for [`read`].
-pub(crate) unsafe fn read_here(
-    method: ReadMethod<'_>,
-    ranges: &[ReadRange],
-    strategy: ReadStrategy,
-) -> Result<()> {
-    check_within(method, ranges)?;
-    let parts = ranges.iter().copied();
-    // SAFETY: this function's contract covers the destinations; the ranges are inside the source (checked).
-    unsafe { read_parts(method, parts, strategy) }
 }
 
 /// A read that is planned, in chunks.
@@ -172,7 +131,7 @@ impl PendingRead {
 
     /// Checks that the ranges are inside the source.
     pub(crate) fn check(&self, method: ReadMethod<'_>) -> Result<()> {
-        check_within(method, &self.ranges)
+        check_within(method, self.ranges.iter().map(ReadRange::extent))
     }
 
     /// Returns the offset of the first byte of the chunk that has `left` chunks from its start on, and how many ranges it has
@@ -218,99 +177,6 @@ pub(crate) fn is_cold(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<bo
 fn strategy_of(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<ReadStrategy> {
     let limit = ThreadLimit::current()?;
     ReadStrategy::of(method, total_bytes(ranges), || extent(ranges), CHUNK_BYTES, limit)
-}
-
-/// Checks that `ranges` are inside a source in memory.
-fn check_within(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<()> {
-    let length = match method {
-        // Reads return how many bytes there are.
-        ReadMethod::File(_) => return Ok(()),
-        ReadMethod::Mapping(mapping, _) => mapping.len(),
-        ReadMethod::Memory(memory) => memory.length,
-    };
-    let is_outside = |range: &ReadRange| {
-        range.offset.checked_add(range.length as u64).is_none_or(|end| end > length as u64)
-    };
-    if ranges.iter().any(is_outside) {
-        return Err(Error::new(ErrorKind::FileChanged, "a range is outside the source"));
-    }
-    Ok(())
-}
-
-/// Reads `parts` on this thread.
-///
-/// # Safety
-///
-/// As for [`read`]. The parts must be inside a source in memory.
-unsafe fn read_parts(
-    method: ReadMethod<'_>,
-    parts: impl Iterator<Item = ReadRange> + Clone,
-    strategy: ReadStrategy,
-) -> Result<()> {
-    match method {
-        ReadMethod::Memory(memory) => {
-            for ReadRange { offset, destination, length } in parts {
-                let source = memory.start.wrapping_add(offset as usize);
-                // SAFETY: this function's contract covers both ends; `ExternalMemory::new` keeps the source valid.
-                unsafe { std::ptr::copy_nonoverlapping(source, destination, length) };
-            }
-            Ok(())
-        }
-        ReadMethod::File(file) => {
-            let mut reader = VectoredReader::new(file, strategy);
-            for ReadRange { offset, destination, length } in parts {
-                // SAFETY: this function's contract covers the destination until everything is read.
-                unsafe { reader.add(offset, destination, length) }?;
-            }
-            // SAFETY: as above.
-            unsafe { reader.finish() }
-        }
-        // SAFETY: this function has the contract of `copy_mapped`.
-        ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, strategy) },
-    }
-}
-
-/// Copies from a mapping, after mapping its pages, many with one call. The copies bypass the processor's caches if the
-/// destination already has memory.
-///
-/// # Safety
-///
-/// As for [`read_parts`].
-unsafe fn copy_mapped(
-    mapping: &Mapping,
-    file: Option<&OpenFile>,
-    parts: impl Iterator<Item = ReadRange> + Clone,
-    strategy: ReadStrategy,
-) -> Result<()> {
-    let mut neighbours: Vec<Range<usize>> = Vec::new();
-    for ReadRange { offset, length, .. } in parts.clone() {
-        let start = offset as usize;
-        match neighbours.last_mut() {
-            Some(last) if last.end == start => last.end += length,
-            _ => neighbours.push(start..start + length),
-        }
-    }
-    // If the file is cold, a failed read must be an error, which it is not for a page that is touched.
-    let is_cold = strategy.request_bytes.is_some();
-    neighbours.retain(|bytes| is_cold || bytes.len() >= BRING_IN_BYTES);
-    for bytes in &neighbours {
-        read_and_map(mapping, file, bytes.clone(), strategy)?;
-    }
-    for ReadRange { offset, destination, length } in parts {
-        let source = mapping.as_ptr().wrapping_add(offset as usize);
-        // SAFETY: this function's contract covers the destination, and the part is inside the mapping.
-        unsafe {
-            if length >= STREAM_BYTES && is_resident(destination.wrapping_add(length / 2)) {
-                copy::copy_nontemporal(source, destination, length);
-            } else {
-                std::ptr::copy_nonoverlapping(source, destination, length);
-            }
-        }
-    }
-    for bytes in neighbours {
-        mapping.release(bytes.start, bytes.len());
-    }
-    Ok(())
 }
 
 /// Returns the smallest range that contains all of `ranges`.

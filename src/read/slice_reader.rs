@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::format::slice::Slice;
-use crate::read::reader::{self, ReadRange};
+use crate::read::byte_ranges::{ReadRange, read_here};
+use crate::read::reader;
 use crate::read::source::ReadMethod;
 use crate::read::strategy::ReadStrategy;
 
@@ -95,7 +96,7 @@ impl SliceReader<'_> {
         // SAFETY: this function has the contract of both.
         unsafe {
             match self.strategy {
-                Some(strategy) => reader::read_here(self.method, &ranges, strategy),
+                Some(strategy) => read_here(self.method, &ranges, strategy),
                 // The caller explains errors: it knows the tensor.
                 None => reader::read(self.method, ranges, |error, _, _| error),
             }
