@@ -62,7 +62,8 @@ FillLoader::FillLoader(SharedCheckpoint checkpoint, const StorageSharing& sharin
         check_target(names_[i], target);
         const core::TensorLocation place = checkpoint_->find(names_[i]);
         const core::File& file = checkpoint_->file(place);
-        auto [slice, type, shape] = plan_slice(file, place.index, ranges_of(names_[i], starts[i], target));
+        std::vector<core::Range> torch_ranges = ranges_of(names_[i], starts[i], target);
+        auto [slice, type, shape] = plan_slice(file, place.index, torch_ranges);
         check_conversion(type, target.scalar_type(), file.name(place.index));
         const uint64_t nbytes = c10::multiply_integers(shape) * c10::elementSize(type);
         total_ += nbytes;
@@ -73,7 +74,7 @@ FillLoader::FillLoader(SharedCheckpoint checkpoint, const StorageSharing& sharin
             requests[place.shard].push_back({place.index, list.size(), slice.size(), memory, nbytes});
             list.insert(list.end(), slice.begin(), slice.end());
         } else if (nbytes != 0) {
-            rest_.push_back({i, place, std::move(slice), nbytes});
+            rest_.push_back({i, place, std::move(torch_ranges), nbytes});
         }
         memory_.emplace_back(target);
     }

@@ -37,6 +37,7 @@ class FillLoader {
     struct Rest {
         size_t target;
         core::TensorLocation place;
+        // In torch's elements.
         std::vector<core::Range> ranges;
         uint64_t nbytes;
     };

@@ -158,3 +158,20 @@ TEST(slice_of_every_dtype) {
         }
     }
 }
+
+TEST(packed_values_are_read_into_strided_memory) {
+    const auto types = dtypes();
+    if (types.back().code != std::string("F4")) {
+        return;
+    }
+    const TempDir dir;
+    write_file(dir.file("f"), file_bytes(R"({"x":{"dtype":"F4","shape":[3,4],"data_offsets":[0,6]}})", "123456"));
+    for (const st::Backend backend : kBackends) {
+        // With a gap, the strides of the pairs are those of the values in row-major memory.
+        const at::Tensor bytes = at::zeros({3, 4}, at::kByte);
+        const at::Tensor pairs = bytes.view(types.back().type).narrow(1, 0, 2);
+        st::File(dir.file("f"), at::kCPU, backend).read_into({{"x", {0, 0}, pairs}});
+        EXPECT(at::equal(bytes.narrow(1, 0, 2), at::tensor({'1', '2', '3', '4', '5', '6'}, at::kByte).view({3, 2})));
+        EXPECT_EQ(at::sum(bytes.narrow(1, 2, 2)).item<int64_t>(), 0);
+    }
+}
