@@ -389,13 +389,19 @@ typedef struct sft_slice_request {
     size_t index;            /**< of the tensor, in file order */
     const sft_range* ranges; /**< one for each of the tensor's dimensions */
     size_t rank;             /**< the number of ranges */
-    void* buffer;            /**< the destination; no two buffers may overlap */
-    size_t nbytes;           /**< of the buffer: the size from sft_file_get_slice_size */
+    void* buffer;            /**< the first element of the destination; no elements of two requests may overlap */
+    size_t nbytes; /**< of the buffer: the size from sft_file_get_slice_size, or for `strides` at least from the
+                      first element to the end of the last */
+    const uint64_t* strides; /**< the distance between neighbours in the buffer, in elements, as in DLPack: one for each
+                                dimension; NULL for row-major without gaps */
 } sft_slice_request;
 
-/** Reads `count` slices, in parallel. Reads only the pages that contain bytes of the slices. All sizes are checked
- * first, except that slices with runs of less than 4 KiB are read at once, with what is between the runs, if the file
- * is not mapped. Errors: as sft_file_read_slice. */
+/** Reads `count` slices, in parallel, each into row-major memory or to the places that `strides` give its elements,
+ * such as columns of a larger matrix. The bytes between these places stay as they are. Reads only the pages that
+ * contain bytes of the slices. A thread needs at most about 1 MiB of memory besides the destinations. Everything is
+ * checked before the first byte is read. Errors: as sft_file_read_slice; INVALID_ARGUMENT also for strides with which
+ * elements might share memory (each stride must step over all elements of the dimensions with smaller strides), and for
+ * strides other than row-major ones if the elements have less than a byte. */
 sft_status sft_file_read_slices(const sft_file* file, const sft_slice_request* reads, size_t count);
 
 /* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::ffi::{self, Entry, Range, Request, SliceRequest};
+use super::ffi::{self, Entry, Range, Request};
 use super::save::until;
 use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
-use crate::read::file::TensorFile;
+use crate::read::file::{SliceRequest, TensorFile};
 use crate::read::joint_read::JointRead;
 use crate::read::prefault::Prefault;
 use crate::read::source::{Mapping, ReadFrom};
@@ -147,15 +147,18 @@ impl File {
     /// As for [`JointRead::read_slices`].
     pub unsafe fn read_slices(
         &self,
-        requests: &[SliceRequest],
+        requests: &[ffi::SliceRequest],
         ranges: &[Range],
         from: ffi::ReadFrom,
     ) -> Result<Box<PendingRead>> {
-        let plan = |r: &SliceRequest| {
-            let slice = self.slice(r.index, &ranges[r.first_range..r.first_range + r.rank])?;
-            Ok((r.index, slice, r.destination, r.length))
+        let plan =
+            |r: &ffi::SliceRequest| self.slice(r.index, &ranges[r.first_range..r.first_range + r.rank]);
+        let slices = requests.iter().map(plan).collect::<Result<Vec<_>>>()?;
+        let request = |(r, slice)| {
+            let &ffi::SliceRequest { index, destination, length: nbytes, .. } = r;
+            SliceRequest { index, slice, destination, nbytes, strides: None }
         };
-        let requests = requests.iter().map(plan).collect::<Result<Vec<_>>>()?;
+        let requests: Vec<_> = requests.iter().zip(&slices).map(request).collect();
         // SAFETY: this function has the contract of `JointRead::read_slices`.
         Ok(Box::new(PendingRead(unsafe { JointRead::read_slices(&self.0, &requests, read_from(from)) }?)))
     }

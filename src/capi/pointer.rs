@@ -129,6 +129,20 @@ pub(super) unsafe fn array<'a, T>(pointer: *const T, length: usize, what: &str) 
     Ok(unsafe { std::slice::from_raw_parts(pointer, length) })
 }
 
+/// Borrows an array; NULL becomes `None`.
+///
+/// # Safety
+///
+/// As for [`array`].
+pub(super) unsafe fn optional_array<'a, T>(
+    pointer: *const T,
+    length: usize,
+    what: &str,
+) -> Result<Option<&'a [T]>> {
+    // SAFETY: this function has the contract of `array`.
+    if pointer.is_null() { Ok(None) } else { unsafe { array(pointer, length, what) }.map(Some) }
+}
+
 /// Borrows an array of results, as [`Out`] does one; NULL is allowed if it is empty.
 ///
 /// # Safety

@@ -9,6 +9,7 @@ use super::pointer::{self, Out};
 use super::types::sft_status;
 use crate::error::Result;
 use crate::format::slice::{AxisRange, Slice};
+use crate::read::file::SliceRequest;
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -34,6 +35,7 @@ pub struct sft_slice_request {
     pub rank: usize,
     pub buffer: *mut c_void,
     pub nbytes: usize,
+    pub strides: *const u64,
 }
 
 #[unsafe(no_mangle)]
@@ -92,15 +94,21 @@ pub unsafe extern "C" fn sft_file_read_slices(
     boundary!({
         // SAFETY: a live handle (header, "Ownership", "Threads"); `count` requests ("Pointers").
         let (state, reads) = unsafe { (sft_file::state(file)?, pointer::array(reads, count, "reads")?) };
-        let requests = reads.iter().map(|read| {
+        let slices = reads.iter().map(|read| {
             // SAFETY: `rank` ranges (header, "Pointers").
-            let ranges = unsafe { pointer::array(read.ranges, read.rank, "reads: ranges") }?;
-            let buffer = pointer::buffer(read.buffer, read.nbytes, "reads: a buffer")?;
-            Ok((read.index, plan(state, read.index, ranges)?, buffer, read.nbytes))
+            plan(state, read.index, unsafe { pointer::array(read.ranges, read.rank, "reads: ranges") }?)
+        });
+        let slices = slices.collect::<Result<Vec<_>>>()?;
+        let requests = reads.iter().zip(&slices).map(|(read, slice)| {
+            let &sft_slice_request { index, rank, buffer, nbytes, strides, .. } = read;
+            let destination = pointer::buffer(buffer, nbytes, "reads: a buffer")?;
+            // SAFETY: NULL, or `rank` strides (header, sft_slice_request and "Pointers").
+            let strides = unsafe { pointer::optional_array(strides, rank, "reads: strides") }?;
+            Ok(SliceRequest { index, slice, destination, nbytes, strides })
         });
         let requests = requests.collect::<Result<Vec<_>>>()?;
-        // SAFETY: the buffers are not NULL (checked), valid for writes during the call, and do not overlap (header,
-        // "Pointers").
+        // SAFETY: the buffers are not NULL (checked), valid for writes during the call, and their elements do not overlap
+        // (header, "Pointers" and sft_slice_request).
         unsafe { state.file.read_slices(&requests) }
     })
 }

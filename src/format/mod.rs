@@ -5,4 +5,6 @@ pub mod dtype;
 pub mod header;
 pub(crate) mod json;
 pub mod layout;
+pub(crate) mod runs;
 pub mod slice;
+pub(crate) mod strides;

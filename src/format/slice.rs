@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::dtype::Dtype;
+use crate::format::runs::{Loop, Runs};
+use crate::format::strides;
 
 /// The indices that a slice selects in one dimension: `start`, `start + step`, ... below `stop`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,12 +45,13 @@ impl AxisRange {
 /// ```
 #[derive(Debug)]
 pub struct Slice {
+    dtype: Dtype,
     shape: Vec<u64>,
-    run_bytes: u64,
+    /// The distances between neighbouring elements of the slice in the tensor, in bits; 0 in a dimension of size 1.
+    stride_bits: Vec<u64>,
     /// The byte offset of the first run in the tensor.
     first: u64,
-    /// The loops around the runs, outermost first: count and stride in bytes.
-    loops: Vec<(u64, u64)>,
+    runs: Runs<1>,
 }
 
 impl Slice {
@@ -73,29 +76,27 @@ impl Slice {
         }
         let result: Vec<u64> = ranges.iter().map(AxisRange::len).collect();
         if result.contains(&0) {
-            return Ok(Slice { shape: result, run_bytes: 0, first: 0, loops: vec![(0, 0)] });
+            let (stride_bits, empty) = (vec![0; result.len()], Loop { count: 0, strides: [0] });
+            let runs = Runs { length: 0, loops: vec![empty] };
+            return Ok(Slice { dtype, shape: result, stride_bits, first: 0, runs });
         }
         // The bits of a validated shape fit in 63 bits, so nothing below can overflow.
-        let mut loops = Vec::new();
-        let (mut run_bits, mut first_bits, mut stride_bits) = (dtype.bits(), 0, dtype.bits());
-        let mut contiguous = true;
-        for (range, &dim) in ranges.iter().zip(shape).rev() {
-            first_bits += range.start * stride_bits;
-            let count = range.len();
-            if contiguous && (range.step == 1 || count == 1) {
-                run_bits *= count;
-                contiguous = count == dim;
-            } else if count > 1 {
-                contiguous = false;
-                loops.push((count, range.step * stride_bits));
+        let (mut first_bits, mut tensor_bits) = (0, dtype.bits());
+        let mut stride_bits = vec![0; ranges.len()];
+        for (axis, (range, &dim)) in ranges.iter().zip(shape).enumerate().rev() {
+            first_bits += range.start * tensor_bits;
+            if result[axis] > 1 {
+                stride_bits[axis] = range.step * tensor_bits;
             }
-            stride_bits *= dim;
+            tensor_bits *= dim;
         }
-        loops.reverse();
+        let loops =
+            result.iter().zip(&stride_bits).map(|(&count, &stride)| Loop { count, strides: [stride] });
+        let mut runs = Runs::merge(dtype.bits(), loops);
         let splits_byte = |bits: u64| !bits.is_multiple_of(8);
-        if splits_byte(run_bits)
+        if splits_byte(runs.length)
             || splits_byte(first_bits)
-            || loops.iter().any(|&(_, bits)| splits_byte(bits))
+            || runs.loops.iter().any(|around| splits_byte(around.strides[0]))
         {
             return Err(refuse(format!(
                 "elements of {dtype} have {} bits, and this slice begins or ends in the middle of a byte; use an \
@@ -103,8 +104,11 @@ impl Slice {
                 dtype.bits()
             )));
         }
-        let loops = loops.into_iter().map(|(count, bits)| (count, bits / 8)).collect();
-        Ok(Slice { shape: result, run_bytes: run_bits / 8, first: first_bits / 8, loops })
+        runs.length /= 8;
+        for around in &mut runs.loops {
+            around.strides[0] /= 8;
+        }
+        Ok(Slice { dtype, shape: result, stride_bits, first: first_bits / 8, runs })
     }
 
     /// Returns the dimensions of the slice in elements; it has all dimensions of the tensor.
@@ -114,12 +118,7 @@ impl Slice {
 
     /// Returns the size of the slice in bytes.
     pub fn nbytes(&self) -> u64 {
-        self.run_bytes * self.loops.iter().map(|&(count, _)| count).product::<u64>()
-    }
-
-    /// Returns whether the slice has several runs that are shorter than a page.
-    pub(crate) fn has_short_runs(&self) -> bool {
-        self.run_bytes < 4096 && self.nbytes() > self.run_bytes
+        self.runs.total()
     }
 
     /// Returns the byte ranges in the tensor, in the order of the elements of the slice.
@@ -129,20 +128,70 @@ impl Slice {
 
     /// Returns the byte ranges in the tensor for `bytes` of the slice, which must not exceed [`Slice::nbytes`].
     pub fn byte_ranges_of(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
-        let size = self.run_bytes.max(1);
+        let size = self.runs.length.max(1);
         let runs = if bytes.is_empty() { 0..0 } else { bytes.start / size..bytes.end.div_ceil(size) };
         runs.map(move |run| {
-            let mut rest = run;
-            let mut begin = self.first;
-            for &(count, stride) in self.loops.iter().rev() {
-                begin += rest % count * stride;
-                rest /= count;
-            }
+            let begin = self.first + self.runs.offsets(run)[0];
             // `bytes` may begin and end inside a run.
             let from = bytes.start.saturating_sub(run * size);
             let to = (bytes.end - run * size).min(size);
             begin + from..begin + to
         })
+    }
+
+    /// Returns the byte offset of the first run in the tensor.
+    pub(crate) fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// Checks that each element has memory of its own in a destination with `strides`, in elements. Returns the bytes from its
+    /// first element to its last. `name` is for errors.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] if the number of strides is wrong, elements might share memory, or elements of less than
+    /// a byte are not row-major.
+    pub(crate) fn check_strides(&self, name: &str, strides: &[u64]) -> Result<u64> {
+        let Slice { dtype, shape, .. } = self;
+        let refuse = |what: String| {
+            Err(Error::new(ErrorKind::InvalidArgument, format!("slice of tensor {name:?}: {what}")))
+        };
+        if strides.len() != shape.len() {
+            return refuse(format!("{} strides for {} dimension(s)", strides.len(), shape.len()));
+        }
+        if !strides::are_nested(shape, strides) {
+            return refuse(format!(
+                "elements of shape {shape:?} may share memory with the strides {strides:?}; each stride must step over \
+                 all elements of the dimensions with smaller ones"
+            ));
+        }
+        if dtype.bits().is_multiple_of(8) {
+            return Ok(strides::extent(shape, strides).saturating_mul(dtype.bits() / 8));
+        }
+        if !strides::are_row_major(shape, strides) {
+            return refuse(format!(
+                "elements of {dtype} have {} bits, and are read to row-major memory only; leave out the strides",
+                dtype.bits()
+            ));
+        }
+        Ok(self.nbytes())
+    }
+
+    /// Returns the runs that are contiguous both in the tensor and in a destination, which is row-major or has `strides` that
+    /// [`Slice::check_strides`] has accepted for memory that exists. The first strides of their loops are those in the tensor.
+    pub(crate) fn runs_to(&self, strides: Option<&[u64]>) -> Runs<2> {
+        let item = self.dtype.bits() / 8;
+        let Some(strides) = strides.filter(|_| self.dtype.bits().is_multiple_of(8) && self.nbytes() > 0)
+        else {
+            return self.runs.beside_packed();
+        };
+        let dimensions = self.shape.iter().zip(self.stride_bits.iter().zip(strides));
+        // A dimension of size 1 may have any stride.
+        let loops = dimensions.filter(|&(&count, _)| count > 1).map(|(&count, (&bits, &stride))| {
+            let strides = [bits / 8, stride * item];
+            Loop { count, strides }
+        });
+        Runs::merge(item, loops)
     }
 }
 
@@ -187,5 +236,30 @@ mod tests {
                 assert_eq!(bytes(part), all[from as usize..to as usize], "{from}..{to}");
             }
         }
+    }
+
+    #[test]
+    fn runs_are_contiguous_on_both_sides() {
+        let slice =
+            |dtype, shape: &[u64], axes: &[AxisRange]| Slice::plan("t", dtype, shape, axes).expect("valid");
+        let runs = |length, loops: &[(u64, [u64; 2])]| {
+            let loops = loops.iter().map(|&(count, strides)| Loop { count, strides }).collect();
+            Runs { length, loops }
+        };
+        let whole = slice(Dtype::F32, &[2, 3, 5], &[range(0, 2, 1), range(0, 3, 1), range(0, 5, 1)]);
+        assert_eq!(whole.runs_to(None), runs(120, &[]));
+        assert_eq!(whole.runs_to(Some(&[15, 5, 1])), runs(120, &[]));
+        assert_eq!(whole.runs_to(Some(&[20, 5, 1])), runs(60, &[(2, [60, 80])]));
+        assert_eq!(whole.runs_to(Some(&[18, 6, 1])), runs(20, &[(6, [20, 24])]));
+        assert_eq!(whole.runs_to(Some(&[1, 10, 2])), runs(4, &[(2, [60, 4]), (15, [4, 8])]));
+        let part = slice(Dtype::U8, &[4, 6], &[range(1, 4, 2), range(2, 4, 1)]);
+        assert_eq!(part.runs_to(None), runs(2, &[(2, [12, 2])]));
+        assert_eq!(part.runs_to(Some(&[1, 2])), runs(1, &[(2, [12, 1]), (2, [1, 2])]));
+        let one = slice(Dtype::I64, &[3, 4], &[range(1, 2, 9), range(0, 4, 1)]);
+        assert_eq!(one.runs_to(Some(&[u64::MAX, 1])), runs(32, &[]));
+        let packed = slice(Dtype::F4, &[2, 4], &[range(0, 2, 1), range(0, 2, 1)]);
+        assert_eq!(packed.runs_to(Some(&[2, 1])), runs(1, &[(2, [2, 1])]));
+        let empty = slice(Dtype::I64, &[3, 4], &[range(1, 1, 1), range(0, 4, 1)]);
+        assert_eq!((empty.runs_to(None).count(), empty.runs_to(Some(&[0, 0])).count()), (0, 0));
     }
 }

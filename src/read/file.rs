@@ -13,12 +13,12 @@ use crate::format::slice::{AxisRange, Slice};
 use crate::read::byte_ranges::ReadRange;
 use crate::read::prefault::{self, Prefault};
 use crate::read::read_ahead::ReadAhead;
-use crate::read::reader::{self, PendingRead, total_bytes};
-use crate::read::slice_reader::SliceReader;
+use crate::read::reader::{self, PendingRead, ReadList};
 use crate::read::source::{
     Backend, ExternalMemory, Mapping, OpenFile, ReadFrom, Source, expect_sequential, open_regular,
     open_regular_in, read_exact_at,
 };
+use crate::read::strided_read::StridedRead;
 use crate::sys::buffers::Buffers;
 use crate::sys::directory::Directory;
 use crate::sys::filesystem::Filesystem;
@@ -33,6 +33,22 @@ pub struct TensorFile {
     source: Source,
     path: Option<PathBuf>,
     read_ahead: ReadAhead,
+}
+
+/// A slice to read, and its destination.
+#[derive(Clone, Copy, Debug)]
+pub struct SliceRequest<'a> {
+    /// The index of the tensor, in file order.
+    pub index: usize,
+    /// A slice that was made for the tensor.
+    pub slice: &'a Slice,
+    /// The first element of the destination.
+    pub destination: *mut u8,
+    /// The bytes of the destination: the size of the slice, or at least those from the first element to the last if there are
+    /// strides.
+    pub nbytes: usize,
+    /// The distance between neighbours in each dimension of the destination, in elements; `None` if it is row-major.
+    pub strides: Option<&'a [u64]>,
 }
 
 /// Reads and validates the header of a file of `length` bytes. `read` fills a buffer with the bytes from an offset on.
@@ -289,18 +305,18 @@ impl TensorFile {
     /// the memory of the file.
     pub unsafe fn read_tensors(&self, requests: &[(usize, *mut u8, usize)]) -> Result<()> {
         // SAFETY: this function's contract covers every destination.
-        unsafe { self.read_all(self.read_ranges(requests)?) }
+        unsafe { self.read_all(self.read_ranges(requests)?.into()) }
     }
 
     /// # Safety
     ///
     /// As for [`reader::read`].
-    unsafe fn read_all(&self, ranges: Vec<ReadRange>) -> Result<()> {
-        let reopened = self.source.reopen(total_bytes(&ranges));
+    unsafe fn read_all(&self, list: ReadList) -> Result<()> {
+        let reopened = self.source.reopen(list.total_bytes());
         let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
         // SAFETY: this function has the same contract.
         unsafe {
-            reader::read(method, ranges, |error, offset, count| self.explain_read_at(error, offset, count))
+            reader::read(method, list, |error, offset, count| self.explain_read_at(error, offset, count))
         }
         .map_err(|error| self.locate(error))
     }
@@ -318,21 +334,22 @@ impl TensorFile {
         Ok(ranges)
     }
 
-    /// Reads slices of tensors, in parallel if they are large. A request is the tensor's index in file order, a slice that
-    /// was made for it, its destination and its size in bytes. Only pages with bytes of the slices are read.
+    /// Reads slices of tensors, in parallel if they are large. Only pages with bytes of the slices are read. A destination with
+    /// strides needs no memory for the slice besides it.
     ///
     /// # Errors
     ///
-    /// As [`TensorFile::read_tensors`].
+    /// As [`TensorFile::read_tensors`]; before anything is read, [`ErrorKind::InvalidArgument`] if the number of strides is
+    /// wrong, elements might share memory, or elements of less than a byte are not row-major.
     ///
     /// # Safety
     ///
-    /// As for [`TensorFile::read_tensors`].
-    pub unsafe fn read_slices(&self, requests: &[(usize, Slice, *mut u8, usize)]) -> Result<()> {
-        // SAFETY: this function has the same contract.
-        let ranges = unsafe { self.begin_slices(requests) }?;
-        // SAFETY: as above.
-        unsafe { self.read_all(ranges) }
+    /// As for [`TensorFile::read_tensors`]. With strides, only the elements of the slice are written; none may overlap one of
+    /// another destination.
+    pub unsafe fn read_slices(&self, requests: &[SliceRequest<'_>]) -> Result<()> {
+        // SAFETY: this function's contract covers the destinations; `plan_slices` has checked that the runs are inside them
+        // and do not overlap.
+        unsafe { self.read_all(self.plan_slices(requests)?) }
     }
 
     /// Returns whether the file is on a network filesystem; false if its path leads to another file now.
@@ -342,36 +359,33 @@ impl TensorFile {
         reopened.is_some_and(|opened| Filesystem::of(&opened.file).scope.is_remote())
     }
 
-    /// Returns the ranges to read for slices, after checking their sizes. Reads those with short runs, if the file is not
-    /// mapped: one read that includes the bytes between the runs is faster.
-    ///
-    /// # Safety
-    ///
-    /// As for [`TensorFile::read_slices`].
-    pub(crate) unsafe fn begin_slices(
-        &self,
-        requests: &[(usize, Slice, *mut u8, usize)],
-    ) -> Result<Vec<ReadRange>> {
-        let mut ranges = Vec::new();
-        for (index, slice, destination, length) in requests {
-            let tensor = self.tensor(*index)?;
-            if slice.nbytes() != *length as u64 {
-                return Err(self.wrong_size(tensor.name, slice.nbytes(), *length));
+    /// Returns what to read for slices, after checking that each element has a place of its own inside its destination.
+    pub(crate) fn plan_slices(&self, requests: &[SliceRequest<'_>]) -> Result<ReadList> {
+        let mut list = ReadList::default();
+        for &SliceRequest { index, slice, destination, nbytes, strides } in requests {
+            let tensor = self.tensor(index)?;
+            let needed = match strides {
+                Some(strides) => slice.check_strides(tensor.name, strides),
+                None => Ok(slice.nbytes()),
+            };
+            let needed = needed.map_err(|error| self.locate(error))?;
+            // No memory is larger.
+            let given = nbytes.min(isize::MAX as usize) as u64;
+            if needed > given || (strides.is_none() && needed < given) {
+                return Err(self.wrong_size(tensor.name, needed, nbytes));
             }
-            if self.mapping().is_none() && slice.has_short_runs() {
-                // SAFETY: `read_slice` has this function's contract, for one destination.
-                unsafe { self.read_slice(*index, slice, *destination, *length) }?;
+            let (runs, offset) = (slice.runs_to(strides), self.byte_range(&tensor).start + slice.first());
+            if runs.are_short() {
+                list.strided.push(StridedRead::new(offset, destination, runs));
                 continue;
             }
-            let base = self.byte_range(&tensor).start;
-            let mut done = 0;
-            ranges.extend(slice.byte_ranges().map(|run| {
-                let (length, begin) = ((run.end - run.start) as usize, done);
-                done += length;
-                ReadRange { offset: base + run.start, destination: destination.wrapping_add(begin), length }
+            list.ranges.extend((0..runs.count()).map(|run| {
+                let [from, to] = runs.offsets(run);
+                let destination = destination.wrapping_add(to as usize);
+                ReadRange { offset: offset + from, destination, length: runs.length as usize }
             }));
         }
-        Ok(ranges)
+        Ok(list)
     }
 
     /// Returns the slice of the tensor at `index` that has one range per dimension.
@@ -401,16 +415,9 @@ impl TensorFile {
         destination: *mut u8,
         length: usize,
     ) -> Result<()> {
-        let tensor = self.tensor(index)?;
-        if slice.nbytes() != length as u64 {
-            return Err(self.wrong_size(tensor.name, slice.nbytes(), length));
-        }
-        let reopened = self.source.reopen(length);
-        let method = self.source.method(ReadFrom::Mapping, reopened.as_ref());
-        let reader = SliceReader { method, strategy: None, slice, base: self.byte_range(&tensor).start };
-        // SAFETY: this function's contract covers `length` bytes, the slice's size (checked).
-        unsafe { reader.read(0..slice.nbytes(), destination) }
-            .map_err(|error| self.explain_read(error, index, 1))
+        let request = SliceRequest { index, slice, destination, nbytes: length, strides: None };
+        // SAFETY: this function's contract is that of `read_slices` for one destination.
+        unsafe { self.read_slices(&[request]) }
     }
 
     pub(crate) fn wrong_size(&self, name: &str, needed: u64, given: usize) -> Error {

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::Result;
-use crate::format::slice::Slice;
-use crate::read::byte_ranges::ReadRange;
-use crate::read::file::TensorFile;
-use crate::read::reader::{self, PendingRead, total_bytes};
+use crate::read::file::{SliceRequest, TensorFile};
+use crate::read::reader::{self, PendingRead, ReadList};
 use crate::read::source::{Mapping, OpenFile, ReadFrom, ReadMethod};
 use crate::sys::buffers::Block;
 use crate::sys::parallel;
@@ -61,35 +59,33 @@ impl JointRead {
         requests: &[(usize, *mut u8, usize)],
         from: ReadFrom,
     ) -> Result<JointRead> {
-        JointRead::begin(file, file.read_ranges(requests)?, from)
+        JointRead::begin(file, file.read_ranges(requests)?.into(), from)
     }
 
-    /// As [`JointRead::read`], for slices of tensors; each with the index of its tensor, its destination, and its size in
-    /// bytes. Slices of a file that is not mapped are read before this returns if they have short runs.
+    /// As [`JointRead::read`], for slices of tensors.
     ///
     /// # Safety
     ///
-    /// As for [`JointRead::read`].
+    /// As for [`TensorFile::read_slices`], until the result is dropped.
     pub(crate) unsafe fn read_slices(
         file: &Arc<TensorFile>,
-        requests: &[(usize, Slice, *mut u8, usize)],
+        requests: &[SliceRequest<'_>],
         from: ReadFrom,
     ) -> Result<JointRead> {
-        // SAFETY: this function has the contract of `begin_slices`.
-        JointRead::begin(file, unsafe { file.begin_slices(requests) }?, from)
+        JointRead::begin(file, file.plan_slices(requests)?, from)
     }
 
-    fn begin(file: &Arc<TensorFile>, ranges: Vec<ReadRange>, wanted: ReadFrom) -> Result<JointRead> {
-        let (bytes, source) = (total_bytes(&ranges), file.source());
+    fn begin(file: &Arc<TensorFile>, list: ReadList, wanted: ReadFrom) -> Result<JointRead> {
+        let (bytes, source) = (list.total_bytes(), file.source());
         let reopened = source.reopen(bytes);
         let unmapped = source.method(wanted, reopened.as_ref());
         // The page cache has nothing to copy from: reads of the file go to the destinations without a stop.
         let is_cold = wanted == ReadFrom::File
-            && reader::is_cold(unmapped, &ranges).map_err(|error| file.locate(error))?;
+            && reader::is_cold(unmapped, &list).map_err(|error| file.locate(error))?;
         let from = if is_cold { ReadFrom::File } else { ReadFrom::Mapping };
         let transient =
             if is_cold || wanted == ReadFrom::Mapping { None } else { source.transient_mapping(bytes) };
-        let read = PendingRead::new(source.method(from, reopened.as_ref()), ranges);
+        let read = PendingRead::new(source.method(from, reopened.as_ref()), list);
         let read = read.map_err(|error| file.locate(error))?;
         Ok(JointRead(vec![Part { file: Arc::clone(file), from, read, transient }]))
     }
@@ -148,7 +144,8 @@ impl JointRead {
             let index = ends.partition_point(|&end| end <= chunk);
             let part = &parts[index];
             // SAFETY: the destinations are valid and do not overlap: `load` made memory for each tensor, or the
-            // contract of `read` lasts until this is dropped. Each chunk is read once; `check` has accepted the ranges.
+            // contract of `read` or `read_slices` lasts until this is dropped. Each chunk is read once; `check` has
+            // accepted everything to read.
             let read = unsafe { part.read.read_left(methods[index], ends[index] - chunk) };
             read.map_err(|error| {
                 let (offset, count) = part.read.chunk_left(ends[index] - chunk);
@@ -184,6 +181,7 @@ mod tests {
     use super::*;
     use crate::format::dtype::Dtype;
     use crate::format::layout::TensorSpec;
+    use crate::format::slice::AxisRange;
     use crate::read::source::Backend;
     use crate::sys::parallel::CHUNK_BYTES;
     use crate::write::save::{SaveOptions, save_file};
@@ -246,5 +244,48 @@ mod tests {
         let error = read.advance(None).expect_err("a file is too short");
         assert!(error.to_string().contains(shortened.to_str().expect("text")), "{error}");
         assert!(error.to_string().contains("the bytes were for tensor \"t\""), "{error}");
+    }
+
+    #[test]
+    fn strided_slices_are_read_in_steps_of_a_tile() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("matrix");
+        let spec = TensorSpec { name: "t", dtype: Dtype::U8, shape: &[2100, 1000] };
+        let data: Vec<u8> = (0..2100 * 1000u32).map(|index| (index % 251) as u8).collect();
+        save_file(&[spec], &[&data], None, &path, SaveOptions::default()).expect("saved");
+        for backend in [Backend::Mmap, Backend::Pread] {
+            let file = Arc::new(TensorFile::open(&path, backend).expect("opened"));
+            let all = |dim| AxisRange { start: 0, stop: dim, step: 1 };
+            let slice = file.slice(0, &[all(2100), all(1000)]).expect("valid");
+            let (mut transposed, mut blocks, mut rows) =
+                (vec![0u8; data.len()], vec![0u8; 2 * data.len()], vec![0u8; data.len()]);
+            let request = |bytes: &mut [u8], strides| SliceRequest {
+                index: 0,
+                slice: &slice,
+                destination: bytes.as_mut_ptr(),
+                nbytes: bytes.len(),
+                strides,
+            };
+            let requests = [
+                request(&mut transposed, Some(&[1, 2100][..])),
+                request(&mut rows, None),
+                request(&mut blocks, Some(&[2000, 1])),
+            ];
+            // SAFETY: the buffers outlive the read, and nothing else uses them before its end.
+            let mut read =
+                unsafe { JointRead::read_slices(&file, &requests, ReadFrom::File) }.expect("planned");
+            let (total, mut done) = (3 * data.len(), 0);
+            let mut steps = 1;
+            while !read.advance(Some(Instant::now())).expect("read") {
+                let (bytes, now_done) = read.bytes(0);
+                assert!(bytes == total && now_done > done && now_done < total, "{now_done} after {done}");
+                (done, steps) = (now_done, steps + 1);
+            }
+            assert!(steps > 5 && read.bytes(0) == (total, total), "{steps}");
+            drop(read);
+            let is_transposed = |index: usize| transposed[index] == data[index % 2100 * 1000 + index / 2100];
+            assert!((0..data.len()).all(is_transposed) && rows == data);
+            assert!(blocks.chunks(2000).zip(data.chunks(1000)).all(|(row, data)| &row[..1000] == data));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! From a file into memory.
 
 mod byte_ranges;
+mod copy_runs;
 pub mod explain;
 pub mod file;
 #[cfg_attr(not(feature = "bridge"), allow(dead_code, reason = "only C++ reads in steps"))]
@@ -16,4 +17,5 @@ pub mod slab_layout;
 mod slice_reader;
 pub mod source;
 pub(crate) mod strategy;
+mod strided_read;
 mod vectored;

@@ -297,7 +297,7 @@ impl Plan {
                 let next = (length - done).min(if slice.is_some() { READ_BYTES } else { batch.room });
                 done += next;
                 if let Some(slice) = slice {
-                    let reader = SliceReader { method, strategy: Some(source.strategy), slice, base: *begin };
+                    let reader = SliceReader { method, strategy: source.strategy, slice, base: *begin };
                     // SAFETY: the destination is valid (this function's contract).
                     unsafe { reader.read(from..from + next as u64, destination) }
                         .map_err(|error| self.explain(error, request, 1))?;

@@ -1,4 +1,5 @@
-//! Reads byte ranges of a source into memory. Threads take chunks of equal size, whatever the sizes of the ranges.
+//! Reads byte ranges and slices of a source into memory. Threads take chunks of equal size, whatever the sizes of the ranges,
+//! and tiles of slices.
 
 use std::ops::Range;
 
@@ -6,16 +7,37 @@ use crate::error::{Error, Result};
 use crate::read::byte_ranges::{ReadRange, check_within, read_parts};
 use crate::read::source::ReadMethod;
 use crate::read::strategy::ReadStrategy;
+use crate::read::strided_read::StridedRead;
 use crate::sys::buffers::Buffers;
 use crate::sys::page_cache::Residency;
 use crate::sys::parallel::{self, CHUNK_BYTES, Chunks};
 use crate::sys::threads::ThreadLimit;
 
-pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
-    ranges.iter().map(|range| range.length).sum()
+/// What to read together.
+#[derive(Debug, Default)]
+pub(crate) struct ReadList {
+    pub(crate) ranges: Vec<ReadRange>,
+    pub(crate) strided: Vec<StridedRead>,
 }
 
-/// Reads `ranges`, on as many threads as are worth it. `explain` gets the error of a chunk, the offset of its first byte, and
+impl ReadList {
+    pub(crate) fn total_bytes(&self) -> usize {
+        let ranges = self.ranges.iter().map(|range| range.length);
+        ranges.chain(self.strided.iter().map(StridedRead::total_bytes)).sum()
+    }
+
+    fn extents(&self) -> impl Iterator<Item = Range<u64>> {
+        self.ranges.iter().map(ReadRange::extent).chain(self.strided.iter().map(StridedRead::extent))
+    }
+}
+
+impl From<Vec<ReadRange>> for ReadList {
+    fn from(ranges: Vec<ReadRange>) -> ReadList {
+        ReadList { ranges, strided: Vec::new() }
+    }
+}
+
+/// Reads `list`, on as many threads as are worth it. `explain` gets the error of a chunk, the offset of its first byte, and
 /// how many ranges it has bytes of.
 ///
 /// # Errors
@@ -24,14 +46,14 @@ pub(crate) fn total_bytes(ranges: &[ReadRange]) -> usize {
 ///
 /// # Safety
 ///
-/// Every destination must be valid for writes of its length, on any thread, until the call returns. None may overlap
-/// another one or the source.
+/// Every destination must be valid for writes of its length, or of its runs, on any thread, until the call returns. None may
+/// overlap another one or the source, and no two runs may overlap.
 pub(crate) unsafe fn read(
     method: ReadMethod<'_>,
-    ranges: Vec<ReadRange>,
+    list: ReadList,
     explain: impl Fn(Error, u64, usize) -> Error + Sync,
 ) -> Result<()> {
-    let read = PendingRead::new(method, ranges)?;
+    let read = PendingRead::new(method, list)?;
     // SAFETY: this function has the same contract.
     unsafe { read_all(method, &read, explain) }
 }
@@ -57,13 +79,16 @@ pub(crate) unsafe fn read_all(
     })
 }
 
-/// A read that is planned, in chunks.
+/// A read that is planned, in chunks: those of the ranges, then the tiles of the strided reads.
 #[derive(Debug)]
 pub(crate) struct PendingRead {
-    ranges: Vec<ReadRange>,
+    list: ReadList,
     /// Its buffers are the destinations, in the order of the ranges, if it was made for this read.
     memory: Option<Buffers>,
+    /// Of the ranges.
     chunks: Chunks,
+    /// The chunk after the last tile of each strided read.
+    ends: Vec<usize>,
     strategy: ReadStrategy,
     /// The first chunk that is not done.
     next: usize,
@@ -71,30 +96,36 @@ pub(crate) struct PendingRead {
 
 impl PendingRead {
     /// Plans a read; reads nothing yet.
-    pub(crate) fn new(method: ReadMethod<'_>, ranges: Vec<ReadRange>) -> Result<PendingRead> {
-        let strategy = strategy_of(method, &ranges)?.through_buffers(ThreadLimit::current()?);
-        Ok(PendingRead::with(ranges, None, strategy))
+    pub(crate) fn new(method: ReadMethod<'_>, list: ReadList) -> Result<PendingRead> {
+        let strategy = strategy_of(method, &list)?.through_buffers(ThreadLimit::current()?);
+        Ok(PendingRead::with(list, None, strategy))
     }
 
     /// Plans a read of `tensors`, offsets and lengths, into memory that is made for it.
     pub(crate) fn load(method: ReadMethod<'_>, tensors: &[(u64, usize)]) -> Result<PendingRead> {
         let destination = std::ptr::null_mut();
-        let mut ranges: Vec<ReadRange> =
-            tensors.iter().map(|&(offset, length)| ReadRange { offset, destination, length }).collect();
-        let strategy = strategy_of(method, &ranges)?;
+        let ranges = tensors.iter().map(|&(offset, length)| ReadRange { offset, destination, length });
+        let mut list = ReadList::from(ranges.collect::<Vec<_>>());
+        let strategy = strategy_of(method, &list)?;
         let memory = strategy.allocate(tensors)?;
-        for (place, range) in ranges.iter_mut().enumerate() {
+        for (place, range) in list.ranges.iter_mut().enumerate() {
             range.destination = memory.start(place);
         }
-        Ok(PendingRead::with(ranges, Some(memory), strategy))
+        Ok(PendingRead::with(list, Some(memory), strategy))
     }
 
-    fn with(ranges: Vec<ReadRange>, memory: Option<Buffers>, strategy: ReadStrategy) -> PendingRead {
+    fn with(list: ReadList, memory: Option<Buffers>, strategy: ReadStrategy) -> PendingRead {
         // Whole tensors follow one another in a file: chunks end where its blocks do.
-        let start = ranges.first().map_or(0, |range| range.offset);
-        let lengths = ranges.iter().map(|range| range.length);
+        let start = list.ranges.first().map_or(0, |range| range.offset);
+        let lengths = list.ranges.iter().map(|range| range.length);
         let chunks = Chunks::of_size(lengths, strategy.chunk_bytes, start);
-        PendingRead { ranges, memory, chunks, strategy, next: 0 }
+        let mut end = chunks.len();
+        let ends = list.strided.iter().map(|strided| {
+            end += strided.tiles();
+            end
+        });
+        let ends = ends.collect();
+        PendingRead { list, memory, chunks, ends, strategy, next: 0 }
     }
 
     /// Returns the memory that [`PendingRead::load`] has made.
@@ -107,11 +138,18 @@ impl PendingRead {
     }
 
     pub(crate) fn total_bytes(&self) -> usize {
-        self.chunks.total_bytes()
+        self.chunks.total_bytes() + self.list.strided.iter().map(StridedRead::total_bytes).sum::<usize>()
     }
 
+    /// Returns the bytes of the chunks that are done. Tiles of one slice count as if they had the same size.
     pub(crate) fn done_bytes(&self) -> usize {
-        self.chunks.bytes_before(self.next)
+        let mut bytes = self.chunks.bytes_before(self.next);
+        for (strided, end) in self.list.strided.iter().zip(&self.ends) {
+            let tiles = strided.tiles();
+            let done = self.next.saturating_sub(end - tiles).min(tiles);
+            bytes += (strided.total_bytes() as u128 * done as u128 / tiles as u128) as usize;
+        }
+        bytes
     }
 
     /// Returns how many threads the whole read is worth.
@@ -119,26 +157,41 @@ impl PendingRead {
         self.strategy.threads
     }
 
+    fn chunk_count(&self) -> usize {
+        self.ends.last().copied().unwrap_or(self.chunks.len())
+    }
+
     /// Returns the number of chunks that are not done.
     pub(crate) fn chunks_left(&self) -> usize {
-        self.chunks.len() - self.next
+        self.chunk_count() - self.next
     }
 
     /// Notes that only the last `left` chunks are not done.
     pub(crate) fn keep_left(&mut self, left: usize) {
-        self.next = self.next.max(self.chunks.len() - left.min(self.chunks.len()));
+        self.next = self.next.max(self.chunk_count() - left.min(self.chunk_count()));
     }
 
-    /// Checks that the ranges are inside the source.
+    /// Checks that everything to read is inside the source.
     pub(crate) fn check(&self, method: ReadMethod<'_>) -> Result<()> {
-        check_within(method, self.ranges.iter().map(ReadRange::extent))
+        check_within(method, self.list.extents())
+    }
+
+    /// Returns the strided read that chunk number `chunk` is a tile of, and the number of the tile.
+    fn tile(&self, chunk: usize) -> Option<(&StridedRead, usize)> {
+        let index = self.ends.partition_point(|&end| end <= chunk);
+        let strided = self.list.strided.get(index).filter(|_| chunk >= self.chunks.len())?;
+        Some((strided, chunk + strided.tiles() - self.ends[index]))
     }
 
     /// Returns the offset of the first byte of the chunk that has `left` chunks from its start on, and how many ranges it has
     /// bytes of.
     pub(crate) fn chunk_left(&self, left: usize) -> (u64, usize) {
-        let mut parts = self.chunks.parts(self.chunks.len() - left);
-        let first = parts.next().map(|(index, part)| self.ranges[index].offset + part.start as u64);
+        let chunk = self.chunk_count() - left;
+        if let Some((strided, _)) = self.tile(chunk) {
+            return (strided.extent().start, 1);
+        }
+        let mut parts = self.chunks.parts(chunk);
+        let first = parts.next().map(|(index, part)| self.list.ranges[index].offset + part.start as u64);
         (first.unwrap_or(0), 1 + parts.count())
     }
 
@@ -149,13 +202,17 @@ impl PendingRead {
     ///
     /// As for [`read`]. No other thread may read the same chunk, and [`PendingRead::check`] must have accepted `method`.
     pub(crate) unsafe fn read_left(&self, method: ReadMethod<'_>, left: usize) -> Result<()> {
-        let PendingRead { ranges, memory, chunks, strategy, .. } = self;
-        let chunk = chunks.len() - left;
+        let PendingRead { list, memory, chunks, strategy, .. } = self;
+        let chunk = self.chunk_count() - left;
+        if let Some((strided, tile)) = self.tile(chunk) {
+            // SAFETY: this function's contract covers the destination; the extent is inside the source (`check`).
+            return unsafe { strided.read(tile, method, *strategy) };
+        }
         if let Some(memory) = memory {
             memory.populate(chunks.parts(chunk));
         }
         let parts = chunks.parts(chunk).map(|(index, part)| {
-            let ReadRange { offset, destination, .. } = ranges[index];
+            let ReadRange { offset, destination, .. } = list.ranges[index];
             ReadRange {
                 offset: offset + part.start as u64,
                 destination: destination.wrapping_add(part.start),
@@ -168,20 +225,20 @@ impl PendingRead {
     }
 }
 
-/// Returns whether the file of `ranges` is not in the page cache, and they are many.
-pub(crate) fn is_cold(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<bool> {
-    let strategy = strategy_of(method, ranges)?;
+/// Returns whether the file of `list` is not in the page cache, and its bytes are many.
+pub(crate) fn is_cold(method: ReadMethod<'_>, list: &ReadList) -> Result<bool> {
+    let strategy = strategy_of(method, list)?;
     Ok(strategy.residency == Residency::Cold && strategy.request_bytes.is_some())
 }
 
-fn strategy_of(method: ReadMethod<'_>, ranges: &[ReadRange]) -> Result<ReadStrategy> {
+fn strategy_of(method: ReadMethod<'_>, list: &ReadList) -> Result<ReadStrategy> {
     let limit = ThreadLimit::current()?;
-    ReadStrategy::of(method, total_bytes(ranges), || extent(ranges), CHUNK_BYTES, limit)
+    ReadStrategy::of(method, list.total_bytes(), || extent(list), CHUNK_BYTES, limit)
 }
 
-/// Returns the smallest range that contains all of `ranges`.
-fn extent(ranges: &[ReadRange]) -> Range<u64> {
-    let start = ranges.iter().map(|range| range.offset).min().unwrap_or(0);
-    let end = ranges.iter().map(|range| range.offset + range.length as u64).max();
+/// Returns the smallest range that contains everything to read.
+fn extent(list: &ReadList) -> Range<u64> {
+    let start = list.extents().map(|range| range.start).min().unwrap_or(0);
+    let end = list.extents().map(|range| range.end).max();
     start..end.unwrap_or(start)
 }

@@ -5,15 +5,14 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::format::slice::Slice;
 use crate::read::byte_ranges::{ReadRange, read_here};
-use crate::read::reader;
 use crate::read::source::ReadMethod;
 use crate::read::strategy::ReadStrategy;
 
 /// Runs with gaps below this are read together: the kernel reads whole pages anyway.
-const GATHER_GAP: u64 = 4096;
+pub(crate) const GATHER_GAP: u64 = 4096;
 
 /// The most bytes that are read together.
-const GATHER_BYTES: u64 = 1 << 20;
+pub(crate) const GATHER_BYTES: u64 = 1 << 20;
 
 /// The most runs in one batch, to bound the memory for slices of many small runs.
 const BATCH_RUNS: usize = 1 << 16;
@@ -21,8 +20,8 @@ const BATCH_RUNS: usize = 1 << 16;
 /// A slice of the tensor whose bytes begin at `base` in the source.
 pub(crate) struct SliceReader<'a> {
     pub(crate) method: ReadMethod<'a>,
-    /// Reads on the calling thread with this strategy, or on several threads if it is `None`.
-    pub(crate) strategy: Option<ReadStrategy>,
+    /// That of the larger read that this is part of.
+    pub(crate) strategy: ReadStrategy,
     pub(crate) slice: &'a Slice,
     pub(crate) base: u64,
 }
@@ -53,7 +52,7 @@ impl SliceReader<'_> {
                 batch.push(ReadRange { offset: self.base + run.start, destination: target, length });
                 if batch.len() == BATCH_RUNS {
                     // SAFETY: the targets follow one another in `destination`, which this function's contract covers.
-                    unsafe { self.read_ranges(std::mem::take(&mut batch)) }?;
+                    unsafe { read_here(self.method, &std::mem::take(&mut batch), self.strategy) }?;
                 }
             } else {
                 // SAFETY: as above; the group's bytes are the next ones of the slice.
@@ -61,7 +60,7 @@ impl SliceReader<'_> {
             }
         }
         // SAFETY: as above.
-        unsafe { self.read_ranges(batch) }
+        unsafe { read_here(self.method, &batch, self.strategy) }
     }
 
     /// Reads everything from the first of `runs` to the last with one call, then copies the runs to `target`.
@@ -78,7 +77,7 @@ impl SliceReader<'_> {
             length: scratch.len(),
         };
         // SAFETY: `scratch` was allocated with this length, and nothing else uses it.
-        unsafe { self.read_ranges(vec![range]) }?;
+        unsafe { read_here(self.method, &[range], self.strategy) }?;
         let mut written = 0;
         for run in runs {
             let bytes = &scratch[(run.start - first.start) as usize..(run.end - first.start) as usize];
@@ -87,19 +86,5 @@ impl SliceReader<'_> {
             written += bytes.len();
         }
         Ok(())
-    }
-
-    /// # Safety
-    ///
-    /// As for [`reader::read`].
-    unsafe fn read_ranges(&self, ranges: Vec<ReadRange>) -> Result<()> {
-        // SAFETY: this function has the contract of both.
-        unsafe {
-            match self.strategy {
-                Some(strategy) => read_here(self.method, &ranges, strategy),
-                // The caller explains errors: it knows the tensor.
-                None => reader::read(self.method, ranges, |error, _, _| error),
-            }
-        }
     }
 }

@@ -123,6 +123,48 @@ static void check_three(const sft_file* file, bool in_memory) {
     CHECK(data == NULL);
 }
 
+/* Slices of the matrix into memory with strides; tests/rust/slices.rs has more of them. */
+static void check_strides(const sft_file* file) {
+    const sft_range all[2] = {{0, 3, 1}, {0, 4, 1}}, left[2] = {{0, 3, 1}, {0, 2, 1}};
+    const uint64_t transposed[2] = {1, 3}, rows_of_five[2] = {5, 1};
+    /* Exactly as large as needed, for the sanitizers. */
+    float* columns = malloc(12 * sizeof *columns);
+    float* block = malloc(12 * sizeof *block);
+    for (int i = 0; i < 12; i++) {
+        block[i] = -1;
+    }
+    const sft_slice_request reads[] = {{1, all, 2, columns, 12 * sizeof *columns, transposed},
+                                       {1, left, 2, block, 12 * sizeof *block, rows_of_five}};
+    CHECK_OK(sft_file_read_slices(file, reads, 2));
+    for (int row = 0; row < 3; row++) {
+        for (int column = 0; column < 4; column++) {
+            CHECK(columns[3 * column + row] == (float)(4 * row + column));
+        }
+        CHECK(block[5 * row] == (float)(4 * row) && block[5 * row + 1] == (float)(4 * row + 1));
+    }
+    CHECK(block[2] == -1 && block[4] == -1 && block[7] == -1 && block[9] == -1);
+
+    /* Refused before anything is read: too small a buffer, and elements that share memory. */
+    sft_slice_request refused[] = {reads[0], reads[1]};
+    memset(columns, 0, 12 * sizeof *columns);
+    refused[1].nbytes -= 1;
+    CHECK_STATUS(sft_file_read_slices(file, refused, 2), SFT_ERROR_BUFFER_SIZE);
+    CHECK(strstr(sft_last_error_get_message(), "\"matrix\" takes 48 bytes") != NULL);
+    const uint64_t overlapping[][2] = {{0, 1}, {1, 1}, {1, 0}};
+    for (size_t i = 0; i < sizeof overlapping / sizeof *overlapping; i++) {
+        refused[1] = reads[1];
+        refused[1].strides = overlapping[i];
+        CHECK_STATUS(sft_file_read_slices(file, refused, 2), SFT_ERROR_INVALID_ARGUMENT);
+        CHECK(strstr(sft_last_error_get_message(), "\"matrix\": elements of shape [3, 2] may share memory") != NULL);
+    }
+    const uint64_t far[2] = {UINT64_MAX / 2, 1};
+    refused[1].strides = far;
+    CHECK_STATUS(sft_file_read_slices(file, refused, 2), SFT_ERROR_BUFFER_SIZE);
+    CHECK(columns[1] == 0 && columns[11] == 0);
+    free(columns);
+    free(block);
+}
+
 static void check_closed(sft_file* file) {
     size_t number;
     uint64_t size, shape[2];
@@ -147,6 +189,7 @@ static void check_closed(sft_file* file) {
     CHECK_STATUS(sft_file_read_tensors(file, NULL, 0), SFT_ERROR_CLOSED);
     CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 2, shape, &size), SFT_ERROR_CLOSED);
     CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, &byte, 1), SFT_ERROR_CLOSED);
+    CHECK_STATUS(sft_file_read_slices(file, NULL, 0), SFT_ERROR_CLOSED);
     CHECK(strcmp(sft_last_error_get_message(), "File is closed") == 0);
     sft_file_free(file);
 }
@@ -232,11 +275,13 @@ void test_slices(void) {
         CHECK(part[0] == 1 && part[1] == 3 && part[2] == 9 && part[3] == 11);
         float column[3] = {0}, again[4] = {0};
         const sft_range last[2] = {{0, 3, 1}, {3, 4, 1}};
-        const sft_slice_request reads[2] = {{1, last, 2, column, sizeof column}, {1, ranges, 2, again, sizeof again}};
+        const sft_slice_request reads[2] = {{1, last, 2, column, sizeof column, NULL},
+                                            {1, ranges, 2, again, sizeof again, NULL}};
         CHECK_OK(sft_file_read_slices(file, reads, 2));
         CHECK(column[0] == 3 && column[2] == 11 && memcmp(again, part, sizeof part) == 0);
-        const sft_slice_request wrong = {1, last, 2, column, 8};
+        const sft_slice_request wrong = {1, last, 2, column, 8, NULL};
         CHECK_STATUS(sft_file_read_slices(file, &wrong, 1), SFT_ERROR_BUFFER_SIZE);
+        check_strides(file);
         CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, part, 15), SFT_ERROR_BUFFER_SIZE);
         CHECK_STATUS(sft_file_get_slice_size(file, 1, ranges, 1, shape, &size), SFT_ERROR_SLICE);
         CHECK_STATUS(sft_file_get_slice_size(file, 3, ranges, 2, shape, &size), SFT_ERROR_INVALID_ARGUMENT);

@@ -119,6 +119,15 @@ static void test_null_file_arguments(const sft_file* file) {
     CHECK_STATUS(sft_file_read_slice(NULL, 1, ranges, 2, buffer, 4), invalid);
     CHECK_STATUS(sft_file_read_slice(file, 1, NULL, 2, buffer, 4), invalid);
     CHECK_STATUS(sft_file_read_slice(file, 1, ranges, 2, NULL, 4), invalid);
+    sft_slice_request slice = {1, ranges, 2, buffer, 4, NULL};
+    CHECK_STATUS(sft_file_read_slices(NULL, &slice, 1), invalid);
+    CHECK_STATUS(sft_file_read_slices(file, NULL, 1), invalid);
+    slice.strides = (const uint64_t*)(const void*)((const char*)ranges + 1);
+    CHECK_STATUS(sft_file_read_slices(file, &slice, 1), invalid);
+    slice = (sft_slice_request){1, ranges, 2, NULL, 4, NULL};
+    CHECK_STATUS(sft_file_read_slices(file, &slice, 1), invalid);
+    slice = (sft_slice_request){1, NULL, 2, buffer, 4, NULL};
+    CHECK_STATUS(sft_file_read_slices(file, &slice, 1), invalid);
     CHECK_STATUS(sft_file_close(NULL), invalid);
 }
 

@@ -286,7 +286,7 @@ fn layouts_agree() {
         sft_load_plan { struct_size, filesystem, reason, cached_bytes, request_bytes, readers, direct }
         sft_range { start, stop, step }
         sft_read_request { index, buffer, nbytes }
-        sft_slice_request { index, ranges, rank, buffer, nbytes }
+        sft_slice_request { index, ranges, rank, buffer, nbytes, strides }
         sft_prefetch_request { file, index, ranges, rank, buffer, nbytes }
     };
     assert_eq!(run_c(&body), expected);

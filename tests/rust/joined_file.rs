@@ -9,7 +9,7 @@ use common::{assert_error, directory, names, pattern, saved};
 use proptest::prelude::*;
 use safetensors_torch::{
     AtomicFile, AxisRange, Backend, DEFAULT_ALIGNMENT, Dtype, ErrorKind, IncrementalWriter, JoinedFile,
-    SaveOptions, Slice, TensorFile, TensorSpec,
+    SaveOptions, Slice, SliceRequest, TensorFile, TensorSpec,
 };
 
 fn begin(spec: TensorSpec<'_>, path: &Path) -> IncrementalWriter {
@@ -103,11 +103,13 @@ proptest! {
             let parts = boxes(&bounds);
             let mut buffers: Vec<Vec<u8>> =
                 parts.iter().map(|ranges| vec![0; cut(&data, dtype, &shape, ranges).len()]).collect();
-            let requests: Vec<(usize, Slice, *mut u8, usize)> = parts
-                .iter()
-                .zip(&mut buffers)
-                .map(|(ranges, buffer)| (0, file.slice(0, ranges).expect("valid"), buffer.as_mut_ptr(), buffer.len()))
-                .collect();
+            let slices: Vec<Slice> = parts.iter().map(|ranges| file.slice(0, ranges).expect("valid")).collect();
+            let request = |(slice, buffer)| {
+                let buffer: &mut Vec<u8> = buffer;
+                let (destination, nbytes) = (buffer.as_mut_ptr(), buffer.len());
+                SliceRequest { index: 0, slice, destination, nbytes, strides: None }
+            };
+            let requests: Vec<SliceRequest<'_>> = slices.iter().zip(&mut buffers).map(request).collect();
             // SAFETY: each buffer is valid for writes of its length, and they do not overlap.
             unsafe { file.read_slices(&requests) }.expect("read");
             for (ranges, buffer) in parts.iter().zip(&buffers) {
