@@ -54,13 +54,15 @@ mod ffi {
         length: usize,
     }
 
-    /// A slice to read, and the memory to read it to. Its ranges are `rank` of a list, from `first_range` on.
+    /// A slice to read, and the memory to read it to: row-major, or with strides. Its ranges and strides are `rank` of two lists,
+    /// from `first` on.
     struct SliceRequest {
         index: usize,
-        first_range: usize,
+        first: usize,
         rank: usize,
         destination: *mut u8,
         length: usize,
+        is_strided: bool,
     }
 
     /// A piece of host memory that a prefetch fills with parts of tensors.
@@ -187,8 +189,11 @@ mod ffi {
             self: &File,
             requests: &[SliceRequest],
             ranges: &[Range],
+            strides: &[i64],
             from: ReadFrom,
         ) -> Result<Box<PendingRead>>;
+        /// Returns whether `read_slices` can read a slice to memory with these strides.
+        fn takes_strides(self: &File, index: usize, ranges: &[Range], strides: &[i64]) -> bool;
         fn slice_shape(self: &File, index: usize, ranges: &[Range]) -> Result<Vec<u64>>;
         unsafe fn read_slice(
             self: &File,

@@ -39,10 +39,15 @@ void check_target(const std::string& name, const at::Tensor& target) {
     check_whole(name, target);
 }
 
-// Returns whether the bytes of a file can be copied to the target's memory.
-bool takes_bytes(const at::Tensor& target, c10::ScalarType stored) {
-    return target.is_cpu() && target.layout() == at::kStrided && target.is_contiguous() && !target.is_conj() &&
-           !target.is_neg() && target.scalar_type() == stored && has_memory(target);
+// Returns whether the core can read the slice to the target's memory.
+bool is_direct(const core::File& file, size_t index, const SlicePlan& slice, const at::Tensor& target) {
+    if (!target.is_cpu() || target.layout() != at::kStrided || target.is_conj() || target.is_neg() ||
+        target.scalar_type() != slice.type || !has_memory(target)) {
+        return false;
+    }
+    const at::IntArrayRef strides = target.strides();
+    return target.is_contiguous() ||
+           file.takes_strides(index, {slice.ranges.data(), slice.ranges.size()}, {strides.data(), strides.size()});
 }
 
 }  // namespace
@@ -56,6 +61,7 @@ FillLoader::FillLoader(SharedCheckpoint checkpoint, const StorageSharing& sharin
     const auto& files = checkpoint_->files();
     std::vector<std::vector<core::SliceRequest>> requests(files.size());
     std::vector<std::vector<core::Range>> ranges(files.size());
+    std::vector<std::vector<int64_t>> strides(files.size());
     memory_.reserve(targets_.size());
     for (size_t i = 0; i < targets_.size(); ++i) {
         const at::Tensor& target = targets_[i];
@@ -63,16 +69,18 @@ FillLoader::FillLoader(SharedCheckpoint checkpoint, const StorageSharing& sharin
         const core::TensorLocation place = checkpoint_->find(names_[i]);
         const core::File& file = checkpoint_->file(place);
         std::vector<core::Range> torch_ranges = ranges_of(names_[i], starts[i], target);
-        auto [slice, type, shape] = plan_slice(file, place.index, torch_ranges);
-        check_conversion(type, target.scalar_type(), file.name(place.index));
-        const uint64_t nbytes = c10::multiply_integers(shape) * c10::elementSize(type);
+        const SlicePlan slice = plan_slice(file, place.index, torch_ranges);
+        check_conversion(slice.type, target.scalar_type(), file.name(place.index));
+        const uint64_t nbytes = c10::multiply_integers(slice.shape) * c10::elementSize(slice.type);
         total_ += nbytes;
-        if (nbytes != 0 && takes_bytes(target, type)) {
+        if (nbytes != 0 && is_direct(file, place.index, slice, target)) {
             std::vector<core::Range>& list = ranges[place.shard];
             // Copies copy-on-write memory here, on the caller's thread.
             auto* memory = static_cast<uint8_t*>(target.mutable_data_ptr());
-            requests[place.shard].push_back({place.index, list.size(), slice.size(), memory, nbytes});
-            list.insert(list.end(), slice.begin(), slice.end());
+            requests[place.shard].push_back(
+                {place.index, list.size(), slice.ranges.size(), memory, span_bytes(target), !target.is_contiguous()});
+            list.insert(list.end(), slice.ranges.begin(), slice.ranges.end());
+            strides[place.shard].insert(strides[place.shard].end(), target.strides().begin(), target.strides().end());
         } else if (nbytes != 0) {
             rest_.push_back({i, place, std::move(torch_ranges), nbytes});
         }
@@ -84,7 +92,8 @@ FillLoader::FillLoader(SharedCheckpoint checkpoint, const StorageSharing& sharin
         }
         auto reading = (*files[shard])
                            ->read_slices({requests[shard].data(), requests[shard].size()},
-                                         {ranges[shard].data(), ranges[shard].size()}, sharing.read_from);
+                                         {ranges[shard].data(), ranges[shard].size()},
+                                         {strides[shard].data(), strides[shard].size()}, sharing.read_from);
         if (reading_) {
             (*reading_)->append(std::move(reading));
         } else {

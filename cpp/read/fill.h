@@ -16,8 +16,8 @@
 namespace safetensors_torch::layer {
 
 // A copy of slices into tensors of their shapes, on any device, with any strides and any dtype that torch converts to.
-// All slices for contiguous tensors on the CPU with the dtype of the file are read together, directly into their
-// memory.
+// All slices for tensors on the CPU with the dtype of the file are read together, to their memory. Others are loaded,
+// then copied by torch.
 class FillLoader {
   public:
     // Checks everything; writes nothing. A slice begins at `starts` in the tensor of its name, and has the shape of its

@@ -127,8 +127,8 @@ class File {
     }
 
     /// Reads parts of tensors into tensors that exist, all with one call: on any device, with any strides, and any
-    /// dtype that torch converts to. Contiguous CPU tensors with the dtype of the file are read in parallel, directly
-    /// into their memory. Destinations must not overlap. Everything is checked before the first one changes.
+    /// dtype that torch converts to. CPU tensors with the dtype of the file are read in parallel, without memory for a
+    /// copy. Destinations must not overlap. Everything is checked before the first one changes.
     ///
     /// Throws Error: the file has no tensor of a name, or it has no such part; torch cannot convert it; a destination
     /// has no memory; the file cannot be read: the destinations are then unspecified.

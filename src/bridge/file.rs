@@ -31,6 +31,11 @@ fn read_from(from: ffi::ReadFrom) -> ReadFrom {
     }
 }
 
+/// Returns strides for the core. torch has no negative ones.
+fn as_unsigned(strides: &[i64]) -> Vec<u64> {
+    strides.iter().map(|stride| stride.cast_unsigned()).collect()
+}
+
 /// # Safety
 ///
 /// As for [`TensorFile::from_memory`].
@@ -149,18 +154,27 @@ impl File {
         &self,
         requests: &[ffi::SliceRequest],
         ranges: &[Range],
+        strides: &[i64],
         from: ffi::ReadFrom,
     ) -> Result<Box<PendingRead>> {
-        let plan =
-            |r: &ffi::SliceRequest| self.slice(r.index, &ranges[r.first_range..r.first_range + r.rank]);
-        let slices = requests.iter().map(plan).collect::<Result<Vec<_>>>()?;
+        let strides = as_unsigned(strides);
+        let slices = requests.iter().map(|r| self.slice(r.index, &ranges[r.first..r.first + r.rank]));
+        let slices = slices.collect::<Result<Vec<_>>>()?;
         let request = |(r, slice)| {
-            let &ffi::SliceRequest { index, destination, length: nbytes, .. } = r;
-            SliceRequest { index, slice, destination, nbytes, strides: None }
+            let &ffi::SliceRequest { index, first, rank, destination, length: nbytes, is_strided } = r;
+            let strides = is_strided.then(|| &strides[first..first + rank]);
+            SliceRequest { index, slice, destination, nbytes, strides }
         };
         let requests: Vec<_> = requests.iter().zip(&slices).map(request).collect();
         // SAFETY: this function has the contract of `JointRead::read_slices`.
         Ok(Box::new(PendingRead(unsafe { JointRead::read_slices(&self.0, &requests, read_from(from)) }?)))
+    }
+
+    pub fn takes_strides(&self, index: usize, ranges: &[Range], strides: &[i64]) -> bool {
+        // torch's elements of less than a byte are pairs, whose strides are not those of the elements.
+        let has_strides = self.info(index).dtype.bits().is_multiple_of(8);
+        let takes = |slice: Slice| slice.check_strides("", &as_unsigned(strides)).is_ok();
+        has_strides && self.slice(index, ranges).is_ok_and(takes)
     }
 
     pub(super) fn slice(&self, index: usize, ranges: &[Range]) -> Result<Slice> {

@@ -159,6 +159,66 @@ TEST(slice_of_every_dtype) {
     }
 }
 
+namespace {
+
+// Reads "x" into `target`, a view of `memory`, with each backend; returns whether nothing else of the memory changes.
+bool is_read_into(const Fixture& fixture, const at::Tensor& memory, const at::Tensor& target) {
+    for (const st::File& file : fixture.files) {
+        memory.fill_(-1);
+        file.read_into({{"x", {0, 0, 0}, target}});
+        const at::Tensor changed = at::sum(memory != -1);
+        if (!at::equal(target, fixture.x) || changed.item<int64_t>() != fixture.x.numel()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+TEST(tensors_are_read_into_strided_memory) {
+    const Fixture fixture;
+    const at::Tensor memory = at::empty({20, 20, 20}, at::kInt);
+    const auto box = [&](int64_t a, int64_t b, int64_t c) {
+        return memory.narrow(0, 3, a).narrow(1, 2, b).narrow(2, 1, c);
+    };
+    EXPECT(is_read_into(fixture, memory, box(5, 4, 6)));
+    EXPECT(is_read_into(fixture, memory, box(6, 5, 4).permute({1, 2, 0})));
+    EXPECT(is_read_into(fixture, memory, box(4, 6, 5).permute({2, 0, 1})));
+    EXPECT(is_read_into(fixture, memory, memory.flatten().narrow(0, 7, 360).view({5, 4, 18}).slice(2, 0, 18, 3)));
+    // The core does not take strides that interleave, torch does.
+    EXPECT(is_read_into(fixture, memory, at::as_strided(memory, {5, 4, 6}, {55, 13, 3})));
+    EXPECT_HAS(
+        ERROR_OF(fixture.files[0].read_into({{"x", {0, 0, 0}, at::zeros({5, 4, 1}, at::kInt).expand({5, 4, 6})}})),
+        "single memory location");
+}
+
+// As large as several reads.
+TEST(large_tensors_are_read_into_strided_memory) {
+    const TempDir dir;
+    const at::Tensor matrix = at::arange(1500 * 1300, at::kInt).reshape({1500, 1300});
+    const at::Tensor images = at::arange(4 * 30 * 60 * 70, at::kInt).to(at::kShort).reshape({4, 30, 60, 70});
+    st::Tensors tensors;
+    tensors.insert("matrix", matrix);
+    tensors.insert("images", images);
+    st::save_file(tensors, dir.file("f"));
+    for (const st::Backend backend : kBackends) {
+        const st::File file(dir.file("f"), at::kCPU, backend);
+        const at::Tensor transposed = at::zeros({1300, 1500}, at::kInt).t();
+        const at::Tensor wide = at::zeros({1500, 2000}, at::kInt);
+        const at::Tensor channels_last = at::zeros({4, 30, 60, 70}, at::kShort).to(at::MemoryFormat::ChannelsLast);
+        // Runs of more than a page, and of less.
+        file.read_into({{"matrix", {0, 0}, transposed},
+                        {"matrix", {0, 100}, wide.narrow(1, 0, 1200)},
+                        {"matrix", {0, 0}, wide.narrow(1, 1200, 100)},
+                        {"images", {0, 0, 0, 0}, channels_last}});
+        EXPECT(at::equal(transposed, matrix) && at::equal(channels_last, images));
+        EXPECT(at::equal(wide.narrow(1, 0, 1200), matrix.narrow(1, 100, 1200)));
+        EXPECT(at::equal(wide.narrow(1, 1200, 100), matrix.narrow(1, 0, 100)));
+        EXPECT_EQ(at::sum(wide.narrow(1, 1300, 700)).item<int64_t>(), 0);
+    }
+}
+
 TEST(packed_values_are_read_into_strided_memory) {
     const auto types = dtypes();
     if (types.back().code != std::string("F4")) {

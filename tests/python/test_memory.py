@@ -62,6 +62,20 @@ def test_load_model_keeps_little_of_the_file_resident(backend: str, file: Path) 
     assert growth < TOTAL // 4 + SLACK
 
 
+# A column block with rows of more than a page, and of less; a transposed destination.
+@pytest.mark.parametrize("view", ["[:, :2048]", "[:, 64:1024]", ".t()"])
+def test_load_into_a_strided_tensor_allocates_little(view: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "model.safetensors")
+    setup = f"""
+        from safetensors_torch.distributed import load_into
+        target = torch.ones(4096, 5000){view}
+        value = torch.arange(target.numel(), dtype=torch.float32).view(target.shape)
+        safetensors_torch.save_file({{"weight": value}}, {path!r})
+    """
+    work = f"load_into({{'weight': target}}, {path!r})\nassert torch.equal(target, value)"
+    assert peak_growth(setup, work) < SLACK
+
+
 def test_load_file_pread_allocates_only_the_tensors(file: Path) -> None:
     growth = peak_growth("", f"tensors = safetensors_torch.load_file({str(file)!r}, backend='pread')")
     assert TOTAL <= growth < 1.1 * TOTAL
