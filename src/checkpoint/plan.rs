@@ -90,7 +90,8 @@ impl ShardPlan {
         let mut numbers = files.to_vec();
         numbers.sort_unstable();
         numbers.dedup();
-        let shard_of = files.iter().map(|file| numbers.binary_search(file).expect("it is one of them")).collect();
+        let shard_of =
+            files.iter().map(|file| numbers.binary_search(file).expect("it is one of them")).collect();
         let total_bytes = sizes.fold(0, u64::saturating_add);
         Ok(ShardPlan {
             stem: stem.to_string(),
