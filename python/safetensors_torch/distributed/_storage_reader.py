@@ -113,19 +113,24 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
 
         def prepare() -> None:
             refuse_strided(planner)
-            self._open()
+            tensors = self._open().tensors
             for item in plan.items:
-                path = self.storage_data[item.storage_index].relative_path
+                name = item.storage_index.fqn
+                chunks = tensors[name].chunks
+                # The index of a chunk takes as long to look up as a small tensor to read.
+                path = chunks[0][1] if len(chunks) == 1 else self.storage_data[item.storage_index].relative_path
                 if self._is_converted(item):
                     others.append((path, item))
                     continue
-                target = planner.resolve_tensor(item).detach()
+                target = planner.resolve_tensor(item)
+                if target.requires_grad:
+                    target = target.detach()
                 if target.size() != item.lengths:
                     raise ValueError(
-                        f"tensor {item.storage_index.fqn!r}: the planner asks for {list(item.lengths)} elements, and"
+                        f"tensor {name!r}: the planner asks for {list(item.lengths)} elements, and"
                         f" gives a target of shape {list(target.size())}"
                     )
-                requests.append((path, item.storage_index.fqn, item.storage_offsets, target))
+                requests.append((path, name, item.storage_offsets, target))
                 items.append(item)
 
         # Views of parameters would record operations otherwise, which takes twice as long.
