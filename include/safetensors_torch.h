@@ -252,6 +252,59 @@ sft_status sft_file_open(const char* path, const sft_open_options* options, sft_
  * RESERVED_NAME. */
 sft_status sft_file_open_buffer(const void* data, size_t nbytes, sft_file** file);
 
+/** What a function of an sft_source says about its failure. */
+typedef struct sft_source_error sft_source_error;
+
+/** Sets the errno (0 if there is none) and the text of a failure: what is wrong, and what to do. The library adds the
+ * name of the file. Only for functions of an sft_source, with the error that they got. */
+sft_status sft_source_error_set(sft_source_error* error, int32_t os_error, const char* message);
+
+/** Memory for the next bytes of a source. */
+typedef struct sft_buffer {
+    void* data;    /**< its first byte */
+    size_t nbytes; /**< its size */
+} sft_buffer;
+
+/** Sets `*length` to the size of the file. Called once. */
+typedef sft_status (*sft_source_get_length)(void* context, uint64_t* length, sft_source_error* error);
+
+/** Sets `*identity` to what identifies the bytes that the last call of get_length or read on this thread was about,
+ * such as an ETag. Called after each of these; a change makes reads fail with FILE_CHANGED. The text is UTF-8, and must
+ * stay valid until the next call on this thread. */
+typedef sft_status (*sft_source_get_identity)(void* context, sft_str* identity, sft_source_error* error);
+
+/** Fills `count` buffers, one after the other, with the bytes of the file from `offset` on: at most 8 MiB, inside its
+ * length. */
+typedef sft_status (*sft_source_read)(void* context, uint64_t offset, const sft_buffer* buffers, size_t count,
+                                      sft_source_error* error);
+
+/** Frees the context. Called once, after all other calls have returned. */
+typedef void (*sft_source_free)(void* context);
+
+/** A file that the program reads by its own means: an object in a bucket, an entry of an archive, a cache.
+ *
+ * The functions return SFT_OK, or a status after they have called sft_source_error_set: SFT_ERROR_FILE_CHANGED,
+ * SFT_ERROR_INVALID_ARGUMENT, or SFT_ERROR_IO, which every other status means too. Several threads call them at once,
+ * up to 16 or as many as sft_set_threads says. They must not throw, nor use a handle of the source's file. */
+typedef struct sft_source {
+    size_t struct_size;                   /**< sizeof(sft_source) */
+    void* context;                        /**< the first argument of each function */
+    sft_source_get_length get_length;     /**< not NULL */
+    sft_source_get_identity get_identity; /**< NULL if the source makes sure by itself that its bytes do not change */
+    sft_source_read read;                 /**< not NULL */
+    sft_source_free free;                 /**< NULL if there is nothing to free */
+} sft_source;
+
+/** A source without functions. */
+#define SFT_SOURCE_INIT {sizeof(sft_source), NULL, NULL, NULL, NULL, NULL}
+
+/** Opens a file that the program reads by its own means. `name` stands for the path in messages: a URL, without
+ * credentials. Its tensors are read as those of a file with SFT_BACKEND_PREAD. The source is freed with the file, and
+ * also if this fails, except for an invalid struct_size. `*file` becomes a handle to free with sft_file_free, or NULL
+ * on an error. Errors: those of the source; FILE_TOO_SMALL to DATA_LENGTH and RESERVED_NAME; INVALID_ARGUMENT if
+ * get_length or read is NULL. */
+sft_status sft_file_open_source(const sft_source* source, const char* name, sft_file** file);
+
 /** Closes the file. Everything that the handle returned becomes invalid, mapped data too; the handle itself stays valid
  * until sft_file_free. Closing twice is not an error. No other thread may use the handle during the call. */
 sft_status sft_file_close(sft_file* file);

@@ -162,6 +162,14 @@ impl Error {
         self
     }
 
+    /// As [`Error::in_file`], for a file that the program reads by its own means: its errors of the kind [`ErrorKind::Io`] do
+    /// not name it.
+    #[must_use]
+    pub(crate) fn in_source(self, name: &Path) -> Error {
+        let path = self.path.or_else(|| Some(name.to_path_buf()));
+        Error { path, ..self }
+    }
+
     /// Returns the kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -52,6 +52,7 @@ pub use format::header::{Header, MAX_HEADER_BYTES, METADATA_KEY, Metadata, Tenso
 pub use format::layout::{DEFAULT_ALIGNMENT, Layout, MAX_ALIGNMENT, Placement, TensorSpec};
 pub use format::slice::{AxisRange, Slice};
 pub use read::explain::{LoadPlan, LoadTarget};
+pub use read::external::{ByteSource, Destination, Piece};
 pub use read::file::{SliceRequest, TensorFile};
 pub use read::prefault::Prefault;
 pub use read::prefetch::{NextSlab, Prefetcher};

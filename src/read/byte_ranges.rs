@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::read::external::Piece;
 use crate::read::prefault::read_and_map;
 use crate::read::source::{Mapping, OpenFile, ReadMethod};
 use crate::read::strategy::ReadStrategy;
@@ -38,7 +39,7 @@ impl ReadRange {
     }
 }
 
-/// Checks that `ranges` are inside a source in memory.
+/// Checks that `ranges` are inside a source of known length.
 pub(crate) fn check_within(
     method: ReadMethod<'_>,
     mut ranges: impl Iterator<Item = Range<u64>>,
@@ -48,6 +49,7 @@ pub(crate) fn check_within(
         ReadMethod::File(_) => return Ok(()),
         ReadMethod::Mapping(mapping, _) => mapping.len(),
         ReadMethod::Memory(memory) => memory.length,
+        ReadMethod::External(source) => source.len() as usize,
     };
     if ranges.any(|range| range.end > length as u64) {
         return Err(Error::new(ErrorKind::FileChanged, "a range is outside the source"));
@@ -80,7 +82,7 @@ pub(crate) unsafe fn read_here(
 ///
 /// # Safety
 ///
-/// As for [`read_here`]. The parts must be inside a source in memory.
+/// As for [`read_here`]. The parts must be inside a source of known length.
 pub(crate) unsafe fn read_parts(
     method: ReadMethod<'_>,
     parts: impl Iterator<Item = ReadRange> + Clone,
@@ -103,6 +105,13 @@ pub(crate) unsafe fn read_parts(
             }
             // SAFETY: as above.
             unsafe { reader.finish() }
+        }
+        ReadMethod::External(source) => {
+            let pieces = parts.map(|ReadRange { offset, destination, length }| {
+                (offset, Piece { start: destination, length })
+            });
+            // SAFETY: this function's contract covers the destinations.
+            unsafe { source.read(pieces) }
         }
         // SAFETY: this function has the contract of `copy_mapped`.
         ReadMethod::Mapping(mapping, file) => unsafe { copy_mapped(mapping, file, parts, strategy) },

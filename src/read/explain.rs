@@ -57,6 +57,10 @@ impl TensorFile {
                 let detail = "bytes in memory: there is no file to read; open a file";
                 return Err(Error::new(ErrorKind::InvalidArgument, detail));
             }
+            Source::External(_) => {
+                let detail = "a source of the program: it decides how its bytes are read";
+                return Err(self.locate(Error::new(ErrorKind::InvalidArgument, detail)));
+            }
             source => source.reopen(usize::MAX),
         };
         let replaced = || {

@@ -11,6 +11,7 @@ use crate::format::byte_order;
 use crate::format::header::{Header, LENGTH_BYTES, TensorInfo};
 use crate::format::slice::{AxisRange, Slice};
 use crate::read::byte_ranges::ReadRange;
+use crate::read::external::{ByteSource, ExternalSource};
 use crate::read::prefault::{self, Prefault};
 use crate::read::read_ahead::ReadAhead;
 use crate::read::reader::{self, PendingRead, ReadList};
@@ -148,6 +149,25 @@ impl TensorFile {
         })
     }
 
+    /// Opens a file that the program reads by its own means, in requests of up to 8 MiB, 16 at once. `name`, a URL for
+    /// example, stands for the path in errors.
+    ///
+    /// # Errors
+    ///
+    /// Those of the source, and those of [`TensorFile::open`] about the format.
+    pub fn from_source(source: Box<dyn ByteSource>, name: &Path) -> Result<TensorFile> {
+        let mut source = ExternalSource::open(source, name)?;
+        let header = read_header(source.len(), |buffer, offset| source.read_exact(buffer, offset))
+            .map_err(|error| error.in_file(name))?;
+        source.forget_start();
+        Ok(TensorFile {
+            header,
+            source: Source::External(source),
+            path: Some(name.to_path_buf()),
+            read_ahead: ReadAhead::default(),
+        })
+    }
+
     /// Returns the header.
     pub fn header(&self) -> &Header {
         &self.header
@@ -161,7 +181,7 @@ impl TensorFile {
     pub fn mapping(&self) -> Option<&Arc<Mapping>> {
         match &self.source {
             Source::Mapped(mapping) => Some(mapping),
-            Source::File(_) | Source::Memory(_) => None,
+            Source::File(_) | Source::Memory(_) | Source::External(_) => None,
         }
     }
 
@@ -355,6 +375,9 @@ impl TensorFile {
     /// Returns whether the file is on a network filesystem; false if its path leads to another file now.
     #[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only Python chooses an order of files"))]
     pub(crate) fn is_remote(&self) -> bool {
+        if matches!(self.source, Source::External(_)) {
+            return true;
+        }
         let reopened = self.source.reopen(usize::MAX);
         reopened.is_some_and(|opened| Filesystem::of(&opened.file).scope.is_remote())
     }

@@ -3,6 +3,7 @@
 mod byte_ranges;
 mod copy_runs;
 pub mod explain;
+pub mod external;
 pub mod file;
 #[cfg_attr(not(feature = "bridge"), allow(dead_code, reason = "only C++ reads in steps"))]
 pub(crate) mod joint_read;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::read::external::ExternalSource;
 use crate::sys::direct_io::{DirectFile, StorageSpeed};
 use crate::sys::directory::{Directory, identity, nul_in_path};
 use crate::sys::mutex::OnceLock;
@@ -211,6 +212,7 @@ pub(crate) enum Source {
     Mapped(Arc<Mapping>),
     File(OpenFile),
     Memory(ExternalMemory),
+    External(ExternalSource),
 }
 
 /// What reads of a mapped file return. It makes no difference for other files.
@@ -231,6 +233,8 @@ pub(crate) enum ReadMethod<'a> {
     Mapping(&'a Mapping, Option<&'a OpenFile>),
     /// By copying from memory.
     Memory(&'a ExternalMemory),
+    /// By requests to a source of the program.
+    External(&'a ExternalSource),
 }
 
 impl Source {
@@ -262,7 +266,7 @@ impl Source {
         match self {
             Source::Mapped(mapping) => Some(mapping.as_ptr().cast_const()),
             Source::Memory(memory) => Some(memory.start),
-            Source::File(_) => None,
+            Source::File(_) | Source::External(_) => None,
         }
     }
 
@@ -273,6 +277,7 @@ impl Source {
             (Source::Mapped(mapping), ..) => ReadMethod::Mapping(mapping, reopened),
             (Source::File(file), ..) => ReadMethod::File(reopened.unwrap_or(file)),
             (Source::Memory(memory), ..) => ReadMethod::Memory(memory),
+            (Source::External(source), ..) => ReadMethod::External(source),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::error::Result;
+use crate::read::external::REQUEST_BYTES;
 use crate::read::source::{OpenFile, ReadMethod};
 use crate::sys::buffers::Buffers;
 use crate::sys::direct_io::{Direct, direct};
@@ -66,6 +67,7 @@ impl ReadStrategy {
             ReadMethod::Mapping(_, None) | ReadMethod::Memory(_) => {
                 ReadStrategy::in_memory(Residency::Unknown, wanted)
             }
+            ReadMethod::External(_) => ReadStrategy::of_requests(wanted, threads),
         })
     }
 
@@ -85,6 +87,18 @@ impl ReadStrategy {
                 ..strategy
             },
             _ => strategy,
+        }
+    }
+
+    /// Returns the strategy for a source that answers requests.
+    fn of_requests(wanted: usize, threads: ThreadLimit) -> ReadStrategy {
+        ReadStrategy {
+            residency: Residency::Unknown,
+            scope: Scope::Remote,
+            threads: wanted.max(threads.cap(REMOTE_READERS)),
+            request_bytes: Some(REQUEST_BYTES),
+            chunk_bytes: REQUEST_BYTES,
+            direct: Direct::Never,
         }
     }
 

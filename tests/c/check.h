@@ -30,6 +30,7 @@ void test_dtypes(void);
 void test_reading(void);
 void test_prefault(void);
 void test_slices(void);
+void test_sources(void);
 void test_prefetch(void);
 void test_metadata(void);
 void test_checkpoints(void);

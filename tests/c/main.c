@@ -75,6 +75,7 @@ int main(int argc, char** argv) {
     test_reading();
     test_prefault();
     test_slices();
+    test_sources();
     test_prefetch();
     test_metadata();
     test_checkpoints();

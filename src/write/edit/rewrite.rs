@@ -95,7 +95,9 @@ impl Rewrite {
 fn file_of(source: &TensorFile) -> &File {
     match source.source() {
         Source::File(file) => &file.file,
-        Source::Mapped(_) | Source::Memory(_) => unreachable!("opened with the pread backend"),
+        Source::Mapped(_) | Source::Memory(_) | Source::External(_) => {
+            unreachable!("opened with the pread backend")
+        }
     }
 }
 
