@@ -164,6 +164,13 @@ void check_names_op(const std::string& class_name, const Names& missing, const N
 
 c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
 
+c10::intrusive_ptr<File> open_source_op(int64_t address, const std::string& name) {
+    return guarded([&] {
+        auto checkpoint = std::make_shared<const Checkpoint>(open_source(address, name));
+        return c10::make_intrusive<File>(std::move(checkpoint), /*is_mapped=*/false);
+    });
+}
+
 std::tuple<int64_t, int64_t, int64_t> transfer_options_op() {
     return guarded([&]() -> std::tuple<int64_t, int64_t, int64_t> {
         const TransferOptions options = transfer_options();
@@ -261,6 +268,8 @@ void define_internals(torch::Library& library) {
                 torch::dispatch(kOpKey, load_shared_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
                 torch::dispatch(kOpKey, open_bytes_op));
+    library.def(effectful("_open_source(int address, str name) -> __torch__.torch.classes.safetensors_torch.File"),
+                torch::dispatch(kOpKey, open_source_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "
                           R"(str shared="error") -> ())"),
                 torch::dispatch(kOpKey, check_save_op));

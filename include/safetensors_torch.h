@@ -269,9 +269,9 @@ typedef struct sft_buffer {
 typedef sft_status (*sft_source_get_length)(void* context, uint64_t* length, sft_source_error* error);
 
 /** Sets `*identity` to what identifies the bytes that the last call of get_length or read on this thread was about,
- * such as an ETag. Called after each of these; a change makes reads fail with FILE_CHANGED. The text is UTF-8, and must
- * stay valid until the next call on this thread. */
-typedef sft_status (*sft_source_get_identity)(void* context, sft_str* identity, sft_source_error* error);
+ * such as an ETag. Called after each of these; a change makes reads fail with FILE_CHANGED. The string ends in NUL, and
+ * must stay valid until the next call on this thread. NULL is none. */
+typedef sft_status (*sft_source_get_identity)(void* context, const char** identity, sft_source_error* error);
 
 /** Fills `count` buffers, one after the other, with the bytes of the file from `offset` on: at most 8 MiB, inside its
  * length. */

@@ -33,16 +33,17 @@
 ///
 ///     for (auto& [name, tensor] : file.prefetch()) use(name, tensor);  // each once it has landed
 ///
-/// This header includes all others: file.hpp (open files and checkpoints), prefetch.hpp (tensors as they land),
-/// save.hpp, incremental_writer.hpp (files that are written tensor by tensor), metadata.hpp (edits of metadata),
-/// sharded.hpp (checkpoints of several files), model.hpp (modules), transfer.hpp (threads, pinned memory), tensors.hpp
-/// (tensors by name), types.hpp (all options) and error.hpp.
+/// This header includes all others: file.hpp (open files and checkpoints), source.hpp (files that the program reads by
+/// its own means), prefetch.hpp (tensors as they land), save.hpp, incremental_writer.hpp (files that are written tensor
+/// by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files), model.hpp (modules),
+/// transfer.hpp (threads, pinned memory), tensors.hpp (tensors by name), types.hpp (all options) and error.hpp.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -60,6 +61,7 @@
 #include "safetensors_torch/prefetch.hpp"
 #include "safetensors_torch/save.hpp"
 #include "safetensors_torch/sharded.hpp"
+#include "safetensors_torch/source.hpp"
 #include "safetensors_torch/tensors.hpp"
 #include "safetensors_torch/transfer.hpp"
 #include "safetensors_torch/types.hpp"
@@ -94,6 +96,12 @@ inline Tensors load_file(const std::filesystem::path& path, DeviceLike device = 
 /// floating-point, or a tensor cannot be converted to it.
 inline Tensors load_file(const std::filesystem::path& path, DeviceLike device, const LoadOptions& options) {
     return detail::load(detail::open(path, options.backend), device, options);
+}
+
+/// The same, of a file that the program reads by its own means. `name` stands for the path in messages.
+inline Tensors load_file(std::shared_ptr<Source> source, const std::string& name, DeviceLike device = at::kCPU,
+                         const LoadOptions& options = {}) {
+    return detail::load(detail::open_source(std::move(source), name), device, options);
 }
 
 /// The same to the CPU.

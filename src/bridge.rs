@@ -33,7 +33,7 @@ use checkpoint::{
     create_shards, finish_open, plan_shards, start_consolidation, thread_count,
 };
 use edit::{MetadataEdit, begin_edit};
-use file::{File, PendingRead, open_file, open_memory, release_block, release_mapping};
+use file::{File, PendingRead, open_file, open_memory, open_source, release_block, release_mapping};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
 use joined::{JoinedWriter, finish_joined, join_file};
 use prefetch::Prefetcher;
@@ -152,6 +152,8 @@ mod ffi {
         type File;
         fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>>;
         unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>>;
+        /// Opens a file that the `sft_source` at an address reads.
+        unsafe fn open_source(address: usize, name: &[u8]) -> Result<Box<File>>;
         fn count(self: &File) -> usize;
         fn find(self: &File, name: &[u8]) -> Result<usize>;
         fn contains(self: &File, name: &[u8]) -> bool;

@@ -4,6 +4,7 @@
 #include "cpp/dtype.h"
 #include "cpp/error.h"
 #include "cpp/tensor_memory.h"
+#include "include/safetensors_torch.h"
 
 namespace safetensors_torch::layer {
 
@@ -25,6 +26,15 @@ SharedFile open_bytes(const at::Tensor& data) {
     const auto* start = static_cast<const uint8_t*>(data.const_data_ptr());
     const auto owner = std::make_shared<const Owner>(Owner{data, core::open_memory(start, data.nbytes())});
     return {owner, &owner->file};
+}
+
+SharedFile open_source(int64_t address, const std::string& name) {
+    const auto* source = reinterpret_cast<const sft_source*>(static_cast<uintptr_t>(address));
+    if (source == nullptr || source->struct_size != sizeof(sft_source)) {
+        fail(ErrorCategory::value, "a source is given by the address of an sft_source of this version");
+    }
+    return std::make_shared<const rust::Box<core::File>>(
+        core::open_source(static_cast<size_t>(static_cast<uintptr_t>(address)), as_bytes(name)));
 }
 
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index) {

@@ -21,6 +21,7 @@
 #include "detail.hpp"
 #include "index.hpp"
 #include "prefetch.hpp"
+#include "source.hpp"
 #include "types.hpp"
 
 namespace safetensors_torch {
@@ -39,6 +40,12 @@ class File {
     /// Throws Error as load_file does, except for a dtype that torch does not have.
     explicit File(const std::filesystem::path& path, DeviceLike device = at::kCPU, Backend backend = Backend::mmap)
         : File(detail::open(path, backend), device) {}
+
+    /// Opens a file that the program reads by its own means. `name` stands for the path in messages: a URL, without
+    /// credentials. Tensors have memory of their own.
+    /// Throws Error as above, and with what the source has thrown.
+    File(std::shared_ptr<Source> source, const std::string& name, DeviceLike device = at::kCPU)
+        : File(detail::open_source(std::move(source), name), device) {}
 
     /// Returns the names, sorted bytewise.
     std::vector<std::string> keys() const { return call("keys").to<std::vector<std::string>>(); }

@@ -7,6 +7,7 @@ use super::save::until;
 use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
+use crate::read::caller_source::{CallerSource, sft_source};
 use crate::read::file::{SliceRequest, TensorFile};
 use crate::read::joint_read::JointRead;
 use crate::read::prefault::Prefault;
@@ -43,6 +44,16 @@ pub unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> 
     // SAFETY: the bytes stay valid and unwritten until the `File` is dropped; cpp/read/open_file.cpp keeps the tensor that
     // owns them as long.
     Ok(Box::new(File(Arc::new(unsafe { TensorFile::from_memory(start, length) }?))))
+}
+
+/// # Safety
+///
+/// The address must be that of an `sft_source`, which keeps its contract.
+pub unsafe fn open_source(address: usize, name: &[u8]) -> Result<Box<File>> {
+    let source = std::ptr::with_exposed_provenance::<sft_source>(address);
+    // SAFETY: this function's contract. The struct has the size of this version: C++ and Python use this copy of the library.
+    let source = unsafe { CallerSource::new(source.read()) }?;
+    Ok(Box::new(File(Arc::new(TensorFile::from_source(Box::new(source), as_path(name))?))))
 }
 
 impl File {

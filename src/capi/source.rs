@@ -1,74 +1,19 @@
 //! `sft_source`: files that the program reads by its own means.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::c_char;
 use std::sync::Arc;
 
 use super::boundary::boundary;
 use super::handle::sft_file;
 use super::pointer::{self, Out, invalid, versioned};
-use super::types::{SFT_OK, sft_status, sft_str};
-use crate::error::{Error, ErrorKind, Result};
-use crate::read::external::{ByteSource, Destination, Piece};
+use super::types::sft_status;
+use crate::read::caller_source::CallerSource;
+pub use crate::read::caller_source::{sft_buffer, sft_source, sft_source_error};
 use crate::read::file::TensorFile;
-
-pub type sft_source_get_length = Option<
-    unsafe extern "C" fn(context: *mut c_void, length: *mut u64, error: *mut sft_source_error) -> sft_status,
->;
-
-pub type sft_source_get_identity = Option<
-    unsafe extern "C" fn(
-        context: *mut c_void,
-        identity: *mut sft_str,
-        error: *mut sft_source_error,
-    ) -> sft_status,
->;
-
-pub type sft_source_read = Option<
-    unsafe extern "C" fn(
-        context: *mut c_void,
-        offset: u64,
-        buffers: *const sft_buffer,
-        count: usize,
-        error: *mut sft_source_error,
-    ) -> sft_status,
->;
-
-pub type sft_source_free = Option<unsafe extern "C" fn(context: *mut c_void)>;
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_source {
-    pub struct_size: usize,
-    pub context: *mut c_void,
-    pub get_length: sft_source_get_length,
-    pub get_identity: sft_source_get_identity,
-    pub read: sft_source_read,
-    pub free: sft_source_free,
-}
 
 // SAFETY: `repr(C)`, begins with its size, without padding; integers, a raw pointer, and function pointers, of which the
 // caller gives valid ones or NULL (header, "Pointers").
 versioned!(unsafe sft_source, 48);
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct sft_buffer {
-    pub data: *mut c_void,
-    pub nbytes: usize,
-}
-
-// The core's pieces are passed as they are.
-const _: () = assert!(
-    size_of::<sft_buffer>() == size_of::<Piece>()
-        && std::mem::offset_of!(sft_buffer, nbytes) == std::mem::offset_of!(Piece, length)
-);
-
-/// What a function of a source says about its failure.
-#[derive(Default)]
-pub struct sft_source_error {
-    os_error: i32,
-    message: Option<String>,
-}
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_source_error_set(
@@ -81,8 +26,7 @@ pub unsafe extern "C" fn sft_source_error_set(
         // ("Threads"); a string ("Text").
         let (error, message) =
             unsafe { (pointer::exclusive(error, "error")?, pointer::c_string(message, "message")?) };
-        error.os_error = os_error;
-        error.message = Some(message.to_string_lossy().into_owned());
+        error.set(os_error, message.to_string_lossy().into_owned());
         Ok(())
     })
 }
@@ -94,107 +38,15 @@ pub unsafe extern "C" fn sft_file_open_source(
     file: *mut *mut sft_file,
 ) -> sft_status {
     boundary!({
-        // SAFETY: a source with functions that keep the header's contract ("Pointers", "Versions"), and that the library
-        // has alone from now on ("Ownership").
-        let source = unsafe { CallerSource::new(source) }?;
+        if source.is_null() {
+            return Err(invalid("source is NULL"));
+        }
+        // SAFETY: a struct ("Pointers", "Versions") of functions that keep the contract of its documentation.
+        let source = unsafe { CallerSource::new(pointer::options(source)?) }?;
         // SAFETY: a handle to set ("Pointers"); a string ("Text").
         let (out, name) = unsafe { (Out::null(file, "file")?, pointer::path(name)?) };
         let opened = TensorFile::from_source(Box::new(source), name)?;
         out.set(pointer::new_handle(sft_file::new(Arc::new(opened))));
         Ok(())
     })
-}
-
-/// A source whose functions the caller has given. Drops its context.
-#[derive(Debug)]
-pub(crate) struct CallerSource(sft_source);
-
-// SAFETY: several threads call the functions at once, and any of them frees the context (header, `sft_source`).
-unsafe impl Send for CallerSource {}
-// SAFETY: as above.
-unsafe impl Sync for CallerSource {}
-
-impl CallerSource {
-    /// Takes a source over: its context is freed with the result, and if this fails after its struct was read.
-    ///
-    /// # Safety
-    ///
-    /// "Pointers" and "Versions": as for [`pointer::options`]. The functions keep the contract of the header.
-    pub(crate) unsafe fn new(source: *const sft_source) -> Result<CallerSource> {
-        if source.is_null() {
-            return Err(invalid("source is NULL"));
-        }
-        // SAFETY: this function's contract.
-        let source = CallerSource(unsafe { pointer::options(source) }?);
-        if source.0.get_length.is_none() || source.0.read.is_none() {
-            return Err(invalid("sft_source: get_length and read must be set"));
-        }
-        Ok(source)
-    }
-
-    /// Calls a function of the source, and turns its failure into an error.
-    fn call(&self, what: &str, function: impl FnOnce(*mut sft_source_error) -> sft_status) -> Result<()> {
-        let mut error = sft_source_error::default();
-        let status = function(&raw mut error);
-        if status == SFT_OK {
-            return Ok(());
-        }
-        let kind = match status {
-            _ if status == ErrorKind::FileChanged as i32 => ErrorKind::FileChanged,
-            _ if status == ErrorKind::InvalidArgument as i32 => ErrorKind::InvalidArgument,
-            _ => ErrorKind::Io,
-        };
-        let detail = error.message.unwrap_or_else(|| format!("the source cannot {what}"));
-        let failure = Error::new(kind, detail);
-        Err(match error.os_error {
-            0 => failure,
-            os_error => failure.with_os_error(std::io::Error::from_raw_os_error(os_error)),
-        })
-    }
-}
-
-impl ByteSource for CallerSource {
-    fn length(&self) -> Result<u64> {
-        let mut length = 0;
-        let get_length = self.0.get_length.expect("checked by `new`");
-        // SAFETY: the function keeps the contract of the header (`new`); both results are valid during the call.
-        self.call("return its length", |error| unsafe {
-            get_length(self.0.context, &raw mut length, error)
-        })?;
-        Ok(length)
-    }
-
-    fn identity(&self) -> Result<Option<String>> {
-        let Some(get_identity) = self.0.get_identity else { return Ok(None) };
-        let mut identity = sft_str { data: std::ptr::null(), length: 0 };
-        // SAFETY: as in `length`.
-        self.call("return its identity", |error| unsafe {
-            get_identity(self.0.context, &raw mut identity, error)
-        })?;
-        // SAFETY: `length` bytes that stay until the next call on this thread (header, `sft_source`).
-        let text = unsafe { pointer::text(identity.data, identity.length, "the identity of the source") }?;
-        Ok(Some(text.to_string()))
-    }
-
-    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<()> {
-        let read = self.0.read.expect("checked by `new`");
-        let pieces = destination.pieces();
-        // SAFETY: the function keeps the contract of the header (`new`). A piece has the layout of an `sft_buffer` (checked
-        // above), and is valid for writes during the call.
-        self.call("read", |error| unsafe {
-            read(self.0.context, offset, pieces.as_ptr().cast(), pieces.len(), error)
-        })?;
-        // SAFETY: the function has written all buffers if it succeeds (header, `sft_source`).
-        unsafe { destination.set_written() };
-        Ok(())
-    }
-}
-
-impl Drop for CallerSource {
-    fn drop(&mut self) {
-        if let Some(free) = self.0.free {
-            // SAFETY: the function keeps the contract of the header (`new`), and nothing calls another one after it.
-            unsafe { free(self.0.context) };
-        }
-    }
 }

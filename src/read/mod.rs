@@ -1,6 +1,7 @@
 //! From a file into memory.
 
 mod byte_ranges;
+pub mod caller_source;
 mod copy_runs;
 pub mod explain;
 pub mod external;

@@ -62,7 +62,7 @@ impl StridedRead {
     /// # Safety
     ///
     /// The destination must be valid for writes of all runs, on any thread, and no two of them may overlap there. No other
-    /// thread may read the same tile. [`StridedRead::extent`] must be inside a source in memory.
+    /// thread may read the same tile. [`StridedRead::extent`] must be inside a source of known length.
     pub(crate) unsafe fn read(
         &self,
         number: usize,

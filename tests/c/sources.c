@@ -33,10 +33,10 @@ static sft_status get_length(void* context, uint64_t* length, sft_source_error* 
     return SFT_OK;
 }
 
-static sft_status get_identity(void* context, sft_str* identity, sft_source_error* error) {
+static sft_status get_identity(void* context, const char** identity, sft_source_error* error) {
     struct object* object = context;
     (void)error;
-    *identity = (sft_str){object->etag, strlen(object->etag)};
+    *identity = object->etag;
     return SFT_OK;
 }
 

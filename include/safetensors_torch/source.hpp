@@ -1,0 +1,96 @@
+/// @file
+/// Part of safetensors_torch.hpp: files that a program reads by its own means.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "detail.hpp"
+
+namespace safetensors_torch {
+
+/// A file that the program reads by its own means: an object in a bucket, an entry of an archive, a cache.
+///
+///     class Object : public safetensors_torch::Source {
+///       public:
+///         std::uint64_t length() override { return client_.size(url_); }
+///         void read(std::uint64_t offset, const sft_buffer* buffers, std::size_t count) override {
+///             client_.get(url_, offset, buffers, count);
+///         }
+///     };
+///     safetensors_torch::File file(std::make_shared<Object>(), "s3://bucket/model.safetensors");
+///
+/// Several threads call the functions at once, up to 16 or as many as set_transfer_options says. They may throw: the
+/// call that needs the bytes fails with the text of the exception. They must not use the file.
+class Source {
+  public:
+    virtual ~Source() = default;
+
+    /// Returns the size of the file in bytes. Called once.
+    virtual std::uint64_t length() = 0;
+
+    /// Returns what identifies the bytes that the last call of length or read on this thread was about, such as an
+    /// ETag; std::nullopt if the source makes sure by itself that they do not change. Called after each of these: if
+    /// the identity changes, reads fail with SFT_ERROR_FILE_CHANGED.
+    virtual std::optional<std::string> identity() { return std::nullopt; }
+
+    /// Fills `count` buffers, one after the other, with the bytes from `offset` on: at most 8 MiB, inside the length.
+    virtual void read(std::uint64_t offset, const sft_buffer* buffers, std::size_t count) = 0;
+};
+
+namespace detail {
+
+// Calls a function of a source, from C.
+template <typename Function>
+sft_status call_source(sft_source_error* error, const Function& function) noexcept {
+    try {
+        function();
+        return SFT_OK;
+    } catch (const Error& failure) {
+        sft_source_error_set(error, failure.os_error(), failure.what());
+        return failure.code() == 0 ? SFT_ERROR_IO : failure.code();
+    } catch (const std::exception& failure) {
+        sft_source_error_set(error, 0, failure.what());
+    } catch (...) {
+        sft_source_error_set(error, 0, "the source has thrown something that is not a std::exception");
+    }
+    return SFT_ERROR_IO;
+}
+
+inline Source& source_of(void* context) { return **static_cast<std::shared_ptr<Source>*>(context); }
+
+inline Object open_source(std::shared_ptr<Source> source, const std::string& name) {
+    if (source == nullptr) {
+        fail("source is null; pass an object of a class derived from Source", ErrorCategory::value);
+    }
+    sft_source functions = SFT_SOURCE_INIT;
+    functions.get_length = [](void* context, std::uint64_t* length, sft_source_error* error) {
+        return call_source(error, [&] { *length = source_of(context).length(); });
+    };
+    functions.get_identity = [](void* context, const char** identity, sft_source_error* error) {
+        // Valid until the next call on this thread.
+        thread_local std::optional<std::string> last;
+        return call_source(error, [&] {
+            last = source_of(context).identity();
+            *identity = last ? last->c_str() : nullptr;
+        });
+    };
+    functions.read = [](void* context, std::uint64_t offset, const sft_buffer* buffers, std::size_t count,
+                        sft_source_error* error) {
+        return call_source(error, [&] { source_of(context).read(offset, buffers, count); });
+    };
+    functions.free = [](void* context) { delete static_cast<std::shared_ptr<Source>*>(context); };
+    const auto op = find_op("safetensors_torch::_open_source");
+    functions.context = new std::shared_ptr<Source>(std::move(source));
+    // The library has copied the functions, and frees the context, when this returns or throws.
+    return call_boxed(op, static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(&functions)), name).toObject();
+}
+
+}  // namespace detail
+
+}  // namespace safetensors_torch

@@ -1,0 +1,168 @@
+//! Files that a C program, or one of another language, reads by its own means: the struct of `include/safetensors_torch.h`.
+
+// The names and the documentation are those of the header.
+#![allow(missing_docs, non_camel_case_types)]
+
+use std::ffi::{CStr, c_char, c_void};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::read::external::{ByteSource, Destination, Piece};
+
+/// 0 for success, or the number of an [`ErrorKind`].
+type Status = i32;
+
+pub type sft_source_get_length = Option<
+    unsafe extern "C" fn(context: *mut c_void, length: *mut u64, error: *mut sft_source_error) -> Status,
+>;
+
+pub type sft_source_get_identity = Option<
+    unsafe extern "C" fn(
+        context: *mut c_void,
+        identity: *mut *const c_char,
+        error: *mut sft_source_error,
+    ) -> Status,
+>;
+
+pub type sft_source_read = Option<
+    unsafe extern "C" fn(
+        context: *mut c_void,
+        offset: u64,
+        buffers: *const sft_buffer,
+        count: usize,
+        error: *mut sft_source_error,
+    ) -> Status,
+>;
+
+pub type sft_source_free = Option<unsafe extern "C" fn(context: *mut c_void)>;
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_source {
+    pub struct_size: usize,
+    pub context: *mut c_void,
+    pub get_length: sft_source_get_length,
+    pub get_identity: sft_source_get_identity,
+    pub read: sft_source_read,
+    pub free: sft_source_free,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct sft_buffer {
+    pub data: *mut c_void,
+    pub nbytes: usize,
+}
+
+// The core's pieces are passed as they are.
+const _: () = assert!(
+    size_of::<sft_buffer>() == size_of::<Piece>()
+        && std::mem::offset_of!(sft_buffer, nbytes) == std::mem::offset_of!(Piece, length)
+);
+
+/// What a function of a source says about its failure.
+#[derive(Default)]
+pub struct sft_source_error {
+    os_error: i32,
+    message: Option<String>,
+}
+
+impl sft_source_error {
+    pub(crate) fn set(&mut self, os_error: i32, message: String) {
+        (self.os_error, self.message) = (os_error, Some(message));
+    }
+}
+
+/// A source whose functions the caller has given. Drops its context.
+#[derive(Debug)]
+pub(crate) struct CallerSource(sft_source);
+
+// SAFETY: several threads call the functions at once, and any of them frees the context (header, `sft_source`).
+unsafe impl Send for CallerSource {}
+// SAFETY: as above.
+unsafe impl Sync for CallerSource {}
+
+impl CallerSource {
+    /// Takes a source over: its context is freed with the result, also if this fails.
+    ///
+    /// # Safety
+    ///
+    /// The functions keep the contract of the header (`sft_source`).
+    pub(crate) unsafe fn new(source: sft_source) -> Result<CallerSource> {
+        let source = CallerSource(source);
+        if source.0.get_length.is_none() || source.0.read.is_none() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "sft_source: get_length and read must be set",
+            ));
+        }
+        Ok(source)
+    }
+
+    /// Calls a function of the source, and turns its failure into an error.
+    fn call(&self, what: &str, function: impl FnOnce(*mut sft_source_error) -> Status) -> Result<()> {
+        let mut error = sft_source_error::default();
+        let status = function(&raw mut error);
+        if status == 0 {
+            return Ok(());
+        }
+        let kind = match status {
+            _ if status == ErrorKind::FileChanged as i32 => ErrorKind::FileChanged,
+            _ if status == ErrorKind::InvalidArgument as i32 => ErrorKind::InvalidArgument,
+            _ => ErrorKind::Io,
+        };
+        let detail = error.message.unwrap_or_else(|| format!("the source cannot {what}"));
+        let failure = Error::new(kind, detail);
+        Err(match error.os_error {
+            0 => failure,
+            os_error => failure.with_os_error(std::io::Error::from_raw_os_error(os_error)),
+        })
+    }
+}
+
+impl ByteSource for CallerSource {
+    fn length(&self) -> Result<u64> {
+        let mut length = 0;
+        let get_length = self.0.get_length.expect("checked by `new`");
+        // SAFETY: the function keeps the contract of the header (`new`); both results are valid during the call.
+        self.call("return its length", |error| unsafe {
+            get_length(self.0.context, &raw mut length, error)
+        })?;
+        Ok(length)
+    }
+
+    fn identity(&self) -> Result<Option<String>> {
+        let Some(get_identity) = self.0.get_identity else { return Ok(None) };
+        let mut identity = std::ptr::null();
+        // SAFETY: as in `length`.
+        self.call("return its identity", |error| unsafe {
+            get_identity(self.0.context, &raw mut identity, error)
+        })?;
+        if identity.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: a string that stays until the next call on this thread (header, `sft_source`).
+        Ok(Some(unsafe { CStr::from_ptr(identity) }.to_string_lossy().into_owned()))
+    }
+
+    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<()> {
+        let read = self.0.read.expect("checked by `new`");
+        let pieces = destination.pieces();
+        // SAFETY: the function keeps the contract of the header (`new`). A piece has the layout of an `sft_buffer` (checked
+        // above), and is valid for writes during the call.
+        self.call("read", |error| unsafe {
+            read(self.0.context, offset, pieces.as_ptr().cast(), pieces.len(), error)
+        })?;
+        // SAFETY: the function has written all buffers if it succeeds (header, `sft_source`).
+        unsafe { destination.set_written() };
+        Ok(())
+    }
+}
+
+impl Drop for CallerSource {
+    fn drop(&mut self) {
+        if let Some(free) = self.0.free {
+            // SAFETY: the function keeps the contract of the header (`new`), and nothing calls another one after it.
+            unsafe { free(self.0.context) };
+        }
+    }
+}
