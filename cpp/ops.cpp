@@ -164,12 +164,20 @@ void check_names_op(const std::string& class_name, const Names& missing, const N
 
 c10::intrusive_ptr<File> open_bytes_op(const at::Tensor& data) { return c10::make_intrusive<File>(data); }
 
-c10::intrusive_ptr<File> open_source_op(int64_t address, const std::string& name) {
+c10::intrusive_ptr<File> open_source_op(int64_t address, const std::string& name, bool is_interpreted) {
     return guarded([&] {
-        auto checkpoint = std::make_shared<const Checkpoint>(open_source(address, name));
+        auto checkpoint = std::make_shared<const Checkpoint>(open_source(address, name, is_interpreted));
         return c10::make_intrusive<File>(std::move(checkpoint), /*is_mapped=*/false);
     });
 }
+
+void end_interpreter_op() {
+    // Long enough for a request; a process should not wait longer for its end.
+    core::end_interpreter(10'000);
+}
+
+// For functions of a source in Python.
+int64_t source_error_setter_op() { return static_cast<int64_t>(core::source_error_setter()); }
 
 std::tuple<int64_t, int64_t, int64_t> transfer_options_op() {
     return guarded([&]() -> std::tuple<int64_t, int64_t, int64_t> {
@@ -268,8 +276,11 @@ void define_internals(torch::Library& library) {
                 torch::dispatch(kOpKey, load_shared_op));
     library.def("_open_bytes(Tensor data) -> __torch__.torch.classes.safetensors_torch.File",
                 torch::dispatch(kOpKey, open_bytes_op));
-    library.def(effectful("_open_source(int address, str name) -> __torch__.torch.classes.safetensors_torch.File"),
+    library.def(effectful("_open_source(int address, str name, bool is_interpreted=False) -> "
+                          "__torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(kOpKey, open_source_op));
+    library.def(effectful("_end_interpreter() -> ()"), torch::dispatch(kOpKey, end_interpreter_op));
+    library.def("_source_error_setter() -> int", torch::dispatch(kOpKey, source_error_setter_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "
                           R"(str shared="error") -> ())"),
                 torch::dispatch(kOpKey, check_save_op));

@@ -33,7 +33,10 @@ use checkpoint::{
     create_shards, finish_open, plan_shards, start_consolidation, thread_count,
 };
 use edit::{MetadataEdit, begin_edit};
-use file::{File, PendingRead, open_file, open_memory, open_source, release_block, release_mapping};
+use file::{
+    File, PendingRead, end_interpreter, open_file, open_memory, open_source, release_block, release_mapping,
+    source_error_setter,
+};
 use incremental::{IncrementalWriter, TensorWriter, create_incremental_writer, finish_tensor};
 use joined::{JoinedWriter, finish_joined, join_file};
 use prefetch::Prefetcher;
@@ -152,8 +155,12 @@ mod ffi {
         type File;
         fn open_file(path: &[u8], backend: &[u8]) -> Result<Box<File>>;
         unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>>;
-        /// Opens a file that the `sft_source` at an address reads.
-        unsafe fn open_source(address: usize, name: &[u8]) -> Result<Box<File>>;
+        /// Opens a file that the `sft_source` at an address reads: in an interpreter, or by compiled code.
+        unsafe fn open_source(address: usize, name: &[u8], is_interpreted: bool) -> Result<Box<File>>;
+        /// Returns the address of a function as `sft_source_error_set`.
+        fn source_error_setter() -> usize;
+        /// Ends the sources of an interpreter: waits for running calls, but not longer than the timeout.
+        fn end_interpreter(milliseconds: u64);
         fn count(self: &File) -> usize;
         fn find(self: &File, name: &[u8]) -> Result<usize>;
         fn contains(self: &File, name: &[u8]) -> bool;

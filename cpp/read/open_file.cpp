@@ -28,13 +28,13 @@ SharedFile open_bytes(const at::Tensor& data) {
     return {owner, &owner->file};
 }
 
-SharedFile open_source(int64_t address, const std::string& name) {
+SharedFile open_source(int64_t address, const std::string& name, bool is_interpreted) {
     const auto* source = reinterpret_cast<const sft_source*>(static_cast<uintptr_t>(address));
     if (source == nullptr || source->struct_size != sizeof(sft_source)) {
         fail(ErrorCategory::value, "a source is given by the address of an sft_source of this version");
     }
     return std::make_shared<const rust::Box<core::File>>(
-        core::open_source(static_cast<size_t>(static_cast<uintptr_t>(address)), as_bytes(name)));
+        core::open_source(static_cast<size_t>(static_cast<uintptr_t>(address)), as_bytes(name), is_interpreted));
 }
 
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index) {

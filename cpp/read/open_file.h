@@ -22,8 +22,9 @@ SharedFile open_file(const std::string& path, const std::string& backend);
 // Opens the bytes of `data` (uint8, 1-D, contiguous, on the CPU), and keeps `data` alive.
 SharedFile open_bytes(const at::Tensor& data);
 
-// Opens a file that the sft_source at `address` reads. `name` stands for its path.
-SharedFile open_source(int64_t address, const std::string& name);
+// Opens a file that the sft_source at `address` reads: in an interpreter, or by compiled code. `name` stands for its
+// path.
+SharedFile open_source(int64_t address, const std::string& name, bool is_interpreted);
 
 // Returns torch's dtype and shape of the tensor at `index`.
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index);

@@ -88,7 +88,7 @@ inline Object open_source(std::shared_ptr<Source> source, const std::string& nam
     const auto op = find_op("safetensors_torch::_open_source");
     functions.context = new std::shared_ptr<Source>(std::move(source));
     // The library has copied the functions, and frees the context, when this returns or throws.
-    return call_boxed(op, static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(&functions)), name).toObject();
+    return call_boxed(op, static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(&functions)), name, false).toObject();
 }
 
 }  // namespace detail

@@ -63,6 +63,15 @@ def encode_path(filename: Path) -> bytes:
     return path
 
 
+def is_url(filename: Any) -> bool:
+    """Returns whether this is a URL that the loading functions take, and not the name of a local file."""
+    if not isinstance(filename, str):
+        return False
+    scheme, found, rest = filename.partition("://")
+    is_name = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) is not None and scheme.lower() != "file"
+    return bool(found and rest) and is_name and not os.path.lexists(f"{scheme}:")
+
+
 def encode_input_path(filename: Path) -> bytes:
     """Returns ``filename`` as encode_path does, for a file that must exist.
 
@@ -74,6 +83,11 @@ def encode_input_path(filename: Path) -> bytes:
         call = f'huggingface_hub.snapshot_download("{os.fsdecode(path)}")'
         raise _not_found(path, f"if it is a repository of the Hugging Face Hub, {call} returns a local directory")
     return path
+
+
+def title_of(filename: Path) -> str:
+    """Returns a path or a URL for an error text."""
+    return filename if is_url(filename) else path_text(encode_path(filename))
 
 
 def path_text(path: bytes) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._arguments import Device, Dtype, Path, check_dtype, encode_path, path_text, to_device
+from ._arguments import Device, Dtype, Path, check_dtype, title_of, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr
 from ._keywords import explains_keywords
 from ._load import Names, select
@@ -68,7 +68,7 @@ def iterate(
     most_bytes = None if buffer_bytes is None else parse_size(buffer_bytes)
     paths = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
     opened = [open_path(path, backend) for path in paths]
-    title = ", ".join(path_text(encode_path(path)) for path in paths[:3])
+    title = ", ".join(title_of(path) for path in paths[:3])
     chosen = select_of_files(opened, names, title)
     with NamedFile(title):
         native = start(opened, chosen, [[]] * len(opened), target, to_dtype, most_bytes, _MOST_THREADS)

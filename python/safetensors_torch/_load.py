@@ -26,6 +26,7 @@ from ._arguments import (
     check_dtype,
     check_text,
     encode_input_path,
+    is_url,
     path_text,
     to_device,
     to_keyword,
@@ -86,7 +87,11 @@ os.register_at_fork(after_in_child=_resume_gc)
 
 
 def open_file(filename: Path, backend: str) -> Any:
-    """Opens the native File for ``filename``."""
+    """Opens the native File for ``filename``, a path or a URL."""
+    if is_url(filename):
+        from ._remote import open_url
+
+        return open_url(filename)
     return call(_File, encode_input_path(filename), to_keyword(backend))
 
 
@@ -224,8 +229,11 @@ def load_file(
     """
     if prefault is not None:
         check_bool(prefault, "prefault")
-    path, target, backend = encode_input_path(filename), to_device(device), to_keyword(backend)
+    target, backend = to_device(device), to_keyword(backend)
     to_dtype, progress = check_dtype(dtype), check_progress(progress)
+    if is_url(filename):
+        return load_in_steps(open_file(filename, backend), target, to_dtype, names, progress)
+    path = encode_input_path(filename)
     is_plain = to_dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"
     is_quick = mapped or target.type == "meta" or (target.type == "cpu" and _is_small(path))

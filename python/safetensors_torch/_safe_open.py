@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _buffer
-from ._arguments import Device, check_int, has_utf8, to_device
+from ._arguments import Device, check_int, has_utf8, is_url, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, truncate
 from ._keywords import explains_keywords
 from ._load import open_bytes, open_file
@@ -57,7 +57,7 @@ def _text(filename: Any) -> Any:
 def _absolute(filename: Any) -> Any:
     """Returns the path, absolute if the working directory has a name that the process may see."""
     path = os.fspath(filename)
-    if os.path.isabs(path):
+    if os.path.isabs(path) or is_url(path):
         return path
     try:
         return os.path.join(os.getcwdb() if isinstance(path, bytes) else os.getcwd(), path)
@@ -117,7 +117,8 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         is_contents = _is_contents(filename)
         self._title = type(filename).__name__ if is_contents else short_repr(_text(filename))
         # Whether tensors are views of a mapping.
-        self._is_mapped = not is_contents and backend == "mmap" and self._device.type == "cpu"
+        is_file = not is_contents and not is_url(filename)
+        self._is_mapped = is_file and backend == "mmap" and self._device.type == "cpu"
         # Keeps the memory of contents alive.
         self._view: memoryview | None = None
         self._open: Any | None = None

@@ -1,13 +1,14 @@
 //! Open files, and reading them into host memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::ffi::{self, Entry, Range, Request};
 use super::save::until;
 use super::{Result, as_path, entries};
 use crate::format::header::tensor_not_found;
 use crate::format::slice::{AxisRange, Slice};
-use crate::read::caller_source::{CallerSource, sft_source};
+use crate::read::caller_source::{self, CallerSource, Lifetime, sft_source};
 use crate::read::file::{SliceRequest, TensorFile};
 use crate::read::joint_read::JointRead;
 use crate::read::prefault::Prefault;
@@ -49,11 +50,20 @@ pub unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> 
 /// # Safety
 ///
 /// The address must be that of an `sft_source`, which keeps its contract.
-pub unsafe fn open_source(address: usize, name: &[u8]) -> Result<Box<File>> {
+pub unsafe fn open_source(address: usize, name: &[u8], is_interpreted: bool) -> Result<Box<File>> {
+    let lifetime = if is_interpreted { Lifetime::Interpreter } else { Lifetime::Process };
     let source = std::ptr::with_exposed_provenance::<sft_source>(address);
     // SAFETY: this function's contract. The struct has the size of this version: C++ and Python use this copy of the library.
-    let source = unsafe { CallerSource::new(source.read()) }?;
+    let source = unsafe { CallerSource::new(source.read(), lifetime) }?;
     Ok(Box::new(File(Arc::new(TensorFile::from_source(Box::new(source), as_path(name))?))))
+}
+
+pub fn source_error_setter() -> usize {
+    caller_source::set_error as *const () as usize
+}
+
+pub fn end_interpreter(milliseconds: u64) {
+    caller_source::end_interpreter(Duration::from_millis(milliseconds));
 }
 
 impl File {

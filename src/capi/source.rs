@@ -7,7 +7,7 @@ use super::boundary::boundary;
 use super::handle::sft_file;
 use super::pointer::{self, Out, invalid, versioned};
 use super::types::sft_status;
-use crate::read::caller_source::CallerSource;
+use crate::read::caller_source::{CallerSource, Lifetime};
 pub use crate::read::caller_source::{sft_buffer, sft_source, sft_source_error};
 use crate::read::file::TensorFile;
 
@@ -42,7 +42,7 @@ pub unsafe extern "C" fn sft_file_open_source(
             return Err(invalid("source is NULL"));
         }
         // SAFETY: a struct ("Pointers", "Versions") of functions that keep the contract of its documentation.
-        let source = unsafe { CallerSource::new(pointer::options(source)?) }?;
+        let source = unsafe { CallerSource::new(pointer::options(source)?, Lifetime::Process) }?;
         // SAFETY: a handle to set ("Pointers"); a string ("Text").
         let (out, name) = unsafe { (Out::null(file, "file")?, pointer::path(name)?) };
         let opened = TensorFile::from_source(Box::new(source), name)?;

@@ -4,6 +4,8 @@
 #![allow(missing_docs, non_camel_case_types)]
 
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::read::external::{ByteSource, Destination, Piece};
@@ -72,9 +74,74 @@ impl sft_source_error {
     }
 }
 
+/// `sft_source_error_set` without its checks, for functions of a source in Python: the address of that one would be looked up
+/// by the dynamic linker, which could find another library's.
+///
+/// # Safety
+///
+/// `error` must be the one that the library has passed to the calling function, and `message` must end in NUL.
+#[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only Python asks for it"))]
+pub(crate) unsafe extern "C" fn set_error(
+    error: *mut sft_source_error,
+    os_error: i32,
+    message: *const c_char,
+) {
+    // SAFETY: the error is valid, and this call has it alone; the message ends in NUL (this function's contract).
+    let (error, message) = unsafe { (&mut *error, CStr::from_ptr(message)) };
+    error.set(os_error, message.to_string_lossy().into_owned());
+}
+
 /// A source whose functions the caller has given. Drops its context.
 #[derive(Debug)]
-pub(crate) struct CallerSource(sft_source);
+pub(crate) struct CallerSource(sft_source, Lifetime);
+
+/// How long the functions of a source can be called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lifetime {
+    /// Until the process ends.
+    Process,
+    /// Until [`end_interpreter`]: an interpreter runs them, which ends earlier.
+    Interpreter,
+}
+
+/// The number of calls that run in the interpreter, and whether it ends.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+static HAS_ENDED: AtomicBool = AtomicBool::new(false);
+
+/// Ends all calls of functions of an interpreter: later ones fail. Returns once those that run have returned, or after
+/// `timeout`, because a forked process may count calls of threads that it does not have.
+#[cfg_attr(not(feature = "bridge"), expect(dead_code, reason = "only Python has an interpreter"))]
+pub(crate) fn end_interpreter(timeout: Duration) {
+    let since = Instant::now();
+    // Sequentially consistent, as in `Call::begin`: a call sees the end, or this sees the call.
+    HAS_ENDED.store(true, Ordering::SeqCst);
+    while CALLS.load(Ordering::SeqCst) > 0 && since.elapsed() < timeout {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A call that runs.
+struct Call(Lifetime);
+
+impl Call {
+    /// Returns `None` if the interpreter has ended.
+    fn begin(lifetime: Lifetime) -> Option<Call> {
+        if lifetime == Lifetime::Process {
+            return Some(Call(lifetime));
+        }
+        CALLS.fetch_add(1, Ordering::SeqCst);
+        let call = Call(lifetime);
+        (!HAS_ENDED.load(Ordering::SeqCst)).then_some(call)
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if self.0 == Lifetime::Interpreter {
+            CALLS.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
 
 // SAFETY: several threads call the functions at once, and any of them frees the context (header, `sft_source`).
 unsafe impl Send for CallerSource {}
@@ -87,8 +154,8 @@ impl CallerSource {
     /// # Safety
     ///
     /// The functions keep the contract of the header (`sft_source`).
-    pub(crate) unsafe fn new(source: sft_source) -> Result<CallerSource> {
-        let source = CallerSource(source);
+    pub(crate) unsafe fn new(source: sft_source, lifetime: Lifetime) -> Result<CallerSource> {
+        let source = CallerSource(source, lifetime);
         if source.0.get_length.is_none() || source.0.read.is_none() {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
@@ -100,6 +167,9 @@ impl CallerSource {
 
     /// Calls a function of the source, and turns its failure into an error.
     fn call(&self, what: &str, function: impl FnOnce(*mut sft_source_error) -> Status) -> Result<()> {
+        let Some(_call) = Call::begin(self.1) else {
+            return Err(Error::new(ErrorKind::Closed, "the interpreter ends"));
+        };
         let mut error = sft_source_error::default();
         let status = function(&raw mut error);
         if status == 0 {
@@ -160,7 +230,9 @@ impl ByteSource for CallerSource {
 
 impl Drop for CallerSource {
     fn drop(&mut self) {
-        if let Some(free) = self.0.free {
+        if let Some(free) = self.0.free
+            && let Some(_call) = Call::begin(self.1)
+        {
             // SAFETY: the function keeps the contract of the header (`new`), and nothing calls another one after it.
             unsafe { free(self.0.context) };
         }

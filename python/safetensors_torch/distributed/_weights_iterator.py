@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .._arguments import Device, Path, encode_path, path_text, to_device
+from .._arguments import Device, Path, title_of, to_device
 from .._errors import SafetensorError, call, names_instead, short_repr
 from .._iterate import select_of_files
 from .._keywords import explains_keywords
@@ -185,7 +185,7 @@ class _Work:
         return plans
 
     def _title(self) -> str:
-        return ", ".join(path_text(encode_path(path)) for path in self._paths[:3])
+        return ", ".join(title_of(path) for path in self._paths[:3])
 
     def together(self, group: Group, process_group: Any, read_once: Any) -> Iterator[Any]:
         """As alone, for all processes of a group."""

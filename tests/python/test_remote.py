@@ -1,0 +1,260 @@
+"""URLs: files on a server of the test's own, and in a filesystem of fsspec, with the faults that both have."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+import safetensors_torch
+from fresh import run_python
+from safetensors_torch import _remote
+from safetensors_torch.distributed import weights_iterator
+
+TENSORS = {
+    "large": torch.arange(5_000_000, dtype=torch.float32).view(5, 1_000_000),
+    "matrix": torch.arange(24.0).view(4, 6).half(),
+    "empty": torch.zeros(0, 3),
+}
+FIRST_READ, REQUEST = 1 << 20, 8 << 20
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the files of a directory in ranges, and the faults that a test asks for."""
+
+    daemon_threads = True
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.directory = directory
+        self.etag = '"one"'
+        self.has_ranges = True
+        # The statuses of the next answers; "cut" sends half of the body.
+        self.faults: list[int | str] = []
+        self.requests: list[tuple[str, int]] = []
+
+    def url(self, name: str = "model.safetensors") -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that has gone
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:  # noqa: N802 - the name of the base class
+        server = self.server
+        fault = server.faults.pop(0) if server.faults and self.command == "GET" else None
+        path = server.directory / self.path.strip("/")
+        if isinstance(fault, int) or not path.is_file():
+            return self.answer(fault if isinstance(fault, int) else 404)
+        if self.headers.get("If-Match") not in (None, server.etag):
+            return self.answer(412)
+        data, status, headers = path.read_bytes(), 200, {}
+        if self.headers.get("Range") and server.has_ranges:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            data, status = data[first : last + 1], 206
+        self.answer(status, data, headers, len(data) // 2 if fault == "cut" else len(data))
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(
+        self, status: int, data: bytes = b"", headers: dict[str, str] | None = None, sent: int | None = None
+    ) -> None:
+        self.server.requests.append((self.command, len(data)))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", self.server.etag)
+        self.send_header("Last-Modified", "Mon, 30 Nov 2026 08:00:00 GMT")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:sent])
+        if sent is not None and sent < len(data):
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    safetensors_torch.save_file(TENSORS, tmp_path / "model.safetensors", {"key": "value"})
+    with Server(tmp_path) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[str]:
+    """The URL of the file in fsspec's memory."""
+    safetensors_torch.save_file(TENSORS, tmp_path / "model.safetensors", {"key": "value"})
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/bucket/model.safetensors", (tmp_path / "model.safetensors").read_bytes())
+    yield "memory://bucket/model.safetensors"
+    filesystem.rm("/bucket", recursive=True)
+
+
+@pytest.fixture(params=["server", "memory"])
+def url(request: pytest.FixtureRequest) -> str:
+    found = request.getfixturevalue(request.param)
+    return found if isinstance(found, str) else found.url()
+
+
+def test_the_functions_that_read_files_take_urls(url: str) -> None:
+    assert same(safetensors_torch.load_file(url), TENSORS)
+    assert same(safetensors_torch.load_file(url, backend="pread", names=["m*"]), {"matrix": TENSORS["matrix"]})
+    half = safetensors_torch.load_file(url, dtype="bf16")
+    assert half["large"].dtype == torch.bfloat16 and torch.equal(half["large"], TENSORS["large"].bfloat16())
+    progress: list[tuple[int, int]] = []
+    safetensors_torch.load_file(url, progress=lambda done, total: progress.append((done, total)))
+    assert progress[-1] == (20_000_048, 20_000_048)
+    with safetensors_torch.safe_open(url, framework="pt") as file:
+        assert sorted(file.keys()) == sorted(TENSORS) and file.metadata() == {"key": "value"}
+        assert torch.equal(file.get_tensor("large"), TENSORS["large"])
+        assert torch.equal(file.get_slice("large")[1:3, 7:1000], TENSORS["large"][1:3, 7:1000])
+        assert torch.equal(file.get_slice("large")[:, ::250_000], TENSORS["large"][:, ::250_000])
+        assert same(dict(file.prefetch(dict.fromkeys(file.keys()))), TENSORS)
+        again = pickle.loads(pickle.dumps(file))
+    with again:
+        assert torch.equal(again.get_tensor("matrix"), TENSORS["matrix"])
+    assert same(dict(safetensors_torch.iterate([url])), TENSORS)
+    assert same(dict(weights_iterator([url])), TENSORS)
+    assert _remote._open == {}, "closed files keep no client"
+
+
+def test_only_what_is_needed_is_read(server: Server) -> None:
+    with safetensors_torch.safe_open(server.url(), framework="pt") as file:
+        size = (server.directory / "model.safetensors").stat().st_size
+        assert server.requests == [("HEAD", size), ("GET", FIRST_READ)]
+        file.get_tensor("matrix")
+        # It is in the first mebibyte, which nobody keeps.
+        assert server.requests[2:] == [("GET", 48)]
+        file.get_slice("large")[2]
+        assert sum(nbytes for _, nbytes in server.requests[3:]) == 4_000_000
+        del server.requests[:]
+        file.get_tensor("large")
+        assert sum(nbytes for _, nbytes in server.requests) == 20_000_000
+        assert max(nbytes for _, nbytes in server.requests) <= REQUEST
+
+
+def test_passing_faults_pass(server: Server) -> None:
+    with safetensors_torch.safe_open(server.url(), framework="pt") as file:
+        for fault in (503, 500, "cut"):
+            server.faults = [fault, fault]
+            assert torch.equal(file.get_tensor("large"), TENSORS["large"]), fault
+            assert server.faults == []
+
+
+def test_other_faults_are_errors_that_name_the_url(server: Server) -> None:
+    url = server.url()
+    with pytest.raises(FileNotFoundError, match=server.url("none")):
+        safetensors_torch.load_file(server.url("none"))
+    (server.directory / "text.safetensors").write_text("<html>not found</html>")
+    with pytest.raises(safetensors_torch.SafetensorError, match=server.url("text.safetensors")):
+        safetensors_torch.load_file(server.url("text.safetensors"))
+    with safetensors_torch.safe_open(url, framework="pt") as file:
+        server.faults = [403]
+        with pytest.raises(PermissionError, match=f"{url}: .*for tensor 'large'".replace("'", '"')):
+            file.get_tensor("large")
+        assert torch.equal(file.get_tensor("matrix"), TENSORS["matrix"])
+        server.etag = '"two"'
+        with pytest.raises(safetensors_torch.SafetensorError, match=f"{url}: the object was replaced while"):
+            file.get_tensor("large")
+    server.has_ranges = False
+    with pytest.raises(OSError, match=url):
+        safetensors_torch.load_file(url)
+
+
+def test_a_changed_file_of_fsspec_is_an_error(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_remote, "_IDENTITY_SECONDS", 0.0)
+    filesystem = fsspec.filesystem("memory")
+    with safetensors_torch.safe_open(memory, framework="pt") as file:
+        filesystem.pipe("/bucket/model.safetensors", bytes(len(filesystem.cat("/bucket/model.safetensors"))))
+        with pytest.raises(safetensors_torch.SafetensorError, match=f"{memory}: the source was replaced while"):
+            file.get_tensor("large")
+    with pytest.raises(FileNotFoundError, match="memory://bucket/none"):
+        safetensors_torch.load_file("memory://bucket/none")
+
+
+def test_a_missing_client_is_an_import_error_that_names_the_extra() -> None:
+    run_python(
+        """
+        import sys
+        sys.modules["obstore.store"] = sys.modules["huggingface_hub"] = None
+        import safetensors_torch
+        for url, extra in (("s3://bucket/x", "remote"), ("hf://org/model/x", "hf")):
+            try:
+                safetensors_torch.load_file(url)
+            except ImportError as error:
+                assert f"safetensors-torch[{extra}]" in str(error) and str(error).startswith(url), error
+            else:
+                raise AssertionError(url)
+        """
+    )
+
+
+def test_messages_have_no_secrets(server: Server) -> None:
+    assert _remote.public_url("https://user:secret@host/path?X-Signature=secret") == "https://host/path"
+    failure = ConnectionError("GET https://user:secret@host/x?X-Signature=secret failed")
+    assert _remote._text_of(failure) == "ConnectionError: GET https://host/x failed"
+    with pytest.raises(ValueError, match="no-such://host/x: no client reads such URLs"):
+        safetensors_torch.load_file("no-such://user:secret@host/x")
+
+
+def test_import_does_not_import_the_clients() -> None:
+    run_python(
+        """
+        import sys
+        import safetensors_torch
+        assert not {"obstore", "huggingface_hub", "safetensors_torch._remote"} & sys.modules.keys()
+        """
+    )
+
+
+def test_a_local_file_may_look_like_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("s3:/bucket")
+    safetensors_torch.save_file({"w": torch.ones(2)}, "s3://bucket/x")
+    assert safetensors_torch.load_file("s3://bucket/x")["w"].tolist() == [1, 1]
+
+
+def test_a_process_may_end_while_it_reads_ahead(tmp_path: Path) -> None:
+    safetensors_torch.save_file({f"t{number}": torch.ones(3_000_000) for number in range(6)}, tmp_path / "m")
+    program = f"""
+import sys, time
+import fsspec, safetensors_torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+read = MemoryFileSystem.cat_file
+def slowly(*args, **kwargs):
+    time.sleep(0.05)
+    return read(*args, **kwargs)
+MemoryFileSystem.cat_file = slowly
+fsspec.filesystem("memory").pipe("/m", open({str(tmp_path / "m")!r}, "rb").read())
+tensors = safetensors_torch.iterate("memory://m", buffer_bytes="1GB")
+next(tensors)
+sys.exit(3)
+"""
+    # Not in a fork, which ends without its interpreter.
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3, ended.stderr
