@@ -22,8 +22,8 @@ SharedFile open_file(const std::string& path, const std::string& backend);
 // Opens the bytes of `data` (uint8, 1-D, contiguous, on the CPU), and keeps `data` alive.
 SharedFile open_bytes(const at::Tensor& data);
 
-// Opens a file that the sft_source at `address` reads: in an interpreter, or by compiled code. `name` stands for its
-// path.
+// Opens the file of the sft_source at `address`, whose functions run in an interpreter or are compiled code. `name` is
+// its path in errors.
 SharedFile open_source(int64_t address, const std::string& name, bool is_interpreted);
 
 // Returns torch's dtype and shape of the tensor at `index`.

@@ -1,6 +1,6 @@
 """URLs: files in buckets and on servers, read through clients that the user has installed.
 
-Owns which client reads which URL, and what its errors become. The native library decides what is read, and when.
+Owns the choice of the client for a URL, and the translation of its errors. The native library chooses the ranges.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ pub(crate) struct ExternalSource {
     name: PathBuf,
     length: u64,
     identity: Option<String>,
-    /// All bytes of a small source, until then those of its start.
+    /// The bytes of the start, while the header is read; all bytes of a small source.
     start: Vec<u8>,
 }
 

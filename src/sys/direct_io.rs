@@ -279,7 +279,7 @@ impl<'a> DirectReader<'a> {
         Ok(true)
     }
 
-    /// Returns the start of the buffer; `None` if there is no memory for one.
+    /// Returns the start of the buffer. `None` without enough memory for it.
     fn buffer(&mut self) -> Option<*mut u8> {
         if self.buffer.is_none() {
             let unused = self.file.buffers.lock().pop();
