@@ -318,7 +318,7 @@ def test_a_file_that_is_truncated(large: tuple, backend: str) -> None:
         begin = file.get_tensor_meta("t00").data_offsets[0]
         os.truncate(path, begin + 2 * MIB)
         loader = file.prefetch()
-    with pytest.raises(SafetensorError, match=r"large.safetensors.*became shorter.*for tensor \"t0"):
+    with pytest.raises(SafetensorError, match=r"large.safetensors.*became shorter.*for tensor \"t\d\d\""):
         dict(loader)
     with pytest.raises(SafetensorError, match="closed"):
         loader.take("t00")
