@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -18,6 +15,7 @@ import torch
 
 import safetensors_torch
 from fresh import run_python
+from object_server import CUT, ObjectServer
 from safetensors_torch import _remote
 from safetensors_torch.distributed import weights_iterator
 
@@ -33,75 +31,11 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves the files of a directory in ranges, and the faults that a test asks for."""
-
-    daemon_threads = True
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.directory = directory
-        self.etag = '"one"'
-        self.has_ranges = True
-        # The statuses of the next answers; "cut" sends half of the body.
-        self.faults: list[int | str] = []
-        self.requests: list[tuple[str, int]] = []
-
-    def url(self, name: str = "model.safetensors") -> str:
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-    def handle_error(self, *_: Any) -> None:
-        pass  # a client that has gone
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:  # noqa: N802 - the name of the base class
-        server = self.server
-        fault = server.faults.pop(0) if server.faults and self.command == "GET" else None
-        path = server.directory / self.path.strip("/")
-        if isinstance(fault, int) or not path.is_file():
-            return self.answer(fault if isinstance(fault, int) else 404)
-        if self.headers.get("If-Match") not in (None, server.etag):
-            return self.answer(412)
-        data, status, headers = path.read_bytes(), 200, {}
-        if self.headers.get("Range") and server.has_ranges:
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
-            data, status = data[first : last + 1], 206
-        self.answer(status, data, headers, len(data) // 2 if fault == "cut" else len(data))
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def answer(
-        self, status: int, data: bytes = b"", headers: dict[str, str] | None = None, sent: int | None = None
-    ) -> None:
-        self.server.requests.append((self.command, len(data)))
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", self.server.etag)
-        self.send_header("Last-Modified", "Mon, 30 Nov 2026 08:00:00 GMT")
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data[:sent])
-        if sent is not None and sent < len(data):
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[ObjectServer]:
     safetensors_torch.save_file(TENSORS, tmp_path / "model.safetensors", {"key": "value"})
-    with Server(tmp_path) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with ObjectServer(tmp_path) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -142,30 +76,30 @@ def test_the_functions_that_read_files_take_urls(url: str) -> None:
     assert _remote._open == {}, "closed files keep no client"
 
 
-def test_only_what_is_needed_is_read(server: Server) -> None:
+def test_only_what_is_needed_is_read(server: ObjectServer) -> None:
     with safetensors_torch.safe_open(server.url(), framework="pt") as file:
         size = (server.directory / "model.safetensors").stat().st_size
-        assert server.requests == [("HEAD", size), ("GET", FIRST_READ)]
+        assert server.sizes() == [("HEAD", size), ("GET", FIRST_READ)]
         file.get_tensor("matrix")
         # It is in the first mebibyte, which nobody keeps.
-        assert server.requests[2:] == [("GET", 48)]
+        assert server.sizes()[2:] == [("GET", 48)]
         file.get_slice("large")[2]
-        assert sum(nbytes for _, nbytes in server.requests[3:]) == 4_000_000
+        assert sum(nbytes for _, nbytes in server.sizes()[3:]) == 4_000_000
         del server.requests[:]
         file.get_tensor("large")
-        assert sum(nbytes for _, nbytes in server.requests) == 20_000_000
-        assert max(nbytes for _, nbytes in server.requests) <= REQUEST
+        assert sum(nbytes for _, nbytes in server.sizes()) == 20_000_000
+        assert max(nbytes for _, nbytes in server.sizes()) <= REQUEST
 
 
-def test_passing_faults_pass(server: Server) -> None:
+def test_passing_faults_pass(server: ObjectServer) -> None:
     with safetensors_torch.safe_open(server.url(), framework="pt") as file:
-        for fault in (503, 500, "cut"):
+        for fault in (503, 500, CUT):
             server.faults = [fault, fault]
             assert torch.equal(file.get_tensor("large"), TENSORS["large"]), fault
             assert server.faults == []
 
 
-def test_other_faults_are_errors_that_name_the_url(server: Server) -> None:
+def test_other_faults_are_errors_that_name_the_url(server: ObjectServer) -> None:
     url = server.url()
     with pytest.raises(FileNotFoundError, match=server.url("none")):
         safetensors_torch.load_file(server.url("none"))
@@ -213,7 +147,7 @@ def test_a_missing_client_is_an_import_error_that_names_the_extra() -> None:
     )
 
 
-def test_messages_have_no_secrets(server: Server) -> None:
+def test_messages_have_no_secrets(server: ObjectServer) -> None:
     assert _remote.public_url("https://user:secret@host/path?X-Signature=secret") == "https://host/path"
     failure = ConnectionError("GET https://user:secret@host/x?X-Signature=secret failed")
     assert _remote._text_of(failure) == "ConnectionError: GET https://host/x failed"
