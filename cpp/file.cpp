@@ -259,8 +259,7 @@ auto clean(Result (File::*method)(Args...) const) {
 
 PendingFile::PendingFile(const std::string& path, const std::string& backend, const std::optional<std::string>& variant,
                          const std::string& extra)
-    : pending_(core::begin_open(as_bytes(path), as_bytes(backend), variant.has_value(), as_bytes(variant.value_or("")),
-                                as_bytes(extra))),
+    : pending_(core::begin_open(as_bytes(path), checkpoint_options(backend, variant, extra))),
       is_mapped_(backend == "mmap") {}
 
 core::PendingOpen& PendingFile::pending() {

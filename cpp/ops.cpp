@@ -171,6 +171,15 @@ c10::intrusive_ptr<File> open_source_op(int64_t address, const std::string& name
     });
 }
 
+c10::intrusive_ptr<File> open_filesystem_op(int64_t address, const std::string& path,
+                                            const std::optional<std::string>& variant, const std::string& extra,
+                                            bool is_interpreted) {
+    return guarded([&] {
+        auto opened = open_filesystem(address, path, checkpoint_options("pread", variant, extra), is_interpreted);
+        return c10::make_intrusive<File>(std::make_shared<const Checkpoint>(std::move(opened)), /*is_mapped=*/false);
+    });
+}
+
 void end_interpreter_op() {
     // Long enough for a request; a process should not wait longer for its end.
     core::end_interpreter(10'000);
@@ -279,6 +288,9 @@ void define_internals(torch::Library& library) {
     library.def(effectful("_open_source(int address, str name, bool is_interpreted=False) -> "
                           "__torch__.torch.classes.safetensors_torch.File"),
                 torch::dispatch(kOpKey, open_source_op));
+    library.def(effectful("_open_filesystem(int address, str path, str? variant, str extra, bool is_interpreted=False) "
+                          "-> __torch__.torch.classes.safetensors_torch.File"),
+                torch::dispatch(kOpKey, open_filesystem_op));
     library.def(effectful("_end_interpreter() -> ()"), torch::dispatch(kOpKey, end_interpreter_op));
     library.def("_source_error_setter() -> int", torch::dispatch(kOpKey, source_error_setter_op));
     library.def(effectful("_check_save(Dict(str, Tensor) tensors, *, bool force_contiguous=False, "

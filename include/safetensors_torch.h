@@ -305,6 +305,28 @@ typedef struct sft_source {
  * get_length or read is NULL. */
 sft_status sft_file_open_source(const sft_source* source, const char* name, sft_file** file);
 
+/** Sets `*source` to the file at `path`. If there is none, this or get_length fails with the errno ENOENT; for a
+ * directory, with EISDIR. `*source` is SFT_SOURCE_INIT before. */
+typedef sft_status (*sft_filesystem_open)(void* context, const char* path, sft_source* source, sft_source_error* error);
+
+/** Sets `*names` to the names of the files in a directory, and `*count` to their number. Array and strings must stay
+ * valid until the next call on this thread. */
+typedef sft_status (*sft_filesystem_list)(void* context, const char* directory, const char* const** names,
+                                          size_t* count, sft_source_error* error);
+
+/** Files that the program reads by its own means, by their paths: the objects of a bucket, for example. The functions
+ * return a status as those of an sft_source do, and several threads call them at once. Paths are the program's own: the
+ * library only joins the path of a directory and the name of a file with a slash. */
+typedef struct sft_filesystem {
+    size_t struct_size;       /**< sizeof(sft_filesystem) */
+    void* context;            /**< the first argument of each function */
+    sft_filesystem_open open; /**< not NULL */
+    sft_filesystem_list list; /**< NULL if directories cannot be listed */
+} sft_filesystem;
+
+/** A filesystem without functions. */
+#define SFT_FILESYSTEM_INIT {sizeof(sft_filesystem), NULL, NULL, NULL}
+
 /** Closes the file. Everything that the handle returned becomes invalid, mapped data too; the handle itself stays valid
  * until sft_file_free. Closing twice is not an error. No other thread may use the handle during the call. */
 sft_status sft_file_close(sft_file* file);
@@ -497,6 +519,14 @@ typedef struct sft_checkpoint_options {
  * twice; those of sft_file_open for each file, and for the index IO and FOREIGN_FORMAT; FILE_CHANGED if it is
  * replaced again and again. */
 sft_status sft_checkpoint_open(const char* path, const sft_checkpoint_options* options, sft_checkpoint** checkpoint);
+
+/** As sft_checkpoint_open, of files that the program reads by its own means. The headers of several files are read at
+ * once. In a directory that cannot be listed (no list function, or its error is EACCES), a checkpoint is found if its
+ * names begin with "model". `filesystem` is used during the call only, its sources until the checkpoint is freed.
+ * Backend and prefault have no effect. Errors: those of the filesystem and its sources, and those of
+ * sft_checkpoint_open about the format and the index. */
+sft_status sft_checkpoint_open_in(const sft_filesystem* filesystem, const char* path,
+                                  const sft_checkpoint_options* options, sft_checkpoint** checkpoint);
 
 /** Closes the files and frees the handle. Everything that it and they returned becomes invalid. NULL is ignored. No
  * other thread may use the handle or its files during the call. */

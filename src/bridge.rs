@@ -30,7 +30,7 @@ use crate::sys::direct_io::Direct;
 use crate::sys::threads::set_threads;
 use checkpoint::{
     Checkpoint, Consolidation, PendingOpen, ShardPlan, ShardedWriter, assign_shards, begin_open,
-    create_shards, finish_open, plan_shards, start_consolidation, thread_count,
+    create_shards, finish_open, open_filesystem, plan_shards, start_consolidation, thread_count,
 };
 use edit::{MetadataEdit, begin_edit};
 use file::{
@@ -148,6 +148,14 @@ mod ffi {
         name: &'a [u8],
         dtype: u8,
         shape: &'a [u64],
+    }
+
+    /// How to open a checkpoint; `variant` counts only if `has_variant`.
+    struct CheckpointOptions<'a> {
+        backend: &'a [u8],
+        has_variant: bool,
+        variant: &'a [u8],
+        extra: &'a [u8],
     }
 
     // Reading: an open file, or the bytes of one in memory. An `index` is in file order, and below `count`.
@@ -281,19 +289,20 @@ mod ffi {
     // Reading: a checkpoint of one file or several.
     extern "Rust" {
         type PendingOpen;
-        /// Begins to open a checkpoint; `variant` counts only if `has_variant`.
-        fn begin_open(
-            path: &[u8],
-            backend: &[u8],
-            has_variant: bool,
-            variant: &[u8],
-            extra: &[u8],
-        ) -> Result<Box<PendingOpen>>;
+        /// Begins to open a checkpoint.
+        fn begin_open(path: &[u8], options: &CheckpointOptions) -> Result<Box<PendingOpen>>;
         fn advance(self: &mut PendingOpen, milliseconds: u64) -> Result<bool>;
         /// Returns the checkpoint, once, after `advance` has returned true.
         fn finish_open(pending: &mut PendingOpen) -> Result<Box<Checkpoint>>;
 
         type Checkpoint;
+        /// Opens a checkpoint in the `sft_filesystem` at an address, as `open_source` opens a file.
+        unsafe fn open_filesystem(
+            address: usize,
+            path: &[u8],
+            options: &CheckpointOptions,
+            is_interpreted: bool,
+        ) -> Result<Box<Checkpoint>>;
         fn count(self: &Checkpoint) -> usize;
         fn shard_count(self: &Checkpoint) -> usize;
         fn shard_name(self: &Checkpoint, shard: usize) -> &str;

@@ -147,8 +147,9 @@ impl Error {
         self
     }
 
+    /// Sets the error of the operating system that caused this one.
     #[must_use]
-    pub(crate) fn with_os_error(mut self, source: io::Error) -> Error {
+    pub fn with_os_error(mut self, source: io::Error) -> Error {
         self.source = Some(source);
         self
     }

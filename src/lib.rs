@@ -43,7 +43,7 @@ mod bridge;
 #[doc(hidden)]
 pub use checkpoint::parse_index;
 pub use checkpoint::{
-    Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, Extra, Shard, ShardPlan,
+    Checkpoint, CheckpointOptions, DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, Extra, Filesystem, Shard, ShardPlan,
     ShardedOptions, ShardedWriter, TensorLocation, consolidate, save_sharded,
 };
 pub use error::{Error, ErrorKind, Result};

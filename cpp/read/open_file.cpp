@@ -37,6 +37,22 @@ SharedFile open_source(int64_t address, const std::string& name, bool is_interpr
         core::open_source(static_cast<size_t>(static_cast<uintptr_t>(address)), as_bytes(name), is_interpreted));
 }
 
+core::CheckpointOptions checkpoint_options(const std::string& backend, const std::optional<std::string>& variant,
+                                           const std::string& extra) {
+    return {as_bytes(backend), variant.has_value(), variant ? as_bytes(*variant) : rust::Slice<const uint8_t>(),
+            as_bytes(extra)};
+}
+
+rust::Box<core::Checkpoint> open_filesystem(int64_t address, const std::string& path,
+                                            const core::CheckpointOptions& options, bool is_interpreted) {
+    const auto* filesystem = reinterpret_cast<const sft_filesystem*>(static_cast<uintptr_t>(address));
+    if (filesystem == nullptr || filesystem->struct_size != sizeof(sft_filesystem)) {
+        fail(ErrorCategory::value, "a filesystem is given by the address of an sft_filesystem of this version");
+    }
+    return core::open_filesystem(static_cast<size_t>(static_cast<uintptr_t>(address)), as_bytes(path), options,
+                                 is_interpreted);
+}
+
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index) {
     const uint8_t dtype = file.dtype(index);
     const rust::Str name = file.name(index);

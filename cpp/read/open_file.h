@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -25,6 +26,14 @@ SharedFile open_bytes(const at::Tensor& data);
 // Opens the file of the sft_source at `address`, whose functions run in an interpreter or are compiled code. `name` is
 // its path in errors.
 SharedFile open_source(int64_t address, const std::string& name, bool is_interpreted);
+
+// The result refers to the arguments.
+core::CheckpointOptions checkpoint_options(const std::string& backend, const std::optional<std::string>& variant,
+                                           const std::string& extra);
+
+// Opens a checkpoint in the sft_filesystem at `address`, as open_source opens a file.
+rust::Box<core::Checkpoint> open_filesystem(int64_t address, const std::string& path,
+                                            const core::CheckpointOptions& options, bool is_interpreted);
 
 // Returns torch's dtype and shape of the tensor at `index`.
 std::pair<c10::ScalarType, c10::DimVector> describe(const core::File& file, size_t index);

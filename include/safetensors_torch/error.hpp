@@ -37,7 +37,8 @@ enum class ErrorCategory {
 ///     }
 class Error : public c10::Error {
   public:
-    /// Constructed by this library.
+    /// Constructed by this library, and by a Source or a Filesystem of the program that has a code or an errno to
+    /// report.
     Error(std::string message, ErrorCategory category, sft_status code, int os_error)
         : c10::Error(std::move(message), nullptr), category_(category), code_(code), os_error_(os_error) {}
 

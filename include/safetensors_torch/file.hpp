@@ -240,6 +240,12 @@ class Checkpoint : public File {
                         Backend backend = Backend::mmap, const CheckpointOptions& options = {})
         : File(detail::open_checkpoint(path, backend, options), device) {}
 
+    /// Opens the checkpoint at a path of `filesystem`, which is used during the call only. The headers of several files
+    /// are read at once. Throws Error as above, and with what the filesystem and its sources have thrown.
+    Checkpoint(Filesystem& filesystem, const std::string& path, DeviceLike device = at::kCPU,
+               const CheckpointOptions& options = {})
+        : File(detail::open_checkpoint(filesystem, path, options), device) {}
+
     /// Returns the names of the files, relative to the directory of the checkpoint, sorted.
     std::vector<std::string> shards() const { return call("shards").to<std::vector<std::string>>(); }
 

@@ -109,16 +109,26 @@ State state_of(const Module& module, const std::string& prefix, const Rename& re
 }
 
 template <typename Module>
-LoadResult load_model(const Module& module, const std::filesystem::path& path, const LoadModelOptions& options) {
+LoadResult load_model(const Module& module, const Object& files, const LoadModelOptions& options) {
     const c10::NoGradGuard no_grad;
     const State state = state_of(module, options.prefix, options.rename);
-    const Object files = open_checkpoint(path, options.backend, {options.variant, options.extra});
     const Object pending = call_method(files, "start_state", Dict(state.tensors), state.optional, class_of(module),
                                        options.strict, options.prefix)
                                .toObject();
     run(pending, options.progress);
     const auto result = call_method(pending, "result").toTuple();
     return {result->elements()[0].to<std::vector<std::string>>(), result->elements()[1].to<std::vector<std::string>>()};
+}
+
+template <typename Module>
+LoadResult load_model(const Module& module, const std::filesystem::path& path, const LoadModelOptions& options) {
+    return load_model(module, open_checkpoint(path, options.backend, {options.variant, options.extra}), options);
+}
+
+template <typename Module>
+LoadResult load_model(const Module& module, Filesystem& filesystem, const std::string& path,
+                      const LoadModelOptions& options) {
+    return load_model(module, open_checkpoint(filesystem, path, {options.variant, options.extra}), options);
 }
 
 template <typename Module>
@@ -196,6 +206,17 @@ inline LoadResult load_model(ModuleRef module, const std::filesystem::path& path
 inline LoadResult load_model(torch::jit::Module& module, const std::filesystem::path& path,
                              const LoadModelOptions& options = {}) {
     return detail::load_model(module, path, options);
+}
+
+/// The same, from files that the program reads by its own means.
+inline LoadResult load_model(ModuleRef module, Filesystem& filesystem, const std::string& path,
+                             const LoadModelOptions& options = {}) {
+    return detail::load_model(*module, filesystem, path, options);
+}
+
+inline LoadResult load_model(torch::jit::Module& module, Filesystem& filesystem, const std::string& path,
+                             const LoadModelOptions& options = {}) {
+    return detail::load_model(module, filesystem, path, options);
 }
 
 /// Saves the parameters and buffers of `module` under the names of Python's state_dict, to a file at `path`, or, with

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "detail.hpp"
+#include "source.hpp"
 #include "types.hpp"
 
 namespace safetensors_torch {
@@ -28,6 +29,12 @@ inline Tensors load_sharded(const std::filesystem::path& path, DeviceLike device
 inline Tensors load_sharded(const std::filesystem::path& path, const LoadOptions& options,
                             const CheckpointOptions& checkpoint = {}) {
     return load_sharded(path, at::kCPU, options, checkpoint);
+}
+
+/// The same, of files that the program reads by its own means.
+inline Tensors load_sharded(Filesystem& filesystem, const std::string& path, DeviceLike device = at::kCPU,
+                            const LoadOptions& options = {}, const CheckpointOptions& checkpoint = {}) {
+    return detail::load(detail::open_checkpoint(filesystem, path, checkpoint), device, options);
 }
 
 /// Writes `tensors`, from any device, as a checkpoint into `directory`, which is created if necessary: one file

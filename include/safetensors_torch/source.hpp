@@ -2,6 +2,8 @@
 /// Part of safetensors_torch.hpp: files that a program reads by its own means.
 #pragma once
 
+#include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -9,8 +11,10 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "detail.hpp"
+#include "types.hpp"
 
 namespace safetensors_torch {
 
@@ -43,6 +47,27 @@ class Source {
     virtual void read(std::uint64_t offset, const sft_buffer* buffers, std::size_t count) = 0;
 };
 
+/// Files that the program reads by its own means, by their paths: the objects of a bucket, for example. With it,
+/// Checkpoint, load_sharded and load_model open a file, an index or a directory.
+///
+/// Paths are the program's own: the library only joins the path of a directory and the name of a file with a slash.
+/// Several threads call the functions at once. They may throw: the opening fails with the text of the exception.
+class Filesystem {
+  public:
+    virtual ~Filesystem() = default;
+
+    /// Returns the file at `path`. If there is none, this or its length throws Error with the os_error ENOENT; for a
+    /// directory, with EISDIR.
+    virtual std::shared_ptr<Source> open(const std::string& path) = 0;
+
+    /// Returns the names of the files in a directory; std::nullopt if directories cannot be listed: a checkpoint is
+    /// then found in one if its names begin with `model`.
+    virtual std::optional<std::vector<std::string>> list(const std::string& directory) {
+        (void)directory;
+        return std::nullopt;
+    }
+};
+
 namespace detail {
 
 // Calls a function of a source, from C.
@@ -64,7 +89,8 @@ sft_status call_source(sft_source_error* error, const Function& function) noexce
 
 inline Source& source_of(void* context) { return **static_cast<std::shared_ptr<Source>*>(context); }
 
-inline Object open_source(std::shared_ptr<Source> source, const std::string& name) {
+// Returns the functions of a source, which own it.
+inline sft_source functions_of(std::shared_ptr<Source> source) {
     if (source == nullptr) {
         fail("source is null; pass an object of a class derived from Source", ErrorCategory::value);
     }
@@ -85,10 +111,51 @@ inline Object open_source(std::shared_ptr<Source> source, const std::string& nam
         return call_source(error, [&] { source_of(context).read(offset, buffers, count); });
     };
     functions.free = [](void* context) { delete static_cast<std::shared_ptr<Source>*>(context); };
-    const auto op = find_op("safetensors_torch::_open_source");
     functions.context = new std::shared_ptr<Source>(std::move(source));
+    return functions;
+}
+
+template <typename Struct>
+int64_t address_of(const Struct& functions) {
+    return static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(&functions));
+}
+
+inline Object open_source(std::shared_ptr<Source> source, const std::string& name) {
+    const auto op = find_op("safetensors_torch::_open_source");
+    const sft_source functions = functions_of(std::move(source));
     // The library has copied the functions, and frees the context, when this returns or throws.
-    return call_boxed(op, static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(&functions)), name, false).toObject();
+    return call_boxed(op, address_of(functions), name, false).toObject();
+}
+
+inline Object open_checkpoint(Filesystem& filesystem, const std::string& path, const CheckpointOptions& options) {
+    sft_filesystem functions = SFT_FILESYSTEM_INIT;
+    functions.context = &filesystem;
+    functions.open = [](void* context, const char* name, sft_source* source, sft_source_error* error) {
+        return call_source(error, [&] { *source = functions_of(static_cast<Filesystem*>(context)->open(name)); });
+    };
+    functions.list = [](void* context, const char* directory, const char* const** names, std::size_t* count,
+                        sft_source_error* error) {
+        // Valid until the next call on this thread.
+        thread_local std::vector<std::string> last;
+        thread_local std::vector<const char*> pointers;
+        return call_source(error, [&] {
+            auto found = static_cast<Filesystem*>(context)->list(directory);
+            if (!found) {
+                // As for a bucket that refuses to list.
+                throw Error("directories cannot be listed", ErrorCategory::os, SFT_ERROR_IO, EACCES);
+            }
+            last = std::move(*found);
+            pointers.clear();
+            for (const std::string& name : last) {
+                pointers.push_back(name.c_str());
+            }
+            *names = pointers.data();
+            *count = pointers.size();
+        });
+    };
+    const auto op = find_op("safetensors_torch::_open_filesystem");
+    const std::string extra = options.extra == Extra::ignore ? "ignore" : "error";
+    return call_boxed(op, address_of(functions), path, options.variant, extra, false).toObject();
 }
 
 }  // namespace detail

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::ffi::{TensorLocation, Text};
-use super::file::{File, prefault_mode};
+use super::ffi::{self, TensorLocation, Text};
+use super::file::{File, lifetime_of, prefault_mode};
 use super::save::{FileWriter, until};
 use super::{Result, as_path, as_text};
 use crate::checkpoint;
+use crate::checkpoint::caller_filesystem::{CallerFilesystem, sft_filesystem};
 use crate::error::{Error, ErrorKind};
 use crate::format::header::tensor_not_found;
 use crate::sys::parallel;
@@ -21,20 +22,34 @@ pub struct PendingOpen {
     opened: Option<Box<Checkpoint>>,
 }
 
-pub fn begin_open(
-    path: &[u8],
-    backend: &[u8],
-    has_variant: bool,
-    variant: &[u8],
-    extra: &[u8],
-) -> Result<Box<PendingOpen>> {
-    let options = checkpoint::CheckpointOptions {
-        backend: String::from_utf8_lossy(backend).parse()?,
-        variant: has_variant.then(|| as_text("variant", variant)).transpose()?,
-        extra: String::from_utf8_lossy(extra).parse()?,
-    };
-    let opening = checkpoint::open::PendingOpen::new(as_path(path), options);
+impl ffi::CheckpointOptions<'_> {
+    fn parse(&self) -> Result<checkpoint::CheckpointOptions<'_>> {
+        Ok(checkpoint::CheckpointOptions {
+            backend: String::from_utf8_lossy(self.backend).parse()?,
+            variant: self.has_variant.then(|| as_text("variant", self.variant)).transpose()?,
+            extra: String::from_utf8_lossy(self.extra).parse()?,
+        })
+    }
+}
+
+pub fn begin_open(path: &[u8], options: &ffi::CheckpointOptions<'_>) -> Result<Box<PendingOpen>> {
+    let opening = checkpoint::open::PendingOpen::new(as_path(path), options.parse()?);
     Ok(Box::new(PendingOpen { opening, opened: None }))
+}
+
+/// # Safety
+///
+/// The address must be that of an `sft_filesystem`, which keeps its contract.
+pub unsafe fn open_filesystem(
+    address: usize,
+    path: &[u8],
+    options: &ffi::CheckpointOptions<'_>,
+    is_interpreted: bool,
+) -> Result<Box<Checkpoint>> {
+    let filesystem = std::ptr::with_exposed_provenance::<sft_filesystem>(address);
+    // SAFETY: a filesystem that keeps its contract (the clause above).
+    let filesystem = unsafe { CallerFilesystem::new(filesystem.read(), lifetime_of(is_interpreted)) }?;
+    Ok(Box::new(Checkpoint(checkpoint::Checkpoint::open_in(&filesystem, as_path(path), options.parse()?)?)))
 }
 
 impl PendingOpen {

@@ -47,14 +47,17 @@ pub unsafe fn open_memory(start: *const u8, length: usize) -> Result<Box<File>> 
     Ok(Box::new(File(Arc::new(unsafe { TensorFile::from_memory(start, length) }?))))
 }
 
+pub(super) fn lifetime_of(is_interpreted: bool) -> Lifetime {
+    if is_interpreted { Lifetime::Interpreter } else { Lifetime::Process }
+}
+
 /// # Safety
 ///
 /// The address must be that of an `sft_source`, which keeps its contract.
 pub unsafe fn open_source(address: usize, name: &[u8], is_interpreted: bool) -> Result<Box<File>> {
-    let lifetime = if is_interpreted { Lifetime::Interpreter } else { Lifetime::Process };
     let source = std::ptr::with_exposed_provenance::<sft_source>(address);
     // SAFETY: this function's contract. The struct has the size of this version: C++ and Python use this copy of the library.
-    let source = unsafe { CallerSource::new(source.read(), lifetime) }?;
+    let source = unsafe { CallerSource::new(source.read(), lifetime_of(is_interpreted)) }?;
     Ok(Box::new(File(Arc::new(TensorFile::from_source(Box::new(source), as_path(name))?))))
 }
 

@@ -17,6 +17,13 @@ pub struct sft_checkpoint {
     files: Vec<sft_file>,
 }
 
+impl sft_checkpoint {
+    pub(super) fn new(checkpoint: Checkpoint) -> sft_checkpoint {
+        let files = checkpoint.shards().iter().map(|shard| sft_file::new(Arc::clone(&shard.file))).collect();
+        sft_checkpoint { checkpoint, files }
+    }
+}
+
 /// The two results that locate a tensor.
 struct LocationOut<'a> {
     shard: Out<'a, usize>,
@@ -53,8 +60,7 @@ pub unsafe extern "C" fn sft_checkpoint_open(
         if let Some(when) = prefault {
             opened.prefault(when)?;
         }
-        let files = opened.shards().iter().map(|shard| sft_file::new(Arc::clone(&shard.file))).collect();
-        out.set(pointer::new_handle(sft_checkpoint { checkpoint: opened, files }));
+        out.set(pointer::new_handle(sft_checkpoint::new(opened)));
         Ok(())
     })
 }

@@ -1,12 +1,17 @@
-//! `sft_source`: files that the program reads by its own means.
+//! `sft_source` and `sft_filesystem`: files that the program reads by its own means.
 
 use std::ffi::c_char;
 use std::sync::Arc;
 
 use super::boundary::boundary;
+use super::checkpoint::sft_checkpoint;
 use super::handle::sft_file;
+use super::options::sft_checkpoint_options;
 use super::pointer::{self, Out, invalid, versioned};
 use super::types::sft_status;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::caller_filesystem::CallerFilesystem;
+pub use crate::checkpoint::caller_filesystem::sft_filesystem;
 use crate::read::caller_source::{CallerSource, Lifetime};
 pub use crate::read::caller_source::{sft_buffer, sft_source, sft_source_error};
 use crate::read::file::TensorFile;
@@ -14,6 +19,8 @@ use crate::read::file::TensorFile;
 // SAFETY: `repr(C)`, begins with its size, without padding; integers, a raw pointer, and function pointers, of which the
 // caller gives valid ones or NULL (header, "Pointers").
 versioned!(unsafe sft_source, 48);
+// SAFETY: as above.
+versioned!(unsafe sft_filesystem, 32);
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sft_source_error_set(
@@ -47,6 +54,28 @@ pub unsafe extern "C" fn sft_file_open_source(
         let (out, name) = unsafe { (Out::null(file, "file")?, pointer::path(name)?) };
         let opened = TensorFile::from_source(Box::new(source), name)?;
         out.set(pointer::new_handle(sft_file::new(Arc::new(opened))));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sft_checkpoint_open_in(
+    filesystem: *const sft_filesystem,
+    path: *const c_char,
+    options: *const sft_checkpoint_options,
+    checkpoint: *mut *mut sft_checkpoint,
+) -> sft_status {
+    boundary!({
+        if filesystem.is_null() {
+            return Err(invalid("filesystem is NULL"));
+        }
+        // SAFETY: a struct ("Pointers", "Versions") of functions that keep the contract of its documentation.
+        let filesystem = unsafe { CallerFilesystem::new(pointer::options(filesystem)?, Lifetime::Process) }?;
+        // SAFETY: a handle to set, options or NULL (header, "Pointers", "Versions"); a string ("Text").
+        let (out, path, (options, _)) = unsafe {
+            (Out::null(checkpoint, "checkpoint")?, pointer::path(path)?, pointer::options(options)?.parse()?)
+        };
+        out.set(pointer::new_handle(sft_checkpoint::new(Checkpoint::open_in(&filesystem, path, options)?)));
         Ok(())
     })
 }

@@ -31,15 +31,24 @@ impl Index {
     /// Reads and checks the index `name`, but not its files. Returns the open file too. `path` is for errors.
     pub(super) fn read(directory: &Directory, name: &OsStr, path: &Path) -> Result<(Index, File), Error> {
         let (file, length) = open_regular_in(directory, name, path)?;
-        let fail = |error: Error| error.in_file(path);
+        let index = Index::read_from(length, path, |json| read_exact_at(&file, path, json, 0))?;
+        Ok((index, file))
+    }
+
+    /// Reads and checks an index of `length` bytes with `read`, which fills a buffer. `path` is for errors.
+    pub(super) fn read_from(
+        length: u64,
+        path: &Path,
+        read: impl FnOnce(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<Index, Error> {
         if length > MAX_HEADER_BYTES {
             let detail =
                 format!("an index of {length} bytes is too large: at most {MAX_HEADER_BYTES} bytes are read");
-            return Err(fail(Error::new(ErrorKind::Index, detail)));
+            return Err(Error::new(ErrorKind::Index, detail).in_file(path));
         }
         let mut json = vec![0; length as usize];
-        read_exact_at(&file, path, &mut json, 0)?;
-        Ok((Index::parse(&json).map_err(fail)?, file))
+        read(&mut json)?;
+        Index::parse(&json).map_err(|error| error.in_file(path))
     }
 
     pub(super) fn parse(json: &[u8]) -> Result<Index, Error> {

@@ -34,11 +34,7 @@ pub(super) fn locate(path: &Path, variant: Option<&str>) -> Result<CheckpointPat
     match (fs::metadata(path), variant) {
         (Ok(metadata), _) if metadata.is_dir() => return locate_in(path, variant),
         (Ok(_), Some(variant)) => {
-            let detail = format!(
-                "variant {variant:?} chooses a checkpoint in a directory, and this is a file: pass the directory, or no \
-                 variant"
-            );
-            return Err(OpenFailure::Final(Error::new(ErrorKind::InvalidArgument, detail).in_file(path)));
+            return Err(OpenFailure::Final(variant_of_file(variant).in_file(path)));
         }
         _ => {}
     }
@@ -50,6 +46,14 @@ pub(super) fn locate(path: &Path, variant: Option<&str>) -> Result<CheckpointPat
     })
 }
 
+/// Returns the error for a variant of a path that is a file.
+pub(super) fn variant_of_file(variant: &str) -> Error {
+    let detail = format!(
+        "variant {variant:?} chooses a checkpoint in a directory, and this is a file: pass the directory, or no variant"
+    );
+    Error::new(ErrorKind::InvalidArgument, detail)
+}
+
 fn locate_in(directory: &Path, variant: Option<&str>) -> Result<CheckpointPath, OpenFailure> {
     let read = |source| OpenFailure::Final(Error::io("read the directory", directory, source));
     let mut names = Vec::new();
@@ -57,22 +61,31 @@ fn locate_in(directory: &Path, variant: Option<&str>) -> Result<CheckpointPath, 
         // No checkpoint has a name that is not UTF-8.
         names.extend(entry.map_err(read)?.file_name().into_string().ok());
     }
-    choose(directory, names, variant)
+    choose(directory, list_candidates(directory, names)?, variant)
 }
 
-struct Candidate {
+/// A name that belongs to a checkpoint.
+pub(super) struct Candidate {
     kind: NameKind,
     stem: String,
     name: String,
 }
 
-/// Chooses the checkpoint among `names`, an earlier listing of `directory`.
-fn choose(
+impl Candidate {
+    /// Returns `None` if no file of a checkpoint has such a name.
+    pub(super) fn of_name(name: String) -> Option<Candidate> {
+        let (kind, stem) = parse_name(&name).filter(|_| !name.starts_with('.'))?;
+        Some(Candidate { kind, stem, name })
+    }
+}
+
+/// Chooses the checkpoint among the candidates of a directory.
+pub(super) fn choose(
     directory: &Path,
-    names: Vec<String>,
+    mut candidates: Vec<Candidate>,
     variant: Option<&str>,
 ) -> Result<CheckpointPath, OpenFailure> {
-    let candidates = list_candidates(directory, names)?;
+    candidates.sort_by(|a, b| a.name.cmp(&b.name));
     let has = |kind, stem: &str| candidates.iter().any(|one| one.kind == kind && one.stem == stem);
     let has_checkpoint = |stem: &str| has(NameKind::File, stem) || has(NameKind::Index, stem);
     let is_variant = |stem: &str| stem.match_indices('.').any(|(dot, _)| has_checkpoint(&stem[..dot]));
@@ -106,15 +119,14 @@ fn choose(
     }
 }
 
-/// Returns those of `names` that belong to a checkpoint, sorted.
+/// Returns those of `names`, an earlier listing of `directory`, that belong to a checkpoint.
 fn list_candidates(directory: &Path, names: Vec<String>) -> Result<Vec<Candidate>, OpenFailure> {
     let mut candidates = Vec::new();
-    for name in names.into_iter().filter(|name| !name.starts_with('.')) {
-        let Some((kind, stem)) = parse_name(&name) else { continue };
-        let path = directory.join(&name);
+    for candidate in names.into_iter().filter_map(Candidate::of_name) {
+        let path = directory.join(&candidate.name);
         match fs::metadata(&path) {
-            _ if kind == NameKind::Shard => candidates.push(Candidate { kind, stem, name }),
-            Ok(metadata) if metadata.is_file() => candidates.push(Candidate { kind, stem, name }),
+            _ if candidate.kind == NameKind::Shard => candidates.push(candidate),
+            Ok(metadata) if metadata.is_file() => candidates.push(candidate),
             // Removed since the listing, which may lack the files that replaced it.
             Err(error) if error.kind() == io::ErrorKind::NotFound && is_absent(&path) => {
                 return Err(OpenFailure::Changed);
@@ -123,7 +135,6 @@ fn list_candidates(directory: &Path, names: Vec<String>) -> Result<Vec<Candidate
             _ => {}
         }
     }
-    candidates.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(candidates)
 }
 
@@ -309,7 +320,7 @@ mod tests {
         for gone in ["model.safetensors", "model.safetensors.index.json"] {
             // The listing lacks the files that replaced it; what it has is of another model.
             let names = ["adapter.safetensors", gone].map(String::from).to_vec();
-            let failure = choose(directory.path(), names, None).expect_err("gone");
+            let Err(failure) = list_candidates(directory.path(), names) else { panic!("gone") };
             assert!(matches!(failure, OpenFailure::Changed), "{failure:?}");
         }
     }

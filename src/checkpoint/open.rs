@@ -18,7 +18,7 @@ use crate::read::source::Backend;
 use crate::sys::directory::{Directory, identity, open_parent};
 
 /// How often a checkpoint is opened again because it was replaced.
-const OPEN_ATTEMPTS: usize = 20;
+pub(super) const OPEN_ATTEMPTS: usize = 20;
 
 /// Options for [`Checkpoint::open`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -141,9 +141,14 @@ impl PendingOpen {
             }
             self.attempts += 1;
         }
-        let detail = "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
-        Err(Error::new(ErrorKind::FileChanged, detail).in_file(&self.path))
+        Err(replaced_again_and_again(&self.path))
     }
+}
+
+pub(super) fn replaced_again_and_again(path: &Path) -> Error {
+    let detail =
+        "the checkpoint was replaced again and again while it was opened: open it when nothing saves to it";
+    Error::new(ErrorKind::FileChanged, detail).in_file(path)
 }
 
 fn try_open(path: &Path, options: CheckpointOptions<'_>) -> std::result::Result<Checkpoint, OpenFailure> {
@@ -167,7 +172,7 @@ fn try_open(path: &Path, options: CheckpointOptions<'_>) -> std::result::Result<
     }
 }
 
-fn single_file(file: TensorFile, path: PathBuf) -> Checkpoint {
+pub(super) fn single_file(file: TensorFile, path: PathBuf) -> Checkpoint {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let shards = vec![Shard { name, file: Arc::new(file) }];
     let by_name = sorted_locations(&shards);
@@ -219,26 +224,35 @@ impl OpenIndex {
         let shards = self.index.shards.iter().map(|name| {
             let opened =
                 TensorFile::open_in(&self.directory, name.as_ref(), &parent.join(name), options.backend);
-            let file = opened.map_err(|error| match error.os_error() {
-                Some(libc::ENOENT) => error.with_remedy(&format!(
-                    "the index {} lists this shard: fetch or copy it to there, or save the checkpoint again",
-                    path.display()
-                )),
-                _ => error,
-            })?;
+            let file = opened.map_err(|error| explain_missing_shard(error, &path))?;
             Ok(Shard { name: name.clone(), file: Arc::new(file) })
         });
-        let shards = shards.collect::<Result<Vec<Shard>>>()?;
-        let by_name = match options.extra {
-            Extra::Error => {
-                let by_name = sorted_locations(&shards);
-                check_equal(&self.index, &shards, &by_name).map(|()| by_name)
-            }
-            Extra::Ignore => listed_locations(&self.index, &shards),
-        };
-        let by_name = by_name.map_err(|error| error.in_file(&path))?;
-        Ok(Checkpoint { shards, by_name, path })
+        assemble(&self.index, shards.collect::<Result<_>>()?, path, options.extra)
     }
+}
+
+/// Adds the remedy to the error for a shard of the index `path` that does not exist.
+pub(super) fn explain_missing_shard(error: Error, path: &Path) -> Error {
+    match error.os_error() {
+        Some(libc::ENOENT) => error.with_remedy(&format!(
+            "the index {} lists this shard: fetch or copy it to there, or save the checkpoint again",
+            path.display()
+        )),
+        _ => error,
+    }
+}
+
+/// Checks the index at `path` against its open files.
+pub(super) fn assemble(index: &Index, shards: Vec<Shard>, path: PathBuf, extra: Extra) -> Result<Checkpoint> {
+    let by_name = match extra {
+        Extra::Error => {
+            let by_name = sorted_locations(&shards);
+            check_equal(index, &shards, &by_name).map(|()| by_name)
+        }
+        Extra::Ignore => listed_locations(index, &shards),
+    };
+    let by_name = by_name.map_err(|error| error.in_file(&path))?;
+    Ok(Checkpoint { shards, by_name, path })
 }
 
 /// Returns whether the name in the directory leads to `file`.

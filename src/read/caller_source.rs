@@ -1,4 +1,4 @@
-//! Files that a C program, or one of another language, reads by its own means: the struct of `include/safetensors_torch.h`.
+//! Sources of C programs, and of other languages: the struct of `include/safetensors_torch.h`.
 
 // The names and the documentation are those of the header.
 #![allow(missing_docs, non_camel_case_types)]
@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::read::external::{ByteSource, Destination, Piece};
 
 /// 0 for success, or the number of an [`ErrorKind`].
-type Status = i32;
+pub(crate) type Status = i32;
 
 pub type sft_source_get_length = Option<
     unsafe extern "C" fn(context: *mut c_void, length: *mut u64, error: *mut sft_source_error) -> Status,
@@ -165,28 +165,35 @@ impl CallerSource {
         Ok(source)
     }
 
-    /// Calls a function of the source, and turns its failure into an error.
     fn call(&self, what: &str, function: impl FnOnce(*mut sft_source_error) -> Status) -> Result<()> {
-        let Some(_call) = Call::begin(self.1) else {
-            return Err(Error::new(ErrorKind::Closed, "the interpreter ends"));
-        };
-        let mut error = sft_source_error::default();
-        let status = function(&raw mut error);
-        if status == 0 {
-            return Ok(());
-        }
-        let kind = match status {
-            _ if status == ErrorKind::FileChanged as i32 => ErrorKind::FileChanged,
-            _ if status == ErrorKind::InvalidArgument as i32 => ErrorKind::InvalidArgument,
-            _ => ErrorKind::Io,
-        };
-        let detail = error.message.unwrap_or_else(|| format!("the source cannot {what}"));
-        let failure = Error::new(kind, detail);
-        Err(match error.os_error {
-            0 => failure,
-            os_error => failure.with_os_error(std::io::Error::from_raw_os_error(os_error)),
-        })
+        call(self.1, &format!("the source cannot {what}"), function)
     }
+}
+
+/// Calls a function of the caller, and turns its failure into an error; `what` is its text if the function sets none.
+pub(crate) fn call(
+    lifetime: Lifetime,
+    what: &str,
+    function: impl FnOnce(*mut sft_source_error) -> Status,
+) -> Result<()> {
+    let Some(_call) = Call::begin(lifetime) else {
+        return Err(Error::new(ErrorKind::Closed, "the interpreter ends"));
+    };
+    let mut error = sft_source_error::default();
+    let status = function(&raw mut error);
+    if status == 0 {
+        return Ok(());
+    }
+    let kind = match status {
+        _ if status == ErrorKind::FileChanged as i32 => ErrorKind::FileChanged,
+        _ if status == ErrorKind::InvalidArgument as i32 => ErrorKind::InvalidArgument,
+        _ => ErrorKind::Io,
+    };
+    let failure = Error::new(kind, error.message.unwrap_or_else(|| what.to_owned()));
+    Err(match error.os_error {
+        0 => failure,
+        os_error => failure.with_os_error(std::io::Error::from_raw_os_error(os_error)),
+    })
 }
 
 impl ByteSource for CallerSource {

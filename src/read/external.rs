@@ -168,6 +168,17 @@ impl ExternalSource {
         Ok(opened)
     }
 
+    /// Returns whether the source still has the bytes that were read from its start.
+    pub(crate) fn is_unchanged(&mut self) -> Result<bool> {
+        self.start = Vec::new();
+        match self.read_exact(&mut [0; 1][..self.length.min(1) as usize], 0) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::FileChanged => Ok(false),
+            Err(error) if error.os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(crate) fn len(&self) -> u64 {
         self.length
     }

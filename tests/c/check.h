@@ -31,6 +31,7 @@ void test_reading(void);
 void test_prefault(void);
 void test_slices(void);
 void test_sources(void);
+void test_filesystems(void);
 void test_prefetch(void);
 void test_metadata(void);
 void test_checkpoints(void);

@@ -76,6 +76,7 @@ int main(int argc, char** argv) {
     test_prefault();
     test_slices();
     test_sources();
+    test_filesystems();
     test_prefetch();
     test_metadata();
     test_checkpoints();

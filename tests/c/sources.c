@@ -1,4 +1,4 @@
-/* sft_source: files that the program reads by its own means. */
+/* sft_source and sft_filesystem: files that the program reads by its own means. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -132,4 +132,100 @@ void test_sources(void) {
     CHECK_STATUS(sft_source_error_set(NULL, 0, "text"), SFT_ERROR_INVALID_ARGUMENT);
     free(large);
     free(bytes);
+}
+
+/* A bucket with one checkpoint of two files. */
+struct bucket {
+    struct object index, shards[2];
+    sft_status refuse_list;
+    atomic_int opens;
+};
+
+static sft_status open_object(void* context, const char* path, sft_source* source, sft_source_error* error) {
+    struct bucket* bucket = context;
+    atomic_fetch_add(&bucket->opens, 1);
+    CHECK(source->struct_size == sizeof(sft_source) && source->read == NULL);
+    if (strcmp(path, "s3://bucket/llm/model.safetensors.index.json") == 0) source->context = &bucket->index;
+    if (strcmp(path, "s3://bucket/llm/a.safetensors") == 0) source->context = &bucket->shards[0];
+    if (strcmp(path, "s3://bucket/llm/b.safetensors") == 0) source->context = &bucket->shards[1];
+    if (source->context == NULL) {
+        CHECK_OK(sft_source_error_set(error, ENOENT, "404: no such object"));
+        return SFT_ERROR_IO;
+    }
+    source->get_length = get_length;
+    source->get_identity = get_identity;
+    source->read = read_ranges;
+    source->free = free_object;
+    return SFT_OK;
+}
+
+static sft_status list_objects(void* context, const char* directory, const char* const** names, size_t* count,
+                               sft_source_error* error) {
+    struct bucket* bucket = context;
+    if (bucket->refuse_list != SFT_OK) {
+        CHECK_OK(sft_source_error_set(error, EACCES, "403: no permission to list"));
+        return bucket->refuse_list;
+    }
+    static const char* const all[] = {"README.md", "b.safetensors", "model.safetensors.index.json"};
+    *names = all;
+    *count = strcmp(directory, "s3://bucket/llm") == 0 ? 3 : 0;
+    return SFT_OK;
+}
+
+void test_filesystems(void) {
+    static const char index[] = "{\"weight_map\": {\"x\": \"a.safetensors\", \"y\": \"b.safetensors\"}}";
+    static struct bucket bucket;
+    size_t lengths[2];
+    unsigned char* files[2];
+    for (int i = 0; i < 2; i++) {
+        const char* one = i == 0 ? "{\"x\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}"
+                                 : "{\"y\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
+        files[i] = make_file(one, 4, &lengths[i]);
+        memset(files[i] + lengths[i] - 4, 'x' + i, 4);
+        bucket.shards[i] = (struct object){.bytes = files[i], .length = lengths[i], .etag = "one"};
+    }
+    bucket.index = (struct object){.bytes = (const unsigned char*)index, .length = strlen(index), .etag = "one"};
+    sft_filesystem filesystem = SFT_FILESYSTEM_INIT;
+    filesystem.context = &bucket;
+    filesystem.open = open_object;
+    filesystem.list = list_objects;
+
+    sft_checkpoint* checkpoint = NULL;
+    const char* paths[] = {"s3://bucket/llm", "s3://bucket/llm/model.safetensors.index.json"};
+    for (int i = 0; i < 2; i++) {
+        CHECK_OK(sft_checkpoint_open_in(&filesystem, paths[i], NULL, &checkpoint));
+        size_t shard, at;
+        CHECK_OK(sft_checkpoint_find_tensor(checkpoint, "y", 1, &shard, &at));
+        sft_str name;
+        const sft_file* file;
+        CHECK_OK(sft_checkpoint_get_shard(checkpoint, shard, &name, &file));
+        CHECK(name.length == 13 && memcmp(name.data, "b.safetensors", 13) == 0);
+        unsigned char bytes[4];
+        CHECK_OK(sft_file_read_tensor(file, at, bytes, 4));
+        CHECK(memcmp(bytes, "yyyy", 4) == 0);
+        CHECK(bucket.index.frees == i + 1 && bucket.shards[1].frees == i);
+        sft_checkpoint_free(checkpoint);
+        CHECK(bucket.shards[0].frees == i + 1 && bucket.shards[1].frees == i + 1);
+    }
+
+    /* Directories that cannot be listed. */
+    bucket.refuse_list = SFT_ERROR_IO;
+    CHECK_OK(sft_checkpoint_open_in(&filesystem, "s3://bucket/llm/", NULL, &checkpoint));
+    sft_checkpoint_free(checkpoint);
+    filesystem.list = NULL;
+    CHECK_OK(sft_checkpoint_open_in(&filesystem, "s3://bucket/llm", NULL, &checkpoint));
+    sft_checkpoint_free(checkpoint);
+    CHECK_STATUS(sft_checkpoint_open_in(&filesystem, "s3://bucket/none", NULL, &checkpoint), SFT_ERROR_IO);
+    CHECK(checkpoint == NULL && message_has("s3://bucket/none: 404: no such object"));
+    CHECK(message_has("cannot be listed") && sft_last_error_get_os_error() == ENOENT);
+
+    bucket.shards[0].bytes = NULL;
+    CHECK_STATUS(sft_checkpoint_open_in(&filesystem, "s3://bucket/llm", NULL, &checkpoint), SFT_ERROR_IO);
+    CHECK(message_has("s3://bucket/llm/a.safetensors: 404") && message_has("lists this shard"));
+    filesystem.open = NULL;
+    CHECK_STATUS(sft_checkpoint_open_in(&filesystem, "s3://bucket/llm", NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+    CHECK_STATUS(sft_checkpoint_open_in(NULL, "s3://bucket/llm", NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+    filesystem.struct_size = 8;
+    CHECK_STATUS(sft_checkpoint_open_in(&filesystem, "s3://bucket/llm", NULL, &checkpoint), SFT_ERROR_INVALID_ARGUMENT);
+    for (int i = 0; i < 2; i++) free(files[i]);
 }

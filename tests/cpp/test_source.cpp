@@ -3,8 +3,14 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "support.h"
 
@@ -41,6 +47,34 @@ class Object : public st::Source {
 
   private:
     std::string bytes_;
+};
+
+// A bucket.
+class Bucket : public st::Filesystem {
+  public:
+    std::shared_ptr<st::Source> open(const std::string& path) override {
+        const auto found = objects.find(path);
+        if (found == objects.end()) {
+            throw st::Error("404: no such object", st::ErrorCategory::os, SFT_ERROR_IO, ENOENT);
+        }
+        return found->second;
+    }
+
+    std::optional<std::vector<std::string>> list(const std::string& directory) override {
+        if (!has_listing) {
+            return st::Filesystem::list(directory);
+        }
+        std::vector<std::string> names;
+        for (const auto& [path, object] : objects) {
+            if (path.rfind(directory + "/", 0) == 0) {
+                names.push_back(path.substr(directory.size() + 1));
+            }
+        }
+        return names;
+    }
+
+    std::map<std::string, std::shared_ptr<Object>> objects;
+    bool has_listing = true;
 };
 
 st::Tensors stored_tensors() {
@@ -119,4 +153,44 @@ TEST(what_a_source_throws_is_in_the_error) {
     EXPECT_HAS(ERROR_OF(st::File(std::shared_ptr<st::Source>(), kObjectName)), "source is null");
     file.close();
     EXPECT_EQ(object.use_count(), 1);
+}
+
+TEST(a_filesystem_holds_checkpoints) {
+    torch::nn::Sequential model(torch::nn::Linear(30, 20), torch::nn::Linear(20, 10));
+    const TempDir dir;
+    const auto directory = dir.file("llm");
+    st::SaveModelOptions save;
+    save.max_shard_size = 1000;
+    st::save_model(model, directory, {}, save);
+    Bucket bucket;
+    for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+        bucket.objects["s3://bucket/llm/" + entry.path().filename().string()] =
+            std::make_shared<Object>(read_file(entry.path()));
+    }
+    const st::Tensors tensors = st::load_sharded(directory);
+    for (const bool has_listing : {true, false}) {
+        bucket.has_listing = has_listing;
+        EXPECT(identical(st::load_sharded(bucket, "s3://bucket/llm"), tensors));
+        st::Checkpoint checkpoint(bucket, "s3://bucket/llm/model.safetensors.index.json");
+        EXPECT_EQ(checkpoint.shards().size() + 1, bucket.objects.size());
+        EXPECT_EQ(checkpoint.shards(), st::Checkpoint(directory).shards());
+        EXPECT(identical(checkpoint.get_slice("0.weight", {Slice(3, 5)}), tensors.at("0.weight").narrow(0, 3, 2)));
+    }
+    torch::nn::Sequential other(torch::nn::Linear(30, 20), torch::nn::Linear(20, 10));
+    const st::LoadResult result = st::load_model(other, bucket, "s3://bucket/llm");
+    EXPECT(result.missing.empty() && result.unexpected.empty());
+    for (const auto& named : other->named_parameters()) {
+        EXPECT(torch::equal(named.value(), tensors.at(named.key())));
+    }
+    EXPECT_HAS(ERROR_OF(st::load_sharded(bucket, "s3://bucket/none")), "s3://bucket/none: 404: no such object");
+    EXPECT_HAS(ERROR_OF(st::load_model(other, bucket, "s3://bucket/none/")), "s3://bucket/none/");
+    for (const auto& [path, object] : bucket.objects) {
+        EXPECT_EQ(object.use_count(), 1);
+    }
+    bucket.objects.begin()->second = nullptr;
+    EXPECT_HAS(ERROR_OF(st::load_sharded(bucket, "s3://bucket/llm")), "source is null");
+    bucket.has_listing = true;
+    st::CheckpointOptions options;
+    options.variant = "fp16";
+    EXPECT_HAS(ERROR_OF(st::load_sharded(bucket, "s3://bucket/llm", at::kCPU, {}, options)), "variant \"fp16\"");
 }
