@@ -24,9 +24,10 @@ _PIECE = 64 << 10
 class Fault:
     """How one answer differs from the right one."""
 
-    # Answers with this status, and without the bytes of the object.
+    # Answers with this status and this body, and without the object.
     status: int = 0
     body: bytes = b""
+    # In place of those of the object; with an ETag, If-Match is ignored.
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # The share of the body that is sent. Then the connection is closed, or stalls until the server is closed.
     share: float = 1.0
@@ -47,12 +48,19 @@ EXPIRED = Fault(
 )
 
 
+# Another object is there by now.
+REPLACED = Fault(headers={"ETag": '"two"', "Last-Modified": "Mon, 30 Nov 2026 09:00:00 GMT"})
+
+
 def redirect(url: str, status: int = 302) -> Fault:
     return Fault(status, headers={"Location": url})
 
 
 class Request(NamedTuple):
-    """What a client asked for, and what it was answered; nbytes is the length of the body, even if it is cut."""
+    """What a client asked for, and the answer.
+
+    nbytes is the length of the body, even if it is cut. The names of the headers are in lower case.
+    """
 
     method: str
     target: str
@@ -75,8 +83,10 @@ class ObjectServer(http.server.ThreadingHTTPServer):
         # Of the next answers to GET, and to HEAD. A number is a status.
         self.faults: list[Fault | int] = []
         self.head_faults: list[Fault | int] = []
-        # Of all answers, if there are no others.
-        self.lasting_fault: Fault | None = None
+        # Of all other answers to GET.
+        self.lasting_fault: Fault | int | None = None
+        # Ranges that begin before this have no faults.
+        self.faulty_from = 0
         self.etag: str | None = '"one"'
         self.modified: str | None = "Mon, 30 Nov 2026 08:00:00 GMT"
         self.has_ranges = True
@@ -117,10 +127,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802 - the name of the base class
         server, target = self.server, urllib.parse.urlsplit(self.path)
-        faults = server.faults if self.command == "GET" else server.head_faults
-        fault = _taken(faults) or server.lasting_fault or Fault()
-        if isinstance(fault, int):
-            fault = Fault(fault)
+        fault = self.next_fault()
         if fault.status:
             return self.answer(fault.status, fault.body, fault.headers, fault)
         if server.authorization and self.headers.get("Authorization") != server.authorization:
@@ -138,14 +145,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    def next_fault(self) -> Fault:
+        server = self.server
+        if self.command == "HEAD":
+            fault = _taken(server.head_faults)
+        elif int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0]) < server.faulty_from:
+            fault = None
+        else:
+            fault = _taken(server.faults) or server.lasting_fault
+        return Fault(fault) if isinstance(fault, int) else fault or Fault()
+
     def send_file(self, path: Path, fault: Fault) -> None:
         """Answers with the bytes of a file, or those of the range."""
         server, size = self.server, path.stat().st_size
         # A weak tag never matches, says RFC 9110.
         condition = self.headers.get("If-Match")
-        if condition is not None and (condition != server.etag or condition.startswith("W/")):
+        is_met = condition is None or (condition == server.etag and not condition.startswith("W/"))
+        if not is_met and "ETag" not in fault.headers:
             return self.answer(412)
-        headers = {"ETag": server.etag, "Last-Modified": server.modified}
+        headers = {"ETag": server.etag, "Last-Modified": server.modified, **fault.headers}
         first, end, status = 0, size, 200
         if server.has_ranges and "Range" in self.headers:
             start, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
@@ -172,7 +190,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ) -> None:
         fault = fault or Fault()
         length = len(body) if length is None else length
-        self.server.requests.append(Request(self.command, self.path, status, length, dict(self.headers)))
+        sent = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append(Request(self.command, self.path, status, length, sent))
         self.send_response(status)
         self.send_header("Content-Length", str(length))
         for name, value in (headers or {}).items():
@@ -180,13 +199,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        sent = int(len(body) * fault.share)
-        for start in range(0, sent, _PIECE if fault.pause else max(sent, 1)):
-            self.wfile.write(body[start : min(start + _PIECE, sent)] if fault.pause else body[:sent])
+        end = int(len(body) * fault.share)
+        piece = _PIECE if fault.pause else end + 1
+        for start in range(0, end, piece):
+            self.wfile.write(body[start : min(start + piece, end)])
             if fault.pause:
                 self.wfile.flush()
                 self.server.closed.wait(fault.pause)
-        if sent < len(body):
+        if end < len(body):
             self.wfile.flush()
             if fault.stalls:
                 self.server.closed.wait()
