@@ -45,7 +45,13 @@ build() {
     cmake --build "$WORK/$1/$2" >/dev/null
 }
 
-for example in convert finetune inference torchscript; do
+# Debian has curl-config and the headers in one package.
+s3=
+if command -v curl-config >/dev/null; then
+    s3=s3
+fi
+# shellcheck disable=SC2086 # no word, or one
+for example in convert finetune inference torchscript $s3; do
     configure pypi "$example" "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch/share/cmake"
     configure unpacked "$example" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$unpacked"
 done
@@ -55,12 +61,20 @@ done
 first=$!
 build pypi finetune
 build pypi inference
+if [ -n "$s3" ]; then
+    build pypi s3
+fi
 wait "$first"
 CONVERT="$WORK/pypi/convert/convert" pytest convert
 FINETUNE="$WORK/pypi/finetune/finetune" pytest finetune
 INFERENCE="$WORK/pypi/inference/inference" pytest inference
 INFERENCE="$WORK/unpacked/inference/inference" pytest inference
 ldd "$WORK/unpacked/inference/inference" | expect "=> $unpacked/lib/libtorch_cpu.so "
+if [ -n "$s3" ]; then
+    S3="$WORK/pypi/s3/s3" pytest s3
+else
+    echo "libcurl is missing: examples/cpp/s3 is not tested" >&2
+fi
 "$PYTHON" examples/cpp/torchscript/make_module.py "$WORK/scripted"
 "$WORK/pypi/torchscript/torchscript" "$WORK/scripted" | expect '^second: equal to Python'
 
