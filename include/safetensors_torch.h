@@ -278,6 +278,10 @@ typedef sft_status (*sft_source_get_identity)(void* context, const char** identi
 typedef sft_status (*sft_source_read)(void* context, uint64_t offset, const sft_buffer* buffers, size_t count,
                                       sft_source_error* error);
 
+/** Returns how many calls of read the source can answer at once; 0 for as many as suit the library. With 1, a load
+ * reads in the order of the file, as a stream needs it. Called once, after get_length. */
+typedef uint32_t (*sft_source_get_max_requests)(void* context);
+
 /** Frees the context. Called once, after all other calls have returned. */
 typedef void (*sft_source_free)(void* context);
 
@@ -285,7 +289,8 @@ typedef void (*sft_source_free)(void* context);
  *
  * The functions return SFT_OK, or a status after they have called sft_source_error_set: SFT_ERROR_FILE_CHANGED,
  * SFT_ERROR_INVALID_ARGUMENT, or SFT_ERROR_IO, which every other status means too. Several threads call them at once,
- * up to 16 or as many as sft_set_threads says. They must not throw, nor use a handle of the source's file. */
+ * up to 32 or as many as sft_set_threads says, if get_max_requests allows. They must not throw, nor use a handle of the
+ * source's file. */
 typedef struct sft_source {
     size_t struct_size;                   /**< sizeof(sft_source) */
     void* context;                        /**< the first argument of each function */
@@ -293,10 +298,11 @@ typedef struct sft_source {
     sft_source_get_identity get_identity; /**< NULL if the source makes sure by itself that its bytes do not change */
     sft_source_read read;                 /**< not NULL */
     sft_source_free free;                 /**< NULL if there is nothing to free */
+    sft_source_get_max_requests get_max_requests; /**< NULL if the source can answer as many as suit the library */
 } sft_source;
 
 /** A source without functions. */
-#define SFT_SOURCE_INIT {sizeof(sft_source), NULL, NULL, NULL, NULL, NULL}
+#define SFT_SOURCE_INIT {sizeof(sft_source), NULL, NULL, NULL, NULL, NULL, NULL}
 
 /** Opens a file that the program reads by its own means. `name` stands for the path in messages: a URL, without
  * credentials. Its tensors are read as those of a file with SFT_BACKEND_PREAD. The source is freed with the file, and

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -29,19 +30,24 @@ namespace safetensors_torch {
 ///     };
 ///     safetensors_torch::File file(std::make_shared<Object>(), "s3://bucket/model.safetensors");
 ///
-/// Several threads call the functions at once, up to 16 or as many as set_transfer_options says. They may throw: the
-/// call that needs the bytes fails with the text of the exception. They must not use the file.
+/// Several threads call the functions at once, up to 32 or as many as set_transfer_options says. They may throw: the
+/// call that needs the bytes fails with the text of the exception, behind the name of the file; an Error keeps its code
+/// and its os_error, a std::system_error its errno. They must not use the file.
 class Source {
   public:
     virtual ~Source() = default;
 
-    /// Returns the size of the file in bytes. Called once.
+    /// Returns the size of the file in bytes. Called once for each File that is opened over the source.
     virtual std::uint64_t length() = 0;
 
     /// Returns what identifies the bytes that the last call of length or read on this thread was about, such as an
     /// ETag; std::nullopt if the source makes sure by itself that they do not change. Called after each of these: if
     /// the identity changes, reads fail with SFT_ERROR_FILE_CHANGED.
     virtual std::optional<std::string> identity() { return std::nullopt; }
+
+    /// Returns how many calls of read the source can answer at once; 0 for as many as suit the library. With 1, a load
+    /// reads in the order of the file, as a stream needs it. Called once, after length.
+    virtual std::uint32_t max_requests() noexcept { return 0; }
 
     /// Fills `count` buffers, one after the other, with the bytes from `offset` on: at most 8 MiB, inside the length.
     virtual void read(std::uint64_t offset, const sft_buffer* buffers, std::size_t count) = 0;
@@ -79,10 +85,12 @@ sft_status call_source(sft_source_error* error, const Function& function) noexce
     } catch (const Error& failure) {
         sft_source_error_set(error, failure.os_error(), failure.what());
         return failure.code() == 0 ? SFT_ERROR_IO : failure.code();
+    } catch (const std::system_error& failure) {
+        sft_source_error_set(error, failure.code().value(), failure.what());
     } catch (const std::exception& failure) {
-        sft_source_error_set(error, 0, failure.what());
+        sft_source_error_set(error, EIO, failure.what());
     } catch (...) {
-        sft_source_error_set(error, 0, "the source has thrown something that is not a std::exception");
+        sft_source_error_set(error, EIO, "the source has thrown something that is not a std::exception");
     }
     return SFT_ERROR_IO;
 }
@@ -110,6 +118,7 @@ inline sft_source functions_of(std::shared_ptr<Source> source) {
                         sft_source_error* error) {
         return call_source(error, [&] { source_of(context).read(offset, buffers, count); });
     };
+    functions.get_max_requests = [](void* context) { return source_of(context).max_requests(); };
     functions.free = [](void* context) { delete static_cast<std::shared_ptr<Source>*>(context); };
     functions.context = new std::shared_ptr<Source>(std::move(source));
     return functions;

@@ -18,7 +18,7 @@ use crate::read::file::TensorFile;
 
 // SAFETY: `repr(C)`, begins with its size, without padding; integers, a raw pointer, and function pointers, of which the
 // caller gives valid ones or NULL (header, "Pointers").
-versioned!(unsafe sft_source, 48);
+versioned!(unsafe sft_source, 56);
 // SAFETY: as above.
 versioned!(unsafe sft_filesystem, 32);
 

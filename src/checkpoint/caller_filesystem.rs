@@ -70,6 +70,7 @@ impl Filesystem for CallerFilesystem {
             get_identity: None,
             read: None,
             free: None,
+            get_max_requests: None,
         };
         call(self.1, "the filesystem cannot open the file", |error| {
             // SAFETY: the function keeps the contract of the header (`new`); path and source are valid during the call.

@@ -14,7 +14,7 @@ use super::shards::{Checkpoint, Shard};
 use crate::error::{Error, Result};
 use crate::read::external::{ByteSource, ExternalSource};
 use crate::read::file::TensorFile;
-use crate::read::strategy::REMOTE_READERS;
+use crate::read::strategy::SOURCE_READERS;
 use crate::sys::parallel;
 use crate::sys::threads::ThreadLimit;
 
@@ -211,7 +211,7 @@ fn open_index(
 fn open_shards(filesystem: &dyn Filesystem, path: &Path, index: &Index) -> Result<Vec<Shard>> {
     let parent = path.parent().unwrap_or(Path::new(""));
     let files: Vec<OnceLock<TensorFile>> = index.shards.iter().map(|_| OnceLock::new()).collect();
-    let threads = ThreadLimit::current()?.cap(REMOTE_READERS);
+    let threads = ThreadLimit::current()?.cap(SOURCE_READERS);
     parallel::for_each(files.len(), threads, |shard| {
         let opened = open_file(filesystem, &parent.join(&index.shards[shard]));
         let file = opened.map_err(|error| explain_missing_shard(error, path))?;

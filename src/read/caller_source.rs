@@ -25,6 +25,8 @@ pub type sft_source_get_identity = Option<
     ) -> Status,
 >;
 
+pub type sft_source_get_max_requests = Option<unsafe extern "C" fn(context: *mut c_void) -> u32>;
+
 pub type sft_source_read = Option<
     unsafe extern "C" fn(
         context: *mut c_void,
@@ -46,6 +48,7 @@ pub struct sft_source {
     pub get_identity: sft_source_get_identity,
     pub read: sft_source_read,
     pub free: sft_source_free,
+    pub get_max_requests: sft_source_get_max_requests,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -219,6 +222,14 @@ impl ByteSource for CallerSource {
         }
         // SAFETY: a string that stays until the next call on this thread (header, `sft_source`).
         Ok(Some(unsafe { CStr::from_ptr(identity) }.to_string_lossy().into_owned()))
+    }
+
+    fn max_requests(&self) -> Option<usize> {
+        let get_max_requests = self.0.get_max_requests?;
+        let _call = Call::begin(self.1)?;
+        // SAFETY: the function keeps the contract of the header (`new`).
+        let most = unsafe { get_max_requests(self.0.context) };
+        (most > 0).then_some(most as usize)
     }
 
     fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<()> {

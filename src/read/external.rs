@@ -65,6 +65,12 @@ pub trait ByteSource: fmt::Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Returns how many calls of `read` the source can answer at once, at least 1; `None` if it can answer as many as suit
+    /// the library. With 1, a load reads in the order of the file, as a stream needs it. Called once, after `length`.
+    fn max_requests(&self) -> Option<usize> {
+        None
+    }
+
     /// Writes the bytes from `offset` on to `destination`, until [`Destination::remaining`] is 0. They are at most 8 MiB and
     /// inside the length.
     ///
@@ -151,6 +157,7 @@ pub(crate) struct ExternalSource {
     name: PathBuf,
     length: u64,
     identity: Option<String>,
+    max_requests: usize,
     /// The bytes of the start, while the header is read; all bytes of a small source.
     start: Vec<u8>,
 }
@@ -160,8 +167,9 @@ impl ExternalSource {
     pub(crate) fn open(source: Box<dyn ByteSource>, name: &Path) -> Result<ExternalSource> {
         let length = source.length().map_err(|error| error.in_source(name))?;
         let identity = source.identity().map_err(|error| error.in_source(name))?;
-        let mut opened =
-            ExternalSource { source, name: name.to_path_buf(), length, identity, start: Vec::new() };
+        let max_requests = source.max_requests().unwrap_or(usize::MAX).max(1);
+        let (name, start) = (name.to_path_buf(), Vec::new());
+        let mut opened = ExternalSource { source, name, length, identity, max_requests, start };
         let mut start = vec![0; length.min(START_BYTES) as usize];
         opened.read_exact(&mut start, 0)?;
         opened.start = start;
@@ -181,6 +189,11 @@ impl ExternalSource {
 
     pub(crate) fn len(&self) -> u64 {
         self.length
+    }
+
+    /// Returns how many threads may call [`ExternalSource::read`] at once.
+    pub(crate) fn max_requests(&self) -> usize {
+        self.max_requests
     }
 
     /// Forgets the start, which only the header was needed from, unless it is everything.

@@ -149,7 +149,7 @@ impl TensorFile {
         })
     }
 
-    /// Opens a file that the program reads by its own means, in requests of up to 8 MiB, 16 at once. `name`, a URL for
+    /// Opens a file that the program reads by its own means, in requests of up to 8 MiB, 32 at once. `name`, a URL for
     /// example, stands for the path in errors.
     ///
     /// # Errors

@@ -132,14 +132,16 @@ impl JointRead {
         let methods: Vec<ReadMethod<'_>> =
             parts.iter().zip(&reopened).map(|(part, file)| part.method(file.as_ref())).collect();
         let (mut ends, mut chunks, mut bytes, mut threads) = (Vec::new(), 0, 0, 1);
+        let mut most = usize::MAX;
         for (part, &method) in parts.iter().zip(&methods) {
             part.read.check(method).map_err(|error| part.file.locate(error))?;
             chunks += part.read.chunks_left();
             bytes += part.left_bytes();
             threads = part.read.threads().max(threads);
+            most = most.min(part.file.source().max_requests());
             ends.push(chunks);
         }
-        threads = threads.max(parallel::thread_count(ThreadLimit::current()?, bytes, chunks));
+        threads = threads.max(parallel::thread_count(ThreadLimit::current()?, bytes, chunks)).min(most);
         let first_not_started = parallel::for_each_until(deadline, 0..chunks, threads, |chunk| {
             let index = ends.partition_point(|&end| end <= chunk);
             let part = &parts[index];

@@ -213,8 +213,11 @@ impl Plan {
 
     /// Returns how many threads are to read everything in `pieces` pieces.
     pub(super) fn thread_count(&self, pieces: usize) -> usize {
+        // A stream is read in its order.
+        let most =
+            self.files.iter().map(|file| file.file.source().max_requests()).min().unwrap_or(usize::MAX);
         self.likely.map_or(0, |strategy| {
-            thread_count(strategy, self.total_bytes(), pieces, self.limit, self.options.threads)
+            thread_count(strategy, self.total_bytes(), pieces, self.limit, self.options.threads).min(most)
         })
     }
 

@@ -270,6 +270,14 @@ impl Source {
         }
     }
 
+    /// Returns how many threads may read at once.
+    pub(crate) fn max_requests(&self) -> usize {
+        match self {
+            Source::External(source) => source.max_requests(),
+            Source::Mapped(_) | Source::File(_) | Source::Memory(_) => usize::MAX,
+        }
+    }
+
     /// Returns how to read the source. `reopened` is the result of [`Source::reopen`].
     pub(crate) fn method<'a>(&'a self, from: ReadFrom, reopened: Option<&'a OpenFile>) -> ReadMethod<'a> {
         match (self, from, reopened) {

@@ -25,6 +25,13 @@ const DIRECT_READERS: usize = 8;
 /// The number of threads that read from a network filesystem, to have as many requests in flight.
 pub(crate) const REMOTE_READERS: usize = 16;
 
+/// The number of requests at once to a source, such as a bucket: each connection has a limit of its own, and half of this
+/// number took one and a half times as long (docs/remote.md).
+pub(crate) const SOURCE_READERS: usize = 32;
+
+/// The least bytes of one of several requests to a source.
+const LEAST_REQUEST_BYTES: usize = 1 << 20;
+
 /// The number of threads that read windows through FUSE. Each sends several requests. The kernel allows 12 by default, which
 /// five threads use up; filesystems of buckets allow more (64 in mountpoint-s3).
 pub(crate) const WINDOW_READERS: usize = 8;
@@ -67,7 +74,7 @@ impl ReadStrategy {
             ReadMethod::Mapping(_, None) | ReadMethod::Memory(_) => {
                 ReadStrategy::in_memory(Residency::Unknown, wanted)
             }
-            ReadMethod::External(_) => ReadStrategy::of_requests(wanted, threads),
+            ReadMethod::External(source) => ReadStrategy::of_requests(bytes, source.max_requests(), threads),
         })
     }
 
@@ -90,14 +97,17 @@ impl ReadStrategy {
         }
     }
 
-    /// Returns the strategy for a source that answers requests.
-    fn of_requests(wanted: usize, threads: ThreadLimit) -> ReadStrategy {
+    /// Returns the strategy for a source that answers requests, so many at once.
+    fn of_requests(bytes: usize, max_requests: usize, threads: ThreadLimit) -> ReadStrategy {
+        let threads = threads.cap(SOURCE_READERS).min(max_requests);
+        // Requests for few bytes are smaller, so that all threads have one.
+        let share = bytes.div_ceil(threads).next_multiple_of(LEAST_REQUEST_BYTES);
         ReadStrategy {
             residency: Residency::Unknown,
             scope: Scope::Remote,
-            threads: wanted.max(threads.cap(REMOTE_READERS)),
+            threads,
             request_bytes: Some(REQUEST_BYTES),
-            chunk_bytes: REQUEST_BYTES,
+            chunk_bytes: share.clamp(LEAST_REQUEST_BYTES, REQUEST_BYTES),
             direct: Direct::Never,
         }
     }

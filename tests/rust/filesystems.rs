@@ -11,13 +11,14 @@ use safetensors_torch::{
 
 /// The objects of a bucket.
 type Objects = Arc<Mutex<BTreeMap<String, Vec<u8>>>>;
+type BeforeOpen = Box<dyn Fn(&str, &Objects) + Sync>;
 
 /// A bucket. Its objects may be replaced while they are read.
 struct Bucket {
     objects: Objects,
     has_listing: bool,
     /// Called before each object is opened.
-    before_open: Box<dyn Fn(&str, &Objects) + Sync>,
+    before_open: BeforeOpen,
     opened: Mutex<Vec<String>>,
 }
 

@@ -23,6 +23,7 @@ struct Bucket {
     latency: Duration,
     is_short: AtomicBool,
     is_broken: AtomicBool,
+    max_requests: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -35,6 +36,10 @@ impl ByteSource for Object {
 
     fn identity(&self) -> Result<Option<String>> {
         Ok(Some(self.0.etag.load(Ordering::SeqCst).to_string()))
+    }
+
+    fn max_requests(&self) -> Option<usize> {
+        self.0.max_requests
     }
 
     fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<()> {
@@ -212,4 +217,27 @@ fn errors_name_the_source() {
     assert_eq!(error.kind(), ErrorKind::HeaderTooLarge, "{error}");
     bucket.object.lock().expect("not poisoned").clear();
     assert_eq!(open(&bucket).expect_err("empty").kind(), ErrorKind::FileTooSmall);
+}
+
+#[test]
+fn a_source_may_answer_one_request_at_a_time() {
+    let (bucket, _directory, file) = bucket(&[20_000_000, 30_000_001, 9_000_000], Duration::from_millis(5));
+    let bucket = Arc::new(Bucket { max_requests: Some(1), ..Arc::into_inner(bucket).expect("one owner") });
+    let source = open(&bucket).expect("opened");
+    bucket.requests();
+    assert_eq!(bytes_of(&source, &[0, 1, 2]).expect("read"), bytes_of(&file, &[0, 1, 2]).expect("read"));
+    assert_eq!(bucket.most_at_once.load(Ordering::SeqCst), 1);
+    assert!(bucket.requests().is_sorted(), "in the order of the file");
+    let shared = Arc::new(source);
+    let requests = (0..3).map(|index| {
+        let file = Arc::clone(&shared);
+        PrefetchRequest { file, index, slice: None, destination: None, extra_bytes: 0 }
+    });
+    bucket.requests();
+    // SAFETY: the requests have no destinations.
+    let loader =
+        unsafe { PrefetchLoader::new(requests.collect(), PrefetchOptions::default()) }.expect("begun");
+    while !matches!(loader.next(Duration::from_secs(60)).expect("read"), NextTensor::End) {}
+    assert_eq!(bucket.most_at_once.load(Ordering::SeqCst), 1);
+    assert!(bucket.requests().is_sorted(), "in the order of the file");
 }
