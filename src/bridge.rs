@@ -341,6 +341,12 @@ mod ffi {
         fn count(self: &ShardPlan) -> usize;
         /// Returns the file number of each tensor.
         fn shard_of(self: &ShardPlan) -> &[usize];
+        /// Returns the names of the files, the index last.
+        fn file_names(self: &ShardPlan) -> Vec<String>;
+        /// Returns the bytes of the index of tensors called `names`; none if it has no index.
+        fn index(self: &ShardPlan, names: &[Text]) -> Result<Vec<u8>>;
+        /// Returns whether a file belongs to another checkpoint of the same stem.
+        fn makes_stale(self: &ShardPlan, name: &[u8]) -> bool;
 
         /// Returns how many threads, including the calling one, may write `bytes` to `files`.
         fn thread_count(bytes: u64, files: usize) -> Result<usize>;

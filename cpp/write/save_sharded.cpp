@@ -1,7 +1,9 @@
 #include "cpp/write/save_sharded.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <iterator>
 #include <mutex>
 #include <optional>
 #include <system_error>
@@ -101,6 +103,24 @@ uint64_t PendingShardedSave::total() const {
         bytes += shard->total();
     }
     return bytes;
+}
+
+std::vector<std::string> PendingShardedSave::file_names() const {
+    const auto names = plan_->file_names();
+    return {names.begin(), names.end()};
+}
+
+std::string PendingShardedSave::index() const {
+    const auto pieces = as_texts(names_);
+    const auto text = plan_->index({pieces.data(), pieces.size()});
+    return {text.begin(), text.end()};
+}
+
+std::vector<std::string> PendingShardedSave::stale(const std::vector<std::string>& names) const {
+    std::vector<std::string> stale;
+    std::copy_if(names.begin(), names.end(), std::back_inserter(stale),
+                 [this](const std::string& name) { return plan_->makes_stale(as_bytes(name)); });
+    return stale;
 }
 
 bool PendingShardedSave::advance(Deadline until) {
@@ -335,6 +355,7 @@ void register_sharded_writer(torch::Library& library) {
 void register_sharded_saves(torch::Library& library) {
     register_sharded_writer(library);
     using Self = c10::intrusive_ptr<PendingShardedSave>;
+    using Strings = std::vector<std::string>;
     register_pending<PendingShardedSave>(library, "PendingShardedSave")
         .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> tensors,
                             const std::optional<Metadata>& metadata, const std::string& directory,
@@ -346,7 +367,11 @@ void register_sharded_saves(torch::Library& library) {
                                                                save_rules(force_contiguous, shared), durable);
             });
         }))
-        .def("result", [](const Self& self) { return guarded([&] { return self->result(); }); });
+        .def("result", [](const Self& self) { return guarded([&] { return self->result(); }); })
+        .def("shards", [](const Self& self) { return self->shards(); })
+        .def("file_names", [](const Self& self) { return self->file_names(); })
+        .def("index", [](const Self& self) { return guarded([&] { return self->index(); }); })
+        .def("stale", [](const Self& self, const Strings& names) { return self->stale(names); });
 }
 
 }  // namespace safetensors_torch::layer

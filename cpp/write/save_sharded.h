@@ -54,6 +54,15 @@ class PendingShardedSave : public torch::CustomClassHolder {
     // Returns the names of the files, the index last, once advance() has returned true.
     std::vector<std::string> result() const;
 
+    // For a save by other means than advance(): the save of each file, the names of the files, the index last, and its
+    // text, which is empty if there is no index.
+    const std::vector<c10::intrusive_ptr<PendingSave>>& shards() const { return shards_; }
+    std::vector<std::string> file_names() const;
+    std::string index() const;
+
+    // Returns those of the files of a directory that belong to another checkpoint of the same stem.
+    std::vector<std::string> stale(const std::vector<std::string>& names) const;
+
   private:
     bool is_complete(size_t shard) const { return shard < next_ || files_[shard].has_value(); }
     void start();

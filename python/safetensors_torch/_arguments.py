@@ -16,28 +16,21 @@ import torch
 from ._dtype_names import dtype_name
 from ._errors import near_names, short_repr, truncate
 from ._exceptions import os_error
+from ._locations import RemotePath
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Device = str | int | torch.device | None
 Dtype = torch.dtype | str | None
 Metadata = dict[str, str] | None
 
+Filesystem = Any
+
 _OTHER_FUNCTIONS = (
     'load() and safe_open() read data in memory and files opened with "rb"; save() returns bytes, to be written to one'
 )
 
 _SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]+):/+.")
-_HUB = 'huggingface_hub.hf_hub_download(repo_id="org/model", filename="model.safetensors")'
-_REMOTE = {
-    b"hf": f"download it first: {_HUB} returns its path",
-    b"https": f"download it first: from the Hugging Face Hub, {_HUB} returns its path",
-    b"file": "pass the path without the scheme",
-}
-_REMOTE[b"http"] = _REMOTE[b"https"]
-_OTHER_REMOTE = (
-    'only local paths work: load(file) reads within `with fsspec.open(url, "rb") as file`, and save(tensors) returns'
-    " the bytes to write"
-)
+_LOCAL_ONLY = "this function takes local paths; load_file, save_file and others take URLs, so load it, and save it anew"
 _REPOSITORY = re.compile(rb"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.safetensors)(?<!\.json)")
 
 
@@ -47,8 +40,10 @@ def encode_path(filename: Path) -> bytes:
     Raises:
         TypeError: ``filename`` is not a path.
         ValueError: it contains a null byte.
-        FileNotFoundError: it is a URL.
+        FileNotFoundError: it is a URL, or a path in a filesystem.
     """
+    if isinstance(filename, RemotePath):
+        raise _not_found(filename.title.encode(), _LOCAL_ONLY)
     if not isinstance(filename, (str, bytes, os.PathLike)):
         raise TypeError(
             f"a file name must be a str, bytes or os.PathLike, not {type(filename).__name__}: {_OTHER_FUNCTIONS}"
@@ -59,17 +54,16 @@ def encode_path(filename: Path) -> bytes:
     scheme = _SCHEME.match(path)
     # A URL is a path too: save_sharded would create a directory `s3:`.
     if scheme and not os.path.lexists(scheme[1] + b":"):
-        raise _not_found(path, _REMOTE.get(scheme[1].lower(), _OTHER_REMOTE))
+        raise _not_found(path, _remedy_for_url(filename, scheme[1].lower()))
     return path
 
 
-def is_url(filename: Any) -> bool:
-    """Returns whether this is a URL that the loading functions take, and not the name of a local file."""
-    if not isinstance(filename, str):
-        return False
-    scheme, found, rest = filename.partition("://")
-    is_name = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) is not None and scheme.lower() != "file"
-    return bool(found and rest) and is_name and not os.path.lexists(f"{scheme}:")
+def _remedy_for_url(filename: Path, scheme: bytes) -> str:
+    if scheme == b"file":
+        return "pass the path without the scheme"
+    if isinstance(filename, (bytes, os.PathLike)):
+        return "pass a URL as a str: a path loses one of its slashes"
+    return _LOCAL_ONLY
 
 
 def encode_input_path(filename: Path) -> bytes:
@@ -85,9 +79,9 @@ def encode_input_path(filename: Path) -> bytes:
     return path
 
 
-def title_of(filename: Path) -> str:
-    """Returns a path or a URL for an error text."""
-    return filename if is_url(filename) else path_text(encode_path(filename))
+def title_of(filename: Any) -> str:
+    """Returns a path, local or not, for an error text."""
+    return filename.title if isinstance(filename, RemotePath) else path_text(encode_path(filename))
 
 
 def path_text(path: bytes) -> str:

@@ -15,36 +15,12 @@ from typing import Any
 
 import torch
 
+from ._memory import address_of
 
-class _PyBuffer(ctypes.Structure):
-    """CPython's Py_buffer, whose layout is part of the stable ABI."""
-
-    _fields_ = [
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
-        ("strides", ctypes.POINTER(ctypes.c_ssize_t)),
-        ("suboffsets", ctypes.POINTER(ctypes.c_ssize_t)),
-        ("internal", ctypes.c_void_p),
-    ]
-
-
-_PYBUF_SIMPLE = 0
 _PYBUF_WRITE = 0x200
 
 # Not ctypes.pythonapi: every module of the process shares its prototypes.
 _python = ctypes.PyDLL(None)
-_get_buffer = _python.PyObject_GetBuffer
-_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int]
-_get_buffer.restype = ctypes.c_int
-_release_buffer = _python.PyBuffer_Release
-_release_buffer.argtypes = [ctypes.POINTER(_PyBuffer)]
-_release_buffer.restype = None
 _view_of_memory = _python.PyMemoryView_FromMemory
 _view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _view_of_memory.restype = ctypes.py_object
@@ -130,10 +106,7 @@ def exported(data: Any) -> tuple[torch.Tensor, memoryview]:
     view = _memoryview(data)
     if not view.c_contiguous:
         view = memoryview(view.tobytes())
-    buffer = _PyBuffer()
-    _get_buffer(view, ctypes.byref(buffer), _PYBUF_SIMPLE)
-    _release_buffer(ctypes.byref(buffer))  # the view exports the memory too
-    return _tensor_over(buffer.buf, buffer.len), view
+    return _tensor_over(address_of(view), view.nbytes), view
 
 
 @contextmanager

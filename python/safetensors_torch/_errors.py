@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._exceptions import SafetensorError, os_error
+from ._exceptions import SafetensorError, os_error, raise_interrupt
 from ._tracing import dynamo_disable
 
 _BUILTIN = {kind.__name__: kind for kind in (ValueError, TypeError, IndexError, MemoryError)}
@@ -111,7 +111,12 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:
+        raise_interrupt()
         translated = translate(error)
         if translated is error:
             raise
-        raise translated from None
+        try:
+            raise translated from None
+        finally:
+            # The traceback of `error` has this frame: a cycle that would keep files open until it is collected.
+            del translated

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 
 class _Base(Exception):
     """Lets patch_safetensors change the bases of SafetensorError: Python refuses that if Exception is the only base."""
@@ -23,3 +25,19 @@ def os_error(number: int, message: str) -> OSError:
     # Pickle keeps an OSError's arguments and this dict; the number is not among the arguments.
     vars(error)["errno"] = number
     return error
+
+
+_interrupts = threading.local()
+
+
+def defer_interrupt(interrupt: BaseException) -> None:
+    """Keeps an exception such as KeyboardInterrupt, which cannot pass through the native library, for its caller."""
+    _interrupts.last = interrupt
+
+
+def raise_interrupt() -> None:
+    """Raises the exception that a call of the native library on this thread has deferred, if there is one."""
+    interrupt = getattr(_interrupts, "last", None)
+    if interrupt is not None:
+        _interrupts.last = None
+        raise interrupt

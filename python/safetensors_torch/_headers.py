@@ -14,7 +14,8 @@ from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._exceptions import SafetensorError, os_error
+from ._exceptions import SafetensorError, os_error, raise_interrupt
+from ._locations import RemotePath
 
 LIBRARY = Path(__file__).resolve().parent / "native" / "lib" / "libsafetensors_torch_c.so"
 _IO = 2
@@ -117,6 +118,7 @@ class _EditOptions(ctypes.Structure):
 
 _SIGNATURES = {
     "checkpoint_open": [c_char_p, c_void_p, POINTER(c_void_p)],
+    "checkpoint_open_in": [c_void_p, c_char_p, c_void_p, POINTER(c_void_p)],
     "checkpoint_get_shard_count": [c_void_p, POINTER(c_size_t)],
     "checkpoint_get_shard": [c_void_p, c_size_t, POINTER(_Str), POINTER(c_void_p)],
     "file_get_tensor_count": [c_void_p, POINTER(c_size_t)],
@@ -161,6 +163,7 @@ def _check(status: int, function: Any, arguments: Any) -> int:
     """Raises the error that a function of the library reports."""
     if status == 0:
         return status
+    raise_interrupt()
     message = _library().sft_last_error_get_message().decode(errors="replace")
     if status == _IO:
         raise os_error(_library().sft_last_error_get_os_error(), message)
@@ -169,7 +172,7 @@ def _check(status: int, function: Any, arguments: Any) -> int:
     raise error
 
 
-def read_headers(path: str | bytes) -> Headers:
+def read_headers(path: str | bytes | RemotePath) -> Headers:
     """Reads the headers of the checkpoint at ``path``: a file, an index, or a directory with either.
 
     Raises:
@@ -280,10 +283,13 @@ def _str(text: bytes | None) -> _Str:
 
 
 @contextlib.contextmanager
-def _shards(library: Any, path: str | bytes) -> Iterator[list[tuple[str, c_void_p]]]:
+def _shards(library: Any, path: str | bytes | RemotePath) -> Iterator[list[tuple[str, c_void_p]]]:
     """Opens the checkpoint at ``path``. Yields the name and the handle of each file."""
     checkpoint, shards = c_void_p(), []
-    library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
+    if isinstance(path, RemotePath):
+        _open_remote(library, path, checkpoint)
+    else:
+        library.sft_checkpoint_open(os.fsencode(path), None, byref(checkpoint))
     try:
         for shard in range(_count(library.sft_checkpoint_get_shard_count, checkpoint)):
             name, file = _Str(), c_void_p()
@@ -292,6 +298,26 @@ def _shards(library: Any, path: str | bytes) -> Iterator[list[tuple[str, c_void_
         yield shards
     finally:
         library.sft_checkpoint_free(checkpoint)
+
+
+def _open_remote(library: Any, path: RemotePath, checkpoint: c_void_p) -> None:
+    from . import _remote
+
+    filesystem = _remote_calls().filesystem(path.store())
+    try:
+        library.sft_checkpoint_open_in(byref(filesystem), path.title.encode(), None, byref(checkpoint))
+    finally:
+        _remote.forget(filesystem)
+
+
+@functools.cache
+def _remote_calls() -> Any:
+    """Returns the functions that the C library calls."""
+    from ._remote import Calls
+
+    set_error = ctypes.cast(_library().sft_source_error_set, c_void_p).value
+    assert set_error is not None
+    return Calls(set_error)
 
 
 def _count(function: Any, handle: c_void_p) -> int:

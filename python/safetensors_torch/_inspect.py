@@ -5,11 +5,12 @@ Owns the result; _headers reads through the C library.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._arguments import Path, encode_input_path
 from ._headers import TensorInfo, read_headers
 from ._keywords import explains_keywords
+from ._locations import RemotePath, located
 
 
 class CheckpointInfo(NamedTuple):
@@ -24,14 +25,15 @@ class CheckpointInfo(NamedTuple):
 
 
 @explains_keywords
-def inspect(path: Path) -> CheckpointInfo:
+def inspect(path: Path, *, filesystem: Any = None) -> CheckpointInfo:
     """Returns the names, dtypes and shapes of the tensors of a checkpoint, and its metadata. Reads only the headers.
 
     Dtypes are the codes of the format, such as "F32". Neither torch nor the operators are used, so
     ``python -m safetensors_torch ls --json``, which shows the same, does not even import them.
 
     Args:
-        path: a file, an index or a directory, as for load_sharded; str, bytes or os.PathLike.
+        path: a file, an index or a directory, as for load_sharded; str, bytes or os.PathLike, or a URL.
+        filesystem: what ``path`` is in, as for load_file.
 
     Raises:
         SafetensorError: a file is not valid safetensors, or does not fit the index.
@@ -44,5 +46,6 @@ def inspect(path: Path) -> CheckpointInfo:
         >>> info.metadata, info.tensors["weight"].dtype, info.tensors["weight"].shape
         ({'format': 'pt'}, 'F32', [2, 3])
     """
-    headers = read_headers(encode_input_path(path))
+    path = located(path, filesystem)
+    headers = read_headers(path if isinstance(path, RemotePath) else encode_input_path(path))
     return CheckpointInfo(headers.files, headers.metadata, {tensor.name: tensor for tensor in headers.tensors})

@@ -12,6 +12,7 @@ from ._arguments import Device, Dtype, Path, check_dtype, title_of, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr
 from ._keywords import explains_keywords
 from ._load import Names, select
+from ._locations import located
 from ._prefetch_loader import landed, start
 from ._progress import Progress, ProgressBar, check_progress
 from ._safe_open import open_path
@@ -33,6 +34,7 @@ def iterate(
     names: Names = None,
     buffer_bytes: int | str | None = "256MiB",
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of one file or several, while threads read the next ones.
 
@@ -42,7 +44,7 @@ def iterate(
     slow filesystem, let each begin with another one: ``files[rank:] + files[:rank]``.
 
     Args:
-        files: a path, or several of them. Each is a file, an index or a directory, as for safe_open.
+        files: a path or a URL, or several of them. Each is a file, an index or a directory, as for safe_open.
         device: the device of the tensors, as for load_file. CPU tensors have memory of their own, with either backend.
         backend: "mmap" or "pread": how files are opened, as for load_file. With "pread", all of them stay open.
         dtype: the dtype to convert floating-point tensors to, as for load_file.
@@ -51,6 +53,7 @@ def iterate(
             tensor that was yielded last. If none waits to be yielded, the next one is read even if it does not fit.
             None reads everything ahead.
         progress: a bar or a function, as for load_file: it is called with the bytes that were yielded.
+        filesystem: what ``files`` are in, as for load_file.
 
     Raises:
         SafetensorError, OSError, MemoryError, torch.OutOfMemoryError, ValueError, TypeError, RuntimeError, ImportError:
@@ -66,7 +69,8 @@ def iterate(
     """
     target, to_dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
     most_bytes = None if buffer_bytes is None else parse_size(buffer_bytes)
-    paths = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
+    given = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
+    paths = [located(path, filesystem) for path in given]
     opened = [open_path(path, backend) for path in paths]
     title = ", ".join(title_of(path) for path in paths[:3])
     chosen = select_of_files(opened, names, title)

@@ -26,13 +26,13 @@ from ._arguments import (
     check_dtype,
     check_text,
     encode_input_path,
-    is_url,
     path_text,
     to_device,
     to_keyword,
 )
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, with_remedy
 from ._keywords import explains_keywords
+from ._locations import RemotePath, located
 from ._progress import Progress, check_progress, run
 from ._tracing import dynamo_disable, is_traced
 
@@ -86,12 +86,12 @@ def _resume_gc() -> None:
 os.register_at_fork(after_in_child=_resume_gc)
 
 
-def open_file(filename: Path, backend: str) -> Any:
-    """Opens the native File for ``filename``, a path or a URL."""
-    if is_url(filename):
-        from ._remote import open_url
+def open_file(filename: Path | RemotePath, backend: str) -> Any:
+    """Opens the native File of one file."""
+    if isinstance(filename, RemotePath):
+        from . import _remote
 
-        return open_url(filename)
+        return _remote.open_file(filename)
     return call(_File, encode_input_path(filename), to_keyword(backend))
 
 
@@ -185,11 +185,13 @@ def load_file(
     dtype: Dtype = None,
     names: Names = None,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> dict[str, torch.Tensor]:
     """Loads the tensors of a safetensors file.
 
     Args:
-        filename: the file; str, bytes or os.PathLike.
+        filename: the file; str, bytes or os.PathLike. Or a URL, as a str: ``s3://``, ``gs://``, ``az://``,
+            ``https://``, ``hf://``, or what fsspec knows. Only what is needed is read, by several requests at once.
         device: the device of the tensors: a name, a torch.device, the index of an accelerator, or None for the CPU.
             Work that is queued later on the device's current stream sees the loaded data.
         backend: "mmap" maps the file: pages of CPU tensors are read on first access, and writing to a tensor changes
@@ -206,6 +208,8 @@ def load_file(
         progress: True shows a bar of tqdm. A function is called with the bytes done and the total, about ten times a
             second and at the end; an exception from it ends the load. A load that maps the file reads nothing: there is
             no bar, and the function is called once, with 0 and 0. It is not called under torch's dispatch modes.
+        filesystem: a store of obstore or a filesystem of fsspec; ``filename`` is then a path in it. By default the
+            client for the URL, with the credentials that this client finds.
 
     Returns:
         The tensors by name, in the order of their data in the file, each with the shape in the header.
@@ -218,7 +222,7 @@ def load_file(
         ValueError: a negative device, a dtype that is unknown or not floating-point, or a null byte in the file name.
         TypeError: an argument of another type.
         RuntimeError: a device that torch does not know or cannot use.
-        ImportError: progress=True without tqdm.
+        ImportError: progress=True without tqdm; a URL without its client.
 
     Example:
         >>> save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, path)
@@ -231,8 +235,10 @@ def load_file(
         check_bool(prefault, "prefault")
     target, backend = to_device(device), to_keyword(backend)
     to_dtype, progress = check_dtype(dtype), check_progress(progress)
-    if is_url(filename):
-        return load_in_steps(open_file(filename, backend), target, to_dtype, names, progress)
+    filename = located(filename, filesystem)
+    if isinstance(filename, RemotePath):
+        with NamedFile(filename.title):
+            return load_in_steps(open_file(filename, backend), target, to_dtype, names, progress)
     path = encode_input_path(filename)
     is_plain = to_dtype is None and names is None and not progress
     mapped = target.type == "cpu" and backend == "mmap"

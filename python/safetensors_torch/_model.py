@@ -19,6 +19,7 @@ from ._assign import warn_of_meta
 from ._errors import call, truncate
 from ._keywords import explains_keywords
 from ._load_state_dict import StateDictLoad
+from ._locations import RemotePath, located
 from ._module_state import allows_direct_load, has_post_hooks, optional_names, own_state
 from ._name_mapping import NameMapping, Rename
 from ._progress import Progress, check_progress, run
@@ -44,6 +45,7 @@ def load_model(
     variant: str | None = None,
     extra: str = "error",
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> tuple[set[str], list[str]]:
     """Loads a safetensors file, or a checkpoint of several files, into a module, in place.
 
@@ -54,7 +56,7 @@ def load_model(
 
     Args:
         model: the module. Its tensors may be on the meta device only with assign.
-        filename: the file, or a directory or an index as for load_sharded; str, bytes or os.PathLike.
+        filename: the file, or a directory or an index as for load_sharded; str, bytes or os.PathLike, or a URL.
         strict: whether a missing or unexpected name is an error.
         device: the device to load the tensors of the file to, for a load_state_dict or assign. A direct load leaves
             the module's tensors on their devices.
@@ -72,6 +74,7 @@ def load_model(
         variant: the variant to load from a directory, as for load_sharded.
         extra: the treatment of tensors that an index does not list, as for load_sharded.
         progress: a bar or a function, as for load_file.
+        filesystem: what ``filename`` is in, as for load_file.
 
     Returns:
         The names of the module that the file lacks, and the names of the file that the module lacks, both as in the
@@ -105,6 +108,7 @@ def load_model(
     state = own_state(model) if assign or is_direct else model.state_dict()
     if not assign:
         _refuse_meta(model, state)
+    filename = located(filename, filesystem)
     file = open_checkpoint(filename, backend, variant, extra)
     if assign or not is_direct or has_post_hooks(model):
         load = StateDictLoad(model, state, names, strict)
@@ -138,13 +142,14 @@ def save_model(
     rename: Rename = None,
     durable: bool = False,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> None:
     """Saves the state of a module into a safetensors file or a directory. Writes one of several tied names.
 
     Args:
         model: the module.
-        filename: the file, or the directory for save_sharded; str, bytes or os.PathLike. It is a directory if one
-            exists there, or if max_shard_size is given.
+        filename: the file, or the directory for save_sharded; str, bytes or os.PathLike, or a URL. It is a directory
+            if max_shard_size is given, if one exists there, or if a URL ends with a slash.
         metadata: text to store in the header. The file's metadata also maps each name that was dropped to the name that
             was kept, unless the caller's metadata has that key. The caller's dict does not change.
         force_contiguous: whether to copy tensors that are not contiguous; False refuses them.
@@ -153,6 +158,7 @@ def save_model(
         rename: a function from the module's names to those in the file, as for load_model.
         durable: whether to return only after the file is on disk, as for save_file.
         progress: a bar or a function, as for save_file.
+        filesystem: what ``filename`` is in, as for load_file.
 
     Raises:
         RuntimeError: shared memory that none of its names covers.
@@ -169,7 +175,11 @@ def save_model(
     """
     _check_model(model, filename, "save_model")
     names = NameMapping(type(model).__name__, prefix, rename)
-    state, path = names.state_in_file(model.state_dict()), encode_path(filename)
+    state, target = names.state_in_file(model.state_dict()), located(filename, filesystem)
+    if isinstance(target, RemotePath):
+        is_directory = target.path.endswith("/")
+    else:
+        is_directory = os.path.isdir(encode_path(target))
     options: dict[str, Any] = {
         "force_contiguous": force_contiguous,
         "shared": "keep_one",
@@ -177,11 +187,11 @@ def save_model(
         "progress": progress,
     }
     try:
-        if max_shard_size is None and not os.path.isdir(path):
-            save_file(state, path, metadata, **options)
+        if max_shard_size is None and not is_directory:
+            save_file(state, target, metadata, **options)
         else:
             size = "5GB" if max_shard_size is None else max_shard_size
-            save_sharded(state, path, metadata, max_shard_size=size, **options)
+            save_sharded(state, target, metadata, max_shard_size=size, **options)
     except ValueError as error:
         if not str(error).startswith("You are trying to save a non contiguous tensor"):
             raise

@@ -1,6 +1,6 @@
-"""URLs: files in buckets and on servers, read through clients that the user has installed.
+"""Files that Python clients read, for the native library: the functions of its sources and filesystems.
 
-Owns the choice of the client for a URL, and the translation of its errors. The native library chooses the ranges.
+Owns the translation between the C structs and stores. The native library chooses the ranges, and _stores the client.
 """
 
 from __future__ import annotations
@@ -8,187 +8,25 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import functools
 import itertools
-import re
 import threading
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
-
-from . import _buffer
-from ._errors import call
-
-_ops = torch.ops.safetensors_torch
-
-# What obstore reads; fsspec reads the others.
-_OBSTORE = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+from ._exceptions import defer_interrupt, os_error
+from ._locations import RemotePath
+from ._memory import address_of
+from ._stores import Changed, Reader, Store, errno_of, text_of
 
 _IO, _FILE_CHANGED = 2, 21  # in the C header
-
-# A read is tried again after errors that may pass, after 0.1, 0.2, 0.4 and 0.8 seconds. obstore repeats requests too.
-_ATTEMPTS = 5
-_FIRST_DELAY = 0.1
-
-# How long what fsspec says about a file counts.
-_IDENTITY_SECONDS = 1.0
-
-
-class Changed(Exception):
-    """The object has other bytes than when it was opened."""
-
-
-class _Client(Protocol):
-    """What a client does for one file. Several threads call read."""
-
-    def length(self) -> int: ...
-
-    def identity(self) -> str | None:
-        """Returns what changes with the bytes; None if read makes sure of it."""
-
-    def read(self, offset: int, nbytes: int) -> Any:
-        """Returns a buffer with these bytes."""
-
-    def may_pass(self, error: Exception) -> bool:
-        """Returns whether an error of read may pass."""
-
-
-class _Obstore:
-    """An object of a store of obstore: S3, Google Cloud, Azure, or HTTP."""
-
-    def __init__(self, store: Any, path: str) -> None:
-        import obstore
-
-        self._obstore, self._store, self._path = obstore, store, path
-        self._condition: dict[str, Any] = {}
-
-    @classmethod
-    def of_url(cls, url: str) -> _Obstore:
-        try:
-            from obstore.store import from_url
-        except ImportError as error:
-            raise _missing(url, "obstore", "safetensors-torch[remote]") from error
-        match = re.fullmatch(r"(\w+://[^/]+)/(.+)", url)
-        if match is None:
-            raise ValueError(f"{public_url(url)} has no path; name a file in the bucket")
-        options = {"client_options": {"allow_http": True}} if match[1].startswith("http:") else {}
-        return cls(from_url(match[1], **options), match[2])
-
-    def length(self) -> int:
-        meta = self._obstore.head(self._store, self._path)
-        if meta.get("e_tag"):
-            self._condition = {"if_match": meta["e_tag"]}
-        return meta["size"]
-
-    def identity(self) -> str | None:
-        return None  # reads have If-Match
-
-    def read(self, offset: int, nbytes: int) -> Any:
-        options = {"range": (offset, offset + nbytes), **self._condition}
-        try:
-            return self._obstore.get(self._store, self._path, options=options).bytes()
-        except self._obstore.exceptions.PreconditionError as error:
-            raise Changed from error
-
-    def may_pass(self, error: Exception) -> bool:
-        # Whatever has no class of its own: connections that break while the bytes arrive.
-        return type(error) is self._obstore.exceptions.GenericError
-
-
-class _Fsspec:
-    """A file of a filesystem of fsspec."""
-
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self._filesystem, self._path = filesystem, path
-        self._lock = threading.Lock()
-        self._identity: tuple[float, str | None] = 0.0, None
-
-    @classmethod
-    def of_url(cls, url: str) -> _Fsspec:
-        try:
-            from fsspec.core import url_to_fs
-
-            filesystem, path = url_to_fs(url)
-        except ImportError as error:
-            if url.lower().startswith("hf:"):
-                raise _missing(url, "huggingface_hub", "safetensors-torch[hf]") from error
-            raise ImportError(f"{public_url(url)}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{public_url(url)}: no client reads such URLs: {error}") from None
-        return cls(filesystem, path)
-
-    def _info(self) -> dict[str, Any]:
-        self._filesystem.invalidate_cache(self._path)
-        return self._filesystem.info(self._path)
-
-    def length(self) -> int:
-        info = self._info()
-        if info.get("type") == "directory":
-            raise IsADirectoryError(errno.EISDIR, "is a directory")
-        return info["size"]
-
-    def identity(self) -> str | None:
-        with self._lock:
-            since, identity = self._identity
-            if identity is None or time.monotonic() - since > _IDENTITY_SECONDS:
-                info = self._info()
-                keys = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "md5Hash")
-                identity = " ".join(f"{key}={info[key]}" for key in keys if key in info)
-                self._identity = time.monotonic(), identity
-            return identity
-
-    def read(self, offset: int, nbytes: int) -> Any:
-        return self._filesystem.cat_file(self._path, start=offset, end=offset + nbytes)
-
-    def may_pass(self, error: Exception) -> bool:
-        passing = (ConnectionError, TimeoutError)
-        return isinstance(error, passing) or type(error).__name__ in ("ClientError", "ServerDisconnectedError")
-
-
-def _missing(url: str, package: str, extra: str) -> ImportError:
-    return ImportError(f"{public_url(url)}: such URLs need {package}; install it (pip install {extra})")
-
-
-def public_url(url: str) -> str:
-    """Returns a URL without what may be a secret: the user, and the query."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
-
-
-def open_url(url: str) -> Any:
-    """Opens the native File of a URL.
-
-    Raises:
-        ImportError: the client for it is not installed.
-        OSError: there is no such file, or it cannot be read.
-        SafetensorError: the file is not valid safetensors.
-    """
-    scheme = url.partition("://")[0].lower()
-    return open_client(_Obstore.of_url(url) if scheme in _OBSTORE else _Fsspec.of_url(url), public_url(url))
-
-
-def open_client(client: _Client, name: str) -> Any:
-    """Opens the native File that a client reads."""
-    number = next(_numbers)
-    _open[number] = client
-    source = _Source(ctypes.sizeof(_Source), number, _GET_LENGTH, _GET_IDENTITY, _READ, _FREE)
-    # The library copies the functions, which live as long as this module.
-    return call(_ops._open_source, ctypes.addressof(source), name, is_interpreted=True)
-
-
-# Threads that read ahead may run when the interpreter ends, which they would not survive in it.
-atexit.register(_ops._end_interpreter)
-
-
-# The clients of the open files, by the number that is their context.
-_open: dict[int, _Client] = {}
-_numbers = itertools.count(1)
-_identities = threading.local()
 
 
 class _Buffer(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
 
+
+_Strings = ctypes.POINTER(ctypes.c_char_p)
 
 _GetLength = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p)
 _GetIdentity = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_void_p)
@@ -196,6 +34,7 @@ _Read = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint64, ctypes.POINTER(_Buffer), ctypes.c_size_t, ctypes.c_void_p
 )
 _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_GetMaxRequests = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p)
 
 
 class _Source(ctypes.Structure):
@@ -208,111 +47,213 @@ class _Source(ctypes.Structure):
         ("get_identity", _GetIdentity),
         ("read", _Read),
         ("free", _Free),
+        ("get_max_requests", _GetMaxRequests),
     ]
 
 
-def _guarded(error: Any, function: Callable[[], None]) -> int:
-    """Calls a function for the library, and passes its exception on."""
-    try:
-        function()
-    except Changed:
-        return _fail(error, _FILE_CHANGED, 0, "the object was replaced while it was read; open it again")
-    except BaseException as failure:
-        return _fail(error, _IO, _errno_of(failure), _text_of(failure))
-    return 0
+_Open = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_Source), ctypes.c_void_p)
+_List = ctypes.CFUNCTYPE(
+    ctypes.c_int32,
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(_Strings),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_void_p,
+)
 
 
-def _fail(error: Any, status: int, number: int, text: str) -> int:
-    _set_error()(error, number, text.replace("\0", "\\0").encode("utf-8", "backslashreplace"))
-    return status
+class Filesystem(ctypes.Structure):
+    """sft_filesystem of the C header."""
+
+    _fields_ = [("struct_size", ctypes.c_size_t), ("context", ctypes.c_void_p), ("open", _Open), ("list", _List)]
 
 
-def _errno_of(failure: BaseException) -> int:
-    if isinstance(failure, OSError) and failure.errno is not None:
-        return failure.errno
-    if isinstance(failure, FileNotFoundError):
-        return errno.ENOENT
-    # obstore's, which are not an OSError.
-    is_denied = type(failure).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
-    return errno.EACCES if is_denied or isinstance(failure, PermissionError) else errno.EIO
+# The readers of the open files, and the stores in use, by the number that is their context.
+_open: dict[int, Any] = {}
+_numbers = itertools.count(1)
+# What the last call on a thread returned, which must stay until the next.
+_last = threading.local()
+
+# The functions live as long as the process: the native library has their addresses.
+_functions: list[Any] = []
 
 
-def _text_of(failure: BaseException) -> str:
-    # obstore adds the structure of its errors.
-    text = " ".join(str(failure).split()).partition(" Debug source:")[0].removesuffix(":")[:500]
-    # Some messages have a URL with its signature.
-    text = re.sub(r"(\w+://)[^\s/@]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?]*)\?\S+", r"\1", text)
-    return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
+class Calls:
+    """The functions that one copy of the native library calls.
+
+    Args:
+        set_error: the address of its function as sft_source_error_set.
+    """
+
+    def __init__(self, set_error: int) -> None:
+        self._set_error = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)(set_error)
+        self._source = (
+            _GetLength(self._get_length),
+            _GetIdentity(self._get_identity),
+            _Read(self._read),
+            _Free(_forget),
+            _GetMaxRequests(lambda context: _open[context].max_requests),
+        )
+        self._filesystem = _Open(self._open_source), _List(self._list)
+        _functions.append(self)
+
+    def source(self, reader: Reader) -> _Source:
+        """Returns the source that ``reader`` reads."""
+        number = next(_numbers)
+        _open[number] = reader
+        return _Source(ctypes.sizeof(_Source), number, *self._source)
+
+    def filesystem(self, store: Store) -> Filesystem:
+        """Returns the filesystem of ``store``; the caller calls forget() once it is not used any more."""
+        number = next(_numbers)
+        _open[number] = store
+        return Filesystem(ctypes.sizeof(Filesystem), number, *self._filesystem)
+
+    def _guarded(self, error: Any, function: Callable[[], None]) -> int:
+        """Calls a function for the library, and passes its exception on."""
+        try:
+            function()
+        except Changed:
+            self._fail(error, 0, "the object was replaced while it was read; open it again")
+            return _FILE_CHANGED
+        except Exception as failure:
+            self._fail(error, errno_of(failure), text_of(failure))
+            return _IO
+        except BaseException as failure:
+            # Ctrl-C, in the thread that has called the library.
+            defer_interrupt(failure)
+            self._fail(error, errno.EINTR, "interrupted")
+            return _IO
+        return 0
+
+    def _fail(self, error: Any, number: int, text: str) -> None:
+        self._set_error(error, number, text.replace("\0", "\\0").encode("utf-8", "backslashreplace"))
+
+    def _get_length(self, context: int, length: Any, error: int) -> int:
+        def work() -> None:
+            length[0] = _open[context].length()
+
+        return self._guarded(error, work)
+
+    def _get_identity(self, context: int, identity: Any, error: int) -> int:
+        def work() -> None:
+            found = _open[context].identity()
+            _last.identity = None if found is None else found.encode()
+            identity[0] = _last.identity
+
+        return self._guarded(error, work)
+
+    def _read(self, context: int, offset: int, buffers: Any, count: int, error: int) -> int:
+        def work() -> None:
+            targets = [(buffers[number].data, buffers[number].nbytes) for number in range(count)]
+            nbytes = sum(size for _, size in targets)
+            _fill(targets, _open[context].read(offset, nbytes))
+
+        return self._guarded(error, work)
+
+    def _open_source(self, context: int, path: bytes, source: Any, error: int) -> int:
+        def work() -> None:
+            source[0] = self.source(_open[context].open(path.decode()))
+
+        return self._guarded(error, work)
+
+    def _list(self, context: int, directory: bytes, names: Any, count: Any, error: int) -> int:
+        def work() -> None:
+            found = _open[context].list(directory.decode())
+            if found is None:
+                raise PermissionError("directories cannot be listed")
+            _last.names = (ctypes.c_char_p * len(found))(*[name.encode() for name in found if "\0" not in name])
+            names[0] = ctypes.cast(_last.names, _Strings)
+            count[0] = len(found)
+
+        return self._guarded(error, work)
 
 
-_setter: list[Any] = []
-
-
-def _set_error() -> Any:
-    """Returns a function as sft_source_error_set, of the loaded library."""
-    if not _setter:
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)
-        _setter.append(kind(_ops._source_error_setter()))
-    return _setter[0]
-
-
-@_GetLength
-def _GET_LENGTH(context: int, length: Any, error: int) -> int:  # noqa: N802 - constants
-    def work() -> None:
-        client = _open[context]
-        length[0] = _retried(client, client.length)
-
-    return _guarded(error, work)
-
-
-@_GetIdentity
-def _GET_IDENTITY(context: int, identity: Any, error: int) -> int:  # noqa: N802
-    def work() -> None:
-        client = _open[context]
-        found = _retried(client, client.identity)
-        # Until the next call on this thread.
-        _identities.last = None if found is None else found.encode()
-        identity[0] = _identities.last
-
-    return _guarded(error, work)
-
-
-@_Read
-def _READ(context: int, offset: int, buffers: Any, count: int, error: int) -> int:  # noqa: N802
-    def work() -> None:
-        client = _open[context]
-        nbytes = sum(buffers[number].nbytes for number in range(count))
-
-        def read() -> Any:
-            data = client.read(offset, nbytes)
-            if memoryview(data).nbytes != nbytes:
-                raise ConnectionError(f"{memoryview(data).nbytes} of {nbytes} bytes arrived")
-            return data
-
-        with _buffer.borrowed(_retried(client, read)) as data:
-            start = data.data_ptr()
-            for number in range(count):
+def _fill(targets: list[tuple[int, int]], pieces: Iterator[Any]) -> None:
+    """Copies pieces, one after the other, to addresses with sizes."""
+    number, written = 0, 0
+    for piece in pieces:
+        with memoryview(piece) as view:
+            start, left = address_of(view), view.nbytes
+            while left > 0:
+                target, size = targets[number]
+                count = min(left, size - written)
                 # Without the lock of the interpreter.
-                ctypes.memmove(buffers[number].data, start, buffers[number].nbytes)
-                start += buffers[number].nbytes
+                ctypes.memmove(target + written, start, count)
+                start, left, written = start + count, left - count, written + count
+                if written == size:
+                    number, written = number + 1, 0
 
-    return _guarded(error, work)
 
-
-@_Free
-def _FREE(context: int) -> None:  # noqa: N802
+def _forget(context: int) -> None:
     _open.pop(context, None)
 
 
-def _retried(client: _Client, function: Callable[[], Any]) -> Any:
-    """Calls a function, again after errors that may pass."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return function()
-        except Exception as failure:
-            is_short = type(failure) is ConnectionError
-            if attempt + 1 == _ATTEMPTS or not (is_short or client.may_pass(failure)):
-                raise
-            time.sleep(_FIRST_DELAY * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+def forget(filesystem: Filesystem) -> None:
+    """Ends the use of a filesystem."""
+    _forget(filesystem.context)
+
+
+@functools.cache
+def _layer() -> tuple[Any, Calls]:
+    """Returns the operators of the native layer, and the functions that it calls."""
+    import torch
+
+    operators = torch.ops.safetensors_torch
+    # Threads that read ahead may run when the interpreter ends, which they would not survive in it.
+    atexit.register(operators._end_interpreter)
+    return operators, Calls(operators._source_error_setter())
+
+
+def open_file(path: RemotePath) -> Any:
+    """Opens the native File of one file.
+
+    Raises:
+        ImportError: the client for it is not installed.
+        OSError: there is no such file, or it cannot be read.
+        SafetensorError: the file is not valid safetensors.
+    """
+    from ._errors import call
+
+    title, store = path.title, path.store()
+    local = named(title, lambda: store.cached(title))
+    if local is not None:
+        import torch
+
+        return call(torch.classes.safetensors_torch.File, local.encode(), "mmap")
+    operators, calls = _layer()
+    source = calls.source(named(title, lambda: store.open(title)))
+    # The library copies the functions, and frees the reader, also if this fails.
+    return call(operators._open_source, ctypes.addressof(source), title, is_interpreted=True)
+
+
+def open_checkpoint(path: RemotePath, variant: str | None, extra: str) -> Any:
+    """Opens the native File of a file, of an index, or of a directory.
+
+    Raises:
+        As open_file; SafetensorError for what load_sharded raises.
+    """
+    from ._errors import call
+
+    store = path.store()
+    operators, calls = _layer()
+    filesystem = calls.filesystem(store)
+    try:
+        where = ctypes.addressof(filesystem)
+        return call(operators._open_filesystem, where, path.title, variant, extra, is_interpreted=True)
+    finally:
+        forget(filesystem)
+
+
+def named(title: str, function: Callable[[], Any]) -> Any:
+    """Calls a function of a store, and puts the title before the text of its error.
+
+    Raises:
+        OSError: what the client has raised, except for an ImportError.
+    """
+    try:
+        return function()
+    except ImportError:
+        raise
+    except Exception as failure:
+        raise os_error(errno_of(failure), f"{title}: {text_of(failure)}") from None

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from . import _buffer
-from ._arguments import Device, check_int, has_utf8, is_url, to_device
+from ._arguments import Device, check_int, has_utf8, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr, truncate
 from ._keywords import explains_keywords
 from ._load import open_bytes, open_file
+from ._locations import RemotePath, located
 from ._prefetch_loader import Plan, PrefetchLoader, TensorMeta, parse_plan, start
 from ._progress import run
 from ._safe_slice import PySafeSlice, get_tensor
@@ -27,7 +28,7 @@ def _is_contents(filename: Any) -> bool:
     if isinstance(filename, bytes):
         # Both may be bytes: every file has a null byte among its first eight, and no file name has one.
         return b"\0" in filename[:8]
-    if isinstance(filename, (str, os.PathLike)):
+    if isinstance(filename, (str, os.PathLike, RemotePath)):
         return False
     try:
         memoryview(filename).release()
@@ -38,6 +39,8 @@ def _is_contents(filename: Any) -> bool:
 
 def open_path(filename: Any, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """Opens the native File: of a file whatever its name, else of an index or a directory."""
+    if isinstance(filename, RemotePath):
+        return open_checkpoint(filename, backend, variant, extra)
     if variant is None and extra == "error":
         try:
             return open_file(filename, backend)
@@ -51,13 +54,17 @@ def open_path(filename: Any, backend: str, variant: str | None = None, extra: st
 
 def _text(filename: Any) -> Any:
     """Returns a path as text for messages; anything else, which is refused later, as it is."""
+    if isinstance(filename, RemotePath):
+        return filename.title
     return os.fsdecode(filename) if isinstance(filename, (bytes, os.PathLike)) else filename
 
 
 def _absolute(filename: Any) -> Any:
     """Returns the path, absolute if the working directory has a name that the process may see."""
+    if isinstance(filename, RemotePath):
+        return filename
     path = os.fspath(filename)
-    if os.path.isabs(path) or is_url(path):
+    if os.path.isabs(path):
         return path
     try:
         return os.path.join(os.getcwdb() if isinstance(path, bytes) else os.getcwd(), path)
@@ -74,15 +81,17 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
     pickled.
 
     Args:
-        filename: the file, or an index or a directory as for load_sharded; str, bytes or os.PathLike. Or contents, as
-            for load: bytes, another object with the buffer protocol, which stays exported as long as this is open or a
-            slice of it exists, or an open file, which is read to its end. Tensors are then copies.
+        filename: the file, or an index or a directory as for load_sharded; str, bytes or os.PathLike, or a URL as for
+            load_file. Or contents, as for load: bytes, another object with the buffer protocol, which stays exported as
+            long as this is open or a slice of it exists, or an open file, which is read to its end. Tensors are then
+            copies.
         framework: "pt", "torch" or "pytorch", which all mean torch.
         device: the device of the tensors, as for load_file.
         backend: "mmap" or "pread", as for load_file. Two reads of one tensor share memory with "mmap", and do not with
             "pread". Ignored for contents.
         variant: the variant to open in a directory, as for load_sharded.
         extra: the treatment of tensors that an index does not list, as for load_sharded.
+        filesystem: what ``filename`` is in, as for load_file.
 
     Raises:
         SafetensorError: the file is not valid safetensors, ``framework`` is not torch, or another backend; and what
@@ -106,6 +115,7 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
         backend: str = "mmap",
         variant: str | None = None,
         extra: str = "error",
+        filesystem: Any = None,
     ) -> None:
         if framework not in _FRAMEWORKS:
             raise SafetensorError(
@@ -114,15 +124,16 @@ class safe_open:  # noqa: N801 - the name that users of safetensors know
                 " safetensors serves the others"
             )
         self._device = to_device(device)
+        filename = located(filename, filesystem)
         is_contents = _is_contents(filename)
         self._title = type(filename).__name__ if is_contents else short_repr(_text(filename))
         # Whether tensors are views of a mapping.
-        is_file = not is_contents and not is_url(filename)
+        is_file = not is_contents and not isinstance(filename, RemotePath)
         self._is_mapped = is_file and backend == "mmap" and self._device.type == "cpu"
         # Keeps the memory of contents alive.
         self._view: memoryview | None = None
         self._open: Any | None = None
-        self._path: str | bytes | None = None
+        self._path: str | bytes | RemotePath | None = None
         if is_contents:
             data, view = _buffer.exported(filename)
             try:

@@ -15,6 +15,7 @@ from . import _buffer
 from ._arguments import Metadata, Path, check_bool, encode_path, to_keyword
 from ._errors import call
 from ._keywords import explains_keywords
+from ._locations import RemotePath, located
 from ._progress import Progress, check_progress, run
 from ._save_checks import DisableTorchFunction, Tensors, check_tensors
 from ._tracing import dynamo_disable
@@ -33,6 +34,7 @@ def save_file(
     shared: str = "error",
     durable: bool = False,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> None:
     """Saves tensors into a safetensors file, which appears complete or not at all.
 
@@ -40,7 +42,7 @@ def save_file(
         tensors: the tensors by name: dense, contiguous, on any device, no two sharing memory. Subclasses of Tensor are
             saved as tensors, without a call of their ``__torch_function__``.
         filename: the file, replaced if it exists; str, bytes or os.PathLike. A symbolic link is replaced; the file that
-            it points to stays as it is.
+            it points to stays as it is. Or a URL as for load_file, to which the bytes are sent as they are read.
         metadata: text to store in the header. None stores none, an empty dict an empty object.
         force_contiguous: True copies tensors that are not contiguous, one at a time; False refuses them.
         shared: the treatment of tensors that share memory. "error" refuses them. "keep_one" writes one name of each
@@ -50,6 +52,7 @@ def save_file(
             directory). Otherwise the kernel writes it within about half a minute.
         progress: True shows a bar of tqdm. A function is called with the bytes done and the total, about ten times a
             second and at the end. An exception from it ends the save without writing the file, unless it was complete.
+        filesystem: what ``filename`` is in, as for load_file.
 
     Raises:
         ValueError: not a dict of tensors; a tensor that is sparse, nested, not contiguous, or without a shape (lazy
@@ -74,8 +77,14 @@ def save_file(
     check_bool(durable, "durable")
     progress, rules = check_progress(progress), check_rules(force_contiguous, shared)
     tensors, metadata = check_tensors(tensors, metadata, "save_file(tensors, filename)", **rules)
-    path = encode_path(filename)
+    target = located(filename, filesystem)
     with _disable_current_modes():
+        if isinstance(target, RemotePath):
+            from ._upload import upload_file
+
+            upload_file(target, _plan(tensors, metadata, target.title.encode(), **rules), progress)
+            return
+        path = encode_path(target)
         plan = _plan(tensors, metadata, path, **rules)
         call(plan.set_file, path, durable)
         run(plan, progress, "save")

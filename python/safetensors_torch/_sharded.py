@@ -21,13 +21,14 @@ from ._arguments import (
     check_variant,
     encode_input_path,
     encode_path,
-    path_text,
+    title_of,
     to_device,
     to_keyword,
 )
 from ._errors import NamedFile, call, short_repr
 from ._keywords import explains_keywords
 from ._load import Names, load_file, load_in_steps, select
+from ._locations import RemotePath, located
 from ._progress import Progress, check_progress, run
 from ._save import check_rules
 from ._save_checks import DisableTorchFunction, check_tensors
@@ -40,8 +41,13 @@ _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB",
 _UNITS.update({unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)})
 
 
-def open_checkpoint(path: Path, backend: str, variant: str | None = None, extra: str = "error") -> Any:
+def open_checkpoint(path: Path | RemotePath, backend: str, variant: str | None = None, extra: str = "error") -> Any:
     """Opens the native File over the checkpoint at ``path``; the arguments are those of load_sharded."""
+    if isinstance(path, RemotePath):
+        from . import _remote
+
+        to_keyword(backend)
+        return _remote.open_checkpoint(path, check_variant(variant), to_keyword(extra))
     arguments = (encode_input_path(path), to_keyword(backend), check_variant(variant), to_keyword(extra))
     pending = call(_PendingFile, *arguments)
     run(pending, None, "open")
@@ -61,6 +67,7 @@ def load_sharded(
     variant: str | None = None,
     extra: str = "error",
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> dict[str, torch.Tensor]:
     """Loads the tensors of a checkpoint of one file, or of several files with an index.
 
@@ -68,9 +75,9 @@ def load_sharded(
     unless ``extra`` allows them, and no file is outside the directory.
 
     Args:
-        path: a directory, an index (its name ends in ``.json``), or a file; str, bytes or os.PathLike. A directory
-            means its ``model.safetensors``, then ``model.safetensors.index.json``, as in transformers, then its only
-            checkpoint of another name.
+        path: a directory, an index (its name ends in ``.json``), or a file; str, bytes or os.PathLike, or a URL as
+            for load_file. A directory means its ``model.safetensors``, then ``model.safetensors.index.json``, as in
+            transformers, then its only checkpoint of another name.
         device: the device of the tensors, as for load_file.
         backend: "mmap" or "pread", as for load_file.
         prefault: whether to bring mapped pages into memory, as for load_file.
@@ -81,6 +88,7 @@ def load_sharded(
         extra: the treatment of tensors that the index does not list: "error" refuses the checkpoint, "ignore" skips
             them.
         progress: a bar or a function, as for load_file.
+        filesystem: what ``path`` is in, as for load_file.
 
     Returns:
         The tensors by name, file after file, in the order of their data.
@@ -101,13 +109,14 @@ def load_sharded(
     if prefault is not None:
         check_bool(prefault, "prefault")
     target, to_dtype, progress = to_device(device), check_dtype(dtype), check_progress(progress)
+    path = located(path, filesystem)
     file = open_checkpoint(path, backend, variant, extra)
     return load_opened(file, path, target, backend, prefault, to_dtype, names, progress)
 
 
 def load_opened(
     file: Any,
-    path: Path,
+    path: Path | RemotePath,
     device: torch.device,
     backend: str,
     prefault: bool | None = None,
@@ -116,9 +125,9 @@ def load_opened(
     progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
     """Loads from ``file``, the open checkpoint at ``path``, as load_sharded does."""
-    if is_traced():
+    if is_traced() and not isinstance(path, RemotePath):
         return _load_file_by_file(file, encode_path(path), select(file, names), device, backend, prefault, dtype)
-    with NamedFile(path_text(encode_path(path))):
+    with NamedFile(title_of(path)):
         return load_in_steps(file, device, dtype, names, progress, prefault)
 
 
@@ -156,6 +165,7 @@ def save_sharded(
     shared: str = "error",
     durable: bool = False,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> list[str]:
     """Saves tensors as a checkpoint in a directory: one file, or several and their index.
 
@@ -165,7 +175,7 @@ def save_sharded(
 
     Args:
         tensors: the tensors by name, as for save_file.
-        directory: the directory for the files, created if missing; str, bytes or os.PathLike.
+        directory: the directory for the files, created if missing; str, bytes or os.PathLike, or a URL.
         metadata: text to store in the header of each file. ``format`` = ``pt``, which Hugging Face's tools require, is
             added if missing.
         max_shard_size: the most bytes of tensors in one file, as a number or with a unit ("5GB", "500MB", "2GiB"). A
@@ -175,6 +185,7 @@ def save_sharded(
         shared: the treatment of tensors that share memory, as for save_file.
         durable: whether to return only after all files are on disk, as for save_file.
         progress: a bar or a function, as for save_file.
+        filesystem: what ``directory`` is in, as for load_file.
 
     Returns:
         The names of the files, the index last.
@@ -194,10 +205,17 @@ def save_sharded(
         raise TypeError(f"stem must be a str, not {type(stem).__name__}")
     tensors, metadata = check_tensors(tensors, metadata, "save_sharded(tensors, directory)", **rules)
     entries = {"format": "pt", **(metadata or {})}
+    target = located(directory, filesystem)
+    is_remote = isinstance(target, RemotePath)
+    path = target.title.encode() if is_remote else encode_path(target)
     with _disable_current_modes():
         with DisableTorchFunction():
-            arguments = (list(tensors), list(tensors.values()), entries, encode_path(directory), stem, size)
+            arguments = (list(tensors), list(tensors.values()), entries, path, stem, size)
             save = call(_PendingShardedSave, *arguments, *rules.values(), durable)
+        if is_remote:
+            from ._upload import upload_checkpoint
+
+            return upload_checkpoint(target, save, progress)
         run(save, progress, "save")
         return call(save.result)
 

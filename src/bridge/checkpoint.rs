@@ -134,6 +134,18 @@ impl ShardPlan {
     pub fn shard_of(&self) -> &[usize] {
         self.0.shard_of()
     }
+
+    pub fn file_names(&self) -> Vec<String> {
+        self.0.file_names()
+    }
+
+    pub fn index(&self, names: &[Text<'_>]) -> Result<Vec<u8>> {
+        Ok(self.0.index(as_names(names)?.into_iter())?.unwrap_or_default())
+    }
+
+    pub fn makes_stale(&self, name: &[u8]) -> bool {
+        std::str::from_utf8(name).is_ok_and(|name| self.0.makes_stale(name))
+    }
 }
 
 pub fn thread_count(bytes: u64, files: usize) -> Result<usize> {
@@ -150,9 +162,12 @@ const _: fn() = || {
 
 pub fn create_shards(directory: &[u8], plan: &ShardPlan, names: &[Text<'_>]) -> Result<Box<ShardedWriter>> {
     let directory = as_path(directory);
-    let names = names.iter().map(|name| as_text("tensor name", name.bytes)).collect::<Result<Vec<&str>>>()?;
-    let writer = checkpoint::ShardedWriter::new(directory, &plan.0, names.into_iter());
+    let writer = checkpoint::ShardedWriter::new(directory, &plan.0, as_names(names)?.into_iter());
     Ok(Box::new(ShardedWriter(writer.map_err(|error: Error| error.in_file(directory))?)))
+}
+
+fn as_names<'a>(names: &[Text<'a>]) -> Result<Vec<&'a str>> {
+    names.iter().map(|name| as_text("tensor name", name.bytes)).collect()
 }
 
 impl ShardedWriter {

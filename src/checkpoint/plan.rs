@@ -1,5 +1,6 @@
 //! Which tensor goes into which shard, and the names of the shards.
 
+use super::index;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The default limit for the bytes of tensors in a shard: 5 GB, as in Hugging Face's tools.
@@ -139,12 +140,38 @@ impl ShardPlan {
         format!("{}-{:05}-of-{:05}{SUFFIX}", self.stem, shard + 1, self.count)
     }
 
+    pub(super) fn shard_names(&self) -> Vec<String> {
+        (0..self.count).map(|shard| self.file_name(shard)).collect()
+    }
+
+    /// Returns the names of the files, the index last if there is one.
+    pub fn file_names(&self) -> Vec<String> {
+        self.shard_names().into_iter().chain(self.has_index().then(|| self.index_name())).collect()
+    }
+
+    /// Returns the bytes of the index, or `None` if there is none. `names` are those of the tensors, in the caller's order.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] unless there are as many names as the plan has tensors.
+    pub fn index<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<Option<Vec<u8>>> {
+        let tensors: Vec<&str> = names.collect();
+        if tensors.len() != self.shard_of.len() {
+            let detail =
+                format!("a plan for {} tensors, but the names of {}", self.shard_of.len(), tensors.len());
+            return Err(Error::new(ErrorKind::InvalidArgument, detail));
+        }
+        let files = self.shard_names();
+        let shards = self.shard_of.iter().map(|&shard| files[shard].as_str());
+        Ok(self.has_index().then(|| index::encode(tensors.into_iter().zip(shards), self.total_bytes)))
+    }
+
     pub(super) fn index_name(&self) -> String {
         format!("{}{INDEX_SUFFIX}", self.stem)
     }
 
     /// Returns whether a name belongs to another checkpoint of the same stem.
-    pub(super) fn makes_stale(&self, name: &str) -> bool {
+    pub fn makes_stale(&self, name: &str) -> bool {
         parse_name(name).is_some_and(|(_, stem)| stem == self.stem) && !self.is_own(name)
     }
 

@@ -4,11 +4,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::directory::CheckpointDirectory;
-use super::index;
 use super::lock::SaveLock;
 use super::plan::ShardPlan;
 use super::replace::Replacement;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::write::atomic::AtomicFile;
 
 /// A checkpoint in progress. If it is dropped before [`ShardedWriter::commit`], the directory stays as it was.
@@ -40,17 +39,8 @@ impl ShardedWriter {
         plan: &ShardPlan,
         names: impl Iterator<Item = &'a str>,
     ) -> Result<ShardedWriter> {
-        let tensors: Vec<&str> = names.collect();
-        if tensors.len() != plan.shard_of().len() {
-            let detail =
-                format!("a plan for {} tensors, but the names of {}", plan.shard_of().len(), tensors.len());
-            return Err(Error::new(ErrorKind::InvalidArgument, detail));
-        }
-        let names: Vec<String> = (0..plan.count()).map(|shard| plan.file_name(shard)).collect();
-        let index = plan.has_index().then(|| {
-            let shards = plan.shard_of().iter().map(|&shard| names[shard].as_str());
-            index::encode(tensors.into_iter().zip(shards), plan.total_bytes())
-        });
+        let index = plan.index(names)?;
+        let names = plan.shard_names();
         let directory = CheckpointDirectory::create(directory)?;
         let is_own = |name: &str| name == plan.index_name() || names.iter().any(|own| own == name);
         let replaces = !directory.find(|name| plan.makes_stale(name) || is_own(name))?.is_empty();
@@ -82,7 +72,7 @@ impl ShardedWriter {
 
     /// Returns the names of the files, the index last.
     pub fn file_names(&self) -> Vec<String> {
-        self.names.iter().cloned().chain(self.index.iter().map(|_| self.plan.index_name())).collect()
+        self.plan.file_names()
     }
 
     /// Renames all files into place, and removes those of an earlier checkpoint, while it has the directory locked. If

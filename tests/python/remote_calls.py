@@ -37,8 +37,22 @@ def _opened(work: Callable[[Any], Tensors]) -> Callable[[str], Tensors]:
     return call
 
 
+def _loaded(**options: Any) -> Callable[[str], Tensors]:
+    def call(url: str) -> Tensors:
+        model = torch.nn.Module()
+        for name, tensor in TENSORS.items():
+            model.register_buffer(name, torch.zeros_like(tensor))
+        safetensors_torch.load_model(model, url, **options)
+        return dict(model.state_dict())
+
+    return call
+
+
 CALLS: dict[str, Callable[[str], Tensors]] = {
     "load_file": safetensors_torch.load_file,
+    "load_sharded": safetensors_torch.load_sharded,
+    "load_model": _loaded(),
+    "load_model assign": _loaded(assign=True),
     "get_tensor": _opened(lambda file: {"large": file.get_tensor("large")}),
     "get_slice": _opened(lambda file: {"large": file.get_slice("large")[1:]}),
     "prefetch": _opened(lambda file: dict(file.prefetch())),

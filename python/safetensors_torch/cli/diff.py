@@ -83,7 +83,7 @@ def _compare_values(
     from .._sharded import open_checkpoint
     from . import values
 
-    sides = [open_checkpoint(one.path, "mmap") for one in (left, right)]
+    sides = [open_checkpoint(one.location, "mmap") for one in (left, right)]
     total, done = sum(entry.nbytes for entry in entries), 0
     with ProgressBar("diff", wants_bar(options)) as report_progress:
         for entry in entries:

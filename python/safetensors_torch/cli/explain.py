@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from .._headers import LOAD_TARGETS, FilePlans, explain_loads
-from .listing import printable, remedies, size_text
+from .listing import check_local, printable, remedies, size_text
 
 HELP = "explain how a file would be read"
 EXAMPLES = """examples:
@@ -26,6 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     files: list[FilePlans] = []
     for path in options.path:
+        check_local(path)
         with remedies(path):
             files += explain_loads(path)
     if options.json:

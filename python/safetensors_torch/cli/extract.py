@@ -7,7 +7,7 @@ import json
 
 from .._headers import copy_tensors
 from .._progress import ProgressBar
-from .listing import Listing, add_quiet, check_file_target, counted, printable, size_text, wants_bar
+from .listing import Listing, add_quiet, check_file_target, check_local, counted, printable, size_text, wants_bar
 
 HELP = "copy some tensors into a new file"
 EXAMPLES = """examples:
@@ -26,6 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_local(options.source)
     check_file_target(options.target, options.force)
     listing = Listing(options.source)
     names = {entry.name: entry.name for entry in listing.select(options.name)}

@@ -14,6 +14,8 @@ from typing import Any
 
 from .._exceptions import SafetensorError, os_error
 from .._headers import TensorInfo, read_headers
+from .._locations import RemotePath, is_url, located
+from .._stores import title_of_url
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """The ends of the names of torch.save's files."""
@@ -29,18 +31,35 @@ class Listing:
     """The contents of the headers of a file or a checkpoint."""
 
     def __init__(self, path: str) -> None:
-        """Reads the headers of ``path``: a file, an index, or a directory with either."""
-        self.path = path
+        """Reads the headers of ``path``: a file, an index, or a directory with either; or a URL of one."""
+        self.location = located(path)
+        self.is_remote = isinstance(self.location, RemotePath)
+        self.path = self.location.title if self.is_remote else path
         with remedies(path):
-            self.files, self.metadata, tensors = read_headers(path)
+            self.files, self.metadata, tensors = read_headers(self.location)
         self.entries = {tensor.name: tensor for tensor in tensors}
 
     def paths(self) -> list[str]:
         """Returns the paths of the files."""
+        if self.is_remote and len(self.files) == 1:
+            return [self.path]
+        if self.is_remote:
+            directory = self.path.rpartition("/")[0] if self.path.endswith(".json") else self.path.rstrip("/")
+            return [f"{directory}/{name}" for name in self.files]
         if not os.path.isdir(self.path) and not self.path.endswith(".json"):
             return [self.path]
         directory = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         return [os.path.join(directory, name) for name in self.files]
+
+    def nbytes(self) -> int:
+        """Returns the size of all files."""
+        if not self.is_remote:
+            return sum(os.path.getsize(file) for file in self.paths())
+        # A file ends with its last tensor.
+        ends: dict[str, int] = {}
+        for entry in self.entries.values():
+            ends[entry.file] = max(ends.get(entry.file, 0), entry.begin + entry.nbytes)
+        return sum(ends.values())
 
     def select(self, patterns: Iterable[str]) -> list[TensorInfo]:
         """Returns the tensors whose names match one of ``patterns``: names, or globs such as ``*.bias``.
@@ -71,6 +90,18 @@ class Listing:
         return f"did you mean {similar}?" if similar else f"{command_text('ls', self.path)} lists the names"
 
 
+def check_local(path: str) -> None:
+    """Checks that ``path`` is not a URL, for a command that takes none.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_url(path):
+        name = path.partition("?")[0].rstrip("/").rpartition("/")[2]
+        local = command_text("convert", path, name if name.endswith(".safetensors") else f"{name}.safetensors")
+        raise ValueError(f"{title_of_url(path)}: this command takes local files; fetch it: {local}")
+
+
 @contextlib.contextmanager
 def remedies(path: str) -> Iterator[None]:
     """Adds to an error of opening ``path`` what to do about it."""
@@ -88,6 +119,8 @@ def remedies(path: str) -> Iterator[None]:
 
 
 def _remedy(path: str) -> str:
+    if is_url(path):
+        return ""
     directory, name = os.path.split(path.rstrip("/"))
     if not os.path.lexists(path):
         return _remedy_for_missing(path, directory, name)
@@ -105,8 +138,6 @@ def _remedy(path: str) -> str:
 
 
 def _remedy_for_missing(path: str, directory: str, name: str) -> str:
-    if "://" in path:
-        return "download it first, such as with curl -LO"
     if not os.path.isdir(directory or "."):
         if "/" not in directory and not name.endswith((".safetensors", ".json", *TORCH_SUFFIXES)):
             return f"if it is a repository of Hugging Face, download it first: hf download {path}"

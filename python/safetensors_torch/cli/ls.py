@@ -9,6 +9,7 @@ import json
 import os
 
 from .._headers import TensorInfo
+from .._locations import is_url
 from .listing import (
     Listing,
     NoMatchError,
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   safetensors-torch ls model.safetensors
   safetensors-torch ls checkpoint/ --sort size --match "*.weight"
   safetensors-torch ls checkpoint/model.safetensors.index.json --json
+  safetensors-torch ls s3://bucket/model.safetensors
 """
 
 # Tensors of one file stay together, except in the order of sizes.
@@ -37,7 +39,7 @@ _ORDERS = {
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", nargs="+", help="a file, an index (.json), or a directory with either")
+    command.add_argument("path", nargs="+", help="a file, an index (.json), or a directory with either; or a URL")
     command.add_argument(
         "--sort", choices=_ORDERS, default="name", help="the order of the tensors (default: %(default)s)"
     )
@@ -75,7 +77,7 @@ def _check_paths(paths: list[str]) -> None:
         ValueError: one does.
     """
     first, *others = paths
-    missing = [path for path in others if not os.path.lexists(path)]
+    missing = [path for path in others if not (os.path.lexists(path) or is_url(path))]
     if missing and Listing(first).matching(missing[0]):
         raise ValueError(f"{missing[0]}: not a path; to list only some tensors: --match '{missing[0]}'")
 
@@ -94,7 +96,7 @@ def _result(listing: Listing, entries: list[TensorInfo]) -> dict:
 
 def _print(listing: Listing, entries: list[TensorInfo], by_file: bool) -> None:
     files = listing.paths()
-    size = size_text(sum(os.path.getsize(file) for file in files))
+    size = size_text(listing.nbytes())
     if len(files) > 1:
         print(f"{printable(listing.path)}: {len(files)} files, {size}")
     else:

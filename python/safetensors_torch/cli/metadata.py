@@ -14,7 +14,7 @@ import json
 import signal
 
 from .._headers import edit_metadata
-from .listing import Listing, NoMatchError, near, printable
+from .listing import Listing, NoMatchError, check_local, near, printable
 
 HELP = "print, set and remove metadata"
 EXAMPLES = """examples:
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     metadata = listing.metadata or {}
     if options.action == "get":
         return _get(options, metadata)
+    check_local(options.path)
     changes: dict[str, str | None]
     if options.action == "set":
         changes = dict(_parse(entry, options.entry) for entry in options.entry)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 from .extract import copy
-from .listing import Listing, NoMatchError, add_quiet, check_file_target, command_text
+from .listing import Listing, NoMatchError, add_quiet, check_file_target, check_local, command_text
 
 HELP = "copy under other names"
 EXAMPLES = r"""examples:
@@ -31,6 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     rules = [_parse(rule) for rule in options.rule]
+    check_local(options.source)
     check_file_target(options.target, options.force)
     listing = Listing(options.source)
 

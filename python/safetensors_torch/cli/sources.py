@@ -16,6 +16,7 @@ import torch
 
 from .._errors import call
 from .._load import load_in_steps
+from .._locations import is_url, located
 from .._sharded import open_checkpoint
 from .listing import TORCH_SUFFIXES
 
@@ -64,7 +65,7 @@ def open_source(path: str, options: Options) -> Source:
             several checkpoints; an option does not fit the source.
         SafetensorError, OSError: as load_sharded.
     """
-    found = _find(path)
+    found = None if is_url(path) else _find(path)
     if found is not None:
         return _TorchSource(found, options)
     if options.key or options.skip:
@@ -75,7 +76,7 @@ def open_source(path: str, options: Options) -> Source:
 class _Safetensors(Source):
     def __init__(self, path: str, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._file, self._dtype = open_checkpoint(path, "mmap"), dtype
+        self._file, self._dtype = open_checkpoint(located(path), "mmap"), dtype
         self.metadata = call(self._file.metadata) or {}
         for name in call(self._file.offset_keys):
             self._declare(name, call(self._file.get_tensor, name, torch.device("meta")), dtype)

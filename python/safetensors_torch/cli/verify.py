@@ -15,7 +15,7 @@ from typing import Any
 
 from .._exceptions import SafetensorError
 from .._progress import ProgressBar
-from .listing import Listing, add_quiet, printable, size_text, wants_bar
+from .listing import Listing, add_quiet, check_local, printable, size_text, wants_bar
 
 HELP = "check structure, readability and checksums"
 EXAMPLES = """examples:
@@ -38,6 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.header_only and (options.checksums or options.write_checksums):
         raise ValueError("checksums need all bytes: leave --header-only out")
+    for path in options.path:
+        check_local(path)
     expected = _read_list(options.checksums) if options.checksums else None
     digests = bool(options.checksums or options.write_checksums)
     results, sums = [], {}

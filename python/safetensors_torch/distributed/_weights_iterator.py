@@ -19,6 +19,7 @@ from .._errors import SafetensorError, call, names_instead, short_repr
 from .._iterate import select_of_files
 from .._keywords import explains_keywords
 from .._load import Names
+from .._locations import located
 from .._prefetch_loader import landed, parse_plan, start
 from .._progress import STEP_SECONDS, Progress, ProgressBar, check_progress
 from .._safe_open import open_path
@@ -47,6 +48,7 @@ def weights_iterator(
     read_once: Any = "auto",
     buffer_bytes: int | str | None = None,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of one file or several, each with memory of its own, while the next ones are read.
 
@@ -60,7 +62,7 @@ def weights_iterator(
     until the time-out of the group.
 
     Args:
-        files: a path, or several of them. Each is a file, an index or a directory, as for safe_open.
+        files: a path or a URL, or several of them. Each is a file, an index or a directory, as for safe_open.
         device: the device of the tensors, as for load_file.
         process_group: the processes that read together.
         names: the tensors to read, as for iterate.
@@ -69,6 +71,7 @@ def weights_iterator(
             if there is a group and the files are on a network filesystem, else False.
         buffer_bytes: the most bytes that this process reads ahead, as for iterate; 256 MiB by default.
         progress: as for iterate.
+        filesystem: what ``files`` are in, as for load_file.
 
     Raises:
         RuntimeError: another process has failed; the error names it.
@@ -82,7 +85,7 @@ def weights_iterator(
     check_read_once(read_once)
     if process_group is None and read_once in ("node", "world"):
         raise ValueError(f"read_once={read_once!r} needs a process_group: the processes that read together")
-    work = _Work(files, device, names, slices, buffer_bytes, progress)
+    work = _Work(files, device, names, slices, buffer_bytes, progress, filesystem)
     if process_group is None or read_once is False or dist.get_world_size(process_group) == 1:
         work.check()
         tensors = work.alone()
@@ -115,8 +118,10 @@ class _Work:
         slices: Mapping[str, Any] | None,
         buffer_bytes: int | str | None,
         progress: Progress,
+        filesystem: Any,
     ) -> None:
         self._files = files
+        self._filesystem = filesystem
         self._wanted_device = device
         self._names = names
         self._slices = slices or {}
@@ -126,7 +131,8 @@ class _Work:
     def check(self) -> None:
         """Checks the arguments; of processes that read together, where the others learn about an error."""
         files = self._files
-        self._paths: Sequence[Path] = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
+        given = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
+        self._paths: Sequence[Any] = [located(path, self._filesystem) for path in given]
         self._device = to_device(self._wanted_device)
         self._slices = dict(self._slices)
         self._buffer_bytes = parse_size(_BUFFER if self._wanted_bytes is None else self._wanted_bytes)
