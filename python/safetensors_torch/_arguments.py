@@ -74,8 +74,8 @@ def encode_input_path(filename: Path) -> bytes:
     """
     path = encode_path(filename)
     if _REPOSITORY.fullmatch(path) and not os.path.lexists(os.path.dirname(path)):
-        call = f'huggingface_hub.snapshot_download("{os.fsdecode(path)}")'
-        raise _not_found(path, f"if it is a repository of the Hugging Face Hub, {call} returns a local directory")
+        call = f'load_sharded("hf://{os.fsdecode(path)}")'
+        raise _not_found(path, f"if it is a repository of the Hugging Face Hub, {call} reads it")
     return path
 
 

@@ -6,7 +6,8 @@ import os
 import re
 from typing import Any
 
-from ._stores import Store, split_query, store_of, title_of_url
+# The schemes of buckets.
+BUCKETS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 
 def is_url(filename: Any) -> bool:
@@ -14,8 +15,24 @@ def is_url(filename: Any) -> bool:
     if not isinstance(filename, str):
         return False
     scheme, found, rest = filename.partition("://")
-    is_name = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) is not None and scheme.lower() != "file"
-    return bool(found and rest) and is_name and not os.path.lexists(f"{scheme}:")
+    if not found or not rest or scheme.lower() == "file":
+        return False
+    return re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) is not None and not os.path.lexists(f"{scheme}:")
+
+
+def title_of_url(url: str) -> str:
+    """Returns a URL without what may be a secret: the user, and the query."""
+    if url.lower().startswith("abfs"):
+        return url  # a filesystem is before the @
+    return re.sub(r"//[^/@]*@", "//", split_query(url)[0])
+
+
+def split_query(url: str) -> tuple[str, str]:
+    """Returns a URL without its query, and the query. The keys of a bucket may have question marks."""
+    if url.partition("://")[0].lower() in BUCKETS:
+        return url, ""
+    path, found, query = url.partition("?")
+    return path, found + query
 
 
 class RemotePath:
@@ -29,12 +46,14 @@ class RemotePath:
         """The path for messages, without what may be a secret."""
         return title_of_url(self.path) if self.filesystem is None else self.path
 
-    def store(self) -> Store:
-        """Returns the store that has the file.
+    def store(self) -> Any:
+        """Returns the Store that has the file.
 
         Raises:
             ImportError, ValueError, TypeError: as store_of.
         """
+        from ._stores import store_of  # not above: few programs use URLs
+
         return store_of(self.path, self.filesystem)
 
     def join(self, name: str) -> RemotePath:
@@ -51,6 +70,7 @@ def located(filename: Any, filesystem: Any = None) -> Any:
 
     Raises:
         TypeError: with a filesystem, ``filename`` is not a path.
+        ValueError: a URL, or a path in a filesystem, contains a null byte.
     """
     if isinstance(filename, RemotePath):
         return filename
@@ -58,5 +78,10 @@ def located(filename: Any, filesystem: Any = None) -> Any:
         path = os.fspath(filename) if isinstance(filename, os.PathLike) else filename
         if not isinstance(path, str):
             raise TypeError(f"a path in a filesystem must be a str, not {type(filename).__name__}")
-        return RemotePath(path, filesystem)
-    return RemotePath(filename) if is_url(filename) else filename
+    elif is_url(filename):
+        path = filename
+    else:
+        return filename
+    if "\0" in path:
+        raise ValueError(f"embedded null byte in the path {path[:200]!r}")
+    return RemotePath(path, filesystem)

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ._stores import Reader, Store, Writer, missing_client, part_bytes, title_of_url
+from ._locations import title_of_url
+from ._stores import Reader, Store, Writer, missing_client, part_bytes
 
 # A read is tried again after errors that may pass, after 0.1, 0.2, 0.4 and 0.8 seconds.
 _ATTEMPTS = 5
@@ -129,7 +130,7 @@ class _NewFile:
     def commit(self) -> None:
         self._file.close()
         if self._hidden is not None:
-            self._filesystem.mv(self._hidden, self._path)
+            _move(self._filesystem, self._hidden, self._path)
 
     def abort(self) -> None:
         if self._hidden is None:
@@ -138,6 +139,18 @@ class _NewFile:
         else:
             self._file.close()
             self._filesystem.rm_file(self._hidden)
+
+
+def _move(filesystem: Any, source: str, target: str) -> None:
+    """Renames a file."""
+    from fsspec.spec import AbstractFileSystem
+
+    if type(filesystem).mv is AbstractFileSystem.mv:
+        # It copies too, and takes brackets in names for patterns.
+        filesystem.cp_file(source, target)
+        filesystem.rm_file(source)
+    else:
+        filesystem.mv(source, target)
 
 
 def _retried(function: Callable[[], Any]) -> Any:

@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ._exceptions import os_error
+from ._locations import title_of_url
 from ._store_fsspec import FsspecStore
 from ._store_obstore import Object, object_at_url
-from ._stores import Reader, Store, Writer, is_denied, missing_client, text_of, title_of_url
+from ._stores import Reader, Store, Writer, is_denied, missing_client, text_of
 
 # The revision is a branch, a tag, a commit, or refs/pr/N and refs/convert/NAME.
 _URL = re.compile(

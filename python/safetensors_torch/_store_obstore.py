@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from ._stores import START_BYTES, Changed, Reader, Store, Writer, missing_client, part_bytes, split_query, title_of_url
+from ._locations import split_query, title_of_url
+from ._stores import START_BYTES, Changed, Reader, Store, Writer, missing_client, part_bytes
 
 # A connection without a byte for this long is given up. obstore's own limit is 30 seconds for a whole request, which a
 # slow connection needs for the ranges of 16 threads.
@@ -125,14 +126,18 @@ class _HttpStore(Store):
     """The files beside one URL of a server. A query, such as a signature, is a part of each request."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        title = title_of_url(url)
-        self._root = f"{title.rstrip('/').rpartition('/')[0]}/"
+        self._title = title_of_url(url).rstrip("/")
         path, self._query = split_query(url)
-        self._prefix = f"{path.rstrip('/').rpartition('/')[0]}/"
+        self._path = path.rstrip("/")
 
     def _url_of(self, title: str) -> str:
-        return f"{self._prefix}{title.removeprefix(self._root)}{self._query}"
+        """Returns the URL of this file, or of one in or beside it. The names of these are not encoded yet."""
+        if title.rstrip("/") == self._title:
+            return self._path + self._query
+        if title.startswith(f"{self._title}/"):
+            return f"{self._path}{quote(title.removeprefix(self._title))}{self._query}"
+        directory = self._title.rpartition("/")[0]
+        return f"{self._path.rpartition('/')[0]}{quote(title.removeprefix(directory))}{self._query}"
 
     def open(self, title: str) -> Reader:
         return object_at_url(self._url_of(title))

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from ._locations import BUCKETS, title_of_url
+
 # What obstore reads; huggingface_hub finds the files of the Hub, and fsspec reads all others.
-_BUCKETS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-_OBSTORE = (*_BUCKETS, "http", "https")
+_OBSTORE = (*BUCKETS, "http", "https")
 
 # The first request, for the header; as in the native library.
 START_BYTES = 1 << 20
@@ -22,6 +23,17 @@ START_BYTES = 1 << 20
 # The parts of an upload: of this size, unless the file has more bytes than so many parts have.
 _PART_BYTES = 8 << 20
 _MOST_PARTS = 9000
+
+# The numbers of errors that a client raises without one.
+_NUMBERS = {
+    FileExistsError: errno.EEXIST,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    TimeoutError: errno.ETIMEDOUT,
+}
+
+# The status in the messages of obstore. Its errors of writes are an OSError without a number.
+_STATUS = re.compile(r"status code: (\d+)")
 
 # The code of an answer 400 of S3 to credentials that are too old.
 _EXPIRED = re.compile("<Code>(ExpiredToken|InvalidToken|TokenRefreshRequired|RequestTimeTooSkewed)</Code>")
@@ -87,14 +99,17 @@ def store_of(path: str, filesystem: Any = None) -> Store:
 
     Raises:
         ImportError: the client for it is not installed.
-        ValueError: no client takes such a URL, or it names no file.
+        ValueError: no client takes such a URL, or it names no file; a URL together with a store.
         TypeError: ``filesystem`` is neither a store of obstore nor a filesystem of fsspec.
     """
     if filesystem is not None:
-        modules = [base.__module__ for base in type(filesystem).__mro__]
+        bases = () if isinstance(filesystem, type) else type(filesystem).__mro__
+        modules = [base.__module__ for base in bases]
         if any(module.partition(".")[0] == "obstore" for module in modules):
             from ._store_obstore import ObstoreStore
 
+            if "://" in path:
+                raise ValueError(f"{title_of_url(path)} is a URL; pass the path in the filesystem, or no filesystem")
             return ObstoreStore(filesystem)
         if "fsspec.spec" in modules:
             from ._store_fsspec import FsspecStore
@@ -118,19 +133,6 @@ def store_of(path: str, filesystem: Any = None) -> Store:
     return FsspecStore.of_url(path)
 
 
-def title_of_url(url: str) -> str:
-    """Returns a URL without what may be a secret: the user, and the query."""
-    return re.sub(r"//[^/@]*@", "//", split_query(url)[0])
-
-
-def split_query(url: str) -> tuple[str, str]:
-    """Returns a URL without its query, and the query. The keys of a bucket may have question marks."""
-    if url.partition("://")[0].lower() in _BUCKETS:
-        return url, ""
-    path, found, query = url.partition("?")
-    return path, found + query
-
-
 def missing_client(url: str, package: str, extra: str) -> ImportError:
     """Returns the error about a client that is not installed."""
     return ImportError(f"{title_of_url(url)}: such URLs need {package}; install it (pip install {extra})")
@@ -145,6 +147,7 @@ def is_denied(failure: BaseException) -> bool:
     """Returns whether the credentials are missing, wrong or too old."""
     # obstore's errors are not an OSError. S3 answers 400 after the end of a session.
     denied = type(failure).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+    denied = denied or _status_of(failure) in ("401", "403")
     return denied or isinstance(failure, PermissionError) or bool(_EXPIRED.search(str(failure)))
 
 
@@ -152,9 +155,17 @@ def errno_of(failure: BaseException) -> int:
     """Returns the errno of what a client has raised."""
     if isinstance(failure, OSError) and failure.errno is not None:
         return failure.errno
-    if isinstance(failure, FileNotFoundError):
+    if isinstance(failure, FileNotFoundError) or _status_of(failure) == "404":
         return errno.ENOENT
+    for kind, number in _NUMBERS.items():
+        if isinstance(failure, kind):
+            return number
     return errno.EACCES if is_denied(failure) else errno.EIO
+
+
+def _status_of(failure: BaseException) -> str:
+    match = _STATUS.search(str(failure))
+    return match[1] if match else ""
 
 
 def text_of(failure: BaseException) -> str:

@@ -5,6 +5,7 @@ Owns the order in which files appear, and what a failure leaves. A file is visib
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -72,7 +73,9 @@ class _Upload:
         named(self._title, self._writer.commit)
 
     def abort(self) -> None:
-        named(self._title, self._writer.abort)
+        # The caller raises the failure that has ended the upload, not one that follows from it.
+        with contextlib.suppress(Exception):
+            self._writer.abort()
 
 
 def upload_file(path: RemotePath, save: Any, progress: Progress) -> None:
@@ -85,16 +88,16 @@ def upload_file(path: RemotePath, save: Any, progress: Progress) -> None:
     upload = _Upload(path.store(), path.title, call(save.total))
     try:
         upload.save(save, progress)
+        upload.commit()
     except BaseException:
         upload.abort()
         raise
-    upload.commit()
 
 
 def upload_checkpoint(directory: RemotePath, save: Any, progress: Progress) -> list[str]:
     """Writes the files of a native PendingShardedSave, the index last. Returns their names.
 
-    Files that replace others are committed only once all are sent, so that the old checkpoint can be read until then.
+    If files replace others, all are committed only once they are sent, so that the old checkpoint can be read until then.
 
     Raises:
         OSError: the client has failed. The directory has what it had before, unless the last step has begun.
@@ -104,9 +107,10 @@ def upload_checkpoint(directory: RemotePath, save: Any, progress: Progress) -> l
     titles = [directory.join(name).title for name in names]
     present = _list(store, directory.title)
     index = call(save.index).encode()
-    replaced = [title for name, title in zip(names, titles, strict=True) if name in present]
     shards = call(save.shards)
+    is_replaced = any(name in present for name in names[: len(shards)])
     open_uploads: list[_Upload] = []
+    committed: list[str] = []
     total, done = call(save.total), 0
     with ProgressBar("save", progress is True) as bar:
         report = bar if progress is True else progress or None
@@ -117,22 +121,29 @@ def upload_checkpoint(directory: RemotePath, save: Any, progress: Progress) -> l
                 part = None if report is None else _part_of(report, done, total)
                 upload.save(shard, part)
                 done += call(shard.total)
-                if not replaced:
-                    open_uploads.pop().commit()
+                if not is_replaced:
+                    upload.commit()
+                    open_uploads.pop()
+                    committed.append(title)
             if index:
                 upload = _Upload(store, titles[-1], len(index))
                 open_uploads.append(upload)
                 upload.write(index)
-                if titles[-1] in replaced:
+                if is_replaced and names[-1] in present:
                     # Nobody may read the new files by the old index.
                     named(titles[-1], lambda: store.remove(titles[-1]))
             while open_uploads:
-                open_uploads.pop(0).commit()
+                open_uploads[0].commit()
+                open_uploads.pop(0)
         except BaseException:
             for upload in open_uploads:
                 upload.abort()
+            for title in committed:
+                with contextlib.suppress(Exception):
+                    store.remove(title)
             raise
-    for name in call(save.stale, present):
+    # The old index before its files.
+    for name in sorted(call(save.stale, present), key=lambda name: not name.endswith(".json")):
         title = directory.join(name).title
         named(title, lambda title=title: store.remove(title))
     return names

@@ -14,8 +14,10 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 import torch
+from obstore.store import from_url
 
 from safetensors_torch import (
     SafetensorError,
@@ -70,11 +72,14 @@ def examples(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_examples_in_the_help_work(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_in_the_help_work(
+    here: Path, command: str, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    obstore.put(from_url(bucket), "model.safetensors", Path("model.safetensors"))
     found = examples(command)
     assert len(found) >= 3
     for example in found:
-        words = shlex.split(example)
+        words = shlex.split(example.replace("s3://bucket/", f"{bucket}/"))
         assert words[:2] == ["safetensors-torch", command]
         assert run(*words[1:]) == 0, example
         captured = capsys.readouterr()

@@ -22,6 +22,7 @@ SIGNATURES = {
         ("dtype", None),
         ("names", None),
         ("progress", None),
+        ("filesystem", None),
     ],
     "load": [
         ("data", REQUIRED),
@@ -41,6 +42,7 @@ SIGNATURES = {
         ("shared", "error"),
         ("durable", False),
         ("progress", None),
+        ("filesystem", None),
     ],
     "save": [
         ("tensors", REQUIRED),
@@ -64,6 +66,7 @@ SIGNATURES = {
         ("variant", None),
         ("extra", "error"),
         ("progress", None),
+        ("filesystem", None),
     ],
     "save_model": [
         ("model", REQUIRED),
@@ -76,6 +79,7 @@ SIGNATURES = {
         ("rename", None),
         ("durable", False),
         ("progress", None),
+        ("filesystem", None),
     ],
     "load_sharded": [
         ("path", REQUIRED),
@@ -88,6 +92,7 @@ SIGNATURES = {
         ("variant", None),
         ("extra", "error"),
         ("progress", None),
+        ("filesystem", None),
     ],
     "save_sharded": [
         ("tensors", REQUIRED),
@@ -100,8 +105,9 @@ SIGNATURES = {
         ("shared", "error"),
         ("durable", False),
         ("progress", None),
+        ("filesystem", None),
     ],
-    "inspect": [("path", REQUIRED)],
+    "inspect": [("path", REQUIRED), "*", ("filesystem", None)],
     "safe_open": [
         ("filename", REQUIRED),
         ("framework", "pt"),
@@ -110,6 +116,7 @@ SIGNATURES = {
         ("backend", "mmap"),
         ("variant", None),
         ("extra", "error"),
+        ("filesystem", None),
     ],
     "patch_safetensors": ["*", ("dcp", False)],
     "unpatch_safetensors": [],

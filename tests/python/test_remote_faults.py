@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -193,6 +194,22 @@ def test_a_path_that_is_not_encoded(server: ObjectServer, tmp_path: Path) -> Non
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "ü b")
     server.directory = tmp_path
     assert safetensors_torch.load_file(f"http://127.0.0.1:{server.server_port}/ü b")["w"].tolist() == [1, 1]
+
+
+def test_the_names_in_an_index_are_names(server: ObjectServer, tmp_path: Path) -> None:
+    """Of files in the directory, whatever characters they have."""
+    directory = tmp_path / "my dir"
+    directory.mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    server.directory = tmp_path
+    for name in ("a b.safetensors", "a?b#c.safetensors", "ü%20.safetensors"):
+        safetensors.torch.save_file({"w": torch.ones(2)}, directory / name)
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        for url in (server.url("my dir"), server.url("my dir/"), server.url("my dir/model.safetensors.index.json")):
+            assert safetensors_torch.load_sharded(url)["w"].tolist() == [1, 1]
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"w": "..%2Fsecret.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match="lists this shard"):
+        safetensors_torch.load_sharded(server.url("my dir"))
 
 
 def test_a_url_signed_for_get_is_read_without_head(server: ObjectServer) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 from .._exceptions import SafetensorError, os_error
 from .._headers import TensorInfo, read_headers
-from .._locations import RemotePath, is_url, located
-from .._stores import title_of_url
+from .._locations import RemotePath, is_url, located, title_of_url
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """The ends of the names of torch.save's files."""
@@ -140,7 +139,7 @@ def _remedy(path: str) -> str:
 def _remedy_for_missing(path: str, directory: str, name: str) -> str:
     if not os.path.isdir(directory or "."):
         if "/" not in directory and not name.endswith((".safetensors", ".json", *TORCH_SUFFIXES)):
-            return f"if it is a repository of Hugging Face, download it first: hf download {path}"
+            return f"if it is a repository of Hugging Face: {command_text('ls', f'hf://{path}')}"
         return f"{directory} does not exist either"
     names = os.listdir(directory or ".")
     if similar := near(name, names):
