@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import http.client
 import http.server
+import json
 import os
 import subprocess
 import threading
@@ -259,6 +260,21 @@ def test_a_slice_reads_its_rows_and_no_others(proxy: Proxy) -> None:
     assert sum(request.nbytes() for request in proxy.requests[5:]) == 8_000_000
 
 
+def test_a_checkpoint_of_several_files(proxy: Proxy, bucket: Any) -> None:
+    files = {name: f"model-0000{number}-of-00003.safetensors" for number, name in enumerate(TENSORS, 1)}
+    for name, file in files.items():
+        bucket.put_object(Key=f"llm/{file}", Body=save({name: TENSORS[name]}))
+    index = "llm/model.safetensors.index.json"
+    bucket.put_object(Key=index, Body=json.dumps({"weight_map": files}))
+    for key in ("llm", "llm/", index):
+        assert sorted(load(proxy, key=key).splitlines(True)) == sorted(line(*item) for item in TENSORS.items())
+        assert load(proxy, "large", "7:9", key=key) == line("large", TENSORS["large"][7:9])
+    bucket.Object(f"llm/{files['matrix']}").delete()
+    result = run(proxy, key=index)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"s3: s3://bucket/llm/{files['matrix']}: HTTP status 404: NoSuchKey")
+
+
 @pytest.mark.parametrize("key", ["a b/ü+&=?#%41/../~x'(1)*!@:,;$[]", "a//b", "."])
 def test_every_key_is_signed(proxy: Proxy, bucket: Any, key: str) -> None:
     bucket.put_object(Key=key, Body=save({"matrix": TENSORS["matrix"]}))
@@ -361,7 +377,7 @@ def test_other_objects_are_errors_of_the_format(proxy: Proxy, bucket: Any) -> No
     assert {request.status for request in proxy.requests} == {206, 416}
 
 
-@pytest.mark.parametrize("url", ["model.safetensors", "s3://bucket", "s3://bucket/", "s3:///key", "https://bucket/key"])
+@pytest.mark.parametrize("url", ["model.safetensors", "s3://bucket", "s3:///key", "https://bucket/key"])
 def test_other_urls_are_errors(url: str) -> None:
     result = subprocess.run([S3, url], env={}, capture_output=True, text=True, check=False)
     expected = f"s3: {url}: not an object in a bucket; write s3://BUCKET/KEY\n"

@@ -7,6 +7,8 @@
 //         BUILD/s3 s3://BUCKET/KEY NAME                   reads one tensor
 //         BUILD/s3 s3://BUCKET/KEY NAME 10:20             reads these rows of it, and no others
 //
+// KEY is that of a file, of an index (*.safetensors.index.json), or of a directory with model.safetensors or its index.
+//
 // PREFIX: the prefix of `make install`. TORCH: an unpacked libtorch, or the directory of the Python package torch.
 // Debian has libcurl in libcurl4-openssl-dev.
 //
@@ -21,7 +23,6 @@
 #include <cstdlib>
 #include <exception>
 #include <iostream>
-#include <memory>
 #include <optional>
 #include <safetensors_torch.hpp>
 #include <string>
@@ -46,15 +47,15 @@ void print(const std::string& name, const at::Tensor& tensor) {
 }
 
 void run(const Arguments& arguments) {
-    const auto object = std::make_shared<S3Object>(arguments.url);
+    S3Filesystem s3;
     std::cout.precision(17);
     if (arguments.name.empty()) {
-        for (const auto& [name, tensor] : safetensors_torch::load_file(object, arguments.url, arguments.device)) {
+        for (const auto& [name, tensor] : safetensors_torch::load_sharded(s3, arguments.url, arguments.device)) {
             print(name, tensor);
         }
         return;
     }
-    const safetensors_torch::File file(object, arguments.url, arguments.device);
+    const safetensors_torch::Checkpoint file(s3, arguments.url, arguments.device);
     print(arguments.name,
           arguments.rows ? file.get_slice(arguments.name, {*arguments.rows}) : file.get_tensor(arguments.name));
 }

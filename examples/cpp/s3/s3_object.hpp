@@ -328,7 +328,7 @@ class S3Object : public safetensors_torch::Source {
         const std::string scheme = "s3://";
         const std::size_t slash = url.find('/', scheme.size());
         if (url.compare(0, scheme.size(), scheme) != 0 || slash == scheme.size() || slash >= url.size() - 1) {
-            throw std::invalid_argument(url + ": not an object in a bucket; write s3://BUCKET/KEY");
+            throw std::invalid_argument("not an object in a bucket; write s3://BUCKET/KEY");
         }
         const std::string bucket = url.substr(scheme.size(), slash - scheme.size());
         const std::string key = percent_encode(url.substr(slash + 1));
@@ -385,4 +385,17 @@ class S3Object : public safetensors_torch::Source {
 
     std::mutex idle_mutex_;
     std::vector<std::unique_ptr<Connection>> idle_;
+};
+
+// The objects of all buckets, by their URLs: checkpoints of several files.
+class S3Filesystem : public safetensors_torch::Filesystem {
+  public:
+    explicit S3Filesystem(S3Config config = S3Config::from_environment()) : config_(std::move(config)) {}
+
+    std::shared_ptr<safetensors_torch::Source> open(const std::string& url) override {
+        return std::make_shared<S3Object>(url, config_);
+    }
+
+  private:
+    S3Config config_;
 };
