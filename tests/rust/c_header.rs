@@ -284,7 +284,8 @@ fn layouts_agree() {
         sft_metadata_change { key, value }
         sft_tensor_info { struct_size, name, rank, shape, nbytes, begin, end, dtype, reserved }
         sft_load_plan { struct_size, filesystem, reason, cached_bytes, request_bytes, readers, direct }
-        sft_source { struct_size, context, get_length, get_identity, read, free }
+        sft_source { struct_size, context, get_length, get_identity, read, free, get_max_requests }
+        sft_filesystem { struct_size, context, open, list }
         sft_buffer { data, nbytes }
         sft_range { start, stop, step }
         sft_read_request { index, buffer, nbytes }
