@@ -1,5 +1,7 @@
 #include "cpp/write/joined.h"
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <unordered_set>
 #include <utility>
@@ -91,6 +93,62 @@ constexpr SaveRules kPartRules{/*force_contiguous=*/true, /*keep_one=*/false, /*
 
 }  // namespace
 
+CheckpointLayout::CheckpointLayout(const NamedTensors& specs, const std::optional<Metadata>& metadata,
+                                   const std::string& directory, const std::string& stem, int64_t max_shard_size,
+                                   const std::vector<int64_t>& files)
+    : plan_(files.empty() ? divide(specs, stem, max_shard_size) : assign(specs, stem, files)) {
+    std::vector<NamedTensors> members(plan_->count());
+    members_.resize(plan_->count());
+    const auto shard_of = plan_->shard_of();
+    for (size_t i = 0; i < specs.size(); ++i) {
+        shard_of_.push_back(static_cast<int64_t>(shard_of[i]));
+        names_.push_back(specs[i].first);
+        members[shard_of[i]].push_back(specs[i]);
+        members_[shard_of[i]].push_back(static_cast<int64_t>(i));
+    }
+    const auto entries = entries_of(metadata);
+    for (const NamedTensors& shard : members) {
+        saves_.push_back(core::plan_save(Specs(shard).slice(), {entries.data(), entries.size()}, metadata.has_value(),
+                                         as_bytes(directory)));
+    }
+}
+
+at::Tensor CheckpointLayout::header(int64_t file) const {
+    const auto bytes = saves_.at(static_cast<size_t>(file))->header();
+    at::Tensor header = at::empty({static_cast<int64_t>(bytes.size())}, at::kByte);
+    std::copy(bytes.begin(), bytes.end(), static_cast<uint8_t*>(header.mutable_data_ptr()));
+    return header;
+}
+
+std::vector<int64_t> CheckpointLayout::order(int64_t file) const {
+    const auto& members = members_.at(static_cast<size_t>(file));
+    const auto& save = saves_.at(static_cast<size_t>(file));
+    std::vector<int64_t> order;
+    order.reserve(members.size());
+    for (size_t place = 0; place < members.size(); ++place) {
+        order.push_back(members[save->tensor(place)]);
+    }
+    return order;
+}
+
+std::vector<std::string> CheckpointLayout::file_names() const {
+    const auto names = plan_->file_names();
+    return {names.begin(), names.end()};
+}
+
+std::string CheckpointLayout::index() const {
+    const auto pieces = as_texts(names_);
+    const auto text = plan_->index({pieces.data(), pieces.size()});
+    return {text.begin(), text.end()};
+}
+
+std::vector<std::string> CheckpointLayout::stale(const std::vector<std::string>& names) const {
+    std::vector<std::string> stale;
+    std::copy_if(names.begin(), names.end(), std::back_inserter(stale),
+                 [this](const std::string& name) { return plan_->makes_stale(as_bytes(name)); });
+    return stale;
+}
+
 JoinedCheckpoint::JoinedCheckpoint(const NamedTensors& specs, const std::optional<Metadata>& metadata,
                                    const std::string& directory, const std::string& stem, int64_t max_shard_size,
                                    const std::vector<int64_t>& files, int64_t first_number, bool durable)
@@ -98,25 +156,13 @@ JoinedCheckpoint::JoinedCheckpoint(const NamedTensors& specs, const std::optiona
     if (first_number < 0) {
         fail(ErrorCategory::value, "first_number is " + std::to_string(first_number) + ": give 0 or more");
     }
-    const auto plan = files.empty() ? divide(specs, stem, max_shard_size) : assign(specs, stem, files);
-    std::vector<NamedTensors> members(plan->count());
-    std::vector<std::string> names;
-    const auto shard_of = plan->shard_of();
-    for (size_t i = 0; i < specs.size(); ++i) {
-        shard_of_.push_back(static_cast<int64_t>(shard_of[i]));
-        names.push_back(specs[i].first);
-        members[shard_of[i]].push_back(specs[i]);
-    }
-    const auto entries = entries_of(metadata);
-    std::vector<rust::Box<core::SavePlan>> layouts;
-    for (const NamedTensors& shard : members) {
-        layouts.push_back(core::plan_save(Specs(shard).slice(), {entries.data(), entries.size()}, metadata.has_value(),
-                                          as_bytes(directory)));
-    }
-    writer_ = begin_checkpoint(directory, *plan, names);
-    for (size_t shard = 0; shard < layouts.size(); ++shard) {
-        created_.push_back((*writer_)->create(shard, layouts[shard]->total_bytes()));
-        const auto header = layouts[shard]->header();
+    const CheckpointLayout layout(specs, metadata, directory, stem, max_shard_size, files);
+    shard_of_ = layout.files();
+    writer_ = begin_checkpoint(directory, layout.plan(), layout.names());
+    for (size_t shard = 0; shard < layout.saves().size(); ++shard) {
+        const auto& save = layout.saves()[shard];
+        created_.push_back((*writer_)->create(shard, save->total_bytes()));
+        const auto header = save->header();
         const core::Piece piece{header.data(), header.size()};
         created_.back()->write({&piece, 1}, 0);
         const auto name = created_.back()->make_joinable(static_cast<uint64_t>(first_number) + shard);
@@ -172,6 +218,22 @@ JoinedSave::JoinedSave(const std::string& path, const std::vector<std::string>& 
 }
 
 void register_joined(torch::Library& library) {
+    using Layout = c10::intrusive_ptr<CheckpointLayout>;
+    library.class_<CheckpointLayout>("CheckpointLayout")
+        .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> specs,
+                            const std::optional<Metadata>& metadata, const std::string& directory,
+                            const std::string& stem, int64_t max_shard_size, const std::vector<int64_t>& files) {
+            return guarded([&] {
+                return c10::make_intrusive<CheckpointLayout>(to_pairs(std::move(names), std::move(specs)), metadata,
+                                                             directory, stem, max_shard_size, files);
+            });
+        }))
+        .def("files", [](const Layout& self) { return self->files(); })
+        .def("header", [](const Layout& self, int64_t file) { return guarded([&] { return self->header(file); }); })
+        .def("order", [](const Layout& self, int64_t file) { return guarded([&] { return self->order(file); }); })
+        .def("file_names", [](const Layout& self) { return self->file_names(); })
+        .def("index", [](const Layout& self) { return guarded([&] { return self->index(); }); })
+        .def("stale", [](const Layout& self, const std::vector<std::string>& names) { return self->stale(names); });
     using Checkpoint = c10::intrusive_ptr<JoinedCheckpoint>;
     register_pending<JoinedCheckpoint>(library, "JoinedCheckpoint")
         .def(torch::init([](std::vector<std::string> names, std::vector<at::Tensor> specs,

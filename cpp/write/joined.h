@@ -14,14 +14,49 @@
 
 namespace safetensors_torch::layer {
 
+// The files of a checkpoint before it is written: `torch.classes.safetensors_torch.CheckpointLayout`, for a save whose
+// bytes Python sends.
+class CheckpointLayout : public torch::CustomClassHolder {
+  public:
+    // `specs` have the names, dtypes and shapes of all tensors; `files` has the number of each one's file, from 0 on,
+    // or is empty: then `max_shard_size` divides them. `directory` is for the errors.
+    CheckpointLayout(const NamedTensors& specs, const std::optional<Metadata>& metadata, const std::string& directory,
+                     const std::string& stem, int64_t max_shard_size, const std::vector<int64_t>& files);
+
+    const core::ShardPlan& plan() const { return *plan_; }
+    const std::vector<std::string>& names() const { return names_; }
+    const std::vector<rust::Box<core::SavePlan>>& saves() const { return saves_; }
+
+    // Returns the number of each tensor's file, from 0 on.
+    const std::vector<int64_t>& files() const { return shard_of_; }
+
+    // Returns the bytes of the header of a file, and its tensors in the order of their data, as indices of the specs.
+    at::Tensor header(int64_t file) const;
+    std::vector<int64_t> order(int64_t file) const;
+
+    // Returns the names of the files, the index last, and its text, which is empty if there is no index.
+    std::vector<std::string> file_names() const;
+    std::string index() const;
+
+    // Returns those of the files of a directory that belong to another checkpoint of the same stem.
+    std::vector<std::string> stale(const std::vector<std::string>& names) const;
+
+  private:
+    rust::Box<core::ShardPlan> plan_;
+    std::vector<std::string> names_;
+    std::vector<int64_t> shard_of_;
+    // Of each file: its tensors, as indices of the specs, and its layout.
+    std::vector<std::vector<int64_t>> members_;
+    std::vector<rust::Box<core::SavePlan>> saves_;
+};
+
 // The files of a checkpoint, for other processes to fill: `torch.classes.safetensors_torch.JoinedCheckpoint`. One
 // process creates it, and puts the files in place by advance() once all have finished. Until then, the directory stays
 // as it was.
 class JoinedCheckpoint : public torch::CustomClassHolder {
   public:
-    // Creates the files, with their headers. `specs` have the names, dtypes and shapes of all tensors; `files` has the
-    // number of each one's file, from 0 on, or is empty: then `max_shard_size` divides them. The hidden names of the
-    // files are determined by numbers from `first_number` on.
+    // Creates the files, with their headers, as CheckpointLayout lays them out. The hidden names of the files are
+    // determined by numbers from `first_number` on.
     JoinedCheckpoint(const NamedTensors& specs, const std::optional<Metadata>& metadata, const std::string& directory,
                      const std::string& stem, int64_t max_shard_size, const std::vector<int64_t>& files,
                      int64_t first_number, bool durable);
