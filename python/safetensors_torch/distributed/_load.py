@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from .._arguments import Path
 from .._errors import short_repr
 from .._keywords import explains_keywords
+from .._locations import located
 from .._progress import Progress, check_progress
 from ._chunks import local_chunks
 from ._group import Group
@@ -29,6 +30,7 @@ def load_into(
     read_once: Any = "auto",
     process_group: Any = None,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> tuple[list[str], list[str]]:
     """Loads a checkpoint into tensors that exist: DTensors and others, on any device, with any strides.
 
@@ -38,14 +40,16 @@ def load_into(
     Args:
         target: tensors by name, or a module, whose state dict counts.
         path: a directory, an index or a file, as for load_sharded; or the directory of the files that the processes of
-            torch.distributed.checkpoint have written.
+            torch.distributed.checkpoint have written. Or a URL of these, as for load_file.
         strict: whether names that are only in the target or only in the checkpoint are an error.
         read_once: whether elements that several processes hold are read by one of them and sent to the others:
-            "world" among all, "node" if those processes have the same host name, False never. "auto" means "world" on a
-            network filesystem, else False. A tensor that is not a DTensor must then be in the target of every process.
+            "world" among all, "node" if those processes have the same host name, False never. "auto" means "world" for
+            URLs and on network filesystems, else False. A tensor that is not a DTensor must then be in the target of
+            every process.
         process_group: the processes that load; all by default. Without an initialized torch.distributed, this one
             alone.
         progress: as for load_file; each process counts its own bytes.
+        filesystem: what ``path`` is in, as for load_file.
 
     Returns:
         The names that are only in the target, and those that are only in the checkpoint. Names of the target that share
@@ -61,10 +65,8 @@ def load_into(
         >>> load_into(model, "checkpoints/step-1000")  # on every rank
         ([], [])
     """
-    group = Group(process_group)
-    work = _Load(target, path, strict, read_once, group, progress)
-    group.each("checking a checkpoint", work.check)
-    work.read()
+    work = _Load(target, path, strict, read_once, Group(process_group), progress, filesystem)
+    work.run()
     return work.missing, work.unexpected
 
 
@@ -79,6 +81,8 @@ class _Load:
         read_once: Any,
         group: Group,
         progress: Progress,
+        filesystem: Any,
+        stored: StoredTensors | None = None,
     ) -> None:
         self._target = target
         self._path = path
@@ -86,15 +90,26 @@ class _Load:
         self._read_once = read_once
         self._group = group
         self._progress = progress
-        self._stored: StoredTensors | None = None
+        self._filesystem = filesystem
+        # The checkpoint at `path`, if it is open already.
+        self._stored = stored
         self._parts: list[Part] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
-    def check(self) -> None:
+    def run(self) -> None:
+        self._group.each("checking a checkpoint", self._check)
+        assert self._stored is not None  # `_check` has opened it
+        share(self._group, self._read_once, self._parts, self._stored, self._progress)
+        self._stored.close()
+
+    def _check(self) -> None:
         check_progress(self._progress)
         check_read_once(self._read_once)
-        stored = self._stored = StoredTensors(self._path)
+        self._path = located(self._path, self._filesystem)
+        if self._stored is None:
+            self._stored = StoredTensors(self._path)
+        stored = self._stored
         tensors = self._target.state_dict() if isinstance(self._target, nn.Module) else self._target
         loaded = {name: value for name, value in tensors.items() if name in stored.tensors}
         chunks = local_chunks(loaded)
@@ -125,11 +140,6 @@ class _Load:
             requests = stored.read_box(chunk.name, chunk.box, view)
             group = replica_group(loaded[chunk.name], self._group.process_group)
             self._parts.append(Part(chunk.name, chunk.box, view, requests, group))
-
-    def read(self) -> None:
-        assert self._stored is not None  # `check` has opened it
-        share(self._group, self._read_once, self._parts, self._stored, self._progress)
-        self._stored.close()
 
 
 def _check_target(name: str, view: torch.Tensor) -> None:
@@ -170,6 +180,7 @@ def load_dtensors(
     read_once: Any = "auto",
     process_group: Any = None,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> dict[str, DTensor]:
     """Loads a checkpoint as new DTensors. Each process reads the elements that its placements give it.
 
@@ -183,6 +194,7 @@ def load_dtensors(
         read_once: as for load_into.
         process_group: the processes that load, as for load_into.
         progress: as for load_file.
+        filesystem: as for load_into.
 
     Returns:
         The DTensors by name, in the order of the checkpoint.
@@ -196,12 +208,16 @@ def load_dtensors(
     """
     group = Group(process_group)
     result: dict[str, DTensor] = {}
+    stored_tensors: StoredTensors | None = None
 
     def make() -> None:
-        tensors = StoredTensors(path).tensors
+        nonlocal stored_tensors
+        location = located(path, filesystem)
+        stored_tensors = StoredTensors(location)
+        tensors = stored_tensors.tensors
         for name in tensors if names is None else names:
             if name not in tensors:
-                raise KeyError(f"{short_repr(path)} has no tensor {name!r}")
+                raise KeyError(f"{short_repr(location)} has no tensor {name!r}")
             stored = tensors[name]
             wanted = placements.get(name, ()) if isinstance(placements, Mapping) else placements
             dims = len(stored.shape)
@@ -212,7 +228,7 @@ def load_dtensors(
             result[name] = _empty(like, device_mesh, mine)
 
     group.each("planning DTensors", make)
-    load_into(result, path, strict=names is None, read_once=read_once, process_group=process_group, progress=progress)
+    _Load(result, path, names is None, read_once, group, progress, filesystem, stored_tensors).run()
     return result
 
 

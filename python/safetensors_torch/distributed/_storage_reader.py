@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from .._arguments import Path, encode_path
+from .._locations import RemotePath, is_url, located
 from .._safe_open import safe_open
 from ._group import Group
 from ._planners import refuse_strided
@@ -35,11 +36,12 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
     into the tensors' memory.
 
     Args:
-        path: a directory, an index or a file.
+        path: a directory, an index or a file; or a URL of these, as for load_file.
         thread_count: accepted for torch's sake; the threads are chosen as for load_file.
         process_group: the processes that load, if elements that several of them hold are to be read once. Not with
             no_dist=True.
         read_once: as for load_into, if there is a process group.
+        filesystem: what ``path``, or a ``checkpoint_id``, is in, as for load_file.
 
     A load raises:
         SafetensorError: no checkpoint, an invalid file, chunks that overlap or leave a gap.
@@ -51,9 +53,22 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
     """
 
     def __init__(
-        self, path: Path, thread_count: int = 1, *, process_group: Any = None, read_once: Any = "auto"
+        self,
+        path: Path,
+        thread_count: int = 1,
+        *,
+        process_group: Any = None,
+        read_once: Any = "auto",
+        filesystem: Any = None,
     ) -> None:
-        FileSystemReader.__init__(self, path=os.fsdecode(encode_path(path)))
+        location = located(path, filesystem)
+        is_remote = isinstance(location, RemotePath)
+        # torch's path is a local one.
+        FileSystemReader.__init__(self, path="." if is_remote else os.fsdecode(encode_path(path)))
+        self._filesystem = filesystem
+        self._location: RemotePath | None = None
+        if is_remote:
+            self._set_location(location)
         self.thread_count = thread_count
         self._process_group = process_group
         self._read_once = check_read_once(read_once)
@@ -65,11 +80,25 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self._stored = None
-        super().reset(checkpoint_id)
+        location = located(checkpoint_id, self._filesystem) if checkpoint_id else None
+        if isinstance(location, RemotePath):
+            super().reset(None)
+            self._set_location(location)
+        else:
+            super().reset(checkpoint_id)
+            self._location = None if checkpoint_id else self._location
+
+    def _set_location(self, location: RemotePath) -> None:
+        self._location = location
+        self.path = location.title
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return is_url(checkpoint_id) or super().validate_checkpoint_id(checkpoint_id)
 
     def _open(self) -> StoredTensors:
         if self._stored is None:
-            self._stored = StoredTensors(self.path)
+            self._stored = StoredTensors(self._location or self.path)
         return self._stored
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -109,7 +138,8 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         items: list[ReadItem] = []
         requests: list[Request] = []
-        others: list[tuple[str, ReadItem]] = []
+        # By the path to open: the tensors that torch's own code reads.
+        others: dict[str | RemotePath, list[ReadItem]] = {}
 
         def prepare() -> None:
             refuse_strided(planner)
@@ -120,7 +150,8 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
                 # The index of a chunk takes as long to look up as a small tensor to read.
                 path = chunks[0][1] if len(chunks) == 1 else self.storage_data[item.storage_index].relative_path
                 if self._is_converted(item):
-                    others.append((path, item))
+                    # A scale may be in another file, which torch's code finds in a local directory alone.
+                    others.setdefault(self._location or path, []).append(item)
                     continue
                 target = planner.resolve_tensor(item)
                 if target.requires_grad:
@@ -144,9 +175,10 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
                 share(group, self._read_once, self._parts(planner, items, requests), self._open())
         for item, request in zip(items, requests, strict=True):
             planner.commit_tensor(item, request[3])
-        for path, item in others:
+        for path, converted in others.items():
             with safe_open(path, framework="pt") as file:
-                self._process_read_request(file, item, planner)
+                for item in converted:
+                    self._process_read_request(file, item, planner)
         self._stored = None
         future: Future[None] = Future()
         future.set_result(None)
@@ -177,11 +209,11 @@ class QuantizedHuggingFaceStorageReader(
     Needs torch 2.9 or later, and an index.
 
     Args:
-        path: a directory with an index.
+        path: a directory with an index; or a URL of one, as for load_file.
         thread_count: accepted for torch's sake.
         target_dtype: the dtype of the dequantized tensors.
         block_size: the rows and columns that share a scale.
-        process_group, read_once: as for HuggingFaceStorageReader.
+        process_group, read_once, filesystem: as for HuggingFaceStorageReader.
 
     Raises:
         RuntimeError: this torch has no such reader.
@@ -196,17 +228,26 @@ class QuantizedHuggingFaceStorageReader(
         *,
         process_group: Any = None,
         read_once: Any = "auto",
+        filesystem: Any = None,
     ) -> None:
         if not hasattr(self, "_is_tensor_quantized"):
             raise RuntimeError(
                 "QuantizedHuggingFaceStorageReader needs torch 2.9 or later; use HuggingFaceStorageReader"
             )
-        HuggingFaceStorageReader.__init__(self, path, thread_count, process_group=process_group, read_once=read_once)
+        options = {"process_group": process_group, "read_once": read_once, "filesystem": filesystem}
+        HuggingFaceStorageReader.__init__(self, path, thread_count, **options)
         self.target_dtype = target_dtype
         self.block_size = block_size
         self._weight_scale_mapping: dict[str, str] = {}
         self._weight_map: dict[str, str] = {}
         self._tensor_full_shapes: dict[str, torch.Size] = {}
+
+    def _load_quantization_metadata(self) -> None:
+        if self._location is None:
+            super()._load_quantization_metadata()
+        else:
+            # As if all tensors were in one file: that with which torch's code is called has them all.
+            self._build_weight_scale_mapping(dict.fromkeys(self._open().tensors, ""))
 
     def _is_converted(self, item: ReadItem) -> bool:
         return self._is_tensor_quantized(item.storage_index.fqn)
