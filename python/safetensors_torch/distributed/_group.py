@@ -28,8 +28,10 @@ class Group:
     others.
     """
 
-    def __init__(self, process_group: Any = None) -> None:
-        self._collectives = _DistWrapper(process_group, dist.is_available() and dist.is_initialized(), 0)
+    def __init__(self, process_group: Any = None, *, is_alone: bool = False) -> None:
+        """Takes the processes of ``process_group``, all processes if it is None, or this one if ``is_alone``."""
+        is_group = not is_alone and dist.is_available() and dist.is_initialized()
+        self._collectives = _DistWrapper(process_group, is_group, 0)
         if self._collectives.rank < 0:
             raise ValueError(
                 "this process is not in process_group; call this function in the processes of the group alone"

@@ -64,26 +64,11 @@ class JoinedCheckpoint:
             ValueError: a tensor without a file.
             What save_sharded raises.
         """
-        missing = [] if files is None else [name for name in tensors if name not in files]
-        if missing:
-            raise no_file(missing[0])
-        numbers = [] if files is None else [files[name] - 1 for name in tensors]
+        arguments = layout_arguments(encode_path(directory), tensors, metadata, max_shard_size, files)
         if first_number is None:
             first_number = new_first_number()
         with _disable_current_modes(), DisableTorchFunction():
-            specs = [torch.empty(chunk.shape, dtype=chunk.dtype, device="meta") for chunk in tensors.values()]
-            self._native = call(
-                _native.JoinedCheckpoint,
-                list(tensors),
-                specs,
-                {"format": "pt", **metadata},
-                encode_path(directory),
-                "model",
-                max_shard_size,
-                numbers,
-                first_number,
-                durable,
-            )
+            self._native = call(_native.JoinedCheckpoint, *arguments, first_number, durable)
         self.hidden = HiddenFiles(
             call(self._native.hidden_names), dict(zip(tensors, call(self._native.files), strict=True))
         )
@@ -95,6 +80,23 @@ class JoinedCheckpoint:
 
     def cancel(self) -> None:
         self._native.cancel()
+
+
+def layout_arguments(
+    directory: bytes,
+    tensors: Mapping[str, Chunk],
+    metadata: Mapping[str, str],
+    max_shard_size: int,
+    files: Mapping[str, int] | None,
+) -> tuple[Any, ...]:
+    """Returns the arguments of a native CheckpointLayout, from those of JoinedCheckpoint."""
+    missing = [] if files is None else [name for name in tensors if name not in files]
+    if missing:
+        raise no_file(missing[0])
+    numbers = [] if files is None else [files[name] - 1 for name in tensors]
+    with _disable_current_modes(), DisableTorchFunction():
+        specs = [torch.empty(chunk.shape, dtype=chunk.dtype, device="meta") for chunk in tensors.values()]
+    return list(tensors), specs, {"format": "pt", **metadata}, directory, "model", max_shard_size, numbers
 
 
 def no_file(name: str) -> ValueError:

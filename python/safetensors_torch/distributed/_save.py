@@ -9,11 +9,13 @@ import torch
 
 from .._arguments import Dtype, Path, check_bool, check_dtype, check_metadata, encode_path
 from .._keywords import explains_keywords
+from .._locations import RemotePath, located
 from .._progress import Progress, check_progress
 from .._sharded import parse_size
 from ._chunks import Chunk, assign, local_chunks
 from ._group import Group
 from ._joined import HiddenFiles, JoinedCheckpoint, write_chunks
+from ._remote_save import RemoteLayout, RemotePlan, RemoteSave, check_same_directory
 
 
 @explains_keywords
@@ -27,6 +29,7 @@ def save(
     durable: bool = False,
     process_group: Any = None,
     progress: Progress = None,
+    filesystem: Any = None,
 ) -> list[str]:
     """Saves the tensors of all processes of a group as one checkpoint, as save_sharded would save the whole tensors.
 
@@ -38,7 +41,8 @@ def save(
         state_dict: tensors by name. A DTensor is saved as the whole tensor; any other tensor must be the same in all
             processes that have its name, but not all processes need to have it (pipeline stages). They may share
             memory, and need not be contiguous; then they are copied, one at a time.
-        directory: a directory that all processes share, created if it is missing; str, bytes or os.PathLike.
+        directory: a directory that all processes share, created if it is missing; str, bytes or os.PathLike. Or a URL,
+            as for load_file: then each file is uploaded by one process, to which the others send their elements.
         metadata: text to store in the header of each file, that of the first process. ``format`` = ``pt`` is added.
         max_shard_size: the most bytes of tensors in one file, as for save_sharded.
         dtype: the dtype in the file of floating-point tensors; each keeps its own by default. The converted parts of
@@ -47,6 +51,7 @@ def save(
         process_group: the processes that save; all by default. Without an initialized torch.distributed, this one
             alone.
         progress: as for save_file; each process counts its own bytes.
+        filesystem: what ``directory`` is in, as for load_file.
 
     Returns:
         The names of the files, the index last, in every process.
@@ -62,10 +67,13 @@ def save(
         >>> save(model.state_dict(), "checkpoints/step-1000")  # on every rank
         ['model.safetensors']
     """
-    work = _Save(state_dict, directory, metadata, max_shard_size, dtype, durable, progress)
+    work = _Save(state_dict, directory, metadata, max_shard_size, dtype, durable, progress, filesystem)
     group = Group(process_group)
     try:
-        hidden, written = group.plan("planning a save", work.describe, work.plan)
+        planned = group.plan("planning a save", work.describe, work.plan)
+        if isinstance(planned, RemotePlan):
+            return work.upload(group, planned)
+        hidden, written = planned
         start = group.rank * len(hidden.names) // group.size
         group.each("writing a checkpoint", lambda: work.write(hidden, written, start))
         return group.first("committing a checkpoint", work.commit)
@@ -86,6 +94,7 @@ class _Save:
         dtype: Dtype,
         durable: bool,
         progress: Progress,
+        filesystem: Any,
     ) -> None:
         self._state_dict = state_dict
         self._directory = directory
@@ -94,26 +103,44 @@ class _Save:
         self._dtype = dtype
         self._durable = durable
         self._progress = progress
+        self._filesystem = filesystem
         self._chunks: list[tuple[Chunk, torch.Tensor]] = []
         self._checkpoint: JoinedCheckpoint | None = None
+        self._layout: RemoteLayout | None = None
+        self._remote: RemoteSave | None = None
 
-    def describe(self) -> list[Chunk]:
+    def describe(self) -> tuple[str | None, list[Chunk]]:
+        """Returns where this process saves to, if it is not a local directory, and what it has."""
         check_bool(self._durable, "durable")
         check_progress(self._progress)
         check_metadata(self._metadata)
-        encode_path(self._directory)
+        self._directory = located(self._directory, self._filesystem)
+        if isinstance(self._directory, RemotePath):
+            self._remote = RemoteSave(self._directory)
+        else:
+            encode_path(self._directory)
         parse_size(self._max_shard_size)
         self._chunks = local_chunks(self._state_dict, check_dtype(self._dtype))
-        return [chunk for chunk, _ in self._chunks]
+        title = self._directory.title if isinstance(self._directory, RemotePath) else None
+        return title, [chunk for chunk, _ in self._chunks]
 
-    def plan(self, chunks: list[list[Chunk]]) -> list[tuple[HiddenFiles, list[int]]]:
+    def plan(self, found: list[tuple[str | None, list[Chunk]]]) -> list[Any]:
+        check_same_directory([title for title, _ in found])
+        chunks, size = [held for _, held in found], parse_size(self._max_shard_size)
+        metadata = self._metadata or {}
+        if isinstance(self._directory, RemotePath):
+            self._layout = RemoteLayout(self._directory, chunks, metadata, size)
+            return self._layout.plans
         tensors, written = assign(chunks)
-        size = parse_size(self._max_shard_size)
-        checkpoint = JoinedCheckpoint(
-            self._directory, tensors, self._metadata or {}, max_shard_size=size, durable=self._durable
-        )
+        checkpoint = JoinedCheckpoint(self._directory, tensors, metadata, max_shard_size=size, durable=self._durable)
         self._checkpoint = checkpoint
         return [(checkpoint.hidden, indices) for indices in written]
+
+    def upload(self, group: Group, plan: RemotePlan) -> list[str]:
+        remote = self._remote
+        assert remote is not None  # of a URL
+        group.each("writing a checkpoint", lambda: remote.write(group, plan, self._chunks, self._progress))
+        return remote.commit(group, plan, self._layout)
 
     def write(self, hidden: HiddenFiles, written: list[int], start: int) -> None:
         mine = [self._chunks[index] for index in written]
@@ -126,3 +153,5 @@ class _Save:
     def cancel(self) -> None:
         if self._checkpoint is not None:
             self._checkpoint.cancel()
+        if self._remote is not None:
+            self._remote.abort()

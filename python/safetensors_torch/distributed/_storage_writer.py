@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from .._arguments import Dtype, Path, check_bool, check_dtype, check_metadata, encode_path
+from .._locations import RemotePath, is_url, located
+from .._remote import named
 from .._save import save_file
 from .._sharded import parse_size
 from ._chunks import Chunk, check_boxes
@@ -35,6 +38,7 @@ from ._names import (
     is_chunk_file_name,
 )
 from ._planners import refuse_strided
+from ._remote_save import RemoteLayout, RemotePlan, RemoteSave, check_same_directory
 from ._torch_names import torch_class
 
 _LAYOUTS = ("auto", "final", "shards")
@@ -60,6 +64,13 @@ class _FinalPlan:
     process: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _UploadPlan:
+    """What a plan carries to each process that uploads files: whether others take part."""
+
+    processes: int
+
+
 _Base = torch_class("HuggingFaceStorageWriter", FileSystemWriter)
 
 
@@ -74,7 +85,7 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
     consolidate or HuggingFaceStorageReader.
 
     Args:
-        path: the directory, which all processes share.
+        path: the directory, which all processes share; or a URL, as for load_file.
         fqn_to_index_mapping: the number of each tensor's file, from 1 on. Final files are numbered without gaps: a
             number without a tensor is left out.
         thread_count: accepted for torch's sake; the threads are chosen as for save_file.
@@ -87,14 +98,16 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         dtype: the dtype in the file of floating-point tensors; each keeps its own by default.
         durable: whether a save returns only after all files are on the disk, as for save_file.
         process_group: the processes that save, which torch.distributed.checkpoint.save must get too; a save of others
-            is refused. Nothing is checked by default.
+            is refused. By default, nothing is checked for local directories, and all processes save to others.
         layout: "final", "shards", or "auto": "shards" if ``save_distributed`` and not ``enable_consolidation``, as
             torch's writer, otherwise "final".
+        filesystem: what ``path``, or a ``checkpoint_id``, is in, as for load_file.
 
     A save raises:
         TypeError: a value that is not a tensor, by name.
         ValueError: chunks that overlap or leave a gap, as those of _StridedShard under torch's own planner do.
         OSError: a file cannot be written, or a process does not see the directory of the first one.
+        ImportError: a URL without its client.
         torch.distributed.checkpoint raises CheckpointException with them, in all processes.
 
     Example:
@@ -117,13 +130,22 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         durable: bool = False,
         process_group: Any = None,
         layout: str = "auto",
+        filesystem: Any = None,
     ) -> None:
         if layout not in _LAYOUTS:
             raise ValueError(f"layout is {layout!r}; give one of {', '.join(map(repr, _LAYOUTS))}")
         if fqn_to_index_mapping is not None and max_shard_size is not None:
             raise ValueError("give fqn_to_index_mapping or max_shard_size, not both")
         check_metadata(metadata)
-        FileSystemWriter.__init__(self, path=os.fsdecode(encode_path(path)), thread_count=thread_count)
+        self._filesystem = filesystem
+        location = located(path, filesystem)
+        is_remote = isinstance(location, RemotePath)
+        # torch's path is a local one.
+        local = "." if is_remote else os.fsdecode(encode_path(path))
+        FileSystemWriter.__init__(self, path=local, thread_count=thread_count)
+        self._location: RemotePath | None = None
+        if is_remote:
+            self._set_location(location)
         self.fqn_to_index_mapping = None if fqn_to_index_mapping is None else dict(fqn_to_index_mapping)
         self.save_distributed = save_distributed
         self.enable_consolidation = enable_consolidation
@@ -137,12 +159,23 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         self._is_final = not shards
         self._process_group = process_group
         if shards and enable_consolidation:
-            self.path = self.fs.concat_path(self.path, SHARDED_DIRECTORY)
+            self._descend()
         self._checkpoint: JoinedCheckpoint | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # To a process that saves in the background, before it begins.
         return {**self.__dict__, "_checkpoint": None, "_process_group": None}
+
+    def _set_location(self, location: RemotePath) -> None:
+        self._location = location
+        self.path = location.title
+
+    def _descend(self) -> None:
+        """Continues in the subdirectory for the files of each process."""
+        if self._location is None:
+            self.path = self.fs.concat_path(self.path, SHARDED_DIRECTORY)
+        else:
+            self._set_location(self._location.join(SHARDED_DIRECTORY))
 
     def _cancel(self) -> None:
         if self._checkpoint is not None:
@@ -151,18 +184,29 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self._cancel()
-        super().reset(checkpoint_id)
+        location = located(checkpoint_id, self._filesystem) if checkpoint_id else None
+        if isinstance(location, RemotePath):
+            super().reset(None)
+            self._set_location(location)
+        else:
+            super().reset(checkpoint_id)
+            self._location = None if checkpoint_id else self._location
         if checkpoint_id and self.enable_consolidation:
             self.consolidated_output_path = str(self.path)
             if not self._is_final:
-                self.path = self.fs.concat_path(self.path, SHARDED_DIRECTORY)
+                self._descend()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return is_url(checkpoint_id) or super().validate_checkpoint_id(checkpoint_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._is_final:
             if not getattr(self, "use_collectives", True):
                 raise ValueError('layout="final" needs a plan of all processes: save with use_collectives=True')
             return plan
-        os.makedirs(self.path, exist_ok=True)
+        if self._location is None:
+            os.makedirs(self.path, exist_ok=True)
         return plan if getattr(self, "use_collectives", True) else self._with_rank(plan, (self.rank or 0) + 1)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -174,13 +218,13 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             )
         if not self._is_final:
             return [self._with_rank(plan, number) for number, plan in enumerate(plans, 1)]
+        if self._location is not None:
+            return self._plan_upload(plans)
         self._cancel()
         final, complete = _complete_plans(plans)
         tensors = self._tensors_of(complete)
         # Also without a tensor: an old checkpoint is replaced by an empty one.
-        files = self.fqn_to_index_mapping
-        if files is None and self._max_shard_size == _NO_LIMIT:
-            files = dict.fromkeys(tensors, 1)
+        files = self._files_of(tensors)
         self._checkpoint = JoinedCheckpoint(
             self.path,
             tensors,
@@ -192,7 +236,29 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         )
         return [dataclasses.replace(plan, storage_data=final) for plan in plans]
 
+    def _files_of(self, names: Iterable[str]) -> dict[str, int] | None:
+        """Returns the number of each tensor's file, unless their size divides them."""
+        if self.fqn_to_index_mapping is None and self._max_shard_size == _NO_LIMIT:
+            return dict.fromkeys(names, 1)
+        return self.fqn_to_index_mapping
+
+    def _plan_upload(self, plans: list[SavePlan]) -> list[SavePlan]:
+        # write_data makes the plan of the parts: cached plans of torch.distributed.checkpoint arrive empty here.
+        if all(_is_usable(plan) for plan in plans):
+            self._tensors_of(plans)
+        members = len(plans) if len(plans) == 1 else Group(self._process_group).size
+        if len(plans) != members:
+            raise ValueError(
+                f"{len(plans)} processes save, but {members} are in the group in which they would send their parts for"
+                f" {self._location!r}; pass process_group to the writer too"
+            )
+        return [dataclasses.replace(plan, storage_data=_UploadPlan(len(plans))) for plan in plans]
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        future: Future[list[WriteResult]] = Future()
+        if self._is_final and self._location is not None:
+            future.set_result(self._upload_final(self._location, plan, planner))
+            return future
         try:
             refuse_strided(planner)
             results = self._write_final(plan, planner) if self._is_final else self._write_shards(plan, planner)
@@ -202,7 +268,6 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             if isinstance(plan.storage_data, _FinalPlan):
                 _remove_hidden(self.path, plan.storage_data)
             raise
-        future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
@@ -211,6 +276,8 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             self._commit_shards(results)
             return
         checkpoint, self._checkpoint = self._checkpoint, None
+        if self._location is not None:
+            return  # no process ends its uploads in this step, so write_data has
         if checkpoint is not None:
             checkpoint.commit()
         elif not self.save_distributed and _Base is not FileSystemWriter:
@@ -266,6 +333,47 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             for item, (chunk, _) in zip(plan.items, chunks, strict=True)
         ]
 
+    def _upload_final(self, location: RemotePath, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        """Uploads the final files, in all processes together."""
+        storage_data = plan.storage_data
+        is_alone = isinstance(storage_data, _UploadPlan) and storage_data.processes == 1
+        group = Group(None if is_alone else self._process_group, is_alone=is_alone)
+        chunks: list[tuple[Chunk, torch.Tensor]] = []
+        remote: RemoteSave | None = None
+        layout: RemoteLayout | None = None
+
+        def describe() -> tuple[str, list[Chunk]]:
+            nonlocal remote
+            # In all processes, or none: the others wait for this one.
+            if group.size > 1 and storage_data != _UploadPlan(group.size):
+                raise ValueError(_OTHER_LAYOUT)
+            refuse_strided(planner)
+            remote = RemoteSave(location)
+            chunks.extend((self._chunk_of(item), planner.resolve_data(item).detach()) for item in plan.items)
+            return location.title, [chunk for chunk, _ in chunks]
+
+        def divide(found: list[tuple[str, list[Chunk]]]) -> list[RemotePlan]:
+            nonlocal layout
+            check_same_directory([title for title, _ in found])
+            held = [mine for _, mine in found]
+            files = self._files_of(chunk.name for mine in held for chunk in mine)
+            layout = RemoteLayout(location, held, self._metadata, self._max_shard_size, files)
+            return layout.plans
+
+        try:
+            mine = group.plan("planning a save", describe, divide)
+            assert remote is not None  # `describe` has made it
+            group.each("writing a checkpoint", lambda: remote.write(group, mine, chunks))
+            remote.commit(group, mine, layout)
+        except BaseException:
+            if remote is not None:
+                remote.abort()
+            raise
+        return [
+            WriteResult(item.index, chunk.nbytes, _StorageInfo(name, 0, chunk.nbytes))
+            for item, (chunk, _), name in zip(plan.items, chunks, mine.file_of, strict=True)
+        ]
+
     def _write_shards(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         if not isinstance(plan.storage_data, dict) or "shard_index" not in plan.storage_data:
             raise ValueError(_OTHER_LAYOUT)
@@ -300,13 +408,17 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
                 tensors[fqn] = tensor.clone() if shares else tensor
                 storages.add(tensor.untyped_storage().data_ptr())
                 results.append(WriteResult(item.index, chunk.nbytes, _StorageInfo(name, 0, chunk.nbytes)))
-            path = os.path.join(self.path, _hidden(name))
+            path = os.path.join(self.path, _hidden(name)) if self._location is None else self._location.join(name)
             save_file(tensors, path, metadata, force_contiguous=True, durable=self._durable)
         return results
 
     def _commit_shards(self, results: list[list[WriteResult]]) -> None:
         """Gives the files of all processes their names, and removes those of an earlier save."""
         names = {result.storage_data.relative_path for mine in results for result in mine}
+        if self._location is not None:
+            # They have their names: a store has no renames.
+            self._remove_other_shards(self._location, names)
+            return
         for name in sorted(names):
             os.replace(os.path.join(self.path, _hidden(name)), os.path.join(self.path, name))
         if getattr(self, "use_collectives", True):
@@ -319,6 +431,15 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+    def _remove_other_shards(self, location: RemotePath, names: set[str]) -> None:
+        if not getattr(self, "use_collectives", True):
+            return
+        store = location.store()
+        for name in named(location.title, lambda: store.list(location.title)) or ():
+            if name not in names and is_chunk_file_name(name):
+                title = location.join(name).title
+                named(title, lambda title=title: store.remove(title))
 
 
 # The complete plans of the last saves of this process, for cached plans: those that have not changed arrive empty.
