@@ -71,8 +71,9 @@ class Filesystem(ctypes.Structure):
 # The readers of the open files, and the stores in use, by the number that is their context.
 _open: dict[int, Any] = {}
 _numbers = itertools.count(1)
-# What the last call on a thread returned, which must stay until the next.
-_last = threading.local()
+# What the functions have returned, by the context, which must stay until the next call on the thread. Not in a
+# threading.local: that of a thread which Python has not started ends with each call.
+_returned: dict[int, dict[Any, Any]] = {}
 
 # The functions live as long as the process: the native library has their addresses.
 _functions: list[Any] = []
@@ -138,8 +139,10 @@ class Calls:
     def _get_identity(self, context: int, identity: Any, error: int) -> int:
         def work() -> None:
             found = _open[context].identity()
-            _last.identity = None if found is None else found.encode()
-            identity[0] = _last.identity
+            if found is None:
+                identity[0] = None
+            else:
+                identity[0] = _returned.setdefault(context, {}).setdefault(found, found.encode())
 
         return self._guarded(error, work)
 
@@ -162,9 +165,10 @@ class Calls:
             found = _open[context].list(directory.decode())
             if found is None:
                 raise PermissionError("directories cannot be listed")
-            _last.names = (ctypes.c_char_p * len(found))(*[name.encode() for name in found if "\0" not in name])
-            names[0] = ctypes.cast(_last.names, _Strings)
-            count[0] = len(found)
+            listed = [name.encode() for name in found if "\0" not in name]
+            array = _returned.setdefault(context, {})[threading.get_ident()] = (ctypes.c_char_p * len(listed))(*listed)
+            names[0] = ctypes.cast(array, _Strings)
+            count[0] = len(listed)
 
         return self._guarded(error, work)
 
@@ -187,6 +191,7 @@ def _fill(targets: list[tuple[int, int]], pieces: Iterator[Any]) -> None:
 
 def _forget(context: int) -> None:
     _open.pop(context, None)
+    _returned.pop(context, None)
 
 
 def forget(filesystem: Filesystem) -> None:
