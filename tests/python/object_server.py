@@ -95,6 +95,8 @@ class ObjectServer(http.server.ThreadingHTTPServer):
         self.signed_methods = ["GET"]
         # Requests need this header.
         self.authorization: str | None = None
+        # Seconds before each answer.
+        self.delay = 0.0
         # By path: the URL of a redirect.
         self.redirects: dict[str, str] = {}
         self.closed = threading.Event()
@@ -127,6 +129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802 - the name of the base class
         server, target = self.server, urllib.parse.urlsplit(self.path)
+        server.closed.wait(server.delay)
         fault = self.next_fault()
         if fault.status:
             return self.answer(fault.status, fault.body, fault.headers, fault)

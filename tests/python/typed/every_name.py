@@ -106,6 +106,7 @@ def use_inspect(path: Path) -> None:
     assert_type(info.tensors["a"], safetensors_torch.TensorInfo)
     assert_type(info.tensors["a"].shape, list[int])
     assert_type(info.tensors["a"].dtype, str)
+    safetensors_torch.inspect("s3://bucket/model", filesystem=object())
 
 
 def use_iterate(paths: list[Path]) -> None:
@@ -114,6 +115,7 @@ def use_iterate(paths: list[Path]) -> None:
         assert_type(tensor, torch.Tensor)
     safetensors_torch.iterate(paths[0], backend="pread", buffer_bytes=None, progress=True)
     safetensors_torch.iterate(paths, buffer_bytes=1.5)  # type: ignore[arg-type]
+    safetensors_torch.iterate(["s3://bucket/a", "s3://bucket/b"], filesystem=object())
 
 
 def use_load(data: bytes, view: memoryview) -> None:
@@ -132,6 +134,8 @@ def use_load_file(path: Path) -> None:
     safetensors_torch.load_file(3.5)  # type: ignore[arg-type]
     safetensors_torch.load_file(path, dtype="float16", names=re.compile("a"))
     safetensors_torch.load_file(path, map_location="cpu")  # type: ignore[call-arg]
+    safetensors_torch.load_file("s3://bucket/model.safetensors", filesystem=None)
+    safetensors_torch.load_file("model.safetensors", filesystem=object())
 
 
 def use_load_model(model: torch.nn.Module, path: Path) -> None:
@@ -140,6 +144,7 @@ def use_load_model(model: torch.nn.Module, path: Path) -> None:
     assert_type(unexpected, list[str])
     safetensors_torch.load_model(model, path, prefix="a.", rename=str.lower, assign=True, backup=False)
     safetensors_torch.load_model(model, path, variant="fp16", extra="ignore", progress=True)
+    safetensors_torch.load_model(model, "s3://bucket/model.safetensors", filesystem=object())
     safetensors_torch.load_model(model.state_dict(), path)  # type: ignore[arg-type]
     safetensors_torch.load_model(model, path, rename={"a": "b"})  # type: ignore[arg-type]
 
@@ -148,6 +153,7 @@ def use_load_sharded(directory: Path) -> None:
     assert_type(safetensors_torch.load_sharded(directory), Tensors)
     safetensors_torch.load_sharded(directory, "cuda", backend="pread", dtype=torch.float16, names=["a"], progress=False)
     safetensors_torch.load_sharded(directory, variant="fp16", extra="ignore")
+    safetensors_torch.load_sharded("s3://bucket/model", filesystem=object())
     safetensors_torch.load_sharded(directory, prefault="no")  # type: ignore[arg-type]
 
 
@@ -195,6 +201,7 @@ def use_safe_open(path: Path, data: bytes) -> None:
         file.get_tensor(0)  # type: ignore[arg-type]
     file.close()
     safetensors_torch.safe_open(path, variant="fp16", extra="ignore")
+    safetensors_torch.safe_open("s3://bucket/model.safetensors", filesystem=object())
 
 
 def use_save(tensors: Tensors) -> None:
@@ -206,6 +213,7 @@ def use_save(tensors: Tensors) -> None:
 def use_save_file(tensors: Tensors, path: Path) -> None:
     safetensors_torch.save_file(tensors, path, {"format": "pt"}, durable=True, progress=lambda done, total: None)
     safetensors_torch.save_file(tensors, path, metadata=None, force_contiguous=True, shared="keep_one")
+    safetensors_torch.save_file(tensors, "s3://bucket/model.safetensors", filesystem=object())
     safetensors_torch.save_file([*tensors.values()], path)  # type: ignore[arg-type]
 
 
@@ -213,6 +221,7 @@ def use_save_model(model: torch.nn.Module, path: Path) -> None:
     safetensors_torch.save_model(model, path, {"format": "pt"}, force_contiguous=False, durable=True)
     safetensors_torch.save_model(model, path.parent, max_shard_size="5GB", progress=True)
     safetensors_torch.save_model(model, path, prefix="a.", rename=lambda name: name.lower())
+    safetensors_torch.save_model(model, "s3://bucket/model.safetensors", filesystem=object())
     safetensors_torch.save_model(model, path, max_shard_size=1.5)  # type: ignore[arg-type]
 
 
@@ -222,6 +231,7 @@ def use_save_sharded(tensors: Tensors, directory: Path) -> None:
         tensors, directory, {"format": "pt"}, max_shard_size=10**9, stem="model", durable=True
     )
     safetensors_torch.save_sharded(tensors, directory, force_contiguous=True, shared="keep_one")
+    safetensors_torch.save_sharded(tensors, "s3://bucket/model", filesystem=object())
     safetensors_torch.save_sharded(tensors, directory, stem=None)  # type: ignore[arg-type]
 
 
