@@ -115,6 +115,9 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         translated = translate(error)
         if translated is error:
             raise
+        if isinstance(translated, InterruptedError):
+            # Ctrl-C has ended a function of a source before its first statement.
+            raise KeyboardInterrupt from None
         try:
             raise translated from None
         finally:

@@ -40,4 +40,8 @@ def raise_interrupt() -> None:
     interrupt = getattr(_interrupts, "last", None)
     if interrupt is not None:
         _interrupts.last = None
-        raise interrupt
+        try:
+            raise interrupt
+        finally:
+            # Its traceback has this frame: a cycle that would keep files open until it is collected.
+            del interrupt

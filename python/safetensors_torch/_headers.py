@@ -317,7 +317,7 @@ def _remote_calls() -> Any:
 
     set_error = ctypes.cast(_library().sft_source_error_set, c_void_p).value
     assert set_error is not None
-    return Calls(set_error)
+    return Calls(set_error, 0)
 
 
 def _count(function: Any, handle: c_void_p) -> int:

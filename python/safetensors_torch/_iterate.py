@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ._arguments import Device, Dtype, Path, check_dtype, title_of, to_device
 from ._errors import NamedFile, SafetensorError, call, names_instead, short_repr
 from ._keywords import explains_keywords
 from ._load import Names, select
-from ._locations import located
+from ._locations import RemotePath, located
 from ._prefetch_loader import landed, start
 from ._progress import Progress, ProgressBar, check_progress
 from ._safe_open import open_path
@@ -21,6 +22,9 @@ from ._tracing import dynamo_disable
 
 # More threads than a loader starts.
 _MOST_THREADS = 64
+
+# How many files that are not local are opened at once.
+_MOST_OPEN = 16
 
 
 @dynamo_disable
@@ -71,7 +75,7 @@ def iterate(
     most_bytes = None if buffer_bytes is None else parse_size(buffer_bytes)
     given = [files] if isinstance(files, (str, bytes, os.PathLike)) else list(files)
     paths = [located(path, filesystem) for path in given]
-    opened = [open_path(path, backend) for path in paths]
+    opened = open_paths(paths, backend)
     title = ", ".join(title_of(path) for path in paths[:3])
     chosen = select_of_files(opened, names, title)
     with NamedFile(title):
@@ -80,6 +84,14 @@ def iterate(
     # A generator that has started closes the loader when it is dropped.
     next(tensors)
     return tensors
+
+
+def open_paths(paths: list[Any], backend: str) -> list[Any]:
+    """Opens the native File of each path; several that are not local at once."""
+    if len(paths) < 2 or not any(isinstance(path, RemotePath) for path in paths):
+        return [open_path(path, backend) for path in paths]
+    with ThreadPoolExecutor(_MOST_OPEN) as pool:
+        return list(pool.map(lambda path: open_path(path, backend), paths))
 
 
 def _iterate(native: Any, progress: Progress) -> Iterator[Any]:

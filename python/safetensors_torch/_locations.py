@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from ._exceptions import os_error
+
 # The schemes of buckets.
 BUCKETS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
@@ -24,7 +26,7 @@ def title_of_url(url: str) -> str:
     """Returns a URL without what may be a secret: the user, and the query."""
     if url.lower().startswith("abfs"):
         return url  # a filesystem is before the @
-    return re.sub(r"//[^/@]*@", "//", split_query(url)[0])
+    return re.sub(r"//[^/?#]*@", "//", split_query(url)[0])
 
 
 def split_query(url: str) -> tuple[str, str]:
@@ -51,15 +53,21 @@ class RemotePath:
 
         Raises:
             ImportError, ValueError, TypeError: as store_of.
+            OSError: the client cannot be made.
         """
-        from ._stores import store_of  # not above: few programs use URLs
+        from ._stores import errno_of, store_of, text_of  # not above: few programs use URLs
 
-        return store_of(self.path, self.filesystem)
+        try:
+            return store_of(self.path, self.filesystem)
+        except (ImportError, ValueError, TypeError):
+            raise
+        except Exception as failure:
+            raise os_error(errno_of(failure), f"{self.title}: {text_of(failure)}") from None
 
     def join(self, name: str) -> RemotePath:
         """Returns the path of a file in this directory."""
         path, query = split_query(self.path) if self.filesystem is None else (self.path, "")
-        return RemotePath(f"{path.rstrip('/')}/{name}{query}", self.filesystem)
+        return RemotePath(f"{path.rstrip('/')}/{name}{query}" if path else name, self.filesystem)
 
     def __repr__(self) -> str:
         return repr(self.title)

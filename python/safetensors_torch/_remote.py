@@ -20,6 +20,7 @@ from ._memory import address_of
 from ._stores import Changed, Reader, Store, errno_of, text_of
 
 _IO, _FILE_CHANGED = 2, 21  # in the C header
+_INTERPRETED = 0x5AFE  # in the core
 
 
 class _Buffer(ctypes.Structure):
@@ -84,9 +85,11 @@ class Calls:
 
     Args:
         set_error: the address of its function as sft_source_error_set.
+        success: what the functions return for success. Another number is Ctrl-C, which may end one before it begins.
     """
 
-    def __init__(self, set_error: int) -> None:
+    def __init__(self, set_error: int, success: int) -> None:
+        self._success = success
         self._set_error = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)(set_error)
         self._source = (
             _GetLength(self._get_length),
@@ -113,19 +116,20 @@ class Calls:
     def _guarded(self, error: Any, function: Callable[[], None]) -> int:
         """Calls a function for the library, and passes its exception on."""
         try:
-            function()
-        except Changed:
-            self._fail(error, 0, "the object was replaced while it was read; open it again")
-            return _FILE_CHANGED
-        except Exception as failure:
-            self._fail(error, errno_of(failure), text_of(failure))
-            return _IO
+            try:
+                function()
+            except Changed:
+                self._fail(error, 0, "the object was replaced while it was read; open it again")
+                return _FILE_CHANGED
+            except Exception as failure:
+                self._fail(error, errno_of(failure), text_of(failure))
+                return _IO
         except BaseException as failure:
-            # Ctrl-C, in the thread that has called the library.
+            # Ctrl-C, in the thread that has called the library; also while it handles another exception.
             defer_interrupt(failure)
             self._fail(error, errno.EINTR, "interrupted")
             return _IO
-        return 0
+        return self._success
 
     def _fail(self, error: Any, number: int, text: str) -> None:
         self._set_error(error, number, text.replace("\0", "\\0").encode("utf-8", "backslashreplace"))
@@ -165,7 +169,9 @@ class Calls:
             found = _open[context].list(directory.decode())
             if found is None:
                 raise PermissionError("directories cannot be listed")
-            listed = [name.encode() for name in found if "\0" not in name]
+            # The library skips names that are not UTF-8, as no checkpoint has one.
+            encoded = [name.encode("utf-8", "surrogateescape") for name in found]
+            listed = [name for name in encoded if b"\0" not in name]
             array = _returned.setdefault(context, {})[threading.get_ident()] = (ctypes.c_char_p * len(listed))(*listed)
             names[0] = ctypes.cast(array, _Strings)
             count[0] = len(listed)
@@ -180,6 +186,8 @@ def _fill(targets: list[tuple[int, int]], pieces: Iterator[Any]) -> None:
         with memoryview(piece) as view:
             start, left = address_of(view), view.nbytes
             while left > 0:
+                if number == len(targets):
+                    raise ConnectionError("the client returned too many bytes")
                 target, size = targets[number]
                 count = min(left, size - written)
                 # Without the lock of the interpreter.
@@ -187,6 +195,8 @@ def _fill(targets: list[tuple[int, int]], pieces: Iterator[Any]) -> None:
                 start, left, written = start + count, left - count, written + count
                 if written == size:
                     number, written = number + 1, 0
+    if sum(size for _, size in targets[number:]) > written:
+        raise ConnectionError("the client returned too few bytes")
 
 
 def _forget(context: int) -> None:
@@ -207,7 +217,7 @@ def _layer() -> tuple[Any, Calls]:
     operators = torch.ops.safetensors_torch
     # Threads that read ahead may run when the interpreter ends, which they would not survive in it.
     atexit.register(operators._end_interpreter)
-    return operators, Calls(operators._source_error_setter())
+    return operators, Calls(operators._source_error_setter(), _INTERPRETED)
 
 
 def open_file(path: RemotePath) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import secrets
 import threading
 import time
@@ -24,9 +26,9 @@ _IDENTITY_KEYS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modifie
 class FsspecStore(Store):
     """A filesystem of fsspec."""
 
-    def __init__(self, filesystem: Any, root: str = "", prefix: str = "") -> None:
-        """Titles begin with ``root``, which stands for ``prefix`` in the filesystem."""
-        self._filesystem, self._root, self._prefix = filesystem, root, prefix
+    def __init__(self, filesystem: Any, root: str = "", prefix: str = "", *, path: str = "") -> None:
+        """Titles begin with ``root``, which stands for ``prefix`` in the filesystem; ``path`` is that of the user."""
+        self._filesystem, self._root, self._prefix, self._given = filesystem, root, prefix, path
 
     @classmethod
     def of_url(cls, url: str) -> FsspecStore:
@@ -45,7 +47,11 @@ class FsspecStore(Store):
         return cls(filesystem, *above)
 
     def _path(self, title: str) -> str:
-        return self._prefix + title.removeprefix(self._root)
+        path = self._prefix + title.removeprefix(self._root)
+        if title != self._given and re.match(r"~|[^/]*:", path) and not self._prefix:
+            # Beside the user's path, a name that an index has. fsspec would leave the directory.
+            raise PermissionError(errno.EACCES, "the name of a shard must not be a URL or begin with ~")
+        return path
 
     def open(self, title: str) -> Reader:
         return _File(self._filesystem, self._path(title))
@@ -96,6 +102,11 @@ class _File:
             return identity
 
     def read(self, offset: int, nbytes: int) -> Iterator[Any]:
+        if offset == 0:
+            # The header, or the index before and after its files are opened: what was said before does not count.
+            with self._lock:
+                self._identity = 0.0, None
+
         def read() -> Any:
             data = self._filesystem.cat_file(self._path, start=offset, end=offset + nbytes)
             if len(data) != nbytes:
@@ -136,6 +147,10 @@ class _NewFile:
         if self._hidden is None:
             self._file.discard()
             self._file.closed = True  # closing it would send the rest
+            # huggingface_hub collects the bytes in a local file.
+            if temporary := getattr(self._file, "temp_file", None):
+                temporary.close()
+                os.unlink(temporary.name)
         else:
             self._file.close()
             self._filesystem.rm_file(self._hidden)

@@ -30,9 +30,14 @@ _PIECE_BYTES = 64 << 10
 
 # A read is tried again if a body breaks, after 0.1, 0.2, 0.4 and 0.8 seconds.
 _ATTEMPTS = 5
+# No attempt begins after this time. One takes some minutes if a server is silent.
+_MOST_SECONDS = 60.0
 _FIRST_DELAY = 0.1
 
 _PARTS_AT_ONCE = 8
+
+# How long a client of one file alone keeps idle connections: a checkpoint may have hundreds of files.
+_IDLE = timedelta(seconds=5)
 
 # The options of clients that obstore finds in the environment, behind AWS_ and so on, unless it is given some.
 _OPTIONS = (
@@ -90,6 +95,29 @@ def _client_options(*, is_plain: bool) -> dict[str, Any]:
     }
 
 
+_process: int | None = None
+
+
+def _client() -> Any:
+    """Returns obstore, whose threads a forked process lacks.
+
+    Raises:
+        OSError: this process was forked after obstore was used.
+    """
+    global _process
+    import obstore
+
+    if _process is None:
+        _process = os.getpid()
+    if _process != os.getpid():
+        raise OSError(
+            errno.ENOTSUP,
+            "this process was forked after URLs were used, and the client (obstore) would wait forever; start such"
+            " processes by the method spawn or forkserver, or use no URL before the fork",
+        )
+    return obstore
+
+
 class ObstoreStore(Store):
     """A store of obstore: a bucket, or what the user has made."""
 
@@ -101,11 +129,11 @@ class ObstoreStore(Store):
         return title.removeprefix(self._root)
 
     def open(self, title: str) -> Reader:
-        return Object(self._store, self._path(title))
+        # An index is the same, byte for byte, if a checkpoint has new values.
+        return Object(self._store, self._path(title), compares_time=title.endswith(".json"))
 
     def list(self, directory: str) -> list[str] | None:
-        import obstore
-
+        obstore = _client()
         prefix = self._path(directory).rstrip("/")
         found = obstore.list_with_delimiter(self._store, prefix or None)["objects"]
         return [entry["path"].rpartition("/")[2] for entry in found]
@@ -114,12 +142,15 @@ class ObstoreStore(Store):
         return _Upload(self._store, self._path(title), nbytes)
 
     def remove(self, title: str) -> None:
-        import obstore
-
+        obstore = _client()
         try:
             obstore.delete(self._store, self._path(title))
         except FileNotFoundError:
             pass
+
+
+# URLs whose paths are the same whether they are encoded or not.
+_PLAIN_URL = re.compile(r"(\w+://[^/?#]+)/((?:[\w.~-]+/)*[\w.~-]+)", re.ASCII)
 
 
 class _HttpStore(Store):
@@ -129,6 +160,8 @@ class _HttpStore(Store):
         self._title = title_of_url(url).rstrip("/")
         path, self._query = split_query(url)
         self._path = path.rstrip("/")
+        self._client: Any = None
+        self._lock = threading.Lock()
 
     def _url_of(self, title: str) -> str:
         """Returns the URL of this file, or of one in or beside it. The names of these are not encoded yet."""
@@ -140,7 +173,15 @@ class _HttpStore(Store):
         return f"{self._path.rpartition('/')[0]}{quote(title.removeprefix(directory))}{self._query}"
 
     def open(self, title: str) -> Reader:
-        return object_at_url(self._url_of(title))
+        url = self._url_of(title)
+        match = _PLAIN_URL.fullmatch(url)
+        if match is None:
+            return object_at_url(url)
+        # One client for all files of a checkpoint: each keeps connections.
+        with self._lock:
+            if self._client is None:
+                self._client = _http_store(match[1])
+        return Object(self._client, match[2])
 
     def list(self, directory: str) -> list[str] | None:
         return None
@@ -151,10 +192,10 @@ class _HttpStore(Store):
 
 def object_at_url(url: str, headers: Mapping[str, str] | None = None) -> Object:
     """Returns the file at the URL of a server; ``headers`` are not sent to servers that it redirects to."""
-    return Object(_http_store(url, headers), "")
+    return Object(_http_store(url, headers, pool_idle_timeout=_IDLE), "")
 
 
-def _http_store(url: str, headers: Mapping[str, str] | None = None) -> Any:
+def _http_store(url: str, headers: Mapping[str, str] | None = None, **more_options: Any) -> Any:
     from obstore.store import HTTPStore
 
     parts, sent = urlsplit(url), dict(headers or {})
@@ -162,7 +203,7 @@ def _http_store(url: str, headers: Mapping[str, str] | None = None) -> Any:
     if user:
         secret = base64.b64encode(unquote(user).encode()).decode()
         sent.setdefault("Authorization", f"Basic {secret}")
-    options = {**_client_options(is_plain=parts.scheme.lower() == "http"), "default_headers": sent}
+    options = {**_client_options(is_plain=parts.scheme.lower() == "http"), "default_headers": sent, **more_options}
     # The whole URL is the store's, and the path is empty: a path would be encoded again, and lose its query.
     whole = parts._replace(netloc=host, fragment="").geturl()
     return HTTPStore.from_url(whole, client_options=options, retry_config=_RETRIES)
@@ -171,10 +212,10 @@ def _http_store(url: str, headers: Mapping[str, str] | None = None) -> Any:
 class Object:
     """An object of a store of obstore."""
 
-    def __init__(self, store: Any, path: str) -> None:
-        import obstore
-
-        self._obstore, self._store, self._path = obstore, store, path
+    def __init__(self, store: Any, path: str, *, compares_time: bool = False) -> None:
+        """``compares_time``: the object has changed if it was written again, even with the same bytes."""
+        self._obstore, self._store, self._path = _client(), store, path
+        self._compares_time = compares_time
         self._condition: dict[str, Any] = {}
         self._identity: tuple[Any, ...] | None = None
         # The first bytes, until they are read.
@@ -188,10 +229,11 @@ class Object:
         try:
             return self._retried(self._open)
         except self._obstore.exceptions.NotSupportedError:
-            self._stream, self.max_requests = _Stream(lambda: self._get(None)), 1
-            return self._retried(self._stream.open)
+            stream = self._stream = _Stream()
+            self.max_requests = 1
+            return self._retried(lambda: stream.open(self._get))
         except self._obstore.exceptions.GenericError as error:
-            if "status code: 416" not in str(error):
+            if not _is_out_of_range(error):
                 raise
             return self._obstore.head(self._store, self._path)["size"]  # an empty object has no ranges
 
@@ -203,8 +245,11 @@ class Object:
         # A weak tag matches no If-Match.
         if tag and not tag.startswith("W/"):
             self._condition = {"if_match": tag}
-        self._identity = _identity_of(meta)
+        self._identity = self._identity_of(meta)
         return meta["size"]
+
+    def _identity_of(self, meta: Any) -> tuple[Any, ...]:
+        return (*_identity_of(meta), meta["last_modified"] if self._compares_time else None)
 
     def identity(self) -> str | None:
         return None  # reads compare it
@@ -214,7 +259,7 @@ class Object:
         if start is not None and offset == 0 and nbytes <= len(start):
             yield start[:nbytes]
             return
-        done, attempts = 0, 0
+        done, attempts, since = 0, 0, time.monotonic()
         while done < nbytes:
             try:
                 for piece in self._pieces(offset + done, nbytes - done):
@@ -222,15 +267,15 @@ class Object:
                     done += len(piece)
             except (ConnectionError, self._obstore.exceptions.GenericError) as failure:
                 attempts += 1
-                if not _may_pass(failure, attempts):
+                if not _may_pass(failure, attempts, since):
                     raise
 
     def _pieces(self, offset: int, nbytes: int) -> Iterator[Any]:
         if self._stream is not None:
-            yield from self._stream.read(offset, nbytes)
+            yield from self._stream.read(offset, nbytes, self._get)
             return
         result = self._get((offset, offset + nbytes))
-        if self._identity is not None and _identity_of(result.meta) != self._identity:
+        if self._identity is not None and self._identity_of(result.meta) != self._identity:
             raise Changed
         done = 0
         for piece in result.stream(min_chunk_size=_PIECE_BYTES):
@@ -243,6 +288,7 @@ class Object:
 
     def _get(self, span: tuple[int, int] | None) -> Any:
         options = {**self._condition, **({} if span is None else {"range": span})}
+        _client()
         try:
             return self._obstore.get(self._store, self._path, options=options)
         except self._obstore.exceptions.PreconditionError as error:
@@ -250,22 +296,30 @@ class Object:
 
     def _retried(self, function: Callable[[], int]) -> int:
         """Calls a function, again if a body breaks."""
+        since = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 return function()
             except (ConnectionError, self._obstore.exceptions.GenericError) as failure:
-                if not _may_pass(failure, attempt):
+                if not _may_pass(failure, attempt, since):
                     raise
         raise AssertionError("it returns or raises")
 
 
-def _may_pass(failure: Exception, attempt: int) -> bool:
+def _may_pass(failure: Exception, attempt: int, since: float) -> bool:
     """Returns whether to try again, after a pause: obstore has repeated requests, but not all bodies."""
+    if time.monotonic() - since > _MOST_SECONDS:
+        return False
     is_body = isinstance(failure, ConnectionError) or "Error performing" not in str(failure)
-    if attempt == _ATTEMPTS or not is_body:
+    if attempt == _ATTEMPTS or not is_body or _is_out_of_range(failure):
         return False
     time.sleep(_FIRST_DELAY * 2 ** (attempt - 1))
     return True
+
+
+def _is_out_of_range(failure: Exception) -> bool:
+    # Of servers, of memory, and of local files.
+    return any(text in str(failure) for text in ("status code: 416", "Invalid range", "range was invalid"))
 
 
 def _identity_of(meta: Any) -> tuple[Any, ...]:
@@ -273,11 +327,14 @@ def _identity_of(meta: Any) -> tuple[Any, ...]:
     return (meta["size"], meta["e_tag"] if meta.get("e_tag") else meta["last_modified"])
 
 
+# Asks for a range, or for everything.
+Get = Callable[[tuple[int, int] | None], Any]
+
+
 class _Stream:
     """The body of an answer without ranges. Its bytes are read in their order; only the first of them again."""
 
-    def __init__(self, get: Callable[[], Any]) -> None:
-        self._get = get
+    def __init__(self) -> None:
         self._identity: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
         self._restart()
@@ -287,21 +344,21 @@ class _Stream:
         self._rest = memoryview(b"")
         self._position = 0
 
-    def open(self) -> int:
-        self._begin()
+    def open(self, get: Get) -> int:
+        self._begin(get)
         self._start = b"".join(self._take(min(self._length, START_BYTES)))
         return self._length
 
-    def _begin(self) -> None:
+    def _begin(self, get: Get) -> None:
         self._restart()
-        result = self._get()
+        result = get(None)
         identity = _identity_of(result.meta)
         if self._identity not in (None, identity):
             raise Changed
         self._identity, self._length = identity, result.meta["size"]
         self._chunks = iter(result.stream(min_chunk_size=START_BYTES))
 
-    def read(self, offset: int, nbytes: int) -> Iterator[Any]:
+    def read(self, offset: int, nbytes: int, get: Get) -> Iterator[Any]:
         with self._lock:
             start = self._start[offset : offset + nbytes]
             if start:
@@ -309,7 +366,7 @@ class _Stream:
             if len(start) == nbytes:
                 return
             if self._chunks is None:
-                self._begin()  # after a connection that broke
+                self._begin(get)  # after a connection that broke
             first = offset + len(start)
             if first < self._position:
                 raise OSError(
@@ -345,14 +402,15 @@ class _Upload:
     """An upload in parts, which become an object when they are complete."""
 
     def __init__(self, store: Any, path: str, nbytes: int) -> None:
-        import obstore
-
-        self._writer = obstore.open_writer(store, path, buffer_size=part_bytes(nbytes), max_concurrency=_PARTS_AT_ONCE)
+        part = part_bytes(nbytes)
+        self._writer = _client().open_writer(store, path, buffer_size=part, max_concurrency=_PARTS_AT_ONCE)
 
     def write(self, data: Any) -> Any:
+        _client()
         return self._writer.write(data)
 
     def commit(self) -> None:
+        _client()
         self._writer.close()
 
     def abort(self) -> None:

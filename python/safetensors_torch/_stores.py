@@ -114,7 +114,7 @@ def store_of(path: str, filesystem: Any = None) -> Store:
         if "fsspec.spec" in modules:
             from ._store_fsspec import FsspecStore
 
-            return FsspecStore(filesystem)
+            return FsspecStore(filesystem, path=path)
         raise TypeError(
             f"filesystem must be a store of obstore or a filesystem of fsspec, not {type(filesystem).__name__}"
         )
@@ -160,6 +160,8 @@ def errno_of(failure: BaseException) -> int:
     for kind, number in _NUMBERS.items():
         if isinstance(failure, kind):
             return number
+    if isinstance(failure, MemoryError):
+        return errno.ENOMEM
     return errno.EACCES if is_denied(failure) else errno.EIO
 
 
@@ -175,10 +177,10 @@ def text_of(failure: BaseException) -> str:
     # obstore adds the structure of its errors.
     text = " ".join(message.split()).partition(" Debug source:")[0]
     # The error of a bucket may repeat the token and the signed request.
-    text = re.sub(r"(<\?xml[^>]*>\s*)?<Error\b.*", _xml_error, text).removesuffix(":")[:500]
-    # Some messages have a URL with its signature.
-    text = re.sub(r"(\w+://)[^\s/@]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?]*)\?\S+", r"\1", text)
+    text = re.sub(r"(<\?xml[^>]*>\s*)?<Error\b.*", _xml_error, text).removesuffix(":")
+    # Some messages have a URL with its signature, or its path alone.
+    text = re.sub(r"(\w+://)[^\s/?#]*@", r"\1", text)
+    text = re.sub(r"((?:\w+:/)?/[^\s?]*)\?\S+", r"\1", text)[:500]
     if text and isinstance(failure, OSError):
         return text  # the caller's error is of the same class
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__

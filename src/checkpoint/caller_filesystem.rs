@@ -98,14 +98,11 @@ impl Filesystem for CallerFilesystem {
         }
         // SAFETY: `count` strings that stay until the next call on this thread (header, `sft_filesystem_list`).
         let names = unsafe { std::slice::from_raw_parts(names, count) };
-        // SAFETY: each is a string, as above. No checkpoint has a name that is not UTF-8.
-        Ok(Some(
-            names
-                .iter()
-                .filter_map(|&name| unsafe { CStr::from_ptr(name) }.to_str().ok())
-                .map(str::to_owned)
-                .collect(),
-        ))
+        let names = names.iter().filter(|name| !name.is_null());
+        // SAFETY: each is a string, as above.
+        let texts = names.map(|&name| unsafe { CStr::from_ptr(name) }.to_str());
+        // No checkpoint has a name that is not UTF-8.
+        Ok(Some(texts.filter_map(|text| text.ok().map(str::to_owned)).collect()))
     }
 }
 

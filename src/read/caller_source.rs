@@ -107,6 +107,10 @@ pub(crate) enum Lifetime {
     Interpreter,
 }
 
+/// What functions of an interpreter return for success. If an exception, such as that of Ctrl-C, ends one before its first
+/// statement, the interpreter returns another number, and there is no message.
+const INTERPRETED: Status = 0x5AFE;
+
 /// The number of calls that run in the interpreter, and whether it ends.
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 static HAS_ENDED: AtomicBool = AtomicBool::new(false);
@@ -184,8 +188,14 @@ pub(crate) fn call(
     };
     let mut error = sft_source_error::default();
     let status = function(&raw mut error);
-    if status == 0 {
-        return Ok(());
+    match lifetime {
+        Lifetime::Process if status == 0 => return Ok(()),
+        Lifetime::Interpreter if status == INTERPRETED => return Ok(()),
+        Lifetime::Interpreter if error.message.is_none() => {
+            let interrupted = std::io::Error::from_raw_os_error(libc::EINTR);
+            return Err(Error::new(ErrorKind::Io, "interrupted").with_os_error(interrupted));
+        }
+        _ => {}
     }
     let kind = match status {
         _ if status == ErrorKind::FileChanged as i32 => ErrorKind::FileChanged,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -199,3 +201,89 @@ def test_many_files_are_opened_at_once(tmp_path: Path) -> None:
     for _ in range(5):
         loaded = safetensors_torch.load_sharded(str(tmp_path), filesystem=fsspec.filesystem("file"))
         assert same(loaded, state)
+
+
+def test_a_forked_process_gets_an_error(server: ObjectServer) -> None:
+    """obstore would wait forever."""
+    run_python(
+        f"""
+        import os, signal, sys
+        import safetensors_torch
+        url = {server.url()!r}
+        with safetensors_torch.safe_open(url) as file:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                for use in (lambda: file.get_tensor("large"), lambda: safetensors_torch.load_file(url)):
+                    try:
+                        use()
+                    except OSError as error:
+                        assert "forked after URLs were used" in str(error) and url in str(error), error
+                    else:
+                        os._exit(2)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert file.get_tensor("matrix").shape == (4, 6)
+        """
+    )
+
+
+def test_a_fork_during_a_save_does_not_delay_it(tmp_path: Path) -> None:
+    """The child has both ends of the pipe."""
+    run_python(
+        f"""
+        import os, signal, time
+        import fsspec, torch
+        import safetensors_torch
+        children = []
+        def progress(done, total):
+            if not children:
+                children.append(os.fork())
+                if children[0] == 0:
+                    time.sleep(30)
+                    os._exit(0)
+        start = time.monotonic()
+        state = {{"w": torch.ones(20_000_000)}}
+        safetensors_torch.save_file(
+            state, {str(tmp_path / "x")!r}, progress=progress, filesystem=fsspec.filesystem("file")
+        )
+        os.kill(children[0], signal.SIGKILL)
+        assert time.monotonic() - start < 15
+        assert torch.equal(safetensors_torch.load_file({str(tmp_path / "x")!r})["w"], state["w"])
+        """
+    )
+
+
+def test_a_replaced_checkpoint_of_fsspec_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = ({"a": torch.full((400_000,), value), "b": torch.full((400_000,), value)} for value in (0.0, 1.0))
+    filesystem = fsspec.filesystem("memory")
+    safetensors_torch.save_sharded(old, "/fork/llm", max_shard_size="2MB", filesystem=filesystem)
+    saves, cat_file = [1], type(filesystem).cat_file
+
+    def replace(self: Any, path: str, **options: Any) -> bytes:
+        data = cat_file(self, path, **options)
+        if "00001-of" in path and saves:
+            saves.pop()
+            safetensors_torch.save_sharded(new, "/fork/llm", max_shard_size="2MB", filesystem=filesystem)
+        return data
+
+    monkeypatch.setattr(type(filesystem), "cat_file", replace)
+    assert same(safetensors_torch.load_sharded("/fork/llm", filesystem=filesystem), new)
+    filesystem.rm("/fork", recursive=True)
+
+
+def test_an_index_does_not_lead_out_of_a_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    safetensors_torch.save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    for name in (f"file://{tmp_path}/secret.safetensors", f"local://{tmp_path}/secret.safetensors", "~/x.safetensors"):
+        Path("model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        for path in ("model.safetensors.index.json", ""):
+            with pytest.raises((OSError, safetensors_torch.SafetensorError)):
+                safetensors_torch.load_sharded(path, filesystem=fsspec.filesystem("file"))
+
+
+def test_directories_are_refused_as_files_to_save() -> None:
+    for path in ("", "x/"):
+        with pytest.raises(IsADirectoryError, match="name a file in it"):
+            safetensors_torch.save_file({"w": torch.ones(2)}, path, filesystem=fsspec.filesystem("memory"))

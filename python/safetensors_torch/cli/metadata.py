@@ -49,11 +49,12 @@ def _action(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.action != "get":
+        check_local(options.path)
     listing = Listing(options.path)
     metadata = listing.metadata or {}
     if options.action == "get":
         return _get(options, metadata)
-    check_local(options.path)
     changes: dict[str, str | None]
     if options.action == "set":
         changes = dict(_parse(entry, options.entry) for entry in options.entry)

@@ -20,7 +20,7 @@ from .._locations import RemotePath
 from .._progress import Progress, ProgressBar
 from .._remote import named
 from .._save_checks import DisableTorchFunction
-from .._upload import _list, _Upload
+from .._upload import Upload, list_names
 from ._chunks import Box, Chunk, assign
 from ._group import Group
 from ._joined import layout_arguments
@@ -232,7 +232,7 @@ class RemoteSave:
         """
         self._directory, self._store = directory, directory.store()
         # Complete files are kept until all processes have sent theirs.
-        self._uploads: list[_Upload] = []
+        self._uploads: list[Upload] = []
         # New files that no checkpoint has yet: without them, the directory is as it was.
         self._new: list[str] = []
         self._present: Sequence[str] = ()
@@ -298,8 +298,8 @@ class RemoteSave:
             self._uploads[-1].write(batch)
         return nbytes + (len(file.header) if number == 0 else 0)
 
-    def _create(self, name: str, nbytes: int) -> _Upload:
-        return _Upload(self._store, self._directory.join(name).title, nbytes)
+    def _create(self, name: str, nbytes: int) -> Upload:
+        return Upload(self._store, self._directory.join(name).title, nbytes)
 
     def _remove(self, name: str) -> None:
         title = self._directory.join(name).title
@@ -329,7 +329,7 @@ class RemoteSave:
     def _prepare(self, layout: RemoteLayout | None) -> bool:
         """Returns whether files of an older checkpoint are replaced."""
         assert layout is not None  # the first process has it
-        self._present = _list(self._store, self._directory.title)
+        self._present = list_names(self._store, self._directory.title)
         files = layout.names[:-1] if layout.index else layout.names
         is_replaced = not set(files).isdisjoint(self._present)
         if is_replaced and layout.index and layout.names[-1] in self._present:

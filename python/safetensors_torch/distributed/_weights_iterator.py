@@ -16,13 +16,12 @@ import torch.distributed as dist
 
 from .._arguments import Device, Path, title_of, to_device
 from .._errors import SafetensorError, call, names_instead, short_repr
-from .._iterate import select_of_files
+from .._iterate import open_paths, select_of_files
 from .._keywords import explains_keywords
 from .._load import Names
 from .._locations import located
 from .._prefetch_loader import landed, parse_plan, start
 from .._progress import STEP_SECONDS, Progress, ProgressBar, check_progress
-from .._safe_open import open_path
 from .._sharded import parse_size
 from ._group import Group
 from ._read_once import bytes_of, check_read_once, transport
@@ -140,7 +139,7 @@ class _Work:
 
     def alone(self) -> Iterator[Any]:
         """Yields None once the files are open, then names and tensors."""
-        opened = [open_path(path, "mmap") for path in self._paths]
+        opened = open_paths(list(self._paths), "mmap")
         if dist.is_available() and dist.is_initialized() and any(call(file.is_remote) for file in opened):
             first = dist.get_rank() * len(opened) // dist.get_world_size()
             opened = opened[first:] + opened[:first]
@@ -199,7 +198,7 @@ class _Work:
 
         def describe() -> tuple[str, bool]:
             self.check()
-            opened.extend(open_path(path, "mmap") for path in self._paths)
+            opened.extend(open_paths(list(self._paths), "mmap"))
             return socket.gethostname(), any(call(file.is_remote) for file in opened)
 
         def plan(descriptions: list[tuple[str, bool]]) -> list[tuple[list[list[int]], list[list[_Item]] | None]]:
