@@ -1,5 +1,7 @@
 #include "cpp/write/joined.h"
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 #include <iterator>
 #include <memory>
