@@ -6,9 +6,11 @@ second server, as the Hub does.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import urllib.parse
 from pathlib import Path
 
@@ -46,7 +48,8 @@ class _HubHandler(Handler):
         if fault.status:
             return self.answer(fault.status, fault.body, fault.headers)
         server, path = self.server, urllib.parse.urlsplit(self.path).path
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?", path)
+        calls = "revision|tree|paths-info|preupload|commit"
+        api = re.fullmatch(rf"/api/models/([^/]+/[^/]+)(?:/({calls})/([^/]+)(?:/(.+))?)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         # The Hub does not tell strangers which repositories exist.
@@ -61,16 +64,43 @@ class _HubHandler(Handler):
         if file:
             return self.resolve(root / urllib.parse.unquote(file[3]), commit)
         assert api is not None
+        if api[2] == "tree" and not (root / (api[4] or "")).is_dir():
+            return self.refuse("EntryNotFound", 404)
         if api[2] == "tree":
             entries = [self.entry(root, found) for found in sorted((root / (api[4] or "")).iterdir())]
         elif api[2] == "paths-info":
-            body = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            body = urllib.parse.parse_qs(self.body().decode())
             entries = [self.entry(root, root / name) for name in body["paths"] if (root / name).exists()]
+        elif api[2] == "preupload":
+            files = json.loads(self.body())["files"]
+            return self.send_json(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        elif api[2] == "commit":
+            return self.commit(root, revision)
         else:
             return self.send_json({"id": api[1], "sha": commit, "siblings": [], "private": False, "tags": []})
         self.send_json(entries)
 
     do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def commit(self, root: Path, branch: str) -> None:
+        """Makes the next commit of a branch."""
+        new = root.with_name(_sha(root.name.encode())[:40])
+        shutil.copytree(root, new)
+        for operation in map(json.loads, self.body().splitlines()):
+            if operation["key"] == "file":
+                path = new / operation["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(operation["value"]["content"]))
+            elif operation["key"] == "deletedFile":
+                (new / operation["value"]["path"]).unlink()
+        self.server.revisions[branch] = new.name
+        url = f"{self.server.endpoint}/{root.parent.parent.name}/{root.parent.name}/commit/{new.name}"
+        self.send_json({"success": True, "commitOid": new.name, "commitUrl": url})
 
     def resolve(self, path: Path, commit: str) -> None:
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +149,33 @@ def test_without_the_hub_the_local_cache_is_read(fault: str, hub: HubServer, mon
     else:
         hub.head_faults = [503] * 9
     assert same(safetensors_torch.load_file(URL), TENSORS)
+
+
+def test_files_are_committed(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a file left on the local disk."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    safetensors_torch.save_file(TENSORS, "hf://org/model/new.safetensors", {"key": "value"})
+    safetensors.torch.save_file(TENSORS, tmp_path / "local")
+    assert same(safetensors_torch.load_file("hf://org/model/new.safetensors"), TENSORS)
+    assert torch.equal(safetensors_torch.load_file(URL)["large"], TENSORS["large"]), "the other file stays"
+    names = safetensors_torch.save_sharded(TENSORS, "hf://org/model/llm", max_shard_size="5MB")
+    assert len(names) == 3 and names[-1] == "model.safetensors.index.json"
+    assert same(safetensors_torch.load_sharded("hf://org/model/llm"), TENSORS)
+    assert safetensors_torch.save_sharded({"w": torch.ones(2)}, "hf://org/model/llm") == ["model.safetensors"]
+    assert list(safetensors_torch.load_sharded("hf://org/model/llm")) == ["w"]
+    commit = hub.directory / "org/model" / hub.revisions["main"]
+    assert [path.name for path in (commit / "llm").iterdir()] == ["model.safetensors"]
+
+    def fail(done: int, total: int) -> None:
+        raise ValueError("enough")
+
+    before = hub.revisions["main"]
+    with pytest.raises(ValueError, match="enough"):
+        safetensors_torch.save_file(TENSORS, URL, progress=fail)
+    hub.authorization = "Bearer another"
+    result, shown = outcome(lambda url: safetensors_torch.save_file(TENSORS, url), URL)
+    assert isinstance(result, type) and issubclass(result, OSError) and f"{URL}: " in shown and TOKEN not in shown
+    assert hub.revisions["main"] == before
+    assert list((tmp_path / "tmp").iterdir()) == []
+    check_nothing_is_open()
