@@ -17,7 +17,7 @@ import torch
 import safetensors_torch
 from proc import eventually
 from safetensors_torch import _remote
-from safetensors_torch.distributed import weights_iterator
+from safetensors_torch.distributed import load_into, weights_iterator
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,6 +48,12 @@ def _loaded(**options: Any) -> Callable[[str], Tensors]:
     return call
 
 
+def _load_into(url: str) -> Tensors:
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    load_into(tensors, url)
+    return tensors
+
+
 CALLS: dict[str, Callable[[str], Tensors]] = {
     "load_file": safetensors_torch.load_file,
     "load_sharded": safetensors_torch.load_sharded,
@@ -57,6 +63,7 @@ CALLS: dict[str, Callable[[str], Tensors]] = {
     "get_slice": _opened(lambda file: {"large": file.get_slice("large")[1:]}),
     "prefetch": _opened(lambda file: dict(file.prefetch())),
     "iterate": lambda url: dict(safetensors_torch.iterate([url])),
+    "load_into": _load_into,
     "weights_iterator": lambda url: dict(weights_iterator([url])),
 }
 

@@ -98,10 +98,13 @@ class _Load:
         self.unexpected: list[str] = []
 
     def run(self) -> None:
-        self._group.each("checking a checkpoint", self._check)
-        assert self._stored is not None  # `_check` has opened it
-        share(self._group, self._read_once, self._parts, self._stored, self._progress)
-        self._stored.close()
+        try:
+            self._group.each("checking a checkpoint", self._check)
+            assert self._stored is not None  # `_check` has opened it
+            share(self._group, self._read_once, self._parts, self._stored, self._progress)
+        finally:
+            if self._stored is not None:
+                self._stored.close()
 
     def _check(self) -> None:
         check_progress(self._progress)

@@ -164,22 +164,26 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
                 requests.append((path, name, item.storage_offsets, target))
                 items.append(item)
 
-        # Views of parameters would record operations otherwise, which takes twice as long.
-        with torch.no_grad():
-            if self._process_group is None:
-                prepare()
-                self._open().read(requests)
-            else:
-                group = Group(self._process_group)
-                group.each("planning a load", prepare)
-                share(group, self._read_once, self._parts(planner, items, requests), self._open())
-        for item, request in zip(items, requests, strict=True):
-            planner.commit_tensor(item, request[3])
-        for path, converted in others.items():
-            with safe_open(path, framework="pt") as file:
-                for item in converted:
-                    self._process_read_request(file, item, planner)
-        self._stored = None
+        try:
+            # Views of parameters would record operations otherwise, which takes twice as long.
+            with torch.no_grad():
+                if self._process_group is None:
+                    prepare()
+                    self._open().read(requests)
+                else:
+                    group = Group(self._process_group)
+                    group.each("planning a load", prepare)
+                    share(group, self._read_once, self._parts(planner, items, requests), self._open())
+            for item, request in zip(items, requests, strict=True):
+                planner.commit_tensor(item, request[3])
+            for path, converted in others.items():
+                with safe_open(path, framework="pt") as file:
+                    for item in converted:
+                        self._process_read_request(file, item, planner)
+        finally:
+            if self._stored is not None:
+                self._stored.close()
+            self._stored = None
         future: Future[None] = Future()
         future.set_result(None)
         return future

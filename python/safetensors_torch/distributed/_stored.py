@@ -60,6 +60,13 @@ class StoredTensors:
         self.tensors: dict[str, StoredTensor] = {}
         # By path: the native File, which has all tensors of that file.
         self._files: dict[str, Any] = {}
+        try:
+            self._add_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _add_all(self) -> None:
         names = self._list()
         files = sorted(name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
         final = [name for name in files if not is_chunk_file_name(name)]
