@@ -176,7 +176,7 @@ def a_process_that_fails_leaves_the_old_checkpoint(world: World) -> None:
         std.save(other, url, max_shard_size=300, progress=interrupt)
     for method in ("__init__", "write", "commit"):
         # In the last one, other processes have put their files in place, and remove them.
-        patch = mock.patch.object(_upload._Upload, method, side_effect=OSError("refused"))
+        patch = mock.patch.object(_upload.Upload, method, side_effect=OSError("refused"))
         target = f"{url}/other" if method == "commit" else url
         with patch if world.rank == 1 else contextlib.nullcontext():
             with failing(OSError if world.rank == 1 else RuntimeError, text="refused"):
