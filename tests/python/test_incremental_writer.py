@@ -293,14 +293,14 @@ def test_threads_write_at_once(target: Path) -> None:
 def test_memory_is_that_of_one_tensor(target: Path) -> None:
     work = f"""
 shape = (10 * 2**18,)
-specs = {{f"t{{i}}": (torch.float32, shape) for i in range(16)}}
+specs = {{f"t{{i}}": (torch.float32, shape) for i in range(32)}}
 with safetensors_torch.IncrementalWriter({str(target)!r}, specs) as writer:
-    for i in range(16):
+    for i in range(32):
         writer.write(f"t{{i}}", torch.full(shape, float(i)))
 """
-    # All tensors together have 160 MiB.
-    assert 10 * MIB <= peak_growth("", work) < 64 * MIB
-    assert target.stat().st_size > 160 * MIB
+    # All tensors together have 320 MiB. On a busy machine, memory of several tensors is freed a little late.
+    assert 10 * MIB <= peak_growth("", work) < 100 * MIB
+    assert target.stat().st_size > 320 * MIB
 
 
 def test_an_interrupted_write_can_be_repeated(target: Path) -> None:
