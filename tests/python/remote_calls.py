@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 import safetensors_torch
 from proc import eventually
 from safetensors_torch import _remote
-from safetensors_torch.distributed import load_into, weights_iterator
+from safetensors_torch.distributed import HuggingFaceStorageReader, load_into, weights_iterator
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,6 +56,24 @@ def _load_into(url: str) -> Tensors:
     return tensors
 
 
+def own_error(work: Callable[[], Any]) -> Any:
+    """Calls a function of torch.distributed.checkpoint, and raises the error of this process, which that wraps."""
+    try:
+        return work()
+    except CheckpointException as error:
+        failure, _ = error.failures[0]
+    try:
+        raise failure
+    finally:
+        del failure  # the frame is in its traceback
+
+
+def _storage_reader(url: str) -> Tensors:
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    own_error(lambda: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(url), no_dist=True))
+    return tensors
+
+
 CALLS: dict[str, Callable[[str], Tensors]] = {
     "load_file": safetensors_torch.load_file,
     "load_sharded": safetensors_torch.load_sharded,
@@ -64,6 +84,7 @@ CALLS: dict[str, Callable[[str], Tensors]] = {
     "prefetch": _opened(lambda file: dict(file.prefetch())),
     "iterate": lambda url: dict(safetensors_torch.iterate([url])),
     "load_into": _load_into,
+    "storage reader": _storage_reader,
     "weights_iterator": lambda url: dict(weights_iterator([url])),
 }
 

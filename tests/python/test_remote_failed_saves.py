@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import safetensors_torch
 from bucket_proxy import BucketProxy, Call
 from fresh import Process, run_python
 from object_server import EXPIRED, CuttingProxy, Fault
 from proc import eventually
-from remote_calls import check_nothing_is_open, outcome
+from remote_calls import check_nothing_is_open, outcome, own_error
 from safetensors_torch import SafetensorError
+from safetensors_torch.distributed import HuggingFaceStorageWriter, load_into
 
 Tensors = dict[str, torch.Tensor]
 
@@ -118,6 +120,31 @@ def test_faults(case: str, size: str, proxy: BucketProxy, bucket: str, port: int
         assert open_uploads(port, bucket) == []
     check_nothing_is_open()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sft-")]
+
+
+@pytest.mark.parametrize("layout", ["final", "shards"])
+@pytest.mark.parametrize("case", CASES)
+def test_faults_of_the_storage_writer(case: str, layout: str, proxy: BucketProxy, bucket: str, port: int) -> None:
+    url = f"{bucket}/step"
+    fail_some(proxy, CASES[case])
+    writer = HuggingFaceStorageWriter(url, layout=layout)
+    result, shown = saved(lambda: own_error(lambda: dcp.save(dict(LARGE), storage_writer=writer, no_dist=True)))
+    proxy.fault = lambda call: None
+    error = CASES[case].error
+    if isinstance(result, dict):
+        assert error is None
+        target = {"a": torch.zeros(3_000_000)}
+        load_into(target, url)
+        assert torch.equal(target["a"], LARGE["a"])
+    else:
+        assert error is not None and issubclass(result, error), shown
+        assert f"{url}/" in shown and CASES[case].text in shown
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+        assert "Contents" not in client.list_objects_v2(Bucket=bucket.removeprefix("s3://"))
+    assert not [secret for secret in SECRETS if secret in shown]
+    if "abort" not in CASES[case].steps:
+        assert open_uploads(port, bucket) == []
+    check_nothing_is_open()
 
 
 # What was there: nothing, files of other names, and files of the same names, which the last step replaces.
