@@ -73,7 +73,7 @@ class Connection:
     def __init__(self, server: Server, connection: socket.socket) -> None:
         self._server, self._connection = server, connection
         self._received = b""
-        # When what was sent so far has arrived at the limited rate.
+        # The time at which the limited rate has carried what was sent so far.
         self._arrived = 0.0
 
     def serve(self) -> None:

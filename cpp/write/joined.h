@@ -34,7 +34,7 @@ class CheckpointLayout : public torch::CustomClassHolder {
     at::Tensor header(int64_t file) const;
     std::vector<int64_t> order(int64_t file) const;
 
-    // Returns the names of the files, the index last, and its text, which is empty if there is no index.
+    // Return the names of the files, the index last, and the text of the index, empty if there is none.
     std::vector<std::string> file_names() const;
     std::string index() const;
 

@@ -54,8 +54,8 @@ class PendingShardedSave : public torch::CustomClassHolder {
     // Returns the names of the files, the index last, once advance() has returned true.
     std::vector<std::string> result() const;
 
-    // For a save by other means than advance(): the save of each file, the names of the files, the index last, and its
-    // text, which is empty if there is no index.
+    // For a save by other means than advance(): return the save of each file, the names of the files, the index last,
+    // and the text of the index, empty if there is none.
     const std::vector<c10::intrusive_ptr<PendingSave>>& shards() const { return shards_; }
     std::vector<std::string> file_names() const;
     std::string index() const;

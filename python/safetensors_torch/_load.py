@@ -191,7 +191,7 @@ def load_file(
 
     Args:
         filename: the file; str, bytes or os.PathLike. Or a URL, as a str: ``s3://``, ``gs://``, ``az://``,
-            ``https://``, ``hf://``, or what fsspec knows. Only what is needed is read, by several requests at once.
+            ``https://``, ``hf://``, or what fsspec knows. Reads only what is needed, with many requests at once.
         device: the device of the tensors: a name, a torch.device, the index of an accelerator, or None for the CPU.
             Work that is queued later on the device's current stream sees the loaded data.
         backend: "mmap" maps the file: pages of CPU tensors are read on first access, and writing to a tensor changes

@@ -73,7 +73,7 @@ class Filesystem(ctypes.Structure):
 _open: dict[int, Any] = {}
 _numbers = itertools.count(1)
 # What the functions have returned, by the context, which must stay until the next call on the thread. Not in a
-# threading.local: that of a thread which Python has not started ends with each call.
+# threading.local: on a thread that Python has not started, each call gets a new one.
 _returned: dict[int, dict[Any, Any]] = {}
 
 # The functions live as long as the process: the native library has their addresses.

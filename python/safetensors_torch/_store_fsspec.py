@@ -27,7 +27,7 @@ class FsspecStore(Store):
     """A filesystem of fsspec."""
 
     def __init__(self, filesystem: Any, root: str = "", prefix: str = "", *, path: str = "") -> None:
-        """Titles begin with ``root``, which stands for ``prefix`` in the filesystem; ``path`` is that of the user."""
+        """Takes titles that begin with ``root``, and replaces that by ``prefix``. The user gave ``path``."""
         self._filesystem, self._root, self._prefix, self._given = filesystem, root, prefix, path
 
     @classmethod
@@ -103,7 +103,7 @@ class _File:
 
     def read(self, offset: int, nbytes: int) -> Iterator[Any]:
         if offset == 0:
-            # The header, or the index before and after its files are opened: what was said before does not count.
+            # An index is read again once its files are open: an earlier answer would hide that it was replaced.
             with self._lock:
                 self._identity = 0.0, None
 

@@ -29,7 +29,7 @@
 #include <utility>
 #include <vector>
 
-// Where the bucket is, and who reads it.
+// The server, its region, and the credentials.
 struct S3Config {
     std::string endpoint;  // such as http://127.0.0.1:9000; empty for Amazon's
     std::string region;
@@ -66,7 +66,7 @@ class S3Object : public safetensors_torch::Source {
     std::uint64_t length() override {
         const std::lock_guard<std::mutex> lock(length_mutex_);
         if (!has_length_) {
-            // Asks for the first byte. The answer to a HEAD would not say what is wrong.
+            // Asks for the first byte: an error of HEAD has no body that explains it.
             char byte = 0;
             const sft_buffer buffer{&byte, 1};
             const Answer answer = get(0, &buffer, 1);

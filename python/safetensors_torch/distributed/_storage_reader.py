@@ -18,17 +18,18 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from .._arguments import Path, encode_path
-from .._locations import RemotePath, is_url, located
+from .._arguments import Path
+from .._locations import RemotePath
 from .._safe_open import safe_open
 from ._group import Group
+from ._location import StorageLocation
 from ._planners import refuse_strided
 from ._read_once import Part, check_read_once, replica_group, share
 from ._stored import Request, StoredTensors
 from ._torch_names import storage_info, torch_class
 
 
-class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSystemReader)):  # type: ignore[misc]
+class HuggingFaceStorageReader(StorageLocation, torch_class("HuggingFaceStorageReader", FileSystemReader)):  # type: ignore[misc]
     """A storage reader of torch.distributed.checkpoint for safetensors files, with the parameters of torch's.
 
     Reads final files, by their index if there is one, or the files of each process, with torch's names and metadata. If
@@ -61,14 +62,7 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
         read_once: Any = "auto",
         filesystem: Any = None,
     ) -> None:
-        location = located(path, filesystem)
-        is_remote = isinstance(location, RemotePath)
-        # torch's path is a local one.
-        FileSystemReader.__init__(self, path="." if is_remote else os.fsdecode(encode_path(path)))
-        self._filesystem = filesystem
-        self._location: RemotePath | None = None
-        if is_remote:
-            self._set_location(location)
+        self._init_location(FileSystemReader, path, filesystem)
         self.thread_count = thread_count
         self._process_group = process_group
         self._read_once = check_read_once(read_once)
@@ -80,21 +74,7 @@ class HuggingFaceStorageReader(torch_class("HuggingFaceStorageReader", FileSyste
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self._stored = None
-        location = located(checkpoint_id, self._filesystem) if checkpoint_id else None
-        if isinstance(location, RemotePath):
-            super().reset(None)
-            self._set_location(location)
-        else:
-            super().reset(checkpoint_id)
-            self._location = None if checkpoint_id else self._location
-
-    def _set_location(self, location: RemotePath) -> None:
-        self._location = location
-        self.path = location.title
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return is_url(checkpoint_id) or super().validate_checkpoint_id(checkpoint_id)
+        super().reset(checkpoint_id)
 
     def _open(self) -> StoredTensors:
         if self._stored is None:

@@ -19,14 +19,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .._arguments import Dtype, Path, check_bool, check_dtype, check_metadata, encode_path
-from .._locations import RemotePath, is_url, located
+from .._arguments import Dtype, Path, check_bool, check_dtype, check_metadata
+from .._locations import RemotePath
 from .._remote import named
 from .._save import save_file
 from .._sharded import parse_size
 from ._chunks import Chunk, check_boxes
 from ._group import Group
 from ._joined import HiddenFiles, JoinedCheckpoint, new_first_number, no_file, write_chunks
+from ._location import StorageLocation
 from ._names import (
     OFFSETS_KEY,
     POSITIONS_KEY,
@@ -74,7 +75,7 @@ class _UploadPlan:
 _Base = torch_class("HuggingFaceStorageWriter", FileSystemWriter)
 
 
-class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
+class HuggingFaceStorageWriter(StorageLocation, _Base):  # type: ignore[misc]
     """A storage writer of torch.distributed.checkpoint for safetensors files, with the parameters of torch's.
 
     With the layout "final", all processes write their parts to their places in one set of files. There is no
@@ -138,14 +139,7 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
             raise ValueError("give fqn_to_index_mapping or max_shard_size, not both")
         check_metadata(metadata)
         self._filesystem = filesystem
-        location = located(path, filesystem)
-        is_remote = isinstance(location, RemotePath)
-        # torch's path is a local one.
-        local = "." if is_remote else os.fsdecode(encode_path(path))
-        FileSystemWriter.__init__(self, path=local, thread_count=thread_count)
-        self._location: RemotePath | None = None
-        if is_remote:
-            self._set_location(location)
+        self._init_location(FileSystemWriter, path, filesystem, thread_count=thread_count)
         self.fqn_to_index_mapping = None if fqn_to_index_mapping is None else dict(fqn_to_index_mapping)
         self.save_distributed = save_distributed
         self.enable_consolidation = enable_consolidation
@@ -166,10 +160,6 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
         # To a process that saves in the background, before it begins.
         return {**self.__dict__, "_checkpoint": None, "_process_group": None}
 
-    def _set_location(self, location: RemotePath) -> None:
-        self._location = location
-        self.path = location.title
-
     def _descend(self) -> None:
         """Continues in the subdirectory for the files of each process."""
         if self._location is None:
@@ -184,21 +174,11 @@ class HuggingFaceStorageWriter(_Base):  # type: ignore[misc]
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self._cancel()
-        location = located(checkpoint_id, self._filesystem) if checkpoint_id else None
-        if isinstance(location, RemotePath):
-            super().reset(None)
-            self._set_location(location)
-        else:
-            super().reset(checkpoint_id)
-            self._location = None if checkpoint_id else self._location
+        super().reset(checkpoint_id)
         if checkpoint_id and self.enable_consolidation:
             self.consolidated_output_path = str(self.path)
             if not self._is_final:
                 self._descend()
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return is_url(checkpoint_id) or super().validate_checkpoint_id(checkpoint_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._is_final:
