@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <optional>
 
 #include "include/safetensors_torch.h"
 
@@ -33,6 +34,62 @@ class NotedError : public c10::Error {
   public:
     using c10::Error::Error;
 };
+
+// A character of a text in UTF-8.
+struct Character {
+    uint32_t code;
+    size_t size;  // in bytes
+};
+
+// Returns the character at the beginning of `text`, or its first byte if it is not valid UTF-8.
+Character first_character(std::string_view text) {
+    const auto byte = [&](size_t index) { return static_cast<unsigned char>(text[index]); };
+    const size_t size = byte(0) < 0xc0 ? 1 : byte(0) < 0xe0 ? 2 : byte(0) < 0xf0 ? 3 : 4;
+    uint32_t code = size == 1 ? byte(0) : byte(0) & (0x7f >> size);
+    for (size_t index = 1; index < size; ++index) {
+        if (index == text.size() || (byte(index) & 0xc0) != 0x80) {
+            return {byte(0), 1};
+        }
+        code = code << 6 | (byte(index) & 0x3f);
+    }
+    return {code, size};
+}
+
+// Returns whether a character can control a terminal or the direction of text, ends a line, or has no width. As in
+// src/error.rs.
+bool is_invisible(uint32_t code) {
+    const auto within = [code](uint32_t begin, uint32_t end) { return begin <= code && code <= end; };
+    return code < 0x20 || within(0x7f, 0x9f) || code == 0xad || code == 0x61c || code == 0x180e ||
+           within(0x200b, 0x200f) || within(0x2028, 0x202e) || within(0x2060, 0x206f) || code == 0xfeff ||
+           within(0xfff9, 0xfffb) || within(0xe0000, 0xe007f);
+}
+
+// Returns `text` with escapes for invisible characters; with a `quote`, for that and for backslashes too.
+std::string escaped(std::string_view text, std::optional<char> quote = std::nullopt) {
+    std::string out;
+    for (size_t at = 0; at < text.size();) {
+        const auto [code, size] = first_character(text.substr(at));
+        if (quote && (text[at] == *quote || text[at] == '\\')) {
+            out += '\\';
+            out += text[at];
+        } else if (code == '\n') {
+            out += "\\n";
+        } else if (code == '\r') {
+            out += "\\r";
+        } else if (code == '\t') {
+            out += "\\t";
+        } else if (is_invisible(code)) {
+            char escape[12];
+            const char* format = code < 0x100 ? "\\x%02x" : code < 0x10000 ? "\\u%04x" : "\\U%08x";
+            std::snprintf(escape, sizeof escape, format, static_cast<unsigned>(code));
+            out += escape;
+        } else {
+            out += text.substr(at, size);
+        }
+        at += size;
+    }
+    return out;
+}
 
 LastError& last() {
     thread_local LastError error;
@@ -112,32 +169,13 @@ ErrorCategory category_of(const c10::Error& error) {
                                                                         : ErrorCategory::memory;
 }
 
-std::string shortened(std::string_view text) { return std::string(beginning(text)) + rest_of(text.size()); }
+std::string shortened(std::string_view text) { return escaped(beginning(text)) + rest_of(text.size()); }
 
 std::string repr(std::string_view whole) {
     const std::string_view text = beginning(whole);
     const bool has_single = text.find('\'') != std::string_view::npos;
     const char quote = has_single && text.find('"') == std::string_view::npos ? '"' : '\'';
-    std::string out(1, quote);
-    for (const char c : text) {
-        if (c == quote || c == '\\') {
-            out += '\\';
-            out += c;
-        } else if (c == '\n') {
-            out += "\\n";
-        } else if (c == '\r') {
-            out += "\\r";
-        } else if (c == '\t') {
-            out += "\\t";
-        } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
-            char escape[8];
-            std::snprintf(escape, sizeof escape, "\\x%02x", static_cast<unsigned char>(c));
-            out += escape;
-        } else {
-            out += c;
-        }
-    }
-    return out + quote + rest_of(whole.size());
+    return quote + escaped(text, quote) + quote + rest_of(whole.size());
 }
 
 }  // namespace safetensors_torch::layer

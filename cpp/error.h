@@ -55,7 +55,7 @@ auto guarded(Body&& body) -> decltype(body()) {
 // Returns ErrorCategory::memory if torch's `error` is about host memory, otherwise ErrorCategory::runtime.
 ErrorCategory category_of(const c10::Error& error);
 
-// Returns `text` for a message: if it is long, its beginning and its length.
+// Returns `text` for a message: with escapes for invisible characters; if it is long, its beginning and its length.
 std::string shortened(std::string_view text);
 
 // Returns Python's repr() of a string, shortened: messages quote names the same way in both languages.

@@ -198,10 +198,32 @@ fn max_open_files() -> u64 {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            write!(f, "{}: ", display_path(path))?;
+            write!(f, "{}: ", Visible(&display_path(path)))?;
         }
-        f.write_str(&self.detail)
+        Visible(&self.detail).fmt(f)
     }
+}
+
+/// Text in which names of files, and texts of a server, cannot control a terminal: their control characters are escaped, as
+/// those of quoted names already are.
+struct Visible<'a>(&'a str);
+
+impl fmt::Display for Visible<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for piece in self.0.split_inclusive(is_invisible) {
+            let last = piece.chars().next_back().filter(|&last| is_invisible(last));
+            f.write_str(&piece[..piece.len() - last.map_or(0, char::len_utf8)])?;
+            last.map_or(Ok(()), |last| write!(f, "{}", last.escape_debug()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns whether a character can control a terminal or the direction of text, ends a line, or has no width.
+fn is_invisible(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+        || matches!(character, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 impl std::error::Error for Error {
@@ -245,6 +267,21 @@ mod tests {
             );
         }
         assert_eq!(shortened("short"), "short");
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        let odd = "a\\\"\u{1b}[31m\n\u{9b}\u{202e}é\u{200b}\u{2028}\0z";
+        let escaped = r#"a\"\u{1b}[31m\n\u{9b}\u{202e}é\u{200b}\u{2028}\0z"#;
+        let error = Error::new(ErrorKind::HeaderJson, odd).in_file(Path::new(odd));
+        assert_eq!(error.to_string(), format!("{escaped}: {escaped}"));
+        let missing = Error::io("open", Path::new(odd), io::Error::from_raw_os_error(libc::ENOENT));
+        assert_eq!(missing.to_string(), format!("No such file or directory: {escaped}"));
+        let every: String = ('\0'..=char::MAX).filter(|&character| is_invisible(character)).collect();
+        let shown = Visible(&every).to_string();
+        assert!(shown.is_ascii() && !shown.contains(char::is_control), "{shown}");
+        // Quoted names escape all of them too.
+        assert!(every.chars().all(|character| character.escape_debug().count() > 1), "{every:?}");
     }
 
     #[test]

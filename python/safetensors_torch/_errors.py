@@ -24,8 +24,9 @@ _MAX_LENGTH = 200
 
 
 def truncate(text: str) -> str:
-    """Returns ``text``, or the beginning and the length of a long one, for an error text."""
-    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}... ({len(text)} characters)"
+    """Returns ``text``, or the beginning and the length of a long one, with invisible characters escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_MAX_LENGTH])
+    return shown if len(text) <= _MAX_LENGTH else f"{shown}... ({len(text)} characters)"
 
 
 def short_repr(value: Any) -> str:

@@ -71,10 +71,9 @@ fn panic_error(payload: Box<dyn Any + Send>) -> Error {
 }
 
 fn store(error: &Error) {
-    // A NUL in a name would end the message too early.
-    let text = error.to_string().replace('\0', "\\0");
     let last = LastError {
-        message: CString::new(text).unwrap_or_default(),
+        // The text has no NUL: it escapes control characters.
+        message: CString::new(error.to_string()).unwrap_or_default(),
         os_error: error.os_error().unwrap_or(0),
     };
     // Fails in a thread that is ending: its thread-locals are gone.

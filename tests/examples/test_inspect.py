@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import struct
 import subprocess
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ ODD_NAMES = (
     "".join(map(chr, range(0x20))),
     "".join(map(chr, range(0x7E, 0xA2))),
     "é ü 漢字 😀 \u2028 \uffff \U0010ffff",
+    "\xad\u061c\u180e\u200b\u200f\u202e\u2060\u206f\ufeff\ufff9\ufffb \U000e0001\U000e007f ends",
 )
 
 
@@ -82,10 +85,14 @@ def expected(path: Path, shards: list[Path] | None = None) -> dict:
 
 
 def escaped(text: str) -> str:
-    """As in a JSON string, with the control characters that JSON allows escaped too."""
-    return "".join(
-        f"\\u{ord(c):04x}" if c < " " or "\x7f" <= c < "\xa0" else f"\\{c}" if c in '"\\' else c for c in text
-    )
+    """As in a JSON string, with all control and format characters and line ends escaped."""
+
+    def escape(c: str) -> str:
+        if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp"):
+            return re.sub("(....)", r"\\u\1", c.encode("utf-16-be").hex())
+        return f"\\{c}" if c in '"\\' else c
+
+    return "".join(map(escape, text))
 
 
 @pytest.fixture(

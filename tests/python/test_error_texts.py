@@ -6,6 +6,7 @@ import copy
 import errno
 import io
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_texts_stay_short(case: str, tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError, TypeError, RuntimeError, SafetensorError)) as caught:
         LONG_TEXTS[case](path)
     assert 10 < len(str(caught.value)) < MOST, str(caught.value)[:500]
+
+
+# Colours, a title, lines; C1, directions, joiners. As a path it leads through a file.
+CODES = "file/\x1b[31m\x1b]0;t\x07\r\n\t\x7f\x9b1m\u202e\u2066\u200b\ufeff\u2028\U000e0041"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("case", LONG_TEXTS)
+def test_texts_control_no_terminal(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "LONG", CODES)
+    monkeypatch.chdir(tmp_path)
+    path = encoded(tmp_path / "file", {"a": ONES})
+    with pytest.raises((OSError, ValueError, TypeError, RuntimeError, SafetensorError)) as caught:
+        LONG_TEXTS[case](path)
+    odd = {c for c in str(caught.value) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    # torch's texts about modules have lines.
+    assert odd <= ({"\n", "\t"} if case in ("size mismatch", "missing", "unexpected") else set()), str(caught.value)
 
 
 def test_long_values_are_truncated_with_their_length() -> None:

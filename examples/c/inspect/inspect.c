@@ -53,26 +53,44 @@ static size_t character_length(const char* text, size_t length) {
     return wrong ? 0 : expected;
 }
 
-/* Writes text escaped for a JSON string, without the quotes. All control characters are escaped, so that none reaches a
+/* Returns the code point of the valid UTF-8 character of `length` bytes at `text`. */
+static uint32_t code_point(const char* text, size_t length) {
+    const unsigned char* s = (const unsigned char*)text;
+    uint32_t code = length == 1 ? s[0] : s[0] & (0x7fU >> length);
+    for (size_t i = 1; i < length; i++) {
+        code = code << 6 | (s[i] & 0x3fU);
+    }
+    return code;
+}
+
+static bool within(uint32_t code, uint32_t begin, uint32_t end) { return begin <= code && code <= end; }
+
+/* Returns whether a character can control a terminal or the direction of text, ends a line, or has no width. */
+static bool is_invisible(uint32_t code) {
+    return code < 0x20 || within(code, 0x7f, 0x9f) || code == 0xad || code == 0x61c || code == 0x180e ||
+           within(code, 0x200b, 0x200f) || within(code, 0x2028, 0x202e) || within(code, 0x2060, 0x206f) ||
+           code == 0xfeff || within(code, 0xfff9, 0xfffb) || within(code, 0xe0000, 0xe007f);
+}
+
+/* Writes text escaped for a JSON string, without the quotes. Invisible characters are escaped, so that none reaches a
  * terminal. Invalid UTF-8, which paths may contain, becomes U+FFFD. */
 static void put_text(const char* text, size_t length) {
     size_t begin = 0; /* of the text not written yet */
     for (size_t i = 0; i < length;) {
-        const unsigned char c = (unsigned char)text[i];
         const size_t step = character_length(text + i, length - i);
-        const unsigned char last = (unsigned char)text[i + (step == 2)];
-        const bool control = c < 0x20 || c == 0x7f || (step == 2 && c == 0xc2 && last < 0xa0);
-        if (step != 0 && !control && c != '"' && c != '\\') {
+        const uint32_t code = step == 0 ? 0xfffd : code_point(text + i, step);
+        const bool hidden = step == 0 || is_invisible(code);
+        if (!hidden && code != '"' && code != '\\') {
             i += step;
             continue;
         }
         fwrite(text + begin, 1, i - begin, stdout);
-        if (step == 0) {
-            fputs("\\ufffd", stdout);
-        } else if (control) {
-            printf("\\u%04x", last);
-        } else {
-            printf("\\%c", c);
+        if (!hidden) {
+            printf("\\%c", (char)code);
+        } else if (code < 0x10000) {
+            printf("\\u%04" PRIx32, code);
+        } else { /* as a surrogate pair */
+            printf("\\u%04" PRIx32 "\\u%04" PRIx32, 0xd7c0 + (code >> 10), 0xdc00 + (code & 0x3ff));
         }
         i += step == 0 ? 1 : step;
         begin = i;
