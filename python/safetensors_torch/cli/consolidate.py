@@ -7,7 +7,8 @@ import argparse
 import json
 import os
 
-from .listing import add_quiet, check_directory_target, printable, size_text, wants_bar
+from .listing import add_quiet, check_directory_target, size_text, wants_bar
+from .terminal import printable
 
 HELP = "join the files of many processes"
 EXAMPLES = """examples:

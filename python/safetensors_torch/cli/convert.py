@@ -22,11 +22,11 @@ from .listing import (
     check_file_target,
     counted,
     file_name,
-    printable,
     remedies,
     size_text,
     wants_bar,
 )
+from .terminal import printable
 
 if TYPE_CHECKING:
     from .sources import Source

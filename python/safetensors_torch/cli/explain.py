@@ -9,7 +9,8 @@ import json
 from typing import Any
 
 from .._headers import LOAD_TARGETS, FilePlans, explain_loads
-from .listing import check_local, printable, remedies, size_text
+from .listing import check_local, remedies, size_text
+from .terminal import printable
 
 HELP = "explain how a file would be read"
 EXAMPLES = """examples:

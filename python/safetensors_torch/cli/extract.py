@@ -7,7 +7,8 @@ import json
 
 from .._headers import copy_tensors
 from .._progress import ProgressBar
-from .listing import Listing, add_quiet, check_file_target, check_local, counted, printable, size_text, wants_bar
+from .listing import Listing, add_quiet, check_file_target, check_local, counted, size_text, wants_bar
+from .terminal import printable
 
 HELP = "copy some tensors into a new file"
 EXAMPLES = """examples:

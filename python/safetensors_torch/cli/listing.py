@@ -15,6 +15,7 @@ from typing import Any
 from .._exceptions import SafetensorError, os_error
 from .._headers import TensorInfo, read_headers
 from .._locations import RemotePath, is_url, located, title_of_url
+from .terminal import printable, printable_text
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """The ends of the names of torch.save's files."""
@@ -154,10 +155,17 @@ def _convert(path: str, stem: str) -> str:
 
 
 def command_text(*words: str) -> str:
-    """Returns the command line of the shell command with these arguments."""
+    """Returns the command line of the shell command with these arguments, as bash reads it."""
+    return f"safetensors-torch {' '.join(map(_shell_word, words))}"
+
+
+def _shell_word(word: str) -> str:
     import shlex  # not above: only errors need it
 
-    return f"safetensors-torch {shlex.join(words)}"
+    if printable_text(word) == word:
+        return shlex.quote(word)
+    escaped = printable(word).replace("'", "\\'")
+    return f"$'{escaped}'"
 
 
 def near(word: str, words: Iterable[str]) -> str | None:
@@ -224,6 +232,11 @@ def parameters(tensor: TensorInfo) -> int:
     return count
 
 
+def as_json(tensor: TensorInfo) -> dict[str, Any]:
+    """Returns a tensor's entry as a dict for JSON."""
+    return {**tensor._asdict(), "end": tensor.begin + tensor.nbytes}
+
+
 def counted(count: int, noun: str) -> str:
     """Returns a count and a noun: ``1 tensor``, ``1,024 tensors``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -251,14 +264,9 @@ def size_text(nbytes: int) -> str:
 
 def value_text(value: str) -> str:
     """Returns a value of metadata, or the beginning and the length of a long one."""
-    return printable(value if len(value) <= _MOST_VALUE else f"{value[:_MOST_VALUE]}... ({len(value):,} characters)")
-
-
-def printable(text: str) -> str:
-    """Returns ``text`` with escapes for control characters and for characters that the output cannot encode."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    return printable_text(
+        value if len(value) <= _MOST_VALUE else f"{value[:_MOST_VALUE]}... ({len(value):,} characters)"
+    )
 
 
 def wants_bar(options: Any) -> bool:

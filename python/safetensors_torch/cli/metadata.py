@@ -14,7 +14,8 @@ import json
 import signal
 
 from .._headers import edit_metadata
-from .listing import Listing, NoMatchError, check_local, near, printable
+from .listing import Listing, NoMatchError, check_local, near
+from .terminal import printable, printable_text
 
 HELP = "print, set and remove metadata"
 EXAMPLES = """examples:
@@ -82,7 +83,7 @@ def _get(options: argparse.Namespace, metadata: dict[str, str]) -> int:
     found = {key: metadata[key] for key in options.entry or metadata}
     if len(options.entry) == 1 and not options.json:
         (value,) = found.values()
-        print(printable(value))
+        print(printable_text(value))
     else:
         _print(found, options.json)
     return 0
@@ -93,7 +94,7 @@ def _print(metadata: dict[str, str], as_json: bool) -> None:
         print(json.dumps(metadata, indent=2))
         return
     for key, value in sorted(metadata.items()):
-        print(f"{printable(key)} = {printable(value)}")
+        print(f"{printable(key)} = {printable_text(value)}")
 
 
 def _parse(entry: str, entries: list[str]) -> tuple[str, str]:

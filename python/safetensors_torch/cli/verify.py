@@ -15,7 +15,8 @@ from typing import Any
 
 from .._exceptions import SafetensorError
 from .._progress import ProgressBar
-from .listing import Listing, add_quiet, check_local, printable, size_text, wants_bar
+from .listing import Listing, add_quiet, check_local, size_text, wants_bar
+from .terminal import printable, printable_text
 
 HELP = "check structure, readability and checksums"
 EXAMPLES = """examples:
@@ -140,5 +141,5 @@ def _report(results: list[dict[str, Any]], as_json: bool) -> None:
             print(f"ok      {printable(result['path'])}  {size_text(os.path.getsize(result['path']))}")
         else:
             # The core's errors name the path, or the file of a checkpoint.
-            named = "" if result["path"] in result["fault"] else f"{result['path']}: "
-            print(f"FAILED  {printable(named + result['fault'])}")
+            path, fault = printable(result["path"]), printable_text(result["fault"])
+            print(f"FAILED  {fault}" if path in fault else f"FAILED  {path}: {fault}")
