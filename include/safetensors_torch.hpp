@@ -33,6 +33,8 @@
 ///
 ///     for (auto& [name, tensor] : file.prefetch()) use(name, tensor);  // each once it has landed
 ///
+/// Programs that train include safetensors_torch/optimizer.hpp too, which has the state of optimizers.
+///
 /// This header includes all others: file.hpp (open files and checkpoints), source.hpp (files that the program reads by
 /// its own means), prefetch.hpp (tensors as they land), save.hpp, incremental_writer.hpp (files that are written tensor
 /// by tensor), metadata.hpp (edits of metadata), sharded.hpp (checkpoints of several files), model.hpp (modules),

@@ -42,6 +42,9 @@ fi
 for source in $sources; do
     check "$source.expected" "$PWD/all" "${source%.cpp}"
 done
+for source in $(grep '\.py$' <<<"$names"); do
+    check "$source.expected" "$PYTHON" "$PWD/$source"
+done
 # Programs as people write them who know torch and safetensors. They check their results themselves.
 mkdir run/guesses
 for guess in "$tests"/guesses/cpp/*.cpp; do

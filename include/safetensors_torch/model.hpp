@@ -131,11 +131,9 @@ LoadResult load_model(const Module& module, Filesystem& filesystem, const std::s
     return load_model(module, open_checkpoint(filesystem, path, {options.variant, options.extra}), options);
 }
 
-template <typename Module>
-void save_model(const Module& module, const std::filesystem::path& path, const Metadata& metadata,
-                const SaveModelOptions& options) {
-    const c10::NoGradGuard no_grad;
-    const Tensors tensors = state_of(module, options.prefix, options.rename).tensors;
+// Writes the tensors of a module, or those of its optimizer.
+inline void save_tensors(const Tensors& tensors, const std::filesystem::path& path, const Metadata& metadata,
+                         const SaveModelOptions& options) {
     if (options.max_shard_size) {
         ShardedSaveOptions sharded;
         sharded.max_shard_size = *options.max_shard_size;
@@ -153,6 +151,13 @@ void save_model(const Module& module, const std::filesystem::path& path, const M
         whole.progress = options.progress;
         save_file(tensors, path, metadata, whole);
     }
+}
+
+template <typename Module>
+void save_model(const Module& module, const std::filesystem::path& path, const Metadata& metadata,
+                const SaveModelOptions& options) {
+    const c10::NoGradGuard no_grad;
+    save_tensors(state_of(module, options.prefix, options.rename).tensors, path, metadata, options);
 }
 
 }  // namespace detail
