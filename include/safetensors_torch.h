@@ -107,8 +107,8 @@ const char* sft_status_get_name(sft_status status);
 const char* sft_status_get_message(sft_status status);
 
 /** Returns the error of the calling thread's last failed call: one line that names the file, the tensor and the remedy;
- * "" before the first failure. A successful call does not change it. UTF-8 (a NUL in a name is written `\0`), valid
- * until this thread's next failed call, never NULL. */
+ * "" before the first failure. A successful call does not change it. UTF-8 (control and format
+ * characters of names are escaped: `\0`, `\n`, `\u{1b}`), valid until this thread's next failed call, never NULL. */
 const char* sft_last_error_get_message(void);
 
 /** Returns errno of the calling thread's last failed call, or 0 if it was not an error of the operating system. A
@@ -484,6 +484,63 @@ typedef struct sft_slice_request {
  * elements might share memory (each stride must step over all elements of the dimensions with smaller strides), and for
  * strides other than row-major ones if the elements have less than a byte. */
 sft_status sft_file_read_slices(const sft_file* file, const sft_slice_request* reads, size_t count);
+
+/* ---- Reading: statistics ----------------------------------------------------------------------------------------- */
+
+/** How many values there are of each kind, and where the finite ones lie. Each element is a value; those of
+ * SFT_DTYPE_C64 are two, and a byte of SFT_DTYPE_BOOL other than 0 is 1. 64-bit integers are rounded to a double. */
+typedef struct sft_statistics {
+    size_t struct_size;        /**< sizeof(sft_statistics) */
+    uint64_t count;            /**< all values */
+    uint64_t zeros;            /**< zeros of either sign */
+    uint64_t nans;             /**< values that are not a number */
+    uint64_t infinities;       /**< infinities of either sign */
+    double minimum;            /**< the least finite value; 0 if there is none */
+    double maximum;            /**< the greatest finite value; 0 if there is none */
+    double mean;               /**< the mean of the finite values; 0 if there is none */
+    double squared_deviations; /**< the sum of (value - mean) squared over the finite values: with n of them, the
+                                    standard deviation is sqrt(squared_deviations / (n - 1)) */
+} sft_statistics;
+
+/** The statistics of no values. */
+#define SFT_STATISTICS_INIT {sizeof(sft_statistics), 0, 0, 0, 0, 0, 0, 0, 0}
+
+/** The most bins of a histogram. */
+#define SFT_HISTOGRAM_BINS 128
+
+/** How many finite values lie in each of several intervals, the bins: from the one with the least value to the one with
+ * the greatest. Bin i has the values from (first + i) * width up to, but without, (first + i + 1) * width. The width is
+ * the least power of two with which the bins suffice, so more than half of them are used, unless the values are too
+ * close to each other. */
+typedef struct sft_histogram {
+    size_t struct_size;                  /**< sizeof(sft_histogram) */
+    int64_t first;                       /**< where the first bin begins, in widths */
+    double width;                        /**< the width of a bin, a power of two */
+    uint64_t bin_count;                  /**< the number of bins; 0 if there are no values */
+    uint64_t counts[SFT_HISTOGRAM_BINS]; /**< the number of values in each bin */
+} sft_histogram;
+
+/** The histogram of no values. */
+#define SFT_HISTOGRAM_INIT {sizeof(sft_histogram), 0, 0, 0, {0}}
+
+/** Elements of a tensor, and what they are added to. */
+typedef struct sft_statistics_request {
+    size_t index;               /**< of the tensor, in file order */
+    uint64_t first;             /**< the first element */
+    uint64_t count;             /**< the number of elements */
+    sft_statistics* statistics; /**< SFT_STATISTICS_INIT, or the result for other elements */
+    sft_histogram* histogram;   /**< SFT_HISTOGRAM_INIT, or the result for the same elements; NULL for none */
+} sft_statistics_request;
+
+/** Adds elements of tensors to statistics: `count` requests, each with structs of its own. They are read and added up
+ * in parts, by several threads, which need a few MiB each; tensors that are adjacent in the file are read with one
+ * read. Programs that show progress, or that must react in time, divide a large tensor into several calls. The result
+ * does not depend on the threads. It does not depend on the division either if each request ends at a multiple of 1 MiB
+ * of its tensor; otherwise the last bits of mean and deviations do. Everything is checked before the first byte is
+ * read. Errors: UNSUPPORTED_DTYPE for SFT_DTYPE_F6_E2M3 and SFT_DTYPE_F6_E3M2, because the format does not define which
+ * bits are an element; SLICE for elements outside the tensor, or of less than a byte if they begin or end in the middle
+ * of one; INVALID_ARGUMENT, also for structs that are not results; IO, FILE_CHANGED. */
+sft_status sft_file_compute_statistics(const sft_file* file, const sft_statistics_request* requests, size_t count);
 
 /* ---- Reading: checkpoints of several files ----------------------------------------------------------------------- */
 

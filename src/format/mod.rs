@@ -7,4 +7,5 @@ pub(crate) mod json;
 pub mod layout;
 pub(crate) mod runs;
 pub mod slice;
+pub mod statistics;
 pub(crate) mod strides;

@@ -18,6 +18,7 @@ pub(crate) mod reader;
 pub mod slab_layout;
 mod slice_reader;
 pub mod source;
+pub mod statistics;
 pub(crate) mod strategy;
 mod strided_read;
 mod vectored;

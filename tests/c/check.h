@@ -29,6 +29,7 @@ void test_version_and_status(void);
 void test_dtypes(void);
 void test_reading(void);
 void test_prefault(void);
+void test_statistics(void);
 void test_slices(void);
 void test_sources(void);
 void test_filesystems(void);

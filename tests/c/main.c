@@ -74,6 +74,7 @@ int main(int argc, char** argv) {
     test_edits();
     test_reading();
     test_prefault();
+    test_statistics();
     test_slices();
     test_sources();
     test_filesystems();

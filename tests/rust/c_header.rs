@@ -233,6 +233,7 @@ fn numbers_agree() {
     expected.insert("SFT_LOAD_TARGET_MAPPING".into(), SFT_LOAD_TARGET_MAPPING.into());
     expected.insert("SFT_LOAD_TARGET_MEMORY".into(), SFT_LOAD_TARGET_MEMORY.into());
     expected.insert("SFT_LOAD_TARGET_DEVICE".into(), SFT_LOAD_TARGET_DEVICE.into());
+    expected.insert("SFT_HISTOGRAM_BINS".into(), SFT_HISTOGRAM_BINS as i64);
     for (number, name, _) in STATUSES {
         expected.insert(name.to_str().expect("ASCII").into(), i64::from(*number));
     }
@@ -291,6 +292,11 @@ fn layouts_agree() {
         sft_read_request { index, buffer, nbytes }
         sft_slice_request { index, ranges, rank, buffer, nbytes, strides }
         sft_prefetch_request { file, index, ranges, rank, buffer, nbytes }
+        sft_statistics {
+            struct_size, count, zeros, nans, infinities, minimum, maximum, mean, squared_deviations
+        }
+        sft_histogram { struct_size, first, width, bin_count, counts }
+        sft_statistics_request { index, first, count, statistics, histogram }
     };
     assert_eq!(run_c(&body), expected);
 
@@ -301,6 +307,7 @@ fn layouts_agree() {
             continue;
         };
         for field in after.split_once('}').expect("a struct ends").0.split(';') {
+            let field = field.split('[').next().expect("split gives one");
             if let Some(field) = field.trim().rsplit([' ', '*']).next().filter(|field| !field.is_empty()) {
                 in_header.insert(format!("{}.{field}", name.trim()));
             }
@@ -326,6 +333,9 @@ fn aliases_and_initializers_agree() {
          SAY(\"open\", open.struct_size); SAY(\"save\", save.struct_size); SAY(\"info\", info.struct_size);\n\
          SAY(\"alignment\", save.alignment); SAY(\"mmap\", open.backend);\n\
          SAY(\"none\", open.prefault);\n\
+         sft_statistics statistics = SFT_STATISTICS_INIT; SAY(\"statistics\", statistics.struct_size);\n\
+         sft_histogram histogram = SFT_HISTOGRAM_INIT; SAY(\"histogram\", histogram.struct_size);\n\
+         SAY(\"no values\", statistics.count + histogram.bin_count);\n\
          sft_checkpoint_options checkpoint = SFT_CHECKPOINT_OPTIONS_INIT;\n\
          SAY(\"checkpoint\", checkpoint.struct_size); SAY(\"no variant\", checkpoint.variant == NULL);\n\
          SAY(\"extra\", sizeof(sft_extra)); SAY(\"extra signed\", (sft_extra)-1 < 1);\n\
@@ -356,6 +366,9 @@ fn aliases_and_initializers_agree() {
         ("alignment", safetensors_torch::DEFAULT_ALIGNMENT as usize),
         ("mmap", SFT_BACKEND_MMAP as usize),
         ("none", SFT_PREFAULT_NONE as usize),
+        ("statistics", size_of::<sft_statistics>()),
+        ("histogram", size_of::<sft_histogram>()),
+        ("no values", 0),
     ];
     for (name, value) in expected {
         assert_eq!(said[name], value as i64, "{name}");
