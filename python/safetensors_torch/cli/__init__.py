@@ -16,17 +16,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._exceptions import SafetensorError
-from . import consolidate, convert, diff, explain, extract, ls, metadata, rename, verify
-from .listing import NoMatchError, command_text, near, printable
+from . import consolidate, convert, diff, explain, extract, ls, metadata, rename, stats, verify, view
+from .listing import NoMatchError, command_text, near
+from .terminal import printable_text
 
 PROGRAM = "safetensors-torch"
 _COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (ls, verify, diff, convert, extract, rename, metadata, explain, consolidate)
+    for module in (ls, view, stats, verify, diff, convert, extract, rename, metadata, explain, consolidate)
 }
 _OTHER_NAMES = {
-    **dict.fromkeys(("info", "inspect", "show", "header", "keys", "dump", "cat", "view"), "ls"),
+    **dict.fromkeys(("info", "inspect", "show", "header", "keys", "dump", "cat"), "ls"),
     **dict.fromkeys(("check", "validate", "test"), "verify"),
+    **dict.fromkeys(("html", "draw", "plot", "page", "open", "browse"), "view"),
+    **dict.fromkeys(("statistics", "stat", "summary", "nan"), "stats"),
     **dict.fromkeys(("compare", "cmp"), "diff"),
     **dict.fromkeys(("cast", "shard", "unshard", "split", "merge", "join", "save", "cp", "copy"), "convert"),
     **dict.fromkeys(("filter", "select", "get"), "extract"),
@@ -46,7 +49,7 @@ _STATUS = """exit status:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         see = " See" if message.endswith("?") else "; see"
-        self.exit(2, f"{printable(message)}{see} {self.prog} --help\n")
+        self.exit(2, f"{printable_text(message)}{see} {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         *most, last = _COMMANDS
         root.error(f"name a command: {', '.join(most)} or {last}")
+    if others and isinstance(getattr(options, "name", None), list) and not others[0].startswith("-"):
+        # argparse takes no words after an option for those that may be missing.
+        options.name += [word for word in others if not word.startswith("-")]
+        others = [word for word in others if word.startswith("-")]
     if others:
         meant = near(others[0], re.findall("--[a-z-]+", options.command.format_usage()))
         options.command.error(
@@ -135,6 +142,7 @@ def _check_command(root: argparse.ArgumentParser, word: str | None) -> None:
 
 
 def _print_error(options: argparse.Namespace, error: BaseException) -> None:
-    # Names of files and tensors may contain escape sequences for the terminal.
-    lines = [printable(line) for line in str(error).split("\n")]
+    # Names of files and tensors may contain anything. Only errors of the build and of torch have several lines.
+    lines = str(error).split("\n") if isinstance(error, (ImportError, RuntimeError)) else [str(error)]
+    lines = [printable_text(line) for line in lines]
     print(f"{options.run.__module__.rpartition('.')[2]}:", "\n".join(lines), file=sys.stderr)
