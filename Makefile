@@ -47,12 +47,12 @@ SUITES := test-accelerator test-install test-examples test-docs test-address tes
     test-tsan test-cpp test-rust test-c test-fuzz
 
 CORE_SOURCES   := Cargo.toml Cargo.lock build.rs $(shell find src cpp include -type f)
-PYTHON_SOURCES := setup.py pyproject.toml $(shell find $(wildcard cmake python) -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth')
+PYTHON_SOURCES := setup.py pyproject.toml $(shell find $(wildcard cmake python) -name '*.cmake' -o -name '*.map' -o -name '*.py' -o -name '*.pth' -o -path '*/cli/page/*')
 # Expanded only where it is used: packages are built without tests and benches.
 CPP_FILES       = benches/raw.c $(shell find cpp include tests/c tests/cpp tests/faults tests/torture tests/install tests/slow tests/accelerator tests/guesses examples -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 
 .PHONY: build library demo install uninstall wheel wheels deb bench bench-header docs clean fuzz torture miri filesystems \
-    libcurl check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
+    libcurl chromium check test test-sanitizers test-python test-python-quick $(SUITES) lint lint-rust lint-python lint-cpp
 
 build: library out/python.stamp
 
@@ -153,7 +153,7 @@ demo: build
 # Runs targets of this file side by side, see tests/suites.py.
 RUN_SUITES = MAKE="$(MAKE)" $(PYTHON) tests/suites.py
 
-test: build out/core.stamp filesystems libcurl
+test: build out/core.stamp filesystems libcurl chromium
 	$(RUN_SUITES) $(SUITES) --alone test-python
 
 check: build out/core.stamp
@@ -228,6 +228,14 @@ libcurl:
 test-examples: build libcurl
 	PYTHON=$(CURDIR)/$(PY) PREFIX=$(CURDIR)/$(STAGE) C_PREFIX=$(CURDIR)/$(STAGE)-c WORK=$(CURDIR)/out/examples \
 	    tests/examples.sh
+
+# Installs the browser of tests/python/test_cli_view_browser.py, which skips if it is missing.
+chromium:
+	if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then exit; fi; \
+	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then exit; fi; \
+	install="apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core"; \
+	$$install >/dev/null || { apt-get update -qq && $$install >/dev/null; } || \
+	    echo "chromium cannot be installed: the pages of the shell command are not tested in a browser" >&2
 
 # Runs the programs in the guides.
 test-docs: build

@@ -50,8 +50,10 @@ def index_page(repository: str | None) -> str:
     They become links into the repository, or plain text if there is none.
     """
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    replacement = rf"[\1]({repository}/blob/HEAD/\2)" if repository else r"\1"
-    return re.sub(r"\[([^]]+)\]\((?!https?:)([^)]+)\)", replacement, page)
+    for mark, kind in ("!", "raw"), ("", "blob"):
+        replacement = rf"{mark}[\1]({repository}/{kind}/HEAD/\2)" if repository else r"\1"
+        page = re.sub(rf"{mark}\[([^]]+)\]\((?!https?:)([^)]+)\)", replacement, page)
+    return page
 
 
 def find_cargo() -> str:
@@ -290,7 +292,7 @@ setup(
     packages=[PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.distributed"],
     py_modules=[START_MODULE],
     package_dir={"": "python"},
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={PACKAGE: ["py.typed"], f"{PACKAGE}.cli": ["page/*"]},
     ext_modules=layer.get("ext_modules", []),
     distclass=BinaryDistribution,
     cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel, **layer.get("cmdclass", {})},

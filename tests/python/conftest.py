@@ -8,6 +8,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -124,3 +125,42 @@ def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with torch._inductor.config.patch("cpp.vec_isa_ok", False):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Starts a browser."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from browser import CHROMIUM, browser
+
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: make chromium")
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def view_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes pages of the shell command's view."""
+    from view_pages import write_pages
+
+    directory = tmp_path_factory.mktemp("pages")
+    write_pages(directory)
+    return directory
+
+
+@pytest.fixture
+def open_page(chromium: Any, view_pages: Path) -> Iterator[Any]:
+    """Returns a function that opens one of these pages. Nothing fails in them, or is requested."""
+    from browser import OpenPage
+
+    opened: list[OpenPage] = []
+
+    def open_one(name: str, **options: Any) -> OpenPage:
+        opened.append(OpenPage(chromium, view_pages / f"{name}.html", **options))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        assert one.faults == []
+        one.close()

@@ -44,6 +44,7 @@ def test_links_lead_to_the_repository_if_there_is_one(tmp_path: Path) -> None:
     assert said.get_all("Project-URL") == ["Source, https://example.org/safetensors-torch"]
     assert not RELATIVE_LINK.search(said.get_payload())
     assert "[architecture](https://example.org/safetensors-torch/blob/HEAD/docs/architecture.md)" in said.get_payload()
+    assert "(https://example.org/safetensors-torch/raw/HEAD/docs/view-light.png)" in said.get_payload()
 
 
 def test_the_index_finds_the_package(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Compares two files or checkpoints: names, dtypes, shapes, metadata and values, but not the division into files. The
 status is 1 if they differ.
 
+With --view, the differences become a page instead, as that of the command view.
+
 Values are equal if their bits are or, with a tolerance, if |a - b| <= atol + rtol * |b|; NaN then equals NaN.
 """
 
@@ -12,13 +14,16 @@ from typing import Any, NamedTuple
 
 from .._headers import TensorInfo
 from .._progress import ProgressBar
-from .listing import Listing, add_quiet, kind_text, printable, wants_bar
+from . import view
+from .listing import Listing, add_quiet, kind_text, wants_bar
+from .terminal import printable, printable_text
 
 HELP = "compare names, shapes and values"
 EXAMPLES = """examples:
   safetensors-torch diff model.safetensors checkpoint/
   safetensors-torch diff model.safetensors other.safetensors --no-values
   safetensors-torch diff model.safetensors other.safetensors --rtol 1e-3 --atol 1e-6 --json
+  safetensors-torch diff model.safetensors checkpoint/ --view -o changes.html
 """
 
 
@@ -28,7 +33,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-values", action="store_true", help="compare only names, dtypes, shapes and metadata")
     command.add_argument("--rtol", type=float, default=0.0, help="relative tolerance of values (default: %(default)s)")
     command.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of values (default: %(default)s)")
+    command.add_argument("--view", action="store_true", help="draw the differences as an HTML page")
+    command.add_argument("-o", "--output", metavar="PAGE", help="the page of --view (default: diff.html)")
+    command.add_argument("--force", action="store_true", help="replace an existing page")
     add_quiet(command)
+
+
+_PAGE = "diff.html"  # of --view
 
 
 class Differences(NamedTuple):
@@ -45,6 +56,10 @@ class Differences(NamedTuple):
 def run(options: argparse.Namespace) -> int:
     if options.rtol < 0 or options.atol < 0:
         raise ValueError("--rtol and --atol must not be negative")
+    if options.view:
+        view.check_target(options.output or _PAGE, options.force)
+    elif options.output or options.force:
+        raise ValueError("--output and --force: only a page needs them; add --view")
     left, right = Listing(options.left), Listing(options.right)
     left_only = [name for name in left.entries if name not in right.entries]
     right_only = [name for name in right.entries if name not in left.entries]
@@ -59,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
     _compare_metadata(left.metadata or {}, right.metadata or {}, found)
     if not options.no_values:
         _compare_values(left, right, same, options, found)
-    if options.json:
+    if options.view:
+        _draw(left, right, found, len(both), options)
+    elif options.json:
         print(json.dumps({"equal": not any(found), "compared": len(both), **found._asdict()}, indent=2))
     else:
         _print(found, len(both))
@@ -90,9 +107,27 @@ def _compare_values(
             ours, theirs = (values.flat(side, entry.name) for side in sides)
             difference = values.compare(ours, theirs, options.rtol, options.atol)
             if difference is not None:
+                if options.view:
+                    difference["relative_difference"] = values.relative_difference(ours, theirs)
                 found.values.append({"name": entry.name, **difference})
             done += entry.nbytes
             report_progress(done, total)
+
+
+def _draw(left: Listing, right: Listing, found: Differences, compared: int, options: argparse.Namespace) -> None:
+    """Writes the page of --view, and prints where it is."""
+    target = options.output or _PAGE
+    changes = {
+        **dict.fromkeys(left.entries, [view.NOT_COMPARED if options.no_values else view.EQUAL]),
+        **dict.fromkeys(found.left_only, [view.LEFT_ONLY]),
+        **dict.fromkeys(found.right_only, [view.RIGHT_ONLY]),
+        **{kind["name"]: [view.KIND] for kind in found.kinds},
+    }
+    for one in found.values:
+        numbers = [one["differing"], one["nan"], one["max_difference"], one["relative_difference"]]
+        changes[one["name"]] = [view.VALUES, *numbers]
+    view.write_comparison(target, left, right, changes)
+    view.report(target, {"equal": not any(found), "compared": compared, **found._asdict()}, options.json)
 
 
 def _print(found: Differences, compared: int) -> None:
@@ -114,4 +149,4 @@ def _print(found: Differences, compared: int) -> None:
 
 
 def _quoted(text: str | None) -> str:
-    return "none" if text is None else printable(repr(text))
+    return "none" if text is None else printable_text(repr(text))

@@ -44,6 +44,23 @@ def compare(left: torch.Tensor, right: torch.Tensor, rtol: float, atol: float) -
     return {"differing": differing, "elements": left.numel(), "nan": nan, "max_difference": most}
 
 
+def relative_difference(left: torch.Tensor, right: torch.Tensor) -> float | None:
+    """Returns the norm of the difference of two flat tensors, divided by that of ``right``.
+
+    None if that is not finite, or if torch cannot convert the dtype.
+    """
+    if left.dtype == _FLOAT4:
+        return None
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    difference = norm = 0.0
+    for start in range(0, left.numel(), _PIECE):
+        ours, theirs = (tensor[start : start + _PIECE].to(wide) for tensor in (left, right))
+        difference = math.hypot(difference, torch.linalg.vector_norm(ours - theirs).item())
+        norm = math.hypot(norm, torch.linalg.vector_norm(theirs).item())
+    relative = difference / norm if norm else math.inf
+    return relative if math.isfinite(relative) else None
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bytes of a flat tensor, a row for each element."""
     return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
