@@ -51,20 +51,24 @@ if command -v curl-config >/dev/null; then
     s3=s3
 fi
 # shellcheck disable=SC2086 # no word, or one
-for example in convert finetune inference torchscript $s3; do
+for example in aoti convert finetune inference torchscript $s3; do
     configure pypi "$example" "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch/share/cmake"
     configure unpacked "$example" "-DCMAKE_PREFIX_PATH=$PREFIX" "-DLIBTORCH=$unpacked"
 done
+cmake -S tests/cpp -B "$WORK/tests-cpp" "-DCMAKE_PREFIX_PATH=$PREFIX;$libtorch/share/cmake" >/dev/null
 # Two at a time: most of the time is spent on parsing torch's headers. The unpacked libtorch has the same headers and
 # libraries as the package, so one program shows that it is found.
 (build pypi convert && build pypi torchscript && build unpacked inference) &
 first=$!
+build pypi aoti
+cmake --build "$WORK/tests-cpp" --target aoti_tests >/dev/null
 build pypi finetune
 build pypi inference
 if [ -n "$s3" ]; then
     build pypi s3
 fi
 wait "$first"
+AOTI="$WORK/pypi/aoti/aoti" AOTI_TESTS="$WORK/tests-cpp/aoti_tests" pytest aoti
 CONVERT="$WORK/pypi/convert/convert" pytest convert
 FINETUNE="$WORK/pypi/finetune/finetune" pytest finetune
 INFERENCE="$WORK/pypi/inference/inference" pytest inference
