@@ -18,6 +18,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/optim/optimizer.h>
 
 #include <filesystem>
@@ -78,6 +79,7 @@ void save_optimizer(const torch::optim::Optimizer& optimizer, const Module& modu
 template <typename Module, typename Open>
 LoadResult load_optimizer(torch::optim::Optimizer& optimizer, const Module& module, const Open& open,
                           const std::string& path, const LoadModelOptions& options) {
+    const c10::InferenceMode normal(false);  // a step, later, changes the state in place
     const c10::NoGradGuard no_grad;
     const OptimizerKind& kind = kind_of(optimizer);
     const NamesOfTensors names = names_of(state_of(module, options.prefix, options.rename));
@@ -114,14 +116,15 @@ LoadResult load_optimizer(torch::optim::Optimizer& optimizer, const Module& modu
 /// gradient. Tensors are on the device of their parameter, with its dtype and strides. Options are changed in place.
 /// Everything is checked and read before the first change, so the optimizer is unchanged if a call fails.
 ///
-/// Returns the names of parameters that only the optimizer or only the checkpoint has; with `strict` false, the former
-/// keep their state and options. Options that only Python has are ignored, such as `foreach` and `fused`, and what a
-/// scheduler adds.
+/// Returns the names of parameters that only the optimizer or only the checkpoint has. With `strict` false, the former
+/// keep their state, and their options if the checkpoint has no parameter of their group. Options that only Python has
+/// are ignored, such as `foreach` and `fused`, and what a scheduler adds.
 ///
 /// Throws Error: as Checkpoint does; the checkpoint has the state of another optimizer, or none; names of parameters
-/// are missing or unexpected and `strict` is true; a shape does not fit; parameters of one group have different
-/// options; `maximize` is true; the module does not have a parameter; two groups have one parameter; the optimizer is
-/// none of Adagrad, Adam, AdamW, RMSprop and SGD, or a class derived from one.
+/// are missing or unexpected and `strict` is true; a shape does not fit; an option is not a number; parameters of
+/// one group have different options; the loaded options do not fit the state of a parameter that keeps it; `maximize`
+/// is true; the module does not have a parameter; two groups have one parameter; the optimizer is none of Adagrad,
+/// Adam, AdamW, RMSprop and SGD, or a class derived from one.
 inline LoadResult load_optimizer(torch::optim::Optimizer& optimizer, ModuleRef module,
                                  const std::filesystem::path& path, const LoadModelOptions& options = {}) {
     return detail::load_optimizer(optimizer, *module, path, options);

@@ -10,19 +10,64 @@
 #include <torch/optim/sgd.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <typeinfo>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "detail.hpp"
 
 namespace safetensors_torch::detail {
+
+// Returns text of a file for a message: its first `most` bytes, with escapes for the characters that can control a
+// terminal or have no width. The same characters as in src/error.rs; UTF-8 has their order.
+inline std::string shown(std::string_view text, std::size_t most = 200) {
+    constexpr std::pair<std::string_view, std::string_view> invisible[] = {{"\x7f", "\xc2\x9f"},
+                                                                           {"\xc2\xad", "\xc2\xad"},
+                                                                           {"\xd8\x9c", "\xd8\x9c"},
+                                                                           {"\xe1\xa0\x8e", "\xe1\xa0\x8e"},
+                                                                           {"\xe2\x80\x8b", "\xe2\x80\x8f"},
+                                                                           {"\xe2\x80\xa8", "\xe2\x80\xae"},
+                                                                           {"\xe2\x81\xa0", "\xe2\x81\xaf"},
+                                                                           {"\xef\xbb\xbf", "\xef\xbb\xbf"},
+                                                                           {"\xef\xbf\xb9", "\xef\xbf\xbb"},
+                                                                           {"\xf3\xa0\x80\x80", "\xf3\xa0\x81\xbf"}};
+    std::string out;
+    std::size_t begin = 0;
+    while (begin < text.size()) {
+        std::size_t end = begin + 1;
+        while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) {
+            ++end;
+        }
+        if (end > most) {
+            return out + "... (" + std::to_string(text.size()) + " bytes)";
+        }
+        const std::string_view character = text.substr(begin, end - begin);
+        bool is_escaped = character < std::string_view(" ");
+        for (const auto& [first, last] : invisible) {
+            is_escaped = is_escaped || (first <= character && character <= last);
+        }
+        for (const char byte : character) {
+            char escape[5] = {byte};
+            if (is_escaped) {
+                std::snprintf(escape, sizeof escape, "\\x%02x",
+                              static_cast<unsigned>(static_cast<unsigned char>(byte)));
+            }
+            out += escape;
+        }
+        begin = end;
+    }
+    return out;
+}
 
 // An option or a part of a parameter's state, in its place in torch's struct.
 struct OptimizerField {
@@ -54,18 +99,25 @@ inline at::Tensor to_tensor(const OptimizerField& field) {
 
 // Sets a field to the value that `where` names.
 inline void set_field(const OptimizerField& field, const at::Tensor& saved, const std::string& where) {
+    const auto number = [&where](const at::Tensor& value) {
+        const double result = value.item<double>();
+        if (std::isnan(result)) {
+            fail(where + "its value is not a number; save the optimizer again", ErrorCategory::runtime);
+        }
+        return result;
+    };
     std::visit(
         [&](auto* place) {
             using Value = std::decay_t<decltype(*place)>;
             if constexpr (std::is_same_v<Value, at::Tensor>) {
                 *place = saved;
             } else if constexpr (std::is_same_v<Value, std::tuple<double, double>>) {
-                *place = {saved[0].template item<double>(), saved[1].template item<double>()};
+                *place = {number(saved[0]), number(saved[1])};
             } else if constexpr (std::is_same_v<Value, double>) {
-                *place = saved.template item<double>();
+                *place = number(saved);
             } else {
                 constexpr int64_t most = std::is_same_v<Value, bool> ? 1 : int64_t{1} << 53;
-                const double value = saved.template item<double>();
+                const double value = number(saved);
                 if (!(value >= 0 && value <= static_cast<double>(most) && value == std::floor(value))) {
                     fail(where + "its value is " + std::to_string(value) + ", not an integer from 0 to " +
                              std::to_string(most) + "; save the optimizer again",

@@ -74,8 +74,8 @@ inline std::vector<OptimizerParameter> parameters_of(const torch::optim::Optimiz
 // Reads the state of an optimizer from an open checkpoint. The optimizer changes in apply() only.
 class OptimizerLoader {
   public:
-    OptimizerLoader(const OptimizerKind& kind, Object file, std::string path)
-        : kind_(kind), file_(std::move(file)), path_(std::move(path)) {
+    OptimizerLoader(const OptimizerKind& kind, Object file, const std::string& path)
+        : kind_(kind), file_(std::move(file)), path_(shown(path, path.size())) {
         keys_ = call_method(file_, "keys").to<std::vector<std::string>>();  // sorted
         const auto metadata = call_method(file_, "metadata").to<OptionalStrings>();
         if (metadata && metadata->contains("optimizer") && metadata->at("optimizer") != kind_.name) {
@@ -95,7 +95,7 @@ class OptimizerLoader {
                 if (prefix.empty()) {
                     result.unexpected.push_back(key);
                 }
-            } else if (key.compare(begin, prefix.size(), prefix) == 0) {
+            } else if (end >= begin + prefix.size() && key.compare(begin, prefix.size(), prefix) == 0) {
                 auto& parts = saved[key.substr(begin, end - begin)];
                 if (is_state) {
                     parts.push_back(key.substr(end + 1));
@@ -112,6 +112,7 @@ class OptimizerLoader {
             const auto name = std::find_if(parameter.names.begin(), parameter.names.end(), is_saved);
             if (name == parameter.names.end()) {
                 result.missing.push_back(parameter.names.front());
+                kept_.push_back(parameter);
                 continue;
             }
             entries_.push_back(
@@ -163,6 +164,13 @@ class OptimizerLoader {
                 }
             }
         }
+        for (const OptimizerParameter& parameter : kept_) {
+            const auto entry = first.find(parameter.group);
+            const auto state = optimizer.state().find(parameter.tensor.unsafeGetTensorImpl());
+            if (entry != first.end() && state != optimizer.state().end()) {
+                check_kept(parameter, *state->second->clone(), *entry->second->options);
+            }
+        }
     }
 
     void read_state(const Progress& progress) {
@@ -197,7 +205,7 @@ class OptimizerLoader {
                 starts.emplace_back(entry.parameter.dim(), 0);
             }
             if (!entry.parts.empty()) {
-                fail(path_ + ": tensor \"state." + entry.name + "." + entry.parts.front() + "\": " + kind_.name +
+                fail(path_ + ": tensor \"state." + entry.name + "." + shown(entry.parts.front()) + "\": " + kind_.name +
                          " has no such state; make the optimizer that was saved",
                      ErrorCategory::runtime);
             }
@@ -244,13 +252,14 @@ class OptimizerLoader {
     static std::string list(const std::string& title, const std::vector<std::string>& names) {
         std::string text;
         for (const std::string& name : names) {
-            text += (text.empty() ? title + "\"" : ", \"") + name + "\"";
+            text += (text.empty() ? title + "\"" : ", \"") + shown(name) + "\"";
         }
         return text;
     }
 
     [[noreturn]] void fail_kind(const std::string& saved) const {
-        fail(path_ + ": has the state of " + saved + ", not of " + kind_.name + "; make the optimizer that was saved",
+        fail(path_ + ": has the state of " + shown(saved) + ", not of " + kind_.name +
+                 "; make the optimizer that was saved",
              ErrorCategory::runtime);
     }
 
@@ -283,6 +292,20 @@ class OptimizerLoader {
                  ErrorCategory::runtime);
         }
         return name;
+    }
+
+    // Fails if a parameter that keeps its state cannot do a step with the options that its group gets.
+    void check_kept(const OptimizerParameter& parameter, torch::optim::OptimizerParamState& state,
+                    torch::optim::OptimizerOptions& options) const {
+        for (const OptimizerField& field : kind_.state(state, options)) {
+            const auto* const tensor = std::get_if<at::Tensor*>(&field.place);
+            if (field.is_needed && tensor != nullptr && !(*tensor)->defined()) {
+                fail(path_ + ": does not have \"" + parameter.names.front() + "\", whose state has no `" + field.name +
+                         "`, which the loaded options of group " + std::to_string(parameter.group) +
+                         " need; give that parameter a group of its own",
+                     ErrorCategory::runtime);
+            }
+        }
     }
 
     // The options of Python's optimizers that change the result and that C++ does not have. Others are ignored.
@@ -354,6 +377,7 @@ class OptimizerLoader {
     std::string path_;
     std::vector<std::string> keys_;
     std::vector<Entry> entries_;
+    std::vector<OptimizerParameter> kept_;  // those that the checkpoint does not have
 };
 
 }  // namespace safetensors_torch::detail

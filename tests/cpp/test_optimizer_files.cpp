@@ -10,6 +10,7 @@
 #include <safetensors_torch/optimizer.hpp>
 #include <stdexcept>
 
+#include "saved_adam.h"
 #include "support.h"
 
 using namespace support;
@@ -17,47 +18,6 @@ using Names = std::vector<std::string>;
 namespace optim = torch::optim;
 
 namespace {
-
-// A trained layer, and changed copies of the file of its optimizer.
-struct SavedAdam {
-    TempDir dir;
-    torch::nn::Linear layer{2, 3};
-    optim::Adam optimizer{layer->parameters(), optim::AdamOptions(0.25)};
-    st::Tensors tensors;
-
-    SavedAdam() {
-        layer->forward(at::ones({1, 2})).sum().backward();
-        optimizer.step();
-        st::save_optimizer(optimizer, layer, dir.file("o"));
-        tensors = st::load_file(dir.file("o"));
-    }
-
-    const optim::AdamParamState& state(const at::Tensor& parameter) const {
-        return static_cast<const optim::AdamParamState&>(*optimizer.state().at(parameter.unsafeGetTensorImpl()));
-    }
-
-    // Returns the error of loading `changed`, and checks that the optimizer is as before.
-    std::string error(const st::Tensors& changed, const st::Metadata& metadata = {}) {
-        st::save_file(changed, dir.file("changed"), metadata);
-        const std::string text = ERROR_OF(st::load_optimizer(optimizer, layer, dir.file("changed")));
-        EXPECT_HAS(text, dir.file("changed"));
-        st::save_optimizer(optimizer, layer, dir.file("now"));
-        EXPECT(read_file(dir.file("now")) == read_file(dir.file("o")));
-        return text;
-    }
-
-    st::Tensors with(const std::string& name, const at::Tensor& tensor) const {
-        st::Tensors changed = tensors;
-        changed.insert_or_assign(name, tensor);
-        return changed;
-    }
-
-    st::Tensors without(const std::string& name) const {
-        st::Tensors changed = tensors;
-        EXPECT_EQ(changed.erase(name), 1U);
-        return changed;
-    }
-};
 
 // One file that the program reads by its own means.
 class StateInMemory : public st::Source {
@@ -122,7 +82,7 @@ TEST(optimizer_steps_are_exact) {
     }
     EXPECT_EQ(reload(at::scalar_tensor(7, at::kFloat)), 7);
     EXPECT_EQ(reload(at::scalar_tensor(16777217.0, at::kDouble)), 16777217);
-    for (const double step : {-1.0, 0.5, std::numeric_limits<double>::quiet_NaN(), 1e300}) {
+    for (const double step : {-1.0, 0.5, 1e300}) {
         st::load_optimizer(saved.optimizer, saved.layer, saved.dir.file("o"));
         EXPECT_HAS(saved.error(saved.with("state.weight.step", at::scalar_tensor(step, at::kDouble))),
                    "tensor \"state.weight.step\": its value is ");
@@ -326,6 +286,10 @@ TEST(optimizer_is_not_changed_by_a_file_that_does_not_fit) {
     EXPECT_HAS(wrong("param_groups.bias.betas", at::zeros({3})),
                "tensor \"param_groups.bias.betas\": is Float [3], not two numbers; ");
     EXPECT_HAS(wrong("param_groups.bias.amsgrad", at::scalar_tensor(2)), "not an integer from 0 to 1; ");
+    for (const std::string name : {"param_groups.weight.lr", "param_groups.weight.betas", "state.bias.step"}) {
+        const at::Tensor value = at::full_like(saved.tensors[name], std::numeric_limits<double>::quiet_NaN());
+        EXPECT_HAS(wrong(name, value), "tensor \"" + name + "\": its value is not a number; ");
+    }
     EXPECT_HAS(wrong("param_groups.bias.lr", at::scalar_tensor(0.125, at::kDouble)),
                ": `lr` of \"bias\" and \"weight\" differs, which are in group 0 of the optimizer; ");
     EXPECT_HAS(wrong("random_state", at::zeros({3})), "\n    unexpected: \"random_state\"\n");
