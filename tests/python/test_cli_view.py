@@ -224,16 +224,26 @@ def test_the_page_has_the_permissions_of_a_new_file(here: Path) -> None:
     assert os.stat("model.html").st_mode & 0o777 == 0o640
 
 
-def test_a_failed_write_leaves_the_old_page(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_page(here: Path) -> None:
     Path("model.html").write_text("mine")
-
-    def fail(content: Any) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(view, "build", fail)
-    assert run("view", "model.safetensors", "--force") == 2
+    # No file may have more than 50 KiB.
+    command = 'ulimit -f 50; exec "$0" -m safetensors_torch view model.safetensors --force'
+    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "view: model.html: cannot write the page: File too large; give another target\n"
     assert Path("model.html").read_text() == "mine"
     assert sorted(os.listdir()) == ["model.html", "model.safetensors"]
+
+
+def test_the_page_does_not_replace_what_it_shows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.rename("model.safetensors", "weights")
+    os.symlink("weights", "link.html")
+    before = Path("weights").read_bytes()
+    for target in ("weights", "link.html"):
+        for command in (["view"], ["diff", "--view", "weights"]):
+            assert run(*command, "weights", "-o", target, "--force") == 2
+            assert f"{target}: a file of the checkpoint, not a page" in capsys.readouterr().err
+    assert Path("weights").read_bytes() == before
 
 
 @pytest.mark.parametrize(

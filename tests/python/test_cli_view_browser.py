@@ -54,8 +54,10 @@ def test_search(open_page: Any) -> None:
     page.page.keyboard.type("BIAS layers.2")
     assert page.names() == ["model.layers.2.self_attn.q_proj.bias"]
     assert page.text("#found").startswith("1 of 14 tensors, 128 B")
+    # A screen reader would read them again.
+    page.page.evaluate("document.querySelector('#details .facts').id = 'before'")
     page.page.fill("#query", "layers.*.weight")
-    assert len(page.names()) == 8
+    assert len(page.names()) == 8 and page.page.is_visible("#before")
     page.page.fill("#query", "nothing has this name")
     assert page.names() == [] and page.text("#table-body") == "No tensor matches."
     page.page.keyboard.press("Escape")
@@ -91,6 +93,18 @@ def test_clicks_walk_in_and_out(open_page: Any) -> None:
     assert page.crumbs() == ["All", "model"]
     page.page.go_forward()
     assert page.crumbs() == ["All", "model", "layers"]
+    # Neither the link to the table nor a reload walks out.
+    page.page.focus(".skip")
+    page.page.keyboard.press("Enter")
+    assert page.crumbs() == ["All", "model", "layers"]
+    assert page.page.evaluate("document.activeElement.id") == "table"
+    page.faults.clear()
+    page.page.reload()
+    assert page.crumbs() == ["All", "model", "layers"] and len(page.names()) == 12
+    # An entry of another page at this address.
+    page.page.evaluate("history.replaceState({ path: [0, 0, 99, 5] }, '')")
+    page.page.reload()
+    assert page.crumbs() == ["All", "model"]
     page.page.click("#crumbs >> text=All")
     assert page.crumbs() == ["All"] and len(page.names()) == 14
     page.page.click("#treemap", position={"x": 200, "y": 200})
@@ -176,6 +190,40 @@ def test_metadata(open_page: Any) -> None:
     assert page.page.is_visible("#panel-files") and page.page.evaluate("document.activeElement.id") == "tab-files"
 
 
+def test_long_metadata(chromium: Any, tmp_path: Path) -> None:
+    metadata = {
+        "a": '{"text": "' + "x" * 900_000 + '"}',
+        "b": "[" + "1," * 100_000 + "1]",
+        "c": "[" * 2_000_000 + "]" * 2_000_000,
+        "d": '{"text": "' + "x" * 9_000_000 + '"}',
+    }
+    save_file({"w": torch.ones(1)}, tmp_path / "long.safetensors", metadata)
+    assert cli.main(["view", str(tmp_path / "long.safetensors"), "-o", str(tmp_path / "long.html")]) == 0
+    page = OpenPage(chromium, tmp_path / "long.html")
+    page.page.click("#tab-metadata")
+    texts = page.page.locator(".metadata pre").all_inner_texts()
+    assert [text[:7] for text in texts] == ['{\n  "te', "[\n  1,\n", "[[[[[[[", '{"text"']
+    assert all(len(text) == 4001 for text in texts)
+    assert page.faults == []
+    page.close()
+
+
+def test_small_tensors_are_drawn(chromium: Any, tmp_path: Path) -> None:
+    """So many that each has less than a pixel."""
+    save_file({f"w{i}": torch.ones(1) for i in range(5000)}, tmp_path / "many.safetensors")
+    assert cli.main(["view", str(tmp_path / "many.safetensors"), "-o", str(tmp_path / "many.html")]) == 0
+    page = OpenPage(chromium, tmp_path / "many.html", width=390)
+    page.page.evaluate("document.getElementById('treemap').style.height = '10px'")
+    shown = """() => {
+      const { width, height } = canvas;
+      const [red, , blue] = canvas.getContext("2d").getImageData(width / 2, height / 2, 1, 1).data;
+      return height < 20 && blue - red > 60;
+    }"""
+    page.page.wait_for_function(shown)
+    assert page.faults == []
+    page.close()
+
+
 def test_layout(open_page: Any) -> None:
     page = open_page("shards")
     page.page.click("#tab-files")
@@ -185,6 +233,7 @@ def test_layout(open_page: Any) -> None:
     page.page.click(".strip >> nth=1", position={"x": 600, "y": 10})
     assert "model-00002-of" in page.text("#details")
     page.page.click("text=List tensors in file order")
+    assert page.page.input_value("#sort") == "file"
     files = page.page.locator("#table-body .cell.file").all_inner_texts()
     assert files == sorted(files) and len(set(files)) > 1
 

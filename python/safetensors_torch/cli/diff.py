@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.output or options.force:
         raise ValueError("--output and --force: only a page needs them; add --view")
     left, right = Listing(options.left), Listing(options.right)
+    if options.view:
+        view.check_source(options.output or _PAGE, left, right)
     left_only = [name for name in left.entries if name not in right.entries]
     right_only = [name for name in right.entries if name not in left.entries]
     found = Differences(left_only, right_only, [], [], [])

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._exceptions import os_error
 from .._headers import TensorInfo
 from .._locations import is_url
 from .._progress import ProgressBar
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     target = options.output or default_name(options.path)
     check_target(target, options.force)
     listing = Listing(options.path)
+    check_source(target, listing)
     names = sorted(listing.entries, key=natural_key)
     content = describe(file_title(listing.path), [listing], names)
     if options.stats:
@@ -123,6 +125,17 @@ def check_target(path: str, force: bool) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a regular file; write the name of a new one")
     check_absent(path, force)
+
+
+def check_source(target: str, *listings: Listing) -> None:
+    """Checks that a page does not replace a file that it shows, whatever the file is called.
+
+    Raises:
+        ValueError: it does.
+    """
+    files = [file for one in listings if not one.is_remote for file in (one.path, *one.paths())]
+    if os.path.exists(target) and any(os.path.samefile(target, file) for file in files):
+        raise ValueError(f"{target}: a file of the checkpoint, not a page; write the name of a new one")
 
 
 def write_comparison(target: str, left: Listing, right: Listing, changes: dict[str, list[Any]]) -> None:
@@ -235,14 +248,23 @@ def _number(value: float | str | None) -> float | str | None:
 
 def write(target: str, content: dict[str, Any]) -> None:
     """Writes the page, which replaces ``target`` once it is complete."""
-    target = os.path.realpath(target)
+    page = build(content)
+    try:
+        _write(os.path.realpath(target), page)
+    except OSError as error:
+        # It names a temporary file, or none.
+        reason = f"cannot write the page: {error.strerror}; give another target"
+        raise os_error(error.errno or 0, f"{target}: {reason}") from None
+
+
+def _write(target: str, page: str) -> None:
     mask = os.umask(0)
     os.umask(mask)
     handle, staged = tempfile.mkstemp(prefix=".view-", suffix=".html", dir=os.path.dirname(target))
     try:
         with open(handle, "w", encoding="utf-8", newline="") as out:
             os.fchmod(handle, 0o666 & ~mask)
-            out.write(build(content))
+            out.write(page)
         os.replace(staged, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -134,15 +134,20 @@ function differenceDetails(tensor) {
   if (change.status.key === "values") {
     const share = shareText(change.differing, tensor.parameters);
     rows.push(["Differing", `${exact(change.differing)} of ${exact(tensor.parameters)} (${share})`]);
-    rows.push(["Largest", change.most === null ? "not finite" : valueText(change.most)]);
-    rows.push(["Relative", typeof change.relative === "number" ? valueText(change.relative) : "not finite"]);
+    rows.push(["Largest", valueText(change.most)]);
+    rows.push(["Relative", valueText(change.relative)]);
     if (change.nans) rows.push(["NaN in", element("strong", { class: "alarm" }, `⚠ ${exact(change.nans)}`)]);
   }
   return [element("p", { class: "subject" }, nameElement(tensor.name, "full")), facts(rows), table];
 }
 
+// What the details are about. They are not drawn again for a search: screen readers would read them each time.
+let described = null;
+
 function drawDetails() {
   const { selected, node } = state;
+  if (described === (selected ?? node)) return;
+  described = selected ?? node;
   byId("details-title").textContent = selected ? "Selected tensor" : node.parent ? "Module" : "Checkpoint";
   byId("deselect").hidden = !selected;
   const parts = !selected ? moduleDetails(node) : isDiff ? differenceDetails(selected) : tensorDetails(selected);

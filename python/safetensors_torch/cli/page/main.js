@@ -151,6 +151,8 @@ function onKey(event) {
 }
 
 startTheme();
+// After a reload, the module is the same.
+state.node = nodeOf(history.state);
 drawHead();
 tableTools();
 refresh();
@@ -160,6 +162,11 @@ startTable();
 byId("query").addEventListener("input", (event) => {
   state.query = event.target.value;
   refresh();
+});
+// A jump to the table would be an entry of the history, which has no module.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  table.focus();
 });
 byId("deselect").addEventListener("click", () => {
   select(null);

@@ -94,9 +94,19 @@ function walkOut() {
   if (state.node.parent) walk(state.node.parent, state.node);
 }
 
-window.addEventListener("popstate", (event) => {
+// Returns the module that an entry of the browser's history has. The page may have been another one then.
+function nodeOf(entry) {
   let node = root;
-  for (const position of (event.state?.path ?? []).slice(1)) node = node.children[position];
+  for (const position of (entry?.path ?? []).slice(1)) {
+    const child = node.children[position];
+    if (!child || child.tensor) break;
+    node = child;
+  }
+  return node;
+}
+
+window.addEventListener("popstate", (event) => {
+  const node = nodeOf(event.state);
   show(node, state.node.parent === node ? state.node : null);
 });
 

@@ -1,30 +1,33 @@
 // The metadata. Values that are JSON are shown with line breaks; their characters stay as they are.
 
 const MOST_SHOWN = 4000;
+// Longer values stay as they are: their line breaks could take gigabytes.
+const MOST_FORMATTED = 1_000_000;
 
-// Returns JSON with line breaks and indentation, or null if `text` is not an object or a list. Numbers are not parsed,
-// because large ones would change.
+// Returns JSON with line breaks and indentation, or null if `text` is not an object or a list, or too long. Numbers are
+// not parsed, because large ones would change.
 function formatted(text) {
-  if (!/^\s*[[{]/.test(text)) return null;
+  if (text.length > MOST_FORMATTED || !/^\s*[[{]/.test(text)) return null;
   try {
     JSON.parse(text);
   } catch {
     return null;
   }
-  let [result, depth] = ["", 0];
+  const parts = [];
+  let [last, depth] = ["", 0];
   const line = () => `\n${"  ".repeat(Math.min(depth, 20))}`;
-  for (const [token] of text.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{},:]|[^\s[\]{},:"]+/g)) {
-    if (token === "}" || token === "]") depth -= 1;
-    const last = result[result.length - 1];
-    const isEmpty = (last === "{" || last === "[") && (token === "}" || token === "]");
-    if ((token === "}" || token === "]") && !isEmpty) result += line();
-    else if ((last === "{" || last === "[") && !isEmpty) result += line();
-    result += token;
-    if (token === ",") result += line();
-    if (token === ":") result += " ";
+  for (const [token] of text.matchAll(/"[^"\\]*(?:\\.[^"\\]*)*"|[[\]{},:]|[^\s[\]{},:"]+/g)) {
+    const opened = last === "{" || last === "[";
+    const closes = token === "}" || token === "]";
+    if (closes) depth -= 1;
+    if (opened !== closes) parts.push(line());
+    parts.push(token);
+    if (token === ",") parts.push(line());
+    if (token === ":") parts.push(" ");
     if (token === "{" || token === "[") depth += 1;
+    last = token;
   }
-  return result;
+  return parts.join("");
 }
 
 // Line breaks that the formatting has made are kept; everything else that is not printable is shown as an escape.

@@ -22,6 +22,7 @@ function sortBy(key) {
   const chosen = allColumns().find((one) => one.key === key);
   const descending = state.sort.key === key ? !state.sort.descending : chosen.numeric && key !== "offset";
   state.sort = { key, descending };
+  drawTools();
   sortRows();
   drawTable();
 }

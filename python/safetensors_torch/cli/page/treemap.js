@@ -34,13 +34,16 @@ class Treemap {
     this.tops = [];
     this.dimmed = dimmed;
     this.children(node, 0, 0, width, height, null, 0, "");
-    if (this.tops.length === 0) this.label("no bytes to draw", 12, 24, width - 24, palette.get("frame-text"));
+    if (node.nbytes === 0) this.label("no bytes to draw", 12, 24, width - 24, palette.get("frame-text"));
   }
 
   // `untitled` are the labels of the modules around `node` that have no title.
   children(node, x, y, width, height, top, level, untitled) {
     divide(node, x, y, width, height, (child, left, upper, w, h) => {
-      if (w < LEAST_SIDE || h < LEAST_SIDE) return;
+      if (w < LEAST_SIDE || h < LEAST_SIDE) {
+        this.speck(child, left, upper, w, h);
+        return;
+      }
       const cell = { node: child, x: left, y: upper, width: w, height: h, top: null };
       cell.top = top ?? cell;
       this.cells.push(cell);
@@ -48,6 +51,16 @@ class Treemap {
       if (child.tensor) this.leaf(cell, untitled);
       else this.module(cell, level, untitled);
     });
+  }
+
+  // Draws what is too small for a cell in the colour of its largest tensor.
+  speck(node, x, y, width, height) {
+    let largest = node;
+    while (!largest.tensor) [largest] = largest.children;
+    this.context.globalAlpha = this.dimmed(largest.tensor) ? 0.18 : 1;
+    this.context.fillStyle = palette.get(fillOf(largest.tensor));
+    this.context.fillRect(x, y, width, height);
+    this.context.globalAlpha = 1;
   }
 
   module(cell, level, untitled) {
