@@ -265,12 +265,13 @@ class Package {
         }
     }
 
-    // The container's lock prefers runs.
+    // The container prefers runs: to folding, for which a model must be free, and to the swap, which needs its lock.
+    std::unique_lock<std::mutex> hold_runs() const {
+        return swapping_ != nullptr ? std::unique_lock<std::mutex>(*swapping_) : std::unique_lock<std::mutex>();
+    }
+
     void swap() {
-        std::unique_lock<std::mutex> lock;
-        if (swapping_ != nullptr) {
-            lock = std::unique_lock<std::mutex>(*swapping_);
-        }
+        const auto held = hold_runs();
         runner_.swap_constant_buffer();
     }
 
@@ -280,6 +281,7 @@ class Package {
         }
         runner_.update_constant_buffer(tensors, inactive, /*validate_full_updates=*/false, /*user_managed=*/true);
         if (must_fold || has_folded_) {
+            const auto held = hold_runs();
             runner_.run_const_fold(inactive);
         }
         for (const auto& entry : tensors) {
