@@ -46,7 +46,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "all.cpp"
         guesses = sorted((ROOT / "tests/guesses/cpp").glob("*.cpp"))
-        source.write_text(run(sys.executable, "tests/one_program.py", *guesses), encoding="utf-8")
+        program = run(sys.executable, "tests/one_program.py", *guesses)
+        # No guess has a compiled model.
+        source.write_text(f"#include <safetensors_torch/aoti.hpp>\n{program}", encoding="utf-8")
         for compiler in "g++", "clang++", "clang++-14":
             if shutil.which(compiler) is None:
                 print(f"skipped: {compiler} is not installed")
