@@ -208,6 +208,18 @@ def test_long_metadata(chromium: Any, tmp_path: Path) -> None:
     page.close()
 
 
+def test_much_metadata(chromium: Any, tmp_path: Path) -> None:
+    """More elements than a function of JavaScript takes arguments."""
+    metadata = {f"key {number}": "value" for number in range(80_000)}
+    save_file({"w": torch.ones(1)}, tmp_path / "much.safetensors", metadata)
+    assert cli.main(["view", str(tmp_path / "much.safetensors"), "-o", str(tmp_path / "much.html")]) == 0
+    page = OpenPage(chromium, tmp_path / "much.html")
+    page.page.click("#tab-metadata")
+    assert page.page.locator(".metadata dt").count() == len(metadata)
+    assert page.faults == []
+    page.close()
+
+
 def test_small_tensors_are_drawn(chromium: Any, tmp_path: Path) -> None:
     """So many that each has less than a pixel."""
     save_file({f"w{i}": torch.ones(1) for i in range(5000)}, tmp_path / "many.safetensors")

@@ -67,7 +67,7 @@ function entry(key, value) {
 function metadataList() {
   const entries = data.sides[0].metadata;
   if (!entries?.length) return element("p", { class: "none" }, "The checkpoint has no metadata.");
-  return element("dl", { class: "metadata" }, ...entries.flatMap(([key, value]) => entry(key, value)));
+  return element("dl", { class: "metadata" }, entries.flatMap(([key, value]) => entry(key, value)));
 }
 
 function metadataDifferences() {
@@ -84,7 +84,7 @@ function metadataDifferences() {
   };
   const differing = keys.filter((key) => left.get(key) !== right.get(key));
   const sorted = [...differing, ...keys.filter((key) => left.get(key) === right.get(key))];
-  return element("dl", { class: "metadata" }, ...sorted.flatMap(row));
+  return element("dl", { class: "metadata" }, sorted.flatMap(row));
 }
 
 // Draws the metadata when they are shown for the first time.

@@ -96,7 +96,7 @@ function fit(text, width, context) {
   return low === 0 ? "" : shortened(low);
 }
 
-// Makes an element with attributes and children. Text becomes text nodes: no name is ever read as HTML.
+// Makes an element with attributes and children, or lists of children. Text becomes text nodes: no name is read as HTML.
 function element(tag, attributes, ...children) {
   const made = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes ?? {})) {
@@ -104,7 +104,9 @@ function element(tag, attributes, ...children) {
     else if (value === true) made.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(key, value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) {
+    if (child !== null && child !== undefined) made.append(child);
+  }
   return made;
 }
 
