@@ -26,22 +26,13 @@ from object_server import ObjectServer
 from safetensors_torch import cli, save_file, save_sharded
 from safetensors_torch.cli import view
 from safetensors_torch.cli.listing import Listing
-from view_pages import HOSTILE, Elements, data_of, page_data
-
-
-def state() -> dict[str, torch.Tensor]:
-    return {
-        "layers.10.weight": torch.linspace(-1, 1, 12).reshape(3, 4),
-        "layers.2.weight": torch.ones(3, dtype=torch.bfloat16),
-        "layers.2.bias": torch.zeros(0, 5),
-        "steps": torch.tensor(7),
-    }
+from view_pages import HOSTILE, Elements, data_of, page_data, small_state
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    save_file(state(), "model.safetensors", {"format": "pt", "config": '{"a": 1}'})
+    save_file(small_state(), "model.safetensors", {"format": "pt", "config": '{"a": 1}'})
     return tmp_path
 
 
@@ -80,7 +71,7 @@ def test_the_page_has_what_the_headers_have(here: Path, capsys: pytest.CaptureFi
 
 
 def test_a_checkpoint_of_several_files(here: Path) -> None:
-    save_sharded(state(), "checkpoint", max_shard_size=50)
+    save_sharded(small_state(), "checkpoint", max_shard_size=50)
     for path in ("checkpoint", "checkpoint/", "checkpoint/model.safetensors.index.json"):
         assert run("view", path, "-o", "page.html", "--force") == 0
         data = page_data("page.html")
@@ -273,7 +264,7 @@ def test_errors(here: Path, arguments: list[str], message: str, capsys: pytest.C
 
 
 def test_a_url(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file({**state(), "large": torch.zeros(1_000_000)}, "model.safetensors", {"format": "pt"})
+    save_file({**small_state(), "large": torch.zeros(1_000_000)}, "model.safetensors", {"format": "pt"})
     with ObjectServer(here) as server:
         server.signature = "secret-signature"
         assert run("view", server.url()) == 0
@@ -346,7 +337,7 @@ def test_statistics_of_the_largest_values(here: Path) -> None:
 def test_the_examples_in_the_help_work(
     here: Path, number: int, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_sharded(state(), "checkpoint", max_shard_size=50)
+    save_sharded(small_state(), "checkpoint", max_shard_size=50)
     obstore.put(from_url(bucket), "model.safetensors", Path("model.safetensors"))
     (example,) = [line for line in view.EXAMPLES.splitlines() if line.startswith("  ")][number:][:1]
     words = shlex.split(example.replace("s3://bucket/", f"{bucket}/"))

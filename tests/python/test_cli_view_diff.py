@@ -12,22 +12,13 @@ import torch
 
 from safetensors_torch import cli, save_file
 from safetensors_torch.cli import values, view
-from view_pages import page_data
-
-
-def state() -> dict[str, torch.Tensor]:
-    return {
-        "layers.10.weight": torch.linspace(-1, 1, 12).reshape(3, 4),
-        "layers.2.weight": torch.ones(3, dtype=torch.bfloat16),
-        "layers.2.bias": torch.zeros(0, 5),
-        "steps": torch.tensor(7),
-    }
+from view_pages import page_data, small_state
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    save_file(state(), "model.safetensors", {"format": "pt", "config": '{"a": 1}'})
+    save_file(small_state(), "model.safetensors", {"format": "pt", "config": '{"a": 1}'})
     return tmp_path
 
 
@@ -40,8 +31,13 @@ def changes_of(data: Any) -> dict[str, list[Any]]:
 
 
 def test_a_comparison(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weight = state()["layers.10.weight"]
-    other = {**state(), "layers.10.weight": weight.clone(), "layers.2.weight": torch.ones(3), "new": torch.ones(2)}
+    weight = small_state()["layers.10.weight"]
+    other = {
+        **small_state(),
+        "layers.10.weight": weight.clone(),
+        "layers.2.weight": torch.ones(3),
+        "new": torch.ones(2),
+    }
     other["layers.10.weight"][0] += 0.5
     del other["steps"]
     save_file(other, "other.safetensors", {"format": "pt", "epoch": "4"})
@@ -67,7 +63,7 @@ def test_a_comparison(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_comparison_without_values_and_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file({**state(), "steps": torch.tensor(8)}, "other.safetensors", {"format": "pt", "config": '{"a": 1}'})
+    save_file({**small_state(), "steps": torch.tensor(8)}, "other.safetensors", {"format": "pt", "config": '{"a": 1}'})
     assert run("diff", "model.safetensors", "other.safetensors", "--view", "--no-values", "-o", "a.html") == 0
     assert set(map(tuple, page_data("a.html")["changes"])) == {(view.NOT_COMPARED,)}
     capsys.readouterr()

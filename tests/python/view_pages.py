@@ -41,6 +41,16 @@ HOSTILE = [
 ]
 
 
+def small_state() -> dict[str, torch.Tensor]:
+    """The tensors of a small model."""
+    return {
+        "layers.10.weight": torch.linspace(-1, 1, 12).reshape(3, 4),
+        "layers.2.weight": torch.ones(3, dtype=torch.bfloat16),
+        "layers.2.bias": torch.zeros(0, 5),
+        "steps": torch.tensor(7),
+    }
+
+
 class Elements(HTMLParser):
     """The elements of a page, as a browser finds them, and the texts of its style and its scripts."""
 
