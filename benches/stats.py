@@ -1,11 +1,12 @@
-"""Times `safetensors-torch stats` beside a loop with torch over the reference's safe_open, on a file in the page cache.
+"""Times `safetensors-torch stats` and `view --stats` beside a loop with torch over the reference's safe_open.
 
 Run: .venv/bin/python benches/stats.py [--rounds N] [--bytes N] [--dtype BF16] [--directory DIRECTORY]
 
-Each run is a fresh process, from its start to its end, with the imports. The subjects take turns. A first run of each,
-on a small file, is not counted. All compute minimum, maximum, mean and standard deviation, and the numbers of zeros,
-NaN and Inf, of each tensor. One loop computes mean and deviation in the dtype of the tensor, whose precision the
-results then have. The other one converts the tensor to F64 first, which is as exact as ours.
+The file is in the page cache. Each run is a fresh process, from its start to its end, with the imports. The subjects
+take turns. A first run of each, on a small file, is not counted. All compute minimum, maximum, mean and standard
+deviation, and the numbers of zeros, NaN and Inf, of each tensor; the pages of view have histograms, too. One loop
+computes mean and deviation in the dtype of the tensor, whose precision the results then have. The other one converts
+the tensor to F64 first, which is as exact as ours.
 
 peak: the most resident memory of the process, pages of mapped files included.
 """
@@ -40,6 +41,7 @@ with safe_open(sys.argv[1], framework="pt") as file:
 OURS = "from _safetensors_torch_start import shell_command; raise SystemExit(shell_command())"
 SUBJECTS = {
     "safetensors-torch stats": ["-c", OURS, "stats", "{path}"],
+    "... view --stats": ["-c", OURS, "view", "{path}", "--stats", "-o", "{path}.html", "--force"],
     "torch": ["-c", LOOP, "{path}", "native"],
     "torch, in F64": ["-c", LOOP, "{path}", "exact"],
 }
@@ -90,10 +92,7 @@ def write(path: Path, code: str, nbytes: int) -> None:
 
 
 def run(arguments: list[str], path: Path) -> Run:
-    command = [
-        sys.executable,
-        *(argument.format(path=path) if "{path}" == argument else argument for argument in arguments),
-    ]
+    command = [sys.executable, *(argument.replace("{path}", str(path)) for argument in arguments)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
