@@ -41,7 +41,7 @@ struct RunnerMembers : Runner {
                symbol(runner, "AOTInductorModelContainerRunSingleThreaded");
     }
 
-    // Calls a getter of the container: for one constant, or for all if there is no index.
+    // Calls a getter of the container, with the index of a constant if the getter takes one.
     template <typename Value, typename... Index>
     static Value get(Runner& runner, const char* name, Index... index) {
         using Getter = AOTIRuntimeError (*)(AOTInductorModelContainerHandle, Index..., Value*);
@@ -150,7 +150,7 @@ class Package {
             }
         }
         if (!names.empty()) {
-            fail(origin + ": no tensor for these constants, of which the package has no value: " + names +
+            fail(origin + ": lacks constants that have no value in the package: " + names +
                      "; add them, give a `rename`, or compile the package with weights",
                  ErrorCategory::runtime);
         }
@@ -163,7 +163,7 @@ class Package {
         });
     }
 
-    // Makes the package use `tensors`; an undefined one stands for the value that the constant has.
+    // Makes the package use `tensors`, one for each constant. If one is undefined, the constant keeps its value.
     void replace(const std::vector<at::Tensor>& tensors, const std::function<void()>& before_swap) {
         const bool in_place = is_single_threaded_ || !has_all_values_;
         std::unordered_map<std::string, at::Tensor> added;

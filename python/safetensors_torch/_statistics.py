@@ -25,7 +25,7 @@ from ._exceptions import SafetensorError
 from ._locations import RemotePath
 
 _UNDEFINED = ("F6_E2M3", "F6_E3M2")
-"""The dtypes of which the format does not define which bits are an element."""
+"""The dtypes whose elements the format does not locate: it does not say which bits are an element."""
 
 # The library divides tensors into parts of this size: results do not depend on pieces that consist of whole ones.
 _PART_BYTES = 1 << 20

@@ -252,7 +252,7 @@ def test_shortened_texts_fit(text: str, width: int, style: str) -> None:
     if short != whole:
         begin, _, end = short.partition("…")
         assert whole.startswith(begin) and whole.endswith(end)
-        # At most one cell is left for want of a narrower character at each side.
+        # At most one cell is left at each side, if the next character takes two.
         assert display_width(short) >= width - 2
 
 

@@ -59,7 +59,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def write_sparse(path: str, nbytes: int) -> None:
-    """Writes a file of zeros, of which the disk has the header only."""
+    """Writes a sparse file of zeros: only its header takes space on the disk."""
     header = {"w": entry("U8", [nbytes], 0, nbytes)}
     Path(path).write_bytes(pack(header))
     os.truncate(path, os.path.getsize(path) + nbytes)

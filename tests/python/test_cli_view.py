@@ -349,7 +349,7 @@ def test_the_examples_in_the_help_work(
 
 @pytest.mark.alone
 def test_statistics_hold_little_memory(here: Path) -> None:
-    """A file of 4 GiB, of which the disk has the header only."""
+    """A sparse file of 4 GiB: only its header takes space on the disk."""
     nbytes = 4 << 30
     header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
     header += b" " * (-len(header) % 8)

@@ -1,8 +1,8 @@
 """Lists the tensors of files or checkpoints: dtype, shape, size and name, file by file. Before them the sizes of the
 files and the metadata, after them the totals. No data is read.
 
-With --tree, a line stands for all tensors of a module. Modules with numbers for names and the same structure are one
-line, such as layers.[0-31].
+--tree lists modules instead, with the totals of their tensors. Numbered modules of the same structure share one line,
+such as layers.[0-31].
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Node:
     def __init__(self) -> None:
         self.children: dict[str, Node] = {}
         self.entry: TensorInfo | None = None
-        """The tensor that has the name of the node itself; one of them, if the node stands for several."""
+        """The tensor with the name of the node. If several nodes were merged into this one, the tensor of the first."""
         self.count = self.parameters = self.nbytes = 0
         """Totals of the tensors, with those of the children."""
 

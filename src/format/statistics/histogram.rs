@@ -22,7 +22,7 @@ pub struct Histogram {
     exponent: i32,
     /// The place of the first bin: its beginning, divided by the width.
     first: i64,
-    /// The bins from the least value to the greatest. None if there are no values.
+    /// The number of bins from the least value to the greatest; 0 if there are no values.
     bins: usize,
     counts: [u64; HISTOGRAM_BINS],
 }
@@ -84,7 +84,7 @@ impl Histogram {
         self.counts[(place(value, self.exponent) - self.first) as usize] += count;
     }
 
-    /// Adds finite values, at most [`BLOCK`], of which `least` and `greatest` are known.
+    /// Adds at most [`BLOCK`] finite values. `least` and `greatest` are the least and the greatest of them.
     #[inline(always)]
     pub(super) fn add_block<T: Value>(&mut self, values: &[T], least: f64, greatest: f64) {
         self.extend_to(least, greatest);
